@@ -1,0 +1,48 @@
+"""lm-envs: text generation as a Gymnasium environment.
+
+Importing this package registers the environment ids and nothing more: torch and transformers are imported when an
+environment is made. The sibling rooms import as ``lm_envs.algos``, ``lm_envs.kernels`` and ``lm_envs.benchmarks``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+if TYPE_CHECKING:
+    from lm_envs.kl import report, set_kl_coef
+
+__all__ = ["report", "set_kl_coef"]
+__version__ = "0.1.0"
+
+# In a checkout the rooms stand beside this folder; installed, they lie inside it.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "algos").is_dir():
+    __path__.append(str(_root))
+
+_TEXT_ENVS = {"Reviews": "reviews"}
+
+for _name, _task in _TEXT_ENVS.items():
+    gymnasium.register(
+        id=f"lm_envs/{_name}-v0",
+        entry_point="lm_envs.text_env:TextEnv",
+        vector_entry_point="lm_envs.vector_env:TextVectorEnv",
+        kwargs={"task": _task},
+    )
+    gymnasium.register(
+        id=f"lm_envs/{_name}Bandit-v0",
+        entry_point="lm_envs.text_env:TextBanditEnv",
+        vector_entry_point="lm_envs.vector_env:TextBanditVectorEnv",
+        kwargs={"task": _task},
+    )
+gymnasium.register(id="lm_envs/Cat-v0", entry_point="lm_envs.tasks.cat:CatEnv", max_episode_steps=100)
+
+
+def __getattr__(name: str) -> Any:
+    # report and set_kl_coef need numpy only, but their module pulls the environments' checks: load it when asked.
+    if name in __all__:
+        return getattr(import_module("lm_envs.kl"), name)
+    raise AttributeError(f"module 'lm_envs' has no attribute {name!r}")
