@@ -1,0 +1,63 @@
+"""The observation of a text environment, and what a transformers model needs made from it.
+
+One row is ``P + T`` int64: P places of prompt, left-padded, then T of response, right-padded; -1 is no token. So the text
+is contiguous, the prompt always ends at place P, and masks come from places, never from pad ids.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+NO_TOKEN = -1
+
+
+def model_inputs(obs: Tensor) -> dict[str, Tensor]:
+    """What a causal LM is called with.
+
+    Args:
+        obs: ``(B, L)`` int64, -1 where there is no token.
+
+    Returns:
+        ``input_ids`` (0 where there is none), ``attention_mask`` (1 on tokens) and ``position_ids``
+        (``cumsum(mask) - 1``, clamped at 0), each ``(B, L)`` int64.
+    """
+    present = (obs >= 0).long()
+    return {
+        "input_ids": obs.clamp(min=0),
+        "attention_mask": present,
+        "position_ids": (present.cumsum(dim=1) - 1).clamp(min=0),
+    }
+
+
+@lru_cache(maxsize=256)
+def _parameters(cls: type) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)
+
+
+def accepted(model: nn.Module, **arguments: object) -> dict[str, object]:
+    """Those of the keyword arguments that the model's ``forward`` names (BLOOM has no ``position_ids``, for one)."""
+    names = _parameters(type(model))
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
+    """``(len(rows), width)`` int64, each row at the right end, -1 before it."""
+    out = np.full((len(rows), width), NO_TOKEN, dtype=np.int64)
+    for i, row in enumerate(rows):
+        if len(row) > width:
+            raise ValueError(f"row {i} has {len(row)} tokens, more than the {width} places there are")
+        if len(row):
+            out[i, width - len(row) :] = row
+    return out
+
+
+def response_mask(response: Tensor) -> Tensor:
+    """``(B, T)`` bool, True on response tokens, the EOS included."""
+    return response >= 0

@@ -1,0 +1,192 @@
+"""What a text environment is, apart from how it is stepped: prompts, masks, scores and the reference's half of the KL penalty.
+
+The single, vector and bandit faces and the bulk path all read this one definition, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm_envs import counted
+from lm_envs.observations import left_pad
+from lm_envs.rewards import call_reward
+from lm_envs.scoring import response_logprob
+from lm_envs.tasks import load
+from lm_envs.tasks.task import TextTask
+
+MISSING_EOS_MODES = ("replace", "subtract")
+
+
+class TextMDP:
+    """The Markov decision process of a task.
+
+    Args:
+        task: a :class:`~lm_envs.tasks.task.TextTask`, or the name of a registered one.
+        split: which prompts, a key of ``task.prompts``.
+        kl_coef: beta, the weight of the KL penalty, in score units per nat; None takes the task's.
+        temperature: of the policy and of the reference alike; None takes the task's.
+        max_new_tokens: the horizon; None takes the task's.
+        min_new_tokens: EOS is masked before that many tokens; None takes the task's.
+        missing_eos: ``("replace", x)`` makes x the score of a response without EOS, ``("subtract", x)`` takes x off it
+            (completion only, before the KL penalty); None leaves the score alone.
+        group_size: so many consecutive episodes start from the same prompt.
+
+    Raises:
+        ValueError: an argument is out of range; the message says which.
+    """
+
+    def __init__(
+        self,
+        task: TextTask | str,
+        *,
+        split: str = "train",
+        kl_coef: float | None = None,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        missing_eos: tuple[str, float] | None = None,
+        group_size: int = 1,
+    ) -> None:
+        self.task = load(task) if isinstance(task, str) else task
+        if split not in self.task.prompts:
+            raise ValueError(f"task {self.task.name!r} has no split {split!r}; it has {', '.join(self.task.prompts)}")
+        self.split = split
+        self.prompts: Sequence[Sequence[int]] = self.task.prompts[split]
+        self.temperature = self.task.temperature if temperature is None else temperature
+        self.max_new_tokens = self.task.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self.min_new_tokens = self.task.min_new_tokens if min_new_tokens is None else min_new_tokens
+        self.kl_coef = self.task.kl_coef if kl_coef is None else kl_coef
+        self.missing_eos = missing_eos
+        self.group_size = group_size
+        self.reference = self.task.reference
+        self.eos_token_id = self.task.eos_token_id
+        self.prompt_length = self.task.prompt_length
+        self.vocab_size = int(self.reference.get_output_embeddings().weight.shape[0])
+        self._validate()
+        self.device = self.reference.device
+
+    def _validate(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"task {self.task.name!r} has no prompts in split {self.split!r}")
+        empty = [i for i, prompt in enumerate(self.prompts) if len(prompt) == 0]
+        if empty:
+            raise ValueError(
+                f"prompt {empty[0]} of split {self.split!r} is empty: a prompt needs at least one token (a BOS token will do)"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
+            )
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        check_kl_coef(self.kl_coef)
+        if self.missing_eos is not None and self.missing_eos[0] not in MISSING_EOS_MODES:
+            raise ValueError(f"missing_eos must be ('replace', x) or ('subtract', x), got {self.missing_eos!r}")
+        context = getattr(self.reference.config, "max_position_embeddings", None)
+        if context is not None and self.prompt_length + self.max_new_tokens > context:
+            raise ValueError(
+                f"the longest prompt has {self.prompt_length} tokens and responses up to {self.max_new_tokens}: together more "
+                f"than the model's context of {context}; shorten the prompts or max_new_tokens"
+            )
+
+    @property
+    def dense(self) -> bool:
+        """Whether the reward is given per token."""
+        return bool(getattr(self.task.reward, "dense", False))
+
+    def prompt_index(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which prompt each episode starts from: a function of the seed and the episode's group alone."""
+        return counted.integers(seed, counted.PROMPT, episodes // self.group_size, len(self.prompts))
+
+    def start(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The prompts of these episodes, ``(N, P)`` int64, left-padded with -1."""
+        return left_pad([self.prompts[i] for i in self.prompt_index(seed, episodes)], self.prompt_length)
+
+    def action_mask(self, lengths: NDArray[np.int64]) -> NDArray[np.int8] | None:
+        """``(N, V)`` int8, 1 where a token is allowed after ``lengths`` response tokens; None where nothing is ever masked."""
+        if self.min_new_tokens == 0:
+            return None
+        mask = np.ones((len(lengths), self.vocab_size), dtype=np.int8)
+        mask[:, self.eos_token_id] = lengths >= self.min_new_tokens
+        return mask
+
+    def texts(self, tokens: NDArray[np.int64]) -> list[str]:
+        """Decoded rows, without special tokens and without padding."""
+        rows = [row[row >= 0].tolist() for row in tokens]
+        return self.task.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+
+    def describe(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """``prompt``, ``response`` and ``finish_reason`` of finished rows, ``(N, P)`` and ``(N, T)``."""
+        reasons = self.finish_reasons(response)
+        return [
+            {"prompt": p, "response": r, "finish_reason": reason}
+            for p, r, reason in zip(self.texts(prompt), self.texts(response), reasons, strict=True)
+        ]
+
+    def finish_reasons(self, response: NDArray[np.int64]) -> list[str]:
+        """``"stop"`` where the response ends in EOS, else ``"length"``."""
+        return ["stop" if stopped else "length" for stopped in (response == self.eos_token_id).any(axis=1)]
+
+    def score(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The reward before the KL penalty, per token.
+
+        Order: the reward's score, then the missing-EOS option. A score per response lands on its last real action.
+
+        Args:
+            prompt: ``(N, P)`` int64, left-padded with -1.
+            response: ``(N, T)`` int64, right-padded with -1, EOS included.
+
+        Returns:
+            ``(N, T)`` float64, 0 beyond the end.
+        """
+        ids = [row[row >= 0].tolist() for row in response]
+        reasons = self.finish_reasons(response)
+        raw = call_reward(self.task.reward, self.texts(prompt), self.texts(response), ids, reasons)
+        lengths = (response >= 0).sum(axis=1)
+        rows = np.arange(len(response))
+        per_token = np.zeros(response.shape)
+        if raw.ndim == 2:
+            width = min(raw.shape[1], response.shape[1])
+            per_token[:, :width] = np.where(response[:, :width] >= 0, raw[:, :width], 0.0)
+        else:
+            per_token[rows, lengths - 1] = raw
+        if self.missing_eos is not None:
+            mode, amount = self.missing_eos
+            cut = np.array([reason == "length" for reason in reasons])
+            if mode == "replace":
+                per_token[cut] = 0.0
+                per_token[rows[cut], lengths[cut] - 1] = amount
+            else:
+                per_token[rows[cut], lengths[cut] - 1] -= amount
+        return per_token
+
+    def reference_logprob(self, prompt: Tensor, response: Tensor) -> Tensor:
+        """``(N, T)`` log-probabilities of the response under the reference, teacher-forced, 0 beyond the end."""
+        return response_logprob(
+            self.reference,
+            prompt.to(self.device),
+            response.to(self.device),
+            self.eos_token_id,
+            temperature=self.temperature,
+            min_new_tokens=self.min_new_tokens,
+        )
+
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        """A NumPy array on the reference's device."""
+        return torch.as_tensor(array).to(self.device)
+
+
+def check_kl_coef(kl_coef: float) -> None:
+    """Raises ValueError unless the coefficient is a finite number that is not negative."""
+    if not (np.isfinite(kl_coef) and kl_coef >= 0):
+        raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef}")
