@@ -1,0 +1,42 @@
+"""The registry of text tasks: names and where their loaders live, as strings, so that importing it is light.
+
+One file and one line here add a task: a module with a function that returns a :class:`~lm_envs.tasks.task.TextTask`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.task import TextTask
+
+__all__ = ["TASKS", "load"]
+
+TASKS: dict[str, str] = {
+    "reviews": "lm_envs.tasks.reviews:load",
+}
+
+_loaded: dict[tuple[str, tuple[tuple[str, Any], ...]], TextTask] = {}
+
+
+def load(name: str, **options: Any) -> TextTask:
+    """The task registered under a name; the same object whenever this process asks for the same name and options.
+
+    Args:
+        name: a key of :data:`TASKS`.
+        options: passed to the task's loader; hashable values.
+
+    Raises:
+        ValueError: no such task (the message names the near ones), or no such option.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name.lower(), TASKS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(sorted(TASKS))}"
+        raise ValueError(f"no task {name!r}: {hint}")
+    key = (TASKS[name], tuple(sorted(options.items())))
+    if key not in _loaded:
+        module, function = TASKS[name].split(":")
+        _loaded[key] = getattr(import_module(module), function)(**options)
+    return _loaded[key]

@@ -1,0 +1,58 @@
+"""What a text task is: a reference model, its tokenizer, prompts, the reward that trains and the judge that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lm_envs.rewards import Reward
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A text-generation task; environments, agents and comparisons read it and never change it.
+
+    Attributes:
+        name: how results call it.
+        tokenizer: of the policy and the reference.
+        reference: the frozen model that the KL penalty is measured from (the SFT model), in ``eval`` mode.
+        prompts: token ids without padding, by split (``"train"``, ``"validation"``, ``"test"``).
+        reward: what trains: usually a learned reward model, a proxy of the judge.
+        judge: gold, for win-rates; None when there is none.
+        eos_token_id: ends a response; may equal the tokenizer's pad id.
+        max_new_tokens: the horizon.
+        min_new_tokens: EOS is masked before that many tokens.
+        kl_coef: the environment's default weight of the KL penalty, in score units per nat.
+        temperature: of the policy and of the reference alike.
+        description: one line for listings.
+        demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may be empty.
+        stats: figures about the task's making, such as the reward model's accuracy, for reports.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel
+    prompts: Mapping[str, list[list[int]]]
+    reward: Reward
+    judge: Reward | None
+    eos_token_id: int
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    kl_coef: float = 0.0
+    temperature: float = 1.0
+    description: str = ""
+    demonstrations: list[list[int]] = field(default_factory=list)
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Freeze the reference, which nothing may train."""
+        self.reference.eval().requires_grad_(False)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the longest prompt of any split."""
+        return max((len(prompt) for prompts in self.prompts.values() for prompt in prompts), default=0)
