@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 # Streams keep the uses apart: the same (seed, episode, position) gives independent numbers in each.
 TOKEN = 0  # which token, or which action, is sampled
 PROMPT = 1  # which prompt an episode starts from
-SLIP = 2  # an environment's own dynamics
+RESET = 2  # the seed that a control environment is reset with
 ANNOTATOR = 3  # a simulated annotator's choice and its flips
 CORPUS = 4  # the making of an embedded corpus
 

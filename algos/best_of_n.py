@@ -1,0 +1,65 @@
+"""Best-of-n: sample n responses, keep the one the reward likes best. Needs no training; paid for at inference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.text_mdp import TextMDP
+
+
+class BestOfN:
+    r"""A policy made of another one and a reward.
+
+    Under a base policy whose reward has distribution function F (and F^- its left limit), a response is chosen with probability
+
+    .. math:: p_n(y) = \frac{F(r_y)^n - F^-(r_y)^n}{F(r_y) - F^-(r_y)}\, \pi(y)
+
+    (Stiennon et al. 2020, arXiv:2009.01325, appendix G, extended to ties, which go to the earliest sample here). Its divergence from the base policy
+    is at most :func:`kl_bound` (Beirami et al. 2024, arXiv:2401.01879).
+
+    Args:
+        policy: the base policy.
+        mdp: gives the reward that chooses (``mdp.task.reward`` with the missing-EOS option) .
+        n: samples per prompt.
+    """
+
+    def __init__(self, policy: LMPolicy, mdp: TextMDP, n: int) -> None:
+        if n < 1:
+            raise ValueError(f"best-of-n needs n of at least 1, got {n}")
+        self.policy, self.mdp, self.n = policy, mdp, n
+        # The first sample takes the numbers a plain response would: best-of-1 is the base policy to the token.
+        self.uniforms_per_response = n * policy.uniforms_per_response
+        self.tokens_generated = 0
+        self.reward_calls = 0
+
+    @torch.no_grad()
+    def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of n responses per prompt.
+
+        Args:
+            prompts: ``(N, P)`` int64, left-padded with -1.
+            uniforms: ``(N, n * T)`` float64.
+
+        Returns:
+            response ``(N, T)`` int64 right-padded with -1, and its log-probability under the *base* policy, ``(N, T)``.
+        """
+        count = len(prompts)
+        steps = self.policy.uniforms_per_response
+        repeated = prompts.repeat_interleave(self.n, dim=0)
+        response, logprob = self.policy.respond(repeated, uniforms.reshape(count * self.n, steps))
+        score = self.mdp.score(repeated.cpu().numpy(), response.cpu().numpy()).sum(axis=1).reshape(count, self.n)
+        self.tokens_generated += int((response >= 0).sum())
+        self.reward_calls += count * self.n
+        best = torch.as_tensor(np.arange(count) * self.n + score.argmax(axis=1), device=response.device)
+        return response[best], logprob[best]
+
+
+def kl_bound(n: int) -> float:
+    """``log n - (n - 1) / n`` nats: an upper bound on the KL of best-of-n from its base policy, reached for continuous rewards of
+    distinct responses (Beirami et al. 2024, arXiv:2401.01879, theorem 1)."""
+    return math.log(n) - (n - 1) / n

@@ -1,0 +1,221 @@
+"""Policies: what acts in an environment and is re-evaluated on what it did. Here the one made of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
+from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
+from lm_envs.scoring import response_logits
+from lm_envs.text_mdp import TextMDP
+from lm_envs.trajectories import Trajectories
+
+Face = Literal["mdp", "bandit"]
+
+
+@dataclass
+class Evaluation:
+    """A policy's view of trajectories; one teacher-forced forward.
+
+    Attributes:
+        logprob: ``(B, T)`` of the actions taken, nats; 0 where the mask is False.
+        entropy: ``(B, T)`` of the distribution the action was drawn from, nats; 0 where the mask is False.
+        value: ``(B, T + 1)``; 0 at and after termination; at a truncated row's length the value of ``final_obs``.
+        full: computes the whole distribution when it is asked for.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    value: Tensor
+    full: Callable[[], Tensor] | None = None
+
+    def log_probs(self) -> Tensor:
+        """``(B, T, V)`` log-probabilities of every action.
+
+        Raises:
+            RuntimeError: the policy has no such thing (the bandit face: there are V**T responses).
+        """
+        if self.full is None:
+            raise RuntimeError("this policy cannot enumerate its actions: use the MDP face for the full distribution")
+        return self.full()
+
+
+class Policy(nn.Module):
+    """What algorithms need of a policy.
+
+    Attributes:
+        sequence_obs: one observation row holds the whole episode (text); otherwise observations come per step.
+        uniforms_per_action: how many uniform numbers one action takes.
+    """
+
+    sequence_obs: bool = False
+    uniforms_per_action: int = 1
+
+    def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Actions and their log-probabilities ``(N,)`` for observations ``(N, ...)``.
+
+        Args:
+            uniforms: ``(N,)``, or ``(N, uniforms_per_action)`` where that is more than one; float64 in [0, 1).
+        """
+        raise NotImplementedError
+
+    def evaluate(self, traj: Trajectories) -> Evaluation:
+        """Log-probability, entropy and value of what was done; differentiable."""
+        raise NotImplementedError
+
+
+class LMPolicy(Policy):
+    """A causal language model as a policy, with a value head on the same trunk.
+
+    The trained distribution is the model at one temperature, with EOS masked before ``min_new_tokens``: sampling, the stored
+    log-probability and re-evaluation all use it. Dropout stays off. The value head is linear on the last hidden state *before* the
+    token and starts at zero.
+
+    Args:
+        model: any transformers causal LM.
+        eos_token_id: ends a response.
+        prompt_length: P, the places of the prompt in an observation.
+        max_new_tokens: T, the horizon.
+        temperature: divides the logits.
+        min_new_tokens: EOS is masked before that many tokens.
+        face: "mdp", a token per action, or "bandit", a response per action.
+        top_k, top_p: refused, because the truncated support depends on the policy: a token that was sampled can have
+            probability 0 after an update.
+    """
+
+    sequence_obs = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos_token_id: int,
+        prompt_length: int,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        min_new_tokens: int = 0,
+        face: Face = "mdp",
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> None:
+        super().__init__()
+        if top_k not in (None, 0) or top_p not in (None, 1.0):
+            raise ValueError(
+                "top_k and top_p cannot be used in training: the support they leave moves with the policy, so a sampled token can "
+                "have log-probability -inf after an update. Train with temperature and min_new_tokens; truncate in evaluation only"
+            )
+        if face not in ("mdp", "bandit"):
+            raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
+        self.model = model.eval()
+        self.eos_token_id = eos_token_id
+        self.prompt_length = prompt_length
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.min_new_tokens = min_new_tokens
+        self.face = face
+        self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
+        self.uniforms_per_response = max_new_tokens
+        width = model.get_output_embeddings().weight.shape[1]
+        width = getattr(model.config.get_text_config(), "hidden_size", width)
+        self.value_head = nn.Linear(width, 1, dtype=model.dtype, device=model.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self._decoder = Decoder(model)
+        self._version = -1
+
+    @classmethod
+    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, face: Face = "mdp") -> LMPolicy:
+        """The policy that fits a text environment: its horizon, temperature and masks.
+
+        Raises:
+            ValueError: the model's vocabulary differs from the reference's.
+        """
+        width = int(model.get_output_embeddings().weight.shape[0])
+        if width != mdp.vocab_size:
+            raise ValueError(
+                f"the policy has {width} output tokens and the reference {mdp.vocab_size}: they must share one vocabulary"
+            )
+        return cls(
+            model,
+            mdp.eos_token_id,
+            mdp.prompt_length,
+            mdp.max_new_tokens,
+            temperature=mdp.temperature,
+            min_new_tokens=mdp.min_new_tokens,
+            face=face,
+        )
+
+    def train(self, mode: bool = True) -> LMPolicy:
+        """Gradients do not need train mode, and dropout would make the ratio of the first update differ from 1: stays in eval."""
+        return super().train(False)
+
+    def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        device = self.model.device
+        rows = torch.as_tensor(obs, device=device)
+        numbers = torch.as_tensor(uniforms, device=device)
+        if self.face == "bandit":
+            response, logprob = self.respond(rows[:, : self.prompt_length], numbers)
+            # Behind the EOS an action needs some token: the environment reads up to the first EOS.
+            actions = torch.where(response < 0, self.eos_token_id, response)
+            return actions.cpu().numpy(), logprob.double().sum(dim=1).cpu().numpy()
+        version = sum(p._version for p in self.model.parameters())
+        if version != self._version:  # the weights changed under the cache
+            self._decoder.reset()
+            self._version = version
+        position = (rows[:, self.prompt_length :] >= 0).sum(dim=1)
+        logits = forbid_early_eos(self._decoder(rows), position, self.eos_token_id, self.min_new_tokens)
+        tokens, logprob = sample(logits, numbers, self.temperature)
+        return tokens.cpu().numpy(), logprob.double().cpu().numpy()
+
+    def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole responses, the fast path.
+
+        Args:
+            prompts: ``(N, P)`` int64, left-padded with -1.
+            uniforms: ``(N, uniforms_per_response)`` float64.
+
+        Returns:
+            response ``(N, T)`` int64 right-padded with -1, logprob ``(N, T)``.
+        """
+        return generate(
+            self.model,
+            prompts.to(self.model.device),
+            uniforms.to(self.model.device),
+            self.eos_token_id,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            min_new_tokens=self.min_new_tokens,
+        )
+
+    def evaluate(self, traj: Trajectories) -> Evaluation:
+        if traj.prompt is None or traj.response is None:
+            raise ValueError("LMPolicy.evaluate needs trajectories of text, with prompt and response")
+        prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
+        mask = response >= 0
+        logits, states = response_logits(self.model, prompt, response, hidden=True)
+        position = torch.arange(response.shape[1], device=logits.device)
+        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens)
+        found = logprob_kl(logits, None, response.clamp(min=0), temperature=self.temperature, mask=mask)
+        value = self.value_head(states).squeeze(-1).to(found.logprob.dtype)
+        value = torch.where(mask, value, torch.zeros_like(value))
+        if traj.is_bandit:
+            return Evaluation(
+                found.logprob.sum(dim=1, keepdim=True),
+                found.entropy.sum(dim=1, keepdim=True),
+                torch.nn.functional.pad(value[:, :1], (0, 1)),
+            )
+        # Text always terminates, on EOS or at the horizon: the value at the end is zero.
+        return Evaluation(
+            found.logprob,
+            found.entropy,
+            torch.nn.functional.pad(value, (0, 1)),
+            lambda: log_softmax(logits, self.temperature),
+        )

@@ -1,0 +1,43 @@
+"""The text so far for a terminal, each token on a background that shows its share of the KL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from lm_envs.text_mdp import TextMDP
+
+_FULL_SCALE = 3.0  # nats: a token this much likelier (or less likely) than under the reference has the strongest colour
+_LIKELIER = (224, 218, 212, 206)  # 256-colour palette, pale to strong: the policy says it more than the reference
+_RARER = (195, 153, 117, 75)
+
+
+def render_text(mdp: TextMDP, obs: NDArray[np.int64], kl: NDArray[np.float64]) -> str:
+    """One row for a terminal: prompt in bold, then the response token by token.
+
+    Args:
+        obs: ``(P + T,)`` int64, -1 where there is no token.
+        kl: ``(T,)`` log pi - log pi_ref of each response token, nats; NaN where unknown (no colour).
+    """
+    prompt, response = obs[: mdp.prompt_length], obs[mdp.prompt_length :]
+    parts = [f"\x1b[1m{mdp.texts(prompt[None])[0]}\x1b[0m"]
+    tokens = response[response >= 0].tolist()
+    before = ""
+    for i, token in enumerate(tokens):
+        # Decode the growing text and show what each token added: spaces and byte-level pieces come out right.
+        text = mdp.task.tokenizer.decode(tokens[: i + 1], skip_special_tokens=False)
+        piece, before = text[len(before) :], text
+        parts.append(_coloured(piece, kl[i]))
+    joint = "" if parts[1:] and before[:1].isspace() else " "
+    return parts[0] + joint + "".join(parts[1:])
+
+
+def _coloured(piece: str, kl: float) -> str:
+    if np.isnan(kl) or abs(kl) < 0.1:
+        return piece
+    palette = _LIKELIER if kl > 0 else _RARER
+    level = min(int(abs(kl) / _FULL_SCALE * len(palette)), len(palette) - 1)
+    return f"\x1b[30;48;5;{palette[level]}m{piece}\x1b[0m"

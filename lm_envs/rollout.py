@@ -1,0 +1,305 @@
+"""Two ways to sample that mean the same: ``collect`` steps any Gymnasium environment, ``rollout`` is the bulk path for text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm_envs import counted
+from lm_envs.kl import report, text_envs
+from lm_envs.trajectories import Trajectories
+
+
+class ActingPolicy(Protocol):
+    """What :func:`collect` needs."""
+
+    sequence_obs: bool
+    uniforms_per_action: int
+
+    def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+
+
+class RespondingPolicy(Protocol):
+    """What :func:`rollout` needs."""
+
+    uniforms_per_response: int
+
+    def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass
+class _Episode:
+    """One row's episode, or fragment of one, while it grows."""
+
+    number: int
+    obs: list[Any] = field(default_factory=list)
+    actions: list[Any] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    reward: list[float] = field(default_factory=list)
+    terminated: bool = False
+    truncated: bool = False
+    final_obs: Any = None
+    info: dict[str, Any] | None = None
+
+
+class Collector:
+    """Steps an environment and cuts what happened into trajectories.
+
+    Episodes are numbered in the order in which they start, rows that start together by row; the uniform that samples an action
+    is a function of (seed, episode number, position).
+
+    Args:
+        env: any Gymnasium environment or vector environment, any autoreset mode.
+        policy: see :class:`ActingPolicy`.
+        seed: of the environment and of the actions.
+        first_episode: the number of the first episode.
+    """
+
+    def __init__(
+        self, env: gymnasium.Env | VectorEnv, policy: ActingPolicy, *, seed: int = 0, first_episode: int = 0
+    ) -> None:
+        if not isinstance(env.unwrapped, VectorEnv):
+            single = env
+            env = SyncVectorEnv([lambda: single], autoreset_mode=AutoresetMode.SAME_STEP)
+        self.env, self.policy = env, policy
+        self._text = text_envs(env)
+        self._mode = AutoresetMode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self.reset(seed, first_episode)
+
+    def reset(self, seed: int, first_episode: int = 0) -> None:
+        """Drop all unfinished episodes and start anew."""
+        self._seed = seed
+        if self._text:
+            obs, _ = self.env.reset(seed=seed, options={"first_episode": first_episode})
+        else:
+            # Other environments know no episode numbers: another first episode must still be another start.
+            obs, _ = self.env.reset(seed=_derived_seed(seed, first_episode))
+        self._obs = obs
+        rows = self.env.num_envs
+        self._open = [_Episode(first_episode + row) for row in range(rows)]
+        self._next = first_episode + rows
+        self._position = np.zeros(rows, dtype=np.int64)
+        self._restarting = np.zeros(rows, dtype=bool)
+        self._returns = np.zeros(rows)
+        self._finished: list[tuple[float, int]] = []
+
+    def pop_finished(self) -> tuple[list[float], list[int]]:
+        """Undiscounted returns and lengths of the episodes that ended since the last call."""
+        finished, self._finished = self._finished, []
+        return [r for r, _ in finished], [n for _, n in finished]
+
+    def steps(self, count: int) -> Trajectories:
+        """So many vector steps, as fragments; what has not ended goes on in the next call.
+
+        A fragment that the call cut is marked truncated and bootstraps from the observation it stopped at.
+        """
+        done: list[_Episode] = []
+        for _ in range(count):
+            done += self._step()
+        for row, episode in enumerate(self._open):
+            if episode.actions:
+                episode.truncated, episode.final_obs = True, np.array(self._obs[row])
+                done.append(episode)
+                self._open[row] = _Episode(episode.number)
+        return self._build(done)
+
+    def episodes(self, count: int, first_episode: int) -> Trajectories:
+        """The whole episodes numbered ``first_episode`` and up, in order.
+
+        All of the first ``count`` that start are taken, not the first that end: those would be too short.
+        """
+        done: list[_Episode] = []
+        while len(done) < count:
+            done += [episode for episode in self._step() if episode.number < first_episode + count]
+        return self._build(sorted(done, key=lambda episode: episode.number))
+
+    def _step(self) -> list[_Episode]:
+        numbers = np.array([episode.number for episode in self._open])
+        if self.policy.uniforms_per_action == 1:
+            uniforms = counted.uniform(self._seed, counted.TOKEN, numbers, self._position)
+        else:
+            uniforms = counted.uniform(
+                self._seed, counted.TOKEN, numbers[:, None], np.arange(self.policy.uniforms_per_action)
+            )
+        actions, logprob = self.policy.act(self._obs, uniforms)
+        if self._text:
+            report(self.env, logprob)
+        obs, reward, terminated, truncated, infos = self.env.step(actions)
+        done: list[_Episode] = []
+        ended = (terminated | truncated) & ~self._restarting
+        for row, episode in enumerate(self._open):
+            if self._restarting[row]:  # this step only brought the new episode's first observation
+                continue
+            if not self.policy.sequence_obs:
+                episode.obs.append(np.array(self._obs[row]))
+            episode.actions.append(actions[row])
+            episode.logprob.append(float(logprob[row]))
+            episode.reward.append(float(reward[row]))
+            self._returns[row] += float(reward[row])
+            if ended[row]:
+                same = self._mode is AutoresetMode.SAME_STEP
+                episode.terminated = bool(terminated[row])
+                episode.truncated = bool(truncated[row]) and not episode.terminated
+                episode.final_obs = np.array(infos["final_obs"][row] if same else obs[row])
+                found = infos.get("final_info", {}) if same else infos
+                if "lm" in found:
+                    episode.info = {key: value[row] for key, value in found["lm"].items() if key[0] != "_"}
+                done.append(episode)
+                self._finished.append((float(self._returns[row]), int(self._position[row]) + 1))
+        self._position = np.where(self._restarting, 0, self._position + 1)
+        if ended.any():
+            if self._mode is AutoresetMode.DISABLED:
+                obs, _ = self.env.reset(options={"reset_mask": ended})
+            for row in ended.nonzero()[0]:
+                self._open[row] = _Episode(self._next)
+                self._next += 1
+            self._position[ended] = 0
+            self._returns[ended] = 0.0
+        self._restarting = ended & (self._mode is AutoresetMode.NEXT_STEP)
+        self._obs = obs
+        return done
+
+    def _build(self, episodes: list[_Episode]) -> Trajectories:
+        rows, steps = len(episodes), max(len(episode.actions) for episode in episodes)
+
+        def padded(values: list[list[Any]], dtype: torch.dtype) -> Tensor:
+            first = np.asarray(values[0][0])
+            out = torch.zeros(rows, steps, *first.shape, dtype=dtype)
+            for row, value in enumerate(values):
+                out[row, : len(value)] = torch.as_tensor(np.stack(value)).to(dtype)
+            return out
+
+        mask = torch.zeros(rows, steps, dtype=torch.bool)
+        for row, episode in enumerate(episodes):
+            mask[row, : len(episode.actions)] = True
+        traj = Trajectories(
+            actions=padded([e.actions for e in episodes], torch.int64),
+            mask=mask,
+            terminated=torch.tensor([e.terminated for e in episodes]),
+            truncated=torch.tensor([e.truncated for e in episodes]),
+            logprob=padded([e.logprob for e in episodes], torch.float64),
+            reward=padded([e.reward for e in episodes], torch.float64),
+        )
+        final = torch.as_tensor(np.stack([e.final_obs for e in episodes]))
+        if self._text:
+            return self._add_text(traj, final, episodes)
+        observed = torch.as_tensor(np.stack(episodes[0].obs)).dtype
+        traj.obs, traj.final_obs = padded([e.obs for e in episodes], observed), final
+        return traj
+
+    def _add_text(self, traj: Trajectories, final: Tensor, episodes: list[_Episode]) -> Trajectories:
+        mdp = self._text[0].mdp
+        traj.obs = final
+        traj.prompt, traj.response = final[:, : mdp.prompt_length], final[:, mdp.prompt_length :]
+        traj.group = torch.tensor([e.number // mdp.group_size for e in episodes])
+        infos = [e.info for e in episodes]
+        if all(info is not None for info in infos):
+            traj.score = torch.tensor([info["score"] for info in infos], dtype=torch.float64)
+            reference = torch.as_tensor(np.stack([info["ref_logprob"] for info in infos]))
+            present = traj.response >= 0
+            if not bool(reference[present].isnan().any()):
+                reference = torch.where(present, reference, 0.0)
+                traj.ref_logprob = (
+                    reference.sum(dim=1, keepdim=True) if traj.is_bandit else reference[:, : traj.mask.shape[1]]
+                )
+        return traj.trim()
+
+
+def _derived_seed(seed: int, first_episode: int) -> int:
+    return int(counted.integers(seed, counted.RESET, first_episode, 2**31))
+
+
+def collect(
+    env: gymnasium.Env | VectorEnv,
+    policy: ActingPolicy,
+    *,
+    episodes: int,
+    first_episode: int = 0,
+    seed: int = 0,
+) -> Trajectories:
+    """Whole episodes from any Gymnasium environment, by stepping it.
+
+    Args:
+        env: single or vector, any autoreset mode; text or control.
+        episodes: how many.
+        first_episode: their numbers are ``first_episode .. first_episode + episodes - 1``.
+        seed: of prompts, environment and actions.
+
+    Returns:
+        Trajectories sorted by episode number; ``logprob`` and ``reward`` float64.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    return Collector(env, policy, seed=seed, first_episode=first_episode).episodes(episodes, first_episode)
+
+
+def rollout(
+    env: gymnasium.Env | VectorEnv,
+    policy: RespondingPolicy,
+    *,
+    episodes: int,
+    first_episode: int = 0,
+    seed: int = 0,
+) -> Trajectories:
+    """The same episodes as :func:`collect` of a text environment, in bulk.
+
+    One generation loop, one teacher-forced forward of the reference, one reward call; the environment itself is not stepped and its
+    own rows stay as they are.
+
+    Args:
+        env: a text environment, single or vector, either face.
+        policy: see :class:`RespondingPolicy`; :class:`lm_envs.algos.policies.LMPolicy` is one.
+        episodes: how many.
+        first_episode: their numbers are ``first_episode .. first_episode + episodes - 1``.
+        seed: of prompts and tokens.
+
+    Returns:
+        Trajectories sorted by episode number, with ``ref_logprob`` whatever the KL coefficient; ``reward`` float64.
+
+    Raises:
+        TypeError: ``env`` is no text environment.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    inner = text_envs(env)
+    if not inner:
+        raise TypeError(f"rollout is for text environments; use collect for {type(env.unwrapped).__name__}")
+    mdp, kl_coef = inner[0].mdp, inner[0].kl_coef
+    numbers = np.arange(first_episode, first_episode + episodes)
+    prompt = mdp.start(seed, numbers)
+    uniforms = counted.uniform(seed, counted.TOKEN, numbers[:, None], np.arange(policy.uniforms_per_response))
+    response, logprob = policy.respond(torch.as_tensor(prompt), torch.as_tensor(uniforms))
+    response, logprob = response.cpu(), logprob.double().cpu()
+    mask = response >= 0
+    score = torch.as_tensor(mdp.score(prompt, response.numpy()))
+    ref_logprob = mdp.reference_logprob(torch.as_tensor(prompt), response).double().cpu()
+    reward = score + kl_coef * (ref_logprob - logprob)
+    true = torch.ones(episodes, dtype=torch.bool)
+    actions = response
+    if inner[0].face == "bandit":
+        actions = torch.where(mask, response, mdp.eos_token_id).unsqueeze(1)
+        mask = true.unsqueeze(1)
+        logprob, ref_logprob, reward = (x.sum(dim=1, keepdim=True) for x in (logprob, ref_logprob, reward))
+    else:
+        actions = torch.where(mask, response, 0)
+    return Trajectories(
+        actions=actions,
+        mask=mask,
+        terminated=true,
+        truncated=~true,
+        obs=torch.cat([torch.as_tensor(prompt), response], dim=1),
+        logprob=logprob,
+        reward=reward,
+        ref_logprob=ref_logprob,
+        group=torch.as_tensor(numbers // mdp.group_size),
+        score=score.sum(dim=1),
+        prompt=torch.as_tensor(prompt),
+        response=response,
+    ).trim()

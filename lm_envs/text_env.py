@@ -1,0 +1,103 @@
+"""Text generation as single Gymnasium environments: one row of the vector environments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import ArrayLike, NDArray
+
+from lm_envs.tasks.task import TextTask
+from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+
+
+class _SingleRow(gymnasium.Env):
+    """A vector environment of one row with the row's axis taken off."""
+
+    metadata = {"render_modes": ["ansi"]}
+    _vector_class: type[TextVectorEnv] | type[TextBanditVectorEnv]
+
+    def __init__(self, task: TextTask | str = "reviews", *, render_mode: str | None = None, **options: Any) -> None:
+        self._vector = self._vector_class(
+            task, 1, autoreset_mode=AutoresetMode.DISABLED, render_mode=render_mode, **options
+        )
+        self.render_mode = render_mode
+        self.observation_space = self._vector.single_observation_space
+        self.action_space = self._vector.single_action_space
+
+    @property
+    def task(self) -> TextTask:
+        """The task that is played."""
+        return self._vector.task
+
+    @property
+    def mdp(self):
+        """The :class:`~lm_envs.text_mdp.TextMDP` that is played."""
+        return self._vector.mdp
+
+    @property
+    def face(self) -> str:
+        """ "mdp" or "bandit"."""
+        return self._vector.face
+
+    @property
+    def kl_coef(self) -> float:
+        """The weight of the KL penalty."""
+        return self._vector.kl_coef
+
+    def report(self, logprobs: ArrayLike) -> None:
+        """Tell the log-probability of the coming action; see :func:`lm_envs.report`."""
+        values = np.asarray(logprobs, dtype=np.float64)
+        if values.shape not in ((), (1,)):
+            raise ValueError(f"report expects the log-probability of one action, a number, got shape {values.shape}")
+        self._vector.report(values.reshape(1))
+
+    def set_kl_coef(self, kl_coef: float) -> None:
+        """Set beta from the next step on; see :func:`lm_envs.set_kl_coef`."""
+        self._vector.set_kl_coef(kl_coef)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """``(V,)`` bool, the tokens allowed now (the name is sb3-contrib's)."""
+        mask = self.mdp.action_mask(self._vector._lengths)
+        return np.ones(self.mdp.vocab_size, dtype=bool) if mask is None else mask[0].astype(bool)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.int64], dict[str, Any]]:
+        """Start the next episode; ``options["first_episode"]`` names its number."""
+        super().reset(seed=seed)
+        obs, infos = self._vector.reset(seed=seed, options=options)
+        return obs[0], _first(infos)
+
+    def step(self, action: Any) -> tuple[NDArray[np.int64], float, bool, bool, dict[str, Any]]:
+        """Take one action; see :class:`~lm_envs.vector_env.TextVectorEnv`."""
+        obs, reward, terminated, truncated, infos = self._vector.step(np.asarray(action, dtype=np.int64)[None])
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(infos)
+
+    def render(self) -> str | None:
+        """The text so far, tokens coloured by their share of the KL."""
+        rows = self._vector.render()
+        return None if rows is None else rows[0]
+
+
+def _first(infos: dict[str, Any]) -> dict[str, Any]:
+    """The info of row 0 without the vector form's presence masks."""
+    return {
+        key: _first(value) if isinstance(value, dict) else (value[0].copy() if isinstance(value[0], np.ndarray) else value[0])
+        for key, value in infos.items()
+        if not key.startswith("_")
+    }
+
+
+class TextEnv(_SingleRow):
+    """A token per step; see :class:`~lm_envs.vector_env.TextVectorEnv` for the spaces, the reward and the options."""
+
+    _vector_class = TextVectorEnv
+
+
+class TextBanditEnv(_SingleRow):
+    """A response per step; see :class:`~lm_envs.vector_env.TextBanditVectorEnv`."""
+
+    _vector_class = TextBanditVectorEnv
