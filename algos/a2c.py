@@ -1,0 +1,77 @@
+"""A2C: one on-policy step per batch, with a learned value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lm_envs.algos import advantages as adv
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.batching import Before
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.losses import masked_mean, policy_gradient_loss, value_loss
+from lm_envs.algos.metrics import Metric
+from lm_envs.trajectories import Trajectories
+
+
+@dataclass
+class A2CConfig(AgentConfig):
+    """Settings of :class:`A2C`; the defaults are for a small language model."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size at the start."""
+    lam: float = 0.95
+    """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
+    whiten_advantage: bool = True
+    """Scale advantages to mean 0 and standard deviation 1 over the batch."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs != 1 or self.minibatches != 1:
+            raise ValueError(
+                "A2C takes one on-policy step per batch: after it the batch is off-policy and the loss has no "
+                "importance ratio. Use ppo for several epochs or minibatches"
+            )
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
+
+
+class A2C(Agent[A2CConfig]):
+    """``-A log pi + value_coef * 0.5 (V - target)^2 - entropy_coef * H``, means over tokens (Mnih et al.
+    2016).
+
+    ``A`` is the GAE advantage and ``target = A + V`` before whitening.
+    """
+
+    Config = A2CConfig
+    name = "a2c"
+    unit = "token"
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        """``advantage (B, T)`` and ``target (B, T)``."""
+        advantage = adv.gae(traj.reward, before.value, traj.mask, self.config.gamma, self.config.lam)
+        target = advantage + before.value[:, :-1]
+        if self.config.whiten_advantage:
+            advantage = adv.whiten(advantage, traj.mask)
+        return {"advantage": advantage, "target": target}
+
+    def loss(
+        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Token means of policy gradient, value loss and entropy bonus."""
+        config, mask = self.config, traj.mask
+        policy = masked_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)
+        value = masked_mean(value_loss(now.value[:, :-1], fixed["target"], mask), mask)
+        entropy = masked_mean(now.entropy, mask)
+        loss = policy + config.value_coef * value - config.entropy_coef * entropy
+        return loss, {
+            "policy_loss": policy.detach(),
+            "value_loss": value.detach(),
+            "entropy": entropy.detach(),
+        }

@@ -1,0 +1,383 @@
+"""The engine every algorithm shares: sampling, minibatches, micro-batches, Adam, counters and checkpoints.
+
+An algorithm is two hooks, ``prepare`` (once per batch, no gradients) and ``loss`` (per minibatch,
+differentiable), and the unit that its loss averages over. The engine makes the result independent of the
+micro-batch size (law 8) and of being killed (law 10).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lm_envs.algos.advantages import masked
+from lm_envs.algos.batching import Before, flatten_fixed, micro_batches, minibatches, units
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.kl_control import AdaptiveKL, FixedKL
+from lm_envs.algos.losses import explained_variance
+from lm_envs.algos.metrics import Averages, Metric, describe
+from lm_envs.kl import set_kl_coef, text_envs
+from lm_envs.rollout import Collector, collect, rollout
+from lm_envs.trajectories import Trajectories
+
+_COUNTERS = ("iterations_done", "episodes_done", "tokens_done", "steps_done", "reward_calls")
+
+
+C = TypeVar("C", bound=AgentConfig)
+
+
+class Agent(Generic[C]):
+    """An algorithm: subclass, set ``Config``, ``name`` and ``unit``, and write ``prepare`` and ``loss``.
+
+    Attributes:
+        unit: what ``loss`` averages over, so that parts of a batch can be weighted by their share of it:
+            "token" (real steps), "sequence" (rows) or "group" (rows with the same ``group``; never split over
+            minibatches).
+        iterations_done, episodes_done, tokens_done, steps_done, reward_calls: counters of the run.
+    """
+
+    Config: ClassVar[type[AgentConfig]] = AgentConfig
+    name: ClassVar[str] = "agent"
+    unit: ClassVar[str] = "token"
+
+    def __init__(self, policy: nn.Module, config: C | None = None) -> None:
+        self.policy: Any = policy.eval()
+        self.config: C = config if config is not None else self.Config()  # type: ignore[assignment]
+        self._parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError(f"{self.name}: the policy has no parameter that requires a gradient")
+        self.optimizer = torch.optim.Adam(
+            self._parameters.values(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
+        )
+        self.iterations_done = self.episodes_done = self.tokens_done = self.steps_done = self.reward_calls = 0
+        self._kl: FixedKL | AdaptiveKL | None = None
+        self._collector: Collector | None = None
+        self._collected: Any = None  # the env that the collector steps
+        self._data: Iterator[Trajectories] | None = None
+
+    # ---- what an algorithm writes ----
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        """What the loss treats as constant; called once per batch, without gradients.
+
+        Returns:
+            tensors whose first axis is B, and whose second, if any, is T. One named ``target`` is what the
+            critic learns, and its explained variance is logged.
+        """
+        return {}
+
+    def loss(
+        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """The loss of the rows given, a mean over ``unit``, and metrics (see :class:`Averages`)."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss")
+
+    def batches(self) -> Iterator[Trajectories] | None:
+        """Data to learn from instead of sampling, from iteration ``iterations_done`` on; None samples from
+        the env.
+        """
+        return None
+
+    def after_iteration(self) -> None:
+        """Called at the end of every iteration."""
+
+    def should_stop(self, metrics: dict[str, float]) -> bool:
+        """Whether to leave this batch alone from here on, given a minibatch's metrics; asked before its
+        Adam step.
+        """
+        return False
+
+    def extra_counters(self) -> dict[str, Any]:
+        """More state for a checkpoint, in JSON's types."""
+        return {}
+
+    def restore_extra(self, extra: dict[str, Any]) -> None:
+        """Takes back what :meth:`extra_counters` gave."""
+
+    # ---- the engine ----
+
+    def update(self, traj: Trajectories) -> dict[str, float]:
+        """Learns from a batch: evaluates it, prepares, then epochs x minibatches x micro-batches, an Adam
+        step per minibatch.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is NaN or infinite; the step that would have used it is
+                not taken.
+        """
+        config, start = self.config, time.perf_counter()
+        self.policy.eval()
+        first = next(iter(self._parameters.values()))
+        device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
+        if traj.mask.device != device:
+            traj = traj.to(device)
+        before = Before(self.policy, traj, config.micro_batch)
+        with torch.no_grad():
+            # Returns are summed in the batch's float64; the loss works in the policy's precision.
+            fixed = {name: _lower(x, dtype) for name, x in self.prepare(traj, before).items()}
+        metrics: dict[str, float] = {}
+        if before.was_read:
+            if traj.logprob is not None:
+                # Law 7: the policy that learns is the one that sampled. Above rounding, something differs
+                # between the two.
+                metrics["logprob_gap_max"] = float(
+                    masked((traj.logprob - before.logprob).abs(), traj.mask).max()
+                )
+            if "target" in fixed:
+                target = fixed["target"]
+                metrics["explained_variance"] = float(
+                    explained_variance(before.value[:, :-1], target, traj.mask)
+                )
+        if self.unit == "token" and not self.policy.sequence_obs:
+            fixed = flatten_fixed(fixed, traj.mask)
+            traj = traj.flatten()
+        self.optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = self.learning_rate
+        averages, steps, stopped = Averages(), 0, False
+        for epoch in range(config.epochs):
+            rng = np.random.default_rng((config.seed, self.iterations_done, epoch))
+            for index in minibatches(traj, self.unit, config.minibatches, rng):
+                stopped = self._step(traj, fixed, index, averages, epoch)
+                steps += not stopped
+                if stopped:
+                    break
+            if stopped:
+                break
+        self.iterations_done += 1
+        metrics["updates"] = steps
+        return metrics | averages.means() | {"update_s": time.perf_counter() - start}
+
+    @property
+    def learning_rate(self) -> float:
+        """Adam's step size in the iteration that comes next."""
+        left = 1 - self.iterations_done / self.config.iterations if self.config.anneal else 1.0
+        return self.config.learning_rate * max(left, 0.0)
+
+    def _step(
+        self,
+        traj: Trajectories,
+        fixed: dict[str, Tensor],
+        index: Tensor | None,
+        averages: Averages,
+        epoch: int,
+    ) -> bool:
+        """One minibatch. Returns True, having changed nothing, where :meth:`should_stop` says so."""
+        if index is not None:
+            traj, fixed = traj.select(index), {name: x[index] for name, x in fixed.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        whole, mine = units(traj, self.unit), Averages()
+        for rows in micro_batches(traj, self.unit, self.config.micro_batch):
+            part = traj if rows is None else traj.select(rows)
+            held = fixed if rows is None else {name: x[rows] for name, x in fixed.items()}
+            count = whole if rows is None else units(part, self.unit)
+            loss, metrics = self.loss(part, self.policy.evaluate(part), held)
+            if not math.isfinite(float(loss.detach())):
+                self._refuse(f"the loss is {float(loss.detach())}", epoch)
+            # Law 8: each part counts by its share of the units, so the sum is the mean over the whole
+            # minibatch.
+            (loss * (count / whole)).backward()
+            for kept in (mine, averages):
+                kept.add({"loss": loss.detach(), **metrics}, count)
+        if self.should_stop(mine.means()):
+            self.optimizer.zero_grad(set_to_none=True)
+            return True
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
+        if not math.isfinite(float(norm)):
+            self._refuse(f"the gradient's norm is {float(norm)}", epoch)
+        self.optimizer.step()
+        averages.add({"grad_norm": norm}, 1.0)
+        return False
+
+    def _refuse(self, what: str, epoch: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(
+            f"{self.name}: {what} in iteration {self.iterations_done}, epoch {epoch}; the weights were left as "
+            "they were before this step. Check the rewards and log-probabilities of the batch, or lower "
+            "learning_rate"
+        )
+
+    # ---- sampling ----
+
+    def sample(self, env: Any) -> Trajectories:
+        """A batch from the env: episodes of text, or of control, or ``steps`` env steps as fragments."""
+        config = self.config
+        if self.policy.sequence_obs:
+            if config.episodes is None or config.steps is not None:
+                raise ValueError(
+                    f"{self.name}: a text env is sampled by episodes; set episodes and leave steps None"
+                )
+            have = text_envs(env)[0].mdp.group_size if text_envs(env) else 1
+            if have != config.group_size:
+                raise ValueError(
+                    f"{self.name}: the env was made with group_size={have} and the agent with "
+                    f"group_size={config.group_size}; make both the same"
+                )
+            return rollout(
+                env, self.policy, episodes=config.episodes, first_episode=self.episodes_done, seed=config.seed
+            )
+        if config.steps is None:
+            return collect(
+                env, self.policy, episodes=config.episodes, first_episode=self.episodes_done, seed=config.seed
+            )
+        rows = getattr(env.unwrapped, "num_envs", 1)
+        if config.steps % rows:
+            raise ValueError(
+                f"{self.name}: steps counts all rows, so it must be a multiple of the env's {rows}, "
+                f"got {config.steps}"
+            )
+        if self._collector is None or self._collected is not env:
+            seed = int(np.random.SeedSequence((config.seed, self.iterations_done)).generate_state(1)[0])
+            self._collector, self._collected = Collector(env, self.policy, seed=seed), env
+        return self._collector.steps(config.steps // rows)
+
+    def _set_kl_coef(self, env: Any) -> float | None:
+        """Puts the coefficient into the env and returns it; None where the env has no penalty."""
+        config, text = self.config, text_envs(env)
+        if self._kl is None and config.kl_target is not None:
+            if not text:
+                raise ValueError(
+                    f"{self.name}: kl_target steers a text env's KL penalty, and this env has none"
+                )
+            coef = config.kl_coef if config.kl_coef is not None else text[0].kl_coef
+            self._kl = AdaptiveKL(coef, config.kl_target, config.kl_horizon)
+        elif self._kl is None and config.kl_coef is not None:
+            self._kl = FixedKL(config.kl_coef)
+        if self._kl is not None:
+            set_kl_coef(env, self._kl.coef)
+        return text[0].kl_coef if text else None
+
+    def _count(self, traj: Trajectories) -> dict[str, float]:
+        """Adds a sampled batch to the counters; its metrics as sampled."""
+        metrics, episodes = describe(traj), len(traj)
+        if self._collector is not None:
+            returns, lengths = self._collector.pop_finished()
+            episodes = len(returns)
+            # Rows are fragments here, whose returns mean nothing: report the episodes that ended in this
+            # batch, if any did.
+            metrics = {k: v for k, v in metrics.items() if k not in ("return", "length")}
+            if episodes:
+                metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
+        self.episodes_done += episodes
+        self.steps_done += int(traj.mask.sum())
+        self.tokens_done += int(traj.response_lengths.sum())
+        self.reward_calls += len(traj) if traj.score is not None else 0
+        return metrics
+
+    def iteration(self, env: Any = None) -> tuple[Trajectories, dict[str, float]]:
+        """Samples a batch (or takes the next of :meth:`batches`), learns from it, and counts.
+
+        Args:
+            env: a Gymnasium ``Env`` or ``VectorEnv``; not needed by algorithms that learn from data.
+
+        Returns:
+            the batch and the iteration's metrics.
+        """
+        start = time.perf_counter()
+        metrics: dict[str, float] = {"iteration": self.iterations_done}
+        if self._data is None:
+            self._data = self.batches()
+        if self._data is not None:
+            traj = next(self._data)
+        else:
+            if env is None:
+                raise ValueError(f"{self.name}.iteration needs an env to sample from")
+            coef = self._set_kl_coef(env)
+            if coef is not None:
+                metrics["kl_coef"] = coef
+            traj = self.sample(env)
+            metrics |= self._count(traj)
+        metrics["sample_s"] = time.perf_counter() - start
+        metrics |= self.update(traj)
+        if self._kl is not None and "kl" in metrics:
+            self._kl.update(metrics["kl"], len(traj))
+        self.after_iteration()
+        metrics["tokens_per_second"] = float(traj.response_lengths.sum()) / (time.perf_counter() - start)
+        metrics |= {
+            "episodes": self.episodes_done,
+            "steps": self.steps_done,
+            "tokens": self.tokens_done,
+            "reward_calls": self.reward_calls,
+        }
+        return traj, metrics
+
+    # ---- checkpoints ----
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a run needs to continue bit for bit: tensors (for safetensors) and counters (for JSON).
+        No pickle.
+
+        A control env's inner state can not be saved, so sampling by ``steps`` starts fresh episodes after a
+        checkpoint, with a seed made of (seed, iteration): in the run that goes on just as in one restored
+        from it, so the two stay equal.
+        """
+        self._collector = None
+        tensors = {f"policy.{n}": t.detach().cpu().clone() for n, t in self.policy.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value.detach().cpu().clone()
+        counters: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
+        counters["kl_coef"] = None if self._kl is None else self._kl.coef
+        counters["extra"] = self.extra_counters()
+        return tensors, counters
+
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Takes back a :meth:`checkpoint`; the agent then continues as the one that made it would have.
+
+        Raises:
+            ValueError: the checkpoint is of another policy.
+        """
+        mine = self.policy.state_dict()
+        saved = {name.removeprefix("policy."): t for name, t in tensors.items() if name.startswith("policy.")}
+        wrong = sorted(set(mine) ^ set(saved)) + [
+            n for n in mine if n in saved and mine[n].shape != saved[n].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{self.name}: the checkpoint is of another policy; it differs in {', '.join(wrong[:5])}"
+            )
+        self.policy.load_state_dict(saved)
+        self.optimizer.state.clear()
+        for name, parameter in self._parameters.items():
+            state = {
+                key: tensors[f"adam.{key}.{name}"].to(parameter.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam.{key}.{name}" in tensors
+            }
+            if state:
+                self.optimizer.state[parameter] = state
+        for name in _COUNTERS:
+            setattr(self, name, counters[name])
+        coef, config = counters["kl_coef"], self.config
+        if coef is None:
+            self._kl = None
+        elif config.kl_target is not None:
+            self._kl = AdaptiveKL(coef, config.kl_target, config.kl_horizon)
+        else:
+            self._kl = FixedKL(coef)
+        self._collector = self._data = None
+        self.restore_extra(counters["extra"])
+
+
+def learn(
+    agent: Agent[Any],
+    env: Any = None,
+    iterations: int | None = None,
+    callback: Callable[[Agent[Any], Trajectories, dict[str, float]], object] | None = None,
+) -> Agent[Any]:
+    """Runs ``iterations`` more iterations (None: up to the config's number), calling ``callback(agent,
+    traj, metrics)`` after each.
+    """
+    end = agent.config.iterations if iterations is None else agent.iterations_done + iterations
+    while agent.iterations_done < end:
+        traj, metrics = agent.iteration(env)
+        if callback is not None:
+            callback(agent, traj, metrics)
+    return agent
+
+
+def _lower(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x

@@ -1,0 +1,137 @@
+"""How a batch is cut: into minibatches (an Adam step each) and micro-batches (a forward each), by units
+that stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lm_envs.trajectories import Trajectories
+
+UNITS = ("token", "sequence", "group")
+
+
+class Before:
+    """The policy's evaluation of a batch before the update, without gradients, computed when first read.
+
+    Reads like an ``Evaluation``: ``logprob (B, T)``, ``entropy (B, T)``, ``value (B, T+1)``, ``log_probs()
+    (B, T, V)``. An algorithm that needs none of them pays for no forward.
+    """
+
+    def __init__(self, policy: nn.Module, traj: Trajectories, micro_batch: int | None = None) -> None:
+        self._policy: Any = policy
+        self._traj, self._rows = traj, micro_batch or len(traj)
+
+    @cached_property
+    def _parts(self) -> list[Any]:
+        with torch.no_grad():
+            if self._rows >= len(self._traj):
+                return [self._policy.evaluate(self._traj)]
+            starts = range(0, len(self._traj), self._rows)
+            return [self._policy.evaluate(self._traj.select(slice(i, i + self._rows))) for i in starts]
+
+    @property
+    def was_read(self) -> bool:
+        """Whether the forward has been paid for."""
+        return "_parts" in self.__dict__
+
+    @cached_property
+    def logprob(self) -> Tensor:
+        """``(B, T)``."""
+        return torch.cat([part.logprob for part in self._parts])
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """``(B, T)``."""
+        return torch.cat([part.entropy for part in self._parts])
+
+    @cached_property
+    def value(self) -> Tensor:
+        """``(B, T+1)``."""
+        return torch.cat([part.value for part in self._parts])
+
+    def log_probs(self) -> Tensor:
+        """``(B, T, V)``."""
+        with torch.no_grad():
+            return torch.cat([part.log_probs() for part in self._parts])
+
+
+def groups(traj: Trajectories) -> tuple[Tensor, Tensor]:
+    """The groups' numbers, and each row's index into them.
+
+    Raises:
+        ValueError: the trajectories have no groups.
+    """
+    if traj.group is None:
+        raise ValueError("a loss over groups needs Trajectories.group, and these have none")
+    found, inverse = torch.unique(traj.group, return_inverse=True)
+    return found, inverse
+
+
+def units(traj: Trajectories, unit: str) -> int:
+    """How many tokens (real steps), sequences (rows) or groups a batch holds."""
+    if unit == "token":
+        return int(traj.mask.sum())
+    if unit == "sequence":
+        return len(traj)
+    if unit == "group":
+        return len(groups(traj)[0])
+    raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+
+
+def minibatches(
+    traj: Trajectories, unit: str, count: int, rng: np.random.Generator
+) -> Iterator[Tensor | None]:
+    """Row indices of each of ``count`` shuffled minibatches; a single None is the whole batch as it is.
+
+    With unit "group" the groups are shuffled and none is split.
+    """
+    if count == 1:
+        yield None
+        return
+    if unit == "group":
+        found, inverse = groups(traj)
+        order = np.array_split(rng.permutation(len(found)), count)
+        parts = [np.flatnonzero(np.isin(inverse.cpu().numpy(), chosen)) for chosen in order]
+    else:
+        parts = np.array_split(rng.permutation(len(traj)), count)
+    for part in parts:
+        if len(part):
+            yield torch.from_numpy(part).to(traj.mask.device)
+
+
+def micro_batches(traj: Trajectories, unit: str, most: int | None) -> list[Tensor | None]:
+    """Row indices of each forward within a minibatch, ``most`` rows or fewer; a single None is all at once.
+
+    With unit "group" groups stay whole, so one that is larger than ``most`` makes a larger forward.
+    """
+    if most is None or most >= len(traj):
+        return [None]
+    rows = torch.arange(len(traj), device=traj.mask.device)
+    if unit != "group":
+        return list(rows.split(most))
+    found, inverse = groups(traj)
+    chunks: list[list[Tensor]] = [[]]
+    for group in range(len(found)):
+        members = rows[inverse == group]
+        if chunks[-1] and sum(map(len, chunks[-1])) + len(members) > most:
+            chunks.append([])
+        chunks[-1].append(members)
+    return [torch.cat(chunk) for chunk in chunks]
+
+
+def flatten_fixed(fixed: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Tensors to go with ``Trajectories.flatten``: ``(B, T, ...)`` to ``(N, 1, ...)``, a row per real
+    step, and ``(B,)`` to ``(N,)``.
+    """
+    lengths = mask.sum(dim=1)
+    return {
+        name: x.repeat_interleave(lengths, dim=0) if x.ndim == 1 else x[mask].unsqueeze(1)
+        for name, x in fixed.items()
+    }

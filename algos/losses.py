@@ -1,0 +1,179 @@
+"""Losses and diagnostics: pure functions on ``(B, T)`` tensors and a mask.
+
+What lies in masked positions changes neither a value nor a gradient, NaN included (law 1): inputs are cleaned
+*before* any nonlinear function, since the gradient of ``where(mask, exp(x), 0)`` at a masked NaN is ``0 *
+NaN``.
+
+Losses come per position; :func:`masked_mean` (unit "token") or :func:`sequence_mean` (unit "sequence") makes
+them a scalar.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lm_envs.algos.advantages import masked
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """``sum_{b,t} m x / sum_{b,t} m``, a scalar: every token weighs the same, whatever its row."""
+    return masked(x, mask).sum() / mask.sum()
+
+
+def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """``(1/B) sum_b sum_t m x``, a scalar: sums over a row, mean over rows, as in the score-function
+    gradient of a sequence.
+    """
+    return masked(x, mask).sum() / len(x)
+
+
+def policy_gradient_loss(logprob: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    """``-A_t * log pi(a_t|s_t)`` per position, ``(B, T)`` (Williams 1992, "Simple statistical
+    gradient-following algorithms").
+    """
+    return -masked(advantage, mask) * masked(logprob, mask)
+
+
+def importance_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tensor:
+    """``rho_t = pi(a_t|s_t) / pi_old(a_t|s_t)``, ``(B, T)``, 1 in masked positions."""
+    return torch.exp(masked(logprob, mask) - masked(old_logprob, mask))
+
+
+def ppo_clip_loss(
+    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, clip: float = 0.2
+) -> Tensor:
+    """``max(-A * rho, -A * clamp(rho, 1 - clip, 1 + clip))`` per position, ``(B, T)``.
+
+    Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7 with the sign turned. Where the
+    clip binds the gradient is 0; at ``rho = 1`` it is that of :func:`policy_gradient_loss`.
+    """
+    ratio = importance_ratio(logprob, old_logprob, mask)
+    advantage = masked(advantage, mask)
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def value_loss(
+    value: Tensor, target: Tensor, mask: Tensor, old_value: Tensor | None = None, clip: float | None = None
+) -> Tensor:
+    """``0.5 * (V - target)^2`` per position, or with a clip ``0.5 * max((V - target)^2, (V_clip -
+    target)^2)``, ``(B, T)``.
+
+    ``V_clip = V_old + clamp(V - V_old, -clip, clip)`` (OpenAI baselines' PPO2; lm-human-preferences).
+
+    Raises:
+        ValueError: a clip without ``old_value``.
+    """
+    value, target = masked(value, mask), masked(target, mask)
+    error = (value - target) ** 2
+    if clip is not None:
+        if old_value is None:
+            raise ValueError("value_loss: clip needs old_value, the values before the update")
+        old_value = masked(old_value, mask)
+        error = torch.maximum(error, (old_value + (value - old_value).clamp(-clip, clip) - target) ** 2)
+    return 0.5 * error
+
+
+def nll(logprob: Tensor, mask: Tensor) -> Tensor:
+    """``-log pi(a_t|s_t)`` per position, ``(B, T)``: maximum likelihood on demonstrations."""
+    return -masked(logprob, mask)
+
+
+def bradley_terry(score: Tensor, rank: Tensor, group: Tensor) -> Tensor:
+    """Ranking loss over all pairs of each group, averaged within the group, then over groups: a scalar.
+
+    ``1/(K choose 2) * sum_{i better than j} -log sigmoid(s_i - s_j)`` (Bradley and Terry 1952; Ouyang et al.
+    2022, eq. 1). All pairs of a group stand in one batch, so a completion enters one forward, not K-1. Pairs
+    of equal rank say nothing and are left out.
+
+    Args:
+        score: ``(B,)`` float.
+        rank: ``(B,)`` int64, 0 is the best of its group.
+        group: ``(B,)`` int64.
+
+    Raises:
+        ValueError: a group has no two rows of different rank.
+    """
+    better = (group[:, None] == group[None, :]) & (rank[:, None] < rank[None, :])
+    found, inverse = torch.unique(group, return_inverse=True)
+    pairs = torch.zeros(len(found), dtype=torch.int64, device=group.device).index_add(
+        0, inverse, better.sum(dim=1)
+    )
+    if bool((pairs == 0).any()):
+        raise ValueError(
+            f"bradley_terry: group {int(found[pairs == 0][0])} has no two rows of different rank"
+        )
+    first, second = better.nonzero(as_tuple=True)
+    weight = 1.0 / pairs[inverse[first]].to(score.dtype)
+    return (-logsigmoid(score[first] - score[second]) * weight).sum() / len(found)
+
+
+def k1(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
+    """``l = log pi - log ref`` per position, ``(B, T)``, on samples of pi.
+
+    As a value: unbiased for KL(pi || ref), can be negative. As a reward with reward-to-go: the exact
+    gradient. As a loss term: its expected gradient is 0. (Schulman 2020, "Approximating KL divergence".)
+    """
+    return masked(logprob, mask) - masked(ref_logprob, mask)
+
+
+def k2(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
+    """``l^2 / 2`` per position, ``(B, T)``, on samples of pi.
+
+    As a value: biased, low in variance, never negative. As a loss term per token: the gradient of the
+    per-state KL, exact state by state, but it omits what an early token does to later KL; of a whole
+    sequence's l it is exact.
+    """
+    return 0.5 * k1(logprob, ref_logprob, mask) ** 2
+
+
+def k3(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
+    """``exp(-l) - 1 + l`` per position, ``(B, T)``, on samples of pi.
+
+    As a value: unbiased and never negative; its variance can be infinite where pi is much smaller than ref.
+    As a loss term per token and as a reward: biased (GRPO uses the former).
+    """
+    log_ratio = k1(logprob, ref_logprob, mask)
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def explained_variance(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """``1 - Var(target - prediction) / Var(target)`` over unmasked positions, a scalar.
+
+    1 is a perfect critic, 0 one no better than a constant. NaN when the target is constant: there is nothing
+    to explain.
+    """
+    target, error = target[mask], (target - prediction)[mask]
+    variance = target.var(unbiased=False)
+    return torch.where(
+        variance > 0, 1 - error.var(unbiased=False) / variance, torch.full_like(variance, float("nan"))
+    )
+
+
+def ratio_metrics(
+    logprob: Tensor, old_logprob: Tensor, mask: Tensor, clip: float | None = None
+) -> dict[str, Tensor]:
+    """Token means of an update's step away from the sampling policy: ``ratio``, ``ratio_max``, ``approx_kl``,
+    ``clip_fraction``.
+
+    ``approx_kl`` is k3 on samples of the old policy, ``rho - 1 - log rho``: unbiased for KL(old || new),
+    never negative.
+    """
+    with torch.no_grad():
+        ratio = importance_ratio(logprob, old_logprob, mask)
+        out = {
+            "ratio": masked_mean(ratio, mask),
+            "ratio_max": masked(ratio, mask).max(),
+            "approx_kl": masked_mean(k3(old_logprob, logprob, mask), mask),
+        }
+        if clip is not None:
+            out["clip_fraction"] = masked_mean(((ratio - 1).abs() > clip).to(ratio.dtype), mask)
+    return out
+
+
+def tally(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``(sum, count)`` of ``x`` over unmasked positions: a metric that adds up exactly over micro-batches
+    of any size.
+    """
+    return masked(x.detach(), mask).sum(), mask.sum()

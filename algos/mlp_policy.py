@@ -1,0 +1,125 @@
+"""A small feed-forward policy for control: separate actor and critic, discrete actions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from lm_envs.algos.policies import Evaluation, Policy
+from lm_envs.trajectories import Trajectories
+
+
+def _trunk(sizes: Sequence[int], last_gain: float, generator: torch.Generator) -> nn.Sequential:
+    """Linear layers with tanh between them; orthogonal weights, zero biases (Engstrom et al. 2020)."""
+    layers: list[nn.Module] = []
+    for i, (width, out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        last = i == len(sizes) - 2
+        linear = nn.utils.skip_init(nn.Linear, width, out)
+        nn.init.orthogonal_(linear.weight, last_gain if last else 2**0.5, generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if last else [linear, nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+class MLPPolicy(Policy):
+    """Actor and critic as two multilayer perceptrons with tanh.
+
+    Args:
+        env: any Gymnasium ``Env`` or ``VectorEnv`` with ``Discrete`` actions and ``Box`` or ``Discrete``
+            observations (the latter as one-hot vectors). Only its spaces are read.
+        hidden: widths of the hidden layers of each.
+        seed: of the weights; no global generator is touched.
+
+    Raises:
+        ValueError: a space of another kind, or actions that do not start at 0.
+    """
+
+    sequence_obs = False
+
+    def __init__(self, env: Any, hidden: Sequence[int] = (64, 64), seed: int = 0) -> None:
+        super().__init__()
+        obs_space = getattr(env, "single_observation_space", None) or env.observation_space
+        action_space = getattr(env, "single_action_space", None) or env.action_space
+        if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
+            raise ValueError(f"MLPPolicy needs Discrete actions that start at 0, got {action_space}")
+        self._one_hot, self._first = 0, 0
+        if isinstance(obs_space, spaces.Discrete):
+            width = self._one_hot = int(obs_space.n)
+            self._first = int(obs_space.start)
+        elif isinstance(obs_space, spaces.Box):
+            width = int(np.prod(obs_space.shape))
+        else:
+            raise ValueError(f"MLPPolicy needs Box or Discrete observations, got {obs_space}")
+        generator = torch.Generator().manual_seed(seed)
+        # A small last gain starts the policy near uniform; the critic's starts it on the scale of its inputs.
+        self.actor = _trunk((width, *hidden, int(action_space.n)), 0.01, generator)
+        self.critic = _trunk((width, *hidden, 1), 1.0, generator)
+
+    def _features(self, obs: Tensor) -> Tensor:
+        """``(N, width)`` in the weights' dtype, from ``(N, *shape)``."""
+        weight = self.actor[0].weight
+        obs = obs.to(weight.device)
+        if self._one_hot:
+            return one_hot(obs.long() - self._first, self._one_hot).to(weight.dtype)
+        return obs.reshape(len(obs), -1).to(weight.dtype)
+
+    @torch.no_grad()
+    def act(
+        self, obs: NDArray[Any], uniforms: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Actions by inverse CDF, in float64: the first action whose cumulative probability exceeds the
+        uniform.
+
+        Args:
+            obs: ``(N, *shape)``.
+            uniforms: ``(N,)`` float64 in [0, 1).
+
+        Returns:
+            actions ``(N,)`` int64 and their log-probabilities ``(N,)`` float64.
+        """
+        logits = self.actor(self._features(torch.as_tensor(obs))).double().cpu().numpy()
+        logits = logits - logits.max(axis=1, keepdims=True)
+        weight = np.exp(logits)
+        cumulative = weight.cumsum(axis=1)
+        total = cumulative[:, -1:]
+        actions = (cumulative <= np.asarray(uniforms).reshape(-1, 1) * total).sum(axis=1)
+        logprob = np.take_along_axis(logits - np.log(total), actions[:, None], axis=1)[:, 0]
+        return actions, logprob
+
+    def evaluate(self, traj: Trajectories) -> Evaluation:
+        """One forward of each network over the real steps; the critic also sees ``final_obs`` of truncated
+        rows.
+        """
+        if traj.obs is None:
+            raise ValueError("MLPPolicy.evaluate needs Trajectories.obs, (B, T, *shape)")
+        # Only real steps enter: what is in masked positions, NaN included, is never read.
+        mask = traj.mask
+        features = self._features(traj.obs[mask])
+        log_p = self.actor(features).log_softmax(dim=-1)
+        chosen = log_p.gather(1, traj.actions[mask].unsqueeze(1)).squeeze(1)
+        entropy = -(log_p.exp() * log_p).sum(dim=1)
+        value = self.critic(features).squeeze(1)
+        zeros = log_p.new_zeros(mask.shape)
+        values = log_p.new_zeros(mask.shape[0], mask.shape[1] + 1)
+        where = torch.nn.functional.pad(mask, (0, 1))
+        values = values.masked_scatter(where, value)
+        if traj.final_obs is not None and bool(traj.truncated.any()):
+            # Law 5: truncation bootstraps from what was seen after the cut, termination does not.
+            cut = traj.truncated
+            final = self.critic(self._features(traj.final_obs[cut])).squeeze(1)
+            values = values.index_put((cut.nonzero().squeeze(1), traj.lengths[cut]), final)
+
+        def full() -> Tensor:
+            everything = log_p.new_zeros(*mask.shape, log_p.shape[-1])
+            return everything.masked_scatter(mask.unsqueeze(-1), log_p)
+
+        return Evaluation(
+            zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy), values, full
+        )

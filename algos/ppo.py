@@ -1,0 +1,98 @@
+"""PPO: several epochs per batch within a clipped distance of the policy that sampled it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lm_envs.algos import advantages as adv
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.batching import Before
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.kl_control import exceeds
+from lm_envs.algos.losses import masked_mean, ppo_clip_loss, ratio_metrics, value_loss
+from lm_envs.algos.metrics import Metric
+from lm_envs.trajectories import Trajectories
+
+
+@dataclass
+class PPOConfig(AgentConfig):
+    """Settings of :class:`PPO`; the defaults are for a small language model."""
+
+    epochs: int = 4
+    """Passes over each batch."""
+    minibatches: int = 2
+    """Adam steps per pass."""
+    lam: float = 0.95
+    """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
+    clip: float = 0.2
+    """How far the ratio to the sampling policy may leave 1 before it earns no more."""
+    value_clip: float | None = 0.2
+    """How far a value may move per batch before it earns no more. None does not clip."""
+    whiten_advantage: bool = True
+    """Scale advantages to mean 0 and standard deviation 1 over the batch."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    kl_stop: float | None = None
+    """Leave a batch once a minibatch's KL to the sampling policy exceeds this, nats per token. None never
+    does.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+        if self.value_clip is not None and not self.value_clip > 0:
+            raise ValueError(f"value_clip must be positive or None, got {self.value_clip}")
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
+
+
+class PPO(Agent[PPOConfig]):
+    """Proximal policy optimisation with the clipped objective (Schulman et al. 2017).
+
+    ``max(-A rho, -A clip(rho)) + value_coef * value loss - entropy_coef * H``, means over tokens. ``rho`` is
+    the ratio to the policy before the update, re-evaluated on the batch, so that it is exactly 1 at first
+    whatever the precision of sampling. On text the KL penalty is in the reward, with a fixed or a steered
+    coefficient (Ziegler et al. 2019).
+    """
+
+    Config = PPOConfig
+    name = "ppo"
+    unit = "token"
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        """``advantage``, ``target``, ``old_logprob`` and ``old_value``, all ``(B, T)``."""
+        value = before.value[:, :-1]
+        advantage = adv.gae(traj.reward, before.value, traj.mask, self.config.gamma, self.config.lam)
+        target = advantage + value
+        if self.config.whiten_advantage:
+            advantage = adv.whiten(advantage, traj.mask)
+        return {"advantage": advantage, "target": target, "old_logprob": before.logprob, "old_value": value}
+
+    def loss(
+        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Token means of the clipped objective, the clipped value loss and the entropy bonus."""
+        config, mask = self.config, traj.mask
+        clipped = ppo_clip_loss(now.logprob, fixed["old_logprob"], fixed["advantage"], mask, config.clip)
+        policy = masked_mean(clipped, mask)
+        value = masked_mean(
+            value_loss(now.value[:, :-1], fixed["target"], mask, fixed["old_value"], config.value_clip), mask
+        )
+        entropy = masked_mean(now.entropy, mask)
+        loss = policy + config.value_coef * value - config.entropy_coef * entropy
+        metrics: dict[str, Metric] = {
+            "policy_loss": policy.detach(),
+            "value_loss": value.detach(),
+            "entropy": entropy.detach(),
+        }
+        return loss, metrics | ratio_metrics(now.logprob, fixed["old_logprob"], mask, config.clip)
+
+    def should_stop(self, metrics: dict[str, float]) -> bool:
+        """The early stop on the KL to the sampling policy."""
+        return exceeds(metrics["approx_kl"], self.config.kl_stop)

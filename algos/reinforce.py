@@ -1,0 +1,132 @@
+"""REINFORCE: the score-function gradient with a choice of baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lm_envs.algos import advantages as adv
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.batching import Before
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.losses import policy_gradient_loss, sequence_mean, tally, value_loss
+from lm_envs.algos.metrics import Metric
+from lm_envs.trajectories import Trajectories
+
+Baseline = Literal["none", "constant", "running_mean", "batch_mean", "leave_one_out", "value"]
+
+
+@dataclass
+class ReinforceConfig(AgentConfig):
+    """Settings of :class:`REINFORCE`; the defaults are for a small language model."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size at the start."""
+    group_size: int = 4
+    """Episodes in a row that share a prompt; the text env is made with the same number."""
+    baseline: Baseline = "leave_one_out"
+    """What is subtracted from the returns: nothing, `baseline_constant`, a moving average over past batches,
+    the batch's mean, the mean of the other episodes of the prompt (RLOO), or a learned value."""
+    baseline_constant: float = 0.0
+    """The baseline "constant"."""
+    baseline_decay: float = 0.9
+    """Share of the past that the baseline "running_mean" keeps per batch."""
+    reward_to_go: bool = False
+    """Weigh an action by the rewards after it instead of the whole episode's: same expectation, less
+    variance.
+    """
+    whiten_advantage: bool = False
+    """Scale advantages to mean 0 and standard deviation 1 over the batch."""
+    value_coef: float = 0.1
+    """Weight of the value loss (baseline "value")."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline not in get_args(Baseline):
+            raise ValueError(
+                f"baseline must be one of {', '.join(get_args(Baseline))}, got {self.baseline!r}"
+            )
+        if self.steps is not None:
+            raise ValueError("REINFORCE learns from returns of whole episodes: set episodes, not steps")
+        if not 0 <= self.baseline_decay < 1:
+            raise ValueError(f"baseline_decay must lie in [0, 1), got {self.baseline_decay}")
+
+
+class REINFORCE(Agent[ReinforceConfig]):
+    """``-(1/B) sum_b sum_t A_t log pi(a_t|s_t)`` with ``A = G - baseline`` (Williams 1992).
+
+    The KL penalty is part of the reward, so it enters before the baseline. With baseline "leave_one_out" and
+    whole returns this is RLOO (Ahmadian et al. 2024, "Back to basics"). The batch's mean counts the episode
+    itself, which shrinks the gradient by (B-1)/B; the others are unbiased. An episode cut by a time limit is
+    bootstrapped from the critic where there is one (baseline "value"); without one its return ends at the
+    cut, a bias that is the price of having no critic.
+    """
+
+    Config = ReinforceConfig
+    name = "reinforce"
+    unit = "sequence"
+
+    def __init__(self, policy: Any, config: ReinforceConfig | None = None) -> None:
+        super().__init__(policy, config)
+        self._mean = self._weight = 0.0  # of past returns, for "running_mean"
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        """``advantage (B, T)``, and with a learned value its ``target (B, T)``."""
+        config, mask = self.config, traj.mask
+        critic = config.baseline == "value"
+        bootstrap = adv.value_at_end(before.value, mask) if critic else None
+        signal = adv.discounted_returns(traj.reward, mask, config.gamma, bootstrap)
+        if not config.reward_to_go:
+            signal = adv.masked(signal[:, :1].expand_as(signal), mask)
+        # discount^t of the true gradient is left out, as everywhere in the field.
+        advantage = signal - self._baseline(traj, signal, before)
+        if config.whiten_advantage:
+            advantage = adv.whiten(advantage, mask)
+        fixed = {"advantage": advantage}
+        return fixed | {"target": signal} if critic else fixed
+
+    def _baseline(self, traj: Trajectories, signal: Tensor, before: Before) -> Tensor | float:
+        config = self.config
+        if config.baseline == "none":
+            return 0.0
+        if config.baseline == "constant":
+            return config.baseline_constant
+        if config.baseline == "value":
+            return before.value[:, :-1]
+        if config.baseline == "running_mean":
+            # The mean of *past* batches, which this batch's actions cannot have moved.
+            baseline = self._mean / self._weight if self._weight else 0.0
+            mean = float(adv.masked(signal, traj.mask).sum() / traj.mask.sum())
+            self._mean, self._weight = adv.running_mean(self._mean, self._weight, mean, config.baseline_decay)
+            return baseline
+        # A row that has ended is compared by its last entry.
+        signal = adv.extend(signal, traj.mask)
+        if config.baseline == "batch_mean":
+            return adv.group_mean(signal)
+        return adv.leave_one_out(signal, traj.group)
+
+    def loss(
+        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Mean over rows of sums over steps, of policy gradient, value loss and entropy bonus."""
+        config, mask = self.config, traj.mask
+        policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)
+        metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, mask)}
+        loss = policy
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * sequence_mean(now.entropy, mask)
+        if "target" in fixed:
+            value = value_loss(now.value[:, :-1], fixed["target"], mask)
+            loss = loss + config.value_coef * sequence_mean(value, mask)
+            metrics["value_loss"] = tally(value, mask)
+        return loss, metrics
+
+    def extra_counters(self) -> dict[str, Any]:
+        return {"running_mean": [self._mean, self._weight]}
+
+    def restore_extra(self, extra: dict[str, Any]) -> None:
+        self._mean, self._weight = extra["running_mean"]
