@@ -1,0 +1,44 @@
+"""Counted randomness: known answers of the generator, and uniforms that depend on nothing but their place."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lm_envs import counted
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [  # the generator's published known-answer vectors (Random123)
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ],
+)
+def test_known_answers(counter, key, answer):
+    assert counted.philox4x32(np.array(counter, dtype=np.uint64), key).tolist() == list(answer)
+
+
+def test_uniforms_are_a_function_of_their_place():
+    whole = counted.uniform(7, counted.TOKEN, np.arange(50)[:, None], np.arange(9))
+    assert whole[31, 4] == counted.uniform(7, counted.TOKEN, 31, 4)
+    assert np.unique(whole).size == whole.size
+    for other in (counted.uniform(8, counted.TOKEN, 31, 4), counted.uniform(7, counted.PROMPT, 31, 4)):
+        assert other != whole[31, 4]
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    numbers = counted.uniform(3, counted.TOKEN, np.arange(2000)[:, None], np.arange(10))
+    assert stats.kstest(numbers.ravel(), "uniform").pvalue > 0.01
+    for axis in (0, 1):
+        a, b = np.split(numbers.T if axis else numbers, 2)
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.03
+
+
+def test_integers_stay_below_high_and_hit_everything():
+    drawn = counted.integers(0, counted.PROMPT, np.arange(1000), 7)
+    assert sorted(set(drawn.tolist())) == list(range(7))
+
+
+def test_a_seed_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="seed"):
+        counted.uniform(-1, 0, 0)
