@@ -35,7 +35,7 @@ class A2CConfig(AgentConfig):
         super().__post_init__()
         if self.epochs != 1 or self.minibatches != 1:
             raise ValueError(
-                "A2C takes one on-policy step per batch: after it the batch is off-policy and the loss has no "
+                "A2C takes one on-policy step per batch: then the batch is off-policy and the loss has no "
                 "importance ratio. Use ppo for several epochs or minibatches"
             )
         if not 0 <= self.lam <= 1:

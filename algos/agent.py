@@ -39,12 +39,14 @@ class Agent(Generic[C]):
         unit: what ``loss`` averages over, so that parts of a batch can be weighted by their share of it:
             "token" (real steps), "sequence" (rows) or "group" (rows with the same ``group``; never split over
             minibatches).
+        needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
         iterations_done, episodes_done, tokens_done, steps_done, reward_calls: counters of the run.
     """
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     name: ClassVar[str] = "agent"
     unit: ClassVar[str] = "token"
+    needs_data: ClassVar[bool] = False
 
     def __init__(self, policy: nn.Module, config: C | None = None) -> None:
         self.policy: Any = policy.eval()
@@ -93,12 +95,12 @@ class Agent(Generic[C]):
         """
         return False
 
-    def extra_counters(self) -> dict[str, Any]:
-        """More state for a checkpoint, in JSON's types."""
-        return {}
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """More state for a checkpoint: tensors, and values in JSON's types."""
+        return {}, {}
 
-    def restore_extra(self, extra: dict[str, Any]) -> None:
-        """Takes back what :meth:`extra_counters` gave."""
+    def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`extra_state` gave."""
 
     # ---- the engine ----
 
@@ -321,8 +323,8 @@ class Agent(Generic[C]):
                 tensors[f"adam.{key}.{name}"] = value.detach().cpu().clone()
         counters: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
         counters["kl_coef"] = None if self._kl is None else self._kl.coef
-        counters["extra"] = self.extra_counters()
-        return tensors, counters
+        more, counters["extra"] = self.extra_state()
+        return tensors | {f"extra.{name}": t.detach().cpu().clone() for name, t in more.items()}, counters
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Takes back a :meth:`checkpoint`; the agent then continues as the one that made it would have.
@@ -359,7 +361,8 @@ class Agent(Generic[C]):
         else:
             self._kl = FixedKL(coef)
         self._collector = self._data = None
-        self.restore_extra(counters["extra"])
+        more = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
+        self.restore_extra(more, counters["extra"])
 
 
 def learn(

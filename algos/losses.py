@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from lm_envs.algos.advantages import masked
 
@@ -78,35 +77,6 @@ def value_loss(
 def nll(logprob: Tensor, mask: Tensor) -> Tensor:
     """``-log pi(a_t|s_t)`` per position, ``(B, T)``: maximum likelihood on demonstrations."""
     return -masked(logprob, mask)
-
-
-def bradley_terry(score: Tensor, rank: Tensor, group: Tensor) -> Tensor:
-    """Ranking loss over all pairs of each group, averaged within the group, then over groups: a scalar.
-
-    ``1/(K choose 2) * sum_{i better than j} -log sigmoid(s_i - s_j)`` (Bradley and Terry 1952; Ouyang et al.
-    2022, eq. 1). All pairs of a group stand in one batch, so a completion enters one forward, not K-1. Pairs
-    of equal rank say nothing and are left out.
-
-    Args:
-        score: ``(B,)`` float.
-        rank: ``(B,)`` int64, 0 is the best of its group.
-        group: ``(B,)`` int64.
-
-    Raises:
-        ValueError: a group has no two rows of different rank.
-    """
-    better = (group[:, None] == group[None, :]) & (rank[:, None] < rank[None, :])
-    found, inverse = torch.unique(group, return_inverse=True)
-    pairs = torch.zeros(len(found), dtype=torch.int64, device=group.device).index_add(
-        0, inverse, better.sum(dim=1)
-    )
-    if bool((pairs == 0).any()):
-        raise ValueError(
-            f"bradley_terry: group {int(found[pairs == 0][0])} has no two rows of different rank"
-        )
-    first, second = better.nonzero(as_tuple=True)
-    weight = 1.0 / pairs[inverse[first]].to(score.dtype)
-    return (-logsigmoid(score[first] - score[second]) * weight).sum() / len(found)
 
 
 def k1(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:

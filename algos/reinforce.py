@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -125,8 +126,8 @@ class REINFORCE(Agent[ReinforceConfig]):
             metrics["value_loss"] = tally(value, mask)
         return loss, metrics
 
-    def extra_counters(self) -> dict[str, Any]:
-        return {"running_mean": [self._mean, self._weight]}
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"running_mean": [self._mean, self._weight]}
 
-    def restore_extra(self, extra: dict[str, Any]) -> None:
-        self._mean, self._weight = extra["running_mean"]
+    def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self._mean, self._weight = values["running_mean"]

@@ -1,0 +1,105 @@
+"""Expert iteration: sample several, keep the best, imitate them, repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_envs.algos.advantages import masked
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.losses import masked_mean, nll
+from lm_envs.algos.metrics import Metric
+from lm_envs.trajectories import Trajectories
+
+
+@dataclass
+class ExpertIterationConfig(AgentConfig):
+    """Settings of :class:`ExpertIteration`; the defaults are for a small language model."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size at the start."""
+    group_size: int = 8
+    """Episodes in a row that share a prompt, of which the best are kept."""
+    keep: int = 1
+    """How many of each group are imitated."""
+    epochs: int = 2
+    """Passes over the kept episodes."""
+    restart: bool = False
+    """Imitate from the first weights in every iteration (as AlpacaFarm does) instead of from the last
+    iteration's.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            raise ValueError("expert iteration keeps whole episodes: set episodes, not steps")
+        if not 1 <= self.keep <= self.group_size:
+            raise ValueError(f"keep must lie in 1..group_size={self.group_size}, got {self.keep}")
+
+
+class ExpertIteration(Agent[ExpertIterationConfig]):
+    """``-log pi`` on the best episodes of each group (Anthony et al. 2017; Dubois et al. 2023, AlpacaFarm's
+    variant is `restart`).
+
+    Best is by ``score``, the reward model's, where there is one, else by the undiscounted return; ties go to
+    the earlier episode. Control episodes have no prompt: there a group is `group_size` episodes in a row.
+    """
+
+    Config = ExpertIterationConfig
+    name = "expert-iteration"
+    unit = "token"
+
+    def __init__(self, policy: Any, config: ExpertIterationConfig | None = None) -> None:
+        super().__init__(policy, config)
+        self._first: dict[str, Tensor] = {}
+        if self.config.restart:
+            self._first = {name: t.detach().clone() for name, t in policy.state_dict().items()}
+
+    def update(self, traj: Trajectories) -> dict[str, float]:
+        """Learns from the best episodes of the batch alone."""
+        value = traj.score
+        if value is None:
+            if traj.reward is None:
+                raise ValueError("expert iteration needs a score or rewards to know the best episodes by")
+            value = masked(traj.reward, traj.mask).sum(dim=1)
+        group = torch.arange(len(traj)) // self.config.group_size if traj.group is None else traj.group
+        if self.config.restart:
+            self.policy.load_state_dict(self._first)
+            self.optimizer.state.clear()
+        kept = best_of_groups(value, group.to(value.device), self.config.keep)
+        return {"kept_score": float(value[kept].double().mean())} | super().update(traj.select(kept))
+
+    def loss(
+        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Negative log-likelihood of the kept episodes, the mean over tokens."""
+        loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
+        return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {f"first.{name}": t for name, t in self._first.items()}, {}
+
+    def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self._first = {name.removeprefix("first."): t.clone() for name, t in tensors.items()}
+
+
+def best_of_groups(value: Tensor, group: Tensor, keep: int) -> Tensor:
+    """Row indices, ascending, of the ``keep`` rows with the largest ``value`` in each group (all of a smaller
+    group).
+
+    Args:
+        value: ``(B,)``.
+        group: ``(B,)`` int64.
+        keep: rows per group; ties go to the earlier row.
+    """
+    order = torch.argsort(value, descending=True, stable=True)
+    order = order[torch.argsort(group[order], stable=True)]  # by group, within it best first
+    sizes = torch.unique_consecutive(group[order], return_counts=True)[1]
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    place = torch.arange(len(value), device=value.device) - starts
+    return order[place < keep].sort().values

@@ -1,0 +1,85 @@
+"""The algorithms by name. One file and one line here add one."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm_envs.algos.agent import Agent
+    from lm_envs.tasks.task import TextTask
+
+ALGORITHMS: dict[str, str] = {
+    "sft": "lm_envs.algos.sft:SFT",
+    "reward-modelling": "lm_envs.algos.reward_modelling:RewardModelling",
+    "best-of-n": "lm_envs.algos.best_of_n:BestOfN",
+    "expert-iteration": "lm_envs.algos.expert_iteration:ExpertIteration",
+    "reinforce": "lm_envs.algos.reinforce:REINFORCE",
+    "a2c": "lm_envs.algos.a2c:A2C",
+    "ppo": "lm_envs.algos.ppo:PPO",
+}
+WRAPPERS = ("best-of-n",)
+"""Those that are a policy made of another: they need no training and no config."""
+
+
+def near(name: str, known: list[str]) -> str:
+    """``" Did you mean a or b?"``, or all that is known where nothing is near."""
+    found = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(sorted(known))}"
+
+
+def load(name: str) -> Any:
+    """The class of an algorithm.
+
+    Raises:
+        ValueError: there is none of that name; the message names the near ones.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"no algorithm is called {name!r}; {near(name, list(ALGORITHMS))}")
+    module, attribute = ALGORITHMS[name].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def make_config(name: str, **overrides: Any) -> Any:
+    """An algorithm's config with some fields changed.
+
+    Raises:
+        ValueError: no such algorithm, or a field that its config does not have; the message names the near
+            ones.
+    """
+    found = load(name)
+    if name in WRAPPERS:
+        raise ValueError(
+            f"{name} wraps a trained policy and needs no training: construct {found.__name__} itself"
+        )
+    known = [field.name for field in fields(found.Config)]
+    for key in overrides:
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}; {near(key, known)}")
+    return found.Config(**overrides)
+
+
+def make_agent(
+    name: str, policy: Any, task: TextTask | None = None, *, data: Any = None, **overrides: Any
+) -> Agent[Any]:
+    """An agent by name.
+
+    Args:
+        name: a key of :data:`ALGORITHMS`.
+        policy: what learns.
+        task: where an algorithm that learns from data finds it when ``data`` is None.
+        data: Trajectories for the algorithms that learn from data: demonstrations or preferences.
+        overrides: fields of the algorithm's config.
+
+    Raises:
+        ValueError: an unknown algorithm or setting, with the near names; or data that is missing or of no
+            use.
+    """
+    config, found = make_config(name, **overrides), load(name)
+    if not found.needs_data:
+        if data is not None:
+            raise ValueError(f"{name} learns by sampling and takes no data")
+        return found(policy, config)
+    return found(policy, config, found.data_of(task) if data is None and task is not None else data)
