@@ -27,8 +27,8 @@ def response_logits(
     """
     steps = response.shape[1]
     inputs = model_inputs(torch.cat([prompt, response[:, :-1]], dim=1))
-    arguments = accepted(model, **inputs, logits_to_keep=steps, output_hidden_states=hidden, use_cache=False)
-    out = model(**arguments)
+    arguments = accepted(model, **inputs, logits_to_keep=steps, use_cache=False)
+    out = model(**arguments, output_hidden_states=hidden)
     states = out.hidden_states[-1][:, -steps:] if hidden else None
     return out.logits[:, -steps:], states
 

@@ -92,6 +92,11 @@ class TextMDP:
         check_kl_coef(self.kl_coef)
         if self.missing_eos is not None and self.missing_eos[0] not in MISSING_EOS_MODES:
             raise ValueError(f"missing_eos must be ('replace', x) or ('subtract', x), got {self.missing_eos!r}")
+        if self.missing_eos is not None and self.missing_eos[0] == "replace" and self.dense:
+            raise ValueError(
+                "missing_eos=('replace', x) needs a reward per response: a dense reward has been paid before the end is known; "
+                "use ('subtract', x)"
+            )
         context = getattr(self.reference.config, "max_position_embeddings", None)
         if context is not None and self.prompt_length + self.max_new_tokens > context:
             raise ValueError(
@@ -137,7 +142,9 @@ class TextMDP:
         """``"stop"`` where the response ends in EOS, else ``"length"``."""
         return ["stop" if stopped else "length" for stopped in (response == self.eos_token_id).any(axis=1)]
 
-    def score(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> NDArray[np.float64]:
+    def score(
+        self, prompt: NDArray[np.int64], response: NDArray[np.int64], finished: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float64]:
         """The reward before the KL penalty, per token.
 
         Order: the reward's score, then the missing-EOS option. A score per response lands on its last real action.
@@ -145,6 +152,7 @@ class TextMDP:
         Args:
             prompt: ``(N, P)`` int64, left-padded with -1.
             response: ``(N, T)`` int64, right-padded with -1, EOS included.
+            finished: ``(N,)`` bool, False where more tokens will come, which may still bring an EOS; None for all finished.
 
         Returns:
             ``(N, T)`` float64, 0 beyond the end.
@@ -163,6 +171,8 @@ class TextMDP:
         if self.missing_eos is not None:
             mode, amount = self.missing_eos
             cut = np.array([reason == "length" for reason in reasons])
+            if finished is not None:
+                cut &= finished
             if mode == "replace":
                 per_token[cut] = 0.0
                 per_token[rows[cut], lengths[cut] - 1] = amount

@@ -292,7 +292,8 @@ class TextVectorEnv(_TextRows):
         scored = moving if self.mdp.dense else moving & self._done
         if scored.any():
             index = scored.nonzero()[0]
-            per_token = self.mdp.score(self._obs[index, : self._prompt_places], self._obs[index, self._prompt_places :])
+            prompt, response = np.split(self._obs[index], [self._prompt_places], axis=1)
+            per_token = self.mdp.score(prompt, response, self._done[index])
             now = per_token[np.arange(len(index)), self._lengths[index] - 1]
             self._score[index] += now
             rewards[index] += now
