@@ -1,0 +1,153 @@
+"""A cache of built folders: keyed by everything that determines them, written whole or not at all, checked when read.
+
+The root is ``$LM_ENVS_CACHE``, else ``lm-envs`` in the user's cache folder. An entry is ``<root>/<kind>/<key>/`` with a
+``manifest.json`` that holds the size and SHA-256 of each of its files; it is built in a temporary folder beside it, under a lock,
+and renamed into place.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+__all__ = ["CacheError", "cache_root", "cached", "code_hash", "key_of"]
+
+MANIFEST = "manifest.json"
+_log = logging.getLogger(__name__)
+
+
+class CacheError(OSError):
+    """The cache folder cannot be used; the message is one line that says why and what to do."""
+
+
+def cache_root() -> Path:
+    """``$LM_ENVS_CACHE``, else ``lm-envs`` in the folder the platform gives a user's caches."""
+    chosen = os.environ.get("LM_ENVS_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "lm-envs"
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """20 hex digits that depend on every part (JSON values) and not on their order."""
+    text = json.dumps(parts, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def code_hash(files: Iterable[str | Path]) -> str:
+    """A hash of source files' content, so that what they built is built again when they change."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = Path(file).read_bytes()
+        digest.update(f"{Path(file).name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:20]
+
+
+def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *, needs_bytes: int = 64 << 20) -> Path:
+    """The folder of an entry, built first if it is absent or damaged.
+
+    Of several processes that ask at once, one builds and the others wait for it. Whatever interrupts a build, no entry is left
+    half-written.
+
+    Args:
+        kind: a folder of the cache, such as a task's name.
+        parts: everything that determines the content; JSON values.
+        build: fills the empty folder it is given.
+        needs_bytes: free space to ask for before building starts.
+
+    Raises:
+        CacheError: the folder cannot be written, or the disk is full; checked before the build and while it writes.
+    """
+    root = cache_root()
+    entry = root / kind / key_of(parts)
+    if is_intact(entry):
+        return entry  # needs no lock, so a cache that may only be read still serves
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(entry.parent).free < needs_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with _locked(entry):
+            if not is_intact(entry):
+                _build(entry, parts, build)
+    except CacheError:
+        raise
+    except OSError as error:
+        raise CacheError(
+            f"cannot write the cache folder {root}: {error.strerror or error}; "
+            "free some space there, or set LM_ENVS_CACHE to a folder that can be written"
+        ) from error
+    return entry
+
+
+@contextmanager
+def _locked(entry: Path) -> Iterator[None]:
+    lock = FileLock(entry.with_name(entry.name + ".lock"))
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        _log.warning("waiting for another process that is making %s", entry)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None]) -> None:
+    for stale in entry.parent.glob(f"{entry.name}.tmp*"):  # of a build that was killed: we hold the lock, so nobody uses it
+        shutil.rmtree(stale, ignore_errors=True)
+    if entry.exists():
+        _log.warning("the cached %s is damaged: making it again", entry)
+    folder = entry.with_name(f"{entry.name}.tmp{os.getpid()}")
+    folder.mkdir()
+    try:
+        build(folder)
+        _write_manifest(folder, parts)
+        if entry.exists():
+            shutil.rmtree(entry)
+        folder.rename(entry)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_manifest(folder: Path, parts: Mapping[str, Any]) -> None:
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"made_from": dict(parts), "files": files}, indent=1))
+
+
+def is_intact(entry: Path) -> bool:
+    """Whether an entry is there with every file its manifest lists, to the byte."""
+    try:
+        files = json.loads((entry / MANIFEST).read_text())["files"]
+        return all(
+            (entry / name).stat().st_size == facts["bytes"] and _sha256(entry / name) == facts["sha256"]
+            for name, facts in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,167 @@
+"""Supervised learning in a few lines: the two losses, and a deterministic loop budgeted in steps.
+
+It makes the embedded tasks' models. Agents that learn from Trajectories use the same losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lm_envs.observations import model_inputs
+from lm_envs.rewards import raw_scores, right_pad
+
+__all__ = ["bradley_terry_loss", "fit", "fit_language_model", "fit_reward_model", "initialise_reward_head", "next_token_loss"]
+
+Progress = Callable[[int, float], None]
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy ``-mean log p(target)``, the mean over the targets that are there.
+
+    Args:
+        logits: ``(..., V)``; position t predicts ``targets[..., t]``.
+        targets: ``(...)`` int64; negative where there is none.
+    """
+    present = targets >= 0
+    if not bool(present.any()):
+        return logits.sum() * 0.0
+    # Selecting first keeps whatever stands in padded places, NaN included, out of the loss and of its gradient.
+    return F.cross_entropy(logits[present].float(), targets[present])
+
+
+def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
+    """``-mean log sigmoid(score_i - score_j)`` over all pairs of a group in which i is ranked before j.
+
+    Bradley and Terry 1952; as in Ouyang et al. 2022 (InstructGPT, eq. 1) the K-choose-2 pairs of one prompt stay in one batch element
+    and weigh ``1 / (K choose 2)`` each, so a prompt counts once whatever its K.
+
+    Args:
+        scores: ``(B, K)``.
+        rank: ``(B, K)`` int64, 0 is best; equal ranks make no pair, negative ranks mark absent samples.
+
+    Returns:
+        The mean over the groups that hold a pair; 0 where none does.
+    """
+    here = rank >= 0
+    better = (rank[:, :, None] < rank[:, None, :]) & here[:, :, None] & here[:, None, :]
+    i, j = better.nonzero(as_tuple=True)[1:]
+    group = better.nonzero(as_tuple=True)[0]
+    losses = -F.logsigmoid(scores[group, i] - scores[group, j]).float()
+    pairs = better.sum(dim=(1, 2))
+    weights = 1.0 / pairs[group].to(losses.dtype)
+    return (losses * weights).sum() / max(int((pairs > 0).sum()), 1)
+
+
+def batches(count: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Endless index batches: each epoch a new permutation that depends on the seed and the epoch alone; a short rest is skipped."""
+    size = min(batch_size, count)
+    epoch = 0
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(count)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]
+        epoch += 1
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[NDArray[np.int64]], Tensor],
+    *,
+    examples: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    warmup: float = 0.1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Minimise a loss by AdamW for a number of steps; dropout stays off, so a run is a function of its arguments.
+
+    The learning rate rises linearly over the first ``warmup`` of the steps and then falls linearly to 0.
+
+    Args:
+        model: whose parameters with ``requires_grad`` are trained.
+        loss: from the indices of a batch's examples to a scalar.
+        examples: how many there are.
+        progress: called after each step with its number, from 1, and its loss.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ValueError: no examples or no steps, or the loss stopped being finite.
+    """
+    if examples < 1 or steps < 1 or batch_size < 1:
+        raise ValueError(f"need examples, steps and a batch size of at least 1, got {examples}, {steps} and {batch_size}")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8)
+    rising = max(1, round(warmup * steps))
+    model.eval()
+    losses = []
+    for step, chosen in zip(range(steps), batches(examples, batch_size, seed), strict=False):
+        rate = min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * rate
+        value = loss(chosen)
+        if not torch.isfinite(value):
+            raise ValueError(f"the training loss is {value.item()} at step {step + 1}: try a lower learning rate")
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimiser.step()
+        losses.append(value.item())
+        if progress is not None:
+            progress(step + 1, losses[-1])
+    return losses
+
+
+def fit_language_model(model: PreTrainedModel, texts: Sequence[Sequence[int]], **options: object) -> list[float]:
+    """Train a causal LM on texts by next-token cross-entropy, the mean over a batch's tokens.
+
+    Args:
+        texts: token ids, EOS included where it is to be learned; at least two tokens each.
+        options: as for :func:`fit`.
+    """
+
+    def loss(chosen: NDArray[np.int64]) -> Tensor:
+        ids = right_pad([texts[i] for i in chosen]).to(model.device)
+        inputs = model_inputs(ids[:, :-1])
+        return next_token_loss(model(**inputs, use_cache=False).logits, ids[:, 1:])
+
+    return fit(model, loss, examples=len(texts), **options)  # type: ignore[arg-type]
+
+
+def fit_reward_model(
+    model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], rank: NDArray[np.int64], **options: object
+) -> list[float]:
+    """Train a one-label sequence-classification model on ranked groups by :func:`bradley_terry_loss`.
+
+    Args:
+        groups: N groups of K texts as token ids.
+        rank: ``(N, K)`` int64, 0 is best.
+        options: as for :func:`fit`; ``batch_size`` counts groups.
+    """
+
+    def loss(chosen: NDArray[np.int64]) -> Tensor:
+        ids = right_pad([text for i in chosen for text in groups[i]]).to(model.device)
+        scores = raw_scores(model, ids).view(len(chosen), -1)
+        return bradley_terry_loss(scores, torch.as_tensor(rank[chosen], device=scores.device))
+
+    return fit(model, loss, examples=len(groups), **options)  # type: ignore[arg-type]
+
+
+def initialise_reward_head(head: nn.Linear, generator: torch.Generator) -> None:
+    """Normal weights of std ``1 / sqrt(d + 1)`` and zero bias (Stiennon et al. 2020), d the number of inputs."""
+    with torch.no_grad():
+        head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
+        if head.bias is not None:
+            head.bias.zero_()
