@@ -1,0 +1,60 @@
+# Every target sets up .venv when it is missing or older than pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+CORPUS ?=
+OUT ?=
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+# One thread a process: the models are small, and two processes on two cores beat two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-real test test-slow lint format types clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: $(READY)  ## the virtual environment .venv with everything in it
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here; install Python 3.11 or newer, or say PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: lm-envs needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) -V 2>&1); say PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## six methods on the embedded task: table, plots and report under runs/demo (minutes)
+	$(BIN)/lm-envs compare --suite benchmarks/suites/demo.toml --out $(or $(OUT),runs/demo)
+
+demo-real: $(READY)  ## the same on your own labelled text: make demo-real CORPUS=file.jsonl
+	@test -n '$(CORPUS)' || { echo "make: say which text: make demo-real CORPUS=file.jsonl (rows with text and label)" >&2; exit 2; }
+	@test -r '$(CORPUS)' || { echo "make: cannot read $(CORPUS)" >&2; exit 2; }
+	$(BIN)/lm-envs compare --suite benchmarks/suites/demo-real.toml --corpus '$(CORPUS)' --out $(or $(OUT),runs/demo-real)
+
+test: $(READY)  ## the tests that take minutes together; no network, no GPU
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## the long ones: learning curves, installs from the package index
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff, both halves
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy cannot know that the rooms beside lm_envs/ import as lm_envs.*: show it a tree in which they lie inside.
+types: $(READY)  ## mypy over the rooms
+	@rm -rf build/types/lm_envs && mkdir -p build/types/lm_envs
+	@ln -s $(abspath $(filter-out %/__pycache__,$(wildcard lm_envs/*))) $(abspath algos kernels benchmarks) build/types/lm_envs/
+	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p lm_envs
+
+clean:  ## remove builds and caches, keep .venv and runs
+	rm -rf build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
