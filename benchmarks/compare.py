@@ -1,0 +1,220 @@
+"""A comparison: checks everything that can be checked before anything trains, carries out the runs, and keeps the results current."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lm_envs.benchmarks.errors import Interrupted, UserError
+from lm_envs.benchmarks.overrides import check_overrides
+from lm_envs.benchmarks.progress import Display, display
+from lm_envs.benchmarks.results import collect_results, in_order, write_csv
+from lm_envs.benchmarks.storage import read_json, write_json
+from lm_envs.benchmarks.suites import RunSpec, Suite, best_of, check_algorithm, check_task
+from lm_envs.benchmarks.workers import StopRequest, attempt, run_in_workers
+
+COMPARISON = "comparison.json"
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError unless files can be made in ``out``, which is made if need be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError as error:
+        raise UserError(f"cannot write results to {out}: it is a file; choose a folder with --out") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write results to {out}: {error.strerror}; choose another folder with --out, or put that right"
+        ) from error
+
+
+def check_folder(out: Path, suite: Suite, resume: bool) -> None:
+    """Whether ``out`` is this comparison's to use; nothing is changed in it.
+
+    Raises:
+        UserError: it holds a comparison and ``resume`` was not asked for, or one with other settings, or somebody's files.
+    """
+    from lm_envs.benchmarks.runs import check_same
+
+    held = out / COMPARISON
+    if held.exists():
+        name = read_json(held).get("name")
+        if not resume:
+            raise UserError(
+                f"{out} holds the comparison {name!r} already: --resume continues it (finished runs are kept), another --out starts anew"
+            )
+        for spec in suite.runs():
+            check_same(spec, out / spec.label)
+    elif any(path.name != ".gitignore" for path in out.iterdir()):
+        first = sorted(path.name for path in out.iterdir())[0]
+        raise UserError(f"{out} is not empty (it holds {first!r}) and holds no comparison: choose another folder with --out")
+
+
+def check_runs(runs: Sequence[RunSpec]) -> None:
+    """Raises UserError for an unknown task, algorithm or setting, or a setting out of range."""
+    for task in dict.fromkeys(run.task for run in runs):
+        check_task(task)
+    for algorithm in dict.fromkeys(run.algorithm for run in runs):
+        check_algorithm(algorithm)
+    for run in runs:
+        if run.algorithm == "sft" or best_of(run.algorithm) is not None:
+            if run.overrides:
+                raise UserError(f"{run.algorithm} is not trained and has no settings, got {', '.join(run.overrides)}")
+        else:
+            check_overrides(run.algorithm, run.overrides)
+
+
+def prepare(runs: Sequence[RunSpec]) -> None:
+    """Open every kind of run once, and let each task's reward and judge score two samples: what is wrong shows now, not in an hour.
+
+    Tasks are made here on first use, so workers find them in the cache.
+    """
+    from lm_envs.benchmarks.problems import TextProblem, open_problem
+
+    seen = set()
+    for run in runs:
+        key = (run.task, run.algorithm)
+        if key in seen:
+            continue
+        seen.add(key)
+        problem = open_problem(run)
+        if isinstance(problem, TextProblem) and (run.task,) not in seen:
+            seen.add((run.task,))
+            problem.try_out()
+
+
+def compare(
+    suite: Suite,
+    out: Path,
+    *,
+    resume: bool = False,
+    jobs: int = 1,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Carry out a comparison in ``out``, or what is left of it.
+
+    Args:
+        suite: what to compare.
+        out: the folder of the results.
+        resume: continue what ``out`` holds; more tasks, algorithms or seeds than it began with are welcome.
+        jobs: runs at a time, each in a process of its own if more than one.
+        threads: torch threads per run; None shares out what torch would take.
+        console: where to show progress.
+
+    Returns:
+        the results of all finished runs.
+
+    Raises:
+        UserError: something is wrong that the user can put right; before any training, if it could be known.
+        Interrupted: Ctrl-C; everything is on disk.
+    """
+    console = console or Console(stderr=True)
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    runs = suite.runs()
+    check_runs(runs)
+    check_writable(out)
+    check_folder(out, suite, resume)
+    if threads is None:
+        import torch
+
+        threads = max(1, torch.get_num_threads() // jobs)
+    write_json(out / COMPARISON, _merged(out, suite))
+    write_results(out)
+    open_runs = [run for run in runs if not (out / run.label / "result.json").exists()]
+    if open_runs:
+        console.print(_heading(suite, runs, open_runs), highlight=False)
+        with console.status("Preparing tasks (made on first use, then cached)"):
+            prepare(open_runs)
+        _carry_out(open_runs, out, jobs, threads, console)
+    return write_results(out)
+
+
+def _heading(suite: Suite, runs: Sequence[RunSpec], open_runs: Sequence[RunSpec]) -> str:
+    tasks = len({run.task for run in runs})
+    done = f", {len(runs) - len(open_runs)} of them finished already" if len(open_runs) < len(runs) else ""
+    text = f"[bold]{suite.name}[/]: {len(runs)} runs on {tasks} task{'s' * (tasks > 1)}{done}"
+    return text + (f"\n{suite.description}" if suite.description else "")
+
+
+def _merged(out: Path, suite: Suite) -> dict[str, Any]:
+    """What the folder's file says: the suite, with the names of an earlier, smaller one kept."""
+    new = json.loads(json.dumps(asdict(suite)))
+    if (out / COMPARISON).exists():
+        old = read_json(out / COMPARISON)
+        for key in ("algorithms", "seeds"):
+            new[key] = list(dict.fromkeys([*old.get(key, []), *new[key]]))
+        names = [task["name"] for task in new["tasks"]]
+        new["tasks"] = [task for task in old.get("tasks", []) if task["name"] not in names] + new["tasks"]
+    return new
+
+
+def write_results(out: Path) -> list[dict[str, Any]]:
+    """Collect the finished runs of a folder into ``results.csv``, in the suite's order."""
+    rows = collect_results(out)
+    if (out / COMPARISON).exists():
+        held = read_json(out / COMPARISON)
+        rows = in_order(rows, [task["name"] for task in held["tasks"]], held["algorithms"])
+    write_csv(rows, out / "results.csv")
+    return rows
+
+
+def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, console: Console) -> None:
+    failed: list[dict[str, Any]] = []
+    ended: list[str] = []
+
+    with display(console, len(runs)) as shown:
+
+        def notify(event: dict[str, Any]) -> None:
+            shown(event)
+            if event["event"] == "done":
+                write_results(out)
+                ended.append(event["run"])
+            elif event["event"] == "failed":
+                failed.append(event)
+
+        stop = StopRequest(lambda: shown.say("Stopping after this iteration; Ctrl-C again stops at once."))
+        with stop.listening():
+            if jobs == 1:
+                _one_by_one(runs, out, threads, notify, stop, shown)
+            else:
+                run_in_workers(runs, out, jobs=jobs, threads=threads, notify=notify, stop=stop)
+    if failed:
+        raise UserError(_failures(failed, len(runs)))
+    if len(ended) < len(runs):
+        raise Interrupted(str(out))
+
+
+def _one_by_one(
+    runs: Sequence[RunSpec], out: Path, threads: int, notify: Any, stop: StopRequest, shown: Display
+) -> None:
+    from lm_envs.benchmarks.runs import execute
+
+    for run in runs:
+        event = attempt(
+            lambda run=run: execute(run, out, threads=threads, notify=shown, should_stop=stop),  # type: ignore[misc]
+            run.label,
+        )
+        notify(event)
+        if stop.requested or event.get("fatal"):
+            return
+
+
+def _failures(failed: Sequence[dict[str, Any]], total: int) -> str:
+    messages = dict.fromkeys(event["message"] for event in failed)
+    if len(failed) == 1:
+        return f"{failed[0]['run']}: {failed[0]['message']}"
+    where = ", ".join(event["run"] for event in failed[:4]) + (", ..." if len(failed) > 4 else "")
+    return f"{len(failed)} of {total} runs failed ({where}): {'; '.join(messages)}"

@@ -1,0 +1,74 @@
+"""What the command line says when something is wrong that the user can put right: one line, never a traceback.
+
+Only errors of expected kinds are shortened. A bug keeps its traceback, whatever its type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from collections.abc import Iterable
+from pathlib import Path
+
+_EXPECTED_ERRNO = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of the quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EROFS: "choose a folder on a file system that can be written",
+    errno.EACCES: "choose a folder that you may write to, or change its permissions",
+    errno.EPERM: "choose a folder that you may write to, or change its permissions",
+}
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what is wrong, where, and what to do."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop, and what has to be kept for ``--resume`` is on disk."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not among ``known``: the near ones, or all of them if none is near."""
+    names = sorted(known)
+    folded = {n.lower(): n for n in names}
+    found = [folded[n] for n in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
+    if found:
+        return f"did you mean {' or '.join(repr(n) for n in found)}?"
+    return f"there are {', '.join(names)}" if names else "there are none"
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can put right; None for a bug, which deserves its traceback.
+
+    ``ValueError``, ``FloatingPointError`` and ``ImportError`` (an extra that is not installed) count as expected where this package
+    itself raised them: the same types from the inside of a library that we called mean a bug. Of ``OSError``, a full disk, a missing
+    permission and their like count, and a file that is not there.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f" {str(error.filename)!r}" if error.filename else ""
+        if error.errno in _EXPECTED_ERRNO:
+            return f"cannot write{where}: {error.strerror}; {_EXPECTED_ERRNO[error.errno]}, then continue with --resume"
+        if isinstance(error, FileNotFoundError) and error.filename:
+            return f"no such file or folder:{where}"
+        if isinstance(error, (IsADirectoryError, NotADirectoryError)):
+            return f"{error.strerror}:{where}"
+    if isinstance(error, (ValueError, FloatingPointError, ImportError)) and _raised_by_us(error):
+        return " ".join(str(error).split())
+    return None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = error.__traceback__
+    if frames is None:
+        return False
+    while frames.tb_next is not None:
+        frames = frames.tb_next
+    return str(frames.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "lm_envs"
+
+
+def one_line(path: Path | str, line: int | None, what: str) -> str:
+    """``file, line n: what``, the form in which errors in the user's files are told."""
+    return f"{path}, line {line}: {what}" if line is not None else f"{path}: {what}"

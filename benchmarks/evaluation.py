@@ -1,0 +1,202 @@
+"""Measuring a policy: one sample for each prompt of a split, scored by the reward that trains (proxy) and the judge (gold).
+
+Prompts come in their order, each once, so all policies answer the same ones; the tokens' random numbers are a function of the seed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_envs.algos.best_of_n import BestOfN, kl_bound
+from lm_envs.rewards import call_reward
+from lm_envs.rollout import RespondingPolicy, rollout
+from lm_envs.tasks.task import TextTask
+from lm_envs.text_mdp import TextMDP
+from lm_envs.trajectories import Trajectories
+from lm_envs.vector_env import TextVectorEnv
+
+# Far from the seeds people train with, and from each other: the SFT side of a comparison is an independent sample, so SFT compared
+# with itself is near one half, and not exactly there by sharing its random numbers.
+_POLICY_SEED = 1 << 40
+_REFERENCE_SEED = 1 << 41
+_ROWS_AT_ONCE = 1024
+
+
+class EachPrompt(TextMDP):
+    """A task whose episode e starts from prompt e: for going through a split once."""
+
+    def prompt_index(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The prompts in their order, whatever the seed."""
+        return (episodes // self.group_size) % len(self.prompts)
+
+
+def evaluation_env(task: TextTask, split: str, **options: Any) -> TextVectorEnv:
+    """An environment for going through a split once, a prompt per episode.
+
+    Args:
+        options: of :class:`~lm_envs.text_mdp.TextMDP`, such as ``temperature``.
+    """
+    env = TextVectorEnv(task, split=split, **options)
+    env.mdp = EachPrompt(task, split=split, **options)
+    return env
+
+
+@dataclass
+class Sampled:
+    """Samples of one policy, one per prompt.
+
+    Attributes:
+        prompt, response: N decoded texts.
+        finish_reason: N times "stop" or "length".
+        gold: ``(N,)`` the judge's scores, NaN where the task has no judge.
+        proxy: ``(N,)`` the scores that training uses, before the KL penalty.
+        kl: ``(N,)`` nats per sequence, ``sum(log pi - log pi_ref)`` of the sample.
+        length: ``(N,)`` tokens, the EOS included.
+        tokens: N lists of response token ids, without the EOS.
+        seconds: what sampling took.
+    """
+
+    prompt: list[str]
+    response: list[str]
+    finish_reason: list[str]
+    gold: NDArray[np.float64]
+    proxy: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    length: NDArray[np.int64]
+    tokens: list[list[int]]
+    seconds: float
+
+    def records(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The first ``count`` samples (None: all) in JSON's types."""
+        rows = range(len(self.response) if count is None else min(count, len(self.response)))
+        return [
+            {
+                "prompt": self.prompt[i],
+                "response": self.response[i],
+                "finish_reason": self.finish_reason[i],
+                "gold": float(self.gold[i]),
+                "proxy": float(self.proxy[i]),
+                "kl": float(self.kl[i]),
+                "length": int(self.length[i]),
+            }
+            for i in rows
+        ]
+
+
+def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> Sampled:
+    """One response to each of the first ``count`` prompts (None: all of the split), scored.
+
+    Args:
+        env: of :func:`evaluation_env`.
+        seed: of the tokens.
+    """
+    mdp = env.mdp
+    total = len(mdp.prompts) if count is None else min(count, len(mdp.prompts))
+    per_prompt = max(1, policy.uniforms_per_response // mdp.max_new_tokens)
+    at_once = max(1, _ROWS_AT_ONCE // per_prompt)
+    start = time.perf_counter()
+    parts = [
+        rollout(env, policy, episodes=min(at_once, total - first), first_episode=first, seed=seed)
+        for first in range(0, total, at_once)
+    ]
+    seconds = time.perf_counter() - start
+    traj = Trajectories.concatenate(parts)
+    assert traj.prompt is not None and traj.response is not None and traj.score is not None
+    assert traj.logprob is not None and traj.ref_logprob is not None
+    prompt, response = traj.prompt.numpy(), traj.response.numpy()
+    texts = mdp.texts(prompt), mdp.texts(response)
+    ids = [row[row >= 0].tolist() for row in response]
+    reasons = mdp.finish_reasons(response)
+    gold = np.full(total, np.nan)
+    if mdp.task.judge is not None:
+        gold = call_reward(mdp.task.judge, *texts, ids, reasons)
+        gold = gold.sum(axis=1) if gold.ndim == 2 else gold
+    return Sampled(
+        prompt=texts[0],
+        response=texts[1],
+        finish_reason=reasons,
+        gold=gold,
+        proxy=traj.score.double().numpy(),
+        kl=((traj.logprob - traj.ref_logprob) * traj.mask).sum(dim=1).double().numpy(),
+        length=traj.response_lengths.numpy(),
+        tokens=[[token for token in row if token != mdp.eos_token_id] for row in ids],
+        seconds=seconds,
+    )
+
+
+def sample_policy(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> Sampled:
+    """:func:`sample` with random numbers that training never uses, another set for every ``seed`` of a run."""
+    return sample(env, policy, count, _POLICY_SEED + seed)
+
+
+def sample_reference(env: TextVectorEnv, policy: RespondingPolicy, count: int | None) -> Sampled:
+    """The SFT side of every win-rate: :func:`sample` with random numbers of its own, the same for all runs."""
+    return sample(env, policy, count, _REFERENCE_SEED)
+
+
+def wins(gold: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Prompt by prompt: 1 where the judge prefers the policy's sample, 0 where the reference's, 1/2 for a tie.
+
+    Args:
+        gold, reference: ``(N,)`` scores of the two sides for the same prompts.
+
+    Returns:
+        ``(N,)`` float64, NaN where a score is NaN (no judge).
+    """
+    if gold.shape != reference.shape:
+        raise ValueError(f"win-rate compares the same prompts: got {gold.shape} and {reference.shape} scores")
+    known = ~(np.isnan(gold) | np.isnan(reference))
+    return np.where(known, 0.5 + 0.5 * np.sign(gold - reference), np.nan)
+
+
+def standard_error(values: NDArray[np.float64]) -> float:
+    """Of the mean of independent values: ``sqrt(sum (x - mean)^2 / (n - 1) / n)``; NaN for fewer than two.
+
+    For a win-rate the values are the outcomes per prompt, ties included as 1/2, so it is not the binomial formula, which would
+    overstate it where there are ties.
+    """
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def distinct_2(tokens: list[list[int]]) -> float:
+    """Different pairs of neighbouring tokens, as a share of all such pairs in all responses together; NaN if there are none.
+
+    Li et al. 2016 (arXiv:1510.03055). It falls with the number of responses, so compare equal numbers.
+    """
+    pairs = [pair for row in tokens for pair in zip(row[:-1], row[1:], strict=True)]
+    return len(set(pairs)) / len(pairs) if pairs else math.nan
+
+
+def summarise(found: Sampled, reference: Sampled, policy: RespondingPolicy) -> dict[str, Any]:
+    """The measured columns of a result, and what they were computed from.
+
+    The KL of best-of-n has no estimate from samples (its own log-probability is unknown): it gets the upper bound
+    ``log n - (n - 1)/n``, and ``kl_is_bound``.
+    """
+    outcome = wins(found.gold, reference.gold)
+    best = policy if isinstance(policy, BestOfN) else None
+    inference_tokens = best.tokens_generated if best else int(found.length.sum())
+    return {
+        "win_rate": float(outcome.mean()),
+        "win_rate_se": standard_error(outcome),
+        "gold": float(found.gold.mean()),
+        "gold_se": standard_error(found.gold),
+        "proxy": float(found.proxy.mean()),
+        "proxy_se": standard_error(found.proxy),
+        "kl": kl_bound(best.n) if best else float(found.kl.mean()),
+        "kl_se": 0.0 if best else standard_error(found.kl),
+        "kl_is_bound": best is not None,
+        "length": float(found.length.mean()),
+        "distinct_2": distinct_2(found.tokens),
+        "stopped": float(np.mean([reason == "stop" for reason in found.finish_reason])),
+        "inference_tokens": inference_tokens,
+        "inference_reward_calls": best.reward_calls if best else 0,
+        "inference_s": found.seconds,
+        "wins": outcome.tolist(),
+    }

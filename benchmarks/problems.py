@@ -1,0 +1,208 @@
+"""What a run works on: a text task or a control environment, with its policy, its agent and its measurements."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.registry import make_agent
+from lm_envs.benchmarks import evaluation
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.overrides import check_overrides
+from lm_envs.benchmarks.suites import RunSpec, base_task, best_of, is_control, load_task
+from lm_envs.trajectories import Trajectories
+from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+
+
+def open_problem(spec: RunSpec) -> TextProblem | ControlProblem:
+    """The problem of a run, with its task loaded (and made, on first use)."""
+    return ControlProblem(spec) if is_control(spec.task) else TextProblem(spec)
+
+
+def _iterations(agent: Agent[Any], spec: RunSpec) -> int:
+    """Those of the overrides, else of the plan, else as many as the plan's episodes need, else the algorithm's own."""
+    if "iterations" in spec.overrides:
+        return agent.config.iterations
+    if spec.plan.iterations is not None:
+        return spec.plan.iterations
+    if spec.plan.episodes is None:
+        return agent.config.iterations
+    if agent.config.steps is not None or agent.config.episodes is None:
+        raise UserError(f"{spec.label}: this algorithm samples steps, not whole episodes: set [budget] iterations")
+    return math.ceil(spec.plan.episodes / agent.config.episodes)
+
+
+def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
+    agent.config = replace(agent.config, iterations=_iterations(agent, spec))
+    return agent
+
+
+class TextProblem:
+    """A text task on one of its faces.
+
+    Attributes:
+        agent: what trains, None for SFT itself and best-of-n.
+        env: what it trains on, None likewise.
+        policy: what is measured.
+    """
+
+    tracked = ("gold", "proxy", "kl", "length")
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec, self.task = spec, load_task(spec.task, spec.options)
+        self._options = _env_options(spec)
+        self._measures: dict[str, TextVectorEnv] = {}
+        face = base_task(spec.task)[1]
+        mdp = self._measure("test").mdp
+        self._reference = LMPolicy.for_mdp(mdp, self.task.reference)
+        self.agent: Agent[Any] | None = None
+        self.env: TextVectorEnv | TextBanditVectorEnv | None = None
+        self.policy: Any = self._reference
+        n = best_of(spec.algorithm)
+        trained = n is None and spec.algorithm != "sft"
+        if face == "bandit" and not trained:
+            raise UserError(f"{spec.label}: SFT and best-of-n need no training, so they have no bandit face: leave them out")
+        if n is not None:
+            self.policy = BestOfN(self._reference, mdp, n)
+        if trained:
+            model = copy.deepcopy(self.task.reference).requires_grad_(True)
+            self.policy = LMPolicy.for_mdp(mdp, model, face=face)  # type: ignore[arg-type]
+            overrides = check_overrides(spec.algorithm, spec.overrides)
+            agent = make_agent(spec.algorithm, self.policy, self.task, **{"seed": spec.seed, **overrides})
+            self.agent = _fit(agent, spec)
+            make = TextBanditVectorEnv if face == "bandit" else TextVectorEnv
+            self.env = make(self.task, split="train", group_size=self.agent.config.group_size, **self._options)
+
+    def _measure(self, split: str) -> TextVectorEnv:
+        if split not in self._measures:
+            self._measures[split] = evaluation.evaluation_env(self.task, split, **self._options)
+        return self._measures[split]
+
+    def settings(self) -> dict[str, Any]:
+        """What ``config.json`` says beyond the spec."""
+        mdp = self._measure("test").mdp
+        return {
+            "agent": None if self.agent is None else asdict(self.agent.config),
+            "env": {name: getattr(mdp, name) for name in (*_OPTIONS, "kl_coef")},
+            "task": {"description": self.task.description, "stats": dict(self.task.stats)},
+            "parameters": sum(p.numel() for p in self.task.reference.parameters()),
+        }
+
+    def try_out(self) -> None:
+        """Let the reference answer two prompts of each split that is used and score them: a broken reward or judge shows here."""
+        for split in ("train", "validation", "test"):
+            evaluation.sample_reference(self._measure(split), self._reference, 2)
+
+    def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """A point of the learning curve, on validation prompts with the same random numbers each time, and some samples."""
+        found = evaluation.sample_policy(self._measure("validation"), self.policy, self.spec.plan.validation_prompts, 0)
+        metrics = {name: float(np.mean(getattr(found, name))) for name in self.tracked}
+        return metrics, found.records(4)
+
+    def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The result on test prompts, and the samples it is the mean of."""
+        env, count = self._measure("test"), self.spec.plan.test_prompts
+        reference = evaluation.sample_reference(env, self._reference, count)
+        found = evaluation.sample_policy(env, self.policy, count, self.spec.seed)
+        return evaluation.summarise(found, reference, self.policy), found.records()
+
+    def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
+        """The first texts of a training batch, with their scores."""
+        if traj.prompt is None or traj.response is None:
+            return []
+        mdp = self._measure("test").mdp
+        rows = slice(count)
+        prompts, responses = mdp.texts(traj.prompt[rows].numpy()), mdp.texts(traj.response[rows].numpy())
+        scores = traj.score[rows].tolist() if traj.score is not None else [math.nan] * len(prompts)
+        return [f"{p} | {r}  ({s:.2f})" for p, r, s in zip(prompts, responses, scores, strict=True)]
+
+
+_OPTIONS = ("temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
+
+
+def _env_options(spec: RunSpec) -> dict[str, Any]:
+    options = dict(spec.env)
+    if isinstance(options.get("missing_eos"), list):  # TOML and JSON have no tuples
+        options["missing_eos"] = tuple(options["missing_eos"])
+    return options
+
+
+class ControlProblem:
+    """A Gymnasium environment with a small feed-forward policy, for checking algorithms on what everybody knows.
+
+    Its result has the mean return of 100 test episodes as ``proxy``, their length, and the env steps as tokens and reward calls.
+    """
+
+    tracked = ("return", "length")
+    _test_episodes = 100
+    _rows = 8
+
+    def __init__(self, spec: RunSpec) -> None:
+        import gymnasium
+
+        from lm_envs.algos.mlp_policy import MLPPolicy
+
+        if spec.algorithm == "sft" or best_of(spec.algorithm) is not None:
+            raise UserError(f"{spec.label}: {spec.algorithm} is for text; on a control environment use ppo, a2c or reinforce")
+        if spec.options:
+            raise UserError(f"{spec.label}: a control environment takes no task options, got {', '.join(spec.options)}")
+        self.spec = spec
+        mode = gymnasium.vector.AutoresetMode.SAME_STEP
+
+        def make() -> Any:
+            return gymnasium.make_vec(
+                spec.task, self._rows, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode}, **spec.env
+            )
+
+        self.env, self._test_env = make(), make()
+        self.policy: Any = MLPPolicy(self.env, seed=spec.seed)
+        overrides = {"seed": spec.seed, **check_overrides(spec.algorithm, spec.overrides)}
+        self.agent: Agent[Any] = _fit(make_agent(spec.algorithm, self.policy, None, **overrides), spec)
+
+    def settings(self) -> dict[str, Any]:
+        """What ``config.json`` says beyond the spec."""
+        return {
+            "agent": asdict(self.agent.config),
+            "env": {"rows": self._rows, **self.spec.env},
+            "task": {"description": f"Gymnasium's {self.spec.task}", "stats": {}},
+            "parameters": sum(p.numel() for p in self.policy.parameters()),
+        }
+
+    def _returns(self, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        from lm_envs.rollout import collect
+
+        with torch.no_grad():
+            traj = collect(self._test_env, self.policy, episodes=episodes, seed=seed)
+        assert traj.reward is not None
+        return (traj.reward * traj.mask).sum(dim=1).double().numpy(), traj.lengths.numpy()
+
+    def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """A point of the learning curve: the mean return of 20 episodes."""
+        returns, lengths = self._returns(20, 1 << 20)
+        return {"return": float(returns.mean()), "length": float(lengths.mean())}, []
+
+    def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The result: of the columns those that mean something here."""
+        returns, lengths = self._returns(self._test_episodes, (1 << 21) + self.spec.seed)
+        measured = {name: math.nan for name in ("win_rate", "win_rate_se", "gold", "kl", "distinct_2")}
+        return {
+            **measured,
+            "proxy": float(returns.mean()),
+            "proxy_se": evaluation.standard_error(returns),
+            "length": float(lengths.mean()),
+            "inference_tokens": int(lengths.sum()),
+            "inference_reward_calls": 0,
+            "inference_s": 0.0,
+        }, []
+
+    def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
+        """None: there is no text."""
+        return []

@@ -1,0 +1,148 @@
+"""What the terminal shows while runs go on: bars with the figures that matter, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from lm_envs.benchmarks.results import number
+
+
+class Display(Protocol):
+    """Follows the events of :mod:`lm_envs.benchmarks.runs`."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __call__(self, event: dict[str, Any]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+def figures(metrics: dict[str, Any]) -> str:
+    """``gold 0.31  proxy 0.52  KL 3.1  9.8k tok/s``, of what an iteration's metrics hold."""
+    parts = []
+    names = (
+        ("return", ("validation_return", "return")),
+        ("gold", ("validation_gold",)),
+        ("proxy", ("validation_proxy", "score")),
+        ("KL", ("validation_kl", "kl")),
+    )
+    for title, keys in names:
+        value = next((metrics[key] for key in keys if metrics.get(key) is not None), None)
+        if value is not None and not (title == "return" and "score" in metrics):
+            parts.append(f"{title} {value:.2f}")
+    if metrics.get("tokens_per_second"):
+        parts.append(f"{metrics['tokens_per_second'] / 1000:.1f}k tok/s")
+    return "  ".join(parts)
+
+
+def final_figures(result: dict[str, Any]) -> str:
+    """The result in the form of :func:`figures`."""
+    win_rate, gold, proxy, kl = (number(result[name]) for name in ("win_rate", "gold", "proxy", "kl"))
+    text = f"proxy {proxy:.2f}"
+    if kl == kl:
+        text += f"  KL {'≤' if result.get('kl_is_bound') else ''}{kl:.1f}"
+    return text if gold != gold else f"win-rate {100 * win_rate:.0f} %  gold {gold:.2f}  {text}"
+
+
+class Lines:
+    """Plain lines: a start, a line now and then, an end."""
+
+    def __init__(self, console: Console, total: int, every_s: float = 15.0) -> None:
+        self.console, self.total, self.every_s = console, total, every_s
+        self._last: dict[str, float] = {}
+        self._known: dict[str, dict[str, Any]] = {}
+        self._done = 0
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Print what an event is worth."""
+        kind, run = event["event"], event.get("run", "")
+        if kind == "start" and event["iteration"]:
+            self.say(f"{run}: continuing after iteration {event['iteration']}")
+        elif kind == "iteration":
+            known = self._known.setdefault(run, {})
+            known.update(event["metrics"])
+            now = time.monotonic()
+            if now - self._last.get(run, 0.0) >= self.every_s:
+                self._last[run] = now
+                self.say(f"{run}: iteration {event['metrics']['iteration']}/{event['of']}  {figures(known)}")
+        elif kind == "done":
+            self._done += 1
+            self.say(f"{run}: done ({self._done}/{self.total})  {final_figures(event['result'])}")
+        elif kind == "stopped":
+            self.say(f"{run}: stopped, saved")
+        elif kind == "failed":
+            self.say(f"{run}: FAILED: {event['message']}")
+
+
+class Bars:
+    """A bar per run under way and one for the whole."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}", table_column=None),
+            BarColumn(bar_width=18),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}", style="cyan"),
+            console=console,
+        )
+        self._all = self.progress.add_task("[bold]all runs", total=total, figures="")
+        self._rows: dict[str, TaskID] = {}
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.progress.console.print(text, highlight=False, markup=False)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Move the bars."""
+        kind, run = event["event"], event.get("run", "")
+        if kind == "start":
+            row = self._rows.get(run)
+            if row is None:
+                row = self._rows[run] = self.progress.add_task(run, total=max(event["of"], 1), figures="")
+            self.progress.update(row, completed=event["iteration"])
+        elif kind == "iteration":
+            known = self._known.setdefault(run, {})
+            known.update(event["metrics"])
+            self.progress.update(
+                self._rows[run], completed=event["metrics"]["iteration"], figures=figures(known)
+            )
+        elif kind == "evaluate" and run in self._rows:
+            self.progress.update(self._rows[run], figures="measuring on test prompts")
+        elif kind in ("done", "stopped", "failed"):
+            row = self._rows.pop(run, None)
+            if row is not None:
+                self.progress.remove_task(row)
+            mark = {"done": "✓", "stopped": "‖", "failed": "✗"}[kind]
+            text = final_figures(event["result"]) if kind == "done" else event.get("message", "stopped, saved")
+            self.say(f"{mark} {run}  {text}")
+            self.progress.advance(self._all, kind == "done")
+
+
+def display(console: Console, total: int) -> Display:
+    """Bars in a terminal, else lines."""
+    return Bars(console, total) if console.is_terminal else Lines(console, total)

@@ -1,0 +1,185 @@
+"""The results of a comparison: ``results.csv`` with a row per run, and the table over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_envs.benchmarks.storage import read_json, write_atomic
+
+COLUMNS = (
+    "task",
+    "algorithm",
+    "seed",
+    "win_rate",
+    "win_rate_se",
+    "gold",
+    "proxy",
+    "kl",
+    "length",
+    "distinct_2",
+    "tokens_generated",
+    "reward_calls",
+    "wall_s",
+)
+NUMBERS = COLUMNS[5:]  # averaged over seeds; the win-rate has an error of its own
+
+
+def number(value: Any) -> float:
+    """A number of a result; JSON's null stands for NaN."""
+    return math.nan if value is None else float(value)
+
+
+def collect_results(out: Path) -> list[dict[str, Any]]:
+    """The results of all finished runs in a folder, by task and algorithm in the order they were finished, then by seed."""
+    paths = sorted(out.glob("*/*/seed-*/result.json"), key=lambda path: path.stat().st_mtime_ns)
+    rows = [read_json(path) for path in paths]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
+    return sorted(rows, key=lambda r: (tasks.index(r["task"]), algorithms.index(r["algorithm"]), r["seed"]))
+
+
+def in_order(rows: list[dict[str, Any]], tasks: Sequence[str], algorithms: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows in the order of the suite's names; names that it does not have come last."""
+
+    def place(names: Sequence[str], name: str) -> int:
+        return names.index(name) if name in names else len(names)
+
+    return sorted(rows, key=lambda r: (place(tasks, r["task"]), place(algorithms, r["algorithm"]), r["seed"]))
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """``results.csv``, replaced as a whole; a number that is not known is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        values = [row[name] for name in COLUMNS]
+        writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else _cell(v) for v in values])
+    write_atomic(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: one algorithm on one task, over its seeds.
+
+    Attributes:
+        mean: of each column over the seeds.
+        spread: standard deviation over the seeds (n - 1), NaN for one; for ``win_rate`` the standard error over **prompts** of the outcome
+            averaged over the seeds, since all seeds answer the same prompts against the same SFT samples.
+    """
+
+    task: str
+    algorithm: str
+    seeds: tuple[int, ...]
+    mean: dict[str, float]
+    spread: dict[str, float]
+    kl_is_bound: bool
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
+    """Results averaged over seeds, in the order of the rows."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["task"], row["algorithm"]), []).append(row)
+    return [_line(task, algorithm, found) for (task, algorithm), found in cells.items()]
+
+
+def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
+    mean, spread = {}, {}
+    for name in NUMBERS:
+        values = np.array([number(row[name]) for row in rows])
+        mean[name] = float(values.mean())
+        spread[name] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    mean["win_rate"] = float(np.mean([number(row["win_rate"]) for row in rows]))
+    spread["win_rate"] = _win_rate_se(rows)
+    bound = any(row.get("kl_is_bound", False) for row in rows)
+    return Line(task, algorithm, tuple(row["seed"] for row in rows), mean, spread, bound)
+
+
+def _win_rate_se(rows: list[dict[str, Any]]) -> float:
+    outcomes = [[number(w) for w in row.get("wins", [])] for row in rows]
+    if len({len(outcome) for outcome in outcomes}) != 1 or len(outcomes[0]) < 2:
+        return math.nan
+    per_prompt = np.mean(outcomes, axis=0)
+    return float(per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)))
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of the table is called and written."""
+
+    name: str
+    title: str
+    digits: int
+    percent: bool = False
+    spread: bool = True
+    meaning: str = ""
+
+
+SHOWN = (
+    Column("win_rate", "win-rate %", 1, percent=True, meaning="of the gold judge, against SFT on the same test prompts, ties half"),
+    Column("gold", "gold", 2, meaning="mean score of the judge, which no method trains on"),
+    Column("proxy", "proxy", 2, meaning="mean score of the reward that trains"),
+    Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
+    Column("length", "length", 1, spread=False, meaning="tokens per response"),
+    Column("distinct_2", "distinct-2", 2, spread=False, meaning="share of different token pairs over all responses"),
+    Column("tokens_generated", "tokens", 0, spread=False, meaning="sampled, in training and for the test responses"),
+    Column("reward_calls", "reward calls", 0, spread=False, meaning="in training, and at inference by best-of-n"),
+    Column("wall_s", "seconds", 0, spread=False, meaning="of training and of sampling the test responses"),
+)
+
+
+def cell(line: Line, column: Column) -> str:
+    """A cell of the table: ``0.58 ±0.03``; a dash where nothing is known; a bound has its sign."""
+    value, spread = line.mean[column.name], line.spread[column.name]
+    if math.isnan(value):
+        return "–"
+    factor = 100 if column.percent else 1
+    text = f"{value * factor:,.{column.digits}f}"
+    if column.name == "kl" and line.kl_is_bound:
+        return f"≤{text}"
+    if column.spread and not math.isnan(spread):
+        text += f" ±{spread * factor:.{column.digits}f}"
+    return text
+
+
+def footnotes(lines: Sequence[Line]) -> list[str]:
+    """What a reader of the table has to know."""
+    notes = ["± is the standard deviation over seeds; for the win-rate, the standard error over prompts."]
+    if any(line.kl_is_bound for line in lines):
+        notes.append("≤: best-of-n's own log-probability is unknown; shown is the upper bound log n − (n−1)/n.")
+    if any(math.isnan(line.mean["gold"]) for line in lines):
+        notes.append("–: not measured; gold and the win-rate need a task with a judge.")
+    return notes
+
+
+def rich_table(lines: Sequence[Line]) -> Any:
+    """The table for a terminal."""
+    from rich.table import Table
+
+    shown = Table(header_style="bold", row_styles=["", "dim"], title="Test prompts, mean over seeds", title_justify="left")
+    shown.add_column("task")
+    shown.add_column("algorithm", style="bold")
+    shown.add_column("seeds", justify="right")
+    for column in SHOWN:
+        shown.add_column(column.title, justify="right", no_wrap=True)
+    for before, line in zip([None, *lines[:-1]], lines, strict=True):
+        if before is not None and before.task != line.task:
+            shown.add_section()
+        values = [cell(line, column) for column in SHOWN]
+        shown.add_row(line.task, line.algorithm, str(len(line.seeds)), *values)
+    shown.caption = "\n".join(footnotes(lines))
+    shown.caption_justify = "left"
+    return shown

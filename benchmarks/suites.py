@@ -1,0 +1,394 @@
+"""Suites: a TOML file says what a comparison is, and this reads it strictly.
+
+.. code-block:: toml
+
+    name = "mine"
+    tasks = ["reviews", "reviews-bandit"]         # -bandit: a whole response is one action
+    algorithms = ["sft", "best-of-16", "ppo"]
+    seeds = [0, 1, 2]
+
+    [budget]
+    episodes = 10_000                             # of training, per run; or: iterations = 80
+
+    [evaluation]
+    test_prompts = 256                            # how many; all if left out
+    validation_prompts = 64
+    every = 8                                     # iterations between validations, 0 for none
+
+    [checkpoints]
+    every = 20                                    # iterations
+
+    [algorithm.ppo]                               # overrides of the algorithm's settings
+    learning_rate = 3e-4
+
+    [task.reviews-bandit]
+    algorithms = ["ppo"]                          # instead of the suite's
+    kl_coef = 0.05                                # of the environment: kl_coef, temperature, min_new_tokens, ...
+    options = {}                                  # of the task's loader
+
+    [task.reviews-bandit.algorithm.ppo]           # overrides for this task only
+    learning_rate = 1e-4
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_envs.benchmarks.errors import UserError, near, one_line
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.task import TextTask
+
+BUILT_IN = Path(__file__).resolve().parent / "suites"
+ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
+_BEST_OF = re.compile(r"best-of-([1-9]\d*)")
+_BANDIT = "-bandit"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to train, and how often to look: the same for every run of a comparison.
+
+    Attributes:
+        iterations: of every trained run; None leaves it to ``episodes`` or to the algorithm.
+        episodes: training episodes of every run, rounded up to whole iterations. Not with ``iterations``.
+        test_prompts: how many test prompts the final evaluation uses; None is all.
+        validation_prompts: how many validation prompts a point of the learning curve uses.
+        validate_every: iterations between points of the learning curve, 0 for none.
+        checkpoint_every: iterations between checkpoints.
+    """
+
+    iterations: int | None = None
+    episodes: int | None = None
+    test_prompts: int | None = 256
+    validation_prompts: int = 64
+    validate_every: int = 10
+    checkpoint_every: int = 20
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What a suite says about one of its tasks.
+
+    Attributes:
+        name: as results call it: a registered task, one with ``-bandit`` behind it, or the id of a control environment.
+        algorithms: None takes the suite's.
+        env: options of the environment (:data:`ENV_OPTIONS`).
+        options: of the task's loader.
+        overrides: settings by algorithm, on top of the suite's.
+    """
+
+    name: str
+    algorithms: tuple[str, ...] | None = None
+    env: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One cell of a comparison: everything that decides what its run does. In JSON's types throughout."""
+
+    task: str
+    algorithm: str
+    seed: int
+    plan: Plan
+    env: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """``task/algorithm/seed-n``, as people and folders call it."""
+        return f"{folder_name(self.task)}/{self.algorithm}/seed-{self.seed}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as nested dictionaries."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunSpec:
+        """The inverse of :meth:`to_json`."""
+        return cls(**{**data, "plan": Plan(**data["plan"])})
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A comparison: tasks x algorithms x seeds, how much to train, and what differs from the defaults."""
+
+    name: str
+    tasks: tuple[TaskSettings, ...]
+    algorithms: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    plan: Plan = Plan()
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    description: str = ""
+
+    def runs(self) -> list[RunSpec]:
+        """The cells: for each task all algorithms with the first seed, then with the next, so that early results say most."""
+        found = []
+        for task in self.tasks:
+            for seed in self.seeds:
+                for algorithm in task.algorithms or self.algorithms:
+                    overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
+                    found.append(RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides))
+        return found
+
+    def with_task_options(self, name: str, **options: Any) -> Suite:
+        """The same with more options for the loader of the tasks called ``name`` (and of their bandit face)."""
+        tasks = tuple(
+            replace(task, options={**task.options, **options}) if base_task(task.name)[0] == name else task
+            for task in self.tasks
+        )
+        return replace(self, tasks=tasks)
+
+
+def folder_name(task: str) -> str:
+    """A task's name as a folder: ids such as ``lm_envs/Cat-v0`` hold a slash."""
+    return re.sub(r"[^\w.-]", "_", task)
+
+
+def base_task(name: str) -> tuple[str, str]:
+    """The registered task and the face that a name in a suite means: ``"reviews-bandit"`` is ``("reviews", "bandit")``."""
+    from lm_envs.tasks import TASKS
+
+    if name not in TASKS and name.endswith(_BANDIT):
+        return name.removesuffix(_BANDIT), "bandit"
+    return name, "mdp"
+
+
+def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
+    """The text task that a name in a suite means; one of the user's own is ``module:function``.
+
+    Raises:
+        UserError: there is no such module or function.
+        ValueError: from the task's loader.
+    """
+    from lm_envs.tasks import TASKS, load
+
+    name = base_task(name)[0]
+    if ":" in name and name not in TASKS:
+        module, _, function = name.partition(":")
+        try:
+            found = find_spec(module)
+        except ModuleNotFoundError:  # of a parent package
+            found = None
+        if found is None:
+            raise UserError(f"task {name!r}: there is no module {module!r} on the import path (PYTHONPATH adds folders)")
+        if not hasattr(import_module(module), function):
+            raise UserError(f"task {name!r}: module {module!r} has no function {function!r}")
+        TASKS[name] = name
+    return load(name, **options)
+
+
+def best_of(algorithm: str) -> int | None:
+    """The n of ``"best-of-n"``, None for any other algorithm."""
+    match = _BEST_OF.fullmatch(algorithm)
+    return int(match.group(1)) if match else None
+
+
+def is_control(task: str) -> bool:
+    """Whether a task's name is a Gymnasium id, as ``CartPole-v1`` is."""
+    return re.search(r"-v\d+$", task) is not None
+
+
+def check_task(name: str) -> None:
+    """Raises UserError unless there is such a task; the message names the near ones."""
+    from lm_envs.tasks import TASKS
+
+    if is_control(name):
+        import gymnasium
+
+        try:
+            spec = gymnasium.spec(name)
+        except gymnasium.error.Error as error:
+            raise UserError(f"no environment {name!r}: {str(error).splitlines()[0]}") from error
+        if "task" in spec.kwargs:
+            bandit = _BANDIT if "Bandit" in name else ""
+            raise UserError(f"{name!r} is called {spec.kwargs['task'] + bandit!r} here: use that name")
+    elif ":" not in name and base_task(name)[0] not in TASKS:
+        known = [*TASKS, *(task + _BANDIT for task in TASKS)]
+        raise UserError(f"no task {name!r}: {near(name, known)} (`lm-envs tasks` lists them)")
+
+
+def check_algorithm(name: str) -> None:
+    """Raises UserError unless there is such an algorithm; the message names the near ones."""
+    from lm_envs.algos.registry import ALGORITHMS
+
+    if name == "sft" or best_of(name) is not None:
+        return
+    if name not in trainable():
+        raise UserError(
+            f"no algorithm {name!r}: {near(name, ['sft', 'best-of-16', *trainable()])} (`lm-envs tasks` lists them)"
+        )
+
+
+def trainable() -> list[str]:
+    """The registered algorithms that train a policy by sampling from an environment: those that can be compared."""
+    from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
+
+    return [name for name in ALGORITHMS if name not in WRAPPERS and not load(name).needs_data]
+
+
+def load_suite(name_or_path: str | Path) -> Suite:
+    """Read a suite: the path of a TOML file, or the name of a built-in one ("demo").
+
+    Raises:
+        UserError: no such file, malformed TOML, an unknown key or a value of the wrong type; with file and line.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and (BUILT_IN / f"{path}.toml").is_file():
+        path = BUILT_IN / f"{path}.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        known = [file.stem for file in BUILT_IN.glob("*.toml")]
+        raise UserError(f"no suite {str(name_or_path)!r}: give a TOML file, or a built-in one: {near(str(path), known)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a suite is UTF-8 text, and this is not ({error.reason})") from error
+    return parse_suite(text, path)
+
+
+def parse_suite(text: str, path: Path | str) -> Suite:
+    """Read a suite from TOML text; ``path`` is for messages and for the default name. Raises as :func:`load_suite`."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        at_end = text.count("\n") + 1
+        message = re.sub(r" \(at .*\)$", "", str(error))
+        raise UserError(one_line(path, int(line.group(1)) if line else at_end, f"not TOML: {message}")) from error
+    return _Reader(text, path).suite(data)
+
+
+class _Reader:
+    """Turns parsed TOML into a suite and remembers where complaints have to point."""
+
+    def __init__(self, text: str, path: Path | str) -> None:
+        self.lines, self.path = text.splitlines(), path
+
+    def fail(self, key: str, what: str) -> UserError:
+        where = re.compile(rf"(^|[\[.{{,]\s*)[\"']?{re.escape(key)}[\"']?\s*(=|\]|\.)")
+        line = next((i for i, content in enumerate(self.lines, 1) if where.search(content.strip())), None)
+        return UserError(one_line(self.path, line, what))
+
+    def keys(self, table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+        for key in table:
+            if key not in (known := tuple(known)):
+                raise self.fail(key, f"unknown key {key!r} in {where}: {near(key, known)}")
+
+    def table(self, data: Mapping[str, Any], key: str) -> dict[str, Any]:
+        value = data.get(key, {})
+        if not isinstance(value, dict):
+            raise self.fail(key, f"{key!r} must be a table, [{key}], not {value!r}")
+        return value
+
+    def tables(self, data: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+        return {name: self.table(self.table(data, key), name) for name in self.table(data, key)}
+
+    def names(self, data: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
+        value = data.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise self.fail(key, f"{key!r} must be a list of at least one string, not {value!r}")
+        return self.unique(key, value)
+
+    def unique(self, key: str, value: Sequence[Any]) -> tuple[Any, ...]:
+        twice = [item for i, item in enumerate(value) if item in value[:i]]
+        if twice:
+            raise self.fail(key, f"{key!r} names {twice[0]!r} twice")
+        return tuple(value)
+
+    def integer(self, table: Mapping[str, Any], key: str, default: Any, least: int) -> Any:
+        value = table.get(key, default)
+        if value is default:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.fail(key, f"{key!r} must be a whole number of at least {least}, not {value!r}")
+        return value
+
+    def string(self, data: Mapping[str, Any], key: str, default: str) -> str:
+        value = data.get(key, default)
+        if not isinstance(value, str):
+            raise self.fail(key, f"{key!r} must be a string, not {value!r}")
+        return value
+
+    def plan(self, data: Mapping[str, Any]) -> Plan:
+        budget, evaluation = self.table(data, "budget"), self.table(data, "evaluation")
+        checkpoints = self.table(data, "checkpoints")
+        self.keys(budget, ("iterations", "episodes"), "[budget]")
+        self.keys(evaluation, ("test_prompts", "validation_prompts", "every"), "[evaluation]")
+        self.keys(checkpoints, ("every",), "[checkpoints]")
+        if len(budget) > 1:
+            raise self.fail("budget", "[budget] takes iterations or episodes, not both")
+        return Plan(
+            iterations=self.integer(budget, "iterations", None, 1),
+            episodes=self.integer(budget, "episodes", None, 1),
+            test_prompts=self.integer(evaluation, "test_prompts", Plan.test_prompts, 2),
+            validation_prompts=self.integer(evaluation, "validation_prompts", Plan.validation_prompts, 2),
+            validate_every=self.integer(evaluation, "every", Plan.validate_every, 0),
+            checkpoint_every=self.integer(checkpoints, "every", Plan.checkpoint_every, 1),
+        )
+
+    def task(self, name: str, table: Mapping[str, Any]) -> TaskSettings:
+        self.keys(table, ("algorithms", "options", "algorithm", *ENV_OPTIONS), f"[task.{name}]")
+        return TaskSettings(
+            name=name,
+            algorithms=self.names(table, "algorithms"),
+            env={key: table[key] for key in ENV_OPTIONS if key in table},
+            options=self.table(table, "options"),
+            overrides=self.tables(table, "algorithm"),
+        )
+
+    def suite(self, data: Mapping[str, Any]) -> Suite:
+        top = ("name", "description", "tasks", "algorithms", "seeds", "budget", "evaluation", "checkpoints", "algorithm", "task")
+        self.keys(data, top, "a suite")
+        tasks, algorithms = self.names(data, "tasks"), self.names(data, "algorithms")
+        for key, value in (("tasks", tasks), ("algorithms", algorithms)):
+            if value is None:
+                raise UserError(f"{self.path}: a suite needs {key!r}, a list of names")
+        assert tasks is not None and algorithms is not None
+        seeds = data.get("seeds", [0])
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise self.fail("seeds", f"'seeds' must be a list of whole numbers of at least 0, not {seeds!r}")
+        settings, overrides = self.tables(data, "task"), self.tables(data, "algorithm")
+        for name in settings:
+            if name not in tasks:
+                raise self.fail(name, f"[task.{name}] is about no task of this suite: {near(name, tasks)}")
+        suite = Suite(
+            name=self.string(data, "name", Path(self.path).stem),
+            description=self.string(data, "description", ""),
+            tasks=tuple(self.task(name, settings.get(name, {})) for name in tasks),
+            algorithms=algorithms,
+            seeds=self.unique("seeds", seeds),
+            plan=self.plan(data),
+            overrides=overrides,
+        )
+        used = {run.algorithm for run in suite.runs()}
+        for name in [*overrides, *(name for task in suite.tasks for name in task.overrides)]:
+            if name not in used:
+                raise self.fail(name, f"settings for {name!r}, which this suite does not run: {near(name, used)}")
+        return self.checked(suite)
+
+    def checked(self, suite: Suite) -> Suite:
+        for name, check in [
+            *((task.name, check_task) for task in suite.tasks),
+            *((run.algorithm, check_algorithm) for run in suite.runs()),
+        ]:
+            try:
+                check(name)
+            except UserError as error:
+                raise UserError(one_line(self.path, self.line_naming(name), str(error))) from error
+        return suite
+
+    def line_naming(self, name: str) -> int | None:
+        """The line where a quoted name stands."""
+        return next((i for i, line in enumerate(self.lines, 1) if f'"{name}"' in line or f"'{name}'" in line), None)

@@ -1,0 +1,43 @@
+"""TensorBoard event files of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# What people look at first stands together under "main"; the rest of an algorithm's metrics under "update".
+_MAIN = ("return", "score", "gold", "proxy", "kl", "kl_coef", "entropy", "length", "tokens_per_second")
+_COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "iteration")
+
+
+class Tracker:
+    """Writes scalars and sample texts of one run.
+
+    Args:
+        folder: of the event files.
+        resumed_at: iterations done already: what an earlier, killed process logged after it is hidden.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = resumed_at + 1 if resumed_at else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=30)
+
+    def scalars(self, metrics: Mapping[str, Any], iteration: int, prefix: str | None = None) -> None:
+        """Log the finite numbers among ``metrics``; ``prefix`` None sorts them into main, counters and update."""
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and math.isfinite(value) and name != "iteration":
+                group = prefix or ("main" if name in _MAIN else "counters" if name in _COUNTERS else "update")
+                self._writer.add_scalar(f"{group}/{name}", value, iteration)
+
+    def texts(self, texts: Sequence[str], iteration: int, tag: str) -> None:
+        """Log sample texts as one block, a line each."""
+        if texts:
+            self._writer.add_text(tag, "\n".join("    " + line.replace("\n", " ") for line in texts), iteration)
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self._writer.close()
