@@ -1,0 +1,118 @@
+"""Small batches and policies for the agents' tests: exact, in float64, without sampling where that is not the point."""
+
+from __future__ import annotations
+
+import gymnasium
+import torch
+from gymnasium.vector import AutoresetMode
+
+from lm_envs.algos.mlp_policy import MLPPolicy
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.registry import make_agent
+from lm_envs.algos.reward_modelling import RewardPolicy, preferences
+from lm_envs.algos.sft import demonstrations
+from lm_envs.rollout import collect, rollout
+from lm_envs.trajectories import Trajectories
+from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+from tests import tiny
+
+FACES = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
+SAMPLERS = ("reinforce", "a2c", "ppo", "expert-iteration")
+LEARNERS = (*SAMPLERS, "sft", "reward-modelling")
+SMALL = {"episodes": 16, "group_size": 4, "iterations": 8}
+
+
+def text_env(face: str = "mdp", group_size: int = 4, **options):
+    return FACES[face](tiny.task(), 8, group_size=group_size, **options)
+
+
+def text_policy(env, face: str = "mdp", seed: int = 1) -> LMPolicy:
+    policy = LMPolicy.for_mdp(env.mdp, tiny.gpt2(seed=seed).requires_grad_(True), face=face)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # a critic at zero would hide mistakes in what is done with it
+        policy.value_head.weight.normal_(generator=generator)
+    return policy
+
+
+def text_batch(face: str = "mdp", episodes: int = 16, group_size: int = 4, seed: int = 0) -> Trajectories:
+    env = text_env(face, group_size)
+    return rollout(env, text_policy(env, face), episodes=episodes, seed=seed)
+
+
+def reward_policy(seed: int = 0) -> RewardPolicy:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(
+        vocab_size=10,
+        n_positions=64,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=0.25,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPT2ForSequenceClassification(config)
+    return RewardPolicy(model.double())
+
+
+def texts(count: int = 12, seed: int = 0) -> list[list[int]]:
+    """Two tokens of prompt and one to five after it; the last is EOS in every other text."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 8, (count,), generator=generator).tolist()
+    rows = [torch.randint(1, 10, (length,), generator=generator).tolist() for length in lengths]
+    return [row[:-1] + [0] if i % 2 else row for i, row in enumerate(rows)]
+
+
+def ranked(groups: int = 6, seed: int = 0) -> Trajectories:
+    """Groups of two to four texts; more of token 2 ("b") is better, ties broken by place."""
+    rows, sizes = texts(4 * groups, seed), [2 + i % 3 for i in range(groups)]
+    parts = [rows[4 * i : 4 * i + size] for i, size in enumerate(sizes)]
+    ranks = []
+    for part in parts:
+        order = sorted(range(len(part)), key=lambda i: (-part[i].count(2), i))
+        ranks.append([order.index(i) for i in range(len(part))])
+    return preferences(parts, ranks, 2, 6)
+
+
+def learner(name: str, face: str = "mdp", env=None, **overrides):
+    """An agent on the tiny text task, or on the data it needs."""
+    settings = SMALL | overrides
+    if name == "reward-modelling":
+        return make_agent(name, reward_policy(), data=ranked(), **({"episodes": 3} | overrides))
+    policy = text_policy(env or text_env(face, settings["group_size"]), face)
+    if name == "sft":
+        data = demonstrations(texts(), 2, 6)
+        return make_agent(name, policy, data=data, **({"episodes": 8} | overrides))
+    return make_agent(name, policy, **settings)
+
+
+def control_env(rows: int = 2, name: str = "CartPole-v1", **options):
+    return gymnasium.make_vec(
+        name,
+        num_envs=rows,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+        **options,
+    )
+
+
+def control_batch(episodes: int = 6, seed: int = 0) -> tuple[Trajectories, MLPPolicy]:
+    env = control_env()
+    policy = MLPPolicy(env, hidden=(8,), seed=seed).double()
+    return collect(env, policy, episodes=episodes, seed=seed), policy
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,36 @@
+import pytest
+
+from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, exceeds
+
+
+def test_adaptive_coefficient_by_hand():
+    control = AdaptiveKL(coef=0.1, target=6.0, horizon=1000)
+    assert control.update(6.0, 100) == pytest.approx(0.1)
+    assert control.update(6.6, 100) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    control = AdaptiveKL(coef=0.1, target=6.0, horizon=1000)
+    assert control.update(600.0, 100) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # the error is clipped
+    control = AdaptiveKL(coef=0.1, target=6.0, horizon=1000)
+    assert control.update(-3.0, 100) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+
+
+def test_it_steers_a_responding_system_to_its_target():
+    """A policy whose KL is 1/coef: the target 4 is reached at coef 0.25, from either side."""
+    for start in (0.05, 2.0):
+        control = AdaptiveKL(coef=start, target=4.0, horizon=1000)
+        for _ in range(400):
+            control.update(1 / control.coef, 128)
+        assert 1 / control.coef == pytest.approx(4.0, rel=0.01)
+
+
+def test_a_fixed_coefficient_stays():
+    assert FixedKL(0.3).update(100.0, 128) == 0.3
+
+
+@pytest.mark.parametrize(("field", "value"), [("target", 0.0), ("horizon", -1.0), ("coef", 0.0)])
+def test_useless_settings_are_refused(field, value):
+    with pytest.raises(ValueError, match="AdaptiveKL"):
+        AdaptiveKL(**{"coef": 0.1, "target": 1.0, "horizon": 10.0, field: value})
+
+
+def test_early_stop():
+    assert exceeds(0.02, 0.01) and not exceeds(0.005, 0.01) and not exceeds(1e9, None)

@@ -1,0 +1,162 @@
+"""Known answers, "reduces to" identities, and law 1 on values and gradients."""
+
+import math
+
+import pytest
+import torch
+
+from lm_envs.algos import losses
+from lm_envs.algos.advantages import masked
+
+NAN = float("nan")
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_means_by_hand():
+    x = rows([1, 2, 3], [10, NAN, NAN])
+    assert losses.masked_mean(x, MASK) == 4  # 16 / 4 tokens
+    assert losses.sequence_mean(x, MASK) == 8  # (6 + 10) / 2 rows
+    assert losses.masked_mean(x, MASK) != x.nan_to_num(0).mean()  # negative control: padding counted
+    assert [float(part) for part in losses.tally(x, MASK)] == [16, 4]
+
+
+def test_policy_gradient_loss_by_hand():
+    found = losses.policy_gradient_loss(rows([-1.0, -2.0]), rows([3.0, -0.5]), torch.ones(1, 2, dtype=torch.bool))
+    assert found.tolist() == [[3.0, -1.0]]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, True),
+        (1.5, 2.0, -2.4, False),  # clipped: a good action does not earn beyond 1.2
+        (1.5, -2.0, 3.0, True),  # a bad action that got likelier is still pushed down
+        (0.5, 2.0, -1.0, True),
+        (0.5, -2.0, 1.6, False),  # clipped: a bad action is not pushed below 0.8
+    ],
+)
+def test_ppo_clip_by_hand(ratio, advantage, loss, slope):
+    one = torch.ones(1, 1, dtype=torch.bool)
+    logprob = rows([math.log(ratio)]).requires_grad_()
+    found = losses.ppo_clip_loss(logprob, rows([0.0]), rows([advantage]), one, 0.2)
+    assert found.item() == pytest.approx(loss)
+    found.sum().backward()
+    assert bool(logprob.grad != 0) == slope
+
+
+def test_ppo_at_ratio_one_has_the_policy_gradient():
+    logprob = rows([-0.3, -1.0, -2.0], [-0.7, 0, 0]).requires_grad_()
+    advantage = rows([1.0, -2.0, 0.5], [3.0, 0, 0])
+    first = losses.ppo_clip_loss(logprob, logprob.detach(), advantage, MASK).sum()
+    second = losses.policy_gradient_loss(logprob, advantage, MASK).sum()
+    torch.testing.assert_close(*(torch.autograd.grad(x, logprob)[0] for x in (first, second)))
+
+
+def test_value_loss_by_hand():
+    one = torch.ones(1, 1, dtype=torch.bool)
+    assert losses.value_loss(rows([3.0]), rows([1.0]), one) == 2.0
+    # V went from 0 to 3, clipped to 0.2: errors (3-5)^2 and (0.2-5)^2; the larger counts.
+    clipped = losses.value_loss(rows([3.0]), rows([5.0]), one, rows([0.0]), 0.2)
+    assert float(clipped) == pytest.approx(0.5 * 4.8**2)
+    with pytest.raises(ValueError, match="old_value"):
+        losses.value_loss(rows([3.0]), rows([5.0]), one, clip=0.2)
+
+
+def test_a_wide_value_clip_is_no_clip():
+    value, target, old = (
+        rows([1.0, 2, 3], [4, 0, 0]),
+        rows([2.0, 2, 2], [2, 0, 0]),
+        rows([0.0, 0, 0], [0, 0, 0]),
+    )
+    wide = losses.value_loss(value, target, MASK, old, 100.0)
+    torch.testing.assert_close(wide, losses.value_loss(value, target, MASK))
+
+
+def test_nll_by_hand():
+    assert losses.nll(rows([-1.0, -2, -3], [-4, NAN, NAN]), MASK).tolist() == [[1, 2, 3], [4, 0, 0]]
+
+
+def test_k_estimators_by_hand():
+    one = torch.ones(1, 1, dtype=torch.bool)
+    a, b = rows([-1.0]), rows([-1.5])
+    assert losses.k1(a, b, one) == 0.5
+    assert losses.k2(a, b, one) == 0.125
+    assert float(losses.k3(a, b, one)) == pytest.approx(math.exp(-0.5) - 1 + 0.5)
+
+
+def test_k_estimators_biases_are_as_documented():
+    """Expectations under pi by enumeration of four actions: exact, no sampling."""
+    logits = rows([0.3, -1.0, 0.8, 0.1]).requires_grad_()
+    q = rows([1.0, 0.2, -0.5, 0.4]).log_softmax(dim=1)
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    log_p = logits.log_softmax(dim=1)
+    p = log_p.exp().detach()
+    kl = (log_p.exp() * (log_p - q)).sum()
+    value = {k: (p * getattr(losses, k)(log_p, q, everything)).sum() for k in ("k1", "k2", "k3")}
+    gradient = {k: torch.autograd.grad(v, logits, retain_graph=True)[0] for k, v in value.items()}
+    exact = torch.autograd.grad(kl, logits)[0]
+    torch.testing.assert_close(value["k1"], kl)
+    torch.testing.assert_close(value["k3"], kl)
+    assert not torch.allclose(value["k2"], kl)
+    torch.testing.assert_close(gradient["k2"], exact)
+    torch.testing.assert_close(gradient["k1"], torch.zeros_like(exact))
+    assert not torch.allclose(gradient["k3"], exact)
+
+
+def test_explained_variance():
+    target = rows([1.0, 2, 3], [4, NAN, NAN])
+    assert losses.explained_variance(target, target, MASK) == 1
+    constant = rows([9.0, 9, 9], [9, NAN, NAN])
+    assert losses.explained_variance(constant, target, MASK) == 0
+    assert losses.explained_variance(rows([1.0, 3, 2], [4, 0, 0]), target, MASK) == pytest.approx(1 - 0.5 / 1.25)
+    assert losses.explained_variance(target, constant, MASK).isnan()
+
+
+def test_ratio_metrics_by_hand():
+    new, old = rows([math.log(1.5), 0.0, math.log(0.9)], [0.0, NAN, NAN]), rows([0.0, 0, 0], [0, NAN, NAN])
+    found = losses.ratio_metrics(new, old, MASK, 0.2)
+    assert float(found["ratio"]) == pytest.approx((1.5 + 1 + 0.9 + 1) / 4)
+    assert float(found["ratio_max"]) == pytest.approx(1.5)
+    assert float(found["clip_fraction"]) == pytest.approx(0.25)
+    expected = (0.5 - math.log(1.5) - 0.1 - math.log(0.9)) / 4
+    assert float(found["approx_kl"]) == pytest.approx(expected)
+
+
+TWO = {
+    "policy_gradient": lambda a, b: losses.policy_gradient_loss(a, b, MASK),
+    "ppo_clip": lambda a, b: losses.ppo_clip_loss(a, b, b, MASK),
+    "value": lambda a, b: losses.value_loss(a, b, MASK, b, 0.1),
+    "nll": lambda a, b: losses.nll(a, MASK),
+    "k1": lambda a, b: losses.k1(a, b, MASK),
+    "k2": lambda a, b: losses.k2(a, b, MASK),
+    "k3": lambda a, b: losses.k3(a, b, MASK),
+}
+
+
+@pytest.mark.parametrize("mean", [losses.masked_mean, losses.sequence_mean])
+@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("garbage", [NAN, float("inf"), 1e30])
+def test_law_1_masked_positions_change_no_loss_and_no_gradient(name, mean, garbage):
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for fill in (0.0, garbage):
+        generator.manual_seed(0)
+        a, b = (masked(torch.randn(2, 3, generator=generator).double(), MASK, fill) for _ in range(2))
+        a.requires_grad_()
+        loss = mean(TWO[name](a, b), MASK)
+        loss.backward()
+        results.append((loss.detach(), a.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not results[0][1].isnan().any()
+
+
+def test_law_1_negative_control_cleaning_after_the_exponential_poisons_the_gradient():
+    a = torch.tensor([[0.1, NAN]], requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    masked(torch.exp(a), mask).sum().backward()
+    assert a.grad.isnan().any()
