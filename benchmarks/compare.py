@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lm_envs.benchmarks.errors import Interrupted, UserError
+from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.progress import Display, display
 from lm_envs.benchmarks.results import collect_results, in_order, write_csv
@@ -58,7 +58,9 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
             check_same(spec, out / spec.label)
     elif any(path.name != ".gitignore" for path in out.iterdir()):
         first = sorted(path.name for path in out.iterdir())[0]
-        raise UserError(f"{out} is not empty (it holds {first!r}) and holds no comparison: choose another folder with --out")
+        raise UserError(
+            f"{out} is not empty (it holds {first!r}) and holds no comparison: choose another folder with --out"
+        )
 
 
 def check_runs(runs: Sequence[RunSpec]) -> None:
@@ -192,7 +194,7 @@ def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, cons
             else:
                 run_in_workers(runs, out, jobs=jobs, threads=threads, notify=notify, stop=stop)
     if failed:
-        raise UserError(_failures(failed, len(runs)))
+        raise RunsFailed(_failures(failed, len(runs)), len(collect_results(out)))
     if len(ended) < len(runs):
         raise Interrupted(str(out))
 

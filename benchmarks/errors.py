@@ -24,6 +24,14 @@ class UserError(Exception):
     """Something the user can put right; the message says what is wrong, where, and what to do."""
 
 
+class RunsFailed(UserError):
+    """Some runs of a comparison failed; ``finished`` says how many did not."""
+
+    def __init__(self, message: str, finished: int) -> None:
+        super().__init__(message)
+        self.finished = finished
+
+
 class Interrupted(Exception):
     """The user asked to stop, and what has to be kept for ``--resume`` is on disk."""
 
@@ -50,7 +58,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         where = f" {str(error.filename)!r}" if error.filename else ""
         if error.errno in _EXPECTED_ERRNO:
-            return f"cannot write{where}: {error.strerror}; {_EXPECTED_ERRNO[error.errno]}, then continue with --resume"
+            return f"cannot use{where or ' a file'}: {error.strerror}; {_EXPECTED_ERRNO[error.errno]}, then continue with --resume"
         if isinstance(error, FileNotFoundError) and error.filename:
             return f"no such file or folder:{where}"
         if isinstance(error, (IsADirectoryError, NotADirectoryError)):

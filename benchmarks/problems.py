@@ -69,7 +69,9 @@ class TextProblem:
         n = best_of(spec.algorithm)
         trained = n is None and spec.algorithm != "sft"
         if face == "bandit" and not trained:
-            raise UserError(f"{spec.label}: SFT and best-of-n need no training, so they have no bandit face: leave them out")
+            raise UserError(
+                f"{spec.label}: SFT and best-of-n need no training, so they have no bandit face: leave them out"
+            )
         if n is not None:
             self.policy = BestOfN(self._reference, mdp, n)
         if trained:
@@ -151,7 +153,9 @@ class ControlProblem:
         from lm_envs.algos.mlp_policy import MLPPolicy
 
         if spec.algorithm == "sft" or best_of(spec.algorithm) is not None:
-            raise UserError(f"{spec.label}: {spec.algorithm} is for text; on a control environment use ppo, a2c or reinforce")
+            raise UserError(
+                f"{spec.label}: {spec.algorithm} is for text; on a control environment use ppo, a2c or reinforce"
+            )
         if spec.options:
             raise UserError(f"{spec.label}: a control environment takes no task options, got {', '.join(spec.options)}")
         self.spec = spec

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lm_envs.benchmarks.results import number
+from lm_envs.benchmarks.results import number, plain
 
 
 class Display(Protocol):
@@ -35,7 +35,7 @@ def figures(metrics: dict[str, Any]) -> str:
     for title, keys in names:
         value = next((metrics[key] for key in keys if metrics.get(key) is not None), None)
         if value is not None and not (title == "return" and "score" in metrics):
-            parts.append(f"{title} {value:.2f}")
+            parts.append(f"{title} {plain(value, 2)}")
     if metrics.get("tokens_per_second"):
         parts.append(f"{metrics['tokens_per_second'] / 1000:.1f}k tok/s")
     return "  ".join(parts)
@@ -128,9 +128,7 @@ class Bars:
         elif kind == "iteration":
             known = self._known.setdefault(run, {})
             known.update(event["metrics"])
-            self.progress.update(
-                self._rows[run], completed=event["metrics"]["iteration"], figures=figures(known)
-            )
+            self.progress.update(self._rows[run], completed=event["metrics"]["iteration"], figures=figures(known))
         elif kind == "evaluate" and run in self._rows:
             self.progress.update(self._rows[run], figures="measuring on test prompts")
         elif kind in ("done", "stopped", "failed"):

@@ -129,7 +129,13 @@ class Column:
 
 
 SHOWN = (
-    Column("win_rate", "win-rate %", 1, percent=True, meaning="of the gold judge, against SFT on the same test prompts, ties half"),
+    Column(
+        "win_rate",
+        "win-rate %",
+        1,
+        percent=True,
+        meaning="of the gold judge, against SFT on the same test prompts, ties half",
+    ),
     Column("gold", "gold", 2, meaning="mean score of the judge, which no method trains on"),
     Column("proxy", "proxy", 2, meaning="mean score of the reward that trains"),
     Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
@@ -141,13 +147,18 @@ SHOWN = (
 )
 
 
+def plain(value: float, digits: int) -> str:
+    """``1,234.50``, and never a negative zero."""
+    return f"{round(value, digits) + 0.0:,.{digits}f}"
+
+
 def cell(line: Line, column: Column) -> str:
     """A cell of the table: ``0.58 ±0.03``; a dash where nothing is known; a bound has its sign."""
     value, spread = line.mean[column.name], line.spread[column.name]
     if math.isnan(value):
         return "–"
     factor = 100 if column.percent else 1
-    text = f"{value * factor:,.{column.digits}f}"
+    text = plain(value * factor, column.digits)
     if column.name == "kl" and line.kl_is_bound:
         return f"≤{text}"
     if column.spread and not math.isnan(spread):
@@ -169,7 +180,9 @@ def rich_table(lines: Sequence[Line]) -> Any:
     """The table for a terminal."""
     from rich.table import Table
 
-    shown = Table(header_style="bold", row_styles=["", "dim"], title="Test prompts, mean over seeds", title_justify="left")
+    shown = Table(
+        header_style="bold", row_styles=["", "dim"], title="Test prompts, mean over seeds", title_justify="left"
+    )
     shown.add_column("task")
     shown.add_column("algorithm", style="bold")
     shown.add_column("seeds", justify="right")

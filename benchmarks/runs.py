@@ -173,7 +173,9 @@ class _Run:
             metrics = metrics | {f"validation_{name}": value for name, value in found.items()}
             self.samples.append(*({"iteration": done, "split": "validation", **sample} for sample in samples))
             tracker.scalars(found, done, "validation")
-            texts = [f"{s['prompt']} | {s['response']}  (gold {s['gold']:.2f}, proxy {s['proxy']:.2f})" for s in samples]
+            texts = [
+                f"{s['prompt']} | {s['response']}  (gold {s['gold']:.2f}, proxy {s['proxy']:.2f})" for s in samples
+            ]
             tracker.texts(texts, done, "validation")
         self.metrics.append(metrics)
         self.notify({"event": "iteration", "run": self.spec.label, "of": total, "metrics": metrics})
@@ -227,5 +229,3 @@ class _Run:
         }
         write_json(self.folder / "result.json", result)
         return read_json(self.folder / "result.json")
-
-

@@ -119,7 +119,9 @@ class Records:
                 found.append((line, json.loads(line)))
             except json.JSONDecodeError as error:
                 if number < len(lines):
-                    raise UserError(f"{self.path}, line {number}: not JSON ({error.msg}); restore or delete the run's folder") from error
+                    raise UserError(
+                        f"{self.path}, line {number}: not JSON ({error.msg}); restore or delete the run's folder"
+                    ) from error
         return found
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:

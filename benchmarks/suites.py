@@ -50,6 +50,7 @@ BUILT_IN = Path(__file__).resolve().parent / "suites"
 ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
 _BEST_OF = re.compile(r"best-of-([1-9]\d*)")
 _BANDIT = "-bandit"
+_OWN = ("corpus", "custom")  # tasks that need to be told where they come from
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,9 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
         except ModuleNotFoundError:  # of a parent package
             found = None
         if found is None:
-            raise UserError(f"task {name!r}: there is no module {module!r} on the import path (PYTHONPATH adds folders)")
+            raise UserError(
+                f"task {name!r}: there is no module {module!r} on the import path (PYTHONPATH adds folders)"
+            )
         if not hasattr(import_module(module), function):
             raise UserError(f"task {name!r}: module {module!r} has no function {function!r}")
         TASKS[name] = name
@@ -213,8 +216,8 @@ def check_task(name: str) -> None:
         if "task" in spec.kwargs:
             bandit = _BANDIT if "Bandit" in name else ""
             raise UserError(f"{name!r} is called {spec.kwargs['task'] + bandit!r} here: use that name")
-    elif ":" not in name and base_task(name)[0] not in TASKS:
-        known = [*TASKS, *(task + _BANDIT for task in TASKS)]
+    elif ":" not in name and base_task(name)[0] not in (*TASKS, *_OWN):
+        known = dict.fromkeys([*TASKS, *_OWN, *(task + _BANDIT for task in TASKS)])
         raise UserError(f"no task {name!r}: {near(name, known)} (`lm-envs tasks` lists them)")
 
 
@@ -250,7 +253,9 @@ def load_suite(name_or_path: str | Path) -> Suite:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError) as error:
         known = [file.stem for file in BUILT_IN.glob("*.toml")]
-        raise UserError(f"no suite {str(name_or_path)!r}: give a TOML file, or a built-in one: {near(str(path), known)}") from error
+        raise UserError(
+            f"no suite {str(name_or_path)!r}: give a TOML file, or a built-in one: {near(str(path), known)}"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a suite is UTF-8 text, and this is not ({error.reason})") from error
     return parse_suite(text, path)
@@ -349,7 +354,18 @@ class _Reader:
         )
 
     def suite(self, data: Mapping[str, Any]) -> Suite:
-        top = ("name", "description", "tasks", "algorithms", "seeds", "budget", "evaluation", "checkpoints", "algorithm", "task")
+        top = (
+            "name",
+            "description",
+            "tasks",
+            "algorithms",
+            "seeds",
+            "budget",
+            "evaluation",
+            "checkpoints",
+            "algorithm",
+            "task",
+        )
         self.keys(data, top, "a suite")
         tasks, algorithms = self.names(data, "tasks"), self.names(data, "algorithms")
         for key, value in (("tasks", tasks), ("algorithms", algorithms)):

@@ -150,7 +150,9 @@ def run_in_workers(
                 continue
             if event is None:
                 label = worker.job.label if worker.job else "no run"
-                raise RuntimeError(f"the worker of {label} ended with status {worker.process.wait()}: its output is above")
+                raise RuntimeError(
+                    f"the worker of {label} ended with status {worker.process.wait()}: its output is above"
+                )
             notify(event)
             if event["event"] in ("done", "stopped", "failed"):
                 worker.job = None

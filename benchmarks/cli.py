@@ -1,0 +1,332 @@
+"""The command line, ``lm-envs``: compare, train, tasks, report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+import lm_envs
+from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain
+from lm_envs.benchmarks.overrides import parse_settings
+from lm_envs.benchmarks.suites import Plan, Suite, TaskSettings, base_task, load_suite
+
+INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
+
+
+@dataclass(frozen=True)
+class Own:
+    """Where a task of your own comes from."""
+
+    corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Make the task "corpus" of your labelled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you like."""
+    policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Make the task "custom": the policy to tune, a folder of save_pretrained or a hub name."""
+    reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of "custom": the reward model, with its own tokenizer; a folder or a hub name."""
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Of "custom": a JSONL file with a "prompt" a line."""
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """The loader's options by task.
+
+        Raises:
+            UserError: only some of the three that "custom" needs.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        if self.corpus is not None:
+            found["corpus"] = {"path": str(self.corpus)}
+        custom = {"policy": self.policy, "reward_model": self.reward_model, "prompts": self.prompts}
+        if any(value is not None for value in custom.values()):
+            missing = [f"--{name.replace('_', '-')}" for name, value in custom.items() if value is None]
+            if missing:
+                raise UserError(
+                    f"a task of your own needs --policy, --reward-model and --prompts; missing: {', '.join(missing)}"
+                )
+            found["custom"] = {name: str(value) for name, value in custom.items()}
+        for path in (self.corpus, self.prompts):
+            if path is not None and not path.is_file():
+                raise UserError(f"no such file: {path}")
+        return found
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare algorithms: tasks x algorithms x seeds, into a table, plots and a report.
+
+    Say what to compare in a suite file, or name it here:
+
+      lm-envs compare --suite demo --out runs/demo
+      lm-envs compare --task reviews --algorithms sft best-of-16 ppo --seeds 0 1 2 --out runs/mine
+      lm-envs compare --suite demo-real --corpus reviews.jsonl --out runs/real
+
+    OUT then holds results.csv, report.html, plots/ and a folder per run with its checkpoints. Ctrl-C stops after the iteration
+    under way; the same command with --resume goes on, and skips what is finished. `lm-envs tasks` lists names.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the results."""
+    suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
+    """A suite file (TOML), or a built-in suite: demo, demo-real, smoke."""
+    task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
+    """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
+    algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Algorithms; with --suite these of it only."""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = ()
+    """Seeds; with --suite instead of its own."""
+    iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Training iterations of every run."""
+    episodes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Training episodes of every run, instead of iterations: an equal number of reward calls for all."""
+    test_prompts: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Test prompts to measure on."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """A setting of an algorithm, as in --set ppo.learning_rate=1e-4; may be given again."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own. With small models, as many as there are cores."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Torch threads per run; shared out evenly if not given. Results may differ in their last bits with it."""
+    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
+
+    def to_suite(self) -> Suite:
+        """The comparison that the options describe.
+
+        Raises:
+            UserError: they contradict each other, or name something unknown.
+        """
+        own = self.own.options()
+        if self.suite is not None:
+            if self.task:
+                raise UserError("--suite and --task exclude each other: a suite names its tasks")
+            suite = load_suite(self.suite)
+            if self.algorithms:
+                suite = _only(suite, self.algorithms)
+        else:
+            tasks = self.task or tuple(own)
+            if not tasks:
+                raise UserError(
+                    "say what to compare: --suite FILE.toml, or --task NAME with --algorithms (`lm-envs tasks` lists them)"
+                )
+            if not self.algorithms:
+                raise UserError("say which --algorithms to compare, as in --algorithms sft best-of-16 ppo")
+            suite = Suite("comparison", tuple(TaskSettings(name) for name in tasks), self.algorithms)
+        if self.seeds:
+            suite = replace(suite, seeds=self.seeds)
+        suite = replace(suite, plan=_planned(suite.plan, self.iterations, self.episodes, self.test_prompts))
+        for name, values in _by_algorithm(self.set).items():
+            suite = replace(suite, overrides={**suite.overrides, name: {**suite.overrides.get(name, {}), **values}})
+        return _with_own(suite, own)
+
+    def run(self, console: Console) -> None:
+        """Carry it out."""
+        suite = self.to_suite()
+        carry_out(suite, self.out, resume=self.resume, jobs=self.jobs, threads=self.threads, console=console)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one algorithm on one task with one seed; control environments too.
+
+      lm-envs train --task reviews --algorithm ppo --out runs/ppo --set learning_rate=1e-3
+      lm-envs train --task CartPole-v1 --algorithm a2c --iterations 200 --out runs/cartpole
+
+    OUT holds what a comparison's folder does, for one run: runs/ppo/reviews/ppo/seed-0/.
+    """
+
+    task: str
+    """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions."""
+    algorithm: str
+    """An algorithm."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the results."""
+    seed: int = 0
+    """Decides prompts, samples and the order of minibatches."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
+    iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Training iterations; the algorithm's own number if not given."""
+    episodes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Training episodes, instead of iterations."""
+    validate_every: int = Plan.validate_every
+    """Iterations between points of the learning curve, 0 for none."""
+    checkpoint_every: int = Plan.checkpoint_every
+    """Iterations between checkpoints."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Torch threads."""
+    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
+
+    def run(self, console: Console) -> None:
+        """Carry it out."""
+        plan = replace(
+            _planned(Plan(), self.iterations, self.episodes, None),
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+        )
+        overrides = {self.algorithm: parse_settings(self.set)} if self.set else {}
+        suite = Suite("training", (TaskSettings(self.task),), (self.algorithm,), (self.seed,), plan, overrides)
+        suite = _with_own(suite, self.own.options())
+        carry_out(suite, self.out, resume=self.resume, threads=self.threads, console=console)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the tasks and the algorithms, with what they are."""
+
+    def run(self, console: Console) -> None:
+        """Show them."""
+        from lm_envs.benchmarks.listing import listing
+
+        for table in listing():
+            Console().print(table)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Make results.csv, the plots and report.html of a folder anew, from the runs that are finished."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of a comparison."""
+
+    def run(self, console: Console) -> None:
+        """Make them."""
+        if not self.out.is_dir():
+            raise UserError(f"no such folder: {self.out}")
+        show(self.out)
+
+
+def carry_out(suite: Suite, out: Path, **options: Any) -> None:
+    """Run a comparison and show what it found; where some runs failed, what the others found."""
+    from lm_envs.benchmarks.compare import compare
+
+    try:
+        compare(suite, out, **options)
+    except RunsFailed as error:
+        if error.finished:
+            show(out)
+        raise
+    show(out)
+
+
+def show(out: Path) -> None:
+    """Write the report of a folder, and print its table."""
+    from lm_envs.benchmarks.compare import write_results
+    from lm_envs.benchmarks.report import write_report
+    from lm_envs.benchmarks.results import rich_table, table
+
+    rows = write_results(out)
+    path = write_report(out, rows)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(rich_table(table(rows)))
+    console.print(f"{out / 'results.csv'}\n{path}", highlight=False, soft_wrap=True)
+
+
+def _only(suite: Suite, algorithms: Sequence[str]) -> Suite:
+    """A suite with some of its algorithms."""
+    tasks = []
+    for task in suite.tasks:
+        mine = tuple(name for name in algorithms if name in (task.algorithms or algorithms))
+        if mine:
+            tasks.append(replace(task, algorithms=mine))
+    if not tasks:
+        raise UserError(f"the suite {suite.name!r} runs none of {', '.join(algorithms)}")
+    return replace(suite, tasks=tuple(tasks), algorithms=tuple(algorithms))
+
+
+def _planned(plan: Plan, iterations: int | None, episodes: int | None, test_prompts: int | None) -> Plan:
+    if iterations is not None and episodes is not None:
+        raise UserError("--iterations and --episodes exclude each other")
+    for name, value in (("iterations", iterations), ("episodes", episodes)):
+        if value is not None:
+            if value < 1:
+                raise UserError(f"--{name} must be at least 1, got {value}")
+            plan = replace(plan, iterations=None, episodes=None)
+            plan = replace(plan, iterations=value) if name == "iterations" else replace(plan, episodes=value)
+    if test_prompts is not None:
+        if test_prompts < 2:
+            raise UserError(f"--test-prompts must be at least 2, got {test_prompts}")
+        plan = replace(plan, test_prompts=test_prompts)
+    return plan
+
+
+def _by_algorithm(items: Sequence[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for item in items:
+        algorithm, dot, rest = item.partition(".")
+        if not dot or "=" in algorithm:
+            raise UserError(f"--set takes algorithm.name=value here, as in --set ppo.learning_rate=1e-4, not {item!r}")
+        found.setdefault(algorithm, {}).update(parse_settings([rest]))
+    return found
+
+
+def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
+    """A suite whose tasks "corpus" and "custom" know where they come from."""
+    named = {base_task(task.name)[0]: task for task in suite.tasks}
+    needs = {"corpus": "--corpus FILE.jsonl", "custom": "--policy, --reward-model and --prompts"}
+    for name, option in needs.items():
+        if name in named and name not in own and not named[name].options:
+            raise UserError(f"task {name!r} needs {option}")
+    for name, options in own.items():
+        if name not in named:
+            raise UserError(
+                f"{needs[name]} makes the task {name!r}, which is not among those to run: {', '.join(named)}"
+            )
+        suite = suite.with_task_options(name, **options)
+    return suite
+
+
+_COMMANDS = {"compare": Compare, "train": Train, "tasks": Tasks, "report": Report}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program. Exits with 0, 1 (an error the user can put right), 2 (a bad command line) or 130 (Ctrl-C).
+
+    ``--traceback`` anywhere shows where an error came from.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    if words == ["--version"]:
+        print(f"lm-envs {lm_envs.__version__}")
+        return
+    console = Console(stderr=True)
+    command = tyro.extras.subcommand_cli_from_dict(
+        _COMMANDS,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        prog="lm-envs",
+        description=(
+            "Text generation as a reinforcement-learning problem: compare algorithms that tune a language model against a reward model. "
+            "Start with: lm-envs compare --suite demo --out runs/demo"
+        ),
+        args=words or ["--help"],
+    )
+    try:
+        command.run(console)
+    except (Interrupted, KeyboardInterrupt):
+        again = shlex.join(["lm-envs", *words, *([] if "--resume" in words else ["--resume"])])
+        console.print(f"Stopped. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(INTERRUPTED) from None
+    except (UserError, ValueError, FloatingPointError, ImportError, OSError) as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        console.print(f"lm-envs: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

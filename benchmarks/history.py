@@ -1,0 +1,126 @@
+"""What a folder of runs holds, gathered for plots and reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.results import COLUMNS, number
+from lm_envs.benchmarks.storage import Records, read_json
+from lm_envs.benchmarks.suites import base_task, best_of, folder_name
+
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart; yellow is left out, it vanishes on white.
+_COLOURS = {
+    "sft": "#5b5b5b",
+    "best-of-n": "#E69F00",
+    "expert-iteration": "#009E73",
+    "reinforce": "#0072B2",
+    "a2c": "#CC79A7",
+    "ppo": "#D55E00",
+}
+_MORE = ("#56B4E9", "#7F3C8D", "#8C6D31", "#1B4F4A")
+_MARKERS = {"sft": "X", "best-of-n": "D", "expert-iteration": "s", "reinforce": "^", "a2c": "v", "ppo": "o"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """All seeds of one algorithm on one face of a task.
+
+    Attributes:
+        results: one per seed, as in ``result.json``.
+        folders: of the runs, in the same order.
+    """
+
+    task: str
+    algorithm: str
+    results: tuple[dict[str, Any], ...]
+    folders: tuple[Path, ...]
+
+    @property
+    def base(self) -> str:
+        """The task without its face."""
+        return base_task(self.task)[0]
+
+    @property
+    def bandit(self) -> bool:
+        """Whether a whole response was one action."""
+        return base_task(self.task)[1] == "bandit"
+
+    @property
+    def label(self) -> str:
+        """How figures call it."""
+        return f"{self.algorithm} (bandit)" if self.bandit else self.algorithm
+
+    def mean(self, column: str) -> float:
+        """Of a column, over the seeds."""
+        return float(np.mean([number(result[column]) for result in self.results]))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of the first seed."""
+        return read_json(self.folders[0] / "config.json")
+
+    def curve(self, name: str, x: str = "tokens") -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Per seed the learning curve's points: ``x`` and ``validation_<name>``, where both are known."""
+        found = []
+        for folder in self.folders:
+            records = Records(folder / "metrics.jsonl").read()
+            key = f"validation_{name}"
+            points = [(r[x], r[key]) for r in records if r.get(key) is not None and r.get(x) is not None]
+            if points:
+                xs, ys = zip(*points, strict=True)
+                found.append((np.array(xs, dtype=float), np.array(ys, dtype=float)))
+        return found
+
+    def test_samples(self) -> list[dict[str, Any]]:
+        """The first seed's answers to the test prompts."""
+        records = Records(self.folders[0] / "samples.jsonl").read()
+        return [record for record in records if record["split"] == "test"]
+
+
+def gather(out: Path, rows: list[dict[str, Any]]) -> list[Series]:
+    """The series of a comparison, in the order of its rows.
+
+    Raises:
+        UserError: there is no finished run.
+    """
+    if not rows:
+        raise UserError(
+            f"{out} holds no finished run: nothing to report (lm-envs compare --out {out} --resume continues)"
+        )
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        missing = [name for name in COLUMNS if name not in row]
+        if missing:
+            raise UserError(f"a result in {out} lacks {missing[0]!r}: it is of another version; run it again")
+        cells.setdefault((row["task"], row["algorithm"]), []).append(row)
+    return [
+        Series(
+            task,
+            algorithm,
+            tuple(found),
+            tuple(out / folder_name(task) / algorithm / f"seed-{row['seed']}" for row in found),
+        )
+        for (task, algorithm), found in cells.items()
+    ]
+
+
+def styles(series: list[Series]) -> dict[str, tuple[str, str]]:
+    """Colour and marker by algorithm, the same in every figure of a report."""
+    found: dict[str, tuple[str, str]] = {}
+    spare, spare_markers = list(_MORE), ["P", "h", "<", ">"]
+    for algorithm in dict.fromkeys(s.algorithm for s in series):
+        kind = "best-of-n" if best_of(algorithm) is not None else algorithm
+        taken = {colour for colour, _ in found.values()}
+        if kind in _COLOURS and _COLOURS[kind] not in taken:
+            found[algorithm] = _COLOURS[kind], _MARKERS[kind]
+        else:
+            place = len(found) % len(spare)
+            found[algorithm] = spare[place], spare_markers[place]
+    return found

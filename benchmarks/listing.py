@@ -1,0 +1,39 @@
+"""What ``lm-envs tasks`` shows."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from rich.table import Table
+
+from lm_envs.benchmarks.suites import BUILT_IN, load_suite, trainable
+
+
+def _first_line(documented: Any) -> str:
+    text = inspect.getdoc(documented) or ""
+    paragraph = text.split("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def listing() -> list[Table]:
+    """Tables of the tasks, the algorithms and the built-in suites."""
+    from lm_envs.algos.registry import ALGORITHMS
+    from lm_envs.tasks import TASKS
+
+    tasks = Table("task", "what it is", title="Tasks", title_justify="left")
+    for name, place in TASKS.items():
+        tasks.add_row(name, _first_line(import_module(place.split(":")[0])))
+    tasks.add_row("<task>-bandit", "The same task with a whole response as one action")
+    tasks.add_row("<module>:<function>", "Your own: a function on the import path that returns a TextTask")
+    tasks.add_row("<id>", "A Gymnasium environment with discrete actions, such as CartPole-v1 or lm_envs/Cat-v0")
+    algorithms = Table("algorithm", "what it is", title="Algorithms", title_justify="left")
+    algorithms.add_row("sft", "The reference itself, untouched: what everything is compared with")
+    algorithms.add_row("best-of-<n>", _first_line(import_module("lm_envs.algos.best_of_n")))
+    for name in trainable():
+        algorithms.add_row(name, _first_line(import_module(ALGORITHMS[name].split(":")[0])))
+    suites = Table("suite", "what it compares", title="Built-in suites", title_justify="left")
+    for path in sorted(BUILT_IN.glob("*.toml")):
+        suites.add_row(path.stem, load_suite(path).description)
+    return [tasks, algorithms, suites]

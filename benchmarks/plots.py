@@ -1,0 +1,232 @@
+"""The figures of a report: win-rates, the reward-KL frontier and learning curves. Direct labels, one colour per algorithm throughout."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.text
+import matplotlib.transforms
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lm_envs.benchmarks.history import Series, styles
+from lm_envs.benchmarks.results import number, table
+
+_STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e8e8e8",
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
+    "svg.hashsalt": "lm-envs",  # the same figure gives the same file
+}
+Style = dict[str, tuple[str, str]]
+
+
+def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
+    """A dot per method with two standard errors to each side; None where there is no judge."""
+    lines = [(s, table(s.results)[0]) for s in series if not np.isnan(s.mean("win_rate"))]
+    if not lines:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 0.9 + 0.42 * len(lines)), layout="constrained")
+        ax = figure.subplots()
+        for place, (s, line) in enumerate(reversed(lines)):
+            colour, marker = style[s.algorithm]
+            rate, error = 100 * line.mean["win_rate"], 200 * line.spread["win_rate"]
+            ax.errorbar(rate, place, xerr=error, color=colour, capsize=4, linewidth=2)
+            ax.plot(rate, place, marker, color=colour, markersize=9, markerfacecolor=_fill(s, colour))
+            ax.annotate(f"{rate:.0f} %", (rate, place), (0, 9), textcoords="offset points", ha="center", fontsize=10)
+        ax.axvline(50, color="#888888", linestyle="--", linewidth=1)
+        ax.set_yticks(range(len(lines)), [s.label for s, _ in reversed(lines)])
+        ax.set_ylim(-0.6, len(lines) - 0.2)
+        ax.set_xlim(min(40, *(100 * line.mean["win_rate"] - 8 for _, line in lines)), 101)
+        ax.set_xlabel("win-rate against SFT under the gold judge, % of test prompts (bars: ±2 standard errors)")
+        ax.grid(visible=False, axis="y")
+    return figure
+
+
+def frontier(series: Sequence[Series], style: Style) -> Figure:
+    """Gold and proxy against KL: paths of training on validation prompts, and the end on test prompts."""
+    names = [n for n in ("gold", "proxy") if not all(np.isnan(s.mean(n)) for s in series)]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.6 * len(names), 4.8), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(names), sharex=True))
+        for ax, name in zip(panels, names, strict=True):
+            points = []
+            for s in series:
+                colour, marker = style[s.algorithm]
+                for (_, kl), (_, value) in zip(s.curve("kl"), s.curve(name), strict=True):
+                    ax.plot(kl, value, _dash(s), color=colour, alpha=0.45, linewidth=1.2)
+                for result in s.results:
+                    ax.plot(number(result["kl"]), number(result[name]), marker, color=colour, alpha=0.5, markersize=4)
+                at = s.mean("kl"), s.mean(name)
+                ax.plot(*at, marker, color=colour, markersize=10, markerfacecolor=_fill(s, colour), zorder=5)
+                if s.results[0].get("kl_is_bound"):
+                    arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
+                    ax.annotate("", at, (-24, 0), textcoords="offset points", arrowprops={**arrow, "arrowstyle": "<-"})
+                points.append((at, s.label, colour))
+            ax.set_title({"gold": "Gold (the judge)", "proxy": "Proxy (the reward that trains)"}[name])
+            ax.set_xlabel("KL from SFT, nats per sequence")
+            ax.set_ylabel("mean score")
+            ax.margins(x=0.12, y=0.12)
+            _label(figure, ax, points)
+    return figure
+
+
+def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:
+    """Gold, proxy and KL on validation prompts against training tokens; None where nothing was validated."""
+    trained = [s for s in series if s.curve("proxy") or s.curve("return")]
+    names = [n for n in ("gold", "proxy", "kl", "return") if any(s.curve(n) for s in trained)]
+    if not names:
+        return None
+    titles = {"gold": "Gold", "proxy": "Proxy", "kl": "KL from SFT, nats", "return": "Return"}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.7 * len(names), 4.2), layout="constrained")
+        for ax, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+            ends = []
+            for s in trained:
+                colour, _ = style[s.algorithm]
+                curves = s.curve(name)
+                for x, y in curves:
+                    ax.plot(x / 1000, y, _dash(s), color=colour, alpha=0.25, linewidth=1)
+                shared = [curve for curve in curves if len(curve[0]) == len(curves[0][0])]
+                if shared:
+                    x, y = np.mean([c[0] for c in shared], axis=0) / 1000, np.mean([c[1] for c in shared], axis=0)
+                    ax.plot(x, y, _dash(s), color=colour, linewidth=2.2)
+                    ends.append((float(x[-1]), float(y[-1]), s.label, colour))
+            for s in series:
+                if s not in trained and name in ("gold", "proxy") and not np.isnan(s.mean(name)):
+                    ax.axhline(s.mean(name), color=style[s.algorithm][0], linestyle=":", linewidth=1.6)
+                    ends.append((float("nan"), s.mean(name), s.label, style[s.algorithm][0]))
+            ax.set_title(titles[name])
+            ax.set_xlabel("tokens sampled in training, thousands")
+            _label_ends(ax, ends)
+    return figure
+
+
+def _fill(s: Series, colour: str) -> str:
+    return "white" if s.bandit else colour
+
+
+def _dash(s: Series) -> str:
+    return "--" if s.bandit else "-"
+
+
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names to the right of the axes, at the height of their curves' ends, moved apart where they would overlap."""
+    if not ends:
+        return
+    low, high = ax.get_ylim()
+    order = sorted(ends, key=lambda end: end[1])
+    gap = 0.062 * (high - low)
+    places = np.array([end[1] for end in order])
+    for _ in range(200):
+        for i in range(1, len(places)):
+            overlap = gap - (places[i] - places[i - 1])
+            if overlap > 1e-9:
+                places[i - 1] -= overlap / 2
+                places[i] += overlap / 2
+    for (_, y, label, colour), place in zip(order, places, strict=True):
+        ax.annotate(
+            label,
+            (1.0, y),
+            (1.05, place),
+            xycoords=ax.get_yaxis_transform(),
+            textcoords=ax.get_yaxis_transform(),
+            color=colour,
+            fontsize=9.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            annotation_clip=False,
+        )
+
+
+def _label(figure: Figure, ax: Axes, points: Sequence[tuple[tuple[float, float], str, str]]) -> None:
+    """Names beside points, each at the place around its point where it covers least of the others."""
+    canvas = FigureCanvasAgg(figure)  # text has no size before something can draw it
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    pixels = ax.transData.transform([at for at, _, _ in points])
+    taken = [matplotlib.transforms.Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels]
+    frame = ax.get_window_extent(renderer)
+    for at, text, colour in points:
+        best: tuple[float, Any] | None = None
+        for distance, (dx, dy) in itertools.product((11, 22, 36), _AROUND):
+            made = ax.annotate(
+                text,
+                at,
+                (dx * distance, dy * distance),
+                textcoords="offset points",
+                color=colour,
+                fontsize=9.5,
+                ha={-1: "right", 0: "center", 1: "left"}[int(np.sign(dx))],
+                va={-1: "top", 0: "center", 1: "bottom"}[int(np.sign(dy))],
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if distance > 11 else None,
+            )
+            box = matplotlib.text.Text.get_window_extent(made, renderer)
+            cost = sum(_overlap(box, other) for other in taken) + 0.2 * distance
+            cost += 10 * (box.width * box.height - _overlap(box, frame))
+            if best is None or cost < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = cost, made
+            else:
+                made.remove()
+        assert best is not None
+        taken.append(matplotlib.text.Text.get_window_extent(best[1], renderer))
+
+
+_AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+
+
+def _overlap(a: Any, b: Any) -> float:
+    width = min(a.x1, b.x1) - max(a.x0, b.x0)
+    height = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def figures(series: list[Series]) -> dict[tuple[str, str], Figure]:
+    """All figures by (task, kind); both faces of a task share theirs."""
+    style = styles(series)
+    found: dict[tuple[str, str], Figure] = {}
+    for task in dict.fromkeys(s.base for s in series):
+        mine = [s for s in series if s.base == task]
+        made = {"win-rate": win_rates(mine, style), "learning-curves": learning_curves(mine, style)}
+        if not all(np.isnan(s.mean("kl")) for s in mine):
+            made["frontier"] = frontier(mine, style)
+        found |= {(task, kind): figure for kind, figure in made.items() if figure is not None}
+    return found
+
+
+def as_svg(figure: Figure) -> bytes:
+    """A figure as SVG with its letters as outlines, so it looks the same everywhere."""
+    file = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
+def png_path(out: Path, task: str, kind: str) -> Path:
+    """Where a figure lies beside the report."""
+    from lm_envs.benchmarks.suites import folder_name
+
+    return out / "plots" / f"{folder_name(task)}-{kind}.png"
