@@ -150,7 +150,8 @@ class Collector:
                 episode.final_obs = np.array(infos["final_obs"][row] if same else obs[row])
                 found = infos.get("final_info", {}) if same else infos
                 if "lm" in found:
-                    episode.info = {key: value[row] for key, value in found["lm"].items() if key[0] != "_"}
+                    lm = found["lm"]
+                    episode.info = {key: lm[key][row] for key in lm if key[0] != "_" and lm[f"_{key}"][row]}
                 done.append(episode)
                 self._finished.append((float(self._returns[row]), int(self._position[row]) + 1))
         self._position = np.where(self._restarting, 0, self._position + 1)
@@ -199,16 +200,14 @@ class Collector:
         traj.obs = final
         traj.prompt, traj.response = final[:, : mdp.prompt_length], final[:, mdp.prompt_length :]
         traj.group = torch.tensor([e.number // mdp.group_size for e in episodes])
-        infos = [e.info for e in episodes]
-        if all(info is not None for info in infos):
+        infos = [e.info or {} for e in episodes]
+        if all("score" in info for info in infos):
             traj.score = torch.tensor([info["score"] for info in infos], dtype=torch.float64)
+        if all("ref_logprob" in info for info in infos):
             reference = torch.as_tensor(np.stack([info["ref_logprob"] for info in infos]))
-            present = traj.response >= 0
-            if not bool(reference[present].isnan().any()):
-                reference = torch.where(present, reference, 0.0)
-                traj.ref_logprob = (
-                    reference.sum(dim=1, keepdim=True) if traj.is_bandit else reference[:, : traj.mask.shape[1]]
-                )
+            traj.ref_logprob = (
+                reference.sum(dim=1, keepdim=True) if traj.is_bandit else reference[:, : traj.mask.shape[1]]
+            )
         return traj.trim()
 
 

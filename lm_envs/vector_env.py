@@ -118,7 +118,7 @@ class _TextRows(VectorEnv):
         super().reset(seed=seed)
         options = options or {}
         if seed is not None or self._seed is None:
-            self._seed = int(self.np_random_seed)
+            self._seed = int(self.np_random_seed) % 2**64  # a seed that Gymnasium draws itself has 128 bits
             self._next_episode = 0
         if "first_episode" in options:
             self._next_episode = int(options["first_episode"])
@@ -191,17 +191,19 @@ class _TextRows(VectorEnv):
         raise NotImplementedError  # pragma: no cover - each face defines its own
 
     def _final_infos(self, finished: NDArray[np.bool_]) -> dict[int, dict[str, Any]]:
+        """``info["lm"]`` by row. What is not known has no key: ``ref_logprob`` ``(T,)`` and ``kl`` need ``kl_coef > 0`` all
+        through the episode, and ``kl`` a report at every step.
+        """
         rows = finished.nonzero()[0]
         texts = self.mdp.describe(self._obs[rows, : self._prompt_places], self._obs[rows, self._prompt_places :])
-        infos = {}
-        for row, text in zip(rows, texts, strict=True):
-            ref_logprob = self._ref_logprob[row].copy()
-            infos[int(row)] = {
-                **text,
-                "score": float(self._score[row]),
-                "kl": self._kl(row),
-                "ref_logprob": ref_logprob,
-            }
+        infos: dict[int, dict[str, Any]] = {}
+        for row, text in zip(rows.tolist(), texts, strict=True):
+            infos[row] = {**text, "score": float(self._score[row])}
+            reference = self._ref_logprob[row, : self._lengths[row]]
+            if np.isfinite(reference).all():
+                infos[row]["ref_logprob"] = np.pad(reference, (0, self.mdp.max_new_tokens - len(reference)))
+            if np.isfinite(kl := self._kl(row)):
+                infos[row]["kl"] = kl
         return infos
 
     def _kl(self, row: int) -> float:
@@ -347,7 +349,7 @@ class TextBanditVectorEnv(_TextRows):
         if self.kl_coef > 0:
             reference = self.mdp.reference_logprob(self.mdp.tensor(prompt), self.mdp.tensor(response))
             reference = reference.double().cpu().numpy()
-            self._ref_logprob[rows] = np.where(response >= 0, reference, np.nan)
+            self._ref_logprob[rows] = reference
             rewards[rows] += self.kl_coef * (reference.sum(axis=1) - np.nan_to_num(reported[rows], nan=0.0))
 
 
