@@ -1,8 +1,8 @@
 """The cat of reinforcement-learning lectures: a small gridworld whose optimum can be computed.
 
 The cat wants the meat (+100, the episode ends), would rather not step on a broom (-1) and must not fall into the
-bathtub (-10, the episode ends). On the default map the shortest clean way passes right under a bathtub. That is the
-best one while every move succeeds; on slippery ground the best one leads over a broom instead.
+bathtub (-10, the episode ends). On the default map the shortest clean ways pass right by a bathtub. They are the
+best ones while every move succeeds; on slippery ground the best one leads over a broom instead.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class CatEnv(gymnasium.Env[int, int]):
         if not self.action_space.contains(action):
             raise ValueError(f"action must be an int from 0 to 3 ({', '.join(ACTIONS)}), got {action!r}")
         direction = int(action)
-        # One draw a step whatever the probability, so that envs differing in slip only share their starts.
+        # One draw a step whatever the probability: envs that differ in slip alone start every episode alike.
         draw = self.np_random.random()
         if draw < self.slip:
             direction = (direction + (1 if draw < self.slip / 2 else -1)) % len(ACTIONS)
