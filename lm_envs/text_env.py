@@ -84,11 +84,15 @@ class _SingleRow(gymnasium.Env):
 
 def _first(infos: dict[str, Any]) -> dict[str, Any]:
     """The info of row 0 without the vector form's presence masks."""
-    return {
-        key: _first(value) if isinstance(value, dict) else (value[0].copy() if isinstance(value[0], np.ndarray) else value[0])
-        for key, value in infos.items()
-        if not key.startswith("_")
-    }
+    return {key: _row0(value) for key, value in infos.items() if not key.startswith("_")}
+
+
+def _row0(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _first(value)
+    if isinstance(value[0], np.ndarray):
+        return value[0].copy()
+    return value[0].item() if isinstance(value[0], np.generic) else value[0]
 
 
 class TextEnv(_SingleRow):
