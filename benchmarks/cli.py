@@ -26,7 +26,9 @@ class Own:
     """Where a task of your own comes from."""
 
     corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Make the task "corpus" of your labelled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you like."""
+    """Make the task "corpus" of your labelled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
+    like.
+    """
     policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Make the task "custom": the policy to tune, a folder of save_pretrained or a hub name."""
     reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -67,8 +69,9 @@ class Compare:
       lm-envs compare --task reviews --algorithms sft best-of-16 ppo --seeds 0 1 2 --out runs/mine
       lm-envs compare --suite demo-real --corpus reviews.jsonl --out runs/real
 
-    OUT then holds results.csv, report.html, plots/ and a folder per run with its checkpoints. Ctrl-C stops after the iteration
-    under way; the same command with --resume goes on, and skips what is finished. `lm-envs tasks` lists names.
+    OUT then holds results.csv, report.html, plots/ and a folder per run with its checkpoints. Ctrl-C stops after the
+    iteration under way; the same command with --resume goes on, and skips what is finished. `lm-envs tasks` lists
+    names.
     """
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -114,7 +117,8 @@ class Compare:
             tasks = self.task or tuple(own)
             if not tasks:
                 raise UserError(
-                    "say what to compare: --suite FILE.toml, or --task NAME with --algorithms (`lm-envs tasks` lists them)"
+                    "say what to compare: --suite FILE.toml, or --task NAME with --algorithms "
+                    "(`lm-envs tasks` lists them)"
                 )
             if not self.algorithms:
                 raise UserError("say which --algorithms to compare, as in --algorithms sft best-of-16 ppo")
@@ -307,8 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config=(tyro.conf.FlagCreatePairsOff,),
         prog="lm-envs",
         description=(
-            "Text generation as a reinforcement-learning problem: compare algorithms that tune a language model against a reward model. "
-            "Start with: lm-envs compare --suite demo --out runs/demo"
+            "Text generation as a reinforcement-learning problem: compare algorithms that tune a language model "
+            "against a reward model. Start with: lm-envs compare --suite demo --out runs/demo"
         ),
         args=words or ["--help"],
     )

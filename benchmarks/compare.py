@@ -1,4 +1,6 @@
-"""A comparison: checks everything that can be checked before anything trains, carries out the runs, and keeps the results current."""
+"""A comparison: checks everything that can be checked before anything trains, carries out the runs, and keeps the
+results current.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
     """Whether ``out`` is this comparison's to use; nothing is changed in it.
 
     Raises:
-        UserError: it holds a comparison and ``resume`` was not asked for, or one with other settings, or somebody's files.
+        UserError: it holds a comparison and ``resume`` was not asked for, or one with other settings, or somebody's
+        files.
     """
     from lm_envs.benchmarks.runs import check_same
 
@@ -52,7 +55,8 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
         name = read_json(held).get("name")
         if not resume:
             raise UserError(
-                f"{out} holds the comparison {name!r} already: --resume continues it (finished runs are kept), another --out starts anew"
+                f"{out} holds the comparison {name!r} already: --resume continues it (finished runs are kept), "
+                "another --out starts anew"
             )
         for spec in suite.runs():
             check_same(spec, out / spec.label)
@@ -78,12 +82,16 @@ def check_runs(runs: Sequence[RunSpec]) -> None:
 
 
 def prepare(runs: Sequence[RunSpec]) -> None:
-    """Open every kind of run once, and let each task's reward and judge score two samples: what is wrong shows now, not in an hour.
+    """Open every kind of run once, and let each task's reward and judge score two samples: what is wrong shows now, not
+    in an hour.
 
     Tasks are made here on first use, so workers find them in the cache.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from lm_envs.benchmarks.problems import TextProblem, open_problem
 
+    disable_progress_bar()  # of reading and writing files: ours show what takes time
     seen = set()
     for run in runs:
         key = (run.task, run.algorithm)

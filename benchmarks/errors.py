@@ -49,16 +49,17 @@ def near(name: str, known: Iterable[str]) -> str:
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user can put right; None for a bug, which deserves its traceback.
 
-    ``ValueError``, ``FloatingPointError`` and ``ImportError`` (an extra that is not installed) count as expected where this package
-    itself raised them: the same types from the inside of a library that we called mean a bug. Of ``OSError``, a full disk, a missing
-    permission and their like count, and a file that is not there.
+    ``ValueError``, ``FloatingPointError`` and ``ImportError`` (an extra that is not installed) count as expected where
+    this package itself raised them: the same types from the inside of a library that we called mean a bug. Of
+    ``OSError``, a full disk, a missing permission and their like count, and a file that is not there.
     """
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
         where = f" {str(error.filename)!r}" if error.filename else ""
         if error.errno in _EXPECTED_ERRNO:
-            return f"cannot use{where or ' a file'}: {error.strerror}; {_EXPECTED_ERRNO[error.errno]}, then continue with --resume"
+            what = f"cannot use{where or ' a file'}: {error.strerror}"
+            return f"{what}; {_EXPECTED_ERRNO[error.errno]}, then continue with --resume"
         if isinstance(error, FileNotFoundError) and error.filename:
             return f"no such file or folder:{where}"
         if isinstance(error, (IsADirectoryError, NotADirectoryError)):

@@ -1,6 +1,8 @@
-"""Measuring a policy: one sample for each prompt of a split, scored by the reward that trains (proxy) and the judge (gold).
+"""Measuring a policy: one sample for each prompt of a split, scored by the reward that trains (proxy) and the judge
+(gold).
 
-Prompts come in their order, each once, so all policies answer the same ones; the tokens' random numbers are a function of the seed.
+Prompts come in their order, each once, so all policies answer the same ones; the tokens' random numbers are a function
+of the seed.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextVectorEnv
 
-# Far from the seeds people train with, and from each other: the SFT side of a comparison is an independent sample, so SFT compared
-# with itself is near one half, and not exactly there by sharing its random numbers.
+# Far from the seeds people train with, and from each other: the SFT side of a comparison is an independent sample, so
+# SFT compared with itself is near one half, and not exactly there by sharing its random numbers.
 _POLICY_SEED = 1 << 40
 _REFERENCE_SEED = 1 << 41
 _ROWS_AT_ONCE = 1024
@@ -158,14 +160,15 @@ def wins(gold: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[n
 def standard_error(values: NDArray[np.float64]) -> float:
     """Of the mean of independent values: ``sqrt(sum (x - mean)^2 / (n - 1) / n)``; NaN for fewer than two.
 
-    For a win-rate the values are the outcomes per prompt, ties included as 1/2, so it is not the binomial formula, which would
-    overstate it where there are ties.
+    For a win-rate the values are the outcomes per prompt, ties included as 1/2, so it is not the binomial formula,
+    which would overstate it where there are ties.
     """
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def distinct_2(tokens: list[list[int]]) -> float:
-    """Different pairs of neighbouring tokens, as a share of all such pairs in all responses together; NaN if there are none.
+    """Different pairs of neighbouring tokens, as a share of all such pairs in all responses together; NaN if there are
+    none.
 
     Li et al. 2016 (arXiv:1510.03055). It falls with the number of responses, so compare equal numbers.
     """

@@ -15,7 +15,8 @@ from lm_envs.benchmarks.results import COLUMNS, number
 from lm_envs.benchmarks.storage import Records, read_json
 from lm_envs.benchmarks.suites import base_task, best_of, folder_name
 
-# Okabe and Ito's colours, which people with any kind of colour vision can tell apart; yellow is left out, it vanishes on white.
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart; yellow is left out, it vanishes
+# on white.
 _COLOURS = {
     "sft": "#5b5b5b",
     "best-of-n": "#E69F00",

@@ -1,4 +1,6 @@
-"""Settings that a suite or a command line changes: parsing ``key=value`` and checking names and types before anything trains."""
+"""Settings that a suite or a command line changes: parsing ``key=value`` and checking names and types before anything
+trains.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The figures of a report: win-rates, the reward-KL frontier and learning curves. Direct labels, one colour per algorithm throughout."""
+"""The figures of a report: win-rates, the reward-KL frontier and learning curves. Direct labels, one colour per
+algorithm throughout.
+"""
 
 from __future__ import annotations
 

@@ -99,12 +99,16 @@ class TextProblem:
         }
 
     def try_out(self) -> None:
-        """Let the reference answer two prompts of each split that is used and score them: a broken reward or judge shows here."""
+        """Let the reference answer two prompts of each split that is used and score them: a broken reward or judge
+        shows here.
+        """
         for split in ("train", "validation", "test"):
             evaluation.sample_reference(self._measure(split), self._reference, 2)
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """A point of the learning curve, on validation prompts with the same random numbers each time, and some samples."""
+        """A point of the learning curve, on validation prompts with the same random numbers each time, and some
+        samples.
+        """
         found = evaluation.sample_policy(self._measure("validation"), self.policy, self.spec.plan.validation_prompts, 0)
         metrics = {name: float(np.mean(getattr(found, name))) for name in self.tracked}
         return metrics, found.records(4)
@@ -140,7 +144,8 @@ def _env_options(spec: RunSpec) -> dict[str, Any]:
 class ControlProblem:
     """A Gymnasium environment with a small feed-forward policy, for checking algorithms on what everybody knows.
 
-    Its result has the mean return of 100 test episodes as ``proxy``, their length, and the env steps as tokens and reward calls.
+    Its result has the mean return of 100 test episodes as ``proxy``, their length, and the env steps as tokens and
+    reward calls.
     """
 
     tracked = ("return", "length")

@@ -1,4 +1,6 @@
-"""What the terminal shows while runs go on: bars with the figures that matter, or plain lines where there is no terminal."""
+"""What the terminal shows while runs go on: bars with the figures that matter, or plain lines where there is no
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,10 @@ def figures(metrics: dict[str, Any]) -> str:
     """``gold 0.31  proxy 0.52  KL 3.1  9.8k tok/s``, of what an iteration's metrics hold."""
     parts = []
     names = (
-        ("return", ("validation_return", "return")),
+        ("return", ("return", "validation_return")),
         ("gold", ("validation_gold",)),
-        ("proxy", ("validation_proxy", "score")),
-        ("KL", ("validation_kl", "kl")),
+        ("proxy", ("score", "validation_proxy")),
+        ("KL", ("kl", "validation_kl")),
     )
     for title, keys in names:
         value = next((metrics[key] for key in keys if metrics.get(key) is not None), None)

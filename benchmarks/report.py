@@ -1,4 +1,6 @@
-"""``report.html``: one file with everything in it, which opens without a network; and the same figures as PNG beside it."""
+"""``report.html``: one file with everything in it, which opens without a network; and the same figures as PNG beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ _CSS = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1d1d1f;
   background: #fff; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.9rem; margin: 0 0 .2rem; } h2 { font-size: 1.35rem; margin: 2.6rem 0 .4rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
+h1 { font-size: 1.9rem; margin: 0 0 .2rem; }
+h2 { font-size: 1.35rem; margin: 2.6rem 0 .4rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .3rem; }
-.headline { font-size: 1.12rem; background: #f5f7fa; border-left: 4px solid #D55E00; padding: .7rem 1rem; margin: 1rem 0; }
+.headline { font-size: 1.12rem; background: #f5f7fa; border-left: 4px solid #D55E00; padding: .7rem 1rem;
+  margin: 1rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .38rem .6rem; border-bottom: 1px solid #e6e6e6; text-align: right; white-space: nowrap; vertical-align: top; }
+th, td { padding: .38rem .6rem; border-bottom: 1px solid #e6e6e6; text-align: right; white-space: nowrap;
+  vertical-align: top; }
 th { color: #555; font-weight: 600; border-bottom: 2px solid #bbb; }
 th.text, td.text { text-align: left; } td.wide { white-space: normal; min-width: 24rem; overflow-wrap: anywhere; }
 tr.best td { background: #fff8ef; }
@@ -39,12 +44,13 @@ details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
 code, pre { font: .86rem ui-monospace, "SF Mono", Menlo, Consolas, monospace; } pre { white-space: pre-wrap; }
 """
 _MEANING = {
-    "win-rate": "Each test prompt is answered once by the method and once by SFT; the gold judge decides, ties count half.",
-    "frontier": "How much score a method buys for its distance from SFT. Lines: training, on validation prompts, a line per seed. "
-    "Markers: the end, on test prompts, large for the mean over seeds; an arrow to the left: the KL is at most this. Where proxy still rises and gold falls, the reward model "
-    "is being over-optimised.",
-    "learning-curves": "On validation prompts; bold is the mean over seeds, dotted lines are methods without training. The judge only "
-    "measures: nothing trains on it.",
+    "win-rate": "Each test prompt is answered once by the method and once by SFT; the gold judge decides, ties count "
+    "half.",
+    "frontier": "How much score a method buys for its distance from SFT. Lines: training, on validation prompts, one "
+    "per seed. Markers: the end, on test prompts, large for the mean over seeds; an arrow to the left: the KL is at "
+    "most this. Where proxy still rises and gold falls, the reward model is being over-optimised.",
+    "learning-curves": "On validation prompts; bold is the mean over seeds, dotted lines are methods without training. "
+    "The judge only measures: nothing trains on it.",
 }
 _TITLES = {"win-rate": "Win-rate", "frontier": "Reward against KL", "learning-curves": "Learning curves"}
 
@@ -74,7 +80,8 @@ def page(held: dict[str, Any], series: list[Series], made: dict[tuple[str, str],
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} – lm-envs</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head><body>'
-        f"<h1>{escape(name)}</h1><p>{escape(held.get('description', ''))}</p>{sections}{_settings(series)}</body></html>\n"
+        f"<h1>{escape(name)}</h1><p>{escape(held.get('description', ''))}</p>{sections}{_settings(series)}"
+        "</body></html>\n"
     )
 
 
@@ -87,13 +94,15 @@ def headline(lines: Sequence[Line]) -> str:
         if not others:
             return ""
         best = max(others, key=lambda line: line.mean["proxy"])
-        return f"{best.algorithm} has the highest proxy score, {best.mean['proxy']:.2f}. Nobody judged whether that is real."
+        score = f"{best.mean['proxy']:.2f}"
+        return f"{_name(best)} has the highest proxy score, {score}. There is no judge to say whether that is real."
     best = max(judged, key=lambda line: line.mean["gold"])
     against = f" against SFT's {sft.mean['gold']:.2f}" if sft else ""
     bound = "at most " if best.kl_is_bound else ""
     text = (
-        f"{_name(best)} reaches the highest gold score, {best.mean['gold']:.2f}{against}, at a KL of {bound}{best.mean['kl']:.1f} nats, and "
-        f"wins {100 * best.mean['win_rate']:.0f} % of the test prompts against SFT."
+        f"{_name(best)} reaches the highest gold score, {best.mean['gold']:.2f}{against}, at a KL of "
+        f"{bound}{best.mean['kl']:.1f} nats, and wins {100 * best.mean['win_rate']:.0f} % of the test prompts against "
+        "SFT."
     )
     unclear = [line for line in judged if not line.mean["win_rate"] - 2 * line.spread["win_rate"] > 0.5]
     if unclear:
@@ -154,7 +163,7 @@ def _table(series: list[Series], lines: Sequence[Line]) -> str:
 
 
 def chosen_prompts(samples: dict[str, list[dict[str, Any]]]) -> list[tuple[int, str]]:
-    """Which test prompts are shown, and why: the first three as they come, and the one where the proxy flatters most."""
+    """Which test prompts are shown, and why: the first three, and the one where the proxy flatters most."""
     count = min(len(found) for found in samples.values())
     chosen = [(i, "") for i in range(min(3, count))]
 
@@ -177,15 +186,16 @@ def _samples(series: list[Series]) -> str:
     text = ["<h3>Sample texts</h3>"]
     seeds = {s.results[0]["seed"] for s in series}
     text.append(
-        f'<p class="note">The same test prompts, answered once by each method (seed {escape(", ".join(map(str, sorted(seeds))))}). '
-        "The first three are the first test prompts, not picked.</p>"
+        f'<p class="note">The same test prompts, answered once by each method '
+        f"(seed {', '.join(map(str, sorted(seeds)))}). The first three are the first test prompts, not picked.</p>"
     )
     for i, why in chosen_prompts(samples):
         first = next(iter(samples.values()))[i]
         reason = f' <span class="note">({escape(why)})</span>' if why else ""
         text.append(f'<p class="prompt"><b>{escape(first["prompt"])}</b> …{reason}</p><div class="scroll"><table>')
         text.append(
-            '<tr><th class="text">method</th><th class="text">continuation</th><th>gold</th><th>proxy</th><th title="log of its probability under the policy over that under SFT, nats">log-ratio</th></tr>'
+            '<tr><th class="text">method</th><th class="text">continuation</th><th>gold</th><th>proxy</th>'
+            '<th title="log of its probability under the policy over that under SFT, nats">log-ratio</th></tr>'
         )
         for s in series:
             if s.label not in samples:
@@ -219,7 +229,8 @@ def _settings(series: list[Series]) -> str:
             "task options": run.get("options"),
         }
         rows = "".join(
-            f'<tr><td class="text">{escape(part)}</td><td class="text wide"><code>{escape(_pairs(values))}</code></td></tr>'
+            f'<tr><td class="text">{escape(part)}</td><td class="text wide"><code>{escape(_pairs(values))}</code></td>'
+            "</tr>"
             for part, values in parts.items()
             if values
         )

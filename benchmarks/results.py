@@ -38,7 +38,9 @@ def number(value: Any) -> float:
 
 
 def collect_results(out: Path) -> list[dict[str, Any]]:
-    """The results of all finished runs in a folder, by task and algorithm in the order they were finished, then by seed."""
+    """The results of all finished runs in a folder, by task and algorithm in the order they were finished, then by
+    seed.
+    """
     paths = sorted(out.glob("*/*/seed-*/result.json"), key=lambda path: path.stat().st_mtime_ns)
     rows = [read_json(path) for path in paths]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -76,8 +78,9 @@ class Line:
 
     Attributes:
         mean: of each column over the seeds.
-        spread: standard deviation over the seeds (n - 1), NaN for one; for ``win_rate`` the standard error over **prompts** of the outcome
-            averaged over the seeds, since all seeds answer the same prompts against the same SFT samples.
+        spread: standard deviation over the seeds (n - 1), NaN for one; for ``win_rate`` the standard error over
+            **prompts** of the outcome averaged over the seeds, since all seeds answer the same prompts against the same
+            SFT samples.
     """
 
     task: str

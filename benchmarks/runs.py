@@ -97,7 +97,8 @@ def check_same(spec: RunSpec, folder: Path) -> None:
         found = differences(config["run"], spec.to_json())
         if found:
             raise UserError(
-                f"{folder} holds a run with other settings ({'; '.join(found[:3])}): choose another --out, or delete that folder"
+                f"{folder} holds a run with other settings ({'; '.join(found[:3])}): "
+                "choose another --out, or delete that folder"
             )
 
 
@@ -117,7 +118,8 @@ class _Run:
             return read_json(self.folder / "result.json")
         config = settings_of(self.folder)
         torch.set_num_threads(self.threads if config is None else config["threads"])
-        # Our own code draws by counting; this is for a reward or an algorithm of the user's that takes torch's generator.
+        # Our own code draws by counting; this is for a reward or an algorithm of the user's that takes torch's
+        # generator.
         torch.manual_seed(self.spec.seed)
         problem = open_problem(self.spec)
         if config is None:
@@ -156,8 +158,8 @@ class _Run:
                     self._save(problem)
                     saved = done
                 if self.should_stop():
-                    # A checkpoint restarts the episodes of an agent that samples steps, so an extra one would make this run differ
-                    # from one that was left alone: such a run goes back to its last regular checkpoint.
+                    # A checkpoint restarts the episodes of an agent that samples steps, so an extra one would make this
+                    # run differ from one that was left alone: such a run goes back to its last regular checkpoint.
                     if saved != done and agent.config.steps is None:
                         self._save(problem)
                     raise Interrupted(self.spec.label)

@@ -1,4 +1,6 @@
-"""Files that survive a kill: atomic writes, append-only records that a resumed run cuts back, and checkpoints without pickle."""
+"""Files that survive a kill: atomic writes, append-only records that a resumed run cuts back, and checkpoints without
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace a file in one step: whoever reads it, now or after a crash, sees the old content or the new, never a part."""
+    """Replace a file in one step: whoever reads it, now or after a crash, sees the old content or the new, never a
+    part.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{path.name}"
     try:
@@ -140,10 +144,11 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The last few checkpoints of a run, each a folder ``checkpoint-000012`` with ``tensors.safetensors`` and ``state.json``.
+    """The last few checkpoints of a run, each a folder ``checkpoint-000012`` with ``tensors.safetensors`` and
+    ``state.json``.
 
-    A folder is written under a temporary name, synced and renamed, so that one with a final name is whole unless the disk
-    damages it; that is noticed by a hash, and the one before it is used.
+    A folder is written under a temporary name, synced and renamed, so that one with a final name is whole unless the
+    disk damages it; that is noticed by a hash, and the one before it is used.
 
     Args:
         folder: where they lie.

@@ -133,7 +133,9 @@ class Suite:
     description: str = ""
 
     def runs(self) -> list[RunSpec]:
-        """The cells: for each task all algorithms with the first seed, then with the next, so that early results say most."""
+        """The cells: for each task all algorithms with the first seed, then with the next, so that early results say
+        most.
+        """
         found = []
         for task in self.tasks:
             for seed in self.seeds:
@@ -157,7 +159,7 @@ def folder_name(task: str) -> str:
 
 
 def base_task(name: str) -> tuple[str, str]:
-    """The registered task and the face that a name in a suite means: ``"reviews-bandit"`` is ``("reviews", "bandit")``."""
+    """The registered task and the face that a name means: ``"reviews-bandit"`` is ``("reviews", "bandit")``."""
     from lm_envs.tasks import TASKS
 
     if name not in TASKS and name.endswith(_BANDIT):
@@ -223,7 +225,6 @@ def check_task(name: str) -> None:
 
 def check_algorithm(name: str) -> None:
     """Raises UserError unless there is such an algorithm; the message names the near ones."""
-    from lm_envs.algos.registry import ALGORITHMS
 
     if name == "sft" or best_of(name) is not None:
         return

@@ -1,7 +1,8 @@
 """Runs in processes of their own, several at a time: for many cores and small models.
 
-A worker (``python -m lm_envs.benchmarks.workers``) reads a job per line from its standard input and writes an event per line to
-its standard output, both JSON, so it pays for its imports and its task once. When the parent is gone it stops at its next event.
+A worker (``python -m lm_envs.benchmarks.workers``) reads a job per line from its standard input and writes an event per
+line to its standard output, both JSON, so it pays for its imports and its task once. When the parent is gone it stops
+at its next event.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ Notify = Callable[[dict[str, Any]], None]
 
 
 class StopRequest:
-    """Ctrl-C, asked politely: the first only sets a flag, which is looked at between iterations; the second interrupts at once.
+    """Ctrl-C, asked politely: the first only sets a flag, which is looked at between iterations; the second interrupts
+    at once.
 
     Args:
         first: called at the first one.
@@ -48,7 +50,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle SIGINT and SIGTERM this way while the block runs (in a main thread; elsewhere signals never arrive)."""
+        """Handle SIGINT and SIGTERM this way in the block (in a main thread; elsewhere signals never arrive)."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -63,7 +65,8 @@ class StopRequest:
 def attempt(run: Callable[[], dict[str, Any]], label: str) -> dict[str, Any]:
     """Carry out a run; the event that tells how it ended: "done", "stopped" or "failed".
 
-    "failed" is for errors that the user can put right; ``fatal`` says that the other runs would meet it too. Bugs propagate.
+    "failed" is for errors that the user can put right; ``fatal`` says that the other runs would meet it too. Bugs
+    propagate.
     """
     try:
         return {"event": "done", "run": label, "result": run()}
@@ -179,6 +182,9 @@ def main() -> None:
         channel.flush()
 
     with StopRequest().listening() as stop:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         for line in sys.stdin:
             job = json.loads(line)
             spec = RunSpec.from_json(job["run"])

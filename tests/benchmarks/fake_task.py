@@ -1,4 +1,6 @@
-"""A text task of milliseconds for the comparison's tests, loadable by name in any process: ``tests.benchmarks.fake_task:load``."""
+"""A text task of milliseconds for the comparison's tests, loadable by name in any process:
+``tests.benchmarks.fake_task:load``.
+"""
 
 from __future__ import annotations
 
