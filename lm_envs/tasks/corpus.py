@@ -1,0 +1,414 @@
+"""A task made of the user's own labelled text: a language model and a byte-level tokenizer trained on it, a reward
+model learned from the labels of one half of the training texts, and a judge of another kind learned from the labels
+of the other half.
+
+The same pipeline as the embedded Reviews task, with people's labels in the place of simulated annotators. All of it
+happens on first use and is cached under the content of the file and every setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from numpy.typing import NDArray
+from tokenizers import decoders, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from lm_envs import cache, counted, decoding, jsonl, observations, rewards, supervised
+from lm_envs.kernels import logprob_kl
+from lm_envs.rewards import LearnedReward, raw_scores, right_pad
+from lm_envs.tasks import gold_judge, labelled_text, making
+from lm_envs.tasks.gold_judge import TextJudge, require_sklearn
+from lm_envs.tasks.labelled_text import LabelledText, openings, read_labelled, training_half
+from lm_envs.tasks.task import TextTask
+
+END = "<|end|>"
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Everything but the file that determines the task; changing a field makes another cache entry.
+
+    Attributes:
+        seed: of the initial weights, the order of training and the samples.
+        vocabulary: tokens at most.
+        prompt_words: words of an opening.
+        prompt_tokens: openings of more tokens are left out.
+        max_new_tokens: the horizon.
+        max_tokens: longer texts are cut to their first so many tokens for the language model and the reward model.
+        hidden, layers, heads: size of the language model, and of the reward model, which starts from it.
+        lm_steps, lm_epochs: the language model's training, whichever is over first.
+        lm_batch, lm_learning_rate: texts per step, and AdamW's peak rate.
+        rm_steps, rm_epochs, rm_batch, rm_learning_rate: the same for the reward model.
+        weight_decay: of both.
+        samples: of the language model; they measure and normalise the reward model.
+        temperature: of the policy and of the reference.
+        kl_coef: default weight of the KL penalty.
+    """
+
+    seed: int = 0
+    vocabulary: int = 1024
+    prompt_words: int = 5
+    prompt_tokens: int = 12
+    max_new_tokens: int = 32
+    max_tokens: int = 64
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    lm_steps: int = 1000
+    lm_epochs: int = 4
+    lm_batch: int = 32
+    lm_learning_rate: float = 2e-3
+    rm_steps: int = 400
+    rm_epochs: int = 3
+    rm_batch: int = 32
+    rm_learning_rate: float = 5e-4
+    weight_decay: float = 0.1
+    samples: int = 512
+    temperature: float = 1.0
+    kl_coef: float = 0.03
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a field is out of range."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("seed", "kl_coef", "weight_decay") and not value > 0:
+                raise ValueError(f"corpus: {field.name} must be positive, got {value}")
+        if self.vocabulary < 257:
+            raise ValueError(
+                f"corpus: vocabulary must hold the 256 bytes and the end, so at least 257, got {self.vocabulary}"
+            )
+        if self.prompt_tokens + self.max_new_tokens > self.max_tokens:
+            raise ValueError(
+                f"corpus: prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} are together more "
+                f"than max_tokens={self.max_tokens}, which is what the models are trained on"
+            )
+        if self.hidden % self.heads:
+            raise ValueError(f"corpus: hidden={self.hidden} must be a multiple of heads={self.heads}")
+
+
+def load(path: str | Path | None = None, **options: Any) -> TextTask:
+    """The task of a JSONL file of labelled texts; made on first use, which shows progress bars, and read from the
+    cache afterwards.
+
+    Args:
+        path: the file, see :func:`~lm_envs.tasks.labelled_text.read_labelled`.
+        options: fields of :class:`CorpusConfig`.
+
+    Raises:
+        ValueError: no path, a malformed row (file and line), too few texts, or an option that does not exist or is
+            out of range.
+        FileNotFoundError: there is no such file.
+        ImportError: scikit-learn is missing; the message says what to install.
+        lm_envs.cache.CacheError: the cache folder cannot be written.
+    """
+    if path is None:
+        raise ValueError(
+            "corpus is made of a file of your own: give path=FILE.jsonl, rows with 'text' and 'label' (0 or 1)"
+        )
+    making.check_options("corpus", CorpusConfig, options)
+    config = CorpusConfig(**options)
+    require_sklearn()
+    import sklearn
+
+    path = Path(path)
+    with path.open("rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    modules = [
+        counted, decoding, gold_judge, jsonl, labelled_text, logprob_kl, making, observations, rewards, supervised,
+    ]  # fmt: skip
+    parts = {
+        "content": content,
+        "config": asdict(config),
+        "code": cache.code_hash([__file__, *(str(module.__file__) for module in modules)]),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, np, sklearn)},
+    }
+    folder = cache.cached("corpus", parts, lambda folder: build(read_labelled(path), config, folder))
+    return read(folder, config, path.name)
+
+
+def read(folder: Path, config: CorpusConfig, source: str) -> TextTask:
+    """The task that :func:`build` left in a folder; ``source`` is what its description calls the text."""
+    made = json.loads((folder / "task.json").read_text())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
+    return TextTask(
+        name="corpus",
+        tokenizer=tokenizer,
+        reference=GPT2LMHeadModel.from_pretrained(folder / "policy", dtype=torch.float32),
+        prompts=made["prompts"],
+        reward=LearnedReward(
+            GPT2ForSequenceClassification.from_pretrained(folder / "reward_model", dtype=torch.float32),
+            tokenizer,
+            normalise=tuple(made["normalise"]),
+            batch_size=256,
+            name="label_reward_model",
+        ),
+        judge=TextJudge.load(folder / "judge"),
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=config.max_new_tokens,
+        kl_coef=config.kl_coef,
+        temperature=config.temperature,
+        description=f"continue a text of {source}; reward model and judge learned from different halves of its labels",
+        demonstrations=made["demonstrations"],
+        stats=made["stats"],
+    )
+
+
+def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> None:
+    """Make tokenizer, language model, reward model and judge, measure them on held-out texts, and save them."""
+    train = [row for row in rows if row.split == "train"]
+    held_out = [row for row in rows if row.split != "train"]
+    tokenizer = make_tokenizer([row.text for row in train], config.vocabulary)
+    prompts = _prompts(rows, tokenizer, config)
+    demonstrations = encode(tokenizer, train, config.max_tokens)
+    judge_half = training_half(rows, 1)
+    judge = TextJudge.fit([row.text for row in judge_half], [row.label for row in judge_half])
+    with making.progress_bar() as bar:
+        policy = _initial(GPT2LMHeadModel, config, tokenizer)
+        _fit_language_model(
+            policy, demonstrations, config, lambda total: making.line_of(bar, "corpus: language model", total)
+        )
+        reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
+        reward_model.transformer.load_state_dict(policy.transformer.state_dict())
+        supervised.initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
+        reward_half = training_half(rows, 0)
+        _fit_reward_model(
+            reward_model,
+            encode(tokenizer, reward_half, config.max_tokens),
+            np.array([row.label for row in reward_half]),
+            config,
+            lambda total: making.line_of(bar, "corpus: reward model", total),
+        )
+        samples = making.sample(
+            policy,
+            tokenizer,
+            prompts["validation"],
+            config.samples,
+            eos_token_id=tokenizer.eos_token_id,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            batch_size=256,
+            progress=making.line_of(bar, "corpus: samples to normalise by", config.samples),
+        )
+    reward = making.in_units_of(LearnedReward(reward_model, tokenizer, batch_size=256), samples)
+    stats = _stats(policy, reward, judge, tokenizer, held_out, samples, config)
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    reward_model.save_pretrained(folder / "reward_model")
+    tokenizer.save_pretrained(folder / "reward_model")
+    judge.save(folder / "judge")
+    made = {"prompts": prompts, "demonstrations": demonstrations, "stats": stats, "normalise": reward.normalise}
+    (folder / "task.json").write_text(json.dumps(made))
+
+
+def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on texts. Its one special token, id 0, ends texts and pads.
+
+    Words carry the space before them, the first one too, so that texts join and round-trip.
+    """
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=END,
+        pad_token=END,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[LabelledText], max_tokens: int) -> list[list[int]]:
+    """Texts as token ids that end in EOS, cut to ``max_tokens`` (then without it)."""
+    eos = tokenizer.eos_token_id
+    return [[*ids, eos][:max_tokens] for ids in tokenizer([row.text for row in rows])["input_ids"]]
+
+
+def _prompts(
+    rows: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig
+) -> dict[str, list[list[int]]]:
+    prompts = {}
+    for name, texts in openings(rows, config.prompt_words).items():
+        ids = tokenizer(texts)["input_ids"] if texts else []
+        prompts[name] = [list(row) for row in ids if len(row) <= config.prompt_tokens]
+        if not prompts[name]:
+            raise ValueError(
+                f"corpus: no text of {name} goes on after an opening of {config.prompt_words} words that is its own and "
+                f"has at most {config.prompt_tokens} tokens: give more texts, or change prompt_words or prompt_tokens"
+            )
+    return prompts
+
+
+def _bundles(texts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Indices of texts of nearly one length together: hardly any padding, so half the time per epoch."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+Line = Callable[[int], Callable[[int, float], None]]
+
+
+def _fit_language_model(
+    policy: PreTrainedModel, texts: Sequence[Sequence[int]], config: CorpusConfig, line: Line
+) -> None:
+    bundles = _bundles(texts, config.lm_batch)
+    steps = min(config.lm_steps, config.lm_epochs * len(bundles))
+
+    def loss(chosen: NDArray[np.int64]) -> Tensor:
+        ids = right_pad([texts[i] for bundle in chosen for i in bundles[bundle]])
+        return supervised.next_token_loss(
+            policy(**observations.model_inputs(ids[:, :-1]), use_cache=False).logits, ids[:, 1:]
+        )
+
+    supervised.fit(
+        policy,
+        loss,
+        examples=len(bundles),
+        steps=steps,
+        batch_size=1,
+        learning_rate=config.lm_learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        progress=line(steps),
+    )
+
+
+def prefix_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
+    """Logistic loss of a decoder-style classifier that reads texts and, in the same forward, all their prefixes.
+
+    ``mean_i [ l(full_i) / 2 + mean_{t < T_i} l(prefix_i,t) / 2 ]`` with ``l = -log sigmoid(+-score)``. A causal
+    model's state at place t has seen the prefix only, so the score means something on texts that break off, as
+    samples at the length limit do.
+
+    Args:
+        ids: ``(N, L)`` int64, right-padded with -1, at least two tokens a row.
+        labels: ``(N,)`` 0 or 1.
+    """
+    present = ids >= 0
+    hidden = model.base_model(**observations.model_inputs(ids), use_cache=False).last_hidden_state
+    logits = model.score(hidden).squeeze(-1)
+    each = F.binary_cross_entropy_with_logits(
+        logits, labels[:, None].to(logits.dtype).expand_as(logits), reduction="none"
+    )
+    last = present.sum(dim=1) - 1
+    before = torch.arange(ids.shape[1], device=ids.device) < last[:, None]
+    full = each.gather(1, last[:, None]).squeeze(1)
+    prefixes = each.masked_fill(~before, 0.0).sum(dim=1) / last.clamp(min=1)
+    return (0.5 * full + 0.5 * prefixes).mean()
+
+
+def _fit_reward_model(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], labels: NDArray[np.int64], config: CorpusConfig, line: Line
+) -> None:
+    bundles = _bundles(texts, config.rm_batch)
+    steps = min(config.rm_steps, config.rm_epochs * len(bundles))
+
+    def loss(chosen: NDArray[np.int64]) -> Tensor:
+        rows = [i for bundle in chosen for i in bundles[bundle]]
+        return prefix_loss(model, right_pad([texts[i] for i in rows]), torch.from_numpy(labels[rows]))
+
+    supervised.fit(
+        model,
+        loss,
+        examples=len(bundles),
+        steps=steps,
+        batch_size=1,
+        learning_rate=config.rm_learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        progress=line(steps),
+    )
+
+
+@torch.no_grad()
+def _stats(
+    policy: PreTrainedModel,
+    reward: LearnedReward,
+    judge: TextJudge,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[LabelledText],
+    samples: making.Samples,
+    config: CorpusConfig,
+) -> dict[str, float]:
+    """Figures on held-out texts, and of the reference's samples of validation prompts.
+
+    ``perplexity`` per token, ``perplexity_per_word`` whatever the tokenizer (an end counts as a word), ``*_accuracy`` on whole
+    held-out texts, ``*_threshold`` above which a score means label 1, ``sft_*_positive`` the share of samples above it,
+    ``sft_stopped`` of those that end by themselves.
+    """
+    ids = encode(tokenizer, held_out, config.max_tokens)
+    labels = np.array([row.label for row in held_out]) == 1
+    nats, tokens, scores = 0.0, 0, np.zeros(len(ids))
+    for chosen in _bundles(ids, 64):
+        batch = right_pad([ids[i] for i in chosen])
+        logits = policy(**observations.model_inputs(batch[:, :-1]), use_cache=False).logits
+        count = int((batch[:, 1:] >= 0).sum())
+        nats += float(supervised.next_token_loss(logits, batch[:, 1:])) * count
+        tokens += count
+        scores[chosen] = raw_scores(reward.model, batch).double().numpy()
+    words = sum(len(text.split()) + 1 for text in tokenizer.batch_decode(ids, skip_special_tokens=True))
+    rewarded, judged = samples.score(reward), samples.score(judge)
+    threshold = -reward.normalise[0] / reward.normalise[1]  # where the reward model's own score is 0
+    return {
+        "perplexity": math.exp(nats / tokens),
+        "perplexity_per_word": math.exp(min(nats / words, 700.0)),
+        "reward_accuracy": float(((scores > 0) == labels).mean()),
+        "judge_accuracy": float(((judge.probability([row.text for row in held_out]) > 0.5) == labels).mean()),
+        "reward_threshold": threshold,
+        "judge_threshold": judge.threshold,
+        "sft_reward_positive": float((rewarded > threshold).mean()),
+        "sft_judge_positive": float((judged > judge.threshold).mean()),
+        "sft_stopped": float(np.mean([reason == "stop" for reason in samples.finish_reasons])),
+        "reward_judge_correlation": float(np.corrcoef(rewarded, judged)[0, 1]) if judged.std() > 0 else 0.0,
+    }
+
+
+def _initial(kind: type[Any], config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A model with weights drawn from the seed; the caller's global generator is left as it was."""
+    architecture = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=config.max_tokens,
+        n_embd=config.hidden,
+        n_layer=config.layers,
+        n_head=config.heads,
+        activation_function="relu",  # the cheapest on a CPU
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        num_labels=1,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return kind(architecture).eval()

@@ -1,0 +1,123 @@
+"""What the makers of tasks share: checking options, progress bars, and rewards in units of a reference's samples."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lm_envs import counted
+from lm_envs.decoding import generate
+from lm_envs.observations import left_pad
+from lm_envs.rewards import LearnedReward, call_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Samples that make a task take their random numbers from episodes that no training run reaches.
+SAMPLE_EPISODES = 2**40
+
+
+def check_options(task: str, config: type[Any], options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that is no field of a task's config class; the message names the near ones."""
+    known = [field.name for field in fields(config)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise ValueError(f"{task} has no option {name!r}: did you mean {', '.join(near)}?")
+
+
+def progress_bar() -> Progress:
+    """A progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def line_of(bar: Progress, description: str, total: int) -> Callable[[int, float], None]:
+    """Add a line to a bar; call the result with how much is done (and a loss, which is not shown)."""
+    line = bar.add_task(description, total=total)
+    return lambda done, loss=0.0: bar.update(line, completed=done)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Responses of a model to N prompts, as rewards take them."""
+
+    prompts: list[str]
+    completions: list[str]
+    completion_ids: list[list[int]]
+    finish_reasons: list[str]
+
+    def score(self, reward: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """``(N,)`` float64; a dense reward is summed over the response."""
+        found = call_reward(reward, self.prompts, self.completions, self.completion_ids, self.finish_reasons)
+        return found.sum(axis=1) if found.ndim == 2 else found
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    eos_token_id: int,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Samples:
+    """``count`` responses, the prompts taking turns; a function of its arguments.
+
+    Args:
+        prompts: token ids without padding.
+        progress: called with how many responses there are.
+    """
+    rows: list[list[int]] = []
+    chosen = [prompts[i % len(prompts)] for i in range(count)]
+    for start in range(0, count, batch_size):
+        batch = chosen[start : start + batch_size]
+        episodes = SAMPLE_EPISODES + start + np.arange(len(batch))
+        uniforms = counted.uniform(seed, counted.TOKEN, episodes[:, None], np.arange(max_new_tokens))
+        response, _ = generate(
+            model,
+            torch.from_numpy(left_pad(batch, max(map(len, batch)))).to(model.device),
+            torch.from_numpy(uniforms).to(model.device),
+            eos_token_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            min_new_tokens=min_new_tokens,
+        )
+        rows += [row[row >= 0].tolist() for row in response]
+        if progress is not None:
+            progress(len(rows))
+    return Samples(
+        prompts=tokenizer.batch_decode(chosen, skip_special_tokens=True),
+        completions=tokenizer.batch_decode(rows, skip_special_tokens=True),
+        completion_ids=rows,
+        finish_reasons=["stop" if row[-1] == eos_token_id else "length" for row in rows],
+    )
+
+
+def in_units_of(reward: LearnedReward, samples: Samples) -> LearnedReward:
+    """The same reward with mean 0 and (population) standard deviation 1 on these samples.
+
+    Raises:
+        ValueError: it gives all of them the same score.
+    """
+    scores = samples.score(reward)
+    mean, std = reward.normalise
+    moments = (mean + std * float(scores.mean()), std * float(scores.std()))
+    if not moments[1] > 1e-6:
+        raise ValueError(
+            f"reward {reward.__name__!r} gives all {len(scores)} samples of the reference the score {moments[0]:.6g}: "
+            "it cannot tell them apart, so there is nothing to learn from it"
+        )
+    return LearnedReward(reward.model, reward.tokenizer, moments, reward.batch_size, reward.__name__)
