@@ -48,9 +48,7 @@ class ReinforceConfig(AgentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.baseline not in get_args(Baseline):
-            raise ValueError(
-                f"baseline must be one of {', '.join(get_args(Baseline))}, got {self.baseline!r}"
-            )
+            raise ValueError(f"baseline must be one of {', '.join(get_args(Baseline))}, got {self.baseline!r}")
         if self.steps is not None:
             raise ValueError("REINFORCE learns from returns of whole episodes: set episodes, not steps")
         if not 0 <= self.baseline_decay < 1:
@@ -84,7 +82,7 @@ class REINFORCE(Agent[ReinforceConfig]):
         if not config.reward_to_go:
             signal = adv.masked(signal[:, :1].expand_as(signal), mask)
         # discount^t of the true gradient is left out, as everywhere in the field.
-        advantage = signal - self._baseline(traj, signal, before)
+        advantage = adv.masked(signal - self._baseline(traj, signal, before), mask)
         if config.whiten_advantage:
             advantage = adv.whiten(advantage, mask)
         fixed = {"advantage": advantage}
@@ -110,9 +108,7 @@ class REINFORCE(Agent[ReinforceConfig]):
             return adv.group_mean(signal)
         return adv.leave_one_out(signal, traj.group)
 
-    def loss(
-        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """Mean over rows of sums over steps, of policy gradient, value loss and entropy bonus."""
         config, mask = self.config, traj.mask
         policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import gymnasium
 import torch
 from gymnasium.vector import AutoresetMode
@@ -22,8 +24,13 @@ LEARNERS = (*SAMPLERS, "sft", "reward-modelling")
 SMALL = {"episodes": 16, "group_size": 4, "iterations": 8}
 
 
+@cache
+def text_task():
+    return tiny.task()
+
+
 def text_env(face: str = "mdp", group_size: int = 4, **options):
-    return FACES[face](tiny.task(), 8, group_size=group_size, **options)
+    return FACES[face](text_task(), 8, group_size=group_size, **options)
 
 
 def text_policy(env, face: str = "mdp", seed: int = 1) -> LMPolicy:

@@ -1,0 +1,372 @@
+"""Every registered algorithm learns from what it should, reads every setting it has, and refuses nonsense."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from lm_envs.algos import registry
+from lm_envs.algos.agent import learn
+from lm_envs.algos.batching import Before
+from lm_envs.algos.expert_iteration import best_of_groups
+from lm_envs.algos.reward_modelling import by_group, preferences
+from lm_envs.algos.sft import demonstrations
+from lm_envs.rollout import rollout
+from tests import tiny
+from tests.algos import batches
+
+
+def test_the_lists_here_are_the_registrys():
+    assert {*batches.LEARNERS, *registry.WRAPPERS} == set(registry.ALGORITHMS)
+
+
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_registered_names_are_the_classes_own(name):
+    found = registry.load(name)
+    assert name in registry.WRAPPERS or found.name == name
+    assert found.__doc__
+
+
+def test_unknown_names_are_answered_with_near_ones():
+    with pytest.raises(ValueError, match="no algorithm is called 'pp0'.*ppo"):
+        registry.load("pp0")
+    with pytest.raises(ValueError, match="there are .*a2c"):
+        registry.load("zzzzzz")
+    with pytest.raises(ValueError, match="no setting 'learnin_rate'.*learning_rate"):
+        registry.make_config("ppo", learnin_rate=1.0)
+    with pytest.raises(ValueError, match="needs no training"):
+        registry.make_config("best-of-n")
+    with pytest.raises(ValueError, match="takes no data"):
+        registry.make_agent("ppo", batches.text_policy(batches.text_env()), data=batches.ranked())
+
+
+@pytest.mark.parametrize("name", ["sft", "reward-modelling"])
+def test_learning_from_data_needs_data(name):
+    with pytest.raises(ValueError, match="pass data"):
+        registry.make_agent(name, batches.reward_policy())
+
+
+def test_sft_finds_the_demonstrations_of_a_task():
+    task = tiny.task(demonstrations=batches.texts())
+    env = batches.text_env()
+    agent = registry.make_agent("sft", batches.text_policy(env), task)
+    assert agent.data.prompt.shape[1] == task.prompt_length
+    assert len(agent.data) == sum(len(text) > task.prompt_length for text in task.demonstrations)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("a2c", {"epochs": 2}, "on-policy"),
+        ("a2c", {"lam": 1.5}, "lam"),
+        ("reinforce", {"steps": 10}, "whole episodes"),
+        ("reinforce", {"baseline": "median"}, "batch_mean"),
+        ("reinforce", {"baseline_decay": 1.0}, "baseline_decay"),
+        ("ppo", {"clip": 0.0}, "clip"),
+        ("ppo", {"value_clip": -1.0}, "value_clip"),
+        ("ppo", {"lam": -0.1}, "lam"),
+        ("ppo", {"learning_rate": 0.0}, "learning_rate"),
+        ("ppo", {"micro_batch": 0}, "micro_batch"),
+        ("ppo", {"gamma": 1.1}, "gamma"),
+        ("ppo", {"episodes": None}, "episodes or steps"),
+        ("ppo", {"episodes": 10, "group_size": 4}, "multiple of group_size"),
+        ("expert-iteration", {"keep": 9}, "keep"),
+        ("expert-iteration", {"steps": 9}, "whole episodes"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        registry.make_config(name, **settings)
+
+
+# What each algorithm learns
+
+
+def mean_score(policy, face):
+    env = batches.text_env(face, 1)
+    return float(rollout(env, policy, episodes=128, first_episode=10_000, seed=9).score.mean())
+
+
+@pytest.mark.parametrize("face", ["mdp", "bandit"])
+@pytest.mark.parametrize("name", batches.SAMPLERS)
+def test_every_sampling_algorithm_raises_the_score_on_text(name, face):
+    env = batches.text_env(face)
+    iterations = 5 if name == "ppo" else 12  # it takes eight steps per iteration
+    agent = batches.learner(name, face, env=env, episodes=32, iterations=iterations, learning_rate=2e-2)
+    start = mean_score(agent.policy, face)
+    learn(agent, env)
+    assert mean_score(agent.policy, face) > start + 0.5
+
+
+def test_the_kl_penalty_holds_the_policy_near_the_reference():
+    """Negative control of the test above: where the penalty is all that counts, nothing else is learned."""
+    found = {}
+    for coef in (0.0, 50.0):
+        env = batches.text_env()
+        agent = batches.learner("reinforce", env=env, episodes=32, iterations=8, learning_rate=2e-2, kl_coef=coef)
+        learn(agent, env)
+        found[coef] = agent.iteration(env)[1]["kl"]
+    assert found[50.0] < 0.5 * found[0.0]
+
+
+def test_sft_lowers_the_loss_of_its_demonstrations():
+    agent = batches.learner("sft", iterations=30, learning_rate=1e-2)
+    first = agent.iteration()[1]["nll"]
+    learn(agent)
+    last = float(-agent.policy.evaluate(agent.data).logprob.detach()[agent.data.mask].mean())
+    assert last < 0.6 * first
+    assert agent.tokens_done == agent.episodes_done == agent.reward_calls == 0  # nothing was sampled
+
+
+def test_reward_modelling_learns_the_order_and_starts_at_log_2():
+    agent = batches.learner("reward-modelling", iterations=40, learning_rate=1e-2)
+    with torch.no_grad():
+        agent.policy.model.score.weight.zero_()
+    first = agent.iteration()[1]
+    assert first["pair_loss"] == pytest.approx(0.6931, abs=1e-3)
+    metrics = [agent.iteration()[1] for _ in range(39)]
+    assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["pair_loss"] < 0.1
+
+
+# REINFORCE's baselines
+
+
+def prepared(traj, policy, **settings):
+    agent = registry.make_agent("reinforce", policy, **(batches.SMALL | settings))
+    with torch.no_grad():
+        return agent.prepare(traj, Before(policy, traj)), agent
+
+
+@pytest.fixture(scope="module")
+def batch():
+    env = batches.text_env()
+    policy = batches.text_policy(env)
+    return rollout(env, policy, episodes=8, seed=2), policy
+
+
+def test_the_baselines_by_hand(batch):
+    traj, policy = batch
+    returns = traj.reward.nan_to_num(0).where(traj.mask, torch.zeros(()).double()).sum(dim=1)
+    by_four = returns.reshape(2, 4)
+    others = ((by_four.sum(1, keepdim=True) - by_four) / 3).reshape(-1)
+    value = policy.evaluate(traj).value.detach()
+    for settings, expected in [
+        ({"baseline": "none"}, returns),
+        ({"baseline": "constant", "baseline_constant": 0.3}, returns - 0.3),
+        ({"baseline": "batch_mean"}, returns - returns.mean()),
+        ({"baseline": "leave_one_out"}, returns - others),
+        ({"baseline": "value"}, returns - value[:, 0]),
+    ]:
+        fixed, _ = prepared(traj, policy, **settings)
+        torch.testing.assert_close(fixed["advantage"][:, 0], expected)
+        if settings["baseline"] != "value":
+            torch.testing.assert_close(fixed["advantage"], expected[:, None] * traj.mask)
+    assert traj.group.tolist() == [0] * 4 + [1] * 4
+
+
+def test_the_running_mean_is_of_past_batches_only(batch):
+    traj, policy = batch
+    fixed, agent = prepared(traj, policy, baseline="running_mean", baseline_decay=0.5)
+    none, _ = prepared(traj, policy, baseline="none")
+    assert torch.equal(fixed["advantage"], none["advantage"])  # there is no past yet
+    again = agent.prepare(traj, Before(policy, traj))["advantage"]
+    mean = none["advantage"].sum() / traj.mask.sum()
+    torch.testing.assert_close(again[traj.mask], (none["advantage"] - mean)[traj.mask])
+
+
+def test_reward_to_go_leaves_out_what_came_before(batch):
+    traj, policy = batch
+    fixed, _ = prepared(traj, policy, baseline="none", reward_to_go=True)
+    last = traj.lengths - 1
+    rows = torch.arange(len(traj))
+    torch.testing.assert_close(fixed["advantage"][rows, last], traj.reward[rows, last])
+    torch.testing.assert_close(fixed["advantage"][:, 0], traj.reward.where(traj.mask, 0.0).sum(dim=1))
+
+
+def test_leave_one_out_without_groups_is_refused():
+    env = batches.text_env(group_size=1)
+    agent = batches.learner("reinforce", env=env, group_size=1)
+    with pytest.raises(ValueError, match="two episodes per prompt"):
+        agent.iteration(env)
+
+
+@pytest.mark.parametrize("baseline", ["none", "leave_one_out", "value"])
+def test_the_expected_gradient_is_that_of_the_expected_return(baseline):
+    """By enumeration: a policy over three actions, one step, every pair of episodes with its probability."""
+    torch.manual_seed(0)
+    logits, reward = torch.randn(3).double().requires_grad_(), torch.tensor([1.0, -2.0, 0.5]).double()
+    exact = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)[0]
+    p = logits.softmax(0).detach()
+    total = torch.zeros(3).double()
+    for i in range(3):
+        for j in range(3):
+            pair = reward[[i, j]]
+            subtract = {"none": torch.zeros(2), "leave_one_out": pair.flip(0), "value": torch.full((2,), 0.7)}[baseline]
+            loss = -((pair - subtract) * logits.log_softmax(0)[[i, j]]).mean()
+            total += p[i] * p[j] * torch.autograd.grad(loss, logits)[0]
+    torch.testing.assert_close(-total, exact)
+
+
+# Expert iteration
+
+
+def test_best_of_groups_by_hand():
+    value = torch.tensor([1.0, 5.0, 2.0, 7.0, 7.0, 0.0])
+    group = torch.tensor([9, 2, 9, 9, 2, 2])
+    assert best_of_groups(value, group, 1).tolist() == [3, 4]
+    assert best_of_groups(value, group, 2).tolist() == [1, 2, 3, 4]
+    assert best_of_groups(torch.tensor([3.0, 3.0]), torch.tensor([0, 0]), 1).tolist() == [0]  # ties: the earlier
+
+
+def test_expert_iteration_imitates_the_best_alone(monkeypatch):
+    agent, traj = batches.learner("expert-iteration"), batches.text_batch()
+    seen = []
+    plain = type(agent).__mro__[1].update
+    monkeypatch.setattr(type(agent).__mro__[1], "update", lambda self, t: seen.append(t) or plain(self, t))
+    metrics = agent.update(traj)
+    assert len(seen[0]) == 4
+    assert torch.equal(seen[0].score, traj.score.reshape(4, 4).max(dim=1).values)
+    assert metrics["kept_score"] == pytest.approx(float(seen[0].score.mean()))
+
+
+def test_restart_begins_every_iteration_at_the_first_weights():
+    traj = batches.text_batch()
+    once, twice, on = (batches.learner("expert-iteration", restart=r, anneal=False) for r in (True, True, False))
+    once.update(traj)
+    for agent in (twice, on):
+        agent.update(traj)
+        agent.update(traj)
+    assert batches.same(batches.weights(once.policy), batches.weights(twice.policy))
+    assert not batches.same(batches.weights(on.policy), batches.weights(twice.policy))
+
+
+def test_expert_iteration_on_control_groups_episodes_in_a_row():
+    traj, policy = batches.control_batch(episodes=8)
+    agent = registry.make_agent("expert-iteration", policy, episodes=8, group_size=4)
+    metrics = agent.update(traj)
+    returns = traj.lengths.reshape(2, 4).double()
+    assert metrics["kept_score"] == float(returns.max(dim=1).values.mean())
+
+
+# Data
+
+
+def test_demonstrations_by_hand():
+    traj = demonstrations([[5, 6, 7, 0], [5, 6, 1, 2, 3, 4]], 2, 3, [0, 0])
+    assert traj.prompt.tolist() == [[5, 6], [5, 6]]
+    assert traj.response.tolist() == [[7, 0, -1], [1, 2, 3]]
+    assert traj.obs.tolist() == [[5, 6, 7, 0, -1], [5, 6, 1, 2, 3]]
+    assert traj.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert traj.reward is None
+    with pytest.raises(ValueError, match="text 1 has 2 tokens"):
+        demonstrations([[1, 2, 3], [1, 2]], 2, 3)
+
+
+def test_preferences_are_checked():
+    with pytest.raises(ValueError, match="one rank per text"):
+        preferences([[[1, 2, 3], [1, 2, 4]]], [[0]], 2, 3)
+    equal = preferences([[[1, 2, 3], [1, 2, 4]], [[1, 2, 3], [1, 2, 4]]], [[0, 1], [0, 0]], 2, 3)
+    with pytest.raises(ValueError, match="group 1 has no two texts of different rank"):
+        registry.make_agent("reward-modelling", batches.reward_policy(), data=equal)
+
+
+def test_by_group_by_hand():
+    table, present = by_group(torch.tensor([1, 2, 3]), torch.tensor([4, 1, 4]), -1)
+    assert table.tolist() == [[2, -1], [1, 3]]
+    assert present.tolist() == [[True, False], [True, True]]
+
+
+def test_a_group_drawn_twice_in_a_batch_stays_two_groups():
+    agent = batches.learner("reward-modelling", episodes=9)  # there are six
+    traj = next(agent.batches())
+    assert len(torch.unique(traj.group)) == 9
+
+
+# No dead knobs: every setting, changed, changes the weights that come out (or the sampling, or when it stops)
+
+BASE = {
+    "reinforce": {},
+    "a2c": {},
+    "ppo": {"epochs": 1},  # two minibatches: the second sees a ratio that is not 1
+    "expert-iteration": {"epochs": 1},
+    "sft": {},
+    "reward-modelling": {},
+}
+# What a setting needs around it to matter: (settings of both runs, the change).
+CHANGES = {
+    "learning_rate": ({}, 0.02),
+    "anneal": ({}, False),
+    "iterations": ({}, 3),
+    "episodes": ({}, {"default": 12, "reward-modelling": 4, "sft": 6}),
+    "steps": (None, None),
+    "group_size": ({}, 2),
+    "epochs": ({}, 2),
+    "minibatches": ({}, 3),
+    "micro_batch": (None, None),
+    "max_grad_norm": ({}, 0.01),
+    "adam_eps": ({}, 0.1),
+    "gamma": ({}, 0.5),
+    "kl_coef": ({}, 1.0),
+    "kl_target": ({"kl_horizon": 10.0}, 0.1),
+    "kl_horizon": ({"kl_target": 0.1}, 10.0),
+    "seed": ({}, 1),
+    "baseline": ({}, "none"),
+    "baseline_constant": ({"baseline": "constant"}, 1.0),
+    "baseline_decay": ({"baseline": "running_mean"}, 0.1),
+    "reward_to_go": ({}, True),
+    "whiten_advantage": ({}, {"default": True, "a2c": False, "ppo": False}),
+    "value_coef": ({"baseline": "value"}, 5.0),
+    "entropy_coef": ({}, 1.0),
+    "lam": ({}, 0.2),
+    "clip": ({}, 0.001),
+    "value_clip": ({}, 0.001),
+    "kl_stop": ({}, 1e-6),
+    "keep": ({}, 2),
+    "restart": ({}, True),
+}
+# Settings which an algorithm has from the engine and which can not matter to it, with the reason.
+WITHOUT_EFFECT = {
+    "a2c": {"epochs": "one step per batch", "minibatches": "one step per batch"},
+    "expert-iteration": {
+        "gamma": "ranks by the score",
+        "kl_coef": "ranks by the score, which is before the penalty",
+        "kl_target": "as kl_coef",
+        "kl_horizon": "as kl_coef",
+    },
+    "sft": dict.fromkeys(("gamma", "kl_coef", "kl_target", "kl_horizon", "group_size"), "nothing is sampled"),
+    "reward-modelling": dict.fromkeys(
+        ("gamma", "kl_coef", "kl_target", "kl_horizon", "group_size"), "nothing is sampled"
+    ),
+}
+
+
+def end(name, settings):
+    settings = {"learning_rate": 0.01, "iterations": 4, "episodes": 8, **settings}
+    env = batches.text_env(group_size=settings.get("group_size", 4))
+    agent = batches.learner(name, env=env, **settings)
+    # The running mean needs two batches behind it before its decay shows.
+    learn(agent, env, 3 if "baseline_decay" in settings or settings.get("baseline") == "running_mean" else 2)
+    return batches.weights(agent.policy)
+
+
+@pytest.mark.parametrize("name", batches.LEARNERS)
+def test_no_setting_is_dead(name):
+    config = registry.load(name).Config
+    ends = {}
+    for field in fields(config):
+        context, change = CHANGES[field.name]
+        if context is None or field.name in WITHOUT_EFFECT.get(name, {}):
+            continue  # steps and micro_batch have tests of their own
+        known = {f.name for f in fields(config)}
+        context = BASE[name] | {key: value for key, value in context.items() if key in known}
+        change = change.get(name, change["default"]) if isinstance(change, dict) else change
+        key = tuple(sorted(context.items()))
+        if key not in ends:
+            ends[key] = end(name, context)
+        changed = end(name, context | {field.name: change})
+        assert not batches.same(ends[key], changed), f"{name}: {field.name}={change} changes nothing"
+
+
+def test_the_dead_knob_test_can_fail():
+    """Negative control: a setting that can not matter gives the same weights."""
+    assert batches.same(end("expert-iteration", {}), end("expert-iteration", {"gamma": 0.5}))
