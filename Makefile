@@ -10,7 +10,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 
 # One thread a process: the models are small, and two processes on two cores beat two threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-real test test-slow lint format types clean

@@ -112,6 +112,9 @@ def test_a_slippery_corridor_by_hand():
     assert reward[0, RIGHT] == -0.25
     assert reward[1, DOWN] == -5.0
     assert not reward[3].any()
+    continuing, _ = dynamics(["S.", "BT"], slip=0.5)
+    # down from the empty cell: half goes on at S (slipped left) or stays (slipped right), half ends in the bathtub
+    np.testing.assert_allclose(continuing[1, DOWN], [0.25, 0.25, 0.0, 0.0])
 
 
 def test_a_broom_is_worth_a_short_cut_and_a_bathtub_is_not():
