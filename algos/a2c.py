@@ -61,9 +61,7 @@ class A2C(Agent[A2CConfig]):
             advantage = adv.whiten(advantage, traj.mask)
         return {"advantage": advantage, "target": target}
 
-    def loss(
-        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """Token means of policy gradient, value loss and entropy bonus."""
         config, mask = self.config, traj.mask
         policy = masked_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)

@@ -18,9 +18,7 @@ def masked(x: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
     return torch.where(mask, x, torch.full_like(x, fill))
 
 
-def discounted_returns(
-    reward: Tensor, mask: Tensor, gamma: float = 1.0, bootstrap: Tensor | None = None
-) -> Tensor:
+def discounted_returns(reward: Tensor, mask: Tensor, gamma: float = 1.0, bootstrap: Tensor | None = None) -> Tensor:
     """Reward-to-go ``G_t = r_t + gamma * G_{t+1}``, with ``G_L = bootstrap`` after the last of L real steps.
 
     Sutton and Barto, "Reinforcement Learning", 2nd ed., eq. 3.9. ``gamma = 1`` gives the plain reward-to-go;
@@ -71,9 +69,7 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: fl
         ValueError: ``value`` is not one column wider than ``reward``.
     """
     if value.shape != (reward.shape[0], reward.shape[1] + 1):
-        raise ValueError(
-            f"gae: value must be (B, T+1) for reward {tuple(reward.shape)}, got {tuple(value.shape)}"
-        )
+        raise ValueError(f"gae: value must be (B, T+1) for reward {tuple(reward.shape)}, got {tuple(value.shape)}")
     delta = masked(reward + gamma * value[:, 1:] - value[:, :-1], mask)
     return discounted_returns(delta, mask, gamma * lam)
 

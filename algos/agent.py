@@ -74,9 +74,7 @@ class Agent(Generic[C]):
         """
         return {}
 
-    def loss(
-        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """The loss of the rows given, a mean over ``unit``, and metrics (see :class:`Averages`)."""
         raise NotImplementedError(f"{type(self).__name__} must define loss")
 
@@ -127,14 +125,10 @@ class Agent(Generic[C]):
             if traj.logprob is not None:
                 # Law 7: the policy that learns is the one that sampled. Above rounding, something differs
                 # between the two.
-                metrics["logprob_gap_max"] = float(
-                    masked((traj.logprob - before.logprob).abs(), traj.mask).max()
-                )
+                metrics["logprob_gap_max"] = float(masked((traj.logprob - before.logprob).abs(), traj.mask).max())
             if "target" in fixed:
                 target = fixed["target"]
-                metrics["explained_variance"] = float(
-                    explained_variance(before.value[:, :-1], target, traj.mask)
-                )
+                metrics["explained_variance"] = float(explained_variance(before.value[:, :-1], target, traj.mask))
         if self.unit == "token" and not self.policy.sequence_obs:
             fixed = flatten_fixed(fixed, traj.mask)
             traj = traj.flatten()
@@ -209,9 +203,7 @@ class Agent(Generic[C]):
         config = self.config
         if self.policy.sequence_obs:
             if config.episodes is None or config.steps is not None:
-                raise ValueError(
-                    f"{self.name}: a text env is sampled by episodes; set episodes and leave steps None"
-                )
+                raise ValueError(f"{self.name}: a text env is sampled by episodes; set episodes and leave steps None")
             have = text_envs(env)[0].mdp.group_size if text_envs(env) else 1
             if have != config.group_size:
                 raise ValueError(
@@ -228,8 +220,7 @@ class Agent(Generic[C]):
         rows = getattr(env.unwrapped, "num_envs", 1)
         if config.steps % rows:
             raise ValueError(
-                f"{self.name}: steps counts all rows, so it must be a multiple of the env's {rows}, "
-                f"got {config.steps}"
+                f"{self.name}: steps counts all rows, so it must be a multiple of the env's {rows}, got {config.steps}"
             )
         if self._collector is None or self._collected is not env:
             seed = int(np.random.SeedSequence((config.seed, self.iterations_done)).generate_state(1)[0])
@@ -241,9 +232,7 @@ class Agent(Generic[C]):
         config, text = self.config, text_envs(env)
         if self._kl is None and config.kl_target is not None:
             if not text:
-                raise ValueError(
-                    f"{self.name}: kl_target steers a text env's KL penalty, and this env has none"
-                )
+                raise ValueError(f"{self.name}: kl_target steers a text env's KL penalty, and this env has none")
             coef = config.kl_coef if config.kl_coef is not None else text[0].kl_coef
             self._kl = AdaptiveKL(coef, config.kl_target, config.kl_horizon)
         elif self._kl is None and config.kl_coef is not None:
@@ -334,13 +323,9 @@ class Agent(Generic[C]):
         """
         mine = self.policy.state_dict()
         saved = {name.removeprefix("policy."): t for name, t in tensors.items() if name.startswith("policy.")}
-        wrong = sorted(set(mine) ^ set(saved)) + [
-            n for n in mine if n in saved and mine[n].shape != saved[n].shape
-        ]
+        wrong = sorted(set(mine) ^ set(saved)) + [n for n in mine if n in saved and mine[n].shape != saved[n].shape]
         if wrong:
-            raise ValueError(
-                f"{self.name}: the checkpoint is of another policy; it differs in {', '.join(wrong[:5])}"
-            )
+            raise ValueError(f"{self.name}: the checkpoint is of another policy; it differs in {', '.join(wrong[:5])}")
         self.policy.load_state_dict(saved)
         self.optimizer.state.clear()
         for name, parameter in self._parameters.items():

@@ -87,9 +87,7 @@ def units(traj: Trajectories, unit: str) -> int:
     raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
 
 
-def minibatches(
-    traj: Trajectories, unit: str, count: int, rng: np.random.Generator
-) -> Iterator[Tensor | None]:
+def minibatches(traj: Trajectories, unit: str, count: int, rng: np.random.Generator) -> Iterator[Tensor | None]:
     """Row indices of each of ``count`` shuffled minibatches; a single None is the whole batch as it is.
 
     With unit "group" the groups are shuffled and none is split.
@@ -151,6 +149,5 @@ def flatten_fixed(fixed: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor
     """
     lengths = mask.sum(dim=1)
     return {
-        name: x.repeat_interleave(lengths, dim=0) if x.ndim == 1 else x[mask].unsqueeze(1)
-        for name, x in fixed.items()
+        name: x.repeat_interleave(lengths, dim=0) if x.ndim == 1 else x[mask].unsqueeze(1) for name, x in fixed.items()
     }

@@ -56,15 +56,11 @@ class AgentConfig:
                 raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}")
         for name in ("episodes", "steps", "micro_batch"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(
-                    f"{type(self).__name__}.{name} must be positive or None, got {getattr(self, name)}"
-                )
+                raise ValueError(f"{type(self).__name__}.{name} must be positive or None, got {getattr(self, name)}")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"{type(self).__name__}.gamma must lie in [0, 1], got {self.gamma}")
         if self.episodes is None and self.steps is None:
-            raise ValueError(
-                f"{type(self).__name__} needs episodes or steps: how much to sample per iteration"
-            )
+            raise ValueError(f"{type(self).__name__} needs episodes or steps: how much to sample per iteration")
         if self.steps is None and self.episodes is not None and self.episodes % self.group_size:
             raise ValueError(
                 f"{type(self).__name__}.episodes must be a multiple of group_size, "

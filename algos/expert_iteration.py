@@ -74,9 +74,7 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
         kept = best_of_groups(value, group.to(value.device), self.config.keep)
         return {"kept_score": float(value[kept].double().mean())} | super().update(traj.select(kept))
 
-    def loss(
-        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """Negative log-likelihood of the kept episodes, the mean over tokens."""
         loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
         return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}

@@ -44,13 +44,9 @@ class AdaptiveKL:
 
     def __post_init__(self) -> None:
         if self.target <= 0 or self.horizon <= 0:
-            raise ValueError(
-                f"AdaptiveKL needs target > 0 and horizon > 0, got {self.target} and {self.horizon}"
-            )
+            raise ValueError(f"AdaptiveKL needs target > 0 and horizon > 0, got {self.target} and {self.horizon}")
         if self.coef <= 0:
-            raise ValueError(
-                f"AdaptiveKL multiplies its coefficient, so it must start above 0, got {self.coef}"
-            )
+            raise ValueError(f"AdaptiveKL multiplies its coefficient, so it must start above 0, got {self.coef}")
 
     def update(self, kl: float, episodes: int) -> float:
         """Moves the coefficient after ``episodes`` episodes of mean ``kl`` (nats per sequence), and

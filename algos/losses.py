@@ -40,9 +40,7 @@ def importance_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tens
     return torch.exp(masked(logprob, mask) - masked(old_logprob, mask))
 
 
-def ppo_clip_loss(
-    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, clip: float = 0.2
-) -> Tensor:
+def ppo_clip_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
     """``max(-A * rho, -A * clamp(rho, 1 - clip, 1 + clip))`` per position, ``(B, T)``.
 
     Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7 with the sign turned. Where the
@@ -116,14 +114,10 @@ def explained_variance(prediction: Tensor, target: Tensor, mask: Tensor) -> Tens
     """
     target, error = target[mask], (target - prediction)[mask]
     variance = target.var(unbiased=False)
-    return torch.where(
-        variance > 0, 1 - error.var(unbiased=False) / variance, torch.full_like(variance, float("nan"))
-    )
+    return torch.where(variance > 0, 1 - error.var(unbiased=False) / variance, torch.full_like(variance, float("nan")))
 
 
-def ratio_metrics(
-    logprob: Tensor, old_logprob: Tensor, mask: Tensor, clip: float | None = None
-) -> dict[str, Tensor]:
+def ratio_metrics(logprob: Tensor, old_logprob: Tensor, mask: Tensor, clip: float | None = None) -> dict[str, Tensor]:
     """Token means of an update's step away from the sampling policy: ``ratio``, ``ratio_max``, ``approx_kl``,
     ``clip_fraction``.
 

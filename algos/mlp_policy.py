@@ -71,9 +71,7 @@ class MLPPolicy(Policy):
         return obs.reshape(len(obs), -1).to(weight.dtype)
 
     @torch.no_grad()
-    def act(
-        self, obs: NDArray[Any], uniforms: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Actions by inverse CDF, in float64: the first action whose cumulative probability exceeds the
         uniform.
 
@@ -120,6 +118,4 @@ class MLPPolicy(Policy):
             everything = log_p.new_zeros(*mask.shape, log_p.shape[-1])
             return everything.masked_scatter(mask.unsqueeze(-1), log_p)
 
-        return Evaluation(
-            zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy), values, full
-        )
+        return Evaluation(zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy), values, full)

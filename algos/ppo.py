@@ -74,9 +74,7 @@ class PPO(Agent[PPOConfig]):
             advantage = adv.whiten(advantage, traj.mask)
         return {"advantage": advantage, "target": target, "old_logprob": before.logprob, "old_value": value}
 
-    def loss(
-        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """Token means of the clipped objective, the clipped value loss and the entropy bonus."""
         config, mask = self.config, traj.mask
         clipped = ppo_clip_loss(now.logprob, fixed["old_logprob"], fixed["advantage"], mask, config.clip)

@@ -51,9 +51,7 @@ def make_config(name: str, **overrides: Any) -> Any:
     """
     found = load(name)
     if name in WRAPPERS:
-        raise ValueError(
-            f"{name} wraps a trained policy and needs no training: construct {found.__name__} itself"
-        )
+        raise ValueError(f"{name} wraps a trained policy and needs no training: construct {found.__name__} itself")
     known = [field.name for field in fields(found.Config)]
     for key in overrides:
         if key not in known:

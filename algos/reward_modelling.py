@@ -50,9 +50,7 @@ class RewardPolicy(nn.Module):
     def evaluate(self, traj: Trajectories) -> Scores:
         """The score of each row's whole text, prompt and response, read from ``obs (B, P + T)``."""
         if traj.obs is None:
-            raise ValueError(
-                "RewardPolicy.evaluate needs Trajectories.obs, (B, P + T) token ids with -1 for none"
-            )
+            raise ValueError("RewardPolicy.evaluate needs Trajectories.obs, (B, P + T) token ids with -1 for none")
         ids = right_pad([row[row >= 0].tolist() for row in traj.obs]).to(self.model.device)
         return Scores(raw_scores(self.model, ids))
 
@@ -100,9 +98,7 @@ class RewardModelling(Agent[RewardModellingConfig]):
         flat = (ranks.amax(dim=1) == ranks.masked_fill(ranks < 0, ranks.max() + 1).amin(dim=1)).nonzero()
         if len(flat):
             name = int(torch.unique(data.group)[flat[0, 0]])
-            raise ValueError(
-                f"reward-modelling: group {name} has no two texts of different rank, so no pair to learn"
-            )
+            raise ValueError(f"reward-modelling: group {name} has no two texts of different rank, so no pair to learn")
         self.data = data
         order = torch.argsort(data.group, stable=True)
         self._groups = order.split(present.sum(dim=1).tolist())
@@ -125,9 +121,7 @@ class RewardModelling(Agent[RewardModellingConfig]):
             batch.group = torch.repeat_interleave(torch.arange(len(rows)), sizes)
             yield batch
 
-    def loss(
-        self, traj: Trajectories, now: Scores, fixed: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, traj: Trajectories, now: Scores, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """The mean over groups of the mean over pairs, and the share of pairs that the scores order
         rightly.
         """
@@ -176,7 +170,5 @@ def preferences(
     traj = demonstrations(texts, prompt_length, max_new_tokens, number)
     traj.rank = torch.as_tensor([place for ranks in rank for place in ranks], dtype=torch.int64)
     if traj.rank.shape != (len(texts),):
-        raise ValueError(
-            f"preferences: {len(texts)} texts and {len(traj.rank)} ranks; there must be one rank per text"
-        )
+        raise ValueError(f"preferences: {len(texts)} texts and {len(traj.rank)} ranks; there must be one rank per text")
     return traj

@@ -48,9 +48,7 @@ class SFT(Agent[SFTConfig]):
     unit = "token"
     needs_data = True
 
-    def __init__(
-        self, policy: Any, config: SFTConfig | None = None, data: Trajectories | None = None
-    ) -> None:
+    def __init__(self, policy: Any, config: SFTConfig | None = None, data: Trajectories | None = None) -> None:
         super().__init__(policy, config)
         if data is None or not len(data):
             raise ValueError("sft learns from demonstrations: pass data=Trajectories, see sft.demonstrations")
@@ -69,9 +67,7 @@ class SFT(Agent[SFTConfig]):
         for index in stream(len(self.data), size, self.config.seed, self.iterations_done):
             yield self.data.select(torch.from_numpy(index))
 
-    def loss(
-        self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Metric]]:
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """Negative log-likelihood, the mean over tokens."""
         loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
         return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}

@@ -1,0 +1,86 @@
+"""Settings for control environments, where the algorithms' own defaults, made for a small language model, do not fit.
+
+Tuned with an :class:`~lm_envs.algos.mlp_policy.MLPPolicy` of its default size on eight rows. Two things differ from
+text throughout: returns are not near 1, so gradients are not clipped by norm (the critic's would drown the actor's;
+Adam scales each by itself) and values not by distance; and there is one episode per start, so the baseline is a learned
+value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+ROWS = 8
+"""Rows of the vector environment that the settings were tuned on."""
+
+_NO_CLIP = 1e6
+
+# What any control environment starts from; a line below per environment adds to it.
+_COMMON: dict[str, dict[str, Any]] = {
+    "ppo": {
+        "steps": 1024,
+        "episodes": None,
+        "iterations": 97,
+        "learning_rate": 1e-3,
+        "epochs": 6,
+        "minibatches": 8,
+        "gamma": 0.98,
+        "lam": 0.9,
+        "value_clip": None,
+        "value_coef": 0.5,
+        "max_grad_norm": 5.0,
+    },
+    "a2c": {
+        "steps": 256,
+        "episodes": None,
+        "iterations": 1171,
+        "learning_rate": 3e-3,
+        "gamma": 0.98,
+        "lam": 0.95,
+        "whiten_advantage": False,
+        "value_coef": 0.5,
+        "max_grad_norm": _NO_CLIP,
+    },
+    "reinforce": {
+        "episodes": 8,
+        "group_size": 1,
+        "iterations": 90,
+        "learning_rate": 5e-3,
+        "gamma": 0.98,
+        "baseline": "value",
+        "reward_to_go": True,
+        "value_coef": 0.5,
+        "max_grad_norm": _NO_CLIP,
+    },
+    "expert-iteration": {
+        "episodes": 32,
+        "group_size": 8,
+        "keep": 2,
+        "iterations": 60,
+        "learning_rate": 5e-3,
+    },
+}
+_CAT = {"gamma": 0.95, "max_grad_norm": _NO_CLIP}
+_ENVS: dict[tuple[str, str], dict[str, Any]] = {
+    ("lm_envs/Cat-v0", "ppo"): {
+        **_CAT,
+        "steps": 512,
+        "iterations": 80,
+        "learning_rate": 3e-3,
+        "epochs": 4,
+        "minibatches": 4,
+        "lam": 0.95,
+    },
+    ("lm_envs/Cat-v0", "a2c"): {**_CAT, "steps": 256, "iterations": 300},
+    ("lm_envs/Cat-v0", "reinforce"): {**_CAT, "episodes": 16, "iterations": 200},
+}
+
+
+def control_settings(env_id: str, algorithm: str) -> dict[str, Any]:
+    """Overrides of an algorithm's config for a control environment; empty for an algorithm that has none.
+
+    Args:
+        env_id: a Gymnasium id; one without settings of its own gets those that any control environment starts from.
+        algorithm: a key of :data:`lm_envs.algos.registry.ALGORITHMS`.
+    """
+    return {**_COMMON.get(algorithm, {}), **_ENVS.get((env_id, algorithm), {})}
