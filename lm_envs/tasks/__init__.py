@@ -17,6 +17,7 @@ __all__ = ["TASKS", "load"]
 TASKS: dict[str, str] = {
     "reviews": "lm_envs.tasks.reviews:load",
     "corpus": "lm_envs.tasks.corpus:load",
+    "custom": "lm_envs.tasks.custom:load",
 }
 
 _loaded: dict[tuple[str, tuple[tuple[str, Any], ...]], TextTask] = {}

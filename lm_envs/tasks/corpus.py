@@ -36,7 +36,7 @@ from transformers import (
 from lm_envs import cache, counted, decoding, jsonl, observations, rewards, supervised
 from lm_envs.kernels import logprob_kl
 from lm_envs.rewards import LearnedReward, raw_scores, right_pad
-from lm_envs.tasks import gold_judge, labelled_text, making
+from lm_envs.tasks import gold_judge, labelled_text, making, splits
 from lm_envs.tasks.gold_judge import TextJudge, require_sklearn
 from lm_envs.tasks.labelled_text import LabelledText, openings, read_labelled, training_half
 from lm_envs.tasks.task import TextTask
@@ -99,8 +99,8 @@ class CorpusConfig:
             )
         if self.prompt_tokens + self.max_new_tokens > self.max_tokens:
             raise ValueError(
-                f"corpus: prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} are together more "
-                f"than max_tokens={self.max_tokens}, which is what the models are trained on"
+                f"corpus: prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} are together "
+                f"more than max_tokens={self.max_tokens}, which is what the models are trained on"
             )
         if self.hidden % self.heads:
             raise ValueError(f"corpus: hidden={self.hidden} must be a multiple of heads={self.heads}")
@@ -133,13 +133,12 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     path = Path(path)
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
-    modules = [
-        counted, decoding, gold_judge, jsonl, labelled_text, logprob_kl, making, observations, rewards, supervised,
-    ]  # fmt: skip
+    ours = [counted, decoding, jsonl, logprob_kl, observations, rewards, supervised]
+    ours += [gold_judge, labelled_text, making, splits]
     parts = {
         "content": content,
         "config": asdict(config),
-        "code": cache.code_hash([__file__, *(str(module.__file__) for module in modules)]),
+        "code": cache.code_hash([__file__, *(str(module.__file__) for module in ours)]),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, np, sklearn)},
     }
     folder = cache.cached("corpus", parts, lambda folder: build(read_labelled(path), config, folder))
@@ -262,8 +261,8 @@ def _prompts(
         prompts[name] = [list(row) for row in ids if len(row) <= config.prompt_tokens]
         if not prompts[name]:
             raise ValueError(
-                f"corpus: no text of {name} goes on after an opening of {config.prompt_words} words that is its own and "
-                f"has at most {config.prompt_tokens} tokens: give more texts, or change prompt_words or prompt_tokens"
+                f"corpus: no text of {name} goes on after an opening of {config.prompt_words} words that is its own "
+                f"and has at most {config.prompt_tokens} tokens: give more texts, or change prompt_words or prompt_tokens"
             )
     return prompts
 
@@ -361,9 +360,9 @@ def _stats(
 ) -> dict[str, float]:
     """Figures on held-out texts, and of the reference's samples of validation prompts.
 
-    ``perplexity`` per token, ``perplexity_per_word`` whatever the tokenizer (an end counts as a word), ``*_accuracy`` on whole
-    held-out texts, ``*_threshold`` above which a score means label 1, ``sft_*_positive`` the share of samples above it,
-    ``sft_stopped`` of those that end by themselves.
+    ``perplexity`` per token, ``perplexity_per_word`` whatever the tokenizer (an end counts as a word),
+    ``*_accuracy`` on whole held-out texts, ``*_threshold`` above which a score means label 1, ``sft_*_positive`` the
+    share of samples above it, ``sft_stopped`` of those that end by themselves.
     """
     ids = encode(tokenizer, held_out, config.max_tokens)
     labels = np.array([row.label for row in held_out]) == 1

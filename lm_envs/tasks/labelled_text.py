@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_envs.jsonl import read_jsonl
-
-SPLITS = ("train", "validation", "test")
-_SPLIT_NAMES = {name: name for name in SPLITS} | {
-    "training": "train",
-    "dev": "validation",
-    "val": "validation",
-    "valid": "validation",
-}
-_HELD_OUT_SHARE = 0.1
+from lm_envs.tasks.splits import SPLITS, SplitColumn, divide, share
 
 
 @dataclass(frozen=True)
@@ -35,37 +26,24 @@ class LabelledText:
     split: str
 
 
-def share(text: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on the text and the purpose alone: dividing by it needs no seed and no order."""
-    digest = hashlib.sha256(f"{purpose}\0{text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
 def read_labelled(path: str | Path) -> list[LabelledText]:
     """Read a JSONL file of rows with ``text``, ``label`` (0 or 1) and perhaps ``split``.
 
-    A text that occurs again counts once, in the split that is furthest from training (test, then validation), so
-    that nothing held out is trained on. Where the rows have no ``split``, a hash of each text deals 80, 10 and 10 %
-    of them to training, validation and test; a split that the file lacks gets 10 % of the training texts the same
-    way.
+    A text that occurs again counts once, with its first label. Texts without ``split`` are divided by
+    :func:`~lm_envs.tasks.splits.divide`.
 
     Raises:
-        ValueError: a malformed row (the message names file and line), or too little of something: training texts of
-            either label, validation or test texts.
+        FileNotFoundError: there is no such file.
+        ValueError: a malformed row (the message names file and line), or too few texts: each half of the training
+            texts needs some of either label, validation and test one.
     """
-    rows: list[LabelledText] = []
-    with_split: bool | None = None
+    splits, found, labels = SplitColumn(), [], {}
     for line, row in read_jsonl(path):
         where = f"{path}, line {line}"
-        text, label = _text(row, where), _label(row, where)
-        if with_split is None:
-            with_split = "split" in row
-        elif with_split != ("split" in row):
-            raise ValueError(
-                f"{where}: {'no' if with_split else 'a'} 'split' here, unlike in the rows before: all rows have one, or none"
-            )
-        rows.append(LabelledText(text, label, _split(row, where) if with_split else "train"))
-    rows = _deal(_once(rows))
+        text = _text(row, where)
+        labels.setdefault(text, _label(row, where))
+        found.append((text, splits.read(row, where)))
+    rows = [LabelledText(text, labels[text], split) for text, split in divide(found).items()]
     _check(rows, path)
     return rows
 
@@ -91,32 +69,6 @@ def _label(row: Mapping[str, Any], where: str) -> int:
     return int(label)
 
 
-def _split(row: Mapping[str, Any], where: str) -> str:
-    split = row["split"]
-    if not isinstance(split, str) or split not in _SPLIT_NAMES:
-        raise ValueError(f"{where}: 'split' must be one of {', '.join(_SPLIT_NAMES)}, not {split!r}")
-    return _SPLIT_NAMES[split]
-
-
-def _once(rows: Sequence[LabelledText]) -> list[LabelledText]:
-    kept: dict[str, LabelledText] = {}
-    for row in rows:
-        if row.text not in kept or SPLITS.index(row.split) > SPLITS.index(kept[row.text].split):
-            kept[row.text] = row
-    return list(kept.values())
-
-
-def _deal(rows: list[LabelledText]) -> list[LabelledText]:
-    found = {row.split for row in rows}
-    lacking = [name for name in ("validation", "test") if name not in found]
-
-    def split(row: LabelledText) -> str:
-        place = int(share(row.text, "split") / _HELD_OUT_SHARE)
-        return lacking[place] if row.split == "train" and place < len(lacking) else row.split
-
-    return [LabelledText(row.text, row.label, split(row)) for row in rows]
-
-
 def _check(rows: Sequence[LabelledText], path: str | Path) -> None:
     for half in (0, 1):
         for label in (0, 1):
@@ -129,7 +81,7 @@ def _check(rows: Sequence[LabelledText], path: str | Path) -> None:
     for name in ("validation", "test"):
         if not any(row.split == name for row in rows):
             raise ValueError(
-                f"{path}: {len(rows)} different texts leave none for {name}: give more texts, or 'split's of your own"
+                f"{path}: {len(rows)} different texts leave none for {name}: give more texts, or a 'split' of your own"
             )
 
 

@@ -31,6 +31,7 @@ class TextTask:
         description: one line for listings.
         demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may be empty.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
+        policy: the model that training starts from, None for the reference; it shares the reference's vocabulary.
     """
 
     name: str
@@ -47,10 +48,17 @@ class TextTask:
     description: str = ""
     demonstrations: list[list[int]] = field(default_factory=list)
     stats: Mapping[str, float] = field(default_factory=dict)
+    policy: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
-        """Freeze the reference, which nothing may train."""
+        """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy."""
         self.reference.eval().requires_grad_(False)
+        self.start.eval().requires_grad_(False)
+
+    @property
+    def start(self) -> PreTrainedModel:
+        """The model that training starts from; copy it before training."""
+        return self.reference if self.policy is None else self.policy
 
     @property
     def prompt_length(self) -> int:
