@@ -65,7 +65,8 @@ class TextProblem:
         self._reference = LMPolicy.for_mdp(mdp, self.task.reference)
         self.agent: Agent[Any] | None = None
         self.env: TextVectorEnv | TextBanditVectorEnv | None = None
-        self.policy: Any = self._reference
+        start = LMPolicy.for_mdp(mdp, self.task.start)
+        self.policy: Any = start
         n = best_of(spec.algorithm)
         trained = n is None and spec.algorithm != "sft"
         if face == "bandit" and not trained:
@@ -73,9 +74,9 @@ class TextProblem:
                 f"{spec.label}: SFT and best-of-n need no training, so they have no bandit face: leave them out"
             )
         if n is not None:
-            self.policy = BestOfN(self._reference, mdp, n)
+            self.policy = BestOfN(start, mdp, n)
         if trained:
-            model = copy.deepcopy(self.task.reference).requires_grad_(True)
+            model = copy.deepcopy(self.task.start).requires_grad_(True)
             self.policy = LMPolicy.for_mdp(mdp, model, face=face)  # type: ignore[arg-type]
             overrides = check_overrides(spec.algorithm, spec.overrides)
             agent = make_agent(spec.algorithm, self.policy, self.task, **{"seed": spec.seed, **overrides})
@@ -95,7 +96,7 @@ class TextProblem:
             "agent": None if self.agent is None else asdict(self.agent.config),
             "env": {name: getattr(mdp, name) for name in (*_OPTIONS, "kl_coef")},
             "task": {"description": self.task.description, "stats": dict(self.task.stats)},
-            "parameters": sum(p.numel() for p in self.task.reference.parameters()),
+            "parameters": sum(p.numel() for p in self.task.start.parameters()),
         }
 
     def try_out(self) -> None:
