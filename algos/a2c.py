@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lm_envs.algos import advantages as adv
 from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import Before
+from lm_envs.algos.batching import Before, rewards
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import masked_mean, policy_gradient_loss, value_loss
 from lm_envs.algos.metrics import Metric
@@ -55,7 +55,7 @@ class A2C(Agent[A2CConfig]):
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """``advantage (B, T)`` and ``target (B, T)``."""
-        advantage = adv.gae(traj.reward, before.value, traj.mask, self.config.gamma, self.config.lam)
+        advantage = adv.gae(rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
         target = advantage + before.value[:, :-1]
         if self.config.whiten_advantage:
             advantage = adv.whiten(advantage, traj.mask)

@@ -214,6 +214,7 @@ class Agent(Generic[C]):
                 env, self.policy, episodes=config.episodes, first_episode=self.episodes_done, seed=config.seed
             )
         if config.steps is None:
+            assert config.episodes is not None  # the config sees to it
             return collect(
                 env, self.policy, episodes=config.episodes, first_episode=self.episodes_done, seed=config.seed
             )

@@ -19,6 +19,17 @@ from lm_envs.trajectories import Trajectories
 UNITS = ("token", "sequence", "group")
 
 
+def rewards(traj: Trajectories) -> Tensor:
+    """``traj.reward (B, T)``.
+
+    Raises:
+        ValueError: there is none, as in demonstrations and preferences.
+    """
+    if traj.reward is None:
+        raise ValueError("this algorithm learns from rewards, and these trajectories have none")
+    return traj.reward
+
+
 class Before:
     """The policy's evaluation of a batch before the update, without gradients, computed when first read.
 

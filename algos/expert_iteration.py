@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lm_envs.algos.advantages import masked
 from lm_envs.algos.agent import Agent
+from lm_envs.algos.batching import rewards
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import masked_mean, nll
 from lm_envs.algos.metrics import Metric
@@ -64,9 +65,7 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
         """Learns from the best episodes of the batch alone."""
         value = traj.score
         if value is None:
-            if traj.reward is None:
-                raise ValueError("expert iteration needs a score or rewards to know the best episodes by")
-            value = masked(traj.reward, traj.mask).sum(dim=1)
+            value = masked(rewards(traj), traj.mask).sum(dim=1)
         group = torch.arange(len(traj)) // self.config.group_size if traj.group is None else traj.group
         if self.config.restart:
             self.policy.load_state_dict(self._first)

@@ -64,7 +64,7 @@ class MLPPolicy(Policy):
 
     def _features(self, obs: Tensor) -> Tensor:
         """``(N, width)`` in the weights' dtype, from ``(N, *shape)``."""
-        weight = self.actor[0].weight
+        weight = next(self.parameters())
         obs = obs.to(weight.device)
         if self._one_hot:
             return one_hot(obs.long() - self._first, self._one_hot).to(weight.dtype)

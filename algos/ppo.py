@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lm_envs.algos import advantages as adv
 from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import Before
+from lm_envs.algos.batching import Before, rewards
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.kl_control import exceeds
 from lm_envs.algos.losses import masked_mean, ppo_clip_loss, ratio_metrics, value_loss
@@ -68,7 +68,7 @@ class PPO(Agent[PPOConfig]):
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """``advantage``, ``target``, ``old_logprob`` and ``old_value``, all ``(B, T)``."""
         value = before.value[:, :-1]
-        advantage = adv.gae(traj.reward, before.value, traj.mask, self.config.gamma, self.config.lam)
+        advantage = adv.gae(rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
         target = advantage + value
         if self.config.whiten_advantage:
             advantage = adv.whiten(advantage, traj.mask)

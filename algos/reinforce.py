@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lm_envs.algos import advantages as adv
 from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import Before
+from lm_envs.algos.batching import Before, rewards
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import policy_gradient_loss, sequence_mean, tally, value_loss
 from lm_envs.algos.metrics import Metric
@@ -78,7 +78,7 @@ class REINFORCE(Agent[ReinforceConfig]):
         config, mask = self.config, traj.mask
         critic = config.baseline == "value"
         bootstrap = adv.value_at_end(before.value, mask) if critic else None
-        signal = adv.discounted_returns(traj.reward, mask, config.gamma, bootstrap)
+        signal = adv.discounted_returns(rewards(traj), mask, config.gamma, bootstrap)
         if not config.reward_to_go:
             signal = adv.masked(signal[:, :1].expand_as(signal), mask)
         # discount^t of the true gradient is left out, as everywhere in the field.

@@ -12,6 +12,7 @@ from lm_envs.algos.agent import learn
 from lm_envs.algos.batching import Before, flatten_fixed, micro_batches, minibatches, stream, units
 from lm_envs.algos.metrics import Averages, describe
 from lm_envs.algos.registry import make_agent
+from lm_envs.algos.sft import demonstrations
 from tests.algos import batches
 
 
@@ -262,6 +263,12 @@ def test_minibatches_cover_every_row_once_and_keep_groups_whole():
     assert [len(piece) for piece in micro_batches(traj, "sequence", 10)] == [10, 10, 4]
     with pytest.raises(ValueError, match="unit"):
         units(traj, "word")
+
+
+@pytest.mark.parametrize("name", batches.SAMPLERS)
+def test_learning_from_rewards_needs_rewards(name):
+    with pytest.raises(ValueError, match="learns from rewards"):
+        batches.learner(name).update(demonstrations(batches.texts(), 2, 6, [0] * 12))
 
 
 def test_a_loss_over_groups_needs_groups():
