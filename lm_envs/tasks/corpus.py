@@ -261,8 +261,8 @@ def _prompts(
         prompts[name] = [list(row) for row in ids if len(row) <= config.prompt_tokens]
         if not prompts[name]:
             raise ValueError(
-                f"corpus: no text of {name} goes on after an opening of {config.prompt_words} words that is its own "
-                f"and has at most {config.prompt_tokens} tokens: give more texts, or change prompt_words or prompt_tokens"
+                f"corpus: no text of {name} goes on after an opening of {config.prompt_words} words that is its own, "
+                f"and has at most {config.prompt_tokens} tokens: give more texts, or change either number"
             )
     return prompts
 

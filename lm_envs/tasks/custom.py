@@ -198,7 +198,7 @@ def encode_prompts(
         if context is not None and len(ids) + config.max_new_tokens > context:
             raise ValueError(
                 f"{prompt.where}: the prompt has {len(ids)} tokens and responses up to {config.max_new_tokens}, together "
-                f"more than the model's context of {context}: shorten the prompt or lower max_new_tokens"
+                f"more than the model's context of {context}: shorten it or lower max_new_tokens"
             )
         encoded[prompt.split].append(list(ids))
     return encoded
