@@ -23,7 +23,7 @@ from lm_envs.algos.kl_control import AdaptiveKL, FixedKL
 from lm_envs.algos.losses import explained_variance
 from lm_envs.algos.metrics import Averages, Metric, describe
 from lm_envs.kl import set_kl_coef, text_envs
-from lm_envs.rollout import Collector, collect, rollout
+from lm_envs.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories
 
 _COUNTERS = ("iterations_done", "episodes_done", "tokens_done", "steps_done", "reward_calls")
@@ -40,7 +40,8 @@ class Agent(Generic[C]):
             "token" (real steps), "sequence" (rows) or "group" (rows with the same ``group``; never split over
             minibatches).
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
-        iterations_done, episodes_done, tokens_done, steps_done, reward_calls: counters of the run.
+        iterations_done, episodes_done, tokens_done, reward_calls: counters of the run, of what was learned from.
+        steps_done: env steps taken, those of surplus episodes included.
     """
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
@@ -210,14 +211,18 @@ class Agent(Generic[C]):
                     f"{self.name}: the env was made with group_size={have} and the agent with "
                     f"group_size={config.group_size}; make both the same"
                 )
-            return rollout(
+            traj = rollout(
                 env, self.policy, episodes=config.episodes, first_episode=self.episodes_done, seed=config.seed
             )
+            self.steps_done += int(traj.mask.sum())
+            return traj
         if config.steps is None:
             assert config.episodes is not None  # the config sees to it
-            return collect(
-                env, self.policy, episodes=config.episodes, first_episode=self.episodes_done, seed=config.seed
-            )
+            first = self.episodes_done
+            whole = Collector(env, self.policy, seed=config.seed, first_episode=first)
+            traj = whole.episodes(config.episodes, first)
+            self.steps_done += whole.steps_taken  # rows that end early step on until the last one has ended
+            return traj
         rows = getattr(env.unwrapped, "num_envs", 1)
         if config.steps % rows:
             raise ValueError(
@@ -226,7 +231,10 @@ class Agent(Generic[C]):
         if self._collector is None or self._collected is not env:
             seed = int(np.random.SeedSequence((config.seed, self.iterations_done)).generate_state(1)[0])
             self._collector, self._collected = Collector(env, self.policy, seed=seed), env
-        return self._collector.steps(config.steps // rows)
+        taken = self._collector.steps_taken
+        traj = self._collector.steps(config.steps // rows)
+        self.steps_done += self._collector.steps_taken - taken
+        return traj
 
     def _set_kl_coef(self, env: Any) -> float | None:
         """Puts the coefficient into the env and returns it; None where the env has no penalty."""
@@ -254,7 +262,6 @@ class Agent(Generic[C]):
             if episodes:
                 metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
         self.episodes_done += episodes
-        self.steps_done += int(traj.mask.sum())
         self.tokens_done += int(traj.response_lengths.sum())
         self.reward_calls += len(traj) if traj.score is not None else 0
         return metrics

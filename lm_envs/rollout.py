@@ -87,6 +87,7 @@ class Collector:
         self._next = first_episode + rows
         self._position = np.zeros(rows, dtype=np.int64)
         self._restarting = np.zeros(rows, dtype=bool)
+        self.steps_taken = 0  # of the environment, those of episodes that nobody asked for included
         self._returns = np.zeros(rows)
         self._finished: list[tuple[float, int]] = []
 
@@ -132,6 +133,7 @@ class Collector:
         if self._text:
             report(self.env, logprob)
         obs, reward, terminated, truncated, infos = self.env.step(actions)
+        self.steps_taken += int((~self._restarting).sum())
         done: list[_Episode] = []
         ended = (terminated | truncated) & ~self._restarting
         for row, episode in enumerate(self._open):

@@ -342,25 +342,37 @@ def test_law_10_negative_control_without_adams_moments_it_does_not():
     assert not batches.same(batches.weights(agent.policy), batches.weights(twin.policy))
 
 
-def test_law_10_control_by_steps():
+@pytest.mark.parametrize(
+    ("name", "settings"), [("ppo", {"steps": 32, "episodes": None}), ("reinforce", {"episodes": 4, "group_size": 1})]
+)
+def test_law_10_control(name, settings):
     """The run that wrote the checkpoint goes on as the one restored from it: both start fresh episodes there."""
+    settings = settings | {"iterations": 6}
+    if name == "reinforce":
+        settings["baseline"] = "value"
     ends = []
     for killed in (False, True):
         env = batches.control_env()
-        policy = batches.MLPPolicy(env, hidden=(8,))
-        agent = make_agent("ppo", policy, steps=32, episodes=None, iterations=6)
+        agent = make_agent(name, batches.MLPPolicy(env, hidden=(8,)), **settings)
         learn(agent, env, 2)
         tensors, counters = agent.checkpoint()
         if killed:
             env = batches.control_env()
-            agent = make_agent(
-                "ppo", batches.MLPPolicy(env, hidden=(8,), seed=5), steps=32, episodes=None, iterations=6
-            )
+            agent = make_agent(name, batches.MLPPolicy(env, hidden=(8,), seed=5), **settings)
             agent.restore(tensors, through_json(counters))
         learn(agent, env)
-        assert agent.steps_done == 6 * 32
         ends.append(batches.weights(agent.policy))
     assert batches.same(*ends)
+
+
+def test_env_steps_are_counted_as_taken():
+    env = batches.control_env(rows=4)
+    agent = make_agent("ppo", batches.MLPPolicy(env), steps=32, episodes=None)
+    learn(agent, env, 3)
+    assert agent.steps_done == 3 * 32
+    agent = make_agent("reinforce", batches.MLPPolicy(env), episodes=4, group_size=1, baseline="value")
+    traj, _ = agent.iteration(env)
+    assert agent.steps_done == 4 * int(traj.lengths.max()) > agent.tokens_done == int(traj.mask.sum())
 
 
 def test_a_checkpoint_shares_no_memory_and_is_no_pickle():
