@@ -197,8 +197,8 @@ def encode_prompts(
             raise ValueError(f"{prompt.where}: the prompt is empty: the policy's tokenizer makes no tokens of it")
         if context is not None and len(ids) + config.max_new_tokens > context:
             raise ValueError(
-                f"{prompt.where}: the prompt has {len(ids)} tokens and responses up to {config.max_new_tokens}, together "
-                f"more than the model's context of {context}: shorten it or lower max_new_tokens"
+                f"{prompt.where}: the prompt has {len(ids)} tokens and responses up to {config.max_new_tokens}, "
+                f"together more than the model's context of {context}: shorten it or lower max_new_tokens"
             )
         encoded[prompt.split].append(list(ids))
     return encoded

@@ -1,4 +1,4 @@
-"""A policy, two reward models and prompts as a user would bring them: tiny, random, and saved by ``save_pretrained``."""
+"""A policy, reward models and prompts as a user would bring them: tiny, random, and saved by ``save_pretrained``."""
 
 from __future__ import annotations
 
