@@ -8,7 +8,7 @@ best ones while every move succeeds; on slippery ground the best one leads over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -68,7 +68,7 @@ def _destination(rows: tuple[str, ...], cell: int, action: int) -> int:
     return y * width + x if inside else cell
 
 
-class CatEnv(gymnasium.Env[int, int]):
+class CatEnv(gymnasium.Env):
     """Gridworld with the cat, registered as ``lm_envs/Cat-v0`` with a limit of 100 steps (truncation).
 
     Observation ``Discrete(rows * columns)``: the cell, row by row from the top left. Action ``Discrete(4)``: up, right,
@@ -90,7 +90,7 @@ class CatEnv(gymnasium.Env[int, int]):
         RuntimeError: on a step before a reset or after the end of an episode.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}
+    metadata = {"render_modes": ["ansi"], "render_fps": 4}
     gamma = GAMMA
 
     def __init__(self, map: Sequence[str] = DEFAULT_MAP, slip: float = 0.0, render_mode: str | None = None) -> None:
@@ -129,7 +129,7 @@ class CatEnv(gymnasium.Env[int, int]):
         self._cell = None if terminated else cell
         return cell, REWARD[content], terminated, False, {}
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The map with the cat as C in "ansi" mode, else None."""
         if self.render_mode is None:
             return None
