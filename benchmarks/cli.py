@@ -81,7 +81,7 @@ class Compare:
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Algorithms; with --suite these of it only."""
+    """Algorithms; with --suite instead of its own."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = ()
     """Seeds; with --suite instead of its own."""
     iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -233,20 +233,20 @@ def show(out: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(rich_table(table(rows)))
+    console.print(rich_table(table(rows), console.width))
     console.print(f"{out / 'results.csv'}\n{path}", highlight=False, soft_wrap=True)
 
 
-def _only(suite: Suite, algorithms: Sequence[str]) -> Suite:
-    """A suite with some of its algorithms."""
+def _only(suite: Suite, algorithms: tuple[str, ...]) -> Suite:
+    """A suite with other algorithms; a task that has a list of its own keeps to those of it."""
     tasks = []
     for task in suite.tasks:
-        mine = tuple(name for name in algorithms if name in (task.algorithms or algorithms))
+        mine = tuple(name for name in algorithms if task.algorithms is None or name in task.algorithms)
         if mine:
             tasks.append(replace(task, algorithms=mine))
     if not tasks:
-        raise UserError(f"the suite {suite.name!r} runs none of {', '.join(algorithms)}")
-    return replace(suite, tasks=tuple(tasks), algorithms=tuple(algorithms))
+        raise UserError(f"no task of the suite {suite.name!r} takes any of {', '.join(algorithms)}")
+    return replace(suite, tasks=tuple(tasks), algorithms=algorithms)
 
 
 def _planned(plan: Plan, iterations: int | None, episodes: int | None, test_prompts: int | None) -> Plan:

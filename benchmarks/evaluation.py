@@ -184,6 +184,8 @@ def summarise(found: Sampled, reference: Sampled, policy: RespondingPolicy) -> d
     """
     outcome = wins(found.gold, reference.gold)
     best = policy if isinstance(policy, BestOfN) else None
+    # The bound is on the KL from the policy that was sampled: from another reference nothing is known.
+    bound = kl_bound(best.n) if best and best.policy.model is best.mdp.reference else math.nan
     inference_tokens = best.tokens_generated if best else int(found.length.sum())
     return {
         "win_rate": float(outcome.mean()),
@@ -192,9 +194,9 @@ def summarise(found: Sampled, reference: Sampled, policy: RespondingPolicy) -> d
         "gold_se": standard_error(found.gold),
         "proxy": float(found.proxy.mean()),
         "proxy_se": standard_error(found.proxy),
-        "kl": kl_bound(best.n) if best else float(found.kl.mean()),
-        "kl_se": 0.0 if best else standard_error(found.kl),
-        "kl_is_bound": best is not None,
+        "kl": bound if best else float(found.kl.mean()),
+        "kl_se": math.nan if best else standard_error(found.kl),
+        "kl_is_bound": best is not None and not math.isnan(bound),
         "length": float(found.length.mean()),
         "distinct_2": distinct_2(found.tokens),
         "stopped": float(np.mean([reason == "stop" for reason in found.finish_reason])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ _COLOURS = {
     "a2c": "#CC79A7",
     "ppo": "#D55E00",
 }
-_MORE = ("#56B4E9", "#7F3C8D", "#8C6D31", "#1B4F4A")
+_MORE = (("#56B4E9", "P"), ("#7F3C8D", "h"), ("#8C6D31", "<"), ("#1B4F4A", ">"))
 _MARKERS = {"sft": "X", "best-of-n": "D", "expert-iteration": "s", "reinforce": "^", "a2c": "v", "ppo": "o"}
 
 
@@ -115,13 +116,12 @@ def gather(out: Path, rows: list[dict[str, Any]]) -> list[Series]:
 def styles(series: list[Series]) -> dict[str, tuple[str, str]]:
     """Colour and marker by algorithm, the same in every figure of a report."""
     found: dict[str, tuple[str, str]] = {}
-    spare, spare_markers = list(_MORE), ["P", "h", "<", ">"]
+    spare = itertools.cycle(_MORE)
     for algorithm in dict.fromkeys(s.algorithm for s in series):
         kind = "best-of-n" if best_of(algorithm) is not None else algorithm
         taken = {colour for colour, _ in found.values()}
         if kind in _COLOURS and _COLOURS[kind] not in taken:
             found[algorithm] = _COLOURS[kind], _MARKERS[kind]
         else:
-            place = len(found) % len(spare)
-            found[algorithm] = spare[place], spare_markers[place]
+            found[algorithm] = next(spare)
     return found

@@ -151,11 +151,11 @@ class ControlProblem:
 
     tracked = ("return", "length")
     _test_episodes = 100
-    _rows = 8
 
     def __init__(self, spec: RunSpec) -> None:
         import gymnasium
 
+        from lm_envs.algos.control_settings import ROWS, control_settings
         from lm_envs.algos.mlp_policy import MLPPolicy
 
         if spec.algorithm == "sft" or best_of(spec.algorithm) is not None:
@@ -169,19 +169,20 @@ class ControlProblem:
 
         def make() -> Any:
             return gymnasium.make_vec(
-                spec.task, self._rows, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode}, **spec.env
+                spec.task, ROWS, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode}, **spec.env
             )
 
         self.env, self._test_env = make(), make()
         self.policy: Any = MLPPolicy(self.env, seed=spec.seed)
-        overrides = {"seed": spec.seed, **check_overrides(spec.algorithm, spec.overrides)}
+        settings = control_settings(spec.task, spec.algorithm)
+        overrides = {**settings, "seed": spec.seed, **check_overrides(spec.algorithm, spec.overrides)}
         self.agent: Agent[Any] = _fit(make_agent(spec.algorithm, self.policy, None, **overrides), spec)
 
     def settings(self) -> dict[str, Any]:
         """What ``config.json`` says beyond the spec."""
         return {
             "agent": asdict(self.agent.config),
-            "env": {"rows": self._rows, **self.spec.env},
+            "env": {"rows": self.env.num_envs, **self.spec.env},
             "task": {"description": f"Gymnasium's {self.spec.task}", "stats": {}},
             "parameters": sum(p.numel() for p in self.policy.parameters()),
         }

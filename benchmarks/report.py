@@ -14,8 +14,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lm_envs.benchmarks.history import Series, gather, styles
-from lm_envs.benchmarks.plots import as_png, as_svg, figures, png_path
-from lm_envs.benchmarks.results import SHOWN, Line, cell, footnotes, number, plain, table
+from lm_envs.benchmarks.plots import Style, as_png, as_svg, figures, png_path
+from lm_envs.benchmarks.results import Line, cell, footnotes, number, plain, shown, table
 from lm_envs.benchmarks.storage import read_json, write_atomic
 from lm_envs.benchmarks.suites import folder_name
 
@@ -74,8 +74,8 @@ def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
 def page(held: dict[str, Any], series: list[Series], made: dict[tuple[str, str], Figure]) -> str:
     """The whole page."""
     name = held.get("name", "comparison")
-    tasks = dict.fromkeys(s.base for s in series)
-    sections = "".join(_section(task, [s for s in series if s.base == task], made) for task in tasks)
+    tasks, style = dict.fromkeys(s.base for s in series), styles(series)
+    sections = "".join(_section(task, [s for s in series if s.base == task], made, style) for task in tasks)
     return (
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} – lm-envs</title>'
@@ -116,7 +116,7 @@ def _name(line: Line) -> str:
     return f"{line.algorithm} (bandit)" if line.task.endswith("-bandit") else line.algorithm
 
 
-def _section(task: str, series: list[Series], made: dict[tuple[str, str], Figure]) -> str:
+def _section(task: str, series: list[Series], made: dict[tuple[str, str], Figure], style: Style) -> str:
     lines = table([result for s in series for result in s.results])
     described = series[0].config.get("task", {})
     stats = described.get("stats") or {}
@@ -125,13 +125,13 @@ def _section(task: str, series: list[Series], made: dict[tuple[str, str], Figure
     text.append(f'<p class="note">{escape(described.get("description", ""))}{" " + escape(facts) if facts else ""}</p>')
     if headline(lines):
         text.append(f'<p class="headline">{escape(headline(lines))}</p>')
-    text.append(_table(series, lines))
+    text.append(_table(series, lines, style))
     for kind in ("win-rate", "frontier", "learning-curves"):
         if (task, kind) in made:
             data = base64.b64encode(as_svg(made[task, kind])).decode()
             text.append(f'<h3>{_TITLES[kind]}</h3><p class="note">{_MEANING[kind]}</p>')
             text.append(f'<img alt="{_TITLES[kind]}: {escape(task)}" src="data:image/svg+xml;base64,{data}">')
-    text.append(_samples(series))
+    text.append(_samples(series, style))
     return "".join(text)
 
 
@@ -144,17 +144,17 @@ def _dot(series: Series, colour: str) -> str:
     return f'<span class="dot{hollow}" style="background:{colour};color:{colour}"></span>'
 
 
-def _table(series: list[Series], lines: Sequence[Line]) -> str:
-    colours = styles(series)
-    head = "".join(f'<th title="{escape(column.meaning)}">{escape(column.title)}</th>' for column in SHOWN)
+def _table(series: list[Series], lines: Sequence[Line], style: Style) -> str:
+    columns = shown(lines)
+    head = "".join(f'<th title="{escape(column.meaning)}">{escape(column.title)}</th>' for column in columns)
     golds = [line.mean["gold"] for line in lines if not math.isnan(line.mean["gold"])]
     body = []
     for s, line in zip(series, lines, strict=True):
         best = ' class="best"' if golds and line.mean["gold"] == max(golds) else ""
-        cells = "".join(f"<td>{escape(cell(line, column))}</td>" for column in SHOWN)
-        name = f'<td class="text">{_dot(s, colours[s.algorithm][0])}{escape(s.label)}</td>'
+        cells = "".join(f"<td>{escape(cell(line, column))}</td>" for column in columns)
+        name = f'<td class="text">{_dot(s, style[s.algorithm][0])}{escape(s.label)}</td>'
         body.append(f"<tr{best}>{name}<td>{len(line.seeds)}</td>{cells}</tr>")
-    meanings = "; ".join(f"{column.title}: {column.meaning}" for column in SHOWN if column.meaning)
+    meanings = "; ".join(f"{column.title}: {column.meaning}" for column in columns if column.meaning)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in [*footnotes(lines), meanings + "."])
     return (
         '<h3>Results on test prompts</h3><div class="scroll"><table>'
@@ -177,12 +177,11 @@ def chosen_prompts(samples: dict[str, list[dict[str, Any]]]) -> list[tuple[int, 
     return chosen
 
 
-def _samples(series: list[Series]) -> str:
+def _samples(series: list[Series], style: Style) -> str:
     samples = {s.label: s.test_samples() for s in series}
     samples = {label: found for label, found in samples.items() if found}
     if not samples:
         return ""
-    colours = styles(series)
     text = ["<h3>Sample texts</h3>"]
     seeds = {s.results[0]["seed"] for s in series}
     text.append(
@@ -204,7 +203,7 @@ def _samples(series: list[Series]) -> str:
             end = "" if found["finish_reason"] == "stop" else ' <span class="note">[cut at the limit]</span>'
             figures_ = "".join(f"<td>{_figure(found[name])}</td>" for name in ("gold", "proxy", "kl"))
             text.append(
-                f'<tr><td class="text">{_dot(s, colours[s.algorithm][0])}{escape(s.label)}</td>'
+                f'<tr><td class="text">{_dot(s, style[s.algorithm][0])}{escape(s.label)}</td>'
                 f'<td class="text wide">{escape(found["response"])}{end}</td>{figures_}</tr>'
             )
         text.append("</table></div>")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lm_envs.benchmarks.storage import read_json, write_atomic
+from lm_envs.benchmarks.suites import is_control
 
 COLUMNS = (
     "task",
@@ -155,6 +156,9 @@ def plain(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}"
 
 
+_WIDE = 125  # characters that all columns need
+
+
 def cell(line: Line, column: Column) -> str:
     """A cell of the table: ``0.58 ±0.03``; a dash where nothing is known; a bound has its sign."""
     value, spread = line.mean[column.name], line.spread[column.name]
@@ -169,33 +173,43 @@ def cell(line: Line, column: Column) -> str:
     return text
 
 
+def shown(lines: Sequence[Line]) -> list[Column]:
+    """The columns in which something is known."""
+    return [column for column in SHOWN if not all(math.isnan(line.mean[column.name]) for line in lines)]
+
+
 def footnotes(lines: Sequence[Line]) -> list[str]:
     """What a reader of the table has to know."""
     notes = ["± is the standard deviation over seeds; for the win-rate, the standard error over prompts."]
     if any(line.kl_is_bound for line in lines):
         notes.append("≤: best-of-n's own log-probability is unknown; shown is the upper bound log n − (n−1)/n.")
-    if any(math.isnan(line.mean["gold"]) for line in lines):
-        notes.append("–: not measured; gold and the win-rate need a task with a judge.")
+    if any(is_control(line.task) for line in lines):
+        notes.append("On control environments proxy is the return, and tokens and reward calls are steps.")
+    elif any(math.isnan(line.mean["gold"]) for line in lines):
+        notes.append("There is no gold score and no win-rate where a task has no judge.")
     return notes
 
 
-def rich_table(lines: Sequence[Line]) -> Any:
-    """The table for a terminal."""
+def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
+    """The table for a terminal of so many characters; a narrow one gets fewer columns."""
     from rich.table import Table
 
-    shown = Table(
-        header_style="bold", row_styles=["", "dim"], title="Test prompts, mean over seeds", title_justify="left"
-    )
-    shown.add_column("task")
-    shown.add_column("algorithm", style="bold")
-    shown.add_column("seeds", justify="right")
-    for column in SHOWN:
-        shown.add_column(column.title, justify="right", no_wrap=True)
+    columns = shown(lines)
+    notes = footnotes(lines)
+    if width < _WIDE:
+        columns = [column for column in columns if column.spread]
+        notes.append("results.csv has more columns.")
+    made = Table(header_style="bold", row_styles=["", "dim"], title="Test prompts, mean over seeds")
+    made.title_justify = made.caption_justify = "left"
+    made.add_column("task", overflow="fold")
+    made.add_column("algorithm", style="bold", overflow="fold")
+    made.add_column("seeds", justify="right")
+    for column in columns:
+        made.add_column(column.title, justify="right", no_wrap=True)
     for before, line in zip([None, *lines[:-1]], lines, strict=True):
         if before is not None and before.task != line.task:
-            shown.add_section()
-        values = [cell(line, column) for column in SHOWN]
-        shown.add_row(line.task, line.algorithm, str(len(line.seeds)), *values)
-    shown.caption = "\n".join(footnotes(lines))
-    shown.caption_justify = "left"
-    return shown
+            made.add_section()
+        values = [cell(line, column) for column in columns]
+        made.add_row(line.task, line.algorithm, str(len(line.seeds)), *values)
+    made.caption = "\n".join(notes)
+    return made

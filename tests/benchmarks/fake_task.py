@@ -1,10 +1,12 @@
-"""A text task of milliseconds for the comparison's tests, loadable by name in any process:
-``tests.benchmarks.fake_task:load``.
-"""
+"""A text task of milliseconds, loadable by name in any process: ``tests.benchmarks.fake_task:load``."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import time
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -14,31 +16,65 @@ from tests.tiny import count_b_minus_c, task
 NAME = "tests.benchmarks.fake_task:load"
 
 
+class Pausing:
+    """A reward that, at one of its calls, makes the file ``mark`` and waits to be killed; once made, it goes on."""
+
+    def __init__(self, reward, mark: str | None, at: int) -> None:
+        self.reward, self.mark, self.at, self.calls = reward, mark, at, 0
+
+    def __call__(self, prompts, completions, **columns) -> list[float]:
+        self.calls += 1
+        if self.mark and self.calls >= self.at and not Path(self.mark).exists():
+            Path(self.mark).touch()
+            time.sleep(120)
+        return self.reward(prompts, completions)
+
+
 def gold(prompts, completions, **columns) -> list[float]:
     """Likes "b" and dislikes length: the proxy, which counts b's, can be over-optimised."""
     return [text.split().count("b") - 0.2 * len(text.split()) for text in completions]
 
 
-def load(judge: bool = True, broken: bool = False, dtype: str = "float32") -> TextTask:
-    """Forty prompts of two tokens a split, six new tokens.
+def nothing(prompts, completions, **columns) -> list[float]:
+    return [float("nan")] * len(completions)
+
+
+def load(
+    judge: bool = True,
+    broken: bool = False,
+    pause: str = "",
+    mark: str | None = None,
+    at: int = 0,
+) -> TextTask:
+    """Forty prompts of two tokens to train on, six new tokens.
 
     Args:
         judge: whether there is a gold judge.
         broken: the reward returns NaN.
-        dtype: of the reference.
+        pause: "reward" or "judge": which of them pauses, see :class:`Pausing`.
+        mark, at: of the pause.
     """
     pairs = [list(pair) for pair in product(range(1, 10), range(1, 10))]
-    base = task()
+    reward = nothing if broken else count_b_minus_c
     return task(
         name="fake",
-        reference=base.reference.to(getattr(torch, dtype)),
+        reference=task().reference.to(torch.float32),
         prompts={"train": pairs[:40], "validation": pairs[40:60], "test": pairs[60:]},
-        reward=nothing if broken else count_b_minus_c,
-        judge=gold if judge else None,
+        reward=Pausing(reward, mark, at) if pause == "reward" else reward,
+        judge=Pausing(gold, mark, at) if pause == "judge" else gold if judge else None,
         kl_coef=0.05,
         description="Say b",
     )
 
 
-def nothing(prompts, completions, **columns) -> list[float]:
-    return [float("nan")] * len(completions)
+def mortal() -> TextTask:
+    """A task whose reward ends its process, once it is not only tried out."""
+    calls = []
+
+    def reward(prompts, completions, **columns) -> list[float]:
+        calls.append(len(prompts))
+        if len(prompts) > 2:
+            os._exit(7)
+        return count_b_minus_c(prompts, completions)
+
+    return dataclasses.replace(load(), reward=reward)

@@ -1,0 +1,269 @@
+"""The command line: what it makes, and that every mistake is one clear line before anything has trained."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm_envs.benchmarks import errors, storage
+from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.results import COLUMNS
+from lm_envs.benchmarks.storage import Records
+from tests.benchmarks.fake_task import NAME
+
+SMALL = ["--test-prompts", "6", "--threads", "1"]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit status and what was said on standard error."""
+    status = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err
+
+
+def refused(capsys, *arguments: str, status: int = 1) -> str:
+    """The one line that a refusal says."""
+    got, said = run(capsys, *arguments)
+    assert got == status
+    lines = [line for line in said.splitlines() if line.startswith("lm-envs: ")]
+    assert len(lines) == 1 and "Traceback" not in said
+    return lines[0]
+
+
+@pytest.fixture
+def suite(tmp_path) -> Path:
+    path = tmp_path / "suite.toml"
+    path.write_text(f"""
+name = "small"
+tasks = ["{NAME}", "{NAME}-bandit"]
+algorithms = ["sft", "best-of-4", "ppo"]
+seeds = [0, 1]
+budget = {{ episodes = 30 }}
+evaluation = {{ test_prompts = 6, validation_prompts = 4, every = 1 }}
+[algorithm.ppo]
+episodes = 16
+[task."{NAME}-bandit"]
+algorithms = ["ppo"]
+""")
+    return path
+
+
+def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, capsys):
+    out = tmp_path / "out"
+    assert run(capsys, "compare", "--suite", suite, "--out", out, "--jobs", "2")[0] == 0
+    with open(out / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(COLUMNS)
+    assert [(row["task"], row["algorithm"], row["seed"]) for row in rows] == [
+        *((NAME, algorithm, seed) for algorithm in ("sft", "best-of-4", "ppo") for seed in "01"),
+        *((f"{NAME}-bandit", "ppo", seed) for seed in "01"),
+    ]
+    by_name = {(row["task"], row["algorithm"]): row for row in rows}
+    assert all(row[name] for row in rows for name in COLUMNS)
+    assert int(by_name[NAME, "ppo"]["reward_calls"]) == 32  # 30 episodes are two whole iterations of 16
+    assert int(by_name[NAME, "best-of-4"]["reward_calls"]) == 24 and int(by_name[NAME, "sft"]["reward_calls"]) == 0
+    assert {row["seed"]: row["gold"] for row in rows if row["algorithm"] == "sft"}.keys() == {"0", "1"}
+    assert (out / "report.html").stat().st_size > 50_000
+    folder = next((out).glob("*load/ppo/seed-0"))
+    made = {path.name for path in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "result.json"} <= made
+    config = json.loads((folder / "config.json").read_text())
+    assert config["agent"]["iterations"] == 2 and config["agent"]["episodes"] == 16 and "torch" in config["versions"]
+
+    before = (out / "results.csv").read_text()
+    assert "holds the comparison 'small' already: --resume continues it" in refused(
+        capsys, "compare", "--suite", suite, "--out", out
+    )
+    # One process, one more seed: what is finished stays, and what is new does not depend on the number of processes.
+    longer = tmp_path / "longer.toml"
+    longer.write_text(suite.read_text().replace("[0, 1]", "[0, 1, 2]"))
+    assert run(capsys, "compare", "--suite", longer, "--out", out, "--resume")[0] == 0
+    after = (out / "results.csv").read_text()
+    assert set(before.splitlines()) < set(after.splitlines()) and len(after.splitlines()) == 1 + 12
+    changed = tmp_path / "changed.toml"
+    changed.write_text(suite.read_text().replace("episodes = 16", "episodes = 8"))
+    said = refused(capsys, "compare", "--suite", changed, "--out", out, "--resume")
+    assert "overrides.episodes: 16 before, 8 now" in said and "another --out" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "review", "--algorithms", "ppo"], "no task 'review': did you mean 'reviews'"),
+        (["--task", "reviews", "--algorithms", "poo"], "no algorithm 'poo': did you mean 'ppo'"),
+        (["--task", "CartPol-v1", "--algorithms", "ppo"], "CartPol"),
+        (["--task", "reviews"], "say which --algorithms"),
+        (["--algorithms", "ppo"], "say what to compare"),
+        (["--suite", "dmeo"], "no suite 'dmeo'.*did you mean 'demo'"),
+        (["--suite", "demo", "--task", "reviews"], "exclude each other"),
+        (["--task", "reviews", "--algorithms", "ppo", "--set", "clip=1"], "algorithm.name=value"),
+        (["--task", "reviews", "--algorithms", "ppo", "--set", "ppo.clop=1"], "did you mean 'clip'"),
+        (["--task", "reviews", "--algorithms", "ppo", "--set", "ppo.clip=wide"], "must be a number, not 'wide'"),
+        (["--task", "reviews", "--algorithms", "sft", "--set", "sft.episodes=3"], "sft is not trained"),
+        (["--task", "reviews", "--algorithms", "ppo", "--iterations", "0"], "at least 1"),
+        (["--suite", "demo-real"], "task 'corpus' needs --corpus FILE.jsonl"),
+        (["--suite", "demo-real", "--corpus", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["--policy", "here", "--algorithms", "ppo"], "missing: --reward-model, --prompts"),
+        (["--task", "nomodule:load", "--algorithms", "ppo"], "no module 'nomodule'"),
+        (["--task", "tests.tiny:nope", "--algorithms", "ppo"], "no function 'nope'"),
+        (["--task", f"{NAME}-bandit", "--algorithms", "sft"], "no bandit face"),
+        (["--task", "CartPole-v1", "--algorithms", "best-of-4"], "is for text"),
+    ],
+)
+def test_a_bad_request_is_one_line_and_leaves_no_run(tmp_path, capsys, arguments, message):
+    said = refused(capsys, "compare", *arguments, "--out", tmp_path / "out")
+    assert re.search(message, said)
+    assert not list(tmp_path.glob("out/*/*"))
+
+
+def test_malformed_toml_names_file_and_line(tmp_path, capsys):
+    (tmp_path / "s.toml").write_text('tasks = ["reviews"]\nalgorithms = ["ppo"\nseeds = [0]\n')
+    said = refused(capsys, "compare", "--suite", tmp_path / "s.toml", "--out", tmp_path / "out")
+    assert f"{tmp_path}/s.toml, line 3: not TOML" in said
+
+
+@pytest.mark.parametrize("where", ["file", "file/inside", "/proc/nowhere"])
+def test_an_unwritable_folder_is_found_before_anything_trains(tmp_path, capsys, monkeypatch, where):
+    monkeypatch.setattr("lm_envs.benchmarks.compare.prepare", lambda runs: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    said = refused(capsys, "compare", "--task", NAME, "--algorithms", "ppo", "--out", tmp_path / where)
+    assert "cannot write results to" in said and "--out" in said
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("mine")
+    said = refused(capsys, "compare", "--task", NAME, "--algorithms", "ppo", "--out", tmp_path)
+    assert "holds 'thesis.tex'" in said and "another folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "message"),
+    [
+        ("broken = true", "", "returned nan"),
+        ("", "max_new_tokens = 100", "more than the model's context of 64"),
+        ("nonsense = 1", "", None),
+    ],
+)
+def test_a_broken_task_is_found_before_anything_trains(tmp_path, capsys, options, env, message):
+    path = tmp_path / "s.toml"
+    path.write_text(f"""
+tasks = ["{NAME}"]
+algorithms = ["ppo"]
+[task."{NAME}"]
+options = {{ {options} }}
+{env}
+""")
+    if message is None:  # the task's own code has no such argument: a bug keeps its traceback
+        with pytest.raises(TypeError):
+            main(["compare", "--suite", str(path), "--out", str(tmp_path / "out")])
+        return
+    assert message in refused(capsys, "compare", "--suite", path, "--out", tmp_path / "out")
+    assert not list(tmp_path.glob("out/*/*"))
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_checkpoint(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr("lm_envs.benchmarks.cli.show", lambda out: None)
+    request = ["compare", "--task", NAME, "--algorithms", "a2c", "--iterations", "30", "--set", "a2c.episodes=4"]
+    request += [*SMALL, "--out", out]
+    write, saved = storage.write_synced, []
+
+    def full(path: Path, data: bytes) -> None:
+        saved.append(path.name)
+        if saved.count("tensors.safetensors") > 1:  # the second checkpoint does not fit
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, data)
+
+    with monkeypatch.context() as small_disk:
+        small_disk.setattr(storage, "write_synced", full)
+        said = refused(capsys, *request)
+    assert "No space left on device" in said and "--resume" in said and "checkpoint-000030" in said
+    folder = next(out.glob("*/a2c/seed-0"))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-000020"]
+    status, said = run(capsys, *request, "--resume")
+    assert status == 0 and "continuing after iteration 20" in said
+    assert [r["iteration"] for r in Records(folder / "metrics.jsonl").read()] == list(range(31))
+
+
+def test_one_failed_run_does_not_take_the_others_along(tmp_path, capsys):
+    out = tmp_path / "out"
+    said = refused(
+        capsys, "compare", "--task", NAME, "--algorithms", "ppo", "reinforce", "sft", "--iterations", "1", *SMALL,
+        "--set", "ppo.learning_rate=1e30", "--set", "ppo.episodes=8", "--set", "reinforce.episodes=8", "--out", out,
+    )  # fmt: skip
+    assert "ppo/seed-0" in said and "ppo: " in said and "lower learning_rate" in said
+    lines = (out / "results.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines[1:]] == ["reinforce", "sft"]
+    assert (out / "report.html").exists()
+
+
+def test_bugs_keep_their_traceback(tmp_path, monkeypatch):
+    def bug(*arguments, **options):
+        raise ValueError("from inside a library")
+
+    monkeypatch.setattr("lm_envs.benchmarks.evaluation.rollout", bug)
+    with pytest.raises(ValueError, match="from inside a library"):
+        main(["compare", "--task", NAME, "--algorithms", "ppo", "--out", str(tmp_path / "out")])
+
+
+def test_which_errors_are_explained():
+    assert errors.explain(OSError(errno.ENOSPC, "full", "x")) == (
+        "cannot use 'x': full; free some space, then continue with --resume"
+    )
+    assert errors.explain(FileNotFoundError(errno.ENOENT, "gone", "x")) == "no such file or folder: 'x'"
+    assert errors.explain(OSError(errno.ECHILD, "odd")) is None
+    assert errors.explain(KeyError("x")) is None
+    assert errors.explain(ValueError("never raised")) is None
+
+
+def test_train_on_a_control_environment(tmp_path, capsys):
+    out = tmp_path / "out"
+    status, said = run(
+        capsys, "train", "--task", "CartPole-v1", "--algorithm", "reinforce", "--iterations", "2", "--out", out,
+        "--validate-every", "1", "--set", "learning_rate=1e-2", "--threads", "1",
+    )  # fmt: skip
+    assert status == 0, said
+    row = next(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert row["task"] == "CartPole-v1" and float(row["proxy"]) > 8 and row["gold"] == row["kl"] == ""
+    config = json.loads((out / "CartPole-v1/reinforce/seed-0/config.json").read_text())
+    assert config["agent"]["learning_rate"] == 1e-2 and config["agent"]["baseline"] == "value"
+    assert "proxy is the return" in " ".join((out / "report.html").read_text().split())
+
+
+def test_help_and_listing_are_worth_reading(capsys):
+    for words, expected in (
+        (["--help"], ["compare", "train", "tasks", "report", "lm-envs compare --suite demo"]),
+        (["compare", "--help"], ["--suite", "--resume", "--corpus", "--reward-model", "--jobs", "Ctrl-C"]),
+        (["train", "--help"], ["--set", "CartPole-v1"]),
+        (["tasks"], ["reviews", "best-of-<n>", "expert-iteration", "ppo", "demo"]),
+        (["--version"], ["lm-envs 0"]),
+    ):
+        try:
+            main(words)
+        except SystemExit as stop:
+            assert stop.code == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in expected), words
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = "import sys; from lm_envs.benchmarks import cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_noticed(tmp_path, capsys):
+    arguments = ["--task", "tests.benchmarks.fake_task:mortal", "--algorithms", "ppo", "reinforce", *SMALL]
+    with pytest.raises(RuntimeError, match="ended with status"):
+        main(["compare", *arguments, "--jobs", "2", "--iterations", "3", "--out", str(tmp_path / "out")])

@@ -1,0 +1,126 @@
+"""What the numbers of a result mean, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.benchmarks.evaluation import (
+    distinct_2,
+    evaluation_env,
+    sample_policy,
+    sample_reference,
+    standard_error,
+    summarise,
+    wins,
+)
+from tests.benchmarks.fake_task import gold, load
+
+
+@pytest.fixture(scope="module")
+def env():
+    return evaluation_env(load(), "test")
+
+
+@pytest.fixture(scope="module")
+def reference(env):
+    return LMPolicy.for_mdp(env.mdp, env.mdp.task.reference)
+
+
+def test_every_prompt_is_answered_once_in_order(env, reference):
+    found = sample_policy(env, reference, None, seed=0)
+    assert found.prompt == env.mdp.texts(env.mdp.start(0, np.arange(len(env.mdp.prompts))))
+    assert len(set(found.prompt)) == len(env.mdp.prompts) == 21
+    assert sample_policy(env, reference, 5, seed=0).response == found.response[:5]
+
+
+def test_scores_are_those_of_reward_and_judge(env, reference):
+    found = sample_policy(env, reference, 10, seed=0)
+    np.testing.assert_allclose(found.gold, gold(found.prompt, found.response))
+    np.testing.assert_allclose(found.proxy, [t.split().count("b") - t.split().count("c") for t in found.response])
+    words = [len(t.split()) for t in found.response]
+    stopped = np.array(found.finish_reason) == "stop"
+    np.testing.assert_array_equal(found.length, np.array(words) + stopped)
+    np.testing.assert_allclose(found.kl, 0, atol=1e-4)
+
+
+def test_the_sides_of_a_comparison_are_independent_samples_and_both_repeat(env, reference):
+    policy, other = sample_policy(env, reference, None, 0), sample_reference(env, reference, None)
+    assert policy.prompt == other.prompt and policy.response != other.response
+    assert sample_policy(env, reference, None, 0).response == policy.response
+    assert sample_policy(env, reference, None, 1).response != policy.response
+
+
+def test_wins_count_ties_half_and_unknown_scores_as_unknown():
+    outcome = wins(np.array([2.0, 1.0, 0.0, np.nan]), np.array([1.0, 1.0, 1.0, 1.0]))
+    np.testing.assert_array_equal(outcome, [1.0, 0.5, 0.0, np.nan])
+    with pytest.raises(ValueError, match="same prompts"):
+        wins(np.zeros(3), np.zeros(4))
+
+
+def test_standard_error_by_hand_and_against_repetition():
+    assert standard_error(np.array([0.0, 1.0, 1.0, 0.5])) == pytest.approx(math.sqrt(0.6875 / 3 / 4))
+    assert math.isnan(standard_error(np.array([1.0])))
+    rng = np.random.default_rng(0)
+    samples = rng.choice([0, 0.5, 1], p=[0.2, 0.5, 0.3], size=(4000, 50))
+    estimated = np.mean([standard_error(row) for row in samples])
+    assert estimated == pytest.approx(samples.mean(axis=1).std(), rel=0.05)
+    binomial = math.sqrt(0.55 * 0.45 / 50)
+    assert estimated < 0.8 * binomial  # the formula that forgets the ties
+
+
+def test_distinct_2_by_hand():
+    assert distinct_2([[1, 2, 1, 2], [1, 2]]) == 2 / 4
+    assert math.isnan(distinct_2([[1], []]))
+
+
+def test_kl_of_a_changed_policy_is_the_sample_mean_of_the_log_ratio(env, reference):
+    task = load()
+    model = type(task.reference)(task.reference.config)
+    model.load_state_dict(task.reference.state_dict())
+    with torch.no_grad():
+        model.transformer.wte.weight[2] += 0.5
+    policy = LMPolicy.for_mdp(env.mdp, model.eval())
+    found = sample_policy(env, policy, None, 0)
+    tokens = [torch.tensor([prompt + ids]) for prompt, ids in zip(env.mdp.prompts, found.tokens, strict=True)]
+    expected = []
+    for row, ids in enumerate(tokens):
+        if found.finish_reason[row] == "stop":
+            ids = torch.cat([ids, torch.tensor([[0]])], dim=1)
+        ratio = 0.0
+        for net, sign in ((model, 1), (task.reference, -1)):
+            with torch.no_grad():
+                log_p = net(ids).logits.log_softmax(-1)[0, 1:-1]
+            ratio += sign * float(log_p.gather(1, ids[0, 2:, None]).sum())
+        expected.append(ratio)
+    np.testing.assert_allclose(found.kl, expected, atol=1e-4)
+    result = summarise(found, found, policy)
+    assert result["kl"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert result["win_rate"] == 0.5 and result["win_rate_se"] == 0 and not result["kl_is_bound"]
+    assert result["inference_reward_calls"] == 0
+    assert result["inference_tokens"] == found.length.sum()
+
+
+def test_best_of_n_pays_for_all_its_samples(env, reference):
+    best = BestOfN(reference, env.mdp, 4)
+    found = sample_policy(env, best, None, 0)
+    plain = sample_policy(env, reference, None, 0)
+    assert (found.proxy >= plain.proxy).all() and (found.proxy > plain.proxy).any()
+    result = summarise(found, plain, best)
+    assert result["inference_reward_calls"] == 4 * 21
+    assert 3 * 21 < result["inference_tokens"] <= 4 * 21 * 6
+    assert result["inference_tokens"] > 2 * found.length.sum()
+    assert result["kl"] == pytest.approx(math.log(4) - 3 / 4) and result["kl_is_bound"]
+
+
+def test_without_a_judge_gold_is_unknown_and_not_replaced(reference):
+    env = evaluation_env(load(judge=False), "test")
+    found = sample_policy(env, reference, None, 0)
+    result = summarise(found, found, reference)
+    assert all(math.isnan(result[name]) for name in ("gold", "win_rate", "win_rate_se"))
+    assert not math.isnan(result["proxy"])

@@ -1,0 +1,204 @@
+"""The table, the CSV and the report, from results written by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.compare import write_results
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.history import gather, styles
+from lm_envs.benchmarks.plots import figures
+from lm_envs.benchmarks.report import chosen_prompts, headline, write_report
+from lm_envs.benchmarks.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table
+from lm_envs.benchmarks.suites import folder_name
+
+NASTY = '<script>alert("x")</script> & <img src=http://example.com/a.png>'
+
+
+def result(algorithm: str, seed: int, gold: float | None, kl: float, wins: list[float], **changes) -> dict:
+    return {
+        "task": "reviews",
+        "algorithm": algorithm,
+        "seed": seed,
+        "win_rate": sum(wins) / len(wins) if gold is not None else None,
+        "win_rate_se": 0.1 if gold is not None else None,
+        "gold": gold,
+        "proxy": 1.0,
+        "kl": kl,
+        "length": 10.0,
+        "distinct_2": 0.5,
+        "tokens_generated": 12345,
+        "reward_calls": 100,
+        "wall_s": 3.21,
+        "kl_is_bound": algorithm.startswith("best"),
+        "wins": wins,
+        **changes,
+    }
+
+
+def folder_of(out: Path, row: dict) -> Path:
+    folder = out / folder_name(row["task"]) / row["algorithm"] / f"seed-{row['seed']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write(out: Path, rows: list[dict], curve: bool = True) -> None:
+    for row in rows:
+        folder = folder_of(out, row)
+        (folder / "result.json").write_text(json.dumps(row))
+        (folder / "config.json").write_text(json.dumps({"agent": {"clip": NASTY}, "task": {"description": NASTY}}))
+        sample = {"iteration": 0, "split": "test", "prompt": NASTY, "response": NASTY, "finish_reason": "length"}
+        samples = [{**sample, "gold": -i, "proxy": i, "kl": -0.001} for i in range(5)]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+        if curve and row["algorithm"] == "ppo":
+            points = [
+                {"iteration": i, "tokens": 100 * i, "validation_gold": i / 4, "validation_proxy": i, "validation_kl": i}
+                for i in range(4)
+            ]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    write(
+        out,
+        [
+            result("ppo", 0, 0.5, 4.0, [1, 1, 0.5, 1]),
+            result("ppo", 1, 0.7, 6.0, [1, 0.5, 0.5, 1]),
+            result("best-of-16", 0, 0.2, 1.8, [1, 0, 0.5, 1]),
+            result("sft", 0, -0.1, 0.0, [0.5, 0.5, 0.5, 0.5]),
+            result("ppo", 0, 0.4, 3.0, [1, 1, 1, 0], task="reviews-bandit"),
+        ],
+    )
+    held = {"name": "demo " + NASTY, "tasks": [{"name": "reviews"}, {"name": "reviews-bandit"}]}
+    (out / "comparison.json").write_text(json.dumps({**held, "algorithms": ["sft", "best-of-16", "ppo"]}))
+    return out
+
+
+def test_csv_has_exactly_the_columns_in_the_suites_order(out):
+    write_results(out)
+    with open(out / "results.csv") as file:
+        rows = list(csv.reader(file))
+    names = "task, algorithm, seed, win_rate, win_rate_se, gold, proxy, kl, length, distinct_2, tokens_generated"
+    assert rows[0] == [*names.split(", "), "reward_calls", "wall_s"] == list(COLUMNS)
+    assert [(row[0], row[1], row[2]) for row in rows[1:]] == [
+        ("reviews", "sft", "0"),
+        ("reviews", "best-of-16", "0"),
+        ("reviews", "ppo", "0"),
+        ("reviews", "ppo", "1"),
+        ("reviews-bandit", "ppo", "0"),
+    ]
+    assert rows[3] == "reviews,ppo,0,0.875,0.1,0.5,1,4,10,0.5,12345,100,3.21".split(",")
+
+
+def test_unknown_numbers_are_empty_cells(tmp_path):
+    write(tmp_path, [result("ppo", 0, None, 4.0, [math.nan])])
+    rows = write_results(tmp_path)
+    line = (tmp_path / "results.csv").read_text().splitlines()[1]
+    assert line == "reviews,ppo,0,,,,1,4,10,0.5,12345,100,3.21"
+    lines = table(rows)
+    assert cell(lines[0], SHOWN[0]) == cell(lines[0], SHOWN[1]) == "–"
+    assert any("no judge" in note for note in footnotes(lines))
+    assert "no judge" in headline(lines)
+    write_report(tmp_path, rows)
+
+
+def test_the_table_averages_over_seeds_with_honest_errors(out):
+    lines = {(line.task, line.algorithm): line for line in table(write_results(out))}
+    ppo = lines["reviews", "ppo"]
+    assert ppo.seeds == (0, 1)
+    assert ppo.mean["gold"] == pytest.approx(0.6) and ppo.spread["gold"] == pytest.approx(0.2 / math.sqrt(2))
+    # Prompts are the sample; the seeds share them. Per prompt, over the seeds: 1, 0.75, 0.5, 1.
+    assert ppo.mean["win_rate"] == pytest.approx(0.8125)
+    variance = ((1 - 0.8125) ** 2 * 2 + (0.75 - 0.8125) ** 2 + (0.5 - 0.8125) ** 2) / 3
+    assert ppo.spread["win_rate"] == pytest.approx(math.sqrt(variance / 4))
+    columns = {column.name: column for column in SHOWN}
+    assert cell(ppo, columns["gold"]) == "0.60 ±0.14"
+    assert cell(ppo, columns["win_rate"]) == f"81.2 ±{100 * math.sqrt(variance / 4):.1f}"
+    assert cell(lines["reviews", "best-of-16"], columns["kl"]) == "≤1.8"
+    assert cell(ppo, columns["tokens_generated"]) == "12,345"
+
+
+def test_the_headline_says_who_wins_and_who_does_not_clearly(out):
+    lines = [line for line in table(write_results(out)) if line.task == "reviews"]
+    text = headline(lines)
+    assert text.startswith("ppo reaches the highest gold score, 0.60 against SFT's -0.10, at a KL of 5.0 nats")
+    assert "Not above 50 % by two standard errors: best-of-16." in text
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_terminal_table_is_whole_at_any_width(out, width):
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    console.print(rich_table(table(write_results(out)), width))
+    text = console.export_text()
+    assert "0.60 ±0.14" in text and "…" not in text
+    assert ("reward calls" in text) == (width == 160)
+
+
+def test_the_report_is_one_escaped_file_that_needs_no_network(out):
+    main(["report", str(out)])
+    page = (out / "report.html").read_text()
+    assert "<script" not in page and "<img src=http" not in page
+    assert page.count("&lt;script&gt;") > 10
+    sources = re.findall(r'\b(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 3 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert "@import" not in page and "url(" not in page
+    for words in ("ppo (bandit)", "0.60 ±0.14", "≤1.8", "Sample texts", "Settings", "highest gold score"):
+        assert words in page
+    assert "-0.00" not in page
+    names = {file.name for file in (out / "plots").iterdir()}
+    assert names == {"reviews-frontier.png", "reviews-win-rate.png", "reviews-learning-curves.png"}
+
+
+def test_a_folder_without_results_is_told(tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        write_report(tmp_path, [])
+
+
+def test_colours_are_the_same_in_every_figure_and_never_shared(out):
+    series = gather(out, write_results(out))
+    style = styles(series)
+    assert style == styles(series[::-1])
+    assert len(set(style.values())) == len(style) == 3
+    made = figures(series)
+    assert set(made) == {("reviews", kind) for kind in ("win-rate", "frontier", "learning-curves")}
+    for figure in made.values():
+        drawn = {line.get_color() for ax in figure.axes for line in ax.lines}
+        assert style["ppo"][0] in drawn
+
+
+def test_unknown_algorithms_get_colours_of_their_own():
+    from lm_envs.benchmarks.history import Series
+
+    names = ["ppo", "best-of-4", "best-of-16", "mine", "yours"]
+    style = styles([Series("t", name, (), ()) for name in names])
+    assert len({colour for colour, _ in style.values()}) == len(names)
+
+
+def test_labels_do_not_overlap_and_stay_inside(out):
+    from matplotlib.text import Annotation
+
+    figure = figures(gather(out, write_results(out)))["reviews", "frontier"]
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        boxes = [t.get_window_extent() for t in ax.texts if isinstance(t, Annotation) and t.get_text()]
+        assert len(boxes) == 4
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_shown_prompts_are_the_first_three_and_the_most_flattered():
+    samples = {"ppo": [{"gold": 0.0, "proxy": p} for p in (9.0, 0.0, 0.0, 1.0, 5.0, 2.0)]}
+    assert [i for i, _ in chosen_prompts(samples)] == [0, 1, 2, 4]
+    unjudged = {"ppo": [{"gold": None, "proxy": 1.0}] * 5}
+    assert [i for i, _ in chosen_prompts(unjudged)] == [0, 1, 2]

@@ -1,0 +1,127 @@
+"""Suites are read strictly: what is wrong is told with file, line and the near names."""
+
+from __future__ import annotations
+
+import pytest
+
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.suites import (
+    BUILT_IN,
+    RunSpec,
+    base_task,
+    best_of,
+    check_algorithm,
+    check_task,
+    load_suite,
+    parse_suite,
+)
+
+GOOD = """
+name = "mine"
+tasks = ["reviews", "reviews-bandit"]
+algorithms = ["sft", "best-of-4", "ppo"]
+seeds = [0, 3]
+
+[budget]
+episodes = 1000
+
+[evaluation]
+test_prompts = 50
+validation_prompts = 20
+every = 5
+
+[checkpoints]
+every = 7
+
+[algorithm.ppo]
+learning_rate = 1e-4
+clip = 0.3
+
+[task.reviews-bandit]
+algorithms = ["ppo"]
+kl_coef = 0.2
+
+[task.reviews-bandit.algorithm.ppo]
+clip = 0.1
+"""
+
+
+@pytest.mark.parametrize("path", sorted(BUILT_IN.glob("*.toml")), ids=lambda path: path.stem)
+def test_built_in_suites_parse_and_their_settings_exist(path):
+    from lm_envs.benchmarks.compare import check_runs
+
+    suite = load_suite(path.stem)
+    assert suite == load_suite(path)
+    assert suite.name == path.stem
+    assert suite.description
+    check_runs(suite.runs())
+
+
+def test_demo_compares_the_six_methods_and_both_faces():
+    runs = {(run.task, run.algorithm) for run in load_suite("demo").runs()}
+    methods = {"sft", "best-of-16", "expert-iteration", "reinforce", "a2c", "ppo"}
+    assert {algorithm for task, algorithm in runs if task == "reviews"} == methods
+    assert {algorithm for task, algorithm in runs if task == "reviews-bandit"} == {"reinforce", "ppo"}
+
+
+def test_what_a_suite_says_reaches_its_runs():
+    suite = parse_suite(GOOD, "mine.toml")
+    runs = {run.label: run for run in suite.runs()}
+    assert len(runs) == 2 * 3 + 2
+    plain, bandit = runs["reviews/ppo/seed-3"], runs["reviews-bandit/ppo/seed-3"]
+    assert plain.overrides == {"learning_rate": 1e-4, "clip": 0.3}
+    assert bandit.overrides == {"learning_rate": 1e-4, "clip": 0.1}
+    assert (plain.env, bandit.env) == ({}, {"kl_coef": 0.2})
+    plan = plain.plan
+    assert (plan.episodes, plan.iterations, plan.test_prompts, plan.validation_prompts) == (1000, None, 50, 20)
+    assert (plan.validate_every, plan.checkpoint_every) == (5, 7)
+    assert RunSpec.from_json(bandit.to_json()) == bandit
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds =", "sedes =", r"mine.toml, line 5: unknown key 'sedes' .* did you mean 'seeds'"),
+        ("episodes =", "episode =", r"mine.toml, line 8: unknown key 'episode' in \[budget\].*'episodes'"),
+        ("episodes = 1000", "episodes = 0", r"line 8: 'episodes' must be a whole number of at least 1, not 0"),
+        ("episodes = 1000", "episodes = 10\niterations = 3", "iterations or episodes, not both"),
+        ('"ppo"]\nseeds', '"poo"]\nseeds', r"line 4: no algorithm 'poo': did you mean 'ppo'"),
+        ('tasks = ["reviews",', 'tasks = ["review",', r"line 3: no task 'review': did you mean 'reviews'"),
+        ("seeds = [0, 3]", "seeds = [0, 0]", "line 5: 'seeds' names 0 twice"),
+        ("seeds = [0, 3]", 'seeds = "0"', "line 5: 'seeds' must be a list of whole numbers"),
+        ("[algorithm.ppo]", "[algorithm.a2c]", "line 18: settings for 'a2c', which this suite does not run"),
+        (
+            "[task.reviews-bandit]",
+            "[task.reviews-bandits]",
+            r"task.reviews-bandits\] is about no task.*did you mean 'reviews-bandit'",
+        ),
+        ("kl_coef", "kl_coeff", r"unknown key 'kl_coeff' in \[task.reviews-bandit\]: did you mean 'kl_coef'"),
+        ("seeds = [0, 3]", "seeds = [0, 3", r"mine.toml, line \d+: not TOML"),
+        ('tasks = ["reviews", "reviews-bandit"]', "", "a suite needs 'tasks'"),
+    ],
+)
+def test_mistakes_are_told_with_place_and_remedy(old, new, message):
+    assert old in GOOD
+    with pytest.raises(UserError, match=message):
+        parse_suite(GOOD.replace(old, new), "mine.toml")
+
+
+def test_a_suite_that_is_not_there_names_the_built_in_ones():
+    with pytest.raises(UserError, match="no suite 'dmeo'.*did you mean 'demo'"):
+        load_suite("dmeo")
+
+
+def test_names():
+    assert base_task("reviews-bandit") == ("reviews", "bandit")
+    assert base_task("reviews") == ("reviews", "mdp")
+    assert [best_of(n) for n in ("best-of-16", "best-of-0", "best-of-n", "ppo")] == [16, None, None, None]
+    check_task("CartPole-v1")
+    check_algorithm("best-of-3")
+    with pytest.raises(UserError, match="CartPol"):
+        check_task("CartPol-v1")
+    with pytest.raises(UserError, match="is called 'reviews-bandit' here"):
+        check_task("lm_envs/ReviewsBandit-v0")
+    with pytest.raises(UserError, match="did you mean.*'best-of-16'"):
+        check_algorithm("best-of-n")
+    with pytest.raises(UserError, match="no algorithm 'reward-modelling'"):  # it trains no policy
+        check_algorithm("reward-modelling")
