@@ -15,11 +15,13 @@ from lm_envs.text_mdp import TextMDP
 class BestOfN:
     r"""A policy made of another one and a reward.
 
-    Under a base policy whose reward has distribution function F (and F^- its left limit), a response is chosen with probability
+    Under a base policy whose reward has distribution function F (and F^- its left limit), a response is chosen with
+    probability
 
     .. math:: p_n(y) = \frac{F(r_y)^n - F^-(r_y)^n}{F(r_y) - F^-(r_y)}\, \pi(y)
 
-    (Stiennon et al. 2020, arXiv:2009.01325, appendix G, extended to ties, which go to the earliest sample here). Its divergence from the base policy
+    (Stiennon et al. 2020, arXiv:2009.01325, appendix G, extended to ties, which go to the earliest sample here). Its
+    divergence from the base policy
     is at most :func:`kl_bound` (Beirami et al. 2024, arXiv:2401.01879).
 
     Args:
@@ -60,6 +62,6 @@ class BestOfN:
 
 
 def kl_bound(n: int) -> float:
-    """``log n - (n - 1) / n`` nats: an upper bound on the KL of best-of-n from its base policy, reached for continuous rewards of
-    distinct responses (Beirami et al. 2024, arXiv:2401.01879, theorem 1)."""
+    """``log n - (n - 1) / n`` nats: an upper bound on the KL of best-of-n from its base policy, reached for
+    continuous rewards of distinct responses (Beirami et al. 2024, arXiv:2401.01879, theorem 1)."""
     return math.log(n) - (n - 1) / n

@@ -75,9 +75,10 @@ class Policy(nn.Module):
 class LMPolicy(Policy):
     """A causal language model as a policy, with a value head on the same trunk.
 
-    The trained distribution is the model at one temperature, with EOS masked before ``min_new_tokens``: sampling, the stored
-    log-probability and re-evaluation all use it. Dropout stays off. The value head is linear on the last hidden state *before* the
-    token and starts at zero.
+    The trained distribution is the model at one temperature, with EOS masked before ``min_new_tokens``: sampling, the
+        stored
+    log-probability and re-evaluation all use it. Dropout stays off. The value head is linear on the last hidden state
+    *before* the token and starts at zero.
 
     Args:
         model: any transformers causal LM.
@@ -109,8 +110,10 @@ class LMPolicy(Policy):
         super().__init__()
         if top_k not in (None, 0) or top_p not in (None, 1.0):
             raise ValueError(
-                "top_k and top_p cannot be used in training: the support they leave moves with the policy, so a sampled token can "
-                "have log-probability -inf after an update. Train with temperature and min_new_tokens; truncate in evaluation only"
+                "top_k and top_p cannot be used in training: the support they leave moves with the policy, so a "
+                "sampled token can "
+                "have log-probability -inf after an update. Train with temperature and min_new_tokens; truncate "
+                "in evaluation only"
             )
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
@@ -141,7 +144,8 @@ class LMPolicy(Policy):
         width = int(model.get_output_embeddings().weight.shape[0])
         if width != mdp.vocab_size:
             raise ValueError(
-                f"the policy has {width} output tokens and the reference {mdp.vocab_size}: they must share one vocabulary"
+                f"the policy has {width} output tokens and the reference {mdp.vocab_size}: they must share one "
+                f"vocabulary"
             )
         return cls(
             model,
@@ -154,7 +158,8 @@ class LMPolicy(Policy):
         )
 
     def train(self, mode: bool = True) -> LMPolicy:
-        """Gradients do not need train mode, and dropout would make the ratio of the first update differ from 1: stays in eval."""
+        """Gradients do not need train mode, and dropout would make the ratio of the first update differ from 1: stays
+        in eval."""
         return super().train(False)
 
     def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

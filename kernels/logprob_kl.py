@@ -63,7 +63,9 @@ def logprob_kl(
         ValueError: shapes that do not fit.
     """
     if logits.shape[:-1] != ids.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not fit: expected (..., V) and (...)")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not fit: expected (..., V) and (...)"
+        )
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} differ: "

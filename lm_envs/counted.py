@@ -1,8 +1,9 @@
 """Counted randomness: a uniform number that is a function of where it is used, not of what was drawn before.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
-ten rounds of multiplication and exclusive or over a 128-bit counter ``(position, episode low, episode high, stream)`` under a
-64-bit key, the seed. So an episode draws the same numbers whatever the number of rows, the refill order or the path.
+ten rounds of multiplication and exclusive or over a 128-bit counter ``(position, episode low, episode high, stream)``
+under a 64-bit key, the seed. So an episode draws the same numbers whatever the number of rows, the refill order or
+the path.
 """
 
 from __future__ import annotations

@@ -67,12 +67,11 @@ class RowCache:
 
     @torch.no_grad()
     def prefill(self, obs: Tensor) -> Tensor:
-        """Start all rows anew. ``obs`` is ``(B, L)`` with every row's last token in the last column; logits ``(B, V)``."""
+        """Start all rows anew. ``obs`` is ``(B, L)`` with every row's last token in the last column; logits ``(B,
+        V)``."""
         inputs = model_inputs(obs)
         self.cache = DynamicCache()
-        out = self.model(
-            **accepted(self.model, **inputs, logits_to_keep=1), past_key_values=self.cache, use_cache=True
-        )
+        out = self.model(**accepted(self.model, **inputs, logits_to_keep=1), past_key_values=self.cache, use_cache=True)
         self.live = obs >= 0
         return out.logits[:, -1]
 
@@ -148,8 +147,8 @@ class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
     It compares each observation with the last one it saw: rows that grew by one token take one cached step together,
-    all others are computed anew. Callers never manage a cache and cannot get a stale answer. A model whose layers do not keep all
-    keys and values (sliding windows, recurrent states) is computed in full each time.
+    all others are computed anew. Callers never manage a cache and cannot get a stale answer. A model whose layers do
+    not keep all keys and values (sliding windows, recurrent states) is computed in full each time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -215,7 +214,8 @@ def generate(
         uniforms: ``(N, max_new_tokens)`` float64 in [0, 1), the number each token is sampled with.
 
     Returns:
-        response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob of the same shape, 0 beyond the end.
+        response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob of the same shape, 0
+        beyond the end.
     """
     count = prompts.shape[0]
     response = prompts.new_full((count, max_new_tokens), -1)

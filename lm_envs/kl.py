@@ -23,14 +23,16 @@ def _need(env: Any) -> list[Any]:
     found = text_envs(env)
     if not found:
         raise TypeError(
-            f"{type(env).__name__} holds no text environment that can be reached: lm_envs.report and lm_envs.set_kl_coef work on "
+            f"{type(env).__name__} holds no text environment that can be reached: lm_envs.report and "
+            f"lm_envs.set_kl_coef work on "
             "lm_envs environments, through wrappers and in a SyncVectorEnv, not across processes"
         )
     return found
 
 
 def report(env: Any, logprobs: ArrayLike) -> None:
-    """Tell the environment the log-probabilities of the actions of the next step, so that it charges the exact KL penalty.
+    """Tell the environment the log-probabilities of the actions of the next step, so that it charges the exact KL
+    penalty.
 
     Args:
         env: a text environment, wrapped or not, or a ``SyncVectorEnv`` of some.
@@ -47,7 +49,9 @@ def report(env: Any, logprobs: ArrayLike) -> None:
         return
     values = np.asarray(logprobs, dtype=np.float64)
     if values.shape != (len(inner),):
-        raise ValueError(f"report expects one log-probability per environment, shape ({len(inner)},), got shape {values.shape}")
+        raise ValueError(
+            f"report expects one log-probability per environment, shape ({len(inner)},), got shape {values.shape}"
+        )
     for member, value in zip(inner, values, strict=True):
         member.report(value)
 

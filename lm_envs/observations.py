@@ -1,7 +1,7 @@
 """The observation of a text environment, and what a transformers model needs made from it.
 
-One row is ``P + T`` int64: P places of prompt, left-padded, then T of response, right-padded; -1 is no token. So the text
-is contiguous, the prompt always ends at place P, and masks come from places, never from pad ids.
+One row is ``P + T`` int64: P places of prompt, left-padded, then T of response, right-padded; -1 is no token. So the
+text is contiguous, the prompt always ends at place P, and masks come from places, never from pad ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 

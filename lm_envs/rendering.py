@@ -26,7 +26,7 @@ def render_text(mdp: TextMDP, obs: NDArray[np.int64], kl: NDArray[np.float64]) -
     parts = [f"\x1b[1m{mdp.texts(prompt[None])[0]}\x1b[0m"]
     tokens = response[response >= 0].tolist()
     before = ""
-    for i, token in enumerate(tokens):
+    for i in range(len(tokens)):
         # Decode the growing text and show what each token added: spaces and byte-level pieces come out right.
         text = mdp.task.tokenizer.decode(tokens[: i + 1], skip_special_tokens=False)
         piece, before = text[len(before) :], text

@@ -1,4 +1,5 @@
-"""Two ways to sample that mean the same: ``collect`` steps any Gymnasium environment, ``rollout`` is the bulk path for text."""
+"""Two ways to sample that mean the same: ``collect`` steps any Gymnasium environment, ``rollout`` is the bulk path
+for text."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ class ActingPolicy(Protocol):
     sequence_obs: bool
     uniforms_per_action: int
 
-    def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+    def act(
+        self, obs: NDArray[Any], uniforms: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
 
 
 class RespondingPolicy(Protocol):
@@ -52,8 +55,8 @@ class _Episode:
 class Collector:
     """Steps an environment and cuts what happened into trajectories.
 
-    Episodes are numbered in the order in which they start, rows that start together by row; the uniform that samples an action
-    is a function of (seed, episode number, position).
+    Episodes are numbered in the order in which they start, rows that start together by row; the uniform that samples
+    an action is a function of (seed, episode number, position).
 
     Args:
         env: any Gymnasium environment or vector environment, any autoreset mode.
@@ -251,8 +254,8 @@ def rollout(
 ) -> Trajectories:
     """The same episodes as :func:`collect` of a text environment, in bulk.
 
-    One generation loop, one teacher-forced forward of the reference, one reward call; the environment itself is not stepped and its
-    own rows stay as they are.
+    One generation loop, one teacher-forced forward of the reference, one reward call; the environment itself is not
+    stepped and its own rows stay as they are.
 
     Args:
         env: a text environment, single or vector, either face.

@@ -1,4 +1,5 @@
-"""Teacher-forced scoring of given responses: one forward for all positions, logits only where a response token stands."""
+"""Teacher-forced scoring of given responses: one forward for all positions, logits only where a response token
+stands."""
 
 from __future__ import annotations
 

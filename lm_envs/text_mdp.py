@@ -1,4 +1,5 @@
-"""What a text environment is, apart from how it is stepped: prompts, masks, scores and the reference's half of the KL penalty.
+"""What a text environment is, apart from how it is stepped: prompts, masks, scores and the reference's half of the KL
+penalty.
 
 The single, vector and bandit faces and the bulk path all read this one definition, so they cannot disagree.
 """
@@ -77,7 +78,8 @@ class TextMDP:
         empty = [i for i, prompt in enumerate(self.prompts) if len(prompt) == 0]
         if empty:
             raise ValueError(
-                f"prompt {empty[0]} of split {self.split!r} is empty: a prompt needs at least one token (a BOS token will do)"
+                f"prompt {empty[0]} of split {self.split!r} is empty: a prompt needs at least one token (a BOS "
+                f"token will do)"
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
@@ -94,13 +96,15 @@ class TextMDP:
             raise ValueError(f"missing_eos must be ('replace', x) or ('subtract', x), got {self.missing_eos!r}")
         if self.missing_eos is not None and self.missing_eos[0] == "replace" and self.dense:
             raise ValueError(
-                "missing_eos=('replace', x) needs a reward per response: a dense reward has been paid before the end is known; "
+                "missing_eos=('replace', x) needs a reward per response: a dense reward has been paid before "
+                "the end is known; "
                 "use ('subtract', x)"
             )
         context = getattr(self.reference.config, "max_position_embeddings", None)
         if context is not None and self.prompt_length + self.max_new_tokens > context:
             raise ValueError(
-                f"the longest prompt has {self.prompt_length} tokens and responses up to {self.max_new_tokens}: together more "
+                f"the longest prompt has {self.prompt_length} tokens and responses up to {self.max_new_tokens}: "
+                f"together more "
                 f"than the model's context of {context}; shorten the prompts or max_new_tokens"
             )
 
@@ -118,7 +122,8 @@ class TextMDP:
         return left_pad([self.prompts[i] for i in self.prompt_index(seed, episodes)], self.prompt_length)
 
     def action_mask(self, lengths: NDArray[np.int64]) -> NDArray[np.int8] | None:
-        """``(N, V)`` int8, 1 where a token is allowed after ``lengths`` response tokens; None where nothing is ever masked."""
+        """``(N, V)`` int8, 1 where a token is allowed after ``lengths`` response tokens; None where nothing is ever
+        masked."""
         if self.min_new_tokens == 0:
             return None
         mask = np.ones((len(lengths), self.vocab_size), dtype=np.int8)
@@ -152,7 +157,8 @@ class TextMDP:
         Args:
             prompt: ``(N, P)`` int64, left-padded with -1.
             response: ``(N, T)`` int64, right-padded with -1, EOS included.
-            finished: ``(N,)`` bool, False where more tokens will come, which may still bring an EOS; None for all finished.
+            finished: ``(N,)`` bool, False where more tokens will come, which may still bring an EOS; None for all
+                finished.
 
         Returns:
             ``(N, T)`` float64, 0 beyond the end.

@@ -25,8 +25,8 @@ class Trajectories:
         mask: ``(B, T)`` bool, True on real actions, a prefix of every row and never empty.
         terminated: ``(B,)`` bool, the episode really ended: its future is worth zero.
         truncated: ``(B,)`` bool, cut by a time limit or by the collector: bootstrap from ``final_obs``.
-        obs: opaque to algorithms; only the policy reads it. Control: ``(B, T, *shape)``. Text: ``(B, P + T)``, the final
-            observation, of which every earlier one is a prefix.
+        obs: opaque to algorithms; only the policy reads it. Control: ``(B, T, *shape)``. Text: ``(B, P + T)``, the
+            final observation, of which every earlier one is a prefix.
         final_obs: control only, ``(B, *shape)``, what was seen after the last action.
         logprob: ``(B, T)`` log-probability under the distribution that was sampled from, nats.
         reward: ``(B, T)``.
@@ -179,7 +179,10 @@ class Trajectories:
             return torch.cat(padded)
 
         joined = {f.name: join(f.name) for f in fields(Trajectories)}
-        if joined["prompt"] is not None and len({part.prompt.shape[1] for part in parts if part.prompt is not None}) > 1:
+        if (
+            joined["prompt"] is not None
+            and len({part.prompt.shape[1] for part in parts if part.prompt is not None}) > 1
+        ):
             # obs holds the prompt in its first P places: rebuild it, or P would differ between rows.
             joined["obs"] = torch.cat([joined["prompt"], joined["response"]], dim=1)
         return Trajectories(**joined)

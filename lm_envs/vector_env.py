@@ -79,7 +79,9 @@ class _TextRows(VectorEnv):
         """Tell the log-probabilities of the actions of the coming step; see :func:`lm_envs.report`."""
         values = np.asarray(logprobs, dtype=np.float64)
         if values.shape != (self.num_envs,):
-            raise ValueError(f"report expects one log-probability per row, shape ({self.num_envs},), got shape {values.shape}")
+            raise ValueError(
+                f"report expects one log-probability per row, shape ({self.num_envs},), got shape {values.shape}"
+            )
         wrong = ~np.isfinite(values) | (values > 1e-3)
         if wrong.any():
             row = int(wrong.nonzero()[0][0])
@@ -128,7 +130,8 @@ class _TextRows(VectorEnv):
             rows = np.asarray(options["reset_mask"])
             if rows.shape != (self.num_envs,) or rows.dtype != bool or not rows.any():
                 raise ValueError(
-                    f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least one True, got {rows!r}"
+                    f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least one "
+                    f"True, got {rows!r}"
                 )
         self._start(rows)
         return self._obs.copy(), self._mask_info({})
@@ -191,8 +194,8 @@ class _TextRows(VectorEnv):
         raise NotImplementedError  # pragma: no cover - each face defines its own
 
     def _final_infos(self, finished: NDArray[np.bool_]) -> dict[int, dict[str, Any]]:
-        """``info["lm"]`` by row. What is not known has no key: ``ref_logprob`` ``(T,)`` and ``kl`` need ``kl_coef > 0`` all
-        through the episode, and ``kl`` a report at every step.
+        """``info["lm"]`` by row. What is not known has no key: ``ref_logprob`` ``(T,)`` and ``kl`` need ``kl_coef >
+        0`` all through the episode, and ``kl`` a report at every step.
         """
         rows = finished.nonzero()[0]
         texts = self.mdp.describe(self._obs[rows, : self._prompt_places], self._obs[rows, self._prompt_places :])
@@ -228,8 +231,8 @@ class _TextRows(VectorEnv):
 class TextVectorEnv(_TextRows):
     """A token per step, ``num_envs`` texts at once, one batched forward of the reference per step.
 
-    Observation ``Box(-1, V-1, (P+T,), int64)``, action ``Discrete(V)``. A row terminates on EOS and on the length limit.
-    The reward is ``score`` at the last token plus, per token, ``kl_coef * (ref_logprob - logprob)``.
+    Observation ``Box(-1, V-1, (P+T,), int64)``, action ``Discrete(V)``. A row terminates on EOS and on the length
+    limit. The reward is ``score`` at the last token plus, per token, ``kl_coef * (ref_logprob - logprob)``.
 
     Args:
         task: a task, or the name of a registered one.
@@ -259,7 +262,8 @@ class TextVectorEnv(_TextRows):
         self._score[rows] = 0.0
 
     def _reference(self, actions: NDArray[np.int64], moving: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """The reference's log-probability of each action in the present state; rows that do not move count for nothing."""
+        """The reference's log-probability of each action in the present state; rows that do not move count for
+        nothing."""
         logits = self._decoder(self.mdp.tensor(self._obs))
         lengths = self.mdp.tensor(self._lengths)
         logits = forbid_early_eos(logits, lengths, self.mdp.eos_token_id, self.mdp.min_new_tokens)
@@ -273,12 +277,15 @@ class TextVectorEnv(_TextRows):
         outside = moving & ((actions < 0) | (actions >= self.mdp.vocab_size))
         if outside.any():
             row = int(outside.nonzero()[0][0])
-            raise ValueError(f"action {actions[row]} of row {row} is no token: the vocabulary has {self.mdp.vocab_size}")
+            raise ValueError(
+                f"action {actions[row]} of row {row} is no token: the vocabulary has {self.mdp.vocab_size}"
+            )
         early = moving & (actions == self.mdp.eos_token_id) & (self._lengths < self.mdp.min_new_tokens)
         if early.any():
             row = int(early.nonzero()[0][0])
             raise ValueError(
-                f"row {row} ended after {self._lengths[row]} tokens, but min_new_tokens={self.mdp.min_new_tokens}: EOS is masked "
+                f"row {row} ended after {self._lengths[row]} tokens, but "
+                f"min_new_tokens={self.mdp.min_new_tokens}: EOS is masked "
                 "there; sample within info['action_mask']"
             )
         rows = moving.nonzero()[0]
@@ -336,7 +343,8 @@ class TextBanditVectorEnv(_TextRows):
         short = (response == self.mdp.eos_token_id).any(axis=1) & (lengths <= self.mdp.min_new_tokens)
         if short.any():
             raise ValueError(
-                f"row {rows[short][0]} ended after {lengths[short][0] - 1} tokens, but min_new_tokens={self.mdp.min_new_tokens}"
+                f"row {rows[short][0]} ended after {lengths[short][0] - 1} tokens, but "
+                f"min_new_tokens={self.mdp.min_new_tokens}"
             )
         prompt = self._obs[rows, : self._prompt_places]
         self._obs[rows, self._prompt_places :] = response

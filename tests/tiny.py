@@ -1,4 +1,5 @@
-"""A text task small enough for exact tests: a random GPT-2 in float64, ten words, a reward that can be computed by hand."""
+"""A text task small enough for exact tests: a random GPT-2 in float64, ten words, a reward that can be computed by
+hand."""
 
 from __future__ import annotations
 
@@ -19,10 +20,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
 
 
-def gpt2(seed: int = 0, dtype: torch.dtype = torch.float64, vocab: int = len(WORDS), context: int = 64) -> GPT2LMHeadModel:
+def gpt2(
+    seed: int = 0, dtype: torch.dtype = torch.float64, vocab: int = len(WORDS), context: int = 64
+) -> GPT2LMHeadModel:
     """Two layers of width 16 with logits that differ enough to matter."""
     config = GPT2Config(
-        vocab_size=vocab, n_positions=context, n_embd=16, n_layer=2, n_head=2, bos_token_id=EOS, eos_token_id=EOS, initializer_range=0.25
+        vocab_size=vocab,
+        n_positions=context,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        initializer_range=0.25,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

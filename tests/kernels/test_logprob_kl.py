@@ -89,7 +89,9 @@ def test_gradients():
 
 def test_low_precision_is_lifted_to_float32():
     assert log_softmax(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
-    assert logprob_kl(torch.zeros(2, 3, dtype=torch.float64), None, torch.zeros(2).long()).logprob.dtype == torch.float64
+    assert (
+        logprob_kl(torch.zeros(2, 3, dtype=torch.float64), None, torch.zeros(2).long()).logprob.dtype == torch.float64
+    )
 
 
 @pytest.mark.parametrize(

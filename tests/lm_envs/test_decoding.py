@@ -1,5 +1,5 @@
-"""Incremental decoding: the cached answer is the uncached one, whatever the caller does to its rows (law 4), and sampling
-follows the distribution it reports (law 3)."""
+"""Incremental decoding: the cached answer is the uncached one, whatever the caller does to its rows (law 4), and
+sampling follows the distribution it reports (law 3)."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,14 @@ from lm_envs.observations import left_pad, model_inputs
 from lm_envs.scoring import response_logits, response_logprob
 from tests.tiny import EOS, gpt2
 
-SMALL = dict(vocab_size=10, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+SMALL = dict(
+    vocab_size=10,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+)
 
 
 def other(config):
@@ -94,7 +101,9 @@ def test_padding_changes_no_logprob(name):
     prompt, response = torch.tensor([1, 2]), torch.tensor([3, 4, 5, EOS])
     plain, _ = response_logits(model, prompt[None], response[None])
     padded, _ = response_logits(
-        model, torch.tensor([[-1, -1, -1, 1, 2], [5, 6, 7, 8, 9]]), torch.tensor([[3, 4, 5, 0, -1, -1], [1, 1, 1, 1, 1, 1]])
+        model,
+        torch.tensor([[-1, -1, -1, 1, 2], [5, 6, 7, 8, 9]]),
+        torch.tensor([[3, 4, 5, 0, -1, -1], [1, 1, 1, 1, 1, 1]]),
     )
     torch.testing.assert_close(padded[0, :4], plain[0], rtol=0, atol=1e-9)
     inputs = model_inputs(torch.tensor([[-1, -1, -1, 1, 2]]))
@@ -134,7 +143,9 @@ def test_frequencies_match_the_reported_logprob(temperature, early):
     """Law 3, under every temperature and action mask."""
     logits = forbid_early_eos(torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf")]).double(), 0, EOS, early)
     count = 40_000
-    uniforms = (torch.arange(count).double() + 0.5) / count  # a grid: the frequencies have no sampling error to speak of
+    uniforms = (
+        torch.arange(count).double() + 0.5
+    ) / count  # a grid: the frequencies have no sampling error to speak of
     tokens, logprob = sample(logits.expand(count, 5), uniforms, temperature)
     frequency = torch.bincount(tokens, minlength=5).double() / count
     torch.testing.assert_close(frequency, log_softmax(logits, temperature).exp(), rtol=0, atol=2e-4)

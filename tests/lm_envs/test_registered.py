@@ -1,4 +1,5 @@
-"""Every registered id passes Gymnasium's and Stable-Baselines3's checkers, wrapped as users wrap it; a broken env fails both."""
+"""Every registered id passes Gymnasium's and Stable-Baselines3's checkers, wrapped as users wrap it; a broken env
+fails both."""
 
 import warnings
 
@@ -84,4 +85,6 @@ def test_statistics_wrappers_keep_their_place_in_info(name):
 
 def test_task_options_reach_the_environment():
     env = gymnasium.make("lm_envs/Reviews-v0", split="test", kl_coef=0.5, min_new_tokens=2)
-    assert env.unwrapped.kl_coef == 0.5 and env.reset(seed=0)[1]["action_mask"].sum() == env.unwrapped.mdp.vocab_size - 1
+    assert (
+        env.unwrapped.kl_coef == 0.5 and env.reset(seed=0)[1]["action_mask"].sum() == env.unwrapped.mdp.vocab_size - 1
+    )

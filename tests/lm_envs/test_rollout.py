@@ -1,4 +1,5 @@
-"""Law 2: the bulk path is the step path for any number of rows, refill order and autoreset mode; the MDP is the bandit."""
+"""Law 2: the bulk path is the step path for any number of rows, refill order and autoreset mode; the MDP is the
+bandit."""
 
 import gymnasium
 import numpy as np
