@@ -34,7 +34,11 @@ class Own:
     reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Of "custom": the reward model, with its own tokenizer; a folder or a hub name."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Of "custom": a JSONL file with a "prompt" a line."""
+    """Of "custom": a JSONL file with a "prompt" a line, and "split" (train, validation, test) if you like."""
+    judge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of "custom": another reward model, which decides win-rates; without one there are none."""
+    reference: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of "custom": what the KL penalty is measured from; the policy as it starts if not given."""
 
     def options(self) -> dict[str, dict[str, Any]]:
         """The loader's options by task.
@@ -46,13 +50,14 @@ class Own:
         if self.corpus is not None:
             found["corpus"] = {"path": str(self.corpus)}
         custom = {"policy": self.policy, "reward_model": self.reward_model, "prompts": self.prompts}
-        if any(value is not None for value in custom.values()):
+        more = {name: value for name in ("judge", "reference") if (value := getattr(self, name)) is not None}
+        if more or any(value is not None for value in custom.values()):
             missing = [f"--{name.replace('_', '-')}" for name, value in custom.items() if value is None]
             if missing:
                 raise UserError(
                     f"a task of your own needs --policy, --reward-model and --prompts; missing: {', '.join(missing)}"
                 )
-            found["custom"] = {name: str(value) for name, value in custom.items()}
+            found["custom"] = {name: str(value) for name, value in custom.items()} | more
         for path in (self.corpus, self.prompts):
             if path is not None and not path.is_file():
                 raise UserError(f"no such file: {path}")

@@ -114,7 +114,16 @@ def make(root: Path) -> Folders:
     bert(len(pieces)).save_pretrained(root / "reward_model")
     pieces.save_pretrained(root / "reward_model")
     torch.manual_seed(1)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=16, n_layer=1, n_head=2, num_labels=2)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=128,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        num_labels=2,
+        eos_token_id=1,
+        bos_token_id=0,
+    )
     GPT2ForSequenceClassification(config).save_pretrained(root / "judge")
     tokenizer.save_pretrained(root / "judge")
     write_jsonl(root / "prompts.jsonl", [{"prompt": text[:-2]} for text in TEXTS])
