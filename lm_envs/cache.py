@@ -1,8 +1,9 @@
-"""A cache of built folders: keyed by everything that determines them, written whole or not at all, checked when read.
+"""A cache of built folders: keyed by everything that determines them, written whole or not at all, checked
+when read.
 
-The root is ``$LM_ENVS_CACHE``, else ``lm-envs`` in the user's cache folder. An entry is ``<root>/<kind>/<key>/`` with a
-``manifest.json`` that holds the size and SHA-256 of each of its files; it is built in a temporary folder beside it, under a lock,
-and renamed into place.
+The root is ``$LM_ENVS_CACHE``, else ``lm-envs`` in the user's cache folder. An entry is
+``<root>/<kind>/<key>/`` with a ``manifest.json`` that holds the size and SHA-256 of each of its files; it is
+built in a temporary folder beside it, under a lock, and renamed into place.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def code_hash(files: Iterable[str | Path]) -> str:
 def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *, needs_bytes: int = 64 << 20) -> Path:
     """The folder of an entry, built first if it is absent or damaged.
 
-    Of several processes that ask at once, one builds and the others wait for it. Whatever interrupts a build, no entry is left
-    half-written.
+    Of several processes that ask at once, one builds and the others wait for it. Whatever interrupts a
+    build, no entry is left half-written.
 
     Args:
         kind: a folder of the cache, such as a task's name.
@@ -73,7 +74,8 @@ def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *
         needs_bytes: free space to ask for before building starts.
 
     Raises:
-        CacheError: the folder cannot be written, or the disk is full; checked before the build and while it writes.
+        CacheError: the folder cannot be written, or the disk is full; checked before the build and while it
+            writes.
     """
     root = cache_root()
     entry = root / kind / key_of(parts)
@@ -111,7 +113,9 @@ def _locked(entry: Path) -> Iterator[None]:
 
 
 def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None]) -> None:
-    for stale in entry.parent.glob(f"{entry.name}.tmp*"):  # of a build that was killed: we hold the lock, so nobody uses it
+    for stale in entry.parent.glob(
+        f"{entry.name}.tmp*"
+    ):  # of a build that was killed: we hold the lock, so nobody uses it
         shutil.rmtree(stale, ignore_errors=True)
     if entry.exists():
         _log.warning("the cached %s is damaged: making it again", entry)

@@ -2,10 +2,12 @@
 
 A reward is any callable in the convention of TRL's reward functions::
 
-    reward(prompts=[...], completions=[...], completion_ids=[[...]], finish_reasons=["stop", "length"], **columns)
+    reward(prompts=[...], completions=[...], completion_ids=[[...]], finish_reasons=["stop", "length"],
+    **columns)
 
-with one entry per sample in each list, that returns one number per sample, or one per response token (a dense reward). Texts come
-without special tokens; ``completion_ids`` hold the EOS of a response that stopped. It need not name what it does not use.
+with one entry per sample in each list, that returns one number per sample, or one per response token (a dense
+reward). Texts come without special tokens; ``completion_ids`` hold the EOS of a response that stopped. It need
+not name what it does not use.
 """
 
 from __future__ import annotations
@@ -55,18 +57,20 @@ def call_reward(
     """Call a reward and check what it returns.
 
     Args:
-        reward: the callable; it is passed those of the lists that its signature names, or all if it takes ``**kwargs``.
+        reward: the callable; it is passed those of the lists that its signature names, or all if it takes
+            ``**kwargs``.
         prompts, completions: N texts each, without special tokens.
         completion_ids: N lists of token ids, EOS included where the response stopped.
         finish_reasons: N times ``"stop"`` or ``"length"``.
         columns: further columns of the data, N entries each.
 
     Returns:
-        ``(N,)`` float64, or ``(N, T)`` for a dense reward: T is the longest response, 0 beyond a response's end.
+        ``(N,)`` float64, or ``(N, T)`` for a dense reward: T is the longest response, 0 beyond a response's
+        end.
 
     Raises:
-        ValueError: the number of rewards is not N, a row of a dense reward is shorter than its response, or a reward is missing,
-            NaN or infinite. The message names the reward and the sample.
+        ValueError: the number of rewards is not N, a row of a dense reward is shorter than its response, or
+            a reward is missing, NaN or infinite. The message names the reward and the sample.
     """
     name, count = reward_name(reward), len(completions)
     given: dict[str, Sequence[Any]] = {
@@ -105,7 +109,9 @@ def call_reward(
                 "expected one number per sample, or one list of numbers per sample"
             )
         if dense and len(values) < lengths[i]:
-            raise ValueError(f"reward {name!r} returned {len(values)} values for the {lengths[i]} tokens of {sample(i)}")
+            raise ValueError(
+                f"reward {name!r} returned {len(values)} values for the {lengths[i]} tokens of {sample(i)}"
+            )
         values = values[: lengths[i]] if dense else values
         if not np.isfinite(values).all():
             bad = values[~np.isfinite(values)].flat[0] if dense else values
@@ -120,7 +126,7 @@ def call_reward(
 def _accepted(reward: AnyReward, given: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
     try:
         parameters = inspect.signature(reward).parameters
-    except (TypeError, ValueError):  # a builtin without a signature: let it take everything or complain itself
+    except (TypeError, ValueError):  # a builtin without a signature: pass it everything
         return given
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return given
@@ -136,8 +142,9 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *,
 
     Args:
         stopped: whether the response ended by itself.
-        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the tokenizer adds to
-            every text is taken off first). False leaves the ids as the tokenizer wraps them.
+        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the
+            tokenizer adds to every text is taken off first). False leaves the ids as the tokenizer wraps
+            them.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     eos = tokenizer.eos_token_id
@@ -157,12 +164,13 @@ def pools_last_token(model: nn.Module) -> bool:
 def raw_scores(model: PreTrainedModel, ids: Tensor, pad_token_id: int = 0) -> Tensor:
     """A sequence-classification model's scores, differentiable.
 
-    The last token of a decoder-style head is found **by place**. The stock heads look for the last id that differs from the pad
-    id, and so skip a real EOS where pad and EOS share an id.
+    The last token of a decoder-style head is found **by place**. The stock heads look for the last id that
+    differs from the pad id, and so skip a real EOS where pad and EOS share an id.
 
     Args:
         ids: ``(N, L)`` int64, right-padded with -1; at least one token a row.
-        pad_token_id: put where there is no token; masked, so its value only matters to encoders that derive positions from it.
+        pad_token_id: put where there is no token; masked, so its value only matters to encoders that derive
+            positions from it.
 
     Returns:
         ``(N,)``: the logit of a one-label model, the log-odds ``logit 1 - logit 0`` of a two-label one.
@@ -181,14 +189,15 @@ def raw_scores(model: PreTrainedModel, ids: Tensor, pad_token_id: int = 0) -> Te
 
 
 class LearnedReward:
-    """A transformers sequence-classification model as a reward, over a text bridge: it reads text with its own tokenizer.
+    """A transformers sequence-classification model as a reward, over a text bridge: it has its own tokenizer.
 
-    A text is prompt and completion, joined as they are. For decoder-style models the tokenizer's EOS follows if and only if the
-    response stopped; for encoders the tokenizer wraps the text its usual way. A text longer than the model's context loses the
-    start of its prompt (leading special tokens stay), with one warning.
+    A text is prompt and completion, joined as they are. For decoder-style models the tokenizer's EOS follows
+    if and only if the response stopped; for encoders the tokenizer wraps the text its usual way. A text longer
+    than the model's context loses the start of its prompt (leading special tokens stay), with one warning.
 
     Args:
-        model: any ``AutoModelForSequenceClassification`` with one label (its logit is the score) or two (the log-odds are).
+        model: any ``AutoModelForSequenceClassification`` with one label (its logit is the score) or two (the
+            log-odds are).
         tokenizer: the model's own.
         normalise: ``(mean, std)``: the reward is ``(score - mean) / std``.
         batch_size: texts per forward; texts of similar length go together.
@@ -209,14 +218,16 @@ class LearnedReward:
         labels = model.config.num_labels
         if labels not in (1, 2):
             raise ValueError(
-                f"reward model {name!r} has {labels} labels: a reward needs one (a score) or two (the log-odds of the second)"
+                f"reward model {name!r} has {labels} labels: "
+                "a reward needs one (a score) or two (the log-odds of the second)"
             )
         mean, std = map(float, normalise)
         if not (np.isfinite(mean) and np.isfinite(std) and std > 0):
             raise ValueError(f"normalise must be a finite mean and a positive std, got {normalise}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model, self.tokenizer, self.normalise, self.batch_size = model, tokenizer, (mean, std), batch_size
+        self.model, self.tokenizer = model, tokenizer
+        self.normalise, self.batch_size = (mean, std), batch_size
         self.__name__ = name
         self._warned = False
 
@@ -238,7 +249,8 @@ class LearnedReward:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"reward model {self.__name__!r} reads {limit} tokens and a text has {len(ids)}: the start of its prompt is left out",
+                    f"reward model {self.__name__!r} reads {limit} tokens and a text has {len(ids)}: "
+                    "the start of its prompt is left out",
                     stacklevel=2,
                 )
             special = set(self.tokenizer.all_special_ids)
@@ -323,7 +335,8 @@ class Clip:
 
 
 class Standardise:
-    """``(reward - mean) / std``, with the moments of the reference's samples; for rewards of one number per response.
+    """``(reward - mean) / std``, with the moments of the reference's samples; for rewards of one number per
+    response.
 
     Dense rewards are refused: a shift of each token's reward would pay for length.
 

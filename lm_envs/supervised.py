@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 from lm_envs.observations import model_inputs
 from lm_envs.rewards import raw_scores, right_pad
 
-__all__ = ["bradley_terry_loss", "fit", "fit_language_model", "fit_reward_model", "initialise_reward_head", "next_token_loss"]
+__all__ = [
+    "bradley_terry_loss",
+    "fit",
+    "fit_language_model",
+    "fit_reward_model",
+    "initialise_reward_head",
+    "next_token_loss",
+]
 
 Progress = Callable[[int, float], None]
 
@@ -32,15 +39,16 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     present = targets >= 0
     if not bool(present.any()):
         return logits.sum() * 0.0
-    # Selecting first keeps whatever stands in padded places, NaN included, out of the loss and of its gradient.
+    # Selecting first keeps whatever stands in padded places, NaN included, out of the loss and of its
+    # gradient.
     return F.cross_entropy(logits[present].float(), targets[present])
 
 
 def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
     """``-mean log sigmoid(score_i - score_j)`` over all pairs of a group in which i is ranked before j.
 
-    Bradley and Terry 1952; as in Ouyang et al. 2022 (InstructGPT, eq. 1) the K-choose-2 pairs of one prompt stay in one batch element
-    and weigh ``1 / (K choose 2)`` each, so a prompt counts once whatever its K.
+    Bradley and Terry 1952; as in Ouyang et al. 2022 (InstructGPT, eq. 1) the K-choose-2 pairs of one prompt
+    stay in one batch element and weigh ``1 / (K choose 2)`` each, so a prompt counts once whatever its K.
 
     Args:
         scores: ``(B, K)``.
@@ -60,7 +68,7 @@ def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
 
 
 def batches(count: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Endless index batches: each epoch a new permutation that depends on the seed and the epoch alone; a short rest is skipped."""
+    """Endless index batches: each epoch a permutation from the seed and the epoch alone, its short rest skipped."""
     size = min(batch_size, count)
     epoch = 0
     while True:
@@ -84,7 +92,8 @@ def fit(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Minimise a loss by AdamW for a number of steps; dropout stays off, so a run is a function of its arguments.
+    """Minimise a loss by AdamW for a number of steps; dropout stays off, so a run is a function of its
+    arguments.
 
     The learning rate rises linearly over the first ``warmup`` of the steps and then falls linearly to 0.
 
@@ -101,9 +110,11 @@ def fit(
         ValueError: no examples or no steps, or the loss stopped being finite.
     """
     if examples < 1 or steps < 1 or batch_size < 1:
-        raise ValueError(f"need examples, steps and a batch size of at least 1, got {examples}, {steps} and {batch_size}")
+        raise ValueError(
+            f"need examples, steps and a batch size of at least 1, got {examples}, {steps} and {batch_size}"
+        )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8)
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8, betas=(0.9, 0.95))
     rising = max(1, round(warmup * steps))
     model.eval()
     losses = []

@@ -1,6 +1,7 @@
 """The registry of text tasks: names and where their loaders live, as strings, so that importing it is light.
 
-One file and one line here add a task: a module with a function that returns a :class:`~lm_envs.tasks.task.TextTask`.
+One file and one line here add a task: a module with a function that returns a
+:class:`~lm_envs.tasks.task.TextTask`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _loaded: dict[tuple[str, tuple[tuple[str, Any], ...]], TextTask] = {}
 
 
 def load(name: str, **options: Any) -> TextTask:
-    """The task registered under a name; the same object whenever this process asks for the same name and options.
+    """The task registered under a name; the same object whenever this process asks for the same name and
+    options.
 
     Args:
         name: a key of :data:`TASKS`.

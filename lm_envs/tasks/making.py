@@ -71,6 +71,7 @@ def sample(
     min_new_tokens: int = 0,
     temperature: float = 1.0,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> Samples:
@@ -78,13 +79,14 @@ def sample(
 
     Args:
         prompts: token ids without padding.
+        first: number of the first response; other numbers draw other random numbers.
         progress: called with how many responses there are.
     """
     rows: list[list[int]] = []
     chosen = [prompts[i % len(prompts)] for i in range(count)]
     for start in range(0, count, batch_size):
         batch = chosen[start : start + batch_size]
-        episodes = SAMPLE_EPISODES + start + np.arange(len(batch))
+        episodes = SAMPLE_EPISODES + first + start + np.arange(len(batch))
         uniforms = counted.uniform(seed, counted.TOKEN, episodes[:, None], np.arange(max_new_tokens))
         response, _ = generate(
             model,

@@ -1,14 +1,14 @@
 """The clause grammar of the embedded movie reviews, what it can never say, and the gold reward.
 
-A context-free grammar without recursion makes clauses; a review strings them together. Each review has a latent sentiment z
-in [-1, 1], and each opinionated word is positive with probability ``(1 + z) / 2``.
+A context-free grammar without recursion makes clauses; a review strings them together. Each review has a
+latent sentiment z in [-1, 1], and each opinionated word is positive with probability ``(1 + z) / 2``.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, count, pairwise
 from math import tanh
 
@@ -18,49 +18,56 @@ from lm_envs import counted
 
 EOS = "<eos>"
 UNKNOWN = "<unk>"
-MIN_TOKENS, MAX_TOKENS = 10, 40  # of a review, EOS included
-SENTIMENTS = (-0.9, -0.5, 0.0, 0.5, 0.9)
+MIN_TOKENS, MAX_TOKENS = 16, 36  # of a review, EOS included
+SENTIMENTS = (-1.0, -0.7, 0.0, 0.7, 1.0)
 _NUMBERS = 128  # uniform numbers that any one review needs at most
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 LEXICON: dict[str, tuple[str, ...]] = {
-    "ADJ+": tuple(
-        "great good fine superb brilliant wonderful charming clever moving beautiful gripping funny fresh excellent stunning warm "
-        "witty touching".split()
+    "ADJ+": _words(
+        "great good fine superb brilliant wonderful charming clever moving "
+        "beautiful gripping funny fresh excellent stunning warm witty touching"
     ),
-    "ADJ-": tuple(
-        "bad awful terrible boring dull weak clumsy tedious stupid bland horrible lifeless messy annoying shallow stale "
-        "painful forgettable".split()
+    "ADJ-": _words(
+        "bad awful terrible boring dull weak clumsy tedious stupid "
+        "bland horrible lifeless messy annoying shallow stale painful forgettable"
     ),
-    "ADJ": tuple("long short quiet loud dark simple strange young old french american familiar modern slow".split()),
-    "VERB+": tuple("loved enjoyed admired adored praised".split()),
-    "VERB-": tuple("hated disliked resented endured regretted".split()),
-    "VERB": tuple("watched saw rented discussed finished remembered".split()),
-    "NOUN+": tuple("masterpiece gem triumph delight classic".split()),
-    "NOUN-": tuple("mess disaster bore failure waste".split()),
-    "FILM": tuple("film movie picture story comedy drama thriller remake sequel".split()),
-    "PART": tuple("plot script acting cast director ending dialogue soundtrack camera editing humor romance villain hero opening".split()),
-    "PARTS": tuple("characters effects jokes performances songs scenes actors costumes".split()),
-    "ADVERB": tuple("very really quite truly rather simply so".split()),
-    "PERSON": tuple("i we they you people critics".split()),
-    "PLACE": tuple("theater city village school house hotel".split()),
-    "TIME": tuple("yesterday twice again alone together recently".split()),
-    "NUMBER": tuple("two three seven ten".split()),
-    "UNIT": tuple("hours minutes years days".split()),
-    "DET": tuple("the this that".split()),
-    "BE": tuple("is was seems looks feels".split()),
+    "ADJ": _words("long short quiet loud dark simple strange young old french american familiar modern slow"),
+    "VERB+": _words("loved enjoyed admired adored praised"),
+    "VERB-": _words("hated disliked resented endured regretted"),
+    "VERB": _words("watched saw rented discussed finished remembered"),
+    "NOUN+": _words("masterpiece gem triumph delight classic"),
+    "NOUN-": _words("mess disaster bore failure waste"),
+    "FILM": _words("film movie picture story comedy drama thriller remake sequel"),
+    "PART": _words(
+        "plot script acting cast director ending dialogue soundtrack camera editing humor romance villain hero opening"
+    ),
+    "PARTS": _words("characters effects jokes performances songs scenes actors costumes"),
+    "ADVERB": _words("very really quite truly rather simply so"),
+    "PERSON": _words("i we they you people critics"),
+    "PLACE": _words("theater city village school house hotel"),
+    "TIME": _words("yesterday twice again alone together recently"),
+    "NUMBER": _words("two three seven ten"),
+    "UNIT": _words("hours minutes years days"),
+    "DET": _words("the this that"),
+    "BE": _words("is was seems looks feels"),
     "IS": ("is", "was", "becomes"),
-    "ARE": tuple("are were seem look feel".split()),
-    "JOIN": tuple("and but while because".split()),
+    "ARE": _words("are were seem look feel"),
+    "JOIN": _words("and but while because"),
     "A": ("a", "an"),
 }
 
-# Each rule lists (weight, symbols). A symbol is a rule, a class of the lexicon, "ADJ*" and the like (a class whose sign the
-# sentiment picks), or a word.
+# Each rule lists (weight, symbols). A symbol is a rule, a class of the lexicon, "ADJ*" and the like (a class
+# whose sign the sentiment picks), or a word.
 OPINIONATED = {"ADJ*": ("ADJ+", "ADJ-"), "VERB*": ("VERB+", "VERB-"), "NOUN*": ("NOUN+", "NOUN-")}
 RULES: dict[str, tuple[tuple[float, tuple[str, ...]], ...]] = {
     "REVIEW": (
-        (1, ("SENTENCE", EOS)),
-        (2, ("SENTENCE", "SENTENCE", EOS)),
+        (2, ("SENTENCE", EOS)),
+        (4, ("SENTENCE", "SENTENCE", EOS)),
         (1, ("SENTENCE", "SENTENCE", "SENTENCE", EOS)),
     ),
     "SENTENCE": (
@@ -69,21 +76,21 @@ RULES: dict[str, tuple[tuple[float, tuple[str, ...]], ...]] = {
         (2, ("CLAUSE", ",", "CLAUSE", "JOIN", "CLAUSE", ".")),
     ),
     "CLAUSE": (
-        (5, ("SUBJECT", "BE", "QUALITY")),
-        (4, ("SUBJECTS", "ARE", "QUALITY")),
+        (6, ("SUBJECT", "BE", "QUALITY")),
+        (6, ("SUBJECTS", "ARE", "QUALITY")),
         (3, ("PERSON", "VERB*", "OBJECT")),
-        (2, ("PERSON", "VERB", "OBJECT", "TIME")),
+        (1, ("PERSON", "VERB", "OBJECT", "TIME")),
         (2, ("DET", "FILM", "IS", "A", "NOUN*")),
         (2, ("DET", "FILM", "has", "A", "ADJ*", "PART")),
-        (2, ("DET", "FILM", "takes", "place", "in", "A", "ADJ", "PLACE")),
-        (2, ("DET", "FILM", "lasts", "for", "NUMBER", "UNIT")),
+        (1, ("DET", "FILM", "takes", "place", "in", "A", "ADJ", "PLACE")),
+        (1, ("DET", "FILM", "lasts", "for", "NUMBER", "UNIT")),
         (1, ("the", "PART", "stays", "in", "the", "PLACE")),
-        (2, ("the", "PARTS", "come", "from", "the", "ADJ", "PLACE")),
+        (1, ("the", "PARTS", "come", "from", "the", "ADJ", "PLACE")),
     ),
     "SUBJECT": ((3, ("DET", "FILM")), (3, ("the", "PART")), (1, ("the", "PART", "of", "the", "FILM"))),
     "SUBJECTS": ((3, ("the", "PARTS")), (1, ("the", "PARTS", "of", "the", "FILM"))),
     "OBJECT": ((3, ("DET", "FILM")), (2, ("the", "PART")), (2, ("the", "PARTS"))),
-    "QUALITY": ((3, ("ADJ*",)), (3, ("ADVERB", "ADJ*")), (1, ("ADJ",)), (1, ("ADVERB", "ADJ"))),
+    "QUALITY": ((3, ("ADJ*",)), (3, ("ADVERB", "ADJ*")), (1, ("ADJ",))),
 }
 
 WORDS: tuple[str, ...] = tuple(
@@ -142,9 +149,11 @@ def _article(following: str) -> str:
 
 
 def corpus(seed: int, size: int, first: int = 0) -> list[list[str]]:
-    """Reviews numbered ``first`` to ``first + size - 1``, of ``MIN_TOKENS`` to ``MAX_TOKENS`` words with ``<eos>``.
+    """Reviews numbered ``first`` to ``first + size - 1``, of ``MIN_TOKENS`` to ``MAX_TOKENS`` words with
+    ``<eos>``.
 
-    The latent sentiment is of either sign, equally often, and of mixed strength, so that the corpus is neutral on the whole.
+    The latent sentiment is of either sign, equally often, and of mixed strength, so that the corpus is
+    neutral on the whole.
     """
     numbers = np.arange(first, first + size)
     found: dict[int, list[str]] = {}
@@ -165,14 +174,14 @@ def corpus(seed: int, size: int, first: int = 0) -> list[list[str]]:
 def grammatical() -> frozenset[tuple[str, str]]:
     """Every pair of neighbouring words that some review holds, ``<eos>`` counted as a word.
 
-    Exact for a grammar whose rules all derive something and are all used: where a rule sets X before Y, any last word of X can stand
-    before any first word of Y.
+    Exact for a grammar whose rules all derive something and are all used: where a rule sets X before Y, any
+    last word of X can stand before any first word of Y.
     """
 
     def words(symbol: str) -> frozenset[str]:
         return frozenset(LEXICON.get(symbol, (symbol,)))
 
-    @lru_cache(maxsize=None)
+    @cache
     def edge(symbol: str, place: int) -> frozenset[str]:
         if symbol in RULES:
             return frozenset().union(*(edge(parts[place], place) for _, parts in RULES[symbol]))
@@ -194,9 +203,9 @@ def grammatical() -> frozenset[tuple[str, str]]:
 def gold_reward(prompt: Sequence[str], response: Sequence[str], stopped: bool) -> float:
     """What the simulated readers really like.
 
-    ``1.5 tanh((p - n) / 3) - 0.5 u - 0.6 r - 0.5 m`` with, in the response, p positive and n negative words, u neighbouring pairs
-    of words that the grammar can never produce (the prompt's last word and the EOS are neighbours too), r adjectives that occurred
-    before, and m = 1 if the response did not stop by itself.
+    ``1.5 tanh((p - n) / 3) - 0.5 u - 0.6 r - 0.5 m`` with, in the response, p positive and n negative words,
+    u neighbouring pairs of words that the grammar can never produce (the prompt's last word and the EOS are
+    neighbours too), r adjectives that occurred before, and m = 1 if the response did not stop by itself.
 
     Args:
         prompt: its words.

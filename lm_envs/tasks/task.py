@@ -29,9 +29,11 @@ class TextTask:
         kl_coef: the environment's default weight of the KL penalty, in score units per nat.
         temperature: of the policy and of the reference alike.
         description: one line for listings.
-        demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may be empty.
+        demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may
+            be empty.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
-        policy: the model that training starts from, None for the reference; it shares the reference's vocabulary.
+        policy: the model that training starts from, None for the reference; it shares the reference's
+            vocabulary.
     """
 
     name: str
