@@ -33,7 +33,7 @@ _COMMON: dict[str, dict[str, Any]] = {
     "a2c": {
         "steps": 256,
         "episodes": None,
-        "iterations": 1171,
+        "iterations": 600,
         "learning_rate": 3e-3,
         "gamma": 0.98,
         "lam": 0.95,
@@ -44,7 +44,7 @@ _COMMON: dict[str, dict[str, Any]] = {
     "reinforce": {
         "episodes": 8,
         "group_size": 1,
-        "iterations": 90,
+        "iterations": 110,
         "learning_rate": 5e-3,
         "gamma": 0.98,
         "baseline": "value",

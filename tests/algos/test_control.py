@@ -61,6 +61,16 @@ def test_a_little_training_helps_on_cartpole(name):
     assert cartpole_return(agent, 20) > cartpole_return(untrained, 20) + 15
 
 
+def test_sft_clones_behaviour_from_control_trajectories():
+    teacher = trained("CartPole-v1", "ppo", 0, 2000)
+    data = collect(batches.control_env(), teacher.policy, episodes=10, seed=1)
+    student = make_agent("sft", MLPPolicy(batches.control_env(), seed=7), data=data, episodes=5, learning_rate=1e-2)
+    first = student.iteration()[1]["nll"]
+    for _ in range(30):
+        last = student.iteration()[1]["nll"]
+    assert last < first - 0.03
+
+
 def test_the_measures_tell_bad_from_good():
     """Negative control: an untrained policy is far from what the slow tests ask for."""
     cat = make_agent("ppo", MLPPolicy(batches.control_env(1, "lm_envs/Cat-v0")))
