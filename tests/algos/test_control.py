@@ -62,13 +62,14 @@ def test_a_little_training_helps_on_cartpole(name):
 
 
 def test_sft_clones_behaviour_from_control_trajectories():
-    teacher = trained("CartPole-v1", "ppo", 0, 2000)
-    data = collect(batches.control_env(), teacher.policy, episodes=10, seed=1)
+    data = collect(batches.control_env(), MLPPolicy(batches.control_env()), episodes=10, seed=1)
+    data.actions = (data.obs[..., 2] + data.obs[..., 3] > 0).long()  # a teacher that steps under the falling pole
     student = make_agent("sft", MLPPolicy(batches.control_env(), seed=7), data=data, episodes=5, learning_rate=1e-2)
     first = student.iteration()[1]["nll"]
     for _ in range(30):
         last = student.iteration()[1]["nll"]
-    assert last < first - 0.03
+    assert first > 0.6 and last < 0.2
+    assert cartpole_return(student, 20) > 100
 
 
 def test_the_measures_tell_bad_from_good():
