@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -296,7 +296,7 @@ def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
     return suite
 
 
-_COMMANDS = {"compare": Compare, "train": Train, "tasks": Tasks, "report": Report}
+_COMMANDS: dict[str, Callable[..., Any]] = {"compare": Compare, "train": Train, "tasks": Tasks, "report": Report}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

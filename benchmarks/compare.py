@@ -92,7 +92,7 @@ def prepare(runs: Sequence[RunSpec]) -> None:
     from lm_envs.benchmarks.problems import TextProblem, open_problem
 
     disable_progress_bar()  # of reading and writing files: ours show what takes time
-    seen = set()
+    seen: set[tuple[str, ...]] = set()
     for run in runs:
         key = (run.task, run.algorithm)
         if key in seen:

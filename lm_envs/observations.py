@@ -7,7 +7,7 @@ text is contiguous, the prompt always ends at place P, and masks come from place
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -36,13 +36,13 @@ def model_inputs(obs: Tensor) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=256)
-def _parameters(cls: type) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def accepted(model: nn.Module, **arguments: object) -> dict[str, object]:
     """Those of the keyword arguments that the model's ``forward`` names (BLOOM has no ``position_ids``, for one)."""
-    names = _parameters(type(model))
+    names = _parameters(type(model).forward)
     return {name: value for name, value in arguments.items() if name in names}
 
 

@@ -163,7 +163,7 @@ class Collector:
         if ended.any():
             if self._mode is AutoresetMode.DISABLED:
                 obs, _ = self.env.reset(options={"reset_mask": ended})
-            for row in ended.nonzero()[0]:
+            for row in ended.nonzero()[0].tolist():
                 self._open[row] = _Episode(self._next)
                 self._next += 1
             self._position[ended] = 0

@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import ArrayLike, NDArray
 
 from lm_envs.tasks.task import TextTask
+from lm_envs.text_mdp import TextMDP
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 
 
@@ -33,7 +34,7 @@ class _SingleRow(gymnasium.Env):
         return self._vector.task
 
     @property
-    def mdp(self):
+    def mdp(self) -> TextMDP:
         """The :class:`~lm_envs.text_mdp.TextMDP` that is played."""
         return self._vector.mdp
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class Trajectories:
         """``(B,)`` int64, generated tokens per row, the EOS included; for control the number of steps."""
         return self.lengths if self.response is None else (self.response >= 0).sum(dim=1)
 
-    def _map(self, fn) -> Trajectories:
+    def _map(self, fn: Callable[[str, Tensor], Tensor]) -> Trajectories:
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(self, **{name: fn(name, value) for name, value in present.items()})
 
@@ -178,7 +179,7 @@ class Trajectories:
                 padded.append(out)
             return torch.cat(padded)
 
-        joined = {f.name: join(f.name) for f in fields(Trajectories)}
+        joined: dict[str, Any] = {f.name: join(f.name) for f in fields(Trajectories)}
         if (
             joined["prompt"] is not None
             and len({part.prompt.shape[1] for part in parts if part.prompt is not None}) > 1

@@ -58,6 +58,7 @@ class _TextRows(VectorEnv):
         self._obs = np.full((num_envs, places), NO_TOKEN, dtype=np.int64)
         self._lengths = np.zeros(num_envs, dtype=np.int64)
         self._done = np.ones(num_envs, dtype=bool)  # nothing was started yet
+        self._score = np.zeros(num_envs)
         self._logprob = np.full((num_envs, self.mdp.max_new_tokens), np.nan)
         self._ref_logprob = np.full((num_envs, self.mdp.max_new_tokens), np.nan)
         self._seed: int | None = None
@@ -120,7 +121,9 @@ class _TextRows(VectorEnv):
         super().reset(seed=seed)
         options = options or {}
         if seed is not None or self._seed is None:
-            self._seed = int(self.np_random_seed) % 2**64  # a seed that Gymnasium draws itself has 128 bits
+            drawn = self.np_random_seed
+            assert drawn is not None  # reset drew one
+            self._seed = drawn % 2**64  # a seed that Gymnasium draws itself has 128 bits
             self._next_episode = 0
         if "first_episode" in options:
             self._next_episode = int(options["first_episode"])
@@ -190,7 +193,13 @@ class _TextRows(VectorEnv):
                     infos = self._add_info(infos, {"lm": info}, row)
         return self._obs.copy(), rewards, finished, np.zeros(self.num_envs, dtype=bool), self._mask_info(infos)
 
-    def _move(self, actions, moving, reported, rewards) -> None:
+    def _move(
+        self,
+        actions: NDArray[np.int64],
+        moving: NDArray[np.bool_],
+        reported: NDArray[np.float64],
+        rewards: NDArray[np.float64],
+    ) -> None:
         raise NotImplementedError  # pragma: no cover - each face defines its own
 
     def _final_infos(self, finished: NDArray[np.bool_]) -> dict[int, dict[str, Any]]:
@@ -248,7 +257,6 @@ class TextVectorEnv(_TextRows):
     def __init__(self, task: TextTask | str = "reviews", num_envs: int = 1, **arguments: Any) -> None:
         super().__init__(task, num_envs, **arguments)
         self._decoder = Decoder(self.mdp.reference)
-        self._score = np.zeros(num_envs)
 
     def _action_space(self) -> spaces.Space:
         return spaces.Discrete(self.mdp.vocab_size)
@@ -271,7 +279,13 @@ class TextVectorEnv(_TextRows):
         chosen = log_q.gather(1, self.mdp.tensor(np.where(moving, actions, 0)).unsqueeze(1))
         return chosen.squeeze(1).double().cpu().numpy()
 
-    def _move(self, actions, moving, reported, rewards) -> None:
+    def _move(
+        self,
+        actions: NDArray[np.int64],
+        moving: NDArray[np.bool_],
+        reported: NDArray[np.float64],
+        rewards: NDArray[np.float64],
+    ) -> None:
         if actions.shape != (self.num_envs,):
             raise ValueError(f"actions must have shape ({self.num_envs},), got {actions.shape}")
         outside = moving & ((actions < 0) | (actions >= self.mdp.vocab_size))
@@ -319,7 +333,6 @@ class TextBanditVectorEnv(_TextRows):
 
     def __init__(self, task: TextTask | str = "reviews", num_envs: int = 1, **arguments: Any) -> None:
         super().__init__(task, num_envs, **arguments)
-        self._score = np.zeros(num_envs)
         self._whole = np.full(num_envs, np.nan)
 
     def _action_space(self) -> spaces.Space:
@@ -331,7 +344,13 @@ class TextBanditVectorEnv(_TextRows):
     def _kl(self, row: int) -> float:
         return float(self._whole[row] - self._ref_logprob[row, : self._lengths[row]].sum())
 
-    def _move(self, actions, moving, reported, rewards) -> None:
+    def _move(
+        self,
+        actions: NDArray[np.int64],
+        moving: NDArray[np.bool_],
+        reported: NDArray[np.float64],
+        rewards: NDArray[np.float64],
+    ) -> None:
         shape = (self.num_envs, self.mdp.max_new_tokens)
         if actions.shape != shape:
             raise ValueError(f"actions must have shape {shape}, a whole response a row, got {actions.shape}")
@@ -355,8 +374,8 @@ class TextBanditVectorEnv(_TextRows):
         self._score[rows] = self.mdp.score(prompt, response).sum(axis=1)
         rewards[rows] = self._score[rows]
         if self.kl_coef > 0:
-            reference = self.mdp.reference_logprob(self.mdp.tensor(prompt), self.mdp.tensor(response))
-            reference = reference.double().cpu().numpy()
+            scored = self.mdp.reference_logprob(self.mdp.tensor(prompt), self.mdp.tensor(response))
+            reference = scored.double().cpu().numpy()
             self._ref_logprob[rows] = reference
             rewards[rows] += self.kl_coef * (reference.sum(axis=1) - np.nan_to_num(reported[rows], nan=0.0))
 

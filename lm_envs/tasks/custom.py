@@ -90,7 +90,8 @@ def load(**options: Any) -> TextTask:
         raise ValueError(
             f"custom is made of parts of your own: give {', '.join(_NEEDED)}; missing: {', '.join(missing)}"
         )
-    config = CustomConfig(**{name: str(v) if isinstance(v, Path) else v for name, v in options.items()})
+    plain: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
+    config = CustomConfig(**plain)
     # What is quick to check comes first: models can take minutes to load.
     texts = read_prompts(config.prompts)
     tokenizer = models.load_tokenizer(config.policy)

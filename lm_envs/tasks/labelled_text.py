@@ -37,7 +37,8 @@ def read_labelled(path: str | Path) -> list[LabelledText]:
         ValueError: a malformed row (the message names file and line), or too few texts: each half of the training
             texts needs some of either label, validation and test one.
     """
-    splits, found, labels = SplitColumn(), [], {}
+    splits, found = SplitColumn(), []
+    labels: dict[str, int] = {}
     for line, row in read_jsonl(path):
         where = f"{path}, line {line}"
         text = _text(row, where)

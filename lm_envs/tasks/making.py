@@ -39,10 +39,14 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def line_of(bar: Progress, description: str, total: int) -> Callable[[int, float], None]:
+def line_of(bar: Progress, description: str, total: int) -> Callable[..., None]:
     """Add a line to a bar; call the result with how much is done (and a loss, which is not shown)."""
     line = bar.add_task(description, total=total)
-    return lambda done, loss=0.0: bar.update(line, completed=done)
+
+    def update(done: int, loss: float = 0.0) -> None:
+        bar.update(line, completed=done)
+
+    return update
 
 
 @dataclass(frozen=True)

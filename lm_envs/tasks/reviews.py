@@ -1,6 +1,7 @@
 """The embedded task, Reviews: a small language model continues movie reviews.
 
-A reward model learned from noisy simulated annotators scores them; the gold reward that they follow stays known. It mirrors sentiment continuation on IMDB and needs no download: a grammar makes the corpus
+A reward model learned from noisy simulated annotators scores them; the gold reward that they follow stays known. It
+mirrors sentiment continuation on IMDB and needs no download: a grammar makes the corpus
 (:mod:`lm_envs.tasks.review_grammar`), supervised fine-tuning on it makes the reference, annotators compare pairs of
 its samples, and a reward model is trained on their choices. All of it happens on first use and is cached.
 """
@@ -360,7 +361,7 @@ class Pairs:
         return Pairs(samples, pairs, samples.score(GoldReview()).reshape(-1, 2))
 
 
-def ranking_accuracy(gold: NDArray[np.float64], difference: NDArray[np.float64]) -> float:
+def ranking_accuracy(gold: NDArray[np.float64], difference: NDArray[np.floating[Any]]) -> float:
     """How often a difference of two scores has the sign of the difference in gold reward; pairs of equal
     gold do not count.
 
