@@ -85,7 +85,7 @@ class ReviewsConfig:
     rm_batch: int = 64
     rm_learning_rate: float = 3e-3
     rm_weight_decay: float = 0.1
-    kl_coef: float = 0.03
+    kl_coef: float = 0.1
 
     def __post_init__(self) -> None:
         """Raise ValueError where a field is out of range."""
