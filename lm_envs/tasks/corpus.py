@@ -57,8 +57,9 @@ class CorpusConfig:
         max_tokens: longer texts are cut to their first so many tokens for the language model and the reward model.
         hidden, layers, heads: size of the language model, and of the reward model, which starts from it.
         lm_steps, lm_epochs: the language model's training, whichever is over first.
-        lm_batch, lm_learning_rate: texts per step, and AdamW's peak rate.
-        rm_steps, rm_epochs, rm_batch, rm_learning_rate: the same for the reward model.
+        lm_batch, lm_learning_rate: tokens per step, and AdamW's peak rate.
+        rm_steps, rm_epochs: the reward model's training, likewise.
+        rm_batch, rm_learning_rate: texts per step, and AdamW's peak rate.
         weight_decay: of both.
         samples: of the language model; they measure and normalise the reward model.
         temperature: of the policy and of the reference.
@@ -66,17 +67,17 @@ class CorpusConfig:
     """
 
     seed: int = 0
-    vocabulary: int = 1024
+    vocabulary: int = 4096
     prompt_words: int = 5
-    prompt_tokens: int = 12
-    max_new_tokens: int = 32
+    prompt_tokens: int = 10
+    max_new_tokens: int = 24
     max_tokens: int = 64
     hidden: int = 128
     layers: int = 3
     heads: int = 4
-    lm_steps: int = 1000
-    lm_epochs: int = 4
-    lm_batch: int = 32
+    lm_steps: int = 1200
+    lm_epochs: int = 6
+    lm_batch: int = 1280
     lm_learning_rate: float = 2e-3
     rm_steps: int = 400
     rm_epochs: int = 3
@@ -268,9 +269,19 @@ def _prompts(
 
 
 def _bundles(texts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Indices of texts of nearly one length together: hardly any padding, so half the time per epoch."""
+    """Indices of texts of nearly one length together, ``size`` at a time; without padding an epoch takes half."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _token_bundles(texts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """The same with about as many tokens in each, so that a step's mean over tokens does not favour short texts."""
+    bundles: list[list[int]] = [[]]
+    for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
+        if bundles[-1] and (len(bundles[-1]) + 1) * len(texts[i]) > tokens:
+            bundles.append([])
+        bundles[-1].append(i)
+    return bundles
 
 
 Line = Callable[[int], Callable[[int, float], None]]
@@ -279,7 +290,7 @@ Line = Callable[[int], Callable[[int, float], None]]
 def _fit_language_model(
     policy: PreTrainedModel, texts: Sequence[Sequence[int]], config: CorpusConfig, line: Line
 ) -> None:
-    bundles = _bundles(texts, config.lm_batch)
+    bundles = _token_bundles(texts, config.lm_batch)
     steps = min(config.lm_steps, config.lm_epochs * len(bundles))
 
     def loss(chosen: NDArray[np.int64]) -> Tensor:

@@ -34,7 +34,7 @@ SMALL = {
     "rm_epochs": 30,
     "lm_learning_rate": 5e-3,
     "rm_learning_rate": 5e-3,
-    "lm_batch": 16,
+    "lm_batch": 320,
     "rm_batch": 16,
     "samples": 48,
     "max_new_tokens": 12,
@@ -188,12 +188,17 @@ def test_the_models_learned(task):
     assert task.reference.dtype == torch.float32 and task.reference.num_parameters() < 1e5
 
 
-def test_the_reward_means_something_on_texts_that_break_off(task):
-    good = [(f"the film from rome {i} is", " wonderful and") for i in range(5)]
-    bad = [(f"the film from rome {i} is", " awful and") for i in range(5)]
-    scores = [task.reward(*zip(*pairs, strict=True), finish_reasons=["length"] * 5) for pairs in (good, bad)]
+def test_the_reward_means_something_on_texts_that_break_off(task, source):
+    """Held-out texts, cut after their first adjective."""
+    rows = [row for row in read_labelled(source) if row.split != "train"]
+    cut = [row.text.split() for row in rows]
+    scores = task.reward(
+        [" " + " ".join(words[:5]) for words in cut],
+        [" " + " ".join(words[5:7]) for words in cut],
+        finish_reasons=["length"] * len(rows),
+    )
     threshold = task.stats["reward_threshold"]
-    assert np.median(scores[0]) > threshold > np.median(scores[1])
+    assert np.mean([(score > threshold) == row.label for score, row in zip(scores, rows, strict=True)]) > 0.75
     mean, std = task.reward.normalise
     assert threshold == pytest.approx(-mean / std)
 
