@@ -18,7 +18,7 @@ from lm_envs import counted
 
 EOS = "<eos>"
 UNKNOWN = "<unk>"
-MIN_TOKENS, MAX_TOKENS = 16, 36  # of a review, EOS included
+MIN_TOKENS, MAX_TOKENS = 16, 34  # of a review, EOS included
 SENTIMENTS = (-1.0, -0.7, 0.0, 0.7, 1.0)
 _NUMBERS = 128  # uniform numbers that any one review needs at most
 

@@ -72,7 +72,7 @@ class ReviewsConfig:
     hidden: int = 128
     layers: int = 3
     heads: int = 4
-    sft_steps: int = 200
+    sft_steps: int = 240
     sft_batch: int = 32
     sft_learning_rate: float = 4e-3
     pairs: int = 8192
@@ -81,9 +81,9 @@ class ReviewsConfig:
     rm_hidden: int = 64
     rm_layers: int = 2
     rm_heads: int = 4
-    rm_steps: int = 256
-    rm_batch: int = 64
-    rm_learning_rate: float = 3e-3
+    rm_steps: int = 192
+    rm_batch: int = 128
+    rm_learning_rate: float = 2e-3
     rm_weight_decay: float = 0.1
     kl_coef: float = 0.1
 
