@@ -21,10 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 __all__ = ["CacheError", "cache_root", "cached", "code_hash", "key_of"]
 
 MANIFEST = "manifest.json"
+# What the place is to blame for, not the code that writes there.
+_UNWRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EIO}
+)
 _log = logging.getLogger(__name__)
 
 
@@ -88,14 +93,20 @@ def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *
         with _locked(entry):
             if not is_intact(entry):
                 _build(entry, parts, build)
-    except CacheError:
-        raise
     except OSError as error:
-        raise CacheError(
-            f"cannot write the cache folder {root}: {error.strerror or error}; "
-            "free some space there, or set LM_ENVS_CACHE to a folder that can be written"
-        ) from error
+        if error.errno not in _UNWRITABLE:
+            raise  # of the build itself
+        raise _cannot_write(root, os.strerror(error.errno)) from error
+    except SafetensorError as error:  # what a disk that fills up raises when weights are saved
+        raise _cannot_write(root, str(error)) from error
     return entry
+
+
+def _cannot_write(root: Path, why: str) -> CacheError:
+    return CacheError(
+        f"cannot write the cache folder {root}: {why}; "
+        "free some space there, or set LM_ENVS_CACHE to a folder that can be written"
+    )
 
 
 @contextmanager
@@ -113,9 +124,8 @@ def _locked(entry: Path) -> Iterator[None]:
 
 
 def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None]) -> None:
-    for stale in entry.parent.glob(
-        f"{entry.name}.tmp*"
-    ):  # of a build that was killed: we hold the lock, so nobody uses it
+    # What killed builds left: we hold the lock, so nobody uses it.
+    for stale in entry.parent.glob(f"{entry.name}.tmp*"):
         shutil.rmtree(stale, ignore_errors=True)
     if entry.exists():
         _log.warning("the cached %s is damaged: making it again", entry)

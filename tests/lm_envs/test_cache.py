@@ -1,0 +1,219 @@
+"""The cache: what its keys depend on, that entries are whole, and what it says where it cannot write."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lm_envs import cache
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LM_ENVS_CACHE", str(folder))
+    return folder
+
+
+class Builder:
+    """Writes one file, and counts how often it was asked to."""
+
+    def __init__(self, text="made"):
+        self.text, self.calls = text, 0
+
+    def __call__(self, folder):
+        self.calls += 1
+        (folder / "sub").mkdir()
+        (folder / "sub" / "content.txt").write_text(self.text)
+
+
+def content(entry: Path) -> str:
+    return (entry / "sub" / "content.txt").read_text()
+
+
+def test_the_root_is_the_variable_else_the_users_cache(monkeypatch, tmp_path, root):
+    assert cache.cache_root() == root
+    monkeypatch.delenv("LM_ENVS_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.cache_root() == tmp_path / "xdg" / "lm-envs"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.cache_root() == Path.home() / ".cache" / "lm-envs"
+
+
+def test_an_entry_is_built_once_per_content_of_its_key():
+    build = Builder()
+    first = cache.cached("things", {"a": 1, "b": [2]}, build)
+    assert content(first) == "made" and build.calls == 1
+    assert cache.cached("things", {"b": [2], "a": 1}, build) == first and build.calls == 1
+    others = [
+        cache.cached("things", {"a": 1, "b": [3]}, build),
+        cache.cached("things", {"a": "1", "b": [2]}, build),
+        cache.cached("others", {"a": 1, "b": [2]}, build),
+    ]
+    assert len({first, *others}) == 4 and build.calls == 4
+
+
+def test_the_code_hash_sees_content_and_order_of_files(tmp_path):
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text("x = 1\n")
+    two.write_text("y = 1\n")
+    before = cache.code_hash([one, two])
+    assert before == cache.code_hash([one, two])
+    one.write_text("x = 2\n")
+    assert cache.code_hash([one, two]) != before
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest"])
+def test_a_damaged_entry_is_made_again(damage, caplog):
+    build = Builder()
+    entry = cache.cached("things", {}, build)
+    victim = entry / "sub" / "content.txt"
+    if damage == "flip":
+        victim.write_text("mode")  # the same size
+    elif damage == "cut":
+        victim.write_text("ma")
+    elif damage == "remove":
+        victim.unlink()
+    elif damage == "manifest":
+        (entry / cache.MANIFEST).write_text('{"files": ')
+    else:
+        (entry / cache.MANIFEST).unlink()
+    assert not cache.is_intact(entry)
+    assert cache.cached("things", {}, build) == entry
+    assert content(entry) == "made" and build.calls == 2
+    assert "damaged" in caplog.text
+
+
+def test_a_build_that_fails_leaves_nothing(root):
+    def build(folder):
+        Builder()(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.cached("things", {}, build)
+    assert [path.suffix for path in (root / "things").iterdir()] == [".lock"]
+    assert content(cache.cached("things", {}, Builder())) == "made"
+
+
+def test_what_a_killed_build_left_is_cleared_away(root):
+    entry = cache.cached("things", {}, Builder())
+    stale = entry.with_name(entry.name + ".tmp12345")
+    entry.rename(stale)
+    assert cache.cached("things", {}, Builder("again")) == entry
+    assert content(entry) == "again" and not stale.exists()
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from lm_envs import cache
+
+def build(folder):
+    with open(sys.argv[1], "a") as log:
+        log.write("built\\n")
+    time.sleep(0.5)
+    (folder / "content.txt").write_text("made")
+
+print((cache.cached("things", {}, build) / "content.txt").read_text())
+"""
+
+
+def test_of_processes_that_ask_at_once_one_builds(tmp_path):
+    log = tmp_path / "log"
+    checkout = Path(cache.__file__).parent.parent
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(log)], stdout=subprocess.PIPE, text=True, cwd=checkout, env=os.environ
+        )
+        for _ in range(3)
+    ]
+    assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == ["made"] * 3
+    assert log.read_text() == "built\n"
+
+
+def test_an_entry_is_not_there_before_it_is_whole(tmp_path):
+    seen = []
+
+    def build(folder):
+        seen.append(cache.is_intact(cache.cache_root() / "things" / cache.key_of({})))
+        seen.append(folder.parent == cache.cache_root() / "things")  # the rename stays within one file system
+        Builder()(folder)
+
+    assert cache.is_intact(cache.cached("things", {}, build))
+    assert seen == [False, True]
+
+
+def test_a_cache_that_may_only_be_read_still_serves(monkeypatch):
+    entry = cache.cached("things", {}, Builder())
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert cache.cached("things", {}, Builder()) == entry
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LM_ENVS_CACHE", str(tmp_path / "file" / "cache"))
+    build = Builder()
+    with pytest.raises(
+        cache.CacheError, match=r"cannot write the cache folder .*file/cache: Not a directory; .*LM_ENVS_CACHE"
+    ) as found:
+        cache.cached("things", {}, build)
+    assert build.calls == 0 and "\n" not in str(found.value)
+
+
+def test_a_full_disk_is_noticed_before_building():
+    build = Builder()
+    with pytest.raises(cache.CacheError, match="No space left on device"):
+        cache.cached("things", {}, build, needs_bytes=1 << 62)
+    assert build.calls == 0
+
+
+def test_a_disk_that_fills_up_while_building(root):
+    def build(folder):
+        (folder / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(cache.CacheError, match="No space left on device"):
+        cache.cached("things", {}, build)
+    assert not list((root / "things").glob("*.tmp*"))
+
+
+def test_an_error_of_the_build_itself_stays_what_it_is():
+    def build(folder):
+        (folder / "absent").read_text()
+
+    with pytest.raises(FileNotFoundError, match="absent"):
+        cache.cached("things", {}, build)
+
+
+def test_the_manifest_says_what_an_entry_was_made_from():
+    entry = cache.cached("things", {"seed": 3}, Builder())
+    manifest = json.loads((entry / cache.MANIFEST).read_text())
+    assert manifest["made_from"] == {"seed": 3} and list(manifest["files"]) == [str(Path("sub", "content.txt"))]
+
+
+def test_a_waiting_process_says_so(caplog):
+    entry = cache.cache_root() / "things" / cache.key_of({})
+    entry.parent.mkdir(parents=True)
+    code = (
+        "import sys, time\nfrom filelock import FileLock\n"
+        "with FileLock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(0.6)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, f"{entry}.lock"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    started = time.monotonic()
+    assert content(cache.cached("things", {}, Builder())) == "made"
+    assert "waiting for another process" in caplog.text and time.monotonic() - started > 0.2
+    assert holder.wait(timeout=30) == 0
+    holder.stdout.close()
