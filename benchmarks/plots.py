@@ -8,14 +8,17 @@ import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import matplotlib.text
-import matplotlib.transforms
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from lm_envs.benchmarks.history import Series, styles
 from lm_envs.benchmarks.results import number, table
@@ -65,6 +68,7 @@ def frontier(series: Sequence[Series], style: Style) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.6 * len(names), 4.8), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(names), sharex=True))
+        labels: list[list[Label]] = []
         for ax, name in zip(panels, names, strict=True):
             points = []
             for s in series:
@@ -78,11 +82,20 @@ def frontier(series: Sequence[Series], style: Style) -> Figure:
                 if s.results[0].get("kl_is_bound"):
                     arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
                     ax.annotate("", at, (-24, 0), textcoords="offset points", arrowprops={**arrow, "arrowstyle": "<-"})
-                points.append((at, s.label, colour))
+                points.append(Label(at, s.label, colour, bool(s.results[0].get("kl_is_bound"))))
             ax.set_title({"gold": "Gold (the judge)", "proxy": "Proxy (the reward that trains)"}[name])
-            ax.set_xlabel("KL from SFT, nats per sequence")
+            # Scores rise like the square root of KL (Gao et al. 2022, arXiv:2210.10760), so that is the scale.
+            ax.set_xscale("function", functions=(_root, _square))
+            largest = max(line.get_xdata(orig=False).max() for line in ax.lines)
+            ax.set_xticks(_ticks(largest))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.set_xlabel("KL from SFT, nats per sequence (square-root scale)")
             ax.set_ylabel("mean score")
-            ax.margins(x=0.12, y=0.12)
+            ax.margins(x=0.14, y=0.14)
+            labels.append(points)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # places are found for the axes as they stand now
+        for ax, points in zip(panels, labels, strict=True):
             _label(figure, ax, points)
     return figure
 
@@ -116,6 +129,36 @@ def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:
             ax.set_xlabel("tokens sampled in training, thousands")
             _label_ends(ax, ends)
     return figure
+
+
+_TICKS = (0, 0.2, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Label(NamedTuple):
+    """A name and the point it belongs to; ``arrow`` if one lies to the point's left."""
+
+    at: tuple[float, float]
+    text: str
+    colour: str
+    arrow: bool
+
+
+def _ticks(largest: float) -> list[float]:
+    """Round numbers up to about ``largest``, none too near the next on a square-root scale."""
+    kept: list[float] = []
+    for x in _TICKS:
+        if x <= 1.3 * largest and (not kept or np.sqrt(x) - np.sqrt(kept[-1]) > 0.07 * np.sqrt(largest)):
+            kept.append(x)
+    return kept
+
+
+def _root(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """An estimate of a KL near 0 may be negative."""
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _square(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sign(x) * np.square(x)
 
 
 def _fill(s: Series, colour: str) -> str:
@@ -155,17 +198,19 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None
         )
 
 
-def _label(figure: Figure, ax: Axes, points: Sequence[tuple[tuple[float, float], str, str]]) -> None:
-    """Names beside points, each at the place around its point where it covers least of the others."""
-    canvas = FigureCanvasAgg(figure)  # text has no size before something can draw it
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    pixels = ax.transData.transform([at for at, _, _ in points])
-    taken = [matplotlib.transforms.Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in pixels]
+def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
+    """Names beside points, each at the place around its point where it covers least of the rest."""
+    renderer = FigureCanvasAgg(figure).get_renderer()  # text has no size before something can draw it
+    pixels = ax.transData.transform([point.at for point in points])
+    taken = [
+        Bbox.from_bounds(x - (36 if point.arrow else 9), y - 9, 45 if point.arrow else 18, 18)
+        for (x, y), point in zip(pixels, points, strict=True)
+    ]
+    strokes = np.concatenate([_along(ax.transData.transform(line.get_xydata())) for line in ax.lines])
     frame = ax.get_window_extent(renderer)
-    for at, text, colour in points:
-        best: tuple[float, Any] | None = None
-        for distance, (dx, dy) in itertools.product((11, 22, 36), _AROUND):
+    for at, text, colour, _ in points:
+        found: list[tuple[float, Annotation, Bbox]] = []
+        for distance, (dx, dy) in itertools.product((10, 20, 34, 50), _AROUND):
             made = ax.annotate(
                 text,
                 at,
@@ -175,25 +220,35 @@ def _label(figure: Figure, ax: Axes, points: Sequence[tuple[tuple[float, float],
                 fontsize=9.5,
                 ha={-1: "right", 0: "center", 1: "left"}[int(np.sign(dx))],
                 va={-1: "top", 0: "center", 1: "bottom"}[int(np.sign(dy))],
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if distance > 11 else None,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if distance > 10 else None,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                zorder=6,
             )
-            box = matplotlib.text.Text.get_window_extent(made, renderer)
-            cost = sum(_overlap(box, other) for other in taken) + 0.2 * distance
-            cost += 10 * (box.width * box.height - _overlap(box, frame))
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = cost, made
-            else:
-                made.remove()
-        assert best is not None
-        taken.append(matplotlib.text.Text.get_window_extent(best[1], renderer))
+            made.update_positions(renderer)
+            box = Text.get_window_extent(made, renderer)  # of the words, without the line to the point
+            crossed = ((strokes > box.min) & (strokes < box.max)).all(axis=1).sum()
+            outside = box.width * box.height - _overlap(box, frame)
+            cost = 5 * sum(_overlap(box, other) for other in taken) + 10 * outside + 8 * crossed + 3 * distance
+            found.append((float(cost), made, box))
+        best = min(found, key=lambda candidate: candidate[0])
+        for candidate in found:
+            if candidate is not best:
+                candidate[1].remove()
+        taken.append(best[2])
+
+
+def _along(path: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points along a polyline of pixels, a few pixels apart."""
+    if len(path) < 2:
+        return path
+    steps = np.linspace(0, 1, 25)[:, None]
+    return np.concatenate([a + steps * (b - a) for a, b in itertools.pairwise(path)])
 
 
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
 
 
-def _overlap(a: Any, b: Any) -> float:
+def _overlap(a: Bbox, b: Bbox) -> float:
     width = min(a.x1, b.x1) - max(a.x0, b.x0)
     height = min(a.y1, b.y1) - max(a.y0, b.y0)
     return max(width, 0.0) * max(height, 0.0)

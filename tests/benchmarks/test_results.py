@@ -193,6 +193,7 @@ def test_labels_do_not_overlap_and_stay_inside(out):
     for ax in figure.axes:
         boxes = [t.get_window_extent() for t in ax.texts if isinstance(t, Annotation) and t.get_text()]
         assert len(boxes) == 4
+        assert all(figure.bbox.contains(*box.min) and figure.bbox.contains(*box.max) for box in boxes)
         for i, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[i + 1 :])
 
