@@ -54,6 +54,7 @@ class CorpusConfig:
         prompt_words: words of an opening.
         prompt_tokens: openings of more tokens are left out.
         max_new_tokens: the horizon.
+        min_new_tokens: EOS is masked before that many tokens: short texts would pay the least KL penalty.
         max_tokens: longer texts are cut to their first so many tokens for the language model and the reward model.
         hidden, layers, heads: size of the language model, and of the reward model, which starts from it.
         lm_steps, lm_epochs: the language model's training, whichever is over first.
@@ -71,6 +72,7 @@ class CorpusConfig:
     prompt_words: int = 5
     prompt_tokens: int = 10
     max_new_tokens: int = 24
+    min_new_tokens: int = 8
     max_tokens: int = 64
     hidden: int = 128
     layers: int = 3
@@ -85,14 +87,14 @@ class CorpusConfig:
     rm_learning_rate: float = 5e-4
     weight_decay: float = 0.1
     samples: int = 512
-    temperature: float = 1.0
-    kl_coef: float = 0.03
+    temperature: float = 0.7
+    kl_coef: float = 0.1
 
     def __post_init__(self) -> None:
         """Raise ValueError where a field is out of range."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("seed", "kl_coef", "weight_decay") and not value > 0:
+            if field.name not in ("seed", "kl_coef", "weight_decay", "min_new_tokens") and not value > 0:
                 raise ValueError(f"corpus: {field.name} must be positive, got {value}")
         if self.vocabulary < 257:
             raise ValueError(
@@ -102,6 +104,11 @@ class CorpusConfig:
             raise ValueError(
                 f"corpus: prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} are together "
                 f"more than max_tokens={self.max_tokens}, which is what the models are trained on"
+            )
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"corpus: min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, "
+                f"got {self.min_new_tokens}"
             )
         if self.hidden % self.heads:
             raise ValueError(f"corpus: hidden={self.hidden} must be a multiple of heads={self.heads}")
@@ -165,6 +172,7 @@ def read(folder: Path, config: CorpusConfig, source: str) -> TextTask:
         judge=TextJudge.load(folder / "judge"),
         eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens,
         kl_coef=config.kl_coef,
         temperature=config.temperature,
         description=f"continue a text of {source}; reward model and judge learned from different halves of its labels",
@@ -205,6 +213,7 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
             config.samples,
             eos_token_id=tokenizer.eos_token_id,
             max_new_tokens=config.max_new_tokens,
+            min_new_tokens=config.min_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
             batch_size=256,

@@ -38,6 +38,7 @@ SMALL = {
     "rm_batch": 16,
     "samples": 48,
     "max_new_tokens": 12,
+    "min_new_tokens": 2,
     "prompt_tokens": 16,
     "max_tokens": 40,
 }
