@@ -29,12 +29,12 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## six methods on the embedded task: table, plots and report under runs/demo (minutes)
-	$(BIN)/lm-envs compare --suite benchmarks/suites/demo.toml --out $(or $(OUT),runs/demo)
+	$(BIN)/lm-envs compare --suite benchmarks/suites/demo.toml --jobs $(JOBS) --out $(or $(OUT),runs/demo)
 
 demo-real: $(READY)  ## the same on your own labelled text: make demo-real CORPUS=file.jsonl
 	@test -n '$(CORPUS)' || { echo "make: say which text: make demo-real CORPUS=file.jsonl (rows with text and label)" >&2; exit 2; }
 	@test -r '$(CORPUS)' || { echo "make: cannot read $(CORPUS)" >&2; exit 2; }
-	$(BIN)/lm-envs compare --suite benchmarks/suites/demo-real.toml --corpus '$(CORPUS)' --out $(or $(OUT),runs/demo-real)
+	$(BIN)/lm-envs compare --suite benchmarks/suites/demo-real.toml --jobs $(JOBS) --corpus '$(CORPUS)' --out $(or $(OUT),runs/demo-real)
 
 test: $(READY)  ## the tests that take minutes together; no network, no GPU
 	$(PYTEST) $(PYTEST_ARGS)
