@@ -146,8 +146,7 @@ def compare(
     open_runs = [run for run in runs if not (out / run.label / "result.json").exists()]
     if open_runs:
         console.print(_heading(suite, runs, open_runs), highlight=False)
-        with console.status("Preparing tasks (made on first use, then cached)"):
-            prepare(open_runs)
+        prepare(open_runs)  # what takes long in it, making a task on first use, shows a bar of its own
         _carry_out(open_runs, out, jobs, threads, console)
     return write_results(out)
 

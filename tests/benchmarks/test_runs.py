@@ -253,3 +253,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole):
     assert final(out) == final(whole)
     assert (out / "results.csv").read_text().splitlines()[1].startswith(f"{NAME},ppo,0,")
     assert (out / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_with_workers_saves_every_run(tmp_path):
+    out, suite = tmp_path / "out", write_suite(tmp_path, iterations=400)
+    suite.write_text(suite.read_text().replace('algorithms = ["ppo"]', 'algorithms = ["ppo", "a2c"]'))
+    process = start(suite, out, "--jobs", "2")
+    records = [Records(out / spec(algorithm=name).label / "metrics.jsonl") for name in ("ppo", "a2c")]
+    wait_for(lambda: all(len(record.read()) > 3 for record in records), process, pause=0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and said.count("stopped, saved") == 2 and "--resume" in said, said
+    for record in records:
+        saved = Checkpoints(record.path.parent / "checkpoints").newest()
+        assert saved.iteration == record.read()[-1]["iteration"]
