@@ -15,8 +15,9 @@ from rich.console import Console
 
 import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain
+from lm_envs.benchmarks.names import base_task
 from lm_envs.benchmarks.overrides import parse_settings
-from lm_envs.benchmarks.suites import Plan, Suite, TaskSettings, base_task, load_suite
+from lm_envs.benchmarks.suites import Plan, Suite, TaskSettings, load_suite
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 

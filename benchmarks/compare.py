@@ -15,11 +15,12 @@ from typing import Any
 from rich.console import Console
 
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
+from lm_envs.benchmarks.names import best_of, check_algorithm, check_task
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.progress import Display, display
 from lm_envs.benchmarks.results import collect_results, in_order, write_csv
 from lm_envs.benchmarks.storage import read_json, write_json
-from lm_envs.benchmarks.suites import RunSpec, Suite, best_of, check_algorithm, check_task
+from lm_envs.benchmarks.suites import RunSpec, Suite
 from lm_envs.benchmarks.workers import StopRequest, attempt, run_in_workers
 
 COMPARISON = "comparison.json"

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lm_envs.benchmarks.suites import BUILT_IN, load_suite, trainable
+from lm_envs.benchmarks.names import trainable
+from lm_envs.benchmarks.suites import BUILT_IN, load_suite
 
 
 def _first_line(documented: Any) -> str:

@@ -284,6 +284,6 @@ def as_png(figure: Figure) -> bytes:
 
 def png_path(out: Path, task: str, kind: str) -> Path:
     """Where a figure lies beside the report."""
-    from lm_envs.benchmarks.suites import folder_name
+    from lm_envs.benchmarks.names import folder_name
 
     return out / "plots" / f"{folder_name(task)}-{kind}.png"

@@ -16,8 +16,9 @@ from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks import evaluation
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.names import base_task, best_of, is_control, load_task
 from lm_envs.benchmarks.overrides import check_overrides
-from lm_envs.benchmarks.suites import RunSpec, base_task, best_of, is_control, load_task
+from lm_envs.benchmarks.suites import RunSpec
 from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 

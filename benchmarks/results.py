@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lm_envs.benchmarks.names import is_control
 from lm_envs.benchmarks.storage import read_json, write_atomic
-from lm_envs.benchmarks.suites import is_control
 
 COLUMNS = (
     "task",

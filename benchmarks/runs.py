@@ -33,6 +33,7 @@ from lm_envs.benchmarks.tracking import Tracker
 Notify = Callable[[dict[str, Any]], None]
 _WAIT_FOR_OTHER_S = 20
 _RNG = "rng.torch"
+LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take few, large iterations
 
 
 def versions() -> dict[str, str]:
@@ -169,7 +170,8 @@ class _Run:
     def _record(self, problem: TextProblem | ControlProblem, tracker: Tracker, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl, with a point of the learning curve where one is due."""
         assert problem.agent is not None
-        done, total, every = metrics["iteration"], problem.agent.config.iterations, self.spec.plan.validate_every
+        done, total = metrics["iteration"], problem.agent.config.iterations
+        every = min(self.spec.plan.validate_every, max(1, total // LEAST_POINTS))
         if every and (done % every == 0 or done == total):
             found, samples = problem.validate()
             metrics = metrics | {f"validation_{name}": value for name, value in found.items()}

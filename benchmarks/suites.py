@@ -36,21 +36,14 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_envs.benchmarks.errors import UserError, near, one_line
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.task import TextTask
+from lm_envs.benchmarks.names import base_task, check_algorithm, check_task, folder_name
 
 BUILT_IN = Path(__file__).resolve().parent / "suites"
 ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
-_BEST_OF = re.compile(r"best-of-([1-9]\d*)")
-_BANDIT = "-bandit"
-_OWN = ("corpus", "custom")  # tasks that need to be told where they come from
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,8 @@ class Plan:
         episodes: training episodes of every run, rounded up to whole iterations. Not with ``iterations``.
         test_prompts: how many test prompts the final evaluation uses; None is all.
         validation_prompts: how many validation prompts a point of the learning curve uses.
-        validate_every: iterations between points of the learning curve, 0 for none.
+        validate_every: iterations between points of the learning curve, 0 for none; fewer where a run has so few
+            iterations that the curve would have less than four.
         checkpoint_every: iterations between checkpoints.
     """
 
@@ -151,94 +145,6 @@ class Suite:
             for task in self.tasks
         )
         return replace(self, tasks=tasks)
-
-
-def folder_name(task: str) -> str:
-    """A task's name as a folder: ids such as ``lm_envs/Cat-v0`` hold a slash."""
-    return re.sub(r"[^\w.-]", "_", task)
-
-
-def base_task(name: str) -> tuple[str, str]:
-    """The registered task and the face that a name means: ``"reviews-bandit"`` is ``("reviews", "bandit")``."""
-    from lm_envs.tasks import TASKS
-
-    if name not in TASKS and name.endswith(_BANDIT):
-        return name.removesuffix(_BANDIT), "bandit"
-    return name, "mdp"
-
-
-def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
-    """The text task that a name in a suite means; one of the user's own is ``module:function``.
-
-    Raises:
-        UserError: there is no such module or function.
-        ValueError: from the task's loader.
-    """
-    from lm_envs.tasks import TASKS, load
-
-    name = base_task(name)[0]
-    if ":" in name and name not in TASKS:
-        module, _, function = name.partition(":")
-        try:
-            found = find_spec(module)
-        except ModuleNotFoundError:  # of a parent package
-            found = None
-        if found is None:
-            raise UserError(
-                f"task {name!r}: there is no module {module!r} on the import path (PYTHONPATH adds folders)"
-            )
-        if not hasattr(import_module(module), function):
-            raise UserError(f"task {name!r}: module {module!r} has no function {function!r}")
-        TASKS[name] = name
-    return load(name, **options)
-
-
-def best_of(algorithm: str) -> int | None:
-    """The n of ``"best-of-n"``, None for any other algorithm."""
-    match = _BEST_OF.fullmatch(algorithm)
-    return int(match.group(1)) if match else None
-
-
-def is_control(task: str) -> bool:
-    """Whether a task's name is a Gymnasium id, as ``CartPole-v1`` is."""
-    return re.search(r"-v\d+$", task) is not None
-
-
-def check_task(name: str) -> None:
-    """Raises UserError unless there is such a task; the message names the near ones."""
-    from lm_envs.tasks import TASKS
-
-    if is_control(name):
-        import gymnasium
-
-        try:
-            spec = gymnasium.spec(name)
-        except gymnasium.error.Error as error:
-            raise UserError(f"no environment {name!r}: {str(error).splitlines()[0]}") from error
-        if "task" in spec.kwargs:
-            bandit = _BANDIT if "Bandit" in name else ""
-            raise UserError(f"{name!r} is called {spec.kwargs['task'] + bandit!r} here: use that name")
-    elif ":" not in name and base_task(name)[0] not in (*TASKS, *_OWN):
-        known = dict.fromkeys([*TASKS, *_OWN, *(task + _BANDIT for task in TASKS)])
-        raise UserError(f"no task {name!r}: {near(name, known)} (`lm-envs tasks` lists them)")
-
-
-def check_algorithm(name: str) -> None:
-    """Raises UserError unless there is such an algorithm; the message names the near ones."""
-
-    if name == "sft" or best_of(name) is not None:
-        return
-    if name not in trainable():
-        raise UserError(
-            f"no algorithm {name!r}: {near(name, ['sft', 'best-of-16', *trainable()])} (`lm-envs tasks` lists them)"
-        )
-
-
-def trainable() -> list[str]:
-    """The registered algorithms that train a policy by sampling from an environment: those that can be compared."""
-    from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
-
-    return [name for name in ALGORITHMS if name not in WRAPPERS and not load(name).needs_data]
 
 
 def load_suite(name_or_path: str | Path) -> Suite:

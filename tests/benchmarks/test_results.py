@@ -14,10 +14,10 @@ from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.compare import write_results
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.history import gather, styles
+from lm_envs.benchmarks.names import folder_name
 from lm_envs.benchmarks.plots import figures
 from lm_envs.benchmarks.report import chosen_prompts, headline, write_report
 from lm_envs.benchmarks.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table
-from lm_envs.benchmarks.suites import folder_name
 
 NASTY = '<script>alert("x")</script> & <img src=http://example.com/a.png>'
 

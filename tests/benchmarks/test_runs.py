@@ -268,3 +268,13 @@ def test_ctrl_c_with_workers_saves_every_run(tmp_path):
     for record in records:
         saved = Checkpoints(record.path.parent / "checkpoints").newest()
         assert saved.iteration == record.read()[-1]["iteration"]
+
+
+def test_a_run_of_few_iterations_has_a_learning_curve_too(tmp_path):
+    run = spec(plan=Plan(5, None, 8, 8, 10, 20), overrides={"episodes": 8, "epochs": 1})
+    execute(run, tmp_path)
+    records = Records(tmp_path / run.label / "metrics.jsonl").read()
+    assert [r["iteration"] for r in records if "validation_gold" in r] == [0, 1, 2, 3, 4, 5]
+    silent = spec(plan=Plan(2, None, 8, 8, 0, 20), overrides={"episodes": 8, "epochs": 1}, seed=1)
+    execute(silent, tmp_path)
+    assert not any("validation_gold" in r for r in Records(tmp_path / silent.label / "metrics.jsonl").read())

@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.suites import (
-    BUILT_IN,
-    RunSpec,
-    base_task,
-    best_of,
-    check_algorithm,
-    check_task,
-    load_suite,
-    parse_suite,
-)
+from lm_envs.benchmarks.names import base_task, best_of, check_algorithm, check_task
+from lm_envs.benchmarks.suites import BUILT_IN, RunSpec, load_suite, parse_suite
 
 GOOD = """
 name = "mine"
