@@ -201,7 +201,9 @@ def _samples(series: list[Series], style: Style) -> str:
                 continue
             found = samples[s.label][i]
             end = "" if found["finish_reason"] == "stop" else ' <span class="note">[cut at the limit]</span>'
-            figures_ = "".join(f"<td>{_figure(found[name])}</td>" for name in ("gold", "proxy", "kl"))
+            # Best-of-n's own log-probability is unknown: what was recorded is that of the policy it sampled from.
+            ratio = math.nan if s.results[0].get("kl_is_bound") else found["kl"]
+            figures_ = "".join(f"<td>{_figure(value)}</td>" for value in (found["gold"], found["proxy"], ratio))
             text.append(
                 f'<tr><td class="text">{_dot(s, style[s.algorithm][0])}{escape(s.label)}</td>'
                 f'<td class="text wide">{escape(found["response"])}{end}</td>{figures_}</tr>'
