@@ -208,9 +208,9 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
     ]
     strokes = np.concatenate([_along(ax.transData.transform(line.get_xydata())) for line in ax.lines])
     frame = ax.get_window_extent(renderer)
-    for at, text, colour, _ in points:
+    for (at, text, colour, _), own, here in zip(points, list(taken), pixels, strict=True):
         found: list[tuple[float, Annotation, Bbox]] = []
-        for distance, (dx, dy) in itertools.product((10, 20, 34, 50), _AROUND):
+        for distance, (dx, dy) in itertools.product((10, 20, 34, 50, 70), _AROUND):
             made = ax.annotate(
                 text,
                 at,
@@ -225,10 +225,18 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
                 zorder=6,
             )
             made.update_positions(renderer)
-            box = Text.get_window_extent(made, renderer)  # of the words, without the line to the point
-            crossed = ((strokes > box.min) & (strokes < box.max)).all(axis=1).sum()
+            box = Text.get_window_extent(made, renderer).padded(3)  # of the words, without the line to the point
+            crossed = _within(strokes, box)
+            leader = _along(np.array([here, np.clip(here, box.min, box.max)]))
+            covered = sum(_within(leader, other) for other in taken if other is not own)
             outside = box.width * box.height - _overlap(box, frame)
-            cost = 5 * sum(_overlap(box, other) for other in taken) + 10 * outside + 8 * crossed + 3 * distance
+            cost = (
+                5 * sum(_overlap(box, other) for other in taken)
+                + 10 * outside
+                + 8 * crossed
+                + 15 * covered
+                + 3 * distance
+            )
             found.append((float(cost), made, box))
         best = min(found, key=lambda candidate: candidate[0])
         for candidate in found:
@@ -243,6 +251,11 @@ def _along(path: NDArray[np.float64]) -> NDArray[np.float64]:
         return path
     steps = np.linspace(0, 1, 25)[:, None]
     return np.concatenate([a + steps * (b - a) for a, b in itertools.pairwise(path)])
+
+
+def _within(points: NDArray[np.float64], box: Bbox) -> int:
+    """How many of the points, ``(N, 2)``, lie in a box."""
+    return int(((points > box.min) & (points < box.max)).all(axis=1).sum())
 
 
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
