@@ -8,16 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from lm_envs.algos import advantages as adv
-from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import Before, rewards
-from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import masked_mean, policy_gradient_loss, value_loss
 from lm_envs.algos.metrics import Metric
+from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.trajectories import Trajectories
 
 
 @dataclass
-class A2CConfig(AgentConfig):
+class A2CConfig(PolicyGradientConfig):
     """Settings of :class:`A2C`; the defaults are for a small language model."""
 
     learning_rate: float = 1e-3
@@ -42,7 +41,7 @@ class A2CConfig(AgentConfig):
             raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
 
 
-class A2C(Agent[A2CConfig]):
+class A2C(PolicyGradient[A2CConfig]):
     """``-A log pi + value_coef * 0.5 (V - target)^2 - entropy_coef * H``, means over tokens (Mnih et al.
     2016).
 
@@ -68,6 +67,7 @@ class A2C(Agent[A2CConfig]):
         value = masked_mean(value_loss(now.value[:, :-1], fixed["target"], mask), mask)
         entropy = masked_mean(now.entropy, mask)
         loss = policy + config.value_coef * value - config.entropy_coef * entropy
+        loss = loss + masked_mean(self.kl_penalty(traj, now), mask)
         return loss, {
             "policy_loss": policy.detach(),
             "value_loss": value.detach(),

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from lm_envs.algos.advantages import masked
 from lm_envs.algos.batching import Before, flatten_fixed, micro_batches, minibatches, units
 from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.kl_control import AdaptiveKL, FixedKL
+from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, controller
 from lm_envs.algos.losses import explained_variance
 from lm_envs.algos.metrics import Averages, Metric, describe
+from lm_envs.algos.mixing import add_nll_gradient
 from lm_envs.kl import set_kl_coef, text_envs
 from lm_envs.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories
@@ -40,6 +41,7 @@ class Agent(Generic[C]):
             "token" (real steps), "sequence" (rows) or "group" (rows with the same ``group``; never split over
             minibatches).
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
+        mixes_data: it samples, and may learn from demonstrations given to it as ``data`` besides.
         iterations_done, episodes_done, tokens_done, reward_calls: counters of the run, of what was learned from.
         steps_done: env steps taken, those of surplus episodes included.
     """
@@ -48,6 +50,7 @@ class Agent(Generic[C]):
     name: ClassVar[str] = "agent"
     unit: ClassVar[str] = "token"
     needs_data: ClassVar[bool] = False
+    mixes_data: ClassVar[bool] = False
 
     def __init__(self, policy: nn.Module, config: C | None = None) -> None:
         self.policy: Any = policy.eval()
@@ -82,6 +85,14 @@ class Agent(Generic[C]):
     def batches(self) -> Iterator[Trajectories] | None:
         """Data to learn from instead of sampling, from iteration ``iterations_done`` on; None samples from
         the env.
+        """
+        return None
+
+    def mixture(self, step: int) -> tuple[float, Trajectories] | None:
+        """Demonstrations to learn from beside a minibatch: their mean ``-log pi`` and its weight in the loss.
+
+        Args:
+            step: the number of the minibatch, counted over the whole run.
         """
         return None
 
@@ -137,8 +148,9 @@ class Agent(Generic[C]):
         averages, steps, stopped = Averages(), 0, False
         for epoch in range(config.epochs):
             rng = np.random.default_rng((config.seed, self.iterations_done, epoch))
-            for index in minibatches(traj, self.unit, config.minibatches, rng):
-                stopped = self._step(traj, fixed, index, averages, epoch)
+            first_step = (self.iterations_done * config.epochs + epoch) * config.minibatches
+            for number, index in enumerate(minibatches(traj, self.unit, config.minibatches, rng), first_step):
+                stopped = self._step(traj, fixed, index, averages, epoch, number)
                 steps += not stopped
                 if stopped:
                     break
@@ -161,6 +173,7 @@ class Agent(Generic[C]):
         index: Tensor | None,
         averages: Averages,
         epoch: int,
+        number: int,
     ) -> bool:
         """One minibatch. Returns True, having changed nothing, where :meth:`should_stop` says so."""
         if index is not None:
@@ -182,6 +195,9 @@ class Agent(Generic[C]):
         if self.should_stop(mine.means()):
             self.optimizer.zero_grad(set_to_none=True)
             return True
+        mixed = self.mixture(number)
+        if mixed is not None:
+            averages.add({"demonstration_nll": add_nll_gradient(self, *mixed)}, 1.0)
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
         if not math.isfinite(float(norm)):
             self._refuse(f"the gradient's norm is {float(norm)}", epoch)
@@ -236,19 +252,26 @@ class Agent(Generic[C]):
         self.steps_done += self._collector.steps_taken - taken
         return traj
 
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the env charges the KL penalty; if not, it is a term of the loss and the env charges none."""
+        return True
+
     def _set_kl_coef(self, env: Any) -> float | None:
-        """Puts the coefficient into the env and returns it; None where the env has no penalty."""
+        """Puts the coefficient where it belongs and returns it; None where the env has no penalty."""
         config, text = self.config, text_envs(env)
-        if self._kl is None and config.kl_target is not None:
-            if not text:
-                raise ValueError(f"{self.name}: kl_target steers a text env's KL penalty, and this env has none")
-            coef = config.kl_coef if config.kl_coef is not None else text[0].kl_coef
-            self._kl = AdaptiveKL(coef, config.kl_target, config.kl_horizon)
-        elif self._kl is None and config.kl_coef is not None:
-            self._kl = FixedKL(config.kl_coef)
-        if self._kl is not None:
-            set_kl_coef(env, self._kl.coef)
-        return text[0].kl_coef if text else None
+        if config.kl_target is not None and not text:
+            raise ValueError(f"{self.name}: kl_target steers a text env's KL penalty, and this env has none")
+        if self._kl is None:
+            coef = config.kl_coef
+            if coef is None and text and (config.kl_target is not None or not self.kl_in_reward):
+                coef = text[0].kl_coef
+            if coef is not None:
+                self._kl = controller(coef, config.kl_target, config.kl_horizon)
+        if self._kl is None:
+            return text[0].kl_coef if text else None
+        set_kl_coef(env, self._kl.coef if self.kl_in_reward else 0.0)
+        return self._kl.coef
 
     def _count(self, traj: Trajectories) -> dict[str, float]:
         """Adds a sampled batch to the counters; its metrics as sampled."""
@@ -347,12 +370,7 @@ class Agent(Generic[C]):
         for name in _COUNTERS:
             setattr(self, name, counters[name])
         coef, config = counters["kl_coef"], self.config
-        if coef is None:
-            self._kl = None
-        elif config.kl_target is not None:
-            self._kl = AdaptiveKL(coef, config.kl_target, config.kl_horizon)
-        else:
-            self._kl = FixedKL(coef)
+        self._kl = None if coef is None else controller(coef, config.kl_target, config.kl_horizon)
         self._collector = self._data = None
         more = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
         self.restore_extra(more, counters["extra"])

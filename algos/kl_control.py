@@ -57,6 +57,11 @@ class AdaptiveKL:
         return self.coef
 
 
+def controller(coef: float, target: float | None, horizon: float) -> FixedKL | AdaptiveKL:
+    """A coefficient that stays as it is, or is steered where there is a target."""
+    return FixedKL(coef) if target is None else AdaptiveKL(coef, target, horizon)
+
+
 def exceeds(approx_kl: float, limit: float | None) -> bool:
     """Whether an update has moved further from the sampling policy than ``limit`` nats per token (None
     never stops).

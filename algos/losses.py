@@ -10,10 +10,15 @@ them a scalar.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lm_envs.algos.advantages import masked
+from lm_envs.kernels.logprob_kl import logprob_kl
+
+KLEstimator = Literal["k1", "k2", "k3", "full"]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -100,10 +105,47 @@ def k3(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
     """``exp(-l) - 1 + l`` per position, ``(B, T)``, on samples of pi.
 
     As a value: unbiased and never negative; its variance can be infinite where pi is much smaller than ref.
-    As a loss term per token and as a reward: biased (GRPO uses the former).
+    As a loss term per token: biased, the gradient of ``KL(ref || pi)`` at each state (GRPO uses it). As a
+    reward: biased.
     """
     log_ratio = k1(logprob, ref_logprob, mask)
     return torch.expm1(-log_ratio) + log_ratio
+
+
+def kl_estimate(kind: KLEstimator, logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
+    """An estimate of ``KL(pi || ref)`` per position, ``(B, T)`` nats, 0 in masked positions, as a term of a loss.
+
+    Its expected gradient on samples of pi, next to that of the KL of whole sequences:
+
+    - "k1": zero, whatever the policy. There to be compared with; k1 belongs in the reward.
+    - "k2": that of the KL at each state, which omits what an early token does to later KL. On the bandit face,
+      where one position is the whole sequence, it is exact.
+    - "k3": biased even at each state: ``E[(1 - ref/pi) grad log pi]`` is the gradient of ``KL(ref || pi)``,
+      the other direction. Used by GRPO.
+    - "full": as "k2", by a sum over the vocabulary instead of a sample, so without its variance.
+
+    On samples of an older policy (several epochs) "full" stays the KL of the states visited; the others are
+    then off by the missing ratio.
+
+    Args:
+        kind: which.
+        logprob: ``(B, T)``; for "full" all log-probabilities, ``(B, T, V)``.
+        ref_logprob: the reference's, of the same shape.
+        mask: ``(B, T)`` bool.
+
+    Raises:
+        ValueError: no estimator of that name, or "full" without whole distributions.
+    """
+    if kind == "full":
+        if logprob.ndim != 3:
+            raise ValueError(f"kl_estimate: 'full' needs log-probabilities (B, T, V), got shape {tuple(logprob.shape)}")
+        kl = logprob_kl(logprob, ref_logprob.to(logprob.dtype), torch.zeros_like(mask, dtype=torch.int64), mask=mask).kl
+        assert kl is not None
+        return kl
+    estimators = {"k1": k1, "k2": k2, "k3": k3}
+    if kind not in estimators:
+        raise ValueError(f"kl_estimate: no estimator is called {kind!r}; there are {', '.join(estimators)} and full")
+    return estimators[kind](logprob, ref_logprob.to(logprob.dtype), mask)
 
 
 def explained_variance(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

@@ -8,17 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from lm_envs.algos import advantages as adv
-from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import Before, rewards
-from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.kl_control import exceeds
 from lm_envs.algos.losses import masked_mean, ppo_clip_loss, ratio_metrics, value_loss
 from lm_envs.algos.metrics import Metric
+from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.trajectories import Trajectories
 
 
 @dataclass
-class PPOConfig(AgentConfig):
+class PPOConfig(PolicyGradientConfig):
     """Settings of :class:`PPO`; the defaults are for a small language model."""
 
     epochs: int = 4
@@ -52,7 +51,7 @@ class PPOConfig(AgentConfig):
             raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
 
 
-class PPO(Agent[PPOConfig]):
+class PPO(PolicyGradient[PPOConfig]):
     """Proximal policy optimisation with the clipped objective (Schulman et al. 2017).
 
     ``max(-A rho, -A clip(rho)) + value_coef * value loss - entropy_coef * H``, means over tokens. ``rho`` is
@@ -84,6 +83,7 @@ class PPO(Agent[PPOConfig]):
         )
         entropy = masked_mean(now.entropy, mask)
         loss = policy + config.value_coef * value - config.entropy_coef * entropy
+        loss = loss + masked_mean(self.kl_penalty(traj, now), mask)
         metrics: dict[str, Metric] = {
             "policy_loss": policy.detach(),
             "value_loss": value.detach(),

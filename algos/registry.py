@@ -19,6 +19,7 @@ ALGORITHMS: dict[str, str] = {
     "reinforce": "lm_envs.algos.reinforce:REINFORCE",
     "a2c": "lm_envs.algos.a2c:A2C",
     "ppo": "lm_envs.algos.ppo:PPO",
+    "ppo-ptx": "lm_envs.algos.ppo_ptx:PPOPtx",
 }
 WRAPPERS = ("best-of-n",)
 """Those that are a policy made of another: they need no training and no config."""
@@ -76,7 +77,7 @@ def make_agent(
             use.
     """
     config, found = make_config(name, **overrides), load(name)
-    if not found.needs_data:
+    if not (found.needs_data or found.mixes_data):
         if data is not None:
             raise ValueError(f"{name} learns by sampling and takes no data")
         return found(policy, config)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
 from lm_envs.algos import advantages as adv
-from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import Before, rewards
-from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import policy_gradient_loss, sequence_mean, tally, value_loss
 from lm_envs.algos.metrics import Metric
+from lm_envs.algos.mixing import Demonstrations, check_mixing
+from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
+from lm_envs.algos.sft import demonstrations_of
 from lm_envs.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.task import TextTask
 
 Baseline = Literal["none", "constant", "running_mean", "batch_mean", "leave_one_out", "value"]
 
 
 @dataclass
-class ReinforceConfig(AgentConfig):
+class ReinforceConfig(PolicyGradientConfig):
     """Settings of :class:`REINFORCE`; the defaults are for a small language model."""
 
     learning_rate: float = 1e-3
@@ -44,6 +48,10 @@ class ReinforceConfig(AgentConfig):
     """Weight of the value loss (baseline "value")."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    alpha: float = 0.0
+    """Weight of the likelihood of demonstrations beside the return: 0 learns from returns alone."""
+    demonstrations: int = 32
+    """Demonstrations per Adam step, where `alpha` is not 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,9 +61,10 @@ class ReinforceConfig(AgentConfig):
             raise ValueError("REINFORCE learns from returns of whole episodes: set episodes, not steps")
         if not 0 <= self.baseline_decay < 1:
             raise ValueError(f"baseline_decay must lie in [0, 1), got {self.baseline_decay}")
+        check_mixing("alpha", self.alpha, self.demonstrations)
 
 
-class REINFORCE(Agent[ReinforceConfig]):
+class REINFORCE(PolicyGradient[ReinforceConfig]):
     """``-(1/B) sum_b sum_t A_t log pi(a_t|s_t)`` with ``A = G - baseline`` (Williams 1992).
 
     The KL penalty is part of the reward, so it enters before the baseline. With baseline "leave_one_out" and
@@ -63,15 +72,35 @@ class REINFORCE(Agent[ReinforceConfig]):
     itself, which shrinks the gradient by (B-1)/B; the others are unbiased. An episode cut by a time limit is
     bootstrapped from the critic where there is one (baseline "value"); without one its return ends at the
     cut, a bias that is the price of having no critic.
+
+    With ``alpha`` the loss has ``-alpha * log p(y*|x)`` of demonstrations besides, the mean over them of sums
+    over tokens: Paulus et al. 2018, "A deep reinforced model for abstractive summarization", eq. 16, mix the two
+    so, and their gamma is ``1 / (1 + alpha)``.
+
+    Args:
+        policy: what learns.
+        config: settings.
+        data: demonstrations, where ``alpha`` is not 0.
     """
 
     Config = ReinforceConfig
     name = "reinforce"
     unit = "sequence"
+    mixes_data = True
 
-    def __init__(self, policy: Any, config: ReinforceConfig | None = None) -> None:
+    def __init__(self, policy: Any, config: ReinforceConfig | None = None, data: Trajectories | None = None) -> None:
         super().__init__(policy, config)
+        self._demonstrations = Demonstrations(self, data, self.config.demonstrations) if self.config.alpha else None
         self._mean = self._weight = 0.0  # of past returns, for "running_mean"
+
+    @classmethod
+    def data_of(cls, task: TextTask) -> Trajectories | None:
+        """A task's demonstrations."""
+        return demonstrations_of(task)
+
+    def mixture(self, step: int) -> tuple[float, Trajectories] | None:
+        """Demonstrations, weighted by ``alpha``."""
+        return None if self._demonstrations is None else (self.config.alpha, self._demonstrations.batch(step))
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """``advantage (B, T)``, and with a learned value its ``target (B, T)``."""
@@ -113,7 +142,7 @@ class REINFORCE(Agent[ReinforceConfig]):
         config, mask = self.config, traj.mask
         policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)
         metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, mask)}
-        loss = policy
+        loss = policy + sequence_mean(self.kl_penalty(traj, now), mask)
         if config.entropy_coef:
             loss = loss - config.entropy_coef * sequence_mean(now.entropy, mask)
         if "target" in fixed:

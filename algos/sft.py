@@ -57,8 +57,7 @@ class SFT(Agent[SFTConfig]):
     @classmethod
     def data_of(cls, task: TextTask) -> Trajectories | None:
         """A task's demonstrations, those that go on behind the longest prompt."""
-        texts = [text for text in task.demonstrations if len(text) > task.prompt_length]
-        return demonstrations(texts, task.prompt_length, task.max_new_tokens) if texts else None
+        return demonstrations_of(task)
 
     def batches(self) -> Iterator[Trajectories]:
         """Passes over the demonstrations, each in a new order that depends on the seed and the pass alone."""
@@ -71,6 +70,12 @@ class SFT(Agent[SFTConfig]):
         """Negative log-likelihood, the mean over tokens."""
         loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
         return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}
+
+
+def demonstrations_of(task: TextTask) -> Trajectories | None:
+    """A task's demonstrations, those that go on behind the longest prompt; None where it has none."""
+    texts = [text for text in task.demonstrations if len(text) > task.prompt_length]
+    return demonstrations(texts, task.prompt_length, task.max_new_tokens) if texts else None
 
 
 def demonstrations(

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 from lm_envs.algos.mlp_policy import MLPPolicy
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.algos.registry import make_agent
+from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load, make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy, preferences
 from lm_envs.algos.sft import demonstrations
 from lm_envs.rollout import collect, rollout
@@ -19,8 +19,9 @@ from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 
 FACES = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
-SAMPLERS = ("reinforce", "a2c", "ppo", "expert-iteration")
-LEARNERS = (*SAMPLERS, "sft", "reward-modelling")
+# From the registry, so that an algorithm which is added there is tested without another line.
+LEARNERS = tuple(name for name in ALGORITHMS if name not in WRAPPERS)
+SAMPLERS = tuple(name for name in LEARNERS if not load(name).needs_data)
 SMALL = {"episodes": 16, "group_size": 4, "iterations": 8}
 
 
@@ -90,10 +91,10 @@ def learner(name: str, face: str = "mdp", env=None, **overrides):
     if name == "reward-modelling":
         return make_agent(name, reward_policy(), data=ranked(), **({"episodes": 3} | overrides))
     policy = text_policy(env or text_env(face, settings["group_size"]), face)
+    data = demonstrations(texts(), 2, 6) if name == "sft" or load(name).mixes_data else None
     if name == "sft":
-        data = demonstrations(texts(), 2, 6)
-        return make_agent(name, policy, data=data, **({"episodes": 8} | overrides))
-    return make_agent(name, policy, **settings)
+        settings = {"episodes": 8} | overrides
+    return make_agent(name, policy, data=data, **settings)
 
 
 def control_env(rows: int = 2, name: str = "CartPole-v1", **options):

@@ -1,0 +1,89 @@
+"""What the policy-gradient algorithms share: where the KL penalty stands, in the reward or in the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.losses import KLEstimator, kl_estimate
+from lm_envs.kl import text_envs
+from lm_envs.trajectories import Trajectories
+
+
+@dataclass
+class PolicyGradientConfig(AgentConfig):
+    """Adds where the KL penalty stands."""
+
+    kl_loss: KLEstimator | None = None
+    """Put the KL penalty into the loss, by this estimator, and not into the reward; the env then charges none.
+    None leaves it in the reward, whose gradient is exact.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl_loss is not None and self.kl_loss not in get_args(KLEstimator):
+            raise ValueError(f"kl_loss must be None or one of {', '.join(get_args(KLEstimator))}, got {self.kl_loss!r}")
+
+
+C = TypeVar("C", bound=PolicyGradientConfig)
+
+
+class PolicyGradient(Agent[C]):
+    """An agent whose KL penalty may be a term of the loss.
+
+    Attributes:
+        reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution; only the
+            estimator "full" asks. None takes the text env's reference, at the first iteration.
+    """
+
+    reference: Any = None
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.config.kl_loss is None
+
+    def _set_kl_coef(self, env: Any) -> float | None:
+        if not self.kl_in_reward:
+            if not text_envs(env):
+                raise ValueError(
+                    f"{self.name}: kl_loss={self.config.kl_loss!r} needs a reference, and this env has none; "
+                    "set kl_loss=None and kl_coef=None"
+                )
+            if self.reference is None:
+                self.reference = reference_policy(env)
+        return super()._set_kl_coef(env)
+
+    def kl_penalty(self, traj: Trajectories, now: Any) -> Tensor:
+        """``coefficient * KL`` per position, ``(B, T)``; zeros where the penalty is in the reward.
+
+        Raises:
+            ValueError: the coefficient or the reference is not known.
+        """
+        kind = self.config.kl_loss
+        if kind is None:
+            return torch.zeros_like(now.logprob)
+        coef = self.config.kl_coef if self._kl is None else self._kl.coef
+        if coef is None:
+            raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")
+        if kind == "full":
+            if self.reference is None:
+                raise ValueError(f"{self.name}: kl_loss='full' needs a reference; no env was seen yet: set .reference")
+            with torch.no_grad():
+                reference = self.reference.evaluate(traj).log_probs()
+            return coef * kl_estimate(kind, now.log_probs(), reference, traj.mask)
+        if traj.ref_logprob is None:
+            raise ValueError(f"{self.name}: kl_loss={kind!r} needs Trajectories.ref_logprob, and these have none")
+        return coef * kl_estimate(kind, now.logprob, traj.ref_logprob, traj.mask)
+
+
+def reference_policy(env: Any) -> Any:
+    """The frozen reference of a text env, as a policy that evaluates trajectories."""
+    from lm_envs.algos.policies import LMPolicy  # here, because control needs no transformers
+
+    mdp = text_envs(env)[0].mdp
+    return LMPolicy.for_mdp(mdp, mdp.reference)

@@ -1,0 +1,60 @@
+"""PPO-ptx: PPO that keeps learning the texts it was trained on before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_envs.algos.mixing import Demonstrations, check_mixing
+from lm_envs.algos.ppo import PPO, PPOConfig
+from lm_envs.algos.sft import demonstrations_of
+from lm_envs.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.task import TextTask
+
+
+@dataclass
+class PPOPtxConfig(PPOConfig):
+    """Settings of :class:`PPOPtx`: PPO's and the mixture's."""
+
+    ptx_coef: float = 0.5
+    """Weight of the likelihood of demonstrations; 0 is PPO."""
+    demonstrations: int = 32
+    """Demonstrations per Adam step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mixing("ptx_coef", self.ptx_coef, self.demonstrations)
+
+
+class PPOPtx(PPO):
+    """``PPO's loss - ptx_coef * E[log pi]`` over demonstrations (Ouyang et al. 2022, eq. 2, their gamma).
+
+    Both are means over tokens, so the coefficient compares a token of one with a token of the other. (The
+    paper's 27.8 goes with its own scale of losses.) In the paper the texts are those of pretraining; here they
+    are the demonstrations.
+
+    Args:
+        policy: what learns.
+        config: settings.
+        data: demonstrations, needed unless ``ptx_coef`` is 0.
+    """
+
+    Config = PPOPtxConfig
+    config: PPOPtxConfig
+    name = "ppo-ptx"
+    mixes_data = True
+
+    def __init__(self, policy: Any, config: PPOPtxConfig | None = None, data: Trajectories | None = None) -> None:
+        super().__init__(policy, config)
+        self._demonstrations = Demonstrations(self, data, self.config.demonstrations) if self.config.ptx_coef else None
+
+    @classmethod
+    def data_of(cls, task: TextTask) -> Trajectories | None:
+        """A task's demonstrations."""
+        return demonstrations_of(task)
+
+    def mixture(self, step: int) -> tuple[float, Trajectories] | None:
+        """Demonstrations, weighted by ``ptx_coef``."""
+        return None if self._demonstrations is None else (self.config.ptx_coef, self._demonstrations.batch(step))
