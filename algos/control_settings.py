@@ -52,6 +52,15 @@ _COMMON: dict[str, dict[str, Any]] = {
         "value_coef": 0.5,
         "max_grad_norm": _NO_CLIP,
     },
+    # No prompts here: the episodes of a batch are compared with one another.
+    "rloo": {
+        "episodes": 16,
+        "group_size": 1,
+        "iterations": 110,
+        "learning_rate": 1e-2,
+        "gamma": 0.98,
+        "max_grad_norm": _NO_CLIP,
+    },
     "expert-iteration": {
         "episodes": 32,
         "group_size": 8,
@@ -60,6 +69,9 @@ _COMMON: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-3,
     },
 }
+_COMMON["ppo-klpen"] = _COMMON["ppo"]
+_GRPO = {"episodes": 16, "group_size": 1, "iterations": 110, "learning_rate": 1e-2, "gamma": 0.98, "kl_coef": None}
+_COMMON["grpo"] = _COMMON["dr-grpo"] = {**_GRPO, "kl_loss": None, "max_grad_norm": _NO_CLIP}
 _CAT = {"gamma": 0.95, "max_grad_norm": _NO_CLIP}
 _ENVS: dict[tuple[str, str], dict[str, Any]] = {
     ("lm_envs/Cat-v0", "ppo"): {

@@ -33,6 +33,13 @@ def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked(x, mask).sum() / len(x)
 
 
+def row_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """``(1/B) sum_b (1/|o_b|) sum_t m x``, a scalar: every row weighs the same, so a token of a long row
+    weighs less (GRPO).
+    """
+    return (masked(x, mask).sum(dim=1) / mask.sum(dim=1)).mean()
+
+
 def policy_gradient_loss(logprob: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
     """``-A_t * log pi(a_t|s_t)`` per position, ``(B, T)`` (Williams 1992, "Simple statistical
     gradient-following algorithms").
@@ -54,6 +61,16 @@ def ppo_clip_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask:
     ratio = importance_ratio(logprob, old_logprob, mask)
     advantage = masked(advantage, mask)
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def ppo_penalty_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, coef: float) -> Tensor:
+    """``-A * rho + coef * (rho - 1 - log rho)`` per position, ``(B, T)``.
+
+    Schulman et al. 2017, eq. 8 with the sign turned; the second part is an unbiased estimate of KL(old || new),
+    and of its gradient, on samples of the old policy. ``coef = 0`` is :func:`ppo_clip_loss` without a clip.
+    """
+    ratio = importance_ratio(logprob, old_logprob, mask)
+    return -masked(advantage, mask) * ratio + coef * k3(old_logprob, logprob, mask)
 
 
 def value_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,8 +17,8 @@ from lm_envs.trajectories import Trajectories
 
 
 @dataclass
-class PPOConfig(PolicyGradientConfig):
-    """Settings of :class:`PPO`; the defaults are for a small language model."""
+class ProximalConfig(PolicyGradientConfig):
+    """What PPO and PPO-KLPEN share; the defaults are for a small language model."""
 
     epochs: int = 4
     """Passes over each batch."""
@@ -26,8 +26,6 @@ class PPOConfig(PolicyGradientConfig):
     """Adam steps per pass."""
     lam: float = 0.95
     """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
-    clip: float = 0.2
-    """How far the ratio to the sampling policy may leave 1 before it earns no more."""
     value_clip: float | None = 0.2
     """How far a value may move per batch before it earns no more. None does not clip."""
     whiten_advantage: bool = True
@@ -43,26 +41,33 @@ class PPOConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
         if self.value_clip is not None and not self.value_clip > 0:
             raise ValueError(f"value_clip must be positive or None, got {self.value_clip}")
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
 
 
-class PPO(PolicyGradient[PPOConfig]):
-    """Proximal policy optimisation with the clipped objective (Schulman et al. 2017).
+C = TypeVar("C", bound=ProximalConfig)
 
-    ``max(-A rho, -A clip(rho)) + value_coef * value loss - entropy_coef * H``, means over tokens. ``rho`` is
-    the ratio to the policy before the update, re-evaluated on the batch, so that it is exactly 1 at first
-    whatever the precision of sampling. On text the KL penalty is in the reward, with a fixed or a steered
-    coefficient (Ziegler et al. 2019).
+
+class Proximal(PolicyGradient[C]):
+    """Several epochs per batch on a surrogate objective, with a learned value: what PPO and PPO-KLPEN share.
+
+    ``surrogate + value_coef * value loss - entropy_coef * H``, means over tokens. ``rho`` is the ratio to the
+    policy before the update, re-evaluated on the batch, so that it is exactly 1 at first whatever the precision
+    of sampling.
     """
 
-    Config = PPOConfig
-    name = "ppo"
     unit = "token"
+
+    @property
+    def ratio_clip(self) -> float | None:
+        """Beyond which a ratio counts as clipped, for the metric; None where none is."""
+        return None
+
+    def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """The policy's loss per position, ``(B, T)``."""
+        raise NotImplementedError
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """``advantage``, ``target``, ``old_logprob`` and ``old_value``, all ``(B, T)``."""
@@ -74,10 +79,9 @@ class PPO(PolicyGradient[PPOConfig]):
         return {"advantage": advantage, "target": target, "old_logprob": before.logprob, "old_value": value}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Token means of the clipped objective, the clipped value loss and the entropy bonus."""
+        """Token means of the surrogate, the clipped value loss and the entropy bonus."""
         config, mask = self.config, traj.mask
-        clipped = ppo_clip_loss(now.logprob, fixed["old_logprob"], fixed["advantage"], mask, config.clip)
-        policy = masked_mean(clipped, mask)
+        policy = masked_mean(self.surrogate(now.logprob, fixed, mask), mask)
         value = masked_mean(
             value_loss(now.value[:, :-1], fixed["target"], mask, fixed["old_value"], config.value_clip), mask
         )
@@ -89,8 +93,40 @@ class PPO(PolicyGradient[PPOConfig]):
             "value_loss": value.detach(),
             "entropy": entropy.detach(),
         }
-        return loss, metrics | ratio_metrics(now.logprob, fixed["old_logprob"], mask, config.clip)
+        return loss, metrics | ratio_metrics(now.logprob, fixed["old_logprob"], mask, self.ratio_clip)
 
     def should_stop(self, metrics: dict[str, float]) -> bool:
         """The early stop on the KL to the sampling policy."""
         return exceeds(metrics["approx_kl"], self.config.kl_stop)
+
+
+@dataclass
+class PPOConfig(ProximalConfig):
+    """Settings of :class:`PPO`; the defaults are for a small language model."""
+
+    clip: float = 0.2
+    """How far the ratio to the sampling policy may leave 1 before it earns no more."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+
+
+class PPO(Proximal[PPOConfig]):
+    """Proximal policy optimisation with the clipped objective, ``max(-A rho, -A clip(rho))`` (Schulman et al. 2017,
+    eq. 7).
+
+    On text the KL penalty is in the reward, with a fixed or a steered coefficient (Ziegler et al. 2019).
+    """
+
+    Config = PPOConfig
+    name = "ppo"
+
+    def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """The clipped objective, ``(B, T)``."""
+        return ppo_clip_loss(logprob, fixed["old_logprob"], fixed["advantage"], mask, self.config.clip)
+
+    @property
+    def ratio_clip(self) -> float | None:
+        return self.config.clip

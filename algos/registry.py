@@ -17,8 +17,12 @@ ALGORITHMS: dict[str, str] = {
     "best-of-n": "lm_envs.algos.best_of_n:BestOfN",
     "expert-iteration": "lm_envs.algos.expert_iteration:ExpertIteration",
     "reinforce": "lm_envs.algos.reinforce:REINFORCE",
+    "rloo": "lm_envs.algos.rloo:RLOO",
+    "grpo": "lm_envs.algos.grpo:GRPO",
+    "dr-grpo": "lm_envs.algos.dr_grpo:DrGRPO",
     "a2c": "lm_envs.algos.a2c:A2C",
     "ppo": "lm_envs.algos.ppo:PPO",
+    "ppo-klpen": "lm_envs.algos.ppo_klpen:PPOKLPen",
     "ppo-ptx": "lm_envs.algos.ppo_ptx:PPOPtx",
 }
 WRAPPERS = ("best-of-n",)

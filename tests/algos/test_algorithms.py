@@ -60,6 +60,12 @@ def test_sft_finds_the_demonstrations_of_a_task():
         ("reinforce", {"baseline_decay": 1.0}, "baseline_decay"),
         ("reinforce", {"alpha": -1.0}, "alpha"),
         ("ppo-ptx", {"demonstrations": 0}, "demonstrations"),
+        ("rloo", {"epochs": 2}, "on-policy"),
+        ("rloo", {"steps": 8}, "whole episodes"),
+        ("grpo", {"clip": 0.0}, "clip"),
+        ("dr-grpo", {"steps": 8}, "whole episodes"),
+        ("ppo-klpen", {"old_kl_coef": -1.0}, "old_kl_coef"),
+        ("ppo-klpen", {"old_kl_target": 0.0}, "old_kl_target"),
         ("ppo", {"clip": 0.0}, "clip"),
         ("ppo", {"value_clip": -1.0}, "value_clip"),
         ("ppo", {"lam": -0.1}, "lam"),
@@ -285,6 +291,7 @@ def test_a_group_drawn_twice_in_a_batch_stays_two_groups():
 BASE = {
     "ppo": {"epochs": 1},  # two minibatches: the second sees a ratio that is not 1
     "ppo-ptx": {"epochs": 2},
+    "ppo-klpen": {"epochs": 2},
     "expert-iteration": {"epochs": 1},
 }
 # What a setting needs around it to matter: (settings of both runs, the change).
@@ -317,6 +324,8 @@ CHANGES = {
     "value_clip": ({}, 0.001),
     "kl_stop": ({}, 1e-6),
     "kl_loss": ({}, "k2"),
+    "old_kl_coef": ({}, 0.1),
+    "old_kl_target": ({}, None),
     "alpha": ({}, 0.5),
     "demonstrations": ({"alpha": 0.5}, 7),
     "ptx_coef": ({}, 0.1),
@@ -326,6 +335,7 @@ CHANGES = {
 # Settings which an algorithm has from the engine and which can not matter to it, with the reason.
 WITHOUT_EFFECT = {
     "a2c": {"epochs": "one step per batch", "minibatches": "one step per batch"},
+    "rloo": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "expert-iteration": {
         "gamma": "ranks by the score",
         "kl_coef": "ranks by the score, which is before the penalty",

@@ -11,7 +11,7 @@ from lm_envs.tasks.cat import CatEnv, expected_return, value_iteration
 from lm_envs.trajectories import Trajectories
 from tests.algos import batches
 
-CONTROL = ("ppo", "a2c", "reinforce", "expert-iteration")
+CONTROL = ("ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "grpo", "dr-grpo", "expert-iteration")
 
 
 def trained(env_id, name, seed, budget, env_options=None, **overrides):
@@ -52,7 +52,7 @@ def test_the_committed_settings_run_everywhere(name):
         assert metrics.get("logprob_gap_max", 0.0) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
+@pytest.mark.parametrize("name", ["ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "grpo", "dr-grpo"])
 def test_a_little_training_helps_on_cartpole(name):
     budget = 4000
     changes = {"reinforce": {"episodes": 8, "learning_rate": 0.01}}.get(name, {})

@@ -1,0 +1,43 @@
+"""Dr. GRPO: GRPO without the two divisions that bias it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lm_envs.algos import advantages as adv
+from lm_envs.algos.grpo import GRPO, GRPOConfig
+from lm_envs.algos.losses import KLEstimator, sequence_mean
+
+
+@dataclass
+class DrGRPOConfig(GRPOConfig):
+    """Settings of :class:`DrGRPO`: GRPO's, with the KL penalty in the reward."""
+
+    kl_loss: KLEstimator | None = None
+    """Put the KL penalty into the loss, by this estimator. None leaves it in the reward."""
+    kl_coef: float | None = None
+    """Coefficient of the KL penalty. None takes the env's."""
+
+
+class DrGRPO(GRPO):
+    """``(1/B) sum_i sum_t max(-A_i rho, -A_i clip(rho))`` with ``A_i = R_i - mean R`` (Liu et al. 2025,
+    "Understanding R1-Zero-like training: a critical perspective", section 3.3).
+
+    No division by the group's standard deviation, and none by the response's length; the paper's division by a
+    constant, the longest length, is left to the learning rate. The mean counts the episode itself, so the
+    gradient is (K-1)/K of the true one: the same direction. The paper has no KL penalty; here it is in the
+    reward, where it is exact, and ``kl_coef=0`` is the paper's.
+    """
+
+    Config = DrGRPOConfig
+    name = "dr-grpo"
+
+    def advantage(self, returns: Tensor, group: Tensor | None) -> Tensor:
+        """``(B,)`` from ``(B,)`` returns."""
+        return returns - adv.group_mean(returns, group)
+
+    def mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """A scalar from ``(B, T)``: sums over rows' tokens, then the mean over rows."""
+        return sequence_mean(x, mask)

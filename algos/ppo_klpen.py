@@ -1,0 +1,86 @@
+"""PPO-KLPEN: PPO held near the sampling policy by a penalty instead of a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_envs.algos.batching import Before
+from lm_envs.algos.losses import k3, masked_mean, ppo_penalty_loss
+from lm_envs.algos.ppo import Proximal, ProximalConfig
+from lm_envs.trajectories import Trajectories
+
+
+@dataclass
+class PPOKLPenConfig(ProximalConfig):
+    """Settings of :class:`PPOKLPen`; the defaults are for a small language model."""
+
+    old_kl_coef: float = 1.0
+    """Weight of the KL to the sampling policy, at the start."""
+    old_kl_target: float | None = 0.01
+    """Nats per token that a batch should move the policy: the weight is doubled after one that moved it half as
+    far again, and halved after one that moved it less than two thirds as far. None keeps the weight."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.old_kl_coef >= 0:
+            raise ValueError(f"old_kl_coef must not be negative, got {self.old_kl_coef}")
+        if self.old_kl_target is not None and not self.old_kl_target > 0:
+            raise ValueError(f"old_kl_target must be positive or None, got {self.old_kl_target}")
+
+
+class PPOKLPen(Proximal[PPOKLPenConfig]):
+    """``-A rho + old_kl_coef * KL(old || new)`` and PPO's value loss and entropy bonus (Schulman et al. 2017, eq. 8
+    and the rule behind it, section 4).
+
+    The KL is estimated on the batch, whose samples are the old policy's: ``rho - 1 - log rho`` is unbiased, in
+    its gradient too. It has nothing to do with the KL penalty against the *reference*.
+    """
+
+    Config = PPOKLPenConfig
+    name = "ppo-klpen"
+
+    def __init__(self, policy: Any, config: PPOKLPenConfig | None = None) -> None:
+        super().__init__(policy, config)
+        self.old_kl_coef = self.config.old_kl_coef
+
+    def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """The penalised objective, ``(B, T)``."""
+        return ppo_penalty_loss(logprob, fixed["old_logprob"], fixed["advantage"], mask, self.old_kl_coef)
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        """As PPO's; keeps the old log-probabilities to measure the update by."""
+        self._old = before.logprob
+        return super().prepare(traj, before)
+
+    def update(self, traj: Trajectories) -> dict[str, float]:
+        """As every agent's; then the weight moves, by how far the policy did."""
+        used = self.old_kl_coef
+        metrics = super().update(traj) | {"old_kl_coef": used}
+        if self.config.old_kl_target is None:
+            return metrics
+        traj = traj.to(self._old.device)
+        with torch.no_grad():
+            now = Before(self.policy, traj, self.config.micro_batch).logprob
+            moved = float(masked_mean(k3(self._old, now, traj.mask), traj.mask))
+        self.old_kl_coef = adapted(used, moved, self.config.old_kl_target)
+        return metrics | {"old_kl": moved}
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"old_kl_coef": self.old_kl_coef}
+
+    def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self.old_kl_coef = values["old_kl_coef"]
+
+
+def adapted(coef: float, kl: float, target: float) -> float:
+    """The weight after an update that moved the policy by ``kl``: halved below ``target / 1.5``, doubled above
+    ``1.5 * target``.
+    """
+    if kl < target / 1.5:
+        return coef / 2
+    return coef * 2 if kl > target * 1.5 else coef

@@ -1,0 +1,60 @@
+"""RLOO: REINFORCE on whole responses, each compared with the others of its prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lm_envs.algos import advantages as adv
+from lm_envs.algos.batching import Before, rewards
+from lm_envs.algos.losses import policy_gradient_loss, sequence_mean, tally
+from lm_envs.algos.metrics import Metric
+from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
+from lm_envs.trajectories import Trajectories
+
+
+@dataclass
+class RLOOConfig(PolicyGradientConfig):
+    """Settings of :class:`RLOO`; the defaults are for a small language model."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size at the start."""
+    group_size: int = 4
+    """Episodes in a row that share a prompt, at least 2; the text env is made with the same number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            raise ValueError("RLOO learns from returns of whole episodes: set episodes, not steps")
+        if self.epochs != 1 or self.minibatches != 1:
+            raise ValueError(
+                "RLOO takes one on-policy step per batch: its loss has no importance ratio. Use grpo or ppo for several"
+            )
+
+
+class RLOO(PolicyGradient[RLOOConfig]):
+    """``-(1/B) sum_i (R_i - mean_{j != i} R_j) sum_t log pi(y_it|x, y_i<t)`` (Ahmadian et al. 2024, "Back to
+    basics", eq. 6; Kool et al. 2019).
+
+    ``R`` is the return of the whole episode, the KL penalty with it, and j runs over the other episodes of the
+    prompt (of the batch, on control). Unbiased. The same as ``reinforce`` with baseline "leave_one_out", and the
+    same on both faces.
+    """
+
+    Config = RLOOConfig
+    name = "rloo"
+    unit = "sequence"
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        """``advantage (B, T)``, one number per row."""
+        returns = adv.discounted_returns(rewards(traj), traj.mask, self.config.gamma)[:, 0]
+        advantage = returns - adv.leave_one_out(returns, traj.group)
+        return {"advantage": adv.masked(advantage[:, None].expand(traj.mask.shape), traj.mask)}
+
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
+        """Mean over rows of sums over steps."""
+        policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], traj.mask), traj.mask)
+        metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, traj.mask)}
+        return policy + sequence_mean(self.kl_penalty(traj, now), traj.mask), metrics
