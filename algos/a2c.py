@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lm_envs.algos import advantages as adv
 from lm_envs.algos.batching import Before, rewards
+from lm_envs.algos.critics import ValueFrom, check_value_from
 from lm_envs.algos.losses import masked_mean, policy_gradient_loss, value_loss
 from lm_envs.algos.metrics import Metric
 from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
@@ -25,6 +26,11 @@ class A2CConfig(PolicyGradientConfig):
     """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
     whiten_advantage: bool = True
     """Scale advantages to mean 0 and standard deviation 1 over the batch."""
+    critic: Literal["v", "q"] = "v"
+    """What the critic learns: V(s), or Q(s, a) for every action; the advantage is then Q(s, a) - E_pi Q(s, .)."""
+    value_from: ValueFrom = "policy"
+    """Whose trunk the value function starts from: the policy's, which it shares, with a head at zero, or the
+    reward model's, as a model of its own."""
     value_coef: float = 0.1
     """Weight of the value loss."""
     entropy_coef: float = 0.0
@@ -39,23 +45,39 @@ class A2CConfig(PolicyGradientConfig):
             )
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
+        if self.critic not in ("v", "q"):
+            raise ValueError(f"critic must be 'v' or 'q', got {self.critic!r}")
+        if self.critic == "q" and self.value_from != "policy":
+            raise ValueError("critic='q' has a head on the policy's trunk: set value_from='policy'")
 
 
 class A2C(PolicyGradient[A2CConfig]):
     """``-A log pi + value_coef * 0.5 (V - target)^2 - entropy_coef * H``, means over tokens (Mnih et al.
     2016).
 
-    ``A`` is the GAE advantage and ``target = A + V`` before whitening.
+    ``A`` is the GAE advantage and ``target = A + V`` before whitening. With a Q critic ``A(s, a) = Q(s, a) - E_pi
+    Q(s, .)``, V stands for ``E_pi Q``, and Q of the action taken learns the same target, GAE's lambda-return. A Q
+    that is exact gives the policy gradient with no noise from what follows; one that is not biases it (Sutton et
+    al. 2000: unless its features are those of the policy's score).
     """
 
     Config = A2CConfig
     name = "a2c"
     unit = "token"
 
+    def __init__(self, policy: Any, config: A2CConfig | None = None) -> None:
+        config = A2CConfig() if config is None else config
+        check_value_from(self.name, policy, config.value_from)
+        if config.critic == "q":
+            policy.use_q_critic()  # first, so that Adam sees it
+        super().__init__(policy, config)
+
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """``advantage (B, T)`` and ``target (B, T)``."""
         advantage = adv.gae(rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
         target = advantage + before.value[:, :-1]
+        if self.config.critic == "q":
+            advantage = adv.masked(_chosen(before, traj) - before.value[:, :-1], traj.mask)
         if self.config.whiten_advantage:
             advantage = adv.whiten(advantage, traj.mask)
         return {"advantage": advantage, "target": target}
@@ -64,7 +86,8 @@ class A2C(PolicyGradient[A2CConfig]):
         """Token means of policy gradient, value loss and entropy bonus."""
         config, mask = self.config, traj.mask
         policy = masked_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)
-        value = masked_mean(value_loss(now.value[:, :-1], fixed["target"], mask), mask)
+        predicted = _chosen(now, traj) if config.critic == "q" else now.value[:, :-1]
+        value = masked_mean(value_loss(predicted, fixed["target"], mask), mask)
         entropy = masked_mean(now.entropy, mask)
         loss = policy + config.value_coef * value - config.entropy_coef * entropy
         loss = loss + masked_mean(self.kl_penalty(traj, now), mask)
@@ -73,3 +96,8 @@ class A2C(PolicyGradient[A2CConfig]):
             "value_loss": value.detach(),
             "entropy": entropy.detach(),
         }
+
+
+def _chosen(evaluation: Any, traj: Trajectories) -> Tensor:
+    """``Q(s_t, a_t)``, ``(B, T)``."""
+    return evaluation.q_values().gather(-1, traj.actions.unsqueeze(-1)).squeeze(-1)

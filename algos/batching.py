@@ -74,6 +74,11 @@ class Before:
         with torch.no_grad():
             return torch.cat([part.log_probs() for part in self._parts])
 
+    def q_values(self) -> Tensor:
+        """``(B, T, V)``."""
+        with torch.no_grad():
+            return torch.cat([part.q_values() for part in self._parts])
+
 
 def groups(traj: Trajectories) -> tuple[Tensor, Tensor]:
     """The groups' numbers, and each row's index into them.

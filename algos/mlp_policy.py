@@ -61,6 +61,25 @@ class MLPPolicy(Policy):
         # A small last gain starts the policy near uniform; the critic's starts it on the scale of its inputs.
         self.actor = _trunk((width, *hidden, int(action_space.n)), 0.01, generator)
         self.critic = _trunk((width, *hidden, 1), 1.0, generator)
+        self.q_critic = False
+
+    def use_q_critic(self) -> None:
+        """Learn ``Q(s, .)``: the critic's last layer gets an output per action, which start alike."""
+        if not self.q_critic:
+            last, actions = self.critic[-1], self.actor[-1].out_features
+            wide = nn.utils.skip_init(nn.Linear, last.in_features, actions, dtype=last.weight.dtype)
+            with torch.no_grad():
+                wide.weight.copy_(last.weight.expand(actions, -1))
+                wide.bias.copy_(last.bias.expand(actions))
+            self.critic[-1], self.q_critic = wide, True
+
+    def _values(self, features: Tensor, log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """V ``(N,)``, and what the critic says: Q ``(N, A)``, whose mean under the policy V is, or V again."""
+        found = self.critic(features)
+        if not self.q_critic:
+            return found.squeeze(1), found
+        log_p = self.actor(features).log_softmax(dim=-1) if log_p is None else log_p
+        return (log_p.detach().exp() * found).sum(dim=1), found
 
     def _features(self, obs: Tensor) -> Tensor:
         """``(N, width)`` in the weights' dtype, from ``(N, *shape)``."""
@@ -103,7 +122,7 @@ class MLPPolicy(Policy):
         log_p = self.actor(features).log_softmax(dim=-1)
         chosen = log_p.gather(1, traj.actions[mask].unsqueeze(1)).squeeze(1)
         entropy = -(log_p.exp() * log_p).sum(dim=1)
-        value = self.critic(features).squeeze(1)
+        value, said = self._values(features, log_p)
         zeros = log_p.new_zeros(mask.shape)
         values = log_p.new_zeros(mask.shape[0], mask.shape[1] + 1)
         where = torch.nn.functional.pad(mask, (0, 1))
@@ -111,11 +130,16 @@ class MLPPolicy(Policy):
         if traj.final_obs is not None and bool(traj.truncated.any()):
             # Law 5: truncation bootstraps from what was seen after the cut, termination does not.
             cut = traj.truncated
-            final = self.critic(self._features(traj.final_obs[cut])).squeeze(1)
+            final = self._values(self._features(traj.final_obs[cut]))[0]
             values = values.index_put((cut.nonzero().squeeze(1), traj.lengths[cut]), final)
 
-        def full() -> Tensor:
-            everything = log_p.new_zeros(*mask.shape, log_p.shape[-1])
-            return everything.masked_scatter(mask.unsqueeze(-1), log_p)
+        def spread(x: Tensor) -> Tensor:
+            return x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter(mask.unsqueeze(-1), x)
 
-        return Evaluation(zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy), values, full)
+        return Evaluation(
+            zeros.masked_scatter(mask, chosen),
+            zeros.masked_scatter(mask, entropy),
+            values,
+            lambda: spread(log_p),
+            (lambda: spread(said)) if self.q_critic else None,
+        )

@@ -30,12 +30,14 @@ class Evaluation:
         entropy: ``(B, T)`` of the distribution the action was drawn from, nats; 0 where the mask is False.
         value: ``(B, T + 1)``; 0 at and after termination; at a truncated row's length the value of ``final_obs``.
         full: computes the whole distribution when it is asked for.
+        q: computes the value of every action when it is asked for.
     """
 
     logprob: Tensor
     entropy: Tensor
     value: Tensor
     full: Callable[[], Tensor] | None = None
+    q: Callable[[], Tensor] | None = None
 
     def log_probs(self) -> Tensor:
         """``(B, T, V)`` log-probabilities of every action.
@@ -46,6 +48,17 @@ class Evaluation:
         if self.full is None:
             raise RuntimeError("this policy cannot enumerate its actions: use the MDP face for the full distribution")
         return self.full()
+
+    def q_values(self) -> Tensor:
+        """``(B, T, V)`` value of every action, of a policy with a Q critic; ``value`` is then its mean under the
+        policy.
+
+        Raises:
+            RuntimeError: the policy has none.
+        """
+        if self.q is None:
+            raise RuntimeError("this policy has no Q critic: call its use_q_critic() before training")
+        return self.q()
 
 
 class Policy(nn.Module):
@@ -70,6 +83,10 @@ class Policy(nn.Module):
     def evaluate(self, traj: Trajectories) -> Evaluation:
         """Log-probability, entropy and value of what was done; differentiable."""
         raise NotImplementedError
+
+    def use_q_critic(self) -> None:
+        """Learn the value of every action, ``Q(s, .)``, instead of ``V(s)``; call before making the agent."""
+        raise ValueError(f"{type(self).__name__} has no Q critic")
 
 
 class LMPolicy(Policy):
@@ -131,6 +148,8 @@ class LMPolicy(Policy):
         self.value_head = nn.Linear(width, 1, dtype=model.dtype, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.critic: nn.Module | None = None
+        self.q_head: nn.Linear | None = None
         self._decoder = Decoder(model)
         self._version = -1
 
@@ -156,6 +175,21 @@ class LMPolicy(Policy):
             min_new_tokens=mdp.min_new_tokens,
             face=face,
         )
+
+    def use_q_critic(self) -> None:
+        """Learn ``Q(s, .)`` by a linear head on the same trunk, which starts at zero."""
+        if self.face == "bandit":
+            raise ValueError("a Q critic needs the MDP face: on the bandit face there are V**T actions")
+        if self.q_head is None:
+            vocabulary = self.model.get_output_embeddings().weight.shape[0]
+            width = self.value_head.in_features
+            self.q_head = nn.Linear(width, vocabulary, dtype=self.model.dtype, device=self.model.device)
+            nn.init.zeros_(self.q_head.weight)
+            nn.init.zeros_(self.q_head.bias)
+
+    def critic_of_its_own(self, critic: nn.Module) -> None:
+        """Take values from another model, ``critic(prompt, response) -> (B, T)``, instead of the value head."""
+        self.critic = critic
 
     def train(self, mode: bool = True) -> LMPolicy:
         """Gradients do not need train mode, and dropout would make the ratio of the first update differ from 1: stays
@@ -209,7 +243,15 @@ class LMPolicy(Policy):
         position = torch.arange(response.shape[1], device=logits.device)
         logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens)
         found = logprob_kl(logits, None, response.clamp(min=0), temperature=self.temperature, mask=mask)
-        value = self.value_head(states).squeeze(-1).to(found.logprob.dtype)
+        q = None if self.q_head is None else self.q_head(states).to(found.logprob.dtype)
+        if q is not None:
+            p = log_softmax(logits.detach(), self.temperature).exp()
+            value = torch.where(p > 0, p * q, torch.zeros_like(q)).sum(-1)
+        elif self.critic is not None:
+            value = self.critic(prompt, response)
+        else:
+            value = self.value_head(states).squeeze(-1)
+        value = value.to(found.logprob.dtype)
         value = torch.where(mask, value, torch.zeros_like(value))
         if traj.is_bandit:
             return Evaluation(
@@ -223,4 +265,5 @@ class LMPolicy(Policy):
             found.entropy,
             torch.nn.functional.pad(value, (0, 1)),
             lambda: log_softmax(logits, self.temperature),
+            None if q is None else lambda: q,
         )

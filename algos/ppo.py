@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lm_envs.algos import advantages as adv
 from lm_envs.algos.batching import Before, rewards
+from lm_envs.algos.critics import ValueFrom, check_value_from
 from lm_envs.algos.kl_control import exceeds
 from lm_envs.algos.losses import masked_mean, ppo_clip_loss, ratio_metrics, value_loss
 from lm_envs.algos.metrics import Metric
@@ -28,6 +29,9 @@ class ProximalConfig(PolicyGradientConfig):
     """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
     value_clip: float | None = 0.2
     """How far a value may move per batch before it earns no more. None does not clip."""
+    value_from: ValueFrom = "policy"
+    """Whose trunk the value function starts from: the policy's, which it shares, with a head at zero, or the
+    reward model's, as a model of its own."""
     whiten_advantage: bool = True
     """Scale advantages to mean 0 and standard deviation 1 over the batch."""
     value_coef: float = 0.1
@@ -59,6 +63,10 @@ class Proximal(PolicyGradient[C]):
     """
 
     unit = "token"
+
+    def __init__(self, policy: Any, config: C | None = None) -> None:
+        super().__init__(policy, config)
+        check_value_from(self.name, policy, self.config.value_from)
 
     @property
     def ratio_clip(self) -> float | None:

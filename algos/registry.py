@@ -7,6 +7,8 @@ from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lm_envs.algos.critics import value_from_reward_model
+
 if TYPE_CHECKING:
     from lm_envs.algos.agent import Agent
     from lm_envs.tasks.task import TextTask
@@ -72,7 +74,8 @@ def make_agent(
     Args:
         name: a key of :data:`ALGORITHMS`.
         policy: what learns.
-        task: where an algorithm that learns from data finds it when ``data`` is None.
+        task: where an algorithm that learns from data finds it when ``data`` is None, and the reward model that a
+            value function may start from.
         data: Trajectories for the algorithms that learn from data: demonstrations or preferences.
         overrides: fields of the algorithm's config.
 
@@ -81,6 +84,8 @@ def make_agent(
             use.
     """
     config, found = make_config(name, **overrides), load(name)
+    if getattr(config, "value_from", "policy") == "reward_model":
+        value_from_reward_model(policy, task)
     if not (found.needs_data or found.mixes_data):
         if data is not None:
             raise ValueError(f"{name} learns by sampling and takes no data")

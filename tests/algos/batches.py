@@ -13,6 +13,7 @@ from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load, make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy, preferences
 from lm_envs.algos.sft import demonstrations
+from lm_envs.rewards import LearnedReward
 from lm_envs.rollout import collect, rollout
 from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
@@ -66,6 +67,12 @@ def reward_policy(seed: int = 0) -> RewardPolicy:
     return RewardPolicy(model.double())
 
 
+def learned_task():
+    """The tiny task with an (untrained) reward model of the policy's tokens, in other units."""
+    reward = LearnedReward(reward_policy().model, tiny.tokenizer(), normalise=(0.3, 2.0))
+    return tiny.task(reward=reward)
+
+
 def texts(count: int = 12, seed: int = 0) -> list[list[int]]:
     """Two tokens of prompt and one to five after it; the last is EOS in every other text."""
     generator = torch.Generator().manual_seed(seed)
@@ -91,6 +98,8 @@ def learner(name: str, face: str = "mdp", env=None, **overrides):
     if name == "reward-modelling":
         return make_agent(name, reward_policy(), data=ranked(), **({"episodes": 3} | overrides))
     policy = text_policy(env or text_env(face, settings["group_size"]), face)
+    if settings.get("value_from") == "reward_model":
+        return make_agent(name, policy, learned_task(), **settings)
     data = demonstrations(texts(), 2, 6) if name == "sft" or load(name).mixes_data else None
     if name == "sft":
         settings = {"episodes": 8} | overrides

@@ -304,6 +304,7 @@ def through_json(counters):
 # What makes a checkpoint of an algorithm hold more than weights, moments and counters.
 STATE = {
     "reinforce": {"baseline": "running_mean", "alpha": 0.5},
+    "a2c": {"critic": "q"},
     "ppo": {"kl_target": 2.0, "kl_horizon": 50.0},
     "grpo": {"kl_target": 2.0, "kl_horizon": 50.0},
     "expert-iteration": {"restart": True},

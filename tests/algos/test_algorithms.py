@@ -55,6 +55,8 @@ def test_sft_finds_the_demonstrations_of_a_task():
     [
         ("a2c", {"epochs": 2}, "on-policy"),
         ("a2c", {"lam": 1.5}, "lam"),
+        ("a2c", {"critic": "r"}, "critic"),
+        ("a2c", {"critic": "q", "value_from": "reward_model"}, "value_from='policy'"),
         ("reinforce", {"steps": 10}, "whole episodes"),
         ("reinforce", {"baseline": "median"}, "batch_mean"),
         ("reinforce", {"baseline_decay": 1.0}, "baseline_decay"),
@@ -324,6 +326,8 @@ CHANGES = {
     "value_clip": ({}, 0.001),
     "kl_stop": ({}, 1e-6),
     "kl_loss": ({}, "k2"),
+    "critic": ({}, "q"),
+    "value_from": ({"ptx_coef": 0.0}, "reward_model"),
     "old_kl_coef": ({}, 0.1),
     "old_kl_target": ({}, None),
     "alpha": ({}, 0.5),
