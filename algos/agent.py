@@ -41,6 +41,7 @@ class Agent(Generic[C]):
             "token" (real steps), "sequence" (rows) or "group" (rows with the same ``group``; never split over
             minibatches).
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
+        preference_data: its data are preferences, which simulated annotators can make for any text task.
         mixes_data: it samples, and may learn from demonstrations given to it as ``data`` besides.
         iterations_done, episodes_done, tokens_done, reward_calls: counters of the run, of what was learned from.
         steps_done: env steps taken, those of surplus episodes included.
@@ -50,6 +51,7 @@ class Agent(Generic[C]):
     name: ClassVar[str] = "agent"
     unit: ClassVar[str] = "token"
     needs_data: ClassVar[bool] = False
+    preference_data: ClassVar[bool] = False
     mixes_data: ClassVar[bool] = False
 
     def __init__(self, policy: nn.Module, config: C | None = None) -> None:
@@ -256,6 +258,17 @@ class Agent(Generic[C]):
     def kl_in_reward(self) -> bool:
         """Whether the env charges the KL penalty; if not, it is a term of the loss and the env charges none."""
         return True
+
+    def kl_coefficient(self) -> float:
+        """The coefficient of a KL penalty in the loss.
+
+        Raises:
+            ValueError: it is the env's, and none was seen.
+        """
+        coef = self.config.kl_coef if self._kl is None else self._kl.coef
+        if coef is None:
+            raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")
+        return coef
 
     def _set_kl_coef(self, env: Any) -> float | None:
         """Puts the coefficient where it belongs and returns it; None where the env has no penalty."""

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lm_envs.algos.advantages import masked
 from lm_envs.trajectories import Trajectories
 
 UNITS = ("token", "sequence", "group")
@@ -28,6 +29,11 @@ def rewards(traj: Trajectories) -> Tensor:
     if traj.reward is None:
         raise ValueError("this algorithm learns from rewards, and these trajectories have none")
     return traj.reward
+
+
+def episode_value(traj: Trajectories) -> Tensor:
+    """``(B,)`` what ranks episodes: the reward model's score where there is one, else the undiscounted return."""
+    return masked(rewards(traj), traj.mask).sum(dim=1) if traj.score is None else traj.score
 
 
 class Before:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.advantages import masked
 from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import rewards
+from lm_envs.algos.batching import episode_value
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import masked_mean, nll
 from lm_envs.algos.metrics import Metric
@@ -63,9 +62,7 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
 
     def update(self, traj: Trajectories) -> dict[str, float]:
         """Learns from the best episodes of the batch alone."""
-        value = traj.score
-        if value is None:
-            value = masked(rewards(traj), traj.mask).sum(dim=1)
+        value = episode_value(traj)
         group = torch.arange(len(traj)) // self.config.group_size if traj.group is None else traj.group
         if self.config.restart:
             self.policy.load_state_dict(self._first)

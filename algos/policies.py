@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.scoring import response_logits
@@ -110,6 +111,7 @@ class LMPolicy(Policy):
     """
 
     sequence_obs = True
+    condition: Tensor | None
 
     def __init__(
         self,
@@ -150,6 +152,7 @@ class LMPolicy(Policy):
         nn.init.zeros_(self.value_head.bias)
         self.critic: nn.Module | None = None
         self.q_head: nn.Linear | None = None
+        self.register_buffer("condition", None)  # the reward token of prompts that have none, once there are some
         self._decoder = Decoder(model)
         self._version = -1
 
@@ -187,6 +190,31 @@ class LMPolicy(Policy):
             nn.init.zeros_(self.q_head.weight)
             nn.init.zeros_(self.q_head.bias)
 
+    def add_reward_tokens(self, count: int) -> None:
+        """Let prompts begin with one of ``count`` reward tokens, ids V and up; see :mod:`lm_envs.algos.reward_tokens`.
+
+        The policy is as it was until :meth:`condition_on` says which token it answers to.
+        """
+        embedding = ExtendedEmbedding(self.model.get_input_embeddings(), count)
+        self.model.set_input_embeddings(embedding)
+        self.condition = torch.tensor(-1)
+
+    def condition_on(self, token: int) -> None:
+        """From here on begin every prompt that has no reward token with this one, ``0 .. count - 1``."""
+        assert self.condition is not None
+        self.condition.fill_(token)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, ids below which are tokens and not reward tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def _conditioned(self, prompt: Tensor) -> Tensor:
+        token = -1 if self.condition is None else int(self.condition)
+        if token < 0 or bool((prompt >= self.vocabulary).any()):
+            return prompt
+        return prepend(prompt, self.vocabulary + token)
+
     def critic_of_its_own(self, critic: nn.Module) -> None:
         """Take values from another model, ``critic(prompt, response) -> (B, T)``, instead of the value head."""
         self.critic = critic
@@ -210,6 +238,8 @@ class LMPolicy(Policy):
             self._decoder.reset()
             self._version = version
         position = (rows[:, self.prompt_length :] >= 0).sum(dim=1)
+        if self.condition is not None:
+            rows = torch.cat([self._conditioned(rows[:, : self.prompt_length]), rows[:, self.prompt_length :]], dim=1)
         logits = forbid_early_eos(self._decoder(rows), position, self.eos_token_id, self.min_new_tokens)
         tokens, logprob = sample(logits, numbers, self.temperature)
         return tokens.cpu().numpy(), logprob.double().cpu().numpy()
@@ -226,7 +256,7 @@ class LMPolicy(Policy):
         """
         return generate(
             self.model,
-            prompts.to(self.model.device),
+            self._conditioned(prompts.to(self.model.device)),
             uniforms.to(self.model.device),
             self.eos_token_id,
             max_new_tokens=self.max_new_tokens,
@@ -238,7 +268,7 @@ class LMPolicy(Policy):
         if traj.prompt is None or traj.response is None:
             raise ValueError("LMPolicy.evaluate needs trajectories of text, with prompt and response")
         prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
-        mask = response >= 0
+        prompt, mask = self._conditioned(prompt), response >= 0
         logits, states = response_logits(self.model, prompt, response, hidden=True)
         position = torch.arange(response.shape[1], device=logits.device)
         logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens)

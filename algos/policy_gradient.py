@@ -67,9 +67,7 @@ class PolicyGradient(Agent[C]):
         kind = self.config.kl_loss
         if kind is None:
             return torch.zeros_like(now.logprob)
-        coef = self.config.kl_coef if self._kl is None else self._kl.coef
-        if coef is None:
-            raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")
+        coef = self.kl_coefficient()
         if kind == "full":
             if self.reference is None:
                 raise ValueError(f"{self.name}: kl_loss='full' needs a reference; no env was seen yet: set .reference")

@@ -51,9 +51,9 @@ class PPOPtx(PPO):
         self._demonstrations = Demonstrations(self, data, self.config.demonstrations) if self.config.ptx_coef else None
 
     @classmethod
-    def data_of(cls, task: TextTask) -> Trajectories | None:
-        """A task's demonstrations."""
-        return demonstrations_of(task)
+    def data_of(cls, task: TextTask, config: PPOPtxConfig) -> Trajectories | None:
+        """A task's demonstrations, where they are mixed in."""
+        return demonstrations_of(task) if config.ptx_coef else None
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """Demonstrations, weighted by ``ptx_coef``."""

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 ALGORITHMS: dict[str, str] = {
     "sft": "lm_envs.algos.sft:SFT",
     "reward-modelling": "lm_envs.algos.reward_modelling:RewardModelling",
+    "dpo": "lm_envs.algos.dpo:DPO",
+    "binary-feedme": "lm_envs.algos.binary_feedme:BinaryFeedME",
+    "reward-conditioning": "lm_envs.algos.reward_conditioning:RewardConditioning",
     "best-of-n": "lm_envs.algos.best_of_n:BestOfN",
     "expert-iteration": "lm_envs.algos.expert_iteration:ExpertIteration",
+    "quark": "lm_envs.algos.quark:Quark",
+    "online-dpo": "lm_envs.algos.online_dpo:OnlineDPO",
     "reinforce": "lm_envs.algos.reinforce:REINFORCE",
     "rloo": "lm_envs.algos.rloo:RLOO",
     "grpo": "lm_envs.algos.grpo:GRPO",
@@ -26,6 +31,7 @@ ALGORITHMS: dict[str, str] = {
     "ppo": "lm_envs.algos.ppo:PPO",
     "ppo-klpen": "lm_envs.algos.ppo_klpen:PPOKLPen",
     "ppo-ptx": "lm_envs.algos.ppo_ptx:PPOPtx",
+    "iterated-rlhf": "lm_envs.algos.iterated_rlhf:IteratedRLHF",
 }
 WRAPPERS = ("best-of-n",)
 """Those that are a policy made of another: they need no training and no config."""
@@ -90,4 +96,4 @@ def make_agent(
         if data is not None:
             raise ValueError(f"{name} learns by sampling and takes no data")
         return found(policy, config)
-    return found(policy, config, found.data_of(task) if data is None and task is not None else data)
+    return found(policy, config, found.data_of(task, config) if data is None and task is not None else data)

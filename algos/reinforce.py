@@ -94,9 +94,9 @@ class REINFORCE(PolicyGradient[ReinforceConfig]):
         self._mean = self._weight = 0.0  # of past returns, for "running_mean"
 
     @classmethod
-    def data_of(cls, task: TextTask) -> Trajectories | None:
-        """A task's demonstrations."""
-        return demonstrations_of(task)
+    def data_of(cls, task: TextTask, config: ReinforceConfig) -> Trajectories | None:
+        """A task's demonstrations, where they are mixed in."""
+        return demonstrations_of(task) if config.alpha else None
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """Demonstrations, weighted by ``alpha``."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import stream
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.metrics import Metric
-from lm_envs.algos.sft import demonstrations
+from lm_envs.algos.preference_losses import plackett_luce_loss
+from lm_envs.algos.preferences import Comparisons, by_group
 from lm_envs.rewards import raw_scores, right_pad
 from lm_envs.supervised import bradley_terry_loss
 from lm_envs.trajectories import Trajectories
@@ -63,21 +63,30 @@ class RewardModellingConfig(AgentConfig):
     """Adam's step size at the start."""
     episodes: int | None = 64
     """Groups of ranked texts per iteration."""
+    ranking: Literal["pairs", "plackett-luce"] = "pairs"
+    """Read a ranking as all its pairs (Bradley-Terry), or as a choice of the best among what is left, again and
+    again (Plackett-Luce)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranking not in ("pairs", "plackett-luce"):
+            raise ValueError(f"ranking must be 'pairs' or 'plackett-luce', got {self.ranking!r}")
 
 
 class RewardModelling(Agent[RewardModellingConfig]):
     """Bradley-Terry over all pairs of a group, ``-log sigmoid(s_better - s_worse)``, weighted ``1 / (K choose
-    2)`` (Ouyang et al. 2022).
+    2)`` (Ouyang et al. 2022, eq. 1), or Plackett-Luce.
 
     All K texts of a prompt stand in one minibatch, so each is read once.
 
     Args:
         policy: something whose ``evaluate`` gives a ``score (B,)``: :class:`RewardPolicy`.
         config: settings.
-        data: groups of texts with a ``rank``, 0 the best; see :func:`preferences`.
+        data: groups of texts with a ``rank``, 0 the best; see :func:`lm_envs.algos.preferences.preferences`.
 
     Raises:
-        ValueError: no data, no ranks, or a group in which all ranks are equal.
+        ValueError: no data, no ranks, a group in which all ranks are equal, or with "plackett-luce"
+            one in which any are.
     """
 
     Config = RewardModellingConfig
@@ -89,22 +98,12 @@ class RewardModelling(Agent[RewardModellingConfig]):
         self, policy: Any, config: RewardModellingConfig | None = None, data: Trajectories | None = None
     ) -> None:
         super().__init__(policy, config)
-        if data is None or data.group is None or data.rank is None:
-            raise ValueError(
-                "reward-modelling learns from preferences: pass data=Trajectories with group and rank, "
-                "see reward_modelling.preferences"
-            )
-        ranks, present = by_group(data.rank, data.group, -1)
-        flat = (ranks.amax(dim=1) == ranks.masked_fill(ranks < 0, ranks.max() + 1).amin(dim=1)).nonzero()
-        if len(flat):
-            name = int(torch.unique(data.group)[flat[0, 0]])
-            raise ValueError(f"reward-modelling: group {name} has no two texts of different rank, so no pair to learn")
-        self.data = data
-        order = torch.argsort(data.group, stable=True)
-        self._groups = order.split(present.sum(dim=1).tolist())
+        self._comparisons = Comparisons(self.name, data)
+        if self.config.ranking == "plackett-luce":
+            check_strict(self.name, self._comparisons.ranks)
 
     @classmethod
-    def data_of(cls, task: TextTask) -> Trajectories | None:
+    def data_of(cls, task: TextTask, config: RewardModellingConfig) -> Trajectories | None:
         """None: a task keeps its reward model, not the preferences that made it."""
         return None
 
@@ -112,14 +111,7 @@ class RewardModelling(Agent[RewardModellingConfig]):
         """Passes over the groups, each in a new order that depends on the seed and the pass alone."""
         size = self.config.episodes
         assert size is not None
-        for index in stream(len(self._groups), size, self.config.seed, self.iterations_done):
-            # A group drawn twice in one batch (there are fewer than `size`) must not become one group of
-            # twice the texts.
-            rows = [self._groups[i] for i in index]
-            batch = self.data.select(torch.cat(rows))
-            sizes = torch.tensor([len(r) for r in rows])
-            batch.group = torch.repeat_interleave(torch.arange(len(rows)), sizes)
-            yield batch
+        return self._comparisons.batches(size, self.config.seed, self.iterations_done)
 
     def loss(self, traj: Trajectories, now: Scores, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """The mean over groups of the mean over pairs, and the share of pairs that the scores order
@@ -128,47 +120,19 @@ class RewardModelling(Agent[RewardModellingConfig]):
         assert traj.group is not None and traj.rank is not None
         scores, _ = by_group(now.score, traj.group, 0.0)
         ranks, _ = by_group(traj.rank, traj.group, -1)
-        loss = bradley_terry_loss(scores, ranks)
+        fit = bradley_terry_loss if self.config.ranking == "pairs" else plackett_luce_loss
+        loss = fit(scores, ranks)
         pairs = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None]
         right = pairs & (scores[:, :, None] > scores[:, None, :])
-        return loss, {"pair_loss": loss.detach(), "accuracy": (right.sum(), pairs.sum())}
+        return loss, {"ranking_loss": loss.detach(), "accuracy": (right.sum(), pairs.sum())}
 
 
-def by_group(x: Tensor, group: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """Rows as a table, one line per group.
-
-    Args:
-        x: ``(B,)``.
-        group: ``(B,)`` int64.
-        fill: for groups smaller than the largest.
-
-    Returns:
-        ``(G, K)`` in the order of the groups' numbers and of the rows within each, and where it holds a row,
-        bool.
-    """
-    counts = torch.unique(group, return_counts=True)[1]
-    present = torch.arange(int(counts.max()), device=x.device) < counts[:, None]
-    table = x.new_full(present.shape, fill)
-    return table.masked_scatter(present, x[torch.argsort(group, stable=True)]), present
-
-
-def preferences(
-    groups: Sequence[Sequence[Sequence[int]]],
-    rank: Sequence[Sequence[int]],
-    prompt_length: int,
-    max_new_tokens: int,
-) -> Trajectories:
-    """Ranked texts as Trajectories.
-
-    Args:
-        groups: per prompt its texts as token ids, prompt and response in one.
-        rank: per prompt the rank of each text, 0 the best.
-        prompt_length, max_new_tokens: as for :func:`lm_envs.algos.sft.demonstrations`.
-    """
-    texts = [text for group in groups for text in group]
-    number = [i for i, group in enumerate(groups) for _ in group]
-    traj = demonstrations(texts, prompt_length, max_new_tokens, number)
-    traj.rank = torch.as_tensor([place for ranks in rank for place in ranks], dtype=torch.int64)
-    if traj.rank.shape != (len(texts),):
-        raise ValueError(f"preferences: {len(texts)} texts and {len(traj.rank)} ranks; there must be one rank per text")
-    return traj
+def check_strict(name: str, ranks: Tensor) -> None:
+    """Raises ValueError where two texts of a group share a rank; ``ranks (G, K)``, -1 where there is none."""
+    for number, row in enumerate(ranks):
+        places = row[row >= 0]
+        if len(torch.unique(places)) < len(places):
+            raise ValueError(
+                f"{name}: Plackett-Luce needs strict rankings, and in group {number} two texts share a rank; "
+                "use ranking='pairs'"
+            )

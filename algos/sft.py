@@ -55,7 +55,7 @@ class SFT(Agent[SFTConfig]):
         self.data = data
 
     @classmethod
-    def data_of(cls, task: TextTask) -> Trajectories | None:
+    def data_of(cls, task: TextTask, config: AgentConfig) -> Trajectories | None:
         """A task's demonstrations, those that go on behind the longest prompt."""
         return demonstrations_of(task)
 
@@ -100,10 +100,32 @@ def demonstrations(
             raise ValueError(
                 f"text {i} has {len(text)} tokens and its prompt {prompt_length}: nothing is left to learn"
             )
-    prompt = torch.from_numpy(left_pad([text[:prompt_length] for text in texts], prompt_length))
-    response = right_pad([text[prompt_length : prompt_length + max_new_tokens] for text in texts])
+    return from_responses(
+        [text[:prompt_length] for text in texts],
+        [text[prompt_length : prompt_length + max_new_tokens] for text in texts],
+        prompt_length,
+        group,
+    )
+
+
+def from_responses(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    prompt_length: int,
+    group: Sequence[int] | None = None,
+) -> Trajectories:
+    """Prompts and responses as Trajectories for the MDP face, with no reward.
+
+    Args:
+        prompts: token ids, at most ``prompt_length`` each.
+        responses: token ids, at least one each; the EOS included where the response ended.
+        prompt_length: the places of the prompt.
+        group: a number per text, equal where they share a prompt.
+    """
+    prompt = torch.from_numpy(left_pad(prompts, prompt_length))
+    response = right_pad(responses)
     mask = response >= 0
-    ended = torch.ones(len(texts), dtype=torch.bool)
+    ended = torch.ones(len(response), dtype=torch.bool)
     return Trajectories(
         actions=response.clamp(min=0),
         mask=mask,

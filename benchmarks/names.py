@@ -99,7 +99,10 @@ def check_algorithm(name: str) -> None:
 
 
 def trainable() -> list[str]:
-    """The registered algorithms that train a policy by sampling from an environment: those that can be compared."""
+    """The registered algorithms that can be compared: they train a policy, by sampling or on preferences which
+    simulated annotators make.
+    """
     from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
 
-    return [name for name in ALGORITHMS if name not in WRAPPERS and not load(name).needs_data]
+    agents = {name: load(name) for name in ALGORITHMS if name not in WRAPPERS}
+    return [name for name, agent in agents.items() if agent.preference_data or not agent.needs_data]

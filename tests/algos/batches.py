@@ -10,8 +10,9 @@ from gymnasium.vector import AutoresetMode
 
 from lm_envs.algos.mlp_policy import MLPPolicy
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.preferences import preferences
 from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load, make_agent
-from lm_envs.algos.reward_modelling import RewardPolicy, preferences
+from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.algos.sft import demonstrations
 from lm_envs.rewards import LearnedReward
 from lm_envs.rollout import collect, rollout
@@ -24,6 +25,7 @@ FACES = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
 LEARNERS = tuple(name for name in ALGORITHMS if name not in WRAPPERS)
 SAMPLERS = tuple(name for name in LEARNERS if not load(name).needs_data)
 SMALL = {"episodes": 16, "group_size": 4, "iterations": 8}
+ROUNDS = {"annotations": 256, "held_out": 32, "rm_steps": 40, "rm_batch": 32, "rm_learning_rate": 1e-2, "flip": 0.0}
 
 
 @cache
@@ -33,6 +35,13 @@ def text_task():
 
 def text_env(face: str = "mdp", group_size: int = 4, **options):
     return FACES[face](text_task(), 8, group_size=group_size, **options)
+
+
+def env_for(name: str, face: str = "mdp", group_size: int = 4):
+    """An env that an agent of that name can sample from."""
+    if name == "iterated-rlhf":  # makes reward models like the task's
+        return FACES[face](learned_task(), 8, group_size=group_size)
+    return text_env(face, group_size)
 
 
 def text_policy(env, face: str = "mdp", seed: int = 1) -> LMPolicy:
@@ -94,16 +103,30 @@ def ranked(groups: int = 6, seed: int = 0) -> Trajectories:
 
 def learner(name: str, face: str = "mdp", env=None, **overrides):
     """An agent on the tiny text task, or on the data it needs."""
-    settings = SMALL | overrides
+    kind, settings = load(name), SMALL | overrides
     if name == "reward-modelling":
-        return make_agent(name, reward_policy(), data=ranked(), **({"episodes": 3} | overrides))
+        return make_agent(name, reward_policy(), data=ranked(), **({"episodes": 6} | overrides))
     policy = text_policy(env or text_env(face, settings["group_size"]), face)
     if settings.get("value_from") == "reward_model":
         return make_agent(name, policy, learned_task(), **settings)
-    data = demonstrations(texts(), 2, 6) if name == "sft" or load(name).mixes_data else None
-    if name == "sft":
-        settings = {"episodes": 8} | overrides
-    return make_agent(name, policy, data=data, **settings)
+    if kind.needs_data:
+        settings = {"episodes": 6 if kind.unit == "group" else 8} | overrides
+    if kind.preference_data:
+        if {"pairs", "flip"} & overrides.keys():  # what simulated annotators are told
+            return make_agent(name, policy, text_task(), **settings)
+        return make_agent(name, policy, data=ranked(), **settings)
+    if name == "iterated-rlhf":
+        settings = ROUNDS | settings
+    data = demonstrations(texts(), 2, 6) if kind.needs_data or kind.mixes_data else None
+    agent = make_agent(name, policy, data=data, **settings)
+    if name == "quark":
+        agent.reference = LMPolicy.for_mdp(text_env().mdp, text_task().reference)
+    return agent
+
+
+def batch_for(name: str, face: str = "mdp") -> Trajectories:
+    """What an agent of that name learns from."""
+    return next(learner(name).batches()) if load(name).needs_data else text_batch(face)
 
 
 def control_env(rows: int = 2, name: str = "CartPole-v1", **options):

@@ -40,17 +40,11 @@ def distance(a, b):
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def batch_for(name, face="mdp"):
-    if name == "reward-modelling":
-        return batches.ranked()
-    return batches.text_batch(face)
-
-
 @pytest.mark.parametrize(
     ("name", "face"), [(n, "mdp") for n in batches.LEARNERS] + [(n, "bandit") for n in batches.SAMPLERS]
 )
 def test_law_8_the_micro_batch_size_does_not_change_the_gradient(name, face, monkeypatch):
-    traj = batch_for(name, face)
+    traj = batches.batch_for(name, face)
     whole, parts = (
         first_gradient(
             batches.learner(name, face, micro_batch=size, epochs=1, minibatches=1, max_grad_norm=1e9), traj, monkeypatch
@@ -64,7 +58,7 @@ def test_law_8_the_micro_batch_size_does_not_change_the_gradient(name, face, mon
 @pytest.mark.parametrize("name", ["a2c", "reinforce", "reward-modelling"])
 def test_law_8_negative_control_equal_weights_per_micro_batch(name, monkeypatch):
     """Weighting every part the same (a mean of means) is wrong, and the comparison sees it."""
-    traj = batch_for(name)
+    traj = batches.batch_for(name)
     whole = first_gradient(batches.learner(name, max_grad_norm=1e9), traj, monkeypatch)
     real, size = units, 5
     calls = {"whole": None}
@@ -166,14 +160,14 @@ def test_nan_stops_before_the_weights_are_touched(where, monkeypatch):
 
 @pytest.mark.parametrize("name", batches.LEARNERS)
 def test_law_1_nan_in_masked_positions_changes_no_weight(name):
-    clean, dirty = batch_for(name), batch_for(name)
+    clean, dirty = batches.batch_for(name), batches.batch_for(name)
     for field in ("logprob", "reward", "ref_logprob"):
         if getattr(dirty, field) is not None:
             assert not dirty.mask.all()
             setattr(dirty, field, torch.where(dirty.mask, getattr(dirty, field), float("nan")))
     ends = []
     for traj in (clean, dirty):
-        agent = batches.learner(name, minibatches=2 if name in ("ppo", "sft") else 1)
+        agent = batches.learner(name, minibatches=2 if name in ("ppo", "sft", "quark") else 1)
         agent.update(traj)
         ends.append(batches.weights(agent.policy))
     assert batches.same(*ends)
@@ -313,11 +307,11 @@ STATE = {
 
 @pytest.mark.parametrize("name", batches.LEARNERS)
 def test_law_10_a_restored_agent_continues_bit_for_bit(name):
-    env, changes = batches.text_env(), STATE.get(name, {})
+    env, changes = batches.env_for(name), STATE.get(name, {})
     agent = batches.learner(name, env=env, **changes)
     learn(agent, env, 2)
     tensors, counters = agent.checkpoint()
-    twin_env = batches.text_env()
+    twin_env = batches.env_for(name)
     twin = batches.learner(name, env=twin_env, **changes)
     with torch.no_grad():
         for parameter in twin.policy.parameters():

@@ -1,0 +1,49 @@
+"""Binary FeedME: imitate the preferred responses, and forget the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs, winners
+from lm_envs.algos.sft import SFT
+from lm_envs.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.task import TextTask
+
+
+@dataclass
+class BinaryFeedMEConfig(PreferenceConfig):
+    """Settings of :class:`BinaryFeedME`; `episodes` is the number of winners per iteration."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size at the start."""
+    episodes: int | None = 64
+    """Preferred responses per iteration."""
+
+
+class BinaryFeedME(SFT):
+    """``-log pi(y_w|x)``, the mean over tokens: supervised fine-tuning on the winners (Dubois et al. 2023, AlpacaFarm,
+    section 3.2; after OpenAI's FeedME, which imitates samples that labellers rated highest).
+
+    Args:
+        policy: what learns.
+        config: settings.
+        data: preferences; from a task they are pairs of its reference's samples, ranked by simulated annotators.
+
+    Raises:
+        ValueError: no preferences, or a group without a winner.
+    """
+
+    Config = BinaryFeedMEConfig  # type: ignore[assignment]
+    name = "binary-feedme"
+    preference_data = True
+
+    def __init__(self, policy: Any, config: Any = None, data: Trajectories | None = None) -> None:
+        super().__init__(policy, config, winners(Comparisons(self.name, data).data))
+
+    @classmethod
+    def data_of(cls, task: TextTask, config: Any) -> Trajectories | None:
+        """Simulated annotators' preferences between a task's reference's samples."""
+        return annotated_pairs(task, config.pairs, config.flip, config.seed)

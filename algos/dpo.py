@@ -1,0 +1,111 @@
+"""DPO: learns from preferences directly, without a reward model and without sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lm_envs.algos.advantages import masked
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.batching import Before
+from lm_envs.algos.metrics import Metric
+from lm_envs.algos.preference_losses import dpo_loss
+from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs, by_group
+from lm_envs.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.task import TextTask
+
+_ROWS = 256  # a forward of the reference's
+
+
+@dataclass
+class DPOConfig(PreferenceConfig):
+    """Settings of :class:`DPO`; `episodes` is the number of groups per iteration."""
+
+    learning_rate: float = 3e-4
+    """Adam's step size at the start."""
+    episodes: int | None = 64
+    """Groups of ranked texts per iteration, a pair each where they come from a task."""
+    beta: float = 0.1
+    """Coefficient of the KL penalty that the loss stands for."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_beta(self.beta)
+
+
+class DPO(Agent[DPOConfig]):
+    """``-log sigmoid(beta * (D_w - D_l))``, ``D`` the summed log-ratio to the reference (Rafailov et al. 2023, eq. 7).
+
+    The reference is the policy as it is when the agent is made. A ranking of K texts counts as its pairs, ``1 / (K
+    choose 2)`` each.
+
+    Args:
+        policy: what learns.
+        config: settings.
+        data: preferences; from a task they are pairs of its reference's samples, ranked by simulated annotators.
+
+    Raises:
+        ValueError: no preferences, or a group without a pair.
+    """
+
+    Config = DPOConfig
+    name = "dpo"
+    unit = "group"
+    needs_data = True
+    preference_data = True
+
+    def __init__(self, policy: Any, config: DPOConfig | None = None, data: Trajectories | None = None) -> None:
+        super().__init__(policy, config)
+        self._comparisons = Comparisons(self.name, data)
+        held = self._comparisons.data
+        reference = Before(policy, held, self.config.micro_batch or _ROWS).logprob.to(held.mask.device)
+        self._comparisons.data = replace(held, ref_logprob=reference)
+
+    @classmethod
+    def data_of(cls, task: TextTask, config: DPOConfig) -> Trajectories | None:
+        """Simulated annotators' preferences between a task's reference's samples."""
+        return annotated_pairs(task, config.pairs, config.flip, config.seed)
+
+    def batches(self) -> Iterator[Trajectories]:
+        """Passes over the groups, each in a new order that depends on the seed and the pass alone."""
+        size = self.config.episodes
+        assert size is not None
+        return self._comparisons.batches(size, self.config.seed, self.iterations_done)
+
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
+        """The mean over groups of the mean over pairs; also the share of pairs that the log-ratios order rightly."""
+        return preference_loss(traj, now, self.config.beta)
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        assert self._comparisons.data.ref_logprob is not None
+        return {"ref_logprob": self._comparisons.data.ref_logprob}, {}
+
+    def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self._comparisons.data.ref_logprob = tensors["ref_logprob"].clone()
+
+
+def check_beta(beta: float) -> None:
+    """Raises ValueError unless beta is positive."""
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+
+
+def preference_loss(traj: Trajectories, now: Any, beta: float) -> tuple[Tensor, dict[str, Metric]]:
+    """:func:`~lm_envs.algos.preference_losses.dpo_loss` of a batch of whole groups, and its metrics."""
+    assert traj.group is not None and traj.rank is not None and traj.ref_logprob is not None
+    moved = masked(now.logprob, traj.mask) - masked(traj.ref_logprob, traj.mask).to(now.logprob.dtype)
+    ratio, _ = by_group(moved.sum(dim=1), traj.group, 0.0)
+    ranks, _ = by_group(traj.rank, traj.group, -1)
+    loss = dpo_loss(ratio, ranks, beta)
+    pairs = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None]
+    margin = (ratio[:, :, None] - ratio[:, None, :]).detach()
+    return loss, {
+        "dpo_loss": loss.detach(),
+        "accuracy": ((pairs & (margin > 0)).sum(), pairs.sum()),
+        "margin": (beta * masked(margin, pairs).sum(), pairs.sum()),
+    }

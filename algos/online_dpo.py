@@ -1,0 +1,82 @@
+"""Online DPO: DPO between the best and the worst of the policy's own samples, batch after batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.batching import episode_value, groups
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.dpo import check_beta, preference_loss
+from lm_envs.algos.metrics import Metric
+from lm_envs.trajectories import Trajectories
+
+
+@dataclass
+class OnlineDPOConfig(AgentConfig):
+    """Settings of :class:`OnlineDPO`; the defaults are for a small language model."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size at the start."""
+    group_size: int = 4
+    """Episodes in a row that share a prompt, at least 2, of which the best and the worst are compared."""
+    beta: float = 0.1
+    """Coefficient of the KL penalty that the loss stands for."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_beta(self.beta)
+        if self.steps is not None:
+            raise ValueError("online DPO compares whole episodes: set episodes, not steps")
+        if self.group_size < 2:
+            raise ValueError("online DPO compares episodes of a prompt: group_size must be at least 2, got 1")
+
+
+class OnlineDPO(Agent[OnlineDPOConfig]):
+    """``-log sigmoid(beta * (D_best - D_worst))`` on fresh samples (Guo et al. 2024, "Direct language model alignment
+    from online AI feedback"; the best and worst of more than two, as Xiong et al. 2024 do).
+
+    The reward model's score decides, and the reference is the env's. A group of equal scores teaches nothing. Text
+    only: on control there is no reference.
+    """
+
+    Config = OnlineDPOConfig
+    name = "online-dpo"
+    unit = "group"
+
+    def update(self, traj: Trajectories) -> dict[str, float]:
+        """Learns from the best and the worst of each group."""
+        value = episode_value(traj)
+        if traj.ref_logprob is None:
+            raise ValueError("online-dpo needs Trajectories.ref_logprob, and these have none: it is for text envs")
+        best, worst = extremes(value, groups(traj)[1])
+        differ = value[best] > value[worst]
+        kept = torch.stack([best[differ], worst[differ]], dim=1)
+        metrics = {"score_gap": float((value[best] - value[worst]).double().mean())}
+        if not len(kept):
+            self.iterations_done += 1
+            return metrics | {"updates": 0}
+        chosen = traj.select(kept.reshape(-1))
+        chosen.rank = torch.tensor([0, 1], device=kept.device).repeat(len(kept))
+        chosen.group = torch.arange(len(kept), device=kept.device).repeat_interleave(2)
+        return metrics | super().update(chosen)
+
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
+        """The mean over pairs."""
+        return preference_loss(traj, now, self.config.beta)
+
+
+def extremes(value: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Row indices ``(G,)`` of the largest and of the smallest ``value (B,)`` of each group 0 .. G-1, ties to the
+    earlier.
+    """
+    best, worst = [], []
+    for number in range(int(group.max()) + 1):
+        rows = (group == number).nonzero().squeeze(1)
+        best.append(rows[value[rows].argmax()])
+        worst.append(rows[value[rows].argmin()])
+    return torch.stack(best), torch.stack(worst)

@@ -1,0 +1,41 @@
+"""Losses of rankings: pure functions on a line of scores and a line of ranks per group. Bradley-Terry's is
+:func:`lm_envs.supervised.bradley_terry_loss`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lm_envs.algos.advantages import masked
+from lm_envs.supervised import bradley_terry_loss
+
+
+def plackett_luce_loss(scores: Tensor, rank: Tensor) -> Tensor:
+    """``-sum_k [s_(k) - log sum_{j >= k} exp s_(j)]``, the mean over groups, ``s_(k)`` the score of the k-th best.
+
+    The best is chosen among all, the next among the rest, and so on (Plackett 1975; Luce 1959). With two texts it
+    is Bradley-Terry's. Unlike the mean over pairs it grows with K, as a log-likelihood does.
+
+    Args:
+        scores: ``(G, K)``.
+        rank: ``(G, K)`` int64, 0 is best, no two alike within a group; negative ranks mark absent texts.
+    """
+    order = torch.where(rank < 0, rank.max() + 1, rank).argsort(dim=1)
+    here = (rank >= 0).gather(1, order)
+    ordered = scores.gather(1, order)
+    low = torch.finfo(scores.dtype).min
+    rest = masked(ordered, here, low).flip(1).logcumsumexp(dim=1).flip(1)
+    return masked(rest - ordered, here).sum() / len(scores)
+
+
+def dpo_loss(log_ratio: Tensor, rank: Tensor, beta: float) -> Tensor:
+    """``-log sigmoid(beta * (D_w - D_l))``, the mean over groups of the mean over their pairs (Rafailov et al. 2023,
+    "Direct preference optimization", eq. 7). ``log 2`` where the policy is the reference.
+
+    Args:
+        log_ratio: ``(G, K)``, ``D = sum_t log pi - log ref`` of each response.
+        rank: ``(G, K)`` int64, 0 is best; equal ranks make no pair, negative ranks mark absent responses.
+        beta: of the KL penalty that the loss stands for.
+    """
+    return bradley_terry_loss(beta * log_ratio, rank)

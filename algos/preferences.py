@@ -1,0 +1,162 @@
+"""Preferences: groups of ranked texts as Trajectories, their batches, and simulated annotators who make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm_envs.algos.batching import stream
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.sft import demonstrations, from_responses
+from lm_envs.tasks import making
+from lm_envs.tasks.reviews import annotate
+from lm_envs.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.task import TextTask
+
+
+@dataclass
+class PreferenceConfig(AgentConfig):
+    """Adds what the preferences are made of, where they come from a task."""
+
+    pairs: int = 2048
+    """Pairs of the reference's responses to compare, where no preferences are given."""
+    flip: float = 0.25
+    """Probability that a simulated annotator's choice is recorded the wrong way round."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs < 1:
+            raise ValueError(f"{type(self).__name__}.pairs must be positive, got {self.pairs}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"{type(self).__name__}.flip must lie in [0, 1], got {self.flip}")
+
+
+class Comparisons:
+    """Groups of ranked texts, in batches of whole groups.
+
+    Args:
+        name: of the algorithm, for messages.
+        data: Trajectories with ``group`` and ``rank``, 0 the best.
+
+    Raises:
+        ValueError: no data, no ranks, or a group in which all ranks are equal.
+    """
+
+    def __init__(self, name: str, data: Trajectories | None) -> None:
+        if data is None or data.group is None or data.rank is None:
+            raise ValueError(
+                f"{name} learns from preferences: pass data=Trajectories with group and rank, "
+                "see preferences.preferences"
+            )
+        ranks, present = by_group(data.rank, data.group, -1)
+        flat = (ranks.amax(dim=1) == ranks.masked_fill(ranks < 0, ranks.max() + 1).amin(dim=1)).nonzero()
+        if len(flat):
+            number = int(torch.unique(data.group)[flat[0, 0]])
+            raise ValueError(f"{name}: group {number} has no two texts of different rank, so no pair to learn")
+        self.data, self.ranks = data, ranks
+        order = torch.argsort(data.group, stable=True)
+        self._groups = order.split(present.sum(dim=1).tolist())
+
+    def batches(self, size: int, seed: int, start: int) -> Iterator[Trajectories]:
+        """Passes over the groups, ``size`` at a time, each in a new order that depends on the seed and the pass
+        alone.
+        """
+        for index in stream(len(self._groups), size, seed, start):
+            # A group drawn twice in one batch (there are fewer than `size`) must not become one group of
+            # twice the texts.
+            rows = [self._groups[i] for i in index]
+            batch = self.data.select(torch.cat(rows))
+            sizes = torch.tensor([len(r) for r in rows])
+            batch.group = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+            yield batch
+
+
+def by_group(x: Tensor, group: Tensor, fill: float) -> tuple[Tensor, Tensor]:
+    """Rows as a table, one line per group.
+
+    Args:
+        x: ``(B,)``.
+        group: ``(B,)`` int64.
+        fill: for groups smaller than the largest.
+
+    Returns:
+        ``(G, K)`` in the order of the groups' numbers and of the rows within each, and where it holds a row,
+        bool.
+    """
+    counts = torch.unique(group, return_counts=True)[1]
+    present = torch.arange(int(counts.max()), device=x.device) < counts[:, None]
+    table = x.new_full(present.shape, fill)
+    return table.masked_scatter(present, x[torch.argsort(group, stable=True)]), present
+
+
+def preferences(
+    groups: Sequence[Sequence[Sequence[int]]],
+    rank: Sequence[Sequence[int]],
+    prompt_length: int,
+    max_new_tokens: int,
+) -> Trajectories:
+    """Ranked texts as Trajectories.
+
+    Args:
+        groups: per prompt its texts as token ids, prompt and response in one.
+        rank: per prompt the rank of each text, 0 the best.
+        prompt_length, max_new_tokens: as for :func:`lm_envs.algos.sft.demonstrations`.
+    """
+    texts = [text for group in groups for text in group]
+    number = [i for i, group in enumerate(groups) for _ in group]
+    traj = demonstrations(texts, prompt_length, max_new_tokens, number)
+    traj.rank = torch.as_tensor([place for ranks in rank for place in ranks], dtype=torch.int64)
+    if traj.rank.shape != (len(texts),):
+        raise ValueError(f"preferences: {len(texts)} texts and {len(traj.rank)} ranks; there must be one rank per text")
+    return traj
+
+
+def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Trajectories:
+    """Pairs of the reference's responses to training prompts, ranked by simulated annotators.
+
+    They follow the task's judge, or its reward where it has none, by
+    :func:`lm_envs.tasks.reviews.annotate`. A function of its arguments.
+
+    Args:
+        pairs: how many; the prompts take turns.
+        flip: probability that a choice is recorded the wrong way round.
+        seed: of the responses and of the annotators.
+    """
+    chosen = [task.prompts["train"][i // 2 % len(task.prompts["train"])] for i in range(2 * pairs)]
+    samples = making.sample(
+        task.reference,
+        task.tokenizer,
+        chosen,
+        len(chosen),
+        eos_token_id=task.eos_token_id,
+        max_new_tokens=task.max_new_tokens,
+        min_new_tokens=task.min_new_tokens,
+        temperature=task.temperature,
+        seed=seed,
+        batch_size=512,
+    )
+    gold = samples.score(task.judge or task.reward).reshape(-1, 2)
+    group = np.repeat(np.arange(pairs), 2).tolist()
+    traj = from_responses(chosen, samples.completion_ids, task.prompt_length, group)
+    traj.rank = ranks_of(annotate(gold[:, 0], gold[:, 1], flip=flip, seed=seed))
+    return traj
+
+
+def ranks_of(first_is_better: np.ndarray) -> Tensor:
+    """``(2N,)`` ranks of N pairs that stand row after row, from ``(N,)`` choices."""
+    return torch.from_numpy(np.stack([~first_is_better, first_is_better], axis=1).reshape(-1).astype(np.int64))
+
+
+def winners(data: Trajectories) -> Trajectories:
+    """The rows of rank 0, without groups and ranks: demonstrations."""
+    assert data.rank is not None
+    best = data.select(data.rank == 0)
+    best.group = best.rank = None
+    return best

@@ -1,0 +1,172 @@
+"""Quark: learn responses with a token for how good they were, then ask for the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm_envs.algos.agent import Agent
+from lm_envs.algos.batching import episode_value
+from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.losses import kl_estimate, masked_mean, nll
+from lm_envs.algos.metrics import Metric
+from lm_envs.algos.policy_gradient import reference_policy
+from lm_envs.algos.reward_tokens import prepend, without_tokens
+from lm_envs.kl import text_envs
+from lm_envs.trajectories import Trajectories
+
+_DRAW = 2**31  # keeps the draw from the pool apart from the order of minibatches
+
+
+@dataclass
+class QuarkConfig(AgentConfig):
+    """Settings of :class:`Quark`; the defaults are for a small language model."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size at the start."""
+    minibatches: int = 2
+    """Adam steps per pass."""
+    quantiles: int = 5
+    """K, how many parts of equal size the pool is sorted into, and how many reward tokens there are."""
+    best_only: bool = False
+    """Learn from the best quantile alone (AlpacaFarm's form) instead of from the whole pool."""
+    pool: int | None = None
+    """How many of the newest episodes the pool keeps. None keeps all."""
+    learn_episodes: int | None = None
+    """Episodes learned from per iteration, drawn from the pool. None takes as many as were sampled."""
+    kl_coef: float | None = 0.05
+    """Weight of the KL to the reference, in the loss. None takes the env's."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantiles < 2:
+            raise ValueError(f"quantiles must be at least 2, got {self.quantiles}")
+        for name in ("pool", "learn_episodes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
+        if self.steps is not None:
+            raise ValueError("quark learns from scores of whole responses: set episodes, not steps")
+
+
+class Quark(Agent[QuarkConfig]):
+    """``-log pi(y|r_k, x) + kl_coef * KL(pi || ref) - entropy_coef * H``, means over tokens (Lu et al. 2022, "Quark:
+    controllable text generation with reinforced unlearning", section 2).
+
+    Every sample goes into a pool; sorted by score, the pool is cut into K quantiles, and an episode of the k-th is
+    learned with the k-th reward token before its prompt. Sampling is on the best token, and on none before the
+    first update, when the policy is the reference. The KL is over the whole vocabulary at each state, the
+    reference reading the prompt without the token. AlpacaFarm's form (Dubois et al. 2023) is ``best_only``. Text
+    only: the token stands before a prompt.
+    """
+
+    Config = QuarkConfig
+    name = "quark"
+    unit = "token"
+    kl_in_reward = False  # type: ignore[assignment]
+    reference: Any = None
+
+    def __init__(self, policy: Any, config: QuarkConfig | None = None) -> None:
+        config = QuarkConfig() if config is None else config
+        if not hasattr(policy, "add_reward_tokens"):
+            raise ValueError(f"quark is for language-model policies, not {type(policy).__name__}")
+        policy.add_reward_tokens(config.quantiles)  # first, so that Adam sees them
+        super().__init__(policy, config)
+        self._pool: Trajectories | None = None
+
+    def _set_kl_coef(self, env: Any) -> float | None:
+        if self.reference is None and text_envs(env):
+            self.reference = reference_policy(env)
+        return super()._set_kl_coef(env)
+
+    def update(self, traj: Trajectories) -> dict[str, float]:
+        """Adds the batch to the pool and learns from a draw of it."""
+        config, fresh = self.config, poolable(traj)
+        pool = fresh if self._pool is None else Trajectories.concatenate([self._pool, fresh])
+        self._pool = pool = pool if config.pool is None else pool.select(slice(-config.pool, None))
+        assert pool.score is not None and pool.prompt is not None
+        quantile = quantiles(pool.score, config.quantiles)
+        candidates = (quantile == config.quantiles - 1).nonzero().squeeze(1) if config.best_only else None
+        count = len(pool) if candidates is None else len(candidates)
+        rng = np.random.default_rng((config.seed, self.iterations_done, _DRAW))
+        index = torch.from_numpy(rng.permutation(count)[: config.learn_episodes or len(traj)])
+        index = index if candidates is None else candidates[index]
+        drawn = pool.select(index)
+        drawn.prompt = prepend(pool.prompt[index], self.policy.vocabulary + quantile[index])
+        best = pool.score[quantile == config.quantiles - 1]
+        metrics = {"pool": len(pool), "best_quantile_score": float(best.mean())}
+        metrics |= super().update(drawn)
+        self.policy.condition_on(config.quantiles - 1)
+        return metrics
+
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
+        """Token means of the likelihood, the KL and the entropy bonus."""
+        mask, coef = traj.mask, self.kl_coefficient()
+        likelihood = masked_mean(nll(now.logprob, mask), mask)
+        entropy = masked_mean(now.entropy, mask)
+        loss = likelihood - self.config.entropy_coef * entropy
+        metrics: dict[str, Metric] = {"nll": likelihood.detach(), "entropy": entropy.detach()}
+        if coef:
+            if self.reference is None:
+                raise ValueError("quark: the KL needs a reference, and no env was seen yet: set .reference")
+            assert traj.prompt is not None
+            plain = traj.select(slice(None))
+            plain.prompt = without_tokens(traj.prompt, self.policy.vocabulary)
+            with torch.no_grad():
+                reference = self.reference.evaluate(plain).log_probs()
+            kl = masked_mean(kl_estimate("full", now.log_probs(), reference, mask), mask)
+            loss, metrics["token_kl"] = loss + coef * kl, kl.detach()
+        return loss, metrics
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        pool = self._pool
+        if pool is None:
+            return {}, {}
+        assert pool.prompt is not None and pool.response is not None and pool.score is not None
+        return {"prompt": pool.prompt, "response": pool.response, "score": pool.score}, {}
+
+    def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self._pool = pool_of(tensors["prompt"], tensors["response"], tensors["score"]) if tensors else None
+
+
+def poolable(traj: Trajectories) -> Trajectories:
+    """What the pool keeps of a batch of either face: prompts, responses, scores.
+
+    Raises:
+        ValueError: the batch has no rewards, or is not of text.
+    """
+    score = episode_value(traj)
+    if traj.prompt is None or traj.response is None:
+        raise ValueError("quark learns from text: these trajectories have no prompts")
+    return pool_of(traj.prompt, traj.response, score)
+
+
+def pool_of(prompt: Tensor, response: Tensor, score: Tensor) -> Trajectories:
+    """Episodes of the MDP face, on the CPU."""
+    prompt, response, score = (x.detach().cpu().clone() for x in (prompt, response, score))
+    ended = torch.ones(len(response), dtype=torch.bool)
+    return Trajectories(
+        actions=response.clamp(min=0),
+        mask=response >= 0,
+        terminated=ended,
+        truncated=~ended,
+        prompt=prompt,
+        response=response,
+        score=score,
+    )
+
+
+def quantiles(score: Tensor, count: int) -> Tensor:
+    """``(N,)`` int64: which of ``count`` parts of equal size each of ``score (N,)`` falls into, 0 the lowest; of equal
+    scores the later is the higher.
+    """
+    order = torch.argsort(score, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(score))
+    return place * count // len(score)

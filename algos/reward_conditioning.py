@@ -1,0 +1,73 @@
+"""Binary reward conditioning: learn good and bad responses with the sign of each, then ask for good ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs
+from lm_envs.algos.reward_tokens import prepend
+from lm_envs.algos.sft import SFT
+from lm_envs.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.task import TextTask
+
+WORSE, BETTER = 0, 1
+
+
+@dataclass
+class RewardConditioningConfig(PreferenceConfig):
+    """Settings of :class:`RewardConditioning`; `episodes` is the number of responses per iteration."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size at the start."""
+    episodes: int | None = 128
+    """Responses, good and bad, per iteration."""
+
+
+class RewardConditioning(SFT):
+    """``-log pi(y_w|+, x)`` and ``-log pi(y_l|-, x)``, the mean over tokens of both; samples on ``+`` (Dubois et al.
+    2023, AlpacaFarm, section 3.2; the binary form of Keskar et al. 2019 and Lu et al. 2022).
+
+    The two signs are reward tokens before the prompt (:mod:`lm_envs.algos.reward_tokens`). Until its first update
+    the policy is its start, without a token.
+
+    Args:
+        policy: what learns: a language model.
+        config: settings.
+        data: preferences; the best of a group are good, the rest are bad. From a task they are pairs of its
+            reference's samples, ranked by simulated annotators.
+
+    Raises:
+        ValueError: no preferences, or a group without a pair.
+    """
+
+    Config = RewardConditioningConfig  # type: ignore[assignment]
+    name = "reward-conditioning"
+    preference_data = True
+
+    def __init__(self, policy: Any, config: Any = None, data: Trajectories | None = None) -> None:
+        held = Comparisons(self.name, data).data
+        policy.add_reward_tokens(2)  # first, so that Adam sees them
+        super().__init__(policy, config, signed(held, policy.vocabulary))
+
+    @classmethod
+    def data_of(cls, task: TextTask, config: Any) -> Trajectories | None:
+        """Simulated annotators' preferences between a task's reference's samples."""
+        return annotated_pairs(task, config.pairs, config.flip, config.seed)
+
+    def update(self, traj: Trajectories) -> dict[str, float]:
+        """As SFT's; from here on the policy answers to ``+``."""
+        metrics = super().update(traj)
+        self.policy.condition_on(BETTER)
+        return metrics
+
+
+def signed(data: Trajectories, vocabulary: int) -> Trajectories:
+    """Preferences as demonstrations whose prompts begin with ``+`` where the rank is 0 and with ``-`` elsewhere."""
+    assert data.rank is not None and data.prompt is not None and data.response is not None
+    rows = data.select(slice(None))
+    rows.prompt = prepend(data.prompt, vocabulary + (data.rank == 0).long())
+    rows.obs = rows.group = rows.rank = None
+    return rows

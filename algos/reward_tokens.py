@@ -1,0 +1,57 @@
+"""Reward tokens: tokens that stand before a prompt and say how good the response is to be.
+
+The models' vocabulary is fixed, and so is the environment's. The tokens are rows of the *input* embedding alone: ids V,
+V + 1, ... can be read and never written, so the policy's distribution stays one over V tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ExtendedEmbedding(nn.Module):
+    """An input embedding with ``count`` more rows, which start at the mean of the others.
+
+    The first V rows are the module that was there, so an output layer tied to it stays tied.
+
+    Args:
+        base: ``Embedding(V, d)``, or a module with a ``weight (V, d)`` that embeds ids.
+        count: how many rows to add.
+    """
+
+    def __init__(self, base: nn.Module, count: int) -> None:
+        super().__init__()
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        self.base, self.vocabulary = base, weight.shape[0]
+        self.extra = nn.Parameter(weight.detach().mean(dim=0).repeat(count, 1))
+
+    @property
+    def weight(self) -> Tensor:
+        """``(V, d)``, the rows that the output layer may be tied to."""
+        return self.base.weight  # type: ignore[return-value]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``(..., d)`` of ids below V + count."""
+        added = ids >= self.vocabulary
+        found = self.base(ids.masked_fill(added, 0))
+        if not bool(added.any()):
+            return found
+        rows = self.extra[(ids - self.vocabulary).clamp(min=0)]
+        return torch.where(added.unsqueeze(-1), rows, found)
+
+
+def prepend(prompt: Tensor, token: Tensor | int) -> Tensor:
+    """``(B, P + 1)``: prompts ``(B, P)``, left-padded with -1, with a token (one for all, or ``(B,)``) before their
+    first.
+    """
+    wide = nn.functional.pad(prompt, (1, 0), value=-1)
+    place = (wide < 0).sum(dim=1, keepdim=True) - 1
+    tokens = torch.as_tensor(token, dtype=prompt.dtype, device=prompt.device).reshape(-1, 1).expand(len(prompt), 1)
+    return wide.scatter(1, place, tokens)
+
+
+def without_tokens(prompt: Tensor, vocabulary: int) -> Tensor:
+    """Prompts with their reward token taken out again; they stay left-padded, as wide as before."""
+    return prompt.masked_fill(prompt >= vocabulary, -1)
