@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ExtendedEmbedding(nn.Module):
-    """An input embedding with ``count`` more rows, which start at the mean of the others.
+    """An input embedding with ``count`` more rows, which start as unlike one another as the others are.
 
     The first V rows are the module that was there, so an output layer tied to it stays tied.
 
@@ -25,7 +25,10 @@ class ExtendedEmbedding(nn.Module):
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.base, self.vocabulary = base, weight.shape[0]
-        self.extra = nn.Parameter(weight.detach().mean(dim=0).repeat(count, 1))
+        # A normal draw with the rows' own moments; tokens that start alike take long to mean different things.
+        noise = torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(count))
+        table = weight.detach()
+        self.extra = nn.Parameter(table.mean(dim=0) + table.std(dim=0) * noise.to(table))
 
     @property
     def weight(self) -> Tensor:
