@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real test test-slow lint format types clean
+.PHONY: help setup demo demo-real test test-slow mutants lint format types clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -41,6 +41,9 @@ test: $(READY)  ## the tests that take minutes together; no network, no GPU
 
 test-slow: $(READY)  ## the long ones: learning curves, installs from the package index
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+mutants: $(READY)  ## break the details one by one and see that the tests notice (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
 lint: $(READY)  ## ruff, both halves
 	$(BIN)/ruff check .

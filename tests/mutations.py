@@ -1,0 +1,565 @@
+"""Break what decides whether RLHF code is right, one place at a time, and see whether the tests notice.
+
+    make mutants                                  all of them
+    python tests/mutations.py whitening ratio     those whose name holds one of the words
+
+Each mutation is made in a copy of the checkout, and the tests named beside it run there. It is *killed* if they fail, and
+*survives* if they pass: then a test is missing. The same tests pass on the copy before anything is broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A text of a file, what takes its place, and the tests that should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+ROLLOUT, TEXT_ENV = "tests/lm_envs/test_rollout.py", "tests/lm_envs/test_text_env.py"
+LOSSES, ADVANTAGES = "tests/algos/test_losses.py", "tests/algos/test_advantages.py"
+AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py"
+GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
+VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/test_critics.py"
+TOKENS, PREFERENCES = "tests/algos/test_reward_tokens.py", "tests/algos/test_preferences.py"
+
+MUTATIONS = [
+    # Rewards and masks
+    Mutation(
+        "the KL penalty is clamped at 0, step path",
+        "lm_envs/vector_env.py",
+        "rewards[rows] += self.kl_coef * (reference - np.nan_to_num(reported[rows], nan=0.0))",
+        "rewards[rows] += self.kl_coef * np.minimum(reference - np.nan_to_num(reported[rows], nan=0.0), 0)",
+        TEXT_ENV,
+    ),
+    Mutation(
+        "the KL penalty is clamped at 0, bulk path",
+        "lm_envs/rollout.py",
+        "reward = score + kl_coef * (ref_logprob - logprob)",
+        "reward = score + kl_coef * (ref_logprob - logprob).clamp(max=0)",
+        ROLLOUT,
+    ),
+    Mutation(
+        "the KL penalty has the other sign",
+        "lm_envs/rollout.py",
+        "reward = score + kl_coef * (ref_logprob - logprob)",
+        "reward = score + kl_coef * (logprob - ref_logprob)",
+        ROLLOUT,
+    ),
+    Mutation(
+        "the score lands one action early",
+        "lm_envs/text_mdp.py",
+        "per_token[rows, lengths - 1] = raw",
+        "per_token[rows, np.maximum(lengths - 2, 0)] = raw",
+        f"{TEXT_ENV} {ROLLOUT}",
+    ),
+    Mutation(
+        "EOS is no action of the policy",
+        "algos/policies.py",
+        "prompt, mask = self._conditioned(prompt), response >= 0",
+        "prompt, mask = self._conditioned(prompt), (response >= 0) & (response != self.eos_token_id)",
+        f"{ROLLOUT} {AGENT}::test_law_7_the_ratio_is_one_and_the_sampled_logprob_is_the_policys",
+    ),
+    Mutation(
+        "a missing EOS pays instead of costing",
+        "lm_envs/text_mdp.py",
+        "per_token[rows[cut], lengths[cut] - 1] -= amount",
+        "per_token[rows[cut], lengths[cut] - 1] += amount",
+        TEXT_ENV,
+    ),
+    Mutation(
+        "replacing the score of a missing EOS adds to it",
+        "lm_envs/text_mdp.py",
+        "per_token[cut] = 0.0\n                per_token[rows[cut], lengths[cut] - 1] = amount",
+        "per_token[rows[cut], lengths[cut] - 1] += amount",
+        TEXT_ENV,
+    ),
+    Mutation(
+        "the response loses its EOS before it is scored",
+        "lm_envs/vector_env.py",
+        "behind = np.cumsum(is_eos, axis=1) - is_eos > 0",
+        "behind = np.cumsum(is_eos, axis=1) > 0",
+        f"{TEXT_ENV} {ROLLOUT}",
+    ),
+    Mutation(
+        "padding is cleaned by a product, which keeps NaN",
+        "algos/advantages.py",
+        "return torch.where(mask, x, torch.full_like(x, fill))",
+        "return x * mask + fill * ~mask",
+        f"{LOSSES} {ADVANTAGES}",
+    ),
+    Mutation(
+        "left padding counts positions from the first column",
+        "lm_envs/observations.py",
+        '"position_ids": (present.cumsum(dim=1) - 1).clamp(min=0),',
+        '"position_ids": (present * 0 + 1).cumsum(dim=1) - 1,',
+        f"{ROLLOUT} tests/lm_envs/test_decoding.py",
+    ),
+    # Advantages
+    Mutation(
+        "whitening counts padding",
+        "algos/advantages.py",
+        "count = mask.sum().clamp(min=1)\n    mean",
+        "count = torch.tensor(mask.numel())\n    mean",
+        ADVANTAGES,
+    ),
+    Mutation(
+        "whitening divides by the sample variance",
+        "algos/advantages.py",
+        "(centred**2).sum() / count + _EPS",
+        "(centred**2).sum() / (count - 1) + _EPS",
+        ADVANTAGES,
+    ),
+    Mutation(
+        "whitening comes before the value's target",
+        "algos/ppo.py",
+        "        target = advantage + value\n        if self.config.whiten_advantage:\n"
+        "            advantage = adv.whiten(advantage, traj.mask)\n",
+        "        if self.config.whiten_advantage:\n"
+        "            advantage = adv.whiten(advantage, traj.mask)\n        target = advantage + value\n",
+        "tests/algos/test_ppo_variants.py",
+    ),
+    Mutation(
+        "GAE forgets lambda",
+        "algos/advantages.py",
+        "return discounted_returns(delta, mask, gamma * lam)",
+        "return discounted_returns(delta, mask, gamma)",
+        ADVANTAGES,
+    ),
+    Mutation(
+        "truncation is worth nothing",
+        "algos/advantages.py",
+        "return value.gather(1, mask.sum(dim=1, keepdim=True)).squeeze(1)",
+        "return torch.zeros_like(value[:, 0])",
+        ADVANTAGES,
+    ),
+    Mutation(
+        "termination bootstraps",
+        "algos/mlp_policy.py",
+        "cut = traj.truncated\n",
+        "cut = torch.ones_like(traj.truncated)\n",
+        "tests/algos/test_mlp_policy.py",
+    ),
+    Mutation(
+        "the value is read one token late",
+        "lm_envs/scoring.py",
+        "states = out.hidden_states[-1][:, -steps:] if hidden else None",
+        "states = out.hidden_states[-1][:, -steps:].roll(-1, 1) if hidden else None",
+        ROLLOUT,
+    ),
+    Mutation(
+        "the value head starts anywhere",
+        "algos/policies.py",
+        "nn.init.zeros_(self.value_head.weight)",
+        "nn.init.ones_(self.value_head.weight)",
+        CRITICS,
+    ),
+    Mutation(
+        "the reward model's critic is read one token late",
+        "algos/critics.py",
+        "score = logits[..., 0] if",
+        "logits = logits.roll(-1, 1)\n        score = logits[..., 0] if",
+        CRITICS,
+    ),
+    Mutation(
+        "the reward model's critic is in other units",
+        "algos/critics.py",
+        "return (score - mean) / std",
+        "return score",
+        CRITICS,
+    ),
+    Mutation(
+        "the group's baseline includes the episode itself",
+        "algos/advantages.py",
+        "return (sums - x) / (sizes - 1)",
+        "return sums / sizes",
+        ADVANTAGES,
+    ),
+    Mutation(
+        "the running mean includes the present batch",
+        "algos/reinforce.py",
+        "baseline = self._mean / self._weight if self._weight else 0.0\n"
+        "            mean = float(adv.masked(signal, traj.mask).sum() / traj.mask.sum())\n"
+        "            self._mean, self._weight = adv.running_mean(self._mean, self._weight, mean, "
+        "config.baseline_decay)\n",
+        "mean = float(adv.masked(signal, traj.mask).sum() / traj.mask.sum())\n"
+        "            self._mean, self._weight = adv.running_mean(self._mean, self._weight, mean, "
+        "config.baseline_decay)\n"
+        "            baseline = self._mean / self._weight\n",
+        ALGORITHMS + "::test_the_running_mean_is_of_past_batches_only",
+    ),
+    # Losses and the update
+    Mutation(
+        "advantages lose their sign",
+        "algos/losses.py",
+        "return -masked(advantage, mask) * masked(logprob, mask)",
+        "return -masked(advantage, mask).abs() * masked(logprob, mask)",
+        LOSSES,
+    ),
+    Mutation(
+        "PPO takes the better of the two",
+        "algos/losses.py",
+        "return torch.maximum(-advantage * ratio,",
+        "return torch.minimum(-advantage * ratio,",
+        LOSSES,
+    ),
+    Mutation(
+        "PPO's clip is wider above",
+        "algos/losses.py",
+        "-advantage * ratio.clamp(1 - clip, 1 + clip)",
+        "-advantage * ratio.clamp(1 - clip, 1 + 2 * clip)",
+        LOSSES,
+    ),
+    Mutation(
+        "the clipped value loss takes the better of the two",
+        "algos/losses.py",
+        "error = torch.maximum(error,",
+        "error = torch.minimum(error,",
+        LOSSES,
+    ),
+    Mutation(
+        "the ratio is off by one token",
+        "algos/ppo.py",
+        '"old_logprob": before.logprob,',
+        '"old_logprob": before.logprob.roll(1, 1),',
+        AGENT + "::test_law_7_the_ratio_is_one_and_the_sampled_logprob_is_the_policys",
+    ),
+    Mutation(
+        "the early stop never stops",
+        "algos/kl_control.py",
+        "return limit is not None and approx_kl > limit",
+        "return False",
+        f"tests/algos/test_kl_control.py {AGENT}::test_kl_stop_leaves_the_batch_before_the_step",
+    ),
+    Mutation(
+        "PPO-KLPEN penalises the other direction",
+        "algos/losses.py",
+        "coef * k3(old_logprob, logprob, mask)",
+        "coef * k3(logprob, old_logprob, mask)",
+        VARIANTS,
+    ),
+    Mutation(
+        "PPO-KLPEN's weight moves the wrong way",
+        "algos/ppo_klpen.py",
+        "return coef * 2 if kl > target * 1.5 else coef",
+        "return coef / 2 if kl > target * 1.5 else coef",
+        VARIANTS,
+    ),
+    Mutation(
+        "a batch's loss is a mean of means",
+        "algos/agent.py",
+        "(loss * (count / whole)).backward()",
+        "(loss * (len(part) / len(traj))).backward()",
+        AGENT + "::test_law_8_the_micro_batch_size_does_not_change_the_gradient",
+    ),
+    Mutation(
+        "a minibatch splits groups",
+        "algos/batching.py",
+        "parts = [np.flatnonzero(np.isin(inverse.cpu().numpy(), chosen)) for chosen in order]",
+        "parts = np.array_split(rng.permutation(len(traj)), count)",
+        AGENT + "::test_minibatches_cover_every_row_once_and_keep_groups_whole",
+    ),
+    Mutation(
+        "the update forgets the temperature",
+        "algos/policies.py",
+        "response.clamp(min=0), temperature=self.temperature, mask=mask",
+        "response.clamp(min=0), temperature=1.0, mask=mask",
+        ROLLOUT,
+    ),
+    Mutation(
+        "the update forgets the action mask",
+        "algos/policies.py",
+        "logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens)\n        found",
+        "found",
+        ROLLOUT,
+    ),
+    Mutation(
+        "the reference forgets the temperature",
+        "lm_envs/scoring.py",
+        "response[rows, :width].clamp(min=0), temperature=temperature, mask=mask[:, :width]",
+        "response[rows, :width].clamp(min=0), temperature=1.0, mask=mask[:, :width]",
+        ROLLOUT,
+    ),
+    Mutation(
+        "dropout is on while training",
+        "algos/policies.py",
+        "return super().train(False)",
+        "return super().train(mode)",
+        ROLLOUT + " " + AGENT,
+    ),
+    Mutation(
+        "the learning rate does not fall",
+        "algos/agent.py",
+        "left = 1 - self.iterations_done / self.config.iterations if self.config.anneal else 1.0",
+        "left = 1.0",
+        AGENT + "::test_learning_rate_falls_to_zero_over_the_iterations",
+    ),
+    Mutation(
+        "Adam's epsilon is PyTorch's",
+        "algos/agent.py",
+        "eps=self.config.adam_eps, fused=True",
+        "fused=True",
+        ALGORITHMS + "::test_no_setting_is_dead",
+    ),
+    Mutation(
+        "gradients are not clipped",
+        "algos/agent.py",
+        "nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)",
+        "nn.utils.clip_grad_norm_(self._parameters.values(), 1e9)",
+        ALGORITHMS + "::test_no_setting_is_dead",
+    ),
+    Mutation(
+        "the adaptive controller counts nats per token",
+        "algos/agent.py",
+        'self._kl.update(metrics["kl"], len(traj))',
+        'self._kl.update(metrics["kl"] / metrics["length"], len(traj))',
+        AGENT + "::test_the_adaptive_coefficient_reaches_the_env",
+    ),
+    Mutation(
+        "the adaptive controller's error is not clipped",
+        "algos/kl_control.py",
+        "error = min(max(kl / self.target - 1, -self.limit), self.limit)",
+        "error = kl / self.target - 1",
+        "tests/algos/test_kl_control.py",
+    ),
+    Mutation(
+        "the demonstrations' weight is ignored",
+        "algos/mixing.py",
+        "(weight * share * loss).backward()",
+        "(share * loss).backward()",
+        "tests/algos/test_mixing.py",
+    ),
+    Mutation(
+        "REINFORCE's likelihood term is a mean over tokens",
+        "algos/mixing.py",
+        'mean = masked_mean if unit == "token" else sequence_mean',
+        "mean = masked_mean",
+        "tests/algos/test_mixing.py",
+    ),
+    # KL in the loss
+    Mutation(
+        "k2 forgets the half",
+        "algos/losses.py",
+        "return 0.5 * k1(logprob, ref_logprob, mask) ** 2",
+        "return k1(logprob, ref_logprob, mask) ** 2",
+        LOSSES,
+    ),
+    Mutation(
+        "k3 is of the other ratio",
+        "algos/losses.py",
+        "return torch.expm1(-log_ratio) + log_ratio",
+        "return torch.expm1(log_ratio) - log_ratio",
+        LOSSES,
+    ),
+    Mutation(
+        "the penalty is charged in the reward and in the loss",
+        "algos/policy_gradient.py",
+        "return self.config.kl_loss is None",
+        "return True",
+        GRADIENT,
+    ),
+    # Algorithms
+    Mutation(
+        "GRPO does not divide by the standard deviation",
+        "algos/grpo.py",
+        " / (adv.group_std(returns, group) + _EPS)",
+        "",
+        GROUPS,
+    ),
+    Mutation(
+        "GRPO does not divide by the length",
+        "algos/losses.py",
+        "return (masked(x, mask).sum(dim=1) / mask.sum(dim=1)).mean()",
+        "return masked(x, mask).sum(dim=1).mean()",
+        GROUPS,
+    ),
+    Mutation(
+        "Dr. GRPO divides by the length",
+        "algos/dr_grpo.py",
+        "return sequence_mean(x, mask)",
+        "return super().mean(x, mask)",
+        GROUPS,
+    ),
+    Mutation(
+        "a Q critic's advantage is Q",
+        "algos/a2c.py",
+        "advantage = adv.masked(_chosen(before, traj) - before.value[:, :-1], traj.mask)",
+        "advantage = adv.masked(_chosen(before, traj), traj.mask)",
+        CRITICS,
+    ),
+    Mutation(
+        "expert iteration keeps the worst",
+        "algos/expert_iteration.py",
+        "order = torch.argsort(value, descending=True, stable=True)",
+        "order = torch.argsort(value, descending=False, stable=True)",
+        ALGORITHMS + "::test_best_of_groups_by_hand",
+    ),
+    Mutation(
+        "best-of-n keeps the worst",
+        "algos/best_of_n.py",
+        "score.argmax(axis=1)",
+        "score.argmin(axis=1)",
+        "tests/algos/test_best_of_n.py",
+    ),
+    Mutation(
+        "Quark's tokens stand for the other end",
+        "algos/quark.py",
+        "return place * count // len(score)",
+        "return count - 1 - place * count // len(score)",
+        TOKENS,
+    ),
+    Mutation(
+        "Quark's reference reads the reward token's place",
+        "algos/reward_tokens.py",
+        "return prompt.masked_fill(prompt >= vocabulary, -1)",
+        "return prompt.masked_fill(prompt >= vocabulary, 0)",
+        TOKENS,
+    ),
+    Mutation(
+        "reward conditioning samples on the bad sign",
+        "algos/reward_conditioning.py",
+        "self.policy.condition_on(BETTER)",
+        "self.policy.condition_on(WORSE)",
+        TOKENS,
+    ),
+    Mutation(
+        "DPO forgets beta",
+        "algos/preference_losses.py",
+        "return bradley_terry_loss(beta * log_ratio, rank)",
+        "return bradley_terry_loss(log_ratio, rank)",
+        PREFERENCES,
+    ),
+    Mutation(
+        "DPO's reference drifts with the policy",
+        "algos/dpo.py",
+        "masked(traj.ref_logprob, traj.mask).to(now.logprob.dtype)",
+        "masked(now.logprob.detach(), traj.mask)",
+        PREFERENCES,
+    ),
+    Mutation(
+        "pairs of a large group count for more",
+        "lm_envs/supervised.py",
+        "weights = 1.0 / pairs[group].to(losses.dtype)",
+        "weights = torch.ones_like(losses)",
+        f"{PREFERENCES} tests/lm_envs/test_supervised.py",
+    ),
+    Mutation(
+        "the reward head starts with another standard deviation",
+        "lm_envs/supervised.py",
+        "head.weight.normal_(std=(head.in_features + 1) ** -0.5,",
+        "head.weight.normal_(std=0.02,",
+        "tests/lm_envs/test_supervised.py",
+    ),
+    Mutation(
+        "Binary FeedME imitates losers",
+        "algos/preferences.py",
+        "best = data.select(data.rank == 0)",
+        "best = data.select(data.rank != 0)",
+        PREFERENCES,
+    ),
+    Mutation(
+        "iterated RLHF forgets earlier rounds' choices",
+        "algos/iterated_rlhf.py",
+        "self._choices = np.concatenate([self._choices, choices])",
+        "self._texts, self._choices = self._texts[-len(choices) :], choices",
+        "tests/algos/test_iterated_rlhf.py",
+    ),
+]
+
+
+def broken(mutation: Mutation, text: str) -> str:
+    """The file's text with the mutation in it.
+
+    Raises:
+        ValueError: the old text does not stand in it exactly once, so the list is out of date.
+    """
+    if (found := text.count(mutation.old)) != 1:
+        raise ValueError(f"{mutation.name!r}: its text stands {found} times in {mutation.file}; it must stand there once")
+    return text.replace(mutation.old, mutation.new)
+
+
+def _tests(folder: Path, selection: str) -> None:
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    import pytest
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *selection.split()])
+    os._exit(int(code))
+
+
+def passes(folder: Path, selection: str) -> bool:
+    """Whether the tests pass there; each time in a process of its own that has only the libraries loaded.
+
+    Raises:
+        RuntimeError: they could not be run.
+    """
+    process = multiprocessing.get_context("fork").Process(target=_tests, args=(folder, selection))
+    process.start()
+    process.join()
+    if process.exitcode not in (0, 1):
+        raise RuntimeError(f"pytest ended with {process.exitcode} on {selection}")
+    return process.exitcode == 0
+
+
+@contextlib.contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the checkout's sources."""
+    kept_away = shutil.ignore_patterns(".*", "build", "runs", "__pycache__", "*.egg-info")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "checkout"
+        shutil.copytree(CHECKOUT, folder, ignore=kept_away)
+        yield folder
+
+
+def main(words: list[str]) -> int:
+    """Runs the mutations whose name holds one of the words, all if there are none; 1 if one survives."""
+    sys.dont_write_bytecode = True  # a file that is broken and mended within a second would run from a stale one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import gymnasium  # noqa: F401 - loaded once, before the processes part
+    import torch  # noqa: F401
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: F401
+
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    survivors, start = [], time.perf_counter()
+    with copied() as folder:
+        for selection in dict.fromkeys(m.tests for m in chosen):
+            if not passes(folder, selection):
+                print(f"the tests fail before anything is broken: {selection}")
+                return 2
+        for mutation in chosen:
+            path = folder / mutation.file
+            whole = path.read_text(encoding="utf-8")
+            path.write_text(broken(mutation, whole), encoding="utf-8")
+            survived = passes(folder, mutation.tests)
+            path.write_text(whole, encoding="utf-8")
+            survivors += [mutation] * survived
+            print(f"{'SURVIVED' if survived else 'killed  '}  {mutation.name}", flush=True)
+    killed = len(chosen) - len(survivors)
+    print(f"{killed} of {len(chosen)} killed in {time.perf_counter() - start:.0f} s")
+    for mutation in survivors:
+        print(f"survived: {mutation.name} ({mutation.file}); its tests: {mutation.tests}")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
