@@ -188,8 +188,8 @@ def summarise(
     """The measured columns of a result, and what they were computed from.
 
     ``stats`` are the task's: with a ``judge_threshold`` or a ``reward_threshold`` the share of positive samples is
-    measured too. The KL of best-of-n has no estimate from samples (its own log-probability is unknown): it gets the upper bound
-    ``log n - (n - 1)/n``, and ``kl_is_bound``.
+    measured too. The KL of best-of-n has no estimate from samples (its own log-probability is unknown): it gets the
+    upper bound ``log n - (n - 1)/n``, and ``kl_is_bound``.
     """
     outcome = wins(found.gold, reference.gold)
     best = policy if isinstance(policy, BestOfN) else None
