@@ -127,6 +127,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
 def test_a_bad_request_is_one_line_and_leaves_no_run(tmp_path, capsys, arguments, message):
     said = refused(capsys, "compare", *arguments, "--out", tmp_path / "out")
     assert re.search(message, said)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
     assert not list(tmp_path.glob("out/*/*"))
 
 
