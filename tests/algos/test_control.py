@@ -55,7 +55,7 @@ def test_the_committed_settings_run_everywhere(name):
 @pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
 def test_a_little_training_helps_on_cartpole(name):
     budget = 4000
-    changes = {"reinforce": {"episodes": 8, "learning_rate": 0.01}}.get(name, {})
+    changes = {"reinforce": {"episodes": 8, "learning_rate": 0.01}, "a2c": {"learning_rate": 3e-3}}.get(name, {})
     agent = trained("CartPole-v1", name, 0, budget, **changes)
     untrained = make_agent(name, MLPPolicy(batches.control_env(), seed=0))
     assert cartpole_return(agent, 20) > cartpole_return(untrained, 20) + 15
