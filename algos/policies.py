@@ -21,6 +21,11 @@ from lm_envs.trajectories import Trajectories
 
 Face = Literal["mdp", "bandit"]
 
+NO_TRUNCATION = (
+    "top_k and top_p cannot be used in training: the support they leave moves with the policy, so a sampled token can "
+    "have log-probability -inf after an update. Train with temperature and min_new_tokens; truncate in evaluation only"
+)
+
 
 @dataclass
 class Evaluation:
@@ -128,12 +133,7 @@ class LMPolicy(Policy):
     ) -> None:
         super().__init__()
         if top_k not in (None, 0) or top_p not in (None, 1.0):
-            raise ValueError(
-                "top_k and top_p cannot be used in training: the support they leave moves with the policy, so a "
-                "sampled token can "
-                "have log-probability -inf after an update. Train with temperature and min_new_tokens; truncate "
-                "in evaluation only"
-            )
+            raise ValueError(NO_TRUNCATION)
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
         self.model = model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import traceback
@@ -15,7 +16,7 @@ from rich.console import Console
 
 import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain
-from lm_envs.benchmarks.names import base_task
+from lm_envs.benchmarks.names import base_task, is_control
 from lm_envs.benchmarks.overrides import parse_settings
 from lm_envs.benchmarks.suites import Plan, Suite, TaskSettings, load_suite
 
@@ -73,7 +74,7 @@ class Compare:
 
       lm-envs compare --suite demo --out runs/demo
       lm-envs compare --task reviews --algorithms sft best-of-16 ppo --seeds 0 1 2 --out runs/mine
-      lm-envs compare --suite demo-real --corpus reviews.jsonl --out runs/real
+      lm-envs compare --corpus reviews.jsonl --out runs/real
 
     OUT then holds results.csv, report.html, plots/ and a folder per run with its checkpoints. Ctrl-C stops after the
     iteration under way; the same command with --resume goes on, and skips what is finished. `lm-envs tasks` lists
@@ -87,7 +88,7 @@ class Compare:
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Algorithms; with --suite instead of its own."""
+    """Algorithms; with --suite instead of its own. Without either, a text task gets the demo's six and its settings."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = ()
     """Seeds; with --suite instead of its own."""
     iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -123,12 +124,17 @@ class Compare:
             tasks = self.task or tuple(own)
             if not tasks:
                 raise UserError(
-                    "say what to compare: --suite FILE.toml, or --task NAME with --algorithms "
+                    "say what to compare: --suite FILE.toml, or --task NAME, perhaps with --algorithms "
                     "(`lm-envs tasks` lists them)"
                 )
-            if not self.algorithms:
-                raise UserError("say which --algorithms to compare, as in --algorithms sft best-of-16 ppo")
-            suite = Suite("comparison", tuple(TaskSettings(name) for name in tasks), self.algorithms)
+            chosen = tuple(TaskSettings(name) for name in tasks)
+            if self.algorithms:
+                suite = Suite("comparison", chosen, self.algorithms)
+            elif any(is_control(name) or base_task(name)[1] == "bandit" for name in tasks):
+                raise UserError("say which --algorithms to compare on that task, as in --algorithms reinforce ppo")
+            else:
+                like = load_suite("demo-real" if tasks == ("corpus",) else "demo")
+                suite = replace(like, name="comparison", tasks=chosen)
         if self.seeds:
             suite = replace(suite, seeds=self.seeds)
         suite = replace(suite, plan=_planned(suite.plan, self.iterations, self.episodes, self.test_prompts))
@@ -311,6 +317,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"lm-envs {lm_envs.__version__}")
         return
+    try:
+        _run(words, debug)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _run(words: list[str], debug: bool) -> None:
     console = Console(stderr=True)
     command = tyro.extras.subcommand_cli_from_dict(
         _COMMANDS,
@@ -328,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         again = shlex.join(["lm-envs", *words, *([] if "--resume" in words else ["--resume"])])
         console.print(f"Stopped. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise
     except (UserError, ValueError, FloatingPointError, ImportError, OSError) as error:
         message = explain(error)
         if message is None:

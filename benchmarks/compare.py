@@ -142,12 +142,14 @@ def compare(
         import torch
 
         threads = max(1, torch.get_num_threads() // jobs)
-    write_json(out / COMPARISON, _merged(out, suite))
-    write_results(out)
     open_runs = [run for run in runs if not (out / run.label / "result.json").exists()]
     if open_runs:
         console.print(_heading(suite, runs, open_runs), highlight=False)
         prepare(open_runs)  # what takes long in it, making a task on first use, shows a bar of its own
+    # From here on the folder is this comparison's; what was refused before leaves it as it was.
+    write_json(out / COMPARISON, _merged(out, suite))
+    write_results(out)
+    if open_runs:
         _carry_out(open_runs, out, jobs, threads, console)
     return write_results(out)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,11 +177,19 @@ def distinct_2(tokens: list[list[int]]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else math.nan
 
 
-def summarise(found: Sampled, reference: Sampled, policy: RespondingPolicy) -> dict[str, Any]:
+def positive_rate(scores: NDArray[np.float64], threshold: float | None) -> float:
+    """Share of scores above a threshold, which a task may have for its reward or its judge; NaN where it has none."""
+    return math.nan if threshold is None else float((scores > threshold).mean())
+
+
+def summarise(
+    found: Sampled, reference: Sampled, policy: RespondingPolicy, stats: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """The measured columns of a result, and what they were computed from.
 
-    The KL of best-of-n has no estimate from samples (its own log-probability is unknown): it gets the upper bound
-    ``log n - (n - 1)/n``, and ``kl_is_bound``.
+    ``stats`` are the task's: with a ``judge_threshold`` or a ``reward_threshold`` the share of positive samples is
+    measured too. The KL of best-of-n has no estimate from samples (its own log-probability is unknown): it gets the
+    upper bound ``log n - (n - 1)/n``, and ``kl_is_bound``.
     """
     outcome = wins(found.gold, reference.gold)
     best = policy if isinstance(policy, BestOfN) else None
@@ -192,8 +201,10 @@ def summarise(found: Sampled, reference: Sampled, policy: RespondingPolicy) -> d
         "win_rate_se": standard_error(outcome),
         "gold": float(found.gold.mean()),
         "gold_se": standard_error(found.gold),
+        "gold_positive": positive_rate(found.gold, (stats or {}).get("judge_threshold")),
         "proxy": float(found.proxy.mean()),
         "proxy_se": standard_error(found.proxy),
+        "proxy_positive": positive_rate(found.proxy, (stats or {}).get("reward_threshold")),
         "kl": bound if best else float(found.kl.mean()),
         "kl_se": math.nan if best else standard_error(found.kl),
         "kl_is_bound": best is not None and not math.isnan(bound),

@@ -50,12 +50,15 @@ def check_overrides(algorithm: str, overrides: Mapping[str, Any]) -> dict[str, A
     Raises:
         UserError: no such setting, with the near names, or a value of the wrong type or out of range.
     """
+    from lm_envs.algos.policies import NO_TRUNCATION
     from lm_envs.algos.registry import load, make_config
 
     config = load(algorithm).Config
     hints = typing.get_type_hints(config)
     checked = {}
     for name, value in overrides.items():
+        if name in ("top_k", "top_p"):
+            raise UserError(f"{algorithm}.{name}: {NO_TRUNCATION}")
         if name not in hints:
             raise UserError(f"{algorithm} has no setting {name!r}: {near(name, hints)}")
         checked[name] = _fit(algorithm, name, value, hints[name])

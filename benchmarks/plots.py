@@ -57,7 +57,7 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
         ax.set_yticks(range(len(lines)), [s.label for s, _ in reversed(lines)])
         ax.set_ylim(-0.6, len(lines) - 0.2)
         ax.set_xlim(min(40, *(100 * line.mean["win_rate"] - 8 for _, line in lines)), 101)
-        ax.set_xlabel("win-rate against SFT under the gold judge, % of test prompts (bars: ±2 standard errors)")
+        ax.set_xlabel("% of test prompts won against SFT (bars: ±2 standard errors)")
         ax.grid(visible=False, axis="y")
     return figure
 

@@ -120,7 +120,7 @@ class TextProblem:
         env, count = self._measure("test"), self.spec.plan.test_prompts
         reference = evaluation.sample_reference(env, self._reference, count)
         found = evaluation.sample_policy(env, self.policy, count, self.spec.seed)
-        return evaluation.summarise(found, reference, self.policy), found.records()
+        return evaluation.summarise(found, reference, self.policy, self.task.stats), found.records()
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """The first texts of a training batch, with their scores."""

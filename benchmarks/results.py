@@ -30,7 +30,8 @@ COLUMNS = (
     "reward_calls",
     "wall_s",
 )
-NUMBERS = COLUMNS[5:]  # averaged over seeds; the win-rate has an error of its own
+EXTRA = ("gold_positive", "proxy_positive")  # of tasks whose judge and reward have a threshold
+NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
 
 def number(value: Any) -> float:
@@ -103,7 +104,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
 def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
     mean, spread = {}, {}
     for name in NUMBERS:
-        values = np.array([number(row[name]) for row in rows])
+        values = np.array([number(row.get(name) if name in EXTRA else row[name]) for row in rows])
         mean[name] = float(values.mean())
         spread[name] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     mean["win_rate"] = float(np.mean([number(row["win_rate"]) for row in rows]))
@@ -141,7 +142,23 @@ SHOWN = (
         meaning="of the gold judge, against SFT on the same test prompts, ties half",
     ),
     Column("gold", "gold", 2, meaning="mean score of the judge, which no method trains on"),
+    Column(
+        "gold_positive",
+        "gold + %",
+        1,
+        percent=True,
+        spread=False,
+        meaning="share of texts that the judge calls positive",
+    ),
     Column("proxy", "proxy", 2, meaning="mean score of the reward that trains"),
+    Column(
+        "proxy_positive",
+        "proxy + %",
+        1,
+        percent=True,
+        spread=False,
+        meaning="share that the reward model calls positive",
+    ),
     Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
     Column("length", "length", 1, spread=False, meaning="tokens per response"),
     Column("distinct_2", "distinct-2", 2, spread=False, meaning="share of different token pairs over all responses"),
@@ -156,7 +173,8 @@ def plain(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}"
 
 
-_WIDE = 125  # characters that all columns need
+_WIDE = 125  # characters that all of COLUMNS need
+_EXTRA_WIDE = 12  # one of EXTRA
 
 
 def cell(line: Line, column: Column) -> str:
@@ -196,7 +214,7 @@ def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
 
     columns = shown(lines)
     notes = footnotes(lines)
-    if width < _WIDE:
+    if width < _WIDE + _EXTRA_WIDE * sum(column.name in EXTRA for column in columns):
         columns = [column for column in columns if column.spread]
         notes.append("results.csv has more columns.")
     made = Table(header_style="bold", row_styles=["", "dim"], title="Test prompts, mean over seeds")

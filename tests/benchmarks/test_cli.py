@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from lm_envs.benchmarks import errors, storage
-from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.cli import Compare, Own, main
 from lm_envs.benchmarks.results import COLUMNS
 from lm_envs.benchmarks.storage import Records
+from lm_envs.benchmarks.suites import load_suite
 from tests.benchmarks.fake_task import NAME
 
 SMALL = ["--test-prompts", "6", "--threads", "1"]
@@ -102,7 +103,10 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
         (["--task", "review", "--algorithms", "ppo"], "no task 'review': did you mean 'reviews'"),
         (["--task", "reviews", "--algorithms", "poo"], "no algorithm 'poo': did you mean 'ppo'"),
         (["--task", "CartPol-v1", "--algorithms", "ppo"], "CartPol"),
-        (["--task", "reviews"], "say which --algorithms"),
+        (["--task", "reviews-bandit"], "say which --algorithms"),
+        (["--task", "CartPole-v1"], "say which --algorithms"),
+        (["--task", "reviews", "--set", "ppo.top_p=0.9"], "ppo.top_p: .* the support they leave moves with the policy"),
+        (["--corpus", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
         (["--algorithms", "ppo"], "say what to compare"),
         (["--suite", "dmeo"], "no suite 'dmeo'.*did you mean 'demo'"),
         (["--suite", "demo", "--task", "reviews"], "exclude each other"),
@@ -123,6 +127,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
 def test_a_bad_request_is_one_line_and_leaves_no_run(tmp_path, capsys, arguments, message):
     said = refused(capsys, "compare", *arguments, "--out", tmp_path / "out")
     assert re.search(message, said)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
     assert not list(tmp_path.glob("out/*/*"))
 
 
@@ -267,3 +272,23 @@ def test_a_worker_that_dies_is_noticed(tmp_path, capsys):
     arguments = ["--task", "tests.benchmarks.fake_task:mortal", "--algorithms", "ppo", "reinforce", *SMALL]
     with pytest.raises(RuntimeError, match="ended with status"):
         main(["compare", *arguments, "--jobs", "2", "--iterations", "3", "--out", str(tmp_path / "out")])
+
+
+def test_without_algorithms_a_text_task_gets_the_demos(tmp_path):
+    demo, real = load_suite("demo"), load_suite("demo-real")
+    suite = Compare(out=Path("out"), task=("reviews",)).to_suite()
+    assert suite.algorithms == demo.algorithms and suite.overrides == demo.overrides and suite.plan == demo.plan
+    assert [task.name for task in suite.tasks] == ["reviews"]
+    corpus = tmp_path / "mine.jsonl"
+    corpus.touch()
+    suite = Compare(out=Path("out"), own=Own(corpus=corpus)).to_suite()
+    assert suite.overrides == real.overrides and [task.name for task in suite.tasks] == ["corpus"]
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    command = [sys.executable, "-m", "lm_envs.benchmarks.cli", "compare", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1 and said == b""

@@ -106,6 +106,16 @@ def test_kl_of_a_changed_policy_is_the_sample_mean_of_the_log_ratio(env, referen
     assert result["inference_tokens"] == found.length.sum()
 
 
+def test_positive_rates_are_shares_above_the_tasks_thresholds(env, reference):
+    found = sample_policy(env, reference, None, 0)
+    cut = float(np.sort(found.proxy)[-3])
+    result = summarise(found, found, reference, {"reward_threshold": cut})
+    assert result["proxy_positive"] == (found.proxy > cut).sum() / len(found.proxy) < 3 / len(found.proxy)
+    assert math.isnan(result["gold_positive"])
+    result = summarise(found, found, reference, {"judge_threshold": found.gold.min() - 1})
+    assert result["gold_positive"] == 1 and math.isnan(result["proxy_positive"])
+
+
 def test_best_of_n_pays_for_all_its_samples(env, reference):
     best = BestOfN(reference, env.mdp, 4)
     found = sample_policy(env, best, None, 0)

@@ -145,6 +145,23 @@ def test_the_terminal_table_is_whole_at_any_width(out, width):
     assert ("reward calls" in text) == (width == 160)
 
 
+def test_positive_rates_have_columns_where_a_task_has_thresholds(tmp_path):
+    from rich.console import Console
+
+    def shown_text() -> str:
+        console = Console(width=160, record=True, file=open("/dev/null", "w"))
+        console.print(rich_table(table(write_results(tmp_path)), 160))
+        return console.export_text()
+
+    rates = [0.75, 0.25]
+    write(tmp_path, [result("ppo", s, 0.6, 4.0, [1, 0]) for s in (0, 1)])
+    assert "gold + %" not in shown_text()
+    write(tmp_path, [result("ppo", s, 0.6, 4.0, [1, 0], gold_positive=rate) for s, rate in enumerate(rates)])
+    text = shown_text()
+    assert "gold + %" in text and "50.0" in text and "proxy + %" not in text
+    assert "gold_positive" not in (tmp_path / "results.csv").read_text()
+
+
 def test_the_report_is_one_escaped_file_that_needs_no_network(out):
     main(["report", str(out)])
     page = (out / "report.html").read_text()
