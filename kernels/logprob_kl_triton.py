@@ -303,10 +303,10 @@ def _precise_kernel(
     for start in range(0, end, BLOCK):
         cols = start + lanes
         inside = cols < end
-        l = _load(x_row, cols, z_stride, inside, inv_t, cap, ACC, SOFTCAP, STRIDED) - m - log_z
-        k = _load(y_row, cols, r_stride, inside, inv_t, cap, ACC, SOFTCAP, STRIDED) - n - log_q
-        p, q = tl.exp(l), tl.exp(k)
-        u = l - k
+        l_v = _load(x_row, cols, z_stride, inside, inv_t, cap, ACC, SOFTCAP, STRIDED) - m - log_z
+        k_v = _load(y_row, cols, r_stride, inside, inv_t, cap, ACC, SOFTCAP, STRIDED) - n - log_q
+        p, q = tl.exp(l_v), tl.exp(k_v)
+        u = l_v - k_v
         t = 1.0 / 3628800 - u * (1.0 / 39916800)
         t = 1.0 / 362880 - u * t
         t = 1.0 / 40320 - u * t
@@ -370,9 +370,9 @@ def _backward_kernel(
     inside = cols < V
     here = cols < tl.where(kept, V, 0)  # a masked row's logits are not read
     x = _load(z + outer * z_outer + place * z_inner, cols, z_stride, here, inv_t, cap, ACC, SOFTCAP, STRIDED)
-    l = x - m - log_z
-    p = tl.exp(l)
-    t = c0 + c1 * l
+    l_v = x - m - log_z
+    p = tl.exp(l_v)
+    t = c0 + c1 * l_v
     if TWO:
         n, log_q = tl.load(stats + 6 * N + row), tl.load(stats + 7 * N + row)
         y = _load(r + outer * r_outer + place * r_inner, cols, r_stride, here, inv_t, cap, ACC, SOFTCAP, STRIDED)
