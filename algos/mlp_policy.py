@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lm_envs.algos.policies import Evaluation, Policy
+from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.trajectories import Trajectories
 
 
@@ -100,12 +101,11 @@ class MLPPolicy(Policy):
         # Only real steps enter: what is in masked positions, NaN included, is never read.
         mask = traj.mask
         features = self._features(traj.obs[mask])
-        log_p = self.actor(features).log_softmax(dim=-1)
-        chosen = log_p.gather(1, traj.actions[mask].unsqueeze(1)).squeeze(1)
-        entropy = -(log_p.exp() * log_p).sum(dim=1)
+        logits = self.actor(features)
+        chosen, _, entropy, _ = logprob_kl(logits, None, traj.actions[mask])
         value = self.critic(features).squeeze(1)
-        zeros = log_p.new_zeros(mask.shape)
-        values = log_p.new_zeros(mask.shape[0], mask.shape[1] + 1)
+        zeros = chosen.new_zeros(mask.shape)
+        values = chosen.new_zeros(mask.shape[0], mask.shape[1] + 1)
         where = torch.nn.functional.pad(mask, (0, 1))
         values = values.masked_scatter(where, value)
         if traj.final_obs is not None and bool(traj.truncated.any()):
@@ -115,7 +115,7 @@ class MLPPolicy(Policy):
             values = values.index_put((cut.nonzero().squeeze(1), traj.lengths[cut]), final)
 
         def full() -> Tensor:
-            everything = log_p.new_zeros(*mask.shape, log_p.shape[-1])
-            return everything.masked_scatter(mask.unsqueeze(-1), log_p)
+            everything = chosen.new_zeros(*mask.shape, logits.shape[-1])
+            return everything.masked_scatter(mask.unsqueeze(-1), log_softmax(logits))
 
         return Evaluation(zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy), values, full)

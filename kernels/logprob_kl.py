@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 Implementation = Literal["auto", "torch", "chunked", "native", "triton"]
 
-# Below so many logits plain torch is faster than what a fused call costs before its first row (measured on 2 cores).
-SMALL = 100_000
+# Up to so many logits plain torch is faster than what a fused call costs before its first row (measured, 1 thread).
+SMALL = {"native": 2**14, "chunked": 2**18}
 
 
 class LogprobKL(NamedTuple):
@@ -174,13 +174,9 @@ def choose(implementation: str, logits: Tensor, ref_logits: Tensor | None, optio
         ValueError: it cannot, or there is none of that name.
     """
     if implementation == "auto":
-        if logits.device.type == "cuda":
-            order = ["triton", "chunked"]
-        elif logits.numel() <= SMALL:
-            return "torch"
-        else:
-            order = ["native", "chunked"]
-        return next(name for name in order if _unable(name, logits, ref_logits, options) is None)
+        order = ("triton", "chunked") if logits.device.type == "cuda" else ("native", "chunked")
+        order = tuple(name for name in order if logits.device.type == "cuda" or logits.numel() > SMALL[name])
+        return next((name for name in order if _unable(name, logits, ref_logits, options) is None), "torch")
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}")
     reason = None if implementation == "torch" else _unable(implementation, logits, ref_logits, options)

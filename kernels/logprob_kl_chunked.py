@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lm_envs.kernels.memory import empty_gradient
+
 if TYPE_CHECKING:
     from lm_envs.kernels.logprob_kl import Options
 
@@ -104,7 +106,7 @@ def backward(
         coefficients: ``(4, N)``: g, c0, c1, c2.
         out: where to write it; may be ``z`` itself.
     """
-    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if out is None else out
+    dz = empty_gradient(z) if out is None else out
     flat = dz.view(-1, z.shape[-1])
     scale = 1.0 / options.temperature
     buffers = _Buffers(z)
@@ -142,7 +144,7 @@ def backward_ref(
     options: Options,
 ) -> Tensor:
     """``dr_v = ([v = a] g + c_p p_v + c_q q_v) / T`` times the softcap's slope; coefficients ``(3, N)``."""
-    dr = torch.empty(r.shape, dtype=r.dtype, device=r.device)
+    dr = empty_gradient(r)
     flat = dr.view(-1, r.shape[-1])
     buffers = _Buffers(z)
     for rows, x, y in _blocks(z, r, buffers, options):

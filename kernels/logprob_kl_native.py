@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lm_envs.kernels.memory import empty_gradient
+
 if TYPE_CHECKING:
     from lm_envs.kernels.logprob_kl import Options
 
@@ -30,8 +32,6 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BLOCK = 2**19  # logits of a thread's turn: enough to forget the turn's cost, few enough to share rows out evenly
-HUGE = 2**26  # bytes of a gradient from which large pages are worth asking for
-_HUGE_PAGE, _MADV_HUGEPAGE = 2**21, 14
 
 
 class Unavailable(Exception):
@@ -85,9 +85,7 @@ def backward(
         coefficients: ``(4, N)``: g, c0, c1, c2.
         out: contiguous, where to write it; may be ``z`` itself.
     """
-    dz = torch.empty(z.shape, dtype=z.dtype) if out is None else out
-    if out is None:
-        _ask_for_large_pages(dz)
+    dz = empty_gradient(z) if out is None else out
     coefficients = coefficients.contiguous()
     call = _function("backward", z.dtype)
     common = _common(z, r, ids, keep)
@@ -129,18 +127,6 @@ def _over_rows(z: Tensor, work: Callable[[int, int], None]) -> None:
     turns()
     for thread in threads:
         thread.join()
-
-
-def _ask_for_large_pages(x: Tensor) -> None:
-    """A hint to Linux: a page fault per 2 MiB instead of one per 4 KiB; most of a fresh gradient's cost is faults."""
-    size = x.numel() * x.element_size()
-    if size < HUGE or platform.system() != "Linux":
-        return
-    begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    end = (x.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    advise(begin, end - begin, _MADV_HUGEPAGE)  # a refusal changes nothing but the time
 
 
 def _function(direction: str, dtype: torch.dtype) -> Any:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_envs.kernels.memory import empty_gradient
+
 if TYPE_CHECKING:
     from lm_envs.kernels.logprob_kl import Options
 
@@ -467,7 +469,7 @@ def backward(
         coefficients: ``(4, N)``: g, c0, c1, c2.
         out: where to write it; not ``z`` itself, since tuning runs a kernel several times.
     """
-    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if out is None else out
+    dz = empty_gradient(z) if out is None else out
     if dz.numel() == 0:
         return dz
     common, other = _arguments(z, r, keep, options)
