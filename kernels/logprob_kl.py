@@ -108,10 +108,9 @@ def logprob_kl(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit, or an implementation that cannot do it.
     """
-    tensors = (("logits", logits), ("ref_logits", ref_logits), ("ids", ids), ("mask", mask))
-    check_numbers("logprob_kl", temperature, softcap)
-    _check_shapes(logits, ref_logits, ids, mask)
-    ids = _clean_ids(ids, mask, logits.shape[-1], tensors)
+    tensors = [("logits", logits), ("ref_logits", ref_logits), ("ids", ids), ("mask", mask)]
+    _check_logits(logits, ref_logits, ids, tensors)
+    ids = check_arguments("logprob_kl", logits.shape[-1], ids, mask, temperature, softcap, tensors)
     options = Options(float(temperature), softcap, precise)
     chosen = choose(implementation, logits, ref_logits, options)
     if chosen == "torch":
@@ -181,7 +180,7 @@ def choose(implementation: str, logits: Tensor, ref_logits: Tensor | None, optio
         raise ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}")
     reason = None if implementation == "torch" else _unable(implementation, logits, ref_logits, options)
     if reason is not None:
-        given = _describe(("logits", logits), ("ref_logits", ref_logits))
+        given = describe(("logits", logits), ("ref_logits", ref_logits))
         raise ValueError(f'implementation "{implementation}" {reason}; got {given}. "auto" finds one that can')
     return implementation
 
@@ -255,7 +254,12 @@ def _rows(x: Tensor) -> Tensor:
         return x.reshape(1, -1, vocabulary)
 
 
-def _describe(*tensors: tuple[str, Tensor | None]) -> str:
+Named = list[tuple[str, Tensor | None]]
+
+
+def describe(*tensors: tuple[str, Tensor | None]) -> str:
+    """Shape, dtype and device of each, for an error message."""
+
     def one(x: Tensor) -> str:
         return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
@@ -270,34 +274,49 @@ def check_numbers(what: str, temperature: float, softcap: float | None) -> None:
         raise ValueError(f"{what}: softcap must be positive and finite, or None, got {softcap}")
 
 
-def _check_shapes(logits: Tensor, ref_logits: Tensor | None, ids: Tensor, mask: Tensor | None) -> None:
-    given = _describe(("logits", logits), ("ref_logits", ref_logits), ("ids", ids), ("mask", mask))
-    if logits.ndim < 1 or logits.shape[-1] < 1 or not logits.is_floating_point():
-        raise ValueError(f"logprob_kl: logits must be floating and (..., V) with V >= 1; got {given}")
-    if logits.shape[:-1] != ids.shape:
-        raise ValueError(f"logprob_kl: logits and ids do not fit, expected (..., V) and (...); got {given}")
+def check_arguments(
+    what: str,
+    vocabulary: int,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    tensors: Named,
+) -> Tensor:
+    """What both forms ask of their arguments; returns int64 ids, 0 where masked.
+
+    Raises:
+        ValueError: it names the ``tensors``, the first of which says the device.
+    """
+    check_numbers(what, temperature, softcap)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"logprob_kl: ids must be integers; got {given}")
-    if ref_logits is not None and (ref_logits.shape != logits.shape or not ref_logits.is_floating_point()):
-        raise ValueError(
-            f"logprob_kl: logits and ref_logits differ, policy and reference need the same vocabulary; got {given}"
-        )
+        raise ValueError(f"{what}: ids must be integers; got {describe(*tensors)}")
     if mask is not None and (mask.shape != ids.shape or mask.dtype != torch.bool):
-        raise ValueError(f"logprob_kl: mask must be bool and of the shape of ids; got {given}")
-    if any(x is not None and x.device != logits.device for x in (ref_logits, ids, mask)):
-        raise ValueError(f"logprob_kl: all tensors must be on one device; got {given}")
-
-
-def _clean_ids(ids: Tensor, mask: Tensor | None, vocabulary: int, tensors: Any) -> Tensor:
-    """int64 ids, 0 where masked; checked where that costs no synchronisation."""
+        raise ValueError(f"{what}: mask must be bool and of the shape of ids; got {describe(*tensors)}")
+    if len({x.device for _, x in tensors if x is not None}) > 1:
+        raise ValueError(f"{what}: all tensors must be on one device; got {describe(*tensors)}")
     ids = ids.long()
     if mask is not None:
         ids = ids.masked_fill(~mask, 0)
-    if ids.device.type == "cpu" and ids.numel():
+    if ids.device.type == "cpu" and ids.numel():  # elsewhere to look would be to wait
         least, most = (int(x) for x in torch.aminmax(ids))
         if least < 0 or most >= vocabulary:
             raise ValueError(
-                f"logprob_kl: ids must be in [0, {vocabulary}) where the mask is True, found {least} to {most}; got "
-                f"{_describe(*tensors)}"
+                f"{what}: ids must be in [0, {vocabulary}) where the mask is True, found {least} to {most}; got "
+                f"{describe(*tensors)}"
             )
     return ids
+
+
+def _check_logits(logits: Tensor, ref_logits: Tensor | None, ids: Tensor, tensors: Named) -> None:
+    if logits.ndim < 1 or logits.shape[-1] < 1 or not logits.is_floating_point():
+        raise ValueError(f"logprob_kl: logits must be floating and (..., V) with V >= 1; got {describe(*tensors)}")
+    if logits.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"logprob_kl: logits and ids do not fit, expected (..., V) and (...); got {describe(*tensors)}"
+        )
+    if ref_logits is not None and (ref_logits.shape != logits.shape or not ref_logits.is_floating_point()):
+        raise ValueError(
+            "logprob_kl: logits and ref_logits differ, policy and reference need the same vocabulary; got "
+            f"{describe(*tensors)}"
+        )
