@@ -1,7 +1,7 @@
 """The linear form's forward in Triton: tiles of logits are made on the chip, used and forgotten.
 
-A program holds some rows and walks over a part of the vocabulary; a small second step joins the parts. Logits stay in
-float32, they are not rounded to the dtype of the hidden states. Notation as in docs/kernels.md.
+A program holds some rows and walks over a part of the vocabulary; a small second step joins the parts. Notation as in
+docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def _tile(
         if LIFT:
             a, b = a.to(ACC), b.to(ACC)
         total += tl.dot(a, b, out_dtype=ACC, input_precision="ieee")
+    if not LIFT:
+        total = total.to(hidden.dtype.element_ty).to(ACC)  # as backward will see them
     if SOFTCAP:
         total = cap * _tanh(total / cap, ACC)
     return tl.where(col_here[None, :], total * inv_t, float("-inf"))
@@ -197,7 +199,7 @@ def forward(
             hidden, weight, s, q, ids, partial, rows, vocabulary, hidden.shape[1], s.shape[1], vocabulary.bit_length(),
             *hidden.stride(), *weight.stride(), *s.stride(), *q.stride(), high, low, cap_high, cap_low,
             PARTS=parts, TWO=two, SOFTCAP=options.softcap is not None,
-            LIFT=INTERPRETED,  # its product of bfloat16 tiles takes them for integers
+            LIFT=INTERPRETED,  # it takes bfloat16 tiles for integers in a product, and cuts when it rounds
             ACC=tl.float64 if wide == torch.float64 else tl.float32,
         )  # fmt: skip
     return _joined(partial, two)
