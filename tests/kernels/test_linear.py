@@ -78,7 +78,9 @@ def test_error_against_float64(way, device, dtype):
             found = call(way, *pick(data), chunk_rows=8, **options)
             flat = [[*x[0], *x[1:]] for x in (found, plain, exact)]
             for a, b, c in zip(*flat, strict=True):
-                epsilon = (2e-6 if dtype == torch.float32 else 1e-2) * max(1.0, float(c.abs().max()))
+                # Under the interpreter logits are not rounded forward, but are when they are made again.
+                coarse = 1e-1 if way == "tiled" and device == "cpu" else 1e-2
+                epsilon = (2e-6 if dtype == torch.float32 else coarse) * max(1.0, float(c.abs().max()))
                 assert (a - c).abs().max() <= (b - c).abs().max() + epsilon
 
 
