@@ -8,7 +8,7 @@ import platform
 import torch
 from torch import Tensor
 
-HUGE = 2**26  # bytes from which large pages are worth asking for
+HUGE = 2**25  # bytes from which large pages are asked for: glibc takes such memory fresh from the system each time
 _HUGE_PAGE, _MADV_HUGEPAGE = 2**21, 14
 
 
