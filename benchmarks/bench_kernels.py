@@ -41,6 +41,7 @@ import torch  # noqa: E402
 
 from lm_envs.benchmarks import kernel_variants as variants  # noqa: E402
 
+FORMS = ("single", "dual", "linear")
 RESULTS = Path("benchmarks") / "results"
 # Logits read and written, in logits tensors: the policy's once forward; again, and its gradient, backward.
 LOGITS_MOVED = {("single", "forward"): 1, ("single", "backward"): 2, ("dual", "forward"): 2, ("dual", "backward"): 3}
@@ -89,12 +90,12 @@ def grid(device: str, arguments: argparse.Namespace) -> Iterator[Size]:
     threads = 0 if device == "cuda" else arguments.threads
     for vocabulary in vocabularies:
         for dtype in dtypes:
-            for form in ("single", "dual"):
+            for form in [form for form in arguments.forms if form != "linear"]:
                 # plain torch needs about ten tensors of this size: fewer rows where they are larger
                 count = rows if device == "cuda" else max(1, rows * 50257 // max(vocabulary, 50257))
                 yield Size(form, dtype, count, vocabulary, threads=threads)
     width = arguments.width or (4096 if device == "cuda" else 512)
-    for form in ("single", "dual"):
+    for form in ("single", "dual") if "linear" in arguments.forms else ():
         dtype = dtypes[0]
         yield Size(form, dtype, rows if device == "cuda" else max(1, rows // 2), vocabularies[0], width, threads)
 
@@ -270,6 +271,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--vocabularies", type=int, nargs="+", metavar="V")
     found.add_argument("--width", type=int, help="of the hidden states, for the linear form")
     found.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
+    found.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="linear: both, from hidden states")
     found.add_argument("--variants", nargs="+", metavar="NAME", help=f"of {', '.join(variants.NAMES)}")
     found.add_argument("--rounds", type=int, default=5, help="on a CPU: processes per variant")
     found.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="on a CPU")

@@ -234,6 +234,8 @@ class Bench:
     """Of the logits."""
     width: Annotated[int | None, tyro.conf.arg(metavar="H")] = None
     """Of the hidden states, for the linear form."""
+    forms: tuple[Literal["single", "dual", "linear"], ...] = ()
+    """One model or two, from logits; or both, from hidden states."""
     variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Only these."""
     rounds: int = 5
