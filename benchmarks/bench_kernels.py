@@ -106,7 +106,7 @@ def measure_cuda(size: Size, names: Sequence[str] | None) -> Iterator[dict[str, 
 
     torch.cuda.empty_cache()
     data = variants.inputs(size, "cuda")
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # backward is called again
+    torch._functorch.config.donated_buffer = False  # backward is called again
     for name, call in variants.available(size, "cuda", names):
         try:
             forward = 1e-3 * do_bench(lambda call=call: call(data), return_mode="median")

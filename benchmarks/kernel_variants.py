@@ -149,6 +149,7 @@ def _liger(size: Any, device: str) -> Callable[[Inputs], Outputs] | None:
 
 
 def _linear(implementation: Any, data: Inputs) -> Outputs:
+    assert data.hidden is not None and data.weight is not None
     found = linear_logprob_kl(
         data.hidden, data.weight, data.ref_hidden, data.ref_weight, data.ids, implementation=implementation
     )
@@ -161,6 +162,7 @@ def _loss(data: Inputs) -> Outputs:
     def loss(found: Any, rows: Tensor) -> Tensor:
         return sum((g[rows] * x).sum() for g, x in zip(data.upstream, found, strict=True) if x is not None)
 
+    assert data.hidden is not None and data.weight is not None
     value = linear_loss(data.hidden, data.weight, data.ref_hidden, data.ref_weight, data.ids, loss)
     return [value], [torch.ones_like(value)]
 

@@ -10,6 +10,7 @@ for the policy's, g for the reference's if the KL has a gradient) before the 2g 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -80,7 +81,8 @@ def linear_logprob_kl(
     rows = _Rows.of(hidden, ref_hidden, ids, mask)
     job = _Job(options, implementation == "tiled", _chunk_rows(chunk_rows, weight, len(rows.ids)))
     found = _Linear.apply(rows.hidden, weight, rows.ref_hidden, _detached(ref_weight), rows.ids, job)
-    return LogprobKL(*(None if x is None else rows.spread(x, ids.shape) for x in found))
+    shaped: list[Any] = [None if x is None else rows.spread(x, ids.shape) for x in found]
+    return LogprobKL(*shaped)
 
 
 def linear_loss(
@@ -114,7 +116,7 @@ def linear_loss(
     ids = _check(hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, softcap, chunk_rows)
     rows = _Rows.of(hidden, ref_hidden, ids, mask)
     job = _Job(Options(float(temperature), softcap, precise), False, _chunk_rows(chunk_rows, weight, len(rows.ids)))
-    return _Loss.apply(rows.hidden, weight, rows.ref_hidden, _detached(ref_weight), rows.ids, job, loss, rows.index)
+    return _Loss.apply(rows.hidden, weight, rows.ref_hidden, _detached(ref_weight), rows.ids, job, loss, rows.source)
 
 
 class _Job(NamedTuple):
@@ -123,13 +125,14 @@ class _Job(NamedTuple):
     chunk_rows: int
 
 
-class _Rows(NamedTuple):
-    """The rows that count, flattened; ``index`` says where they are from."""
+@dataclass
+class _Rows:
+    """The rows that count, flattened; ``source`` says where they are from."""
 
     hidden: Tensor
     ref_hidden: Tensor | None
     ids: Tensor
-    index: Tensor
+    source: Tensor
 
     @staticmethod
     def of(hidden: Tensor, ref_hidden: Tensor | None, ids: Tensor, mask: Tensor | None) -> _Rows:
@@ -142,9 +145,9 @@ class _Rows(NamedTuple):
         return _Rows(hidden[index], None if ref_hidden is None else ref_hidden[index], ids[index], index)
 
     def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
-        if self.index.numel() == shape.numel():
+        if self.source.numel() == shape.numel():
             return x.view(shape)
-        return x.new_zeros(shape.numel()).index_copy(0, self.index, x).view(shape)
+        return x.new_zeros(shape.numel()).index_copy(0, self.source, x).view(shape)
 
 
 class _Chunks:
@@ -192,7 +195,7 @@ class _Chunks:
         if dw.dtype == dz.dtype:
             dw.addmm_(dz.t(), self.hidden[rows])
         else:  # chunks add up in float32
-            self._partial = torch.mm(dz.t(), self.hidden[rows], out=self._partial)  # type: ignore[arg-type]
+            self._partial = torch.mm(dz.t(), self.hidden[rows], out=self._partial)
             dw.add_(self._partial)
 
     def gradients(self, needed: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:

@@ -122,7 +122,8 @@ def logprob_kl(
         z, r = z.reshape(1, -1, z.shape[-1]), r.reshape(1, -1, r.shape[-1])
     keep = None if mask is None else mask.reshape(-1).contiguous()
     found = _Fused.apply(z, r, ids.reshape(-1).contiguous(), keep, options, backend(chosen))
-    return LogprobKL(*(None if x is None else x.view(ids.shape) for x in found))
+    shaped: list[Any] = [None if x is None else x.view(ids.shape) for x in found]
+    return LogprobKL(*shaped)
 
 
 def logprob_kl_reference(
@@ -173,7 +174,7 @@ def choose(implementation: str, logits: Tensor, ref_logits: Tensor | None, optio
         ValueError: it cannot, or there is none of that name.
     """
     if implementation == "auto":
-        order = ("triton", "chunked") if logits.device.type == "cuda" else ("native", "chunked")
+        order: tuple[str, ...] = ("triton", "chunked") if logits.device.type == "cuda" else ("native", "chunked")
         order = tuple(name for name in order if logits.device.type == "cuda" or logits.numel() > SMALL[name])
         return next((name for name in order if _unable(name, logits, ref_logits, options) is None), "torch")
     if implementation not in get_args(Implementation):

@@ -30,24 +30,8 @@ def test_floors_by_hand():
 def test_a_small_run(tmp_path, capsys):
     out, image = tmp_path / "k.csv", tmp_path / "k.png"
     variants = ["native", "torch", "chunks", "loss"]
-    main(
-        [
-            "bench",
-            "kernels",
-            *SMALL,
-            "--forms",
-            "dual",
-            "linear",
-            "--width",
-            "8",
-            "--variants",
-            *variants,
-            "--out",
-            str(out),
-            "--plot",
-            str(image),
-        ]
-    )
+    words = ["--forms", "dual", "linear", "--width", "8", "--variants", *variants]
+    main(["bench", "kernels", *SMALL, *words, "--out", str(out), "--plot", str(image)])
     rows = list(csv.DictReader(out.open()))
     assert [(row["form"], row["width"], row["variant"]) for row in rows[::3]] == [
         ("dual", "0", "native"),
@@ -74,17 +58,8 @@ def test_it_runs_where_only_torch_is(tmp_path):
         "sys.meta_path.insert(0, Missing())\n"
     )
     script = CHECKOUT / "benchmarks" / "bench_kernels.py"
-    command = [
-        sys.executable,
-        str(script),
-        *SMALL,
-        "--forms",
-        "dual",
-        "--variants",
-        "chunked",
-        "--out",
-        str(tmp_path / "k.csv"),
-    ]
+    words = ["--forms", "dual", "--variants", "chunked", "--out", str(tmp_path / "k.csv")]
+    command = [sys.executable, str(script), *SMALL, *words]
     environment = {**bench_kernels.os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
