@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real test test-slow mutants lint format types clean
+.PHONY: help setup demo demo-real bench-kernels test test-slow mutants lint format types clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -35,6 +35,9 @@ demo-real: $(READY)  ## the same on your own labelled text: make demo-real CORPU
 	@test -n '$(CORPUS)' || { echo "make: say which text: make demo-real CORPUS=file.jsonl (rows with text and label)" >&2; exit 2; }
 	@test -r '$(CORPUS)' || { echo "make: cannot read $(CORPUS)" >&2; exit 2; }
 	$(BIN)/lm-envs compare --suite benchmarks/suites/demo-real.toml --jobs $(JOBS) --corpus '$(CORPUS)' --out $(or $(OUT),runs/demo-real)
+
+bench-kernels: $(READY)  ## what the vocabulary kernels cost on this machine, into benchmarks/results/ (half an hour on 2 cores)
+	$(BIN)/lm-envs bench kernels
 
 test: $(READY)  ## the tests that take minutes together; no network, no GPU
 	$(PYTEST) $(PYTEST_ARGS)

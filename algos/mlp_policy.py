@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lm_envs.algos.policies import Evaluation, Policy
+from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.trajectories import Trajectories
 
 
@@ -78,7 +79,7 @@ class MLPPolicy(Policy):
         found = self.critic(features)
         if not self.q_critic:
             return found.squeeze(1), found
-        log_p = self.actor(features).log_softmax(dim=-1) if log_p is None else log_p
+        log_p = log_softmax(self.actor(features)) if log_p is None else log_p
         return (log_p.detach().exp() * found).sum(dim=1), found
 
     def _features(self, obs: Tensor) -> Tensor:
@@ -119,12 +120,11 @@ class MLPPolicy(Policy):
         # Only real steps enter: what is in masked positions, NaN included, is never read.
         mask = traj.mask
         features = self._features(traj.obs[mask])
-        log_p = self.actor(features).log_softmax(dim=-1)
-        chosen = log_p.gather(1, traj.actions[mask].unsqueeze(1)).squeeze(1)
-        entropy = -(log_p.exp() * log_p).sum(dim=1)
-        value, said = self._values(features, log_p)
-        zeros = log_p.new_zeros(mask.shape)
-        values = log_p.new_zeros(mask.shape[0], mask.shape[1] + 1)
+        logits = self.actor(features)
+        chosen, _, entropy, _ = logprob_kl(logits, None, traj.actions[mask])
+        value, said = self._values(features, log_softmax(logits) if self.q_critic else None)
+        zeros = chosen.new_zeros(mask.shape)
+        values = chosen.new_zeros(mask.shape[0], mask.shape[1] + 1)
         where = torch.nn.functional.pad(mask, (0, 1))
         values = values.masked_scatter(where, value)
         if traj.final_obs is not None and bool(traj.truncated.any()):
@@ -140,6 +140,6 @@ class MLPPolicy(Policy):
             zeros.masked_scatter(mask, chosen),
             zeros.masked_scatter(mask, entropy),
             values,
-            lambda: spread(log_p),
+            lambda: spread(log_softmax(logits)),
             (lambda: spread(said)) if self.q_critic else None,
         )

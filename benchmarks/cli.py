@@ -1,4 +1,4 @@
-"""The command line, ``lm-envs``: compare, train, tasks, report."""
+"""The command line, ``lm-envs``: compare, train, tasks, report, bench."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -221,6 +221,49 @@ class Report:
         show(self.out)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Measure the vocabulary kernels against plain torch, torch.compile, other libraries and a roofline.
+
+    One line per variant, direction and size; docs/kernels.md says what they mean.
+    """
+
+    what: Annotated[Literal["kernels"], tyro.conf.Positional]
+    """What to measure."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where; on CUDA if it is there."""
+    rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Tokens; 8192 on CUDA, 2048 on a CPU."""
+    vocabularies: Annotated[tuple[int, ...], tyro.conf.arg(metavar="V ...")] = ()
+    """Sizes of the vocabulary."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """Of the logits."""
+    width: Annotated[int | None, tyro.conf.arg(metavar="H")] = None
+    """Of the hidden states, for the linear form."""
+    forms: tuple[Literal["single", "dual", "linear"], ...] = ()
+    """One model or two, from logits; or both, from hidden states."""
+    variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Only these."""
+    rounds: int = 5
+    """On a CPU, processes per variant."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """On a CPU; all cores if not given."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
+    """The result; benchmarks/results/kernels-DEVICE.csv if not given."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
+    """Also draw it."""
+
+    def run(self, console: Console) -> None:
+        """Measure."""
+        from lm_envs.benchmarks import bench_kernels
+
+        arguments = bench_kernels.parser().parse_args([])
+        for name, value in vars(self).items():
+            if value is not None and value != ():
+                setattr(arguments, name, value)
+        bench_kernels.run(arguments)
+
+
 def carry_out(suite: Suite, out: Path, **options: Any) -> None:
     """Run a comparison and show what it found; where some runs failed, what the others found."""
     from lm_envs.benchmarks.compare import compare
@@ -303,7 +346,13 @@ def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
     return suite
 
 
-_COMMANDS: dict[str, Callable[..., Any]] = {"compare": Compare, "train": Train, "tasks": Tasks, "report": Report}
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "compare": Compare,
+    "train": Train,
+    "tasks": Tasks,
+    "report": Report,
+    "bench": Bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

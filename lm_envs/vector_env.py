@@ -12,7 +12,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from lm_envs.decoding import Decoder, forbid_early_eos
-from lm_envs.kernels.logprob_kl import log_softmax
+from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.observations import NO_TOKEN
 from lm_envs.rendering import render_text
 from lm_envs.tasks.task import TextTask
@@ -275,9 +275,8 @@ class TextVectorEnv(_TextRows):
         logits = self._decoder(self.mdp.tensor(self._obs))
         lengths = self.mdp.tensor(self._lengths)
         logits = forbid_early_eos(logits, lengths, self.mdp.eos_token_id, self.mdp.min_new_tokens)
-        log_q = log_softmax(logits, self.mdp.temperature)
-        chosen = log_q.gather(1, self.mdp.tensor(np.where(moving, actions, 0)).unsqueeze(1))
-        return chosen.squeeze(1).double().cpu().numpy()
+        ids = self.mdp.tensor(np.where(moving, actions, 0))
+        return logprob_kl(logits, None, ids, temperature=self.mdp.temperature).logprob.double().cpu().numpy()
 
     def _move(
         self,

@@ -1,13 +1,17 @@
 """The vocabulary arithmetic: hand-computed values, identities, -inf logits, masked NaN (law 1) and gradients."""
 
 import math
+import shutil
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
+from lm_envs.kernels import logprob_kl_native
+from lm_envs.kernels.logprob_kl import Options, choose, log_softmax, logprob_kl
+from tests.house import CHECKOUT, python
 
 
 def test_hand_computed():
@@ -94,15 +98,121 @@ def test_low_precision_is_lifted_to_float32():
     )
 
 
+Z, IDS = torch.zeros(2, 3), torch.zeros(2).long()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "options", "message"),
     [
-        ((torch.zeros(2, 3), None, torch.zeros(3).long()), "do not fit"),
-        ((torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2).long()), "same vocabulary"),
+        ((Z, None, torch.zeros(3).long()), {}, "do not fit"),
+        ((Z, torch.zeros(2, 4), IDS), {}, "same vocabulary"),
+        ((torch.zeros(2, 0), None, IDS), {}, "V >= 1"),
+        ((Z.long(), None, IDS), {}, "must be floating"),
+        ((Z, Z, IDS.float()), {}, "must be integers"),
+        ((Z, Z, IDS), {"mask": torch.ones(2)}, "mask must be bool"),
+        ((Z, Z, IDS), {"mask": torch.ones(2, 3).bool()}, "of the shape of ids"),
+        ((Z, torch.zeros(2, 3, device="meta"), IDS), {}, "on one device"),
+        ((Z, Z, IDS + 3), {}, r"must be in \[0, 3\).*found 3 to 3"),
+        ((Z, Z, IDS - 1), {}, "found -1 to -1"),
+        ((Z.double(), Z.double(), IDS), {"implementation": "native"}, "takes float32 and bfloat16"),
+        ((Z, Z, IDS), {"implementation": "native", "softcap": 3.0}, "has no softcap"),
+        ((Z, Z.bfloat16(), IDS), {"implementation": "native"}, "one dtype"),
+        ((Z.t().contiguous().t(), Z, IDS), {"implementation": "native"}, "stride 1"),
+        ((Z, Z.clone().requires_grad_(), IDS), {"implementation": "native"}, "no gradient to ref_logits"),
     ],
 )
-def test_shapes_that_do_not_fit(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        logprob_kl(*arguments)
+def test_errors_name_shape_dtype_and_device(arguments, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        logprob_kl(*arguments, **options)
+    for x in (*arguments, options.get("mask")):
+        named = f"{tuple(x.shape)} {str(x.dtype)[6:]} on {x.device}" if x is not None else ""
+        assert named in str(error.value) or (x is arguments[2] and "implementation" in options)
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, math.inf, math.nan])
+def test_numbers_that_make_no_sense(number):
+    with pytest.raises(ValueError, match=f"temperature must be positive and finite.*{number}"):
+        logprob_kl(Z, None, IDS, temperature=number)
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        logprob_kl(Z, None, IDS, softcap=number)
     with pytest.raises(ValueError, match="temperature"):
-        log_softmax(torch.zeros(1, 2), 0.0)
+        log_softmax(Z, number)
+    with pytest.raises(ValueError, match="auto, torch, chunked, native, triton, got 'fast'"):
+        logprob_kl(Z, None, IDS, implementation="fast")
+
+
+def test_a_softcap_by_hand():
+    z = torch.tensor([[1.0, 10.0, -math.inf]], dtype=torch.float64)
+    capped = [2 * math.tanh(0.5) / 0.5, 2 * math.tanh(5.0) / 0.5]
+    found = logprob_kl(z, None, torch.tensor([0]), softcap=2.0, temperature=0.5)
+    assert found.logprob.item() == pytest.approx(capped[0] - math.log(sum(map(math.exp, capped))))
+
+
+def test_auto_takes_what_fits(monkeypatch):
+    def chosen(z, r=None, **options):
+        return choose("auto", z, r, Options(**options))
+
+    few, many = torch.zeros(64, 100), torch.zeros(600, 1000)
+    fast = "native" if logprob_kl_native.unable(many, None, Options()) is None else "chunked"
+    assert chosen(few) == "torch" and chosen(many) == chosen(many, many) == fast
+    assert chosen(many.bfloat16()) == fast
+    assert chosen(many.double()) == chosen(many.half()) == chosen(many, softcap=3.0) == "chunked"
+    assert chosen(many, many.clone().requires_grad_()) == chosen(many, many.bfloat16()) == "chunked"
+    with torch.no_grad():
+        assert chosen(many, many.clone().requires_grad_()) == fast
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    """The fallback is chosen, and asking for "native" by name says what is missing."""
+    many = torch.zeros(600, 1000)
+    monkeypatch.setenv("LM_ENVS_CACHE", str(tmp_path))
+    logprob_kl_native._library_or_reason.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("CC", "no-such-compiler")
+            assert choose("auto", many, None, Options()) == "chunked"
+            with pytest.raises(ValueError, match="cannot be compiled here .*no-such-compiler"):
+                logprob_kl(many, None, torch.zeros(600).long(), implementation="native")
+            logprob_kl_native._library_or_reason.cache_clear()
+            patch.setenv("CC", "false")
+            assert choose("auto", many, None, Options()) == "chunked"
+            assert not list(tmp_path.glob("native/*"))
+    finally:
+        logprob_kl_native._library_or_reason.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no compiler on this machine")
+def test_it_is_compiled_once(tmp_path):
+    path = logprob_kl_native.build(tmp_path)
+    made = path.stat().st_mtime_ns
+    assert logprob_kl_native.build(tmp_path) == path and path.stat().st_mtime_ns == made
+    assert list(tmp_path.iterdir()) == [path]
+    assert logprob_kl_native.unable(torch.zeros(2, 3), None, Options()) is None
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from lm_envs.kernels.logprob_kl import logprob_kl
+status = lambda name: next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(name)) * 1024
+def run(z, r, ids, implementation):
+    return sum(x.sum() for x in logprob_kl(z, r, ids, implementation=implementation)).backward()
+z, r = torch.randn(2, 500, 30000)
+ids = torch.zeros(500, dtype=torch.int64)
+run(z[:60].clone().requires_grad_(), r[:60], ids[:60], sys.argv[1])  # libraries loaded, threads started
+z.requires_grad_()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+run(z, r, ids, sys.argv[1])
+print((status("VmHWM") - before) / (z.numel() * 4))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark from /proc")
+def test_nothing_of_the_size_of_the_logits_but_the_gradient():
+    def extra(implementation):
+        return float(python("-c", MEMORY, implementation, cwd=CHECKOUT, path=CHECKOUT))
+
+    assert 0.9 < extra("native") <= 1.15
+    assert 0.9 < extra("chunked") <= 1.15
+    assert extra("torch") > 3  # negative control

@@ -1,0 +1,204 @@
+"""logprob_kl in C for float32 and bfloat16 logits on a CPU: one pass over the logits each way, rows over threads.
+
+The C file beside this one is compiled when first used, with ``$CC`` or the first of cc, gcc, clang, and kept under
+``$LM_ENVS_CACHE`` (else the user's cache folder). Where that fails, :func:`unable` says why and "auto" takes "chunked".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lm_envs.kernels.memory import empty_gradient
+
+if TYPE_CHECKING:
+    from lm_envs.kernels.logprob_kl import Options
+
+SOURCE = Path(__file__).with_suffix(".c")
+# No -ffast-math: infinities and NaN keep their meaning. Contraction makes a*b+c one instruction.
+FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+BLOCK = 2**19  # logits of a thread's turn: enough to forget the turn's cost, few enough to share rows out evenly
+
+
+class Unavailable(Exception):
+    """The library cannot be made here; the message says why."""
+
+
+def unable(logits: Tensor, ref_logits: Tensor | None, options: Options) -> str | None:
+    """Why this cannot be used for these tensors, or None."""
+    if logits.device.type != "cpu" or logits.dtype not in DTYPES:
+        return "takes float32 and bfloat16 on a CPU"
+    if options.softcap is not None:
+        return "has no softcap"
+    if ref_logits is not None:
+        if ref_logits.dtype != logits.dtype:
+            return "needs both logits in one dtype"
+        if ref_logits.requires_grad and torch.is_grad_enabled():
+            return "gives no gradient to ref_logits"
+    if any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in (logits, ref_logits)):
+        return "needs the logits of a row side by side (stride 1)"
+    return _library_or_reason()[1]
+
+
+def forward(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, options: Options) -> Tensor:
+    """Results and what backward needs, ``(8, N)`` float32: logprob, ref_logprob, entropy, kl, m, log Z, n, log Q.
+
+    Args:
+        z, r: ``(outer, inner, V)``, stride 1 along V.
+        ids, keep: ``(outer * inner,)`` int64 and bool.
+    """
+    stats = torch.empty(8, ids.numel(), dtype=torch.float32)
+    call = _function("forward", z.dtype)
+    common = _common(z, r, ids, keep)
+    _over_rows(z, lambda begin, end: call(*common[0], begin, end, *common[1], 1.0 / options.temperature,
+                                          int(options.precise), stats.data_ptr()))  # fmt: skip
+    return stats
+
+
+def backward(
+    z: Tensor,
+    r: Tensor | None,
+    ids: Tensor,
+    keep: Tensor | None,
+    stats: Tensor,
+    coefficients: Tensor,
+    options: Options,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``dz_v = ([v = a] g - p_v (c0 + c1 l_v + c2 k_v)) / T``, ``(outer, inner, V)``.
+
+    Args:
+        coefficients: ``(4, N)``: g, c0, c1, c2.
+        out: contiguous, where to write it; may be ``z`` itself.
+    """
+    dz = empty_gradient(z) if out is None else out
+    coefficients = coefficients.contiguous()
+    call = _function("backward", z.dtype)
+    common = _common(z, r, ids, keep)
+    _over_rows(z, lambda begin, end: call(*common[0], begin, end, *common[1], 1.0 / options.temperature,
+                                          stats.data_ptr(), coefficients.data_ptr(), dz.data_ptr()))  # fmt: skip
+    return dz
+
+
+def _common(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments before and after the range of rows."""
+    strides = (*z.stride()[:2], *(r.stride()[:2] if r is not None else (0, 0)))
+    pointers = tuple(None if x is None else x.data_ptr() for x in (z, r, ids, keep))
+    return pointers, (ids.numel(), z.shape[1], z.shape[2], (ctypes.c_int64 * 4)(*strides))
+
+
+def _over_rows(z: Tensor, work: Callable[[int, int], None]) -> None:
+    """Call ``work(begin, end)`` on blocks of rows from torch's number of threads, this one among them.
+
+    Threads are made anew each time: that costs 0.1 ms where a call takes several, and leaves nothing behind that a
+    fork would break.
+    """
+    rows = z.shape[0] * z.shape[1]
+    step = max(1, BLOCK // z.shape[2])
+    blocks = iter(range(0, rows, step))
+    lock = threading.Lock()
+
+    def turns() -> None:
+        while True:
+            with lock:
+                begin = next(blocks, None)
+            if begin is None:
+                return
+            work(begin, min(begin + step, rows))
+
+    helpers = min(torch.get_num_threads(), -(-rows // step)) - 1
+    threads = [threading.Thread(target=turns, daemon=True) for _ in range(helpers)]
+    for thread in threads:
+        thread.start()
+    turns()
+    for thread in threads:
+        thread.join()
+
+
+def _function(direction: str, dtype: torch.dtype) -> Any:
+    library, reason = _library_or_reason()
+    if library is None:
+        raise RuntimeError(f"logprob_kl_native {reason}")
+    return getattr(library, f"{direction}_{DTYPES[dtype]}")
+
+
+@functools.lru_cache(maxsize=1)
+def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        library = ctypes.CDLL(str(build(_cache())))
+    except (Unavailable, OSError) as error:
+        return None, f"cannot be compiled here ({error})"
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    common = [pointer] * 4 + [integer] * 5 + [pointer, number]
+    for name in DTYPES.values():
+        getattr(library, f"forward_{name}").argtypes = [*common, ctypes.c_int, pointer]
+        getattr(library, f"backward_{name}").argtypes = [*common, pointer, pointer, pointer]
+        getattr(library, f"forward_{name}").restype = getattr(library, f"backward_{name}").restype = None
+    return library, None
+
+
+def _cache() -> Path:
+    root = os.environ.get("LM_ENVS_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm-envs"
+    folder = base.expanduser().absolute() / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="lm-envs-native-"))
+
+
+def build(folder: Path) -> Path:
+    """Compile the C file for this machine's processor, unless ``folder`` holds it; the library's path.
+
+    Raises:
+        Unavailable: no compiler, or it fails.
+    """
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise Unavailable("no C compiler: none of cc, gcc and clang is there, and CC is not set")
+    made_for = "\n".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor()])
+    path = folder / f"logprob_kl-{hashlib.sha256(made_for.encode()).hexdigest()[:20]}.so"
+    if path.exists():
+        return path
+    errors = ""
+    for tuning in (["-march=native"], ["-mcpu=native"], []):  # not every compiler knows the first
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        command = [*compiler.split(), *FLAGS, *tuning, "-o", temporary, str(SOURCE), "-lm"]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            os.unlink(temporary)
+            raise Unavailable(f"{compiler}: {error}") from None
+        if run.returncode == 0:
+            os.replace(temporary, path)  # whole or not at all, whoever else compiles at the same time
+            return path
+        os.unlink(temporary)
+        errors = run.stderr.strip().splitlines()[0] if run.stderr.strip() else f"exit status {run.returncode}"
+    raise Unavailable(f"{compiler}: {errors}")
+
+
+def _processor() -> str:
+    """What tells processors with different instructions apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
