@@ -9,20 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from lm_envs import counted, supervised
 from lm_envs.algos.ppo import PPO, PPOConfig
+from lm_envs.algos.reward_makers import accuracy, as_read, compare, in_units_of, make_reward_model
 from lm_envs.kl import text_envs
-from lm_envs.observations import left_pad
-from lm_envs.rewards import LearnedReward
-from lm_envs.tasks import making
-from lm_envs.tasks.reviews import annotate, ranking_accuracy
+from lm_envs.rewards import LearnedReward, right_pad
+from lm_envs.tasks.reviews import annotate
 from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 
-_ROWS = 512  # responses per forward
+_NAME = "iterated_reward_model"
 
 
 @dataclass
@@ -61,21 +58,6 @@ class IteratedRLHFConfig(PPOConfig):
             raise ValueError(f"rm_start must be 'fresh' or 'task', got {self.rm_start!r}")
 
 
-@dataclass
-class Compared:
-    """N pairs of responses; the two of a pair stand in rows 2i and 2i + 1.
-
-    Attributes:
-        samples: 2N responses, as rewards take them.
-        gold: ``(N, 2)`` the judge's scores.
-        tokens: how many were generated.
-    """
-
-    samples: making.Samples
-    gold: NDArray[np.float64]
-    tokens: int
-
-
 class IteratedRLHF(PPO):
     """PPO in rounds, each on a new reward model (Bai et al. 2022, "Training a helpful and harmless assistant", section
     4.5, iterated online RLHF; Christiano et al. 2017).
@@ -101,6 +83,7 @@ class IteratedRLHF(PPO):
         self.reward: LearnedReward | None = None
         self._task_reward: LearnedReward | None = None
         self._texts: list[list[list[int]]] = []  # pairs, as the reward model reads them
+        self._units: list[list[list[int]]] = []  # of the start's samples, in whose units scores are
         self._choices = np.zeros(0, dtype=bool)  # whether the first of each pair was preferred
         self._saved: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
 
@@ -124,80 +107,47 @@ class IteratedRLHF(PPO):
         config, number = self.config, self.rounds_done
         count = config.annotations // config.rounds
         first = number * (count + config.held_out)
-        fresh = self._compare(mdp, first, count)
-        held = self._compare(mdp, first + count, config.held_out)
+        fresh = compare(mdp, self.policy, first, count, config.seed)
+        held = compare(mdp, self.policy, first + count, config.held_out, config.seed)
         choices = annotate(fresh.gold[:, 0], fresh.gold[:, 1], flip=config.flip, seed=config.seed + number)
         template = self._task_reward
         assert template is not None
-        self._texts += _pairs(template, fresh.samples)
+        self._texts += as_read(template, fresh.samples)
         self._choices = np.concatenate([self._choices, choices])
-        before = _accuracy(held, mdp.task.reward if self.reward is None else self.reward)
-        made = LearnedReward(self._train(template, number), template.tokenizer, batch_size=template.batch_size)
+        before = accuracy(held, mdp.task.reward if self.reward is None else self.reward)
         # In units of the *start's* samples in every round, or the penalty would weigh less from round to round.
-        units = held.samples if self.reward is None else None
-        self.reward = self._in_units(made, units)
+        if self.reward is None:
+            self._units = as_read(template, held.samples)
+        self.reward = in_units_of(template, self._train(template, number), self._units, _NAME)
         self.rounds_done += 1
         self.tokens_done += fresh.tokens + held.tokens
         return {
             "round": number,
             "annotations": len(self._choices),
-            "rm_accuracy": _accuracy(held, self.reward),
+            "rm_accuracy": accuracy(held, self.reward),
             "rm_accuracy_before": before,
         }
 
-    def _in_units(self, made: LearnedReward, samples: making.Samples | None) -> LearnedReward:
-        if samples is not None:
-            self._units = _pairs(made, samples)
-        ids = [text for pair in self._units for text in pair]
-        scores = []
-        with torch.no_grad():
-            for start in range(0, len(ids), _ROWS):
-                rows = supervised.right_pad(ids[start : start + _ROWS]).to(made.model.device)
-                scores.append(supervised.raw_scores(made.model, rows).double().cpu())
-        found = torch.cat(scores)
-        moments = (float(found.mean()), float(found.std(unbiased=False)))
-        if not moments[1] > 1e-6:
-            raise ValueError("iterated-rlhf: the reward model gives all samples the same score; give it more steps")
-        return LearnedReward(made.model, made.tokenizer, moments, made.batch_size, "iterated_reward_model")
-
-    def _compare(self, mdp: TextMDP, first: int, count: int) -> Compared:
-        """Pairs number ``first`` and up of the current policy's responses, judged."""
-        pair = np.arange(first, first + count)
-        index = counted.integers(self.config.seed, counted.PROMPT, making.SAMPLE_EPISODES + pair, len(mdp.prompts))
-        prompt = left_pad([mdp.prompts[i] for i in np.repeat(index, 2)], mdp.prompt_length)
-        row = making.SAMPLE_EPISODES + 2 * first + np.arange(2 * count)
-        places = np.arange(self.policy.uniforms_per_response)
-        parts = []
-        for start in range(0, 2 * count, _ROWS):
-            rows = slice(start, start + _ROWS)
-            uniforms = counted.uniform(self.config.seed, counted.TOKEN, row[rows, None], places)
-            parts.append(self.policy.respond(torch.as_tensor(prompt[rows]), torch.as_tensor(uniforms))[0].cpu())
-        response = torch.cat(parts).numpy()
-        ids = [r[r >= 0].tolist() for r in response]
-        samples = making.Samples(mdp.texts(prompt), mdp.texts(response), ids, mdp.finish_reasons(response))
-        return Compared(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
-
     def _train(self, template: LearnedReward, number: int) -> Any:
         config = self.config
-        model = _fresh(template.model, config.seed + number) if config.rm_start == "fresh" else _copy(template.model)
-        supervised.fit_reward_model(
-            model,
+        return make_reward_model(
+            template.model,
             self._texts,
-            np.stack([~self._choices, self._choices], axis=1).astype(np.int64),
+            self._choices,
+            start=config.rm_start,
             steps=config.rm_steps,
             batch_size=config.rm_batch,
             learning_rate=config.rm_learning_rate,
             weight_decay=config.rm_weight_decay,
             seed=config.seed + number,
         )
-        return model.requires_grad_(False)
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.reward is None:
             return self._saved if self._saved is not None else ({}, {"rounds": 0})  # type: ignore[return-value]
         tensors = {f"rm.{name}": t for name, t in self.reward.model.state_dict().items()}
-        tensors["texts"] = supervised.right_pad([text for pair in self._texts for text in pair])
-        tensors["units"] = supervised.right_pad([text for pair in self._units for text in pair])
+        tensors["texts"] = right_pad([text for pair in self._texts for text in pair])
+        tensors["units"] = right_pad([text for pair in self._units for text in pair])
         tensors["choices"] = torch.from_numpy(self._choices.astype(np.int64))
         return tensors, {"rounds": self.rounds_done, "normalise": list(self.reward.normalise)}
 
@@ -210,14 +160,13 @@ class IteratedRLHF(PPO):
     def _rebuild(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         template = self._task_reward
         assert template is not None
-        model = _copy(template.model)
+        model = copy.deepcopy(template.model)
         model.load_state_dict({n.removeprefix("rm."): t for n, t in tensors.items() if n.startswith("rm.")})
         self._texts, self._units = _table(tensors["texts"]), _table(tensors["units"])
         self._choices = tensors["choices"].numpy().astype(bool)
         moments = tuple(values["normalise"])
-        self.reward = LearnedReward(
-            model.requires_grad_(False), template.tokenizer, moments, template.batch_size, "iterated_reward_model"
-        )
+        frozen = model.eval().requires_grad_(False)
+        self.reward = LearnedReward(frozen, template.tokenizer, moments, template.batch_size, _NAME)
         self._saved = None
 
 
@@ -232,35 +181,6 @@ def _learned(mdp: TextMDP) -> LearnedReward:
     return mdp.task.reward
 
 
-def _pairs(reward: LearnedReward, samples: making.Samples) -> list[list[list[int]]]:
-    """The texts of pairs as the reward model reads them."""
-    rows = [
-        reward.encode(prompt + completion, reason == "stop")
-        for prompt, completion, reason in zip(samples.prompts, samples.completions, samples.finish_reasons, strict=True)
-    ]
-    return [rows[i : i + 2] for i in range(0, len(rows), 2)]
-
-
 def _table(padded: Tensor) -> list[list[list[int]]]:
     rows = [row[row >= 0].tolist() for row in padded]
     return [rows[i : i + 2] for i in range(0, len(rows), 2)]
-
-
-def _accuracy(held: Compared, reward: Any) -> float:
-    scores = held.samples.score(reward).reshape(-1, 2)
-    return ranking_accuracy(held.gold, scores[:, 0] - scores[:, 1])
-
-
-def _copy(model: Any) -> Any:
-    return copy.deepcopy(model).eval().requires_grad_(True)
-
-
-def _fresh(model: Any, seed: int) -> Any:
-    """The architecture with weights drawn from the seed; the caller's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = type(model)(model.config).to(dtype=model.dtype, device=model.device).eval()
-    head = getattr(made, "score", None)
-    if isinstance(head, nn.Linear):
-        supervised.initialise_reward_head(head, torch.Generator().manual_seed(seed))
-    return made

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lm_envs.benchmarks.history import Series, styles
 from lm_envs.benchmarks.results import number, table
 
-_STYLE = {
+STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -44,7 +44,7 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
     lines = [(s, table(s.results)[0]) for s in series if not np.isnan(s.mean("win_rate"))]
     if not lines:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 0.9 + 0.42 * len(lines)), layout="constrained")
         ax = figure.subplots()
         for place, (s, line) in enumerate(reversed(lines)):
@@ -65,7 +65,7 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
 def frontier(series: Sequence[Series], style: Style) -> Figure:
     """Gold and proxy against KL: paths of training on validation prompts, and the end on test prompts."""
     names = [n for n in ("gold", "proxy") if not all(np.isnan(s.mean(n)) for s in series)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6 * len(names), 4.8), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(names), sharex=True))
         labels: list[list[Label]] = []
@@ -107,7 +107,7 @@ def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:
     if not names:
         return None
     titles = {"gold": "Gold", "proxy": "Proxy", "kl": "KL from SFT, nats", "return": "Return"}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.7 * len(names), 4.2), layout="constrained")
         for ax, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
             ends = []
@@ -283,7 +283,7 @@ def figures(series: list[Series]) -> dict[tuple[str, str], Figure]:
 def as_svg(figure: Figure) -> bytes:
     """A figure as SVG with its letters as outlines, so it looks the same everywhere."""
     file = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 

@@ -3,8 +3,8 @@
     make mutants                                  all of them
     python tests/mutations.py whitening ratio     those whose name holds one of the words
 
-Each mutation is made in a copy of the checkout, and the tests named beside it run there. It is *killed* if they fail, and
-*survives* if they pass: then a test is missing. The same tests pass on the copy before anything is broken.
+Each mutation is made in a copy of the checkout, and the tests named beside it run there. It is *killed* if they fail,
+and *survives* if they pass: then a test is missing. The same tests pass on the copy before anything is broken.
 """
 
 from __future__ import annotations
@@ -493,7 +493,7 @@ def broken(mutation: Mutation, text: str) -> str:
         ValueError: the old text does not stand in it exactly once, so the list is out of date.
     """
     if (found := text.count(mutation.old)) != 1:
-        raise ValueError(f"{mutation.name!r}: its text stands {found} times in {mutation.file}; it must stand there once")
+        raise ValueError(f"{mutation.name!r}: its text stands {found} times in {mutation.file}, and must once")
     return text.replace(mutation.old, mutation.new)
 
 

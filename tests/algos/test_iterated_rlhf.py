@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lm_envs.algos.agent import learn
-from lm_envs.algos.iterated_rlhf import _accuracy
+from lm_envs.algos.reward_makers import accuracy, compare
 from lm_envs.rewards import LearnedReward
 from lm_envs.rollout import rollout
 from tests import tiny
@@ -51,8 +51,8 @@ def test_the_second_round_compares_what_the_policy_writes_then():
     b = tiny.WORDS.index("b")
     first, second = (sum(text.count(b) for pair in part for text in pair) / 2048 for part in (before, after))
     assert second > first + 0.3
-    held = agent._compare(env.mdp, 10_000, 16)
-    assert 0 <= _accuracy(held, agent.reward) <= 1
+    held = compare(env.mdp, agent.policy, 10_000, 16, 0)
+    assert 0 <= accuracy(held, agent.reward) <= 1
     assert held.samples.prompts[0::2] == held.samples.prompts[1::2]
 
 

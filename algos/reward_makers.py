@@ -1,0 +1,138 @@
+"""Making reward models on the way: judged pairs of a policy's responses, and models trained on choices between them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lm_envs import counted, supervised
+from lm_envs.observations import left_pad
+from lm_envs.rewards import LearnedReward, raw_scores, right_pad
+from lm_envs.tasks import making
+from lm_envs.tasks.reviews import ranking_accuracy
+from lm_envs.text_mdp import TextMDP
+
+_ROWS = 512  # texts per forward
+Pairs = Sequence[Sequence[Sequence[int]]]
+
+
+@dataclass
+class Compared:
+    """N pairs of responses; the two of a pair stand in rows 2i and 2i + 1.
+
+    Attributes:
+        samples: 2N responses, as rewards take them.
+        gold: ``(N, 2)`` the judge's scores.
+        tokens: how many were generated.
+    """
+
+    samples: making.Samples
+    gold: NDArray[np.float64]
+    tokens: int
+
+
+def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Compared:
+    """Pairs number ``first`` and up of a policy's responses to the MDP's prompts, scored by the task's judge.
+
+    A function of the policy and the other arguments; training never draws the same random numbers.
+    """
+    pair = np.arange(first, first + count)
+    index = counted.integers(seed, counted.PROMPT, making.SAMPLE_EPISODES + pair, len(mdp.prompts))
+    prompt = left_pad([mdp.prompts[i] for i in np.repeat(index, 2)], mdp.prompt_length)
+    row = making.SAMPLE_EPISODES + 2 * first + np.arange(2 * count)
+    places = np.arange(policy.uniforms_per_response)
+    parts = []
+    for start in range(0, 2 * count, _ROWS):
+        rows = slice(start, start + _ROWS)
+        uniforms = counted.uniform(seed, counted.TOKEN, row[rows, None], places)
+        parts.append(policy.respond(torch.as_tensor(prompt[rows]), torch.as_tensor(uniforms))[0].cpu())
+    response = torch.cat(parts).numpy()
+    ids = [r[r >= 0].tolist() for r in response]
+    samples = making.Samples(mdp.texts(prompt), mdp.texts(response), ids, mdp.finish_reasons(response))
+    return Compared(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
+
+
+def as_read(reward: LearnedReward, samples: making.Samples) -> list[list[list[int]]]:
+    """The texts of pairs as a reward model reads them."""
+    texts = zip(samples.prompts, samples.completions, samples.finish_reasons, strict=True)
+    rows = [reward.encode(prompt + completion, reason == "stop") for prompt, completion, reason in texts]
+    return [rows[i : i + 2] for i in range(0, len(rows), 2)]
+
+
+def accuracy(held: Compared, reward: Any) -> float:
+    """How often a reward orders pairs as the judge does."""
+    scores = held.samples.score(reward).reshape(-1, 2)
+    return ranking_accuracy(held.gold, scores[:, 0] - scores[:, 1])
+
+
+def make_reward_model(
+    model: Any,
+    texts: Pairs,
+    first_is_better: NDArray[np.bool_],
+    *,
+    start: Literal["fresh", "task"] = "fresh",
+    steps: int = 192,
+    batch_size: int = 128,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+) -> Any:
+    """A frozen reward model of an architecture, trained by Bradley-Terry on choices between the two of each pair.
+
+    Args:
+        model: gives the architecture, and with start "task" the first weights; it is not changed.
+        texts: N pairs of token ids.
+        first_is_better: ``(N,)``.
+        start: "fresh" draws the first weights from the seed.
+        steps, batch_size, learning_rate, weight_decay: as for :func:`lm_envs.supervised.fit`.
+        seed: of the first weights and of the order of the pairs.
+    """
+    made = fresh(model, seed) if start == "fresh" else copy.deepcopy(model).eval().requires_grad_(True)
+    supervised.fit_reward_model(
+        made,
+        texts,
+        np.stack([~first_is_better, first_is_better], axis=1).astype(np.int64),
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        seed=seed,
+    )
+    return made.requires_grad_(False)
+
+
+def fresh(model: Any, seed: int) -> Any:
+    """The architecture with weights drawn from the seed; the caller's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = type(model)(model.config).to(dtype=model.dtype, device=model.device).eval()
+    head = getattr(made, "score", None)
+    if isinstance(head, nn.Linear):
+        supervised.initialise_reward_head(head, torch.Generator().manual_seed(seed))
+    return made
+
+
+@torch.no_grad()
+def in_units_of(template: LearnedReward, model: Any, texts: Pairs, name: str) -> LearnedReward:
+    """A model as a reward with mean 0 and (population) standard deviation 1 on these texts.
+
+    Args:
+        template: gives the tokenizer and the batch size.
+
+    Raises:
+        ValueError: the model gives all of them the same score.
+    """
+    ids = [text for pair in texts for text in pair]
+    parts = [right_pad(ids[start : start + _ROWS]).to(model.device) for start in range(0, len(ids), _ROWS)]
+    scores = torch.cat([raw_scores(model, rows).double().cpu() for rows in parts])
+    moments = (float(scores.mean()), float(scores.std(unbiased=False)))
+    if not moments[1] > 1e-6:
+        raise ValueError(f"reward model {name!r} gives all samples the same score: train it for more steps")
+    return LearnedReward(model, template.tokenizer, moments, template.batch_size, name)

@@ -1,0 +1,273 @@
+"""Over-optimisation of reward models (Gao, Schulman and Hilton 2022, "Scaling laws for reward model overoptimization").
+
+Reward models are trained on more and more of the same comparisons; each is then optimised by best-of-n and by an
+algorithm of the registry, without a KL penalty, and what it says (proxy) is drawn with what the judge says (gold)
+against the square root of the KL from the start. Scores are gains over the start, each in units of its standard
+deviation there.
+
+.. code-block:: text
+
+    <out>/
+        overoptimisation.json   settings, every point, the fits
+        overoptimisation.png    the drawing
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from lm_envs.algos import reward_makers
+from lm_envs.algos.best_of_n import kl_bound
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.registry import make_agent
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.names import load_task
+from lm_envs.benchmarks.overrides import check_overrides
+from lm_envs.benchmarks.plots import STYLE, as_png
+from lm_envs.benchmarks.storage import write_json
+from lm_envs.rewards import LearnedReward, call_reward
+from lm_envs.rollout import rollout
+from lm_envs.tasks.reviews import annotate
+from lm_envs.tasks.task import TextTask
+from lm_envs.trajectories import Trajectories
+from lm_envs.vector_env import TextVectorEnv
+
+_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+_SAMPLES_SEED = 1 << 42  # of best-of-n's samples; training draws others
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is optimised, how far, and how it is measured.
+
+    Attributes:
+        pairs: sizes of the reward models' data; each is the first so many of the same comparisons.
+        held_out: pairs that measure the reward models.
+        flip: probability that an annotator's choice is recorded the wrong way round.
+        algorithm, overrides, iterations: what optimises each reward model, a registered algorithm that samples.
+        prompts, samples: of best-of-n: test prompts, and responses to each, of which n are a subset.
+        reward_model: options of :func:`lm_envs.algos.reward_makers.make_reward_model`.
+        seed: decides everything.
+    """
+
+    pairs: tuple[int, ...] = (500, 2000, 8000)
+    held_out: int = 512
+    flip: float = 0.25
+    algorithm: str = "ppo"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    iterations: int = 60
+    prompts: int = 64
+    samples: int = 128
+    reward_model: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a number is too small."""
+        if not self.pairs or min(self.pairs) < 2:
+            raise ValueError(f"pairs must be sizes of at least 2, got {self.pairs}")
+        for name in ("held_out", "iterations", "prompts", "samples"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+
+
+@dataclass
+class Curve:
+    """Proxy and gold on the way of one optimiser against one reward model, K points.
+
+    Attributes:
+        pairs: what the reward model was trained on.
+        accuracy: how often it orders held-out pairs as the judge does.
+        method: "best-of-n" or the algorithm.
+        kl: nats per response; of best-of-n the bound ``log n - (n-1)/n``.
+        proxy, gold: gains over the start, in the start's standard deviations.
+        fit: Gao et al.'s ``alpha`` and ``beta`` of the gold, and ``r2``.
+    """
+
+    pairs: int
+    accuracy: float
+    method: str
+    kl: list[float]
+    proxy: list[float]
+    gold: list[float]
+    fit: dict[str, float] = field(default_factory=dict)
+
+
+def fit(kl: Sequence[float], gold: Sequence[float], method: str) -> dict[str, float]:
+    """``R(d) = d (alpha - beta d)`` for best-of-n, ``d (alpha - beta log d)`` for the rest, ``d = sqrt(KL)`` (Gao et
+    al. 2022, section 3.1), by least squares. Points without KL, where both are 0 by definition, do not count.
+
+    Returns:
+        alpha, beta and r2, the share of the gold's variance that is explained; NaN with fewer than two points.
+    """
+    d, y = np.sqrt(np.maximum(kl, 0)), np.asarray(gold, dtype=np.float64)
+    d, y = d[d > 0], y[d > 0]
+    if len(d) < 2:
+        return {"alpha": math.nan, "beta": math.nan, "r2": math.nan}
+    columns = np.stack([d, -_bend(d, method)], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(columns, y, rcond=None)
+    left = ((y - columns @ [alpha, beta]) ** 2).sum()
+    r2 = float(1 - left / max(((y - y.mean()) ** 2).sum(), 1e-12))
+    return {"alpha": float(alpha), "beta": float(beta), "r2": r2}
+
+
+def _bend(d: NDArray[np.float64], method: str) -> NDArray[np.float64]:
+    return d * d if method == "best-of-n" else d * np.log(np.maximum(d, 1e-12))
+
+
+def best_of_subsets(proxy: NDArray[np.float64], value: NDArray[np.float64], n: int) -> float:
+    """The value of the best by proxy of n samples, a mean over all subsets of n of a prompt's samples and over prompts
+    (Nakano et al. 2021, "WebGPT", appendix I).
+
+    ``sum_i value_(i) C(i-1, n-1) / C(S, n)``, ``value_(i)`` of the sample with the i-th smallest proxy.
+
+    Args:
+        proxy, value: ``(prompts, S)``.
+        n: at most S.
+    """
+    samples = proxy.shape[1]
+    ranked = np.take_along_axis(value, proxy.argsort(axis=1, kind="stable"), axis=1)
+    weights = np.array([math.comb(i, n - 1) for i in range(samples)], dtype=object) / math.comb(samples, n)
+    return float((ranked * weights.astype(np.float64)).sum(axis=1).mean())
+
+
+def judged(task: TextTask, env: TextVectorEnv, traj: Trajectories) -> NDArray[np.float64]:
+    """``(B,)`` the judge's scores of a batch."""
+    assert traj.prompt is not None and traj.response is not None
+    response = traj.response.numpy()
+    ids = [row[row >= 0].tolist() for row in response]
+    texts = env.mdp.texts(traj.prompt.numpy()), env.mdp.texts(response)
+    found = call_reward(task.judge, *texts, ids, env.mdp.finish_reasons(response))  # type: ignore[arg-type]
+    return found.sum(axis=1) if found.ndim == 2 else found
+
+
+def measure(name: str, options: dict[str, Any], settings: Settings, say: Callable[[str], None]) -> list[Curve]:
+    """All curves of a task.
+
+    Raises:
+        UserError: the task has no judge, or no learned reward model to take the architecture from.
+    """
+    task = load_task(name, options)
+    if task.judge is None or not isinstance(task.reward, LearnedReward):
+        raise UserError(f"over-optimisation of task {name!r} needs a judge and a learned reward model")
+    template: LearnedReward = task.reward
+    env = TextVectorEnv(task)
+    start = LMPolicy.for_mdp(env.mdp, task.start)
+    say("sampling pairs to compare")
+    most = max(settings.pairs)
+    compared = reward_makers.compare(env.mdp, start, 0, most, settings.seed)
+    held = reward_makers.compare(env.mdp, start, most, settings.held_out, settings.seed)
+    texts, units = (reward_makers.as_read(template, x.samples) for x in (compared, held))
+    chosen = annotate(compared.gold[:, 0], compared.gold[:, 1], flip=settings.flip, seed=settings.seed)
+    moments = float(held.gold.mean()), max(float(held.gold.std()), 1e-12)
+    many = _many(task, start, settings)
+    curves = []
+    for pairs in sorted(settings.pairs):
+        say(f"a reward model on {pairs} pairs")
+        model = reward_makers.make_reward_model(
+            template.model, texts[:pairs], chosen[:pairs], seed=settings.seed, **settings.reward_model
+        )
+        reward = reward_makers.in_units_of(template, model, units, f"reward_model_{pairs}")
+        accuracy = reward_makers.accuracy(held, reward)
+        with_it = replace(task, reward=reward)
+        curves.append(_best_of_n(with_it, many, moments, Curve(pairs, accuracy, "best-of-n", [], [], [])))
+        say(f"{settings.algorithm} against it")
+        curves.append(_trained(with_it, settings, moments, Curve(pairs, accuracy, settings.algorithm, [], [], [])))
+    for curve in curves:
+        curve.fit = fit(curve.kl, curve.gold, curve.method)
+    return curves
+
+
+Many = tuple[TextVectorEnv, Trajectories, NDArray[np.float64]]
+
+
+def _many(task: TextTask, policy: LMPolicy, settings: Settings) -> Many:
+    """Samples of the start for best-of-n, grouped by prompt, and their gold scores ``(prompts, samples)``."""
+    env = TextVectorEnv(task, split="test", group_size=settings.samples)
+    count, seed = settings.samples, settings.seed + _SAMPLES_SEED
+    parts = [rollout(env, policy, episodes=count, first_episode=i * count, seed=seed) for i in range(settings.prompts)]
+    traj = Trajectories.concatenate(parts)
+    return env, traj, judged(task, env, traj).reshape(settings.prompts, settings.samples)
+
+
+def _best_of_n(
+    task: TextTask,
+    many: Many,
+    moments: tuple[float, float],
+    curve: Curve,
+) -> Curve:
+    env, traj, gold = many
+    assert traj.prompt is not None and traj.response is not None
+    scorer = TextVectorEnv(task, split="test").mdp
+    proxy = scorer.score(traj.prompt.numpy(), traj.response.numpy()).sum(axis=1).reshape(gold.shape)
+    n = 1
+    while n <= gold.shape[1]:
+        curve.kl.append(kl_bound(n))
+        curve.proxy.append(best_of_subsets(proxy, proxy, n) - float(proxy.mean()))
+        curve.gold.append((best_of_subsets(proxy, gold, n) - float(gold.mean())) / moments[1])
+        n *= 2
+    return curve
+
+
+def _trained(task: TextTask, settings: Settings, moments: tuple[float, float], curve: Curve) -> Curve:
+    """Points are training batches as sampled, before they are learned from."""
+    options = {"kl_coef": 0.0, **settings.overrides, "iterations": settings.iterations, "seed": settings.seed}
+    overrides = check_overrides(settings.algorithm, options)
+    policy = LMPolicy.for_mdp(TextVectorEnv(task).mdp, copy.deepcopy(task.start).requires_grad_(True))
+    agent = make_agent(settings.algorithm, policy, task, **overrides)
+    env = TextVectorEnv(task, group_size=agent.config.group_size)
+    for _ in range(settings.iterations):
+        traj, metrics = agent.iteration(env)
+        curve.kl.append(metrics["kl"])
+        curve.proxy.append(metrics["score"])
+        curve.gold.append((float(judged(task, env, traj).mean()) - moments[0]) / moments[1])
+    return curve
+
+
+def draw(curves: Sequence[Curve]) -> Figure:
+    """A panel per method: gold (dots, its fit a line) and proxy (dashed) against the square root of the KL, a colour
+    per reward model.
+    """
+    methods = list(dict.fromkeys(curve.method for curve in curves))
+    sizes = sorted({curve.pairs for curve in curves})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.5 * len(methods), 4.6), layout="constrained")
+        axes: Sequence[Axes] = figure.subplots(1, len(methods), squeeze=False)[0]
+        for ax, method in zip(axes, methods, strict=True):
+            for curve in (c for c in curves if c.method == method):
+                colour, d = _COLOURS[sizes.index(curve.pairs) % len(_COLOURS)], np.sqrt(np.maximum(curve.kl, 0))
+                label = f"{curve.pairs:,} pairs ({curve.accuracy:.0%} right)"
+                ax.plot(d, curve.proxy, "--", color=colour, linewidth=1.2)
+                ax.plot(d, curve.gold, "o", color=colour, markersize=3.5, label=label)
+                if math.isfinite(curve.fit.get("alpha", math.nan)):
+                    x = np.linspace(d.min(), d.max(), 200)
+                    y = curve.fit["alpha"] * x - curve.fit["beta"] * _bend(x, method)
+                    ax.plot(x, y, "-", color=colour, linewidth=2)
+            ax.axhline(0, color="#888888", linewidth=1)
+            ax.set_title(f"{method}: {'d(α - β d)' if method == 'best-of-n' else 'd(α - β log d)'}")
+            ax.set_xlabel("d = √KL from the start (KL in nats per response)")
+            ax.legend(frameon=False, fontsize=9)
+        axes[0].set_ylabel("gain over the start, standard deviations\n(dots: gold, lines: its fit, dashed: proxy)")
+    return figure
+
+
+def overoptimise(
+    task: str, options: dict[str, Any], settings: Settings, out: Path, say: Callable[[str], None] = lambda text: None
+) -> list[Curve]:
+    """Measure, write and draw; see the module's text for what lies in ``out`` then."""
+    curves = measure(task, options, settings, say)
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"task": task, "options": options, "settings": asdict(settings), "curves": [asdict(c) for c in curves]}
+    write_json(out / "overoptimisation.json", found)
+    (out / "overoptimisation.png").write_bytes(as_png(draw(curves)))
+    return curves
