@@ -35,7 +35,7 @@ from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 
 AnyPolicy = Any
-"""Anything with ``evaluate``, a transformers model, a table ``(X, S, V)``, or sequences' log-probabilities ``(X, L)``."""
+"""Anything with ``evaluate``, a transformers model, a table ``(X, S, V)``, or log-probabilities ``(X, L)``."""
 
 
 class Exact:
