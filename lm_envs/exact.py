@@ -175,7 +175,7 @@ class Exact:
 
     @cached_property
     def _soft(self) -> tuple[Tensor, Tensor]:
-        return self._backward(self._soft_step)
+        return self.backward(self._soft_step)
 
     def _soft_step(self, q: Tensor, states: slice) -> tuple[Tensor, Tensor]:
         log_ref = self.log_ref[:, states]
@@ -183,7 +183,7 @@ class Exact:
             return q.masked_fill(log_ref == -math.inf, -math.inf).amax(dim=2), q
         return self.kl_coef * (log_ref + q / self.kl_coef).logsumexp(dim=2), q
 
-    def _backward(self, step: Any) -> tuple[Tensor, Tensor]:
+    def backward(self, step: Any) -> tuple[Tensor, Tensor]:
         """V ``(X, S)`` and Q ``(X, S, V)`` by recursion from the ends: ``step(what follows each token, states)`` gives
         both for the states of one length."""
         values, q = [], []
@@ -248,7 +248,7 @@ class Exact:
             q = after + self.kl_coef * penalty
             return (p[:, states] * q).sum(dim=2), q
 
-        return self._backward(step)
+        return self.backward(step)
 
     def value_error(self, value: Tensor, policy: AnyPolicy) -> float:
         """Mean squared error of values ``(X, S)`` (see :meth:`values_of`) against ``V^pi``, over the prefixes as the
@@ -257,13 +257,11 @@ class Exact:
         return float((visits * (value - self.values(policy)[0]) ** 2).sum() / visits.sum())
 
     def gradient(self, policy: nn.Module) -> dict[str, Tensor]:
-        """The exact policy gradient, ``dJ / d parameter`` by name, of the parameters that ask for one; 0 for those
-        that J does not depend on, such as a critic's."""
+        """The exact policy gradient, ``dJ / d parameter`` by name, of the parameters that J depends on; a critic's are
+        not among them."""
         named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(self.objective(policy), list(named.values()), allow_unused=True)
-        return {
-            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)
-        }
+        return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
     # ---- best-of-n and the frontier ----
 
