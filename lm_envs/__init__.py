@@ -23,7 +23,7 @@ _root = Path(__file__).resolve().parent.parent
 if all((_root / room).is_dir() for room in ("algos", "kernels", "benchmarks")):
     __path__.append(str(_root))
 
-_TEXT_ENVS = {"Reviews": "reviews"}
+_TEXT_ENVS = {"Reviews": "reviews", "Enumerable": "enumerable"}
 
 for _name, _task in _TEXT_ENVS.items():
     gymnasium.register(

@@ -17,6 +17,7 @@ PROMPT = 1  # which prompt an episode starts from
 RESET = 2  # the seed that a control environment is reset with
 ANNOTATOR = 3  # a simulated annotator's choice and its flips
 CORPUS = 4  # the making of an embedded corpus
+TABLE = 5  # the tables of the enumerable task
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))

@@ -19,6 +19,7 @@ TASKS: dict[str, str] = {
     "reviews": "lm_envs.tasks.reviews:load",
     "corpus": "lm_envs.tasks.corpus:load",
     "custom": "lm_envs.tasks.custom:load",
+    "enumerable": "lm_envs.tasks.enumerable:load",
 }
 
 _loaded: dict[tuple[str, tuple[tuple[str, Any], ...]], TextTask] = {}

@@ -19,6 +19,7 @@ TEXT = [name for name in IDS if "Cat" not in name]
 
 def test_the_promised_ids_are_there():
     assert {"lm_envs/Reviews-v0", "lm_envs/ReviewsBandit-v0", "lm_envs/Cat-v0"} <= set(IDS)
+    assert {"lm_envs/Enumerable-v0", "lm_envs/EnumerableBandit-v0"} <= set(IDS)
 
 
 def check_both(env):
@@ -59,7 +60,8 @@ def test_make_vec_is_native_and_one_model_serves_all(name):
     one, many = gymnasium.make(name), gymnasium.make_vec(name, num_envs=64)
     assert many.unwrapped.mdp.reference is one.unwrapped.mdp.reference
     obs, _ = many.reset(seed=0)
-    assert obs.shape == (64, 32) and obs in many.observation_space
+    places = {"Reviews": 8 + 24, "Enumerable": 1 + 5}[name.split("/")[1].removesuffix("-v0").removesuffix("Bandit")]
+    assert obs.shape == (64, places) and obs in many.observation_space
     many.action_space.seed(0)
     lm_envs.report(many, np.full(64, -5.0))
     obs, rewards, terminated, truncated, infos = many.step(many.action_space.sample())

@@ -1,0 +1,93 @@
+"""Settings for the enumerable task, and the small transformer that learns on it.
+
+Tuned on its default draw with 100,000 episodes. Differences from the defaults, which are for a small language model:
+near the optimum the return of whole responses is the same for all (``r - beta log pi/ref = J*``), so its noise vanishes
+there, and neither annealing nor whitening, which would blow it up again, helps; lambda is 1, because a table of values
+learns slowly at states that are seldom seen; and gradients are not clipped by norm, since Adam scales each by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lm_envs.algos.policies import Face, LMPolicy
+from lm_envs.text_mdp import TextMDP
+
+EPISODES = 100_000
+"""The budget that the settings were tuned for."""
+
+_TABLE: dict[str, Any] = {"anneal": False, "max_grad_norm": 1e6}
+_CRITIC: dict[str, Any] = {"whiten_advantage": False, "lam": 1.0, "value_coef": 0.5}
+_PPO: dict[str, Any] = {**_CRITIC, "value_clip": None, "episodes": 1024}
+
+TABULAR: dict[str, dict[str, Any]] = {
+    "reinforce": {
+        **_TABLE,
+        "baseline": "leave_one_out",
+        "group_size": 16,
+        "episodes": 256,
+        "learning_rate": 0.07,
+    },
+    "a2c": {**_TABLE, **_CRITIC, "episodes": 128, "learning_rate": 0.05},
+    "ppo": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "clip": 0.3, "learning_rate": 0.02},
+    "expert-iteration": {**_TABLE, "episodes": 4096, "group_size": 16, "epochs": 4, "learning_rate": 0.05},
+}
+"""For :class:`~lm_envs.algos.tabular.TabularPolicy`, or :class:`~lm_envs.algos.policies.LMPolicy` on the task's own
+table, by algorithm."""
+
+TRANSFORMER: dict[str, dict[str, Any]] = {
+    "ppo": {**_PPO, "epochs": 8, "minibatches": 4, "learning_rate": 2e-3},
+}
+"""For :func:`small_transformer`, by algorithm."""
+
+
+def enumerable_settings(
+    algorithm: str, *, transformer: bool = False, episodes: int | None = None
+) -> dict[str, Any]:
+    """Overrides of an algorithm's config, iterations included.
+
+    Args:
+        algorithm: a key of :data:`TABULAR`, or of :data:`TRANSFORMER`.
+        transformer: for the small transformer.
+        episodes: the budget; None is :data:`EPISODES`.
+
+    Raises:
+        ValueError: there are no settings for the algorithm.
+    """
+    known = TRANSFORMER if transformer else TABULAR
+    if algorithm not in known:
+        raise ValueError(f"no settings for {algorithm!r} on the enumerable task; there are {', '.join(known)}")
+    settings = known[algorithm]
+    return {**settings, "iterations": max(1, (EPISODES if episodes is None else episodes) // settings["episodes"])}
+
+
+def small_transformer(mdp: TextMDP, *, face: Face = "mdp", seed: int = 0, width: int = 64, layers: int = 2) -> LMPolicy:
+    """A GPT-2 with random weights that fits the task, float32; about 0.1 M parameters at its default size.
+
+    It starts far from the reference (a regret above 1) and learns it from the KL penalty.
+
+    Args:
+        seed: of the weights; the caller's global generator is left as it was.
+        width, layers: its size; heads are of width 16.
+    """
+    config = GPT2Config(
+        vocab_size=mdp.vocab_size,
+        n_positions=mdp.prompt_length + mdp.max_new_tokens,
+        n_embd=width,
+        n_layer=layers,
+        n_head=max(1, width // 16),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        activation_function="relu",
+        tie_word_embeddings=False,
+        bos_token_id=mdp.eos_token_id,
+        eos_token_id=mdp.eos_token_id,
+        pad_token_id=mdp.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LMPolicy.for_mdp(mdp, GPT2LMHeadModel(config), face=face)

@@ -1,0 +1,384 @@
+r"""Exact solutions of text environments that are small enough to enumerate.
+
+Every sequence is scored by the environment's own reward and every prefix by its own reference, at its temperature and
+with its masks; so what is solved is the environment as it is. With beta the KL coefficient, ``r`` the score and
+``ref`` the reference, the objective and its optimum are (Todorov 2006; Levine 2018, arXiv:1805.00909)
+
+.. math::
+    J(\pi) = E_\pi[r] - \beta\, KL(\pi\|ref), \quad
+    \pi^* \propto ref\, e^{r/\beta}, \quad
+    J^* = \beta \log \sum_y ref(y)\, e^{r(y)/\beta}, \quad
+    J^* - J(\pi) = \beta\, KL(\pi\|\pi^*)
+
+all averaged over the prompts. A policy is given as what it is (anything with ``evaluate``, or a transformers model), as
+a table of log-probabilities ``(X, S, V)`` over X prompts, S prefixes and V tokens, or, where only whole responses
+matter, as log-probabilities ``(X, L)`` of the L sequences; numbers as in :mod:`lm_envs.prefix_tree`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lm_envs.decoding import forbid_early_eos
+from lm_envs.kernels.logprob_kl import log_softmax
+from lm_envs.observations import left_pad
+from lm_envs.prefix_tree import PrefixTree
+from lm_envs.scoring import response_logits
+from lm_envs.text_mdp import TextMDP
+from lm_envs.trajectories import Trajectories
+
+AnyPolicy = Any
+"""Anything with ``evaluate``, a transformers model, a table ``(X, S, V)``, or log-probabilities ``(X, L)``."""
+
+
+class Exact:
+    """Everything about a small text environment, by enumeration; float64, on the CPU.
+
+    Args:
+        mdp: the environment's definition, ``env.mdp``; its split's prompts are equally likely.
+        kl_coef: beta; None takes the definition's.
+        batch_size: rows per forward of a policy.
+
+    Attributes:
+        tree: numbers prefixes and sequences.
+        prompts: ``(X, P)`` int64, left-padded with -1.
+        responses: ``(L, T)`` int64, every sequence, right-padded with -1.
+        states: ``(L, T)`` int64, the prefix before each of its tokens; meaningless beyond its end.
+        mask: ``(L, T)`` bool, True on its tokens.
+        score: ``(X, L)`` the reward before the KL penalty.
+        log_ref: ``(X, S, V)`` the reference's log-probabilities; -inf where a token is masked.
+
+    Raises:
+        ValueError: too many sequences, or a reward per token.
+    """
+
+    def __init__(self, mdp: TextMDP, *, kl_coef: float | None = None, batch_size: int = 8192) -> None:
+        if mdp.dense:
+            raise ValueError("exact solutions are for a reward per response; this one pays per token")
+        self.mdp, self.batch_size = mdp, batch_size
+        self.kl_coef = mdp.kl_coef if kl_coef is None else kl_coef
+        self.tree = PrefixTree(mdp.vocab_size, mdp.eos_token_id, mdp.max_new_tokens)
+        self.prompts = torch.as_tensor(left_pad(mdp.prompts, mdp.prompt_length))
+        self.responses = self.tree.responses()
+        self.mask = self.responses >= 0
+        self.states = self.tree.states(self.responses)[:, :-1].masked_fill(~self.mask, 0)
+        self._actions = self.responses.clamp(min=0)
+        self.log_ref = self.table(mdp.reference).detach()
+        every = self.responses.numpy()
+        rows = [mdp.score(prompt.expand(len(every), -1).numpy(), every).sum(axis=1) for prompt in self.prompts]
+        self.score = torch.stack([torch.as_tensor(row) for row in rows])
+
+    # ---- policies as tables ----
+
+    def _deepest(self) -> Tensor:
+        """``(n^(T-1), T)`` responses whose first T-1 tokens go through every prefix; the last token is any."""
+        last = self.tree.texts()[self.tree.level(self.tree.horizon - 1)]
+        last[:, -1] = self.tree.tokens[0]
+        return last
+
+    def _fold(self, x: Tensor) -> Tensor:
+        """``(X, S, ...)`` from what was computed for the rows of :meth:`_deepest`, ``(X * n^(T-1), T, ...)``."""
+        x = x.reshape(len(self.prompts), -1, *x.shape[1:])
+        steps = self.tree.horizon
+        return torch.cat([x[:, :: self.tree.arity ** (steps - 1 - t), t] for t in range(steps)], dim=1)
+
+    def _rows(self) -> Sequence[tuple[Tensor, Tensor]]:
+        deepest = self._deepest()
+        response = deepest.repeat(len(self.prompts), 1)
+        prompt = self.prompts.repeat_interleave(len(deepest), dim=0)
+        return list(zip(prompt.split(self.batch_size), response.split(self.batch_size), strict=True))
+
+    def table(self, policy: AnyPolicy) -> Tensor:
+        """``(X, S, V)`` log-probabilities of every token after every prefix, differentiable; one forward for all.
+
+        Raises:
+            ValueError: log-probabilities of sequences, which are no table, or a tensor of another shape.
+        """
+        if isinstance(policy, Tensor):
+            shape = (len(self.prompts), self.tree.prefixes, self.tree.vocab_size)
+            if policy.shape != shape:
+                raise ValueError(f"expected a table (X, S, V) = {shape}, got shape {tuple(policy.shape)}")
+            return policy
+        parts = []
+        for prompt, response in self._rows():
+            if isinstance(policy, PreTrainedModel):
+                logits, _ = response_logits(policy, prompt.to(policy.device), response.to(policy.device))
+                position = torch.arange(self.tree.horizon, device=logits.device)
+                logits = forbid_early_eos(logits, position, self.mdp.eos_token_id, self.mdp.min_new_tokens)
+                parts.append(log_softmax(logits, self.mdp.temperature))
+            else:
+                parts.append(policy.evaluate(_trajectories(prompt, response)).log_probs())
+        # Again in float64: a float32 model's probabilities sum to 1 only to its rounding.
+        return self._fold(torch.cat(parts).double().cpu().log_softmax(dim=-1))
+
+    @torch.no_grad()
+    def values_of(self, policy: nn.Module) -> Tensor:
+        """``(X, S)`` float64, what a policy's own critic says of every prefix."""
+        parts = [
+            policy.evaluate(_trajectories(prompt, response)).value[:, :-1]  # type: ignore[operator]
+            for prompt, response in self._rows()
+        ]
+        return self._fold(torch.cat(parts).double().cpu())
+
+    def sequences(self, policy: AnyPolicy) -> Tensor:
+        """``(X, L)`` log-probabilities of every sequence, differentiable."""
+        if isinstance(policy, Tensor) and policy.ndim == 2:
+            if policy.shape != self.score.shape:
+                raise ValueError(f"expected (X, L) = {tuple(self.score.shape)}, got shape {tuple(policy.shape)}")
+            return policy
+        table = self.table(policy)
+        reached, ended = self._reach(table)
+        return torch.cat([ended, reached[-1]], dim=1)
+
+    def _reach(self, table: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Log-probabilities of reaching the texts of each length 0 .. T, ``(X, n^k)``, and of ending each prefix with
+        EOS, ``(X, S)``."""
+        levels = [table.new_zeros(len(table), 1)]
+        for k in range(self.tree.horizon):
+            here = table[:, self.tree.level(k)][:, :, self.tree.tokens]
+            levels.append((levels[-1].unsqueeze(2) + here).flatten(1))
+        return levels, torch.cat(levels[:-1], dim=1) + table[:, :, self.tree.eos_token_id]
+
+    def visits(self, policy: AnyPolicy) -> Tensor:
+        """``(X, S)`` probability of coming through each prefix; each level's share is at most 1."""
+        return torch.cat(self._reach(self.table(policy))[0][:-1], dim=1).exp()
+
+    # ---- the objective ----
+
+    def reward(self, policy: AnyPolicy) -> Tensor:
+        """``E[r]``, a scalar."""
+        return (self.sequences(policy).exp() * self.score).sum(dim=1).mean()
+
+    def kl(self, policy: AnyPolicy, other: AnyPolicy = None) -> Tensor:
+        """``KL(policy || other)``, nats per sequence, a scalar; ``other`` None is the reference."""
+        log_p = self.sequences(policy)
+        log_q = self._log_ref_sequences if other is None else self.sequences(other)
+        return _expected(log_p, log_q).mean()
+
+    def objective(self, policy: AnyPolicy) -> Tensor:
+        """``J = E[r] - beta KL``, a scalar; differentiable, so its gradient is the exact policy gradient."""
+        log_p = self.sequences(policy)
+        return self.reward(log_p) - self.kl_coef * self.kl(log_p)
+
+    @cached_property
+    def _log_ref_sequences(self) -> Tensor:
+        return self.sequences(self.log_ref)
+
+    # ---- the optimum ----
+
+    @cached_property
+    def _soft(self) -> tuple[Tensor, Tensor]:
+        return self.backward(self._soft_step)
+
+    def _soft_step(self, q: Tensor, states: slice) -> tuple[Tensor, Tensor]:
+        log_ref = self.log_ref[:, states]
+        if self.kl_coef == 0:
+            return q.masked_fill(log_ref == -math.inf, -math.inf).amax(dim=2), q
+        return self.kl_coef * (log_ref + q / self.kl_coef).logsumexp(dim=2), q
+
+    def backward(self, step: Any) -> tuple[Tensor, Tensor]:
+        """V ``(X, S)`` and Q ``(X, S, V)`` by recursion from the ends: ``step(what follows each token, states)`` gives
+        both for the states of one length."""
+        values, q = [], []
+        following = self.score[:, self.tree.prefixes :]  # of texts one token longer
+        for k in reversed(range(self.tree.horizon)):
+            states = self.tree.level(k)
+            after = self.score.new_empty(len(self.score), self.tree.arity**k, self.tree.vocab_size)
+            after[:, :, self.tree.tokens] = following.reshape(len(self.score), -1, self.tree.arity)
+            after[:, :, self.tree.eos_token_id] = self.score[:, states]
+            following, here = step(after, states)
+            values.insert(0, following)
+            q.insert(0, here)
+        return torch.cat(values, dim=1), torch.cat(q, dim=1)
+
+    @property
+    def soft_value(self) -> Tensor:
+        """``(X, S)``, ``V*(s) = beta log sum_a ref(a|s) exp(Q*(s,a) / beta)``; the largest Q* where beta is 0."""
+        return self._soft[0]
+
+    @property
+    def soft_q(self) -> Tensor:
+        """``(X, S, V)``, what follows an action under the optimum, its own KL not included: ``r`` where it ends the
+        response, else ``V*`` of the next prefix."""
+        return self._soft[1]
+
+    @property
+    def optimal_value(self) -> Tensor:
+        """``J*``, a scalar."""
+        return self.soft_value[:, 0].mean()
+
+    @cached_property
+    def optimal_policy(self) -> Tensor:
+        """``(X, S, V)``, ``log pi* = log ref + (Q* - V*) / beta``; where beta is 0 the reference restricted to the
+        best actions."""
+        value, q = self._soft
+        if self.kl_coef > 0:
+            return self.log_ref + (q - value.unsqueeze(2)) / self.kl_coef
+        return self.log_ref.masked_fill(q < value.unsqueeze(2), -math.inf).log_softmax(dim=2)
+
+    @cached_property
+    def reference_value(self) -> Tensor:
+        """``J_ref``, the objective of the reference, a scalar."""
+        return self.reward(self._log_ref_sequences)
+
+    @torch.no_grad()
+    def regret(self, policy: AnyPolicy) -> float:
+        """Normalised regret ``(J* - J) / (J* - J_ref)``: 0 for the optimum, 1 for the reference."""
+        gap = self.optimal_value - self.objective(policy)
+        return float(gap / (self.optimal_value - self.reference_value))
+
+    # ---- a policy's values and gradient ----
+
+    def values(self, policy: AnyPolicy) -> tuple[Tensor, Tensor]:
+        """``V^pi (X, S)`` and ``Q^pi (X, S, V)`` of the rewards that the environment pays: the score at the end, and
+        ``beta (log ref - log pi)`` with every token, that of the action in Q included."""
+        log_p = self.table(policy).detach()
+        p = log_p.exp()
+
+        def step(after: Tensor, states: slice) -> tuple[Tensor, Tensor]:
+            here = log_p[:, states]
+            penalty = (self.log_ref[:, states] - here).masked_fill(here == -math.inf, 0.0)
+            q = after + self.kl_coef * penalty
+            return (p[:, states] * q).sum(dim=2), q
+
+        return self.backward(step)
+
+    def value_error(self, value: Tensor, policy: AnyPolicy) -> float:
+        """Mean squared error of values ``(X, S)`` (see :meth:`values_of`) against ``V^pi``, over the prefixes as the
+        policy comes through them."""
+        visits = self.visits(policy).detach()
+        return float((visits * (value - self.values(policy)[0]) ** 2).sum() / visits.sum())
+
+    def gradient(self, policy: nn.Module) -> dict[str, Tensor]:
+        """The exact policy gradient, ``dJ / d parameter`` by name, of the parameters that J depends on; a critic's are
+        not among them."""
+        named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(self.objective(policy), list(named.values()), allow_unused=True)
+        return {name: g for name, g in zip(named, found, strict=True) if g is not None}
+
+    # ---- best-of-n and the frontier ----
+
+    def best_of_n(self, policy: AnyPolicy, n: int) -> Tensor:
+        """``(X, L)`` log-probabilities of the best of n samples; ties go to the earliest.
+
+        ``p_n(y) = [F(r)^n - F^-(r)^n] pi(y) / (F - F^-)``, F the distribution function of the score under the policy
+        and F^- its left limit. The quotient is ``sum_k F^k F^-^(n-1-k)``, which loses no digits.
+        """
+        if n < 1:
+            raise ValueError(f"best-of-n needs n of at least 1, got {n}")
+        log_p = self.sequences(policy)
+        below, upto = self._distribution(log_p.exp())
+        factor, power = torch.zeros_like(upto), torch.ones_like(upto)
+        for _ in range(n):
+            factor, power = factor * below + power, power * upto
+        return log_p + factor.log()
+
+    def _distribution(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """``F^-`` and ``F`` at the score of every sequence, ``(X, L)`` each, of the score's distribution under p."""
+        below, upto = torch.empty_like(p), torch.empty_like(p)
+        for x in range(len(p)):
+            found, inverse = self.score[x].unique(return_inverse=True)
+            mass = p.new_zeros(len(found)).index_add(0, inverse, p[x])
+            total = mass.cumsum(dim=0)
+            below[x], upto[x] = (total - mass)[inverse], total[inverse]
+        return below, upto
+
+    def win_rate(self, policy: AnyPolicy, against: AnyPolicy) -> float:
+        """Probability that a response of the one has the higher score than one of the other to the same prompt, ties
+        half."""
+        below, upto = self._distribution(self.sequences(against).exp())
+        return float((self.sequences(policy).exp() * (below + upto) / 2).sum(dim=1).mean())
+
+    def tilted(self, kl_coef: float) -> Tensor:
+        """``(X, L)`` log-probabilities of ``pi ∝ ref exp(r / kl_coef)``, the optimum at another coefficient."""
+        return (self._log_ref_sequences + self.score / kl_coef).log_softmax(dim=1)
+
+    def frontier(self, kl_coefs: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The most reward at each KL: KL ``(N,)`` and reward ``(N,)`` of the optima at these coefficients."""
+        points = [self.tilted(kl_coef) for kl_coef in kl_coefs]
+        return torch.stack([self.kl(p) for p in points]), torch.stack([self.reward(p) for p in points])
+
+    def frontier_reward(self, kl: float) -> float:
+        """``R*(KL)``: the most expected score that any policy with so much KL (nats per sequence) can have."""
+        best = self.score.masked_fill(self._log_ref_sequences == -math.inf, -math.inf).amax(dim=1, keepdim=True)
+        ties = self._log_ref_sequences.masked_fill(self.score < best, -math.inf)
+        if kl >= float(-ties.logsumexp(dim=1).mean()):
+            return float(best.mean())
+        spread = float((best - self.score).amax())
+        if kl <= 0 or spread == 0:
+            return float(self.reward(self._log_ref_sequences))
+        low, high = math.log(spread) - 30, math.log(spread) + 30  # of log beta: less KL with a larger one
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(self.kl(self.tilted(math.exp(middle)))) > kl else (low, middle)
+        return float(self.reward(self.tilted(math.exp(high))))
+
+    @torch.no_grad()
+    def frontier_gap(self, policy: AnyPolicy) -> float:
+        """``R*(KL(pi)) - R(pi)``: the score that is given away at the policy's own KL; never negative."""
+        log_p = self.sequences(policy)
+        return self.frontier_reward(float(self.kl(log_p))) - float(self.reward(log_p))
+
+    # ---- every episode at once ----
+
+    @torch.no_grad()
+    def trajectories(self, policy: AnyPolicy) -> tuple[Trajectories, Tensor]:
+        """Every episode there is, as the environment would pay it, and how likely each is.
+
+        Returns:
+            Trajectories of X * L rows (the MDP face), those of a prompt next to each other and one ``group``, and
+            probabilities ``(X * L,)`` that sum to 1; episodes that the policy cannot have are left out.
+        """
+        table = self.table(policy)
+        count = len(self.prompts)
+        weight = (self.sequences(table).exp() / count).flatten()
+        step = (slice(None), self.states, self._actions)
+        logprob, ref = (x[step].masked_fill(~self.mask, 0.0).flatten(0, 1) for x in (table, self.log_ref))
+        response = self.responses.repeat(count, 1)
+        traj = _trajectories(self.prompts.repeat_interleave(len(self.responses), dim=0), response)
+        score = self.score.flatten()
+        traj.logprob, traj.ref_logprob, traj.score = logprob, ref, score
+        traj.reward = self.kl_coef * (ref - logprob)
+        traj.reward[torch.arange(len(traj)), traj.lengths - 1] += score
+        traj.group = torch.arange(count).repeat_interleave(len(self.responses))
+        possible = weight > 0
+        return traj.select(possible), weight[possible]
+
+
+def _trajectories(prompt: Tensor, response: Tensor) -> Trajectories:
+    true = torch.ones(len(response), dtype=torch.bool)
+    return Trajectories(
+        actions=response.clamp(min=0),
+        mask=response >= 0,
+        terminated=true,
+        truncated=~true,
+        obs=torch.cat([prompt, response], dim=1),
+        prompt=prompt,
+        response=response,
+    )
+
+
+def _expected(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``sum p (log p - log q)`` over the last axis; what has no probability counts for nothing."""
+    never = log_p == -math.inf
+    p, log_p = log_p.exp(), log_p.masked_fill(never, 0.0)
+    return (p * (log_p - log_q.masked_fill(never, 0.0))).sum(dim=-1)
+
+
+def cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Cosine of the angle between two gradients, over the parameters that the second names."""
+    a, b = (torch.cat([g[name].flatten().double() for name in exact]) for g in (found, exact))
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def relative_bias(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """``|found - exact| / |exact|``, Euclidean norms over the parameters that the second names."""
+    a, b = (torch.cat([g[name].flatten().double() for name in exact]) for g in (found, exact))
+    return float((a - b).norm() / b.norm())

@@ -1,0 +1,118 @@
+"""The tabular policy: both faces, both paths, and that it is the table it says."""
+
+import pytest
+import torch
+
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.registry import make_agent
+from lm_envs.algos.tabular import TabularPolicy
+from lm_envs.exact import Exact
+from lm_envs.rollout import collect, rollout
+from lm_envs.tasks.enumerable import load
+from lm_envs.text_mdp import TextMDP
+from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+from tests import tiny
+
+FACES = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
+OPTIONS = dict(temperature=1.3, min_new_tokens=1)
+
+
+def solver_and_table(**options):
+    solver = Exact(TextMDP(load(tokens=3, horizon=3, prompts=4), **options))
+    noise = torch.randn(solver.log_ref.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return solver, (solver.log_ref + noise).log_softmax(dim=2)
+
+
+def test_it_is_the_table_it_was_made_of():
+    solver, table = solver_and_table(**OPTIONS)
+    policy = TabularPolicy(solver, table)
+    torch.testing.assert_close(policy.log_probs(), table, rtol=0, atol=1e-14)
+    torch.testing.assert_close(solver.table(policy), table, rtol=0, atol=1e-14)
+    start = TabularPolicy(solver).log_probs().detach()
+    assert float(solver.kl(start)) == pytest.approx(0, abs=1e-14)  # law 7: starts at the reference
+    assert bool((policy.log_probs()[:, 0, 3] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_law_2_and_law_7(face, rows):
+    solver, table = solver_and_table(**OPTIONS)
+    env = FACES[face](solver.mdp.task, rows, group_size=2, **OPTIONS)
+    policy = TabularPolicy(solver, table, face=face)
+    bulk, stepped = (way(env, policy, episodes=60, seed=5) for way in (rollout, collect))
+    assert bulk.response.tolist() == stepped.response.tolist() and set(bulk.response_lengths.tolist()) == {2, 3}
+    for name in ("logprob", "reward"):
+        torch.testing.assert_close(getattr(bulk, name), getattr(stepped, name), rtol=0, atol=1e-12)
+    torch.testing.assert_close(policy.evaluate(bulk).logprob, bulk.logprob, rtol=0, atol=1e-12)
+
+
+def test_law_3_frequencies_are_the_table():
+    solver, table = solver_and_table(**OPTIONS)
+    env = TextVectorEnv(solver.mdp.task, 1, **OPTIONS)
+    traj = rollout(env, TabularPolicy(solver, table), episodes=50_000, seed=1)
+    prompt = torch.as_tensor(env.mdp.prompt_index(1, torch.arange(50_000).numpy()))
+    counts = torch.zeros(solver.score.shape)
+    counts.index_put_((prompt, solver.tree.states(traj.response)[:, -1]), torch.ones(50_000), accumulate=True)
+    expected = solver.sequences(table).exp() * counts.sum(dim=1, keepdim=True)
+    cells = expected > 0
+    chi2 = float(((counts - expected)[cells] ** 2 / expected[cells]).sum())
+    assert counts[~cells].sum() == 0 and chi2 < int(cells.sum()) + 4 * (2 * int(cells.sum())) ** 0.5
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_it_evaluates_as_the_language_model_of_the_same_table(face):
+    """Against LMPolicy on the task's own model, gradients included; NaN in masked places changes nothing (law 1)."""
+    solver, _ = solver_and_table(**OPTIONS)
+    model = load(tokens=3, horizon=3, prompts=4, seed=9).reference.requires_grad_(True)
+    lm = LMPolicy.for_mdp(solver.mdp, model, face=face)
+    mine = TabularPolicy(solver, model.lm_head.weight.T.detach().unflatten(0, (4, -1)) / 1.3, face=face)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        mine.value.normal_(generator=generator)
+        lm.value_head.weight.copy_(mine.value.unsqueeze(0))
+    traj = rollout(FACES[face](solver.mdp.task, 1, **OPTIONS), mine, episodes=100, seed=2)
+    ours, theirs = mine.evaluate(traj), lm.evaluate(traj)
+    for name in ("logprob", "entropy", "value"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-12)
+    if face == "mdp":
+        mask = traj.mask
+        torch.testing.assert_close(ours.log_probs()[mask], theirs.log_probs()[mask], rtol=0, atol=1e-12)
+    for found in (ours, theirs):
+        (found.logprob.sum() + found.entropy.sum() + found.value.square().sum()).backward()
+    torch.testing.assert_close(mine.logits.grad / 1.3, model.lm_head.weight.grad.T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mine.value.grad, lm.value_head.weight.grad[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("name", ["reinforce", "a2c", "ppo", "expert-iteration"])
+def test_agents_learn_with_it(name, face):
+    task = load(tokens=2, horizon=2, prompts=2)
+    env = FACES[face](task, 8, group_size=4)
+    policy = TabularPolicy(Exact(env.mdp), face=face)
+    agent = make_agent(name, policy, episodes=64, group_size=4, iterations=40, learning_rate=0.05, anneal=False)
+    solver = Exact(env.mdp, kl_coef=0.0 if name == "expert-iteration" else None)
+    before = float(solver.objective(policy).detach())
+    first = agent.iteration(env)[1]
+    assert first["kl"] == pytest.approx(0, abs=1e-12) and first.get("logprob_gap_max", 0.0) < 1e-12
+    for _ in range(39):
+        agent.iteration(env)
+    after = float(solver.objective(policy).detach())
+    assert after - before > 0.4 * (float(solver.optimal_value) - before)
+
+
+def test_what_it_cannot_do_is_refused():
+    solver, table = solver_and_table()
+    with pytest.raises(ValueError, match="face must be"):
+        TabularPolicy(solver, table, face="x")
+    with pytest.raises(ValueError, match="finite log-probabilities"):
+        TabularPolicy(solver, table.clone().index_fill_(2, torch.tensor([1]), -torch.inf))
+    with pytest.raises(ValueError, match=r"row 1 has the prompt \[3, 3\], which the table does not have"):
+        TabularPolicy(solver, table)._first_row(torch.tensor([[0, 0], [3, 3]]))
+    control = rollout(TextVectorEnv(solver.mdp.task, 1), TabularPolicy(solver), episodes=2)
+    control.prompt = None
+    with pytest.raises(ValueError, match="needs trajectories of text"):
+        TabularPolicy(solver).evaluate(control)
+    # A small text task of any kind will do.
+    other = Exact(TextMDP(tiny.task(), max_new_tokens=2))
+    traj = rollout(TextVectorEnv(tiny.task(), 1, max_new_tokens=2), TabularPolicy(other), episodes=20)
+    torch.testing.assert_close(traj.logprob, traj.ref_logprob, rtol=0, atol=1e-12)
