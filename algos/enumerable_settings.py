@@ -44,9 +44,7 @@ TRANSFORMER: dict[str, dict[str, Any]] = {
 """For :func:`small_transformer`, by algorithm."""
 
 
-def enumerable_settings(
-    algorithm: str, *, transformer: bool = False, episodes: int | None = None
-) -> dict[str, Any]:
+def enumerable_settings(algorithm: str, *, transformer: bool = False, episodes: int | None = None) -> dict[str, Any]:
     """Overrides of an algorithm's config, iterations included.
 
     Args:

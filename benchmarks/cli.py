@@ -16,7 +16,7 @@ from rich.console import Console
 
 import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
-from lm_envs.benchmarks.names import base_task, is_control
+from lm_envs.benchmarks.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.overrides import parse_settings
 from lm_envs.benchmarks.suites import Plan, Suite, TaskSettings, load_suite
 
@@ -84,11 +84,13 @@ class Compare:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
     suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
-    """A suite file (TOML), or a built-in suite: demo, demo-real, smoke."""
+    """A suite file (TOML), or a built-in suite: demo, demo-real, all, smoke."""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Algorithms; with --suite instead of its own. Without either, a text task gets the demo's six and its settings."""
+    """Algorithms; with --suite instead of its own. Without either, a text task gets the demo's six and its settings;
+    "all" are all there are, with the settings and seeds of the suite of that name.
+    """
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = ()
     """Seeds; with --suite instead of its own."""
     iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -119,7 +121,7 @@ class Compare:
                 raise UserError("--suite and --task exclude each other: a suite names its tasks")
             suite = load_suite(self.suite)
             if self.algorithms:
-                suite = _only(suite, self.algorithms)
+                suite = _only(suite, expanded(self.algorithms))
         else:
             tasks = self.task or tuple(own)
             if not tasks:
@@ -128,7 +130,9 @@ class Compare:
                     "(`lm-envs tasks` lists them)"
                 )
             chosen = tuple(TaskSettings(name) for name in tasks)
-            if self.algorithms:
+            if ALL in self.algorithms:
+                suite = replace(load_suite(ALL), name="comparison", tasks=chosen, algorithms=expanded(self.algorithms))
+            elif self.algorithms:
                 suite = Suite("comparison", chosen, self.algorithms)
             elif any(is_control(name) or base_task(name)[1] == "bandit" for name in tasks):
                 raise UserError("say which --algorithms to compare on that task, as in --algorithms reinforce ppo")

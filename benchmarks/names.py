@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -106,3 +106,12 @@ def trainable() -> list[str]:
 
     agents = {name: load(name) for name in ALGORITHMS if name not in WRAPPERS}
     return [name for name, agent in agents.items() if agent.preference_data or not agent.needs_data]
+
+
+ALL = "all"
+
+
+def expanded(algorithms: Sequence[str]) -> tuple[str, ...]:
+    """Names of algorithms, with "all" standing for SFT, best-of-16 and everything that trains a policy."""
+    every = ("sft", "best-of-16", *trainable()) if ALL in algorithms else ()
+    return tuple(dict.fromkeys(n for name in algorithms for n in (every if name == ALL else (name,))))

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_envs.benchmarks.errors import UserError, near, one_line
-from lm_envs.benchmarks.names import base_task, check_algorithm, check_task, folder_name
+from lm_envs.benchmarks.names import base_task, check_algorithm, check_task, expanded, folder_name
 
 BUILT_IN = Path(__file__).resolve().parent / "suites"
 ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
@@ -290,7 +290,7 @@ class _Reader:
             name=self.string(data, "name", Path(self.path).stem),
             description=self.string(data, "description", ""),
             tasks=tuple(self.task(name, settings.get(name, {})) for name in tasks),
-            algorithms=algorithms,
+            algorithms=expanded(algorithms),
             seeds=self.unique("seeds", seeds),
             plan=self.plan(data),
             overrides=overrides,

@@ -14,7 +14,9 @@ def regret_after(name, seed, episodes=EPISODES, *, transformer=False, env_class=
     settings = enumerable_settings(name, transformer=transformer, episodes=episodes) | {"seed": seed} | overrides
     env = env_class(load(), 1, group_size=settings.get("group_size", 1))
     exact = Exact(env.mdp)
-    policy = small_transformer(env.mdp, face=env.face, seed=seed) if transformer else TabularPolicy(exact, face=env.face)
+    policy = (
+        small_transformer(env.mdp, face=env.face, seed=seed) if transformer else TabularPolicy(exact, face=env.face)
+    )
     agent = make_agent(name, policy, **settings)
     while agent.iterations_done < agent.config.iterations:
         agent.iteration(env)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lm_envs.benchmarks.errors import UserError
@@ -117,3 +119,17 @@ def test_names():
         check_algorithm("best-of-n")
     with pytest.raises(UserError, match="no algorithm 'reward-modelling'"):  # it trains no policy
         check_algorithm("reward-modelling")
+
+
+def test_all_are_all_that_train_a_policy_and_the_two_that_need_no_training():
+    from lm_envs.benchmarks.cli import Compare
+    from lm_envs.benchmarks.names import expanded, trainable
+
+    suite = load_suite("all")
+    assert suite.algorithms == ("sft", "best-of-16", *trainable()) and suite.seeds == (0, 1, 2)
+    assert {"ppo", "dpo", "quark", "iterated-rlhf"} < set(suite.algorithms)
+    assert not {"reward-modelling", "best-of-n"} & set(suite.algorithms)
+    asked = Compare(out=Path("out"), task=("reviews",), algorithms=("all",)).to_suite()
+    assert asked.algorithms == suite.algorithms and asked.overrides == suite.overrides and asked.seeds == suite.seeds
+    assert expanded(["ppo", "all"])[0] == "ppo" and len(set(expanded(["ppo", "all"]))) == len(suite.algorithms)
+    assert expanded(["ppo"]) == ("ppo",)
