@@ -69,7 +69,7 @@ class Quark(Agent[QuarkConfig]):
     Config = QuarkConfig
     name = "quark"
     unit = "token"
-    kl_in_reward = False  # type: ignore[assignment]
+    kl_in_reward = False
     reference: Any = None
 
     def __init__(self, policy: Any, config: QuarkConfig | None = None) -> None:
