@@ -15,7 +15,7 @@ from rich.console import Console
 
 import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
-from lm_envs.benchmarks.names import base_task
+from lm_envs.benchmarks.names import base_task, expanded
 from lm_envs.benchmarks.overrides import parse_settings
 from lm_envs.benchmarks.suites import Plan, Suite, TaskSettings, load_suite
 
@@ -87,7 +87,7 @@ class Compare:
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Algorithms; with --suite instead of its own."""
+    """Algorithms, or "all"; with --suite instead of its own."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = ()
     """Seeds; with --suite instead of its own."""
     iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -112,13 +112,13 @@ class Compare:
         Raises:
             UserError: they contradict each other, or name something unknown.
         """
-        own = self.own.options()
+        own, algorithms = self.own.options(), expanded(self.algorithms)
         if self.suite is not None:
             if self.task:
                 raise UserError("--suite and --task exclude each other: a suite names its tasks")
             suite = load_suite(self.suite)
-            if self.algorithms:
-                suite = _only(suite, self.algorithms)
+            if algorithms:
+                suite = _only(suite, algorithms)
         else:
             tasks = self.task or tuple(own)
             if not tasks:
@@ -126,9 +126,9 @@ class Compare:
                     "say what to compare: --suite FILE.toml, or --task NAME with --algorithms "
                     "(`lm-envs tasks` lists them)"
                 )
-            if not self.algorithms:
+            if not algorithms:
                 raise UserError("say which --algorithms to compare, as in --algorithms sft best-of-16 ppo")
-            suite = Suite("comparison", tuple(TaskSettings(name) for name in tasks), self.algorithms)
+            suite = Suite("comparison", tuple(TaskSettings(name) for name in tasks), algorithms)
         if self.seeds:
             suite = replace(suite, seeds=self.seeds)
         suite = replace(suite, plan=_planned(suite.plan, self.iterations, self.episodes, self.test_prompts))

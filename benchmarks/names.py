@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -106,3 +106,9 @@ def trainable() -> list[str]:
 
     agents = {name: load(name) for name in ALGORITHMS if name not in WRAPPERS}
     return [name for name, agent in agents.items() if agent.preference_data or not agent.needs_data]
+
+
+def expanded(algorithms: Sequence[str]) -> tuple[str, ...]:
+    """The names with "all" replaced by SFT, best-of-16 and all that train a policy; each once."""
+    everything = ("sft", "best-of-16", *trainable()) if "all" in algorithms else ()
+    return tuple(dict.fromkeys(n for name in algorithms for n in (everything if name == "all" else (name,))))

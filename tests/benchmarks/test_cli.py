@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lm_envs.benchmarks import errors, storage
-from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.cli import Compare, main
 from lm_envs.benchmarks.results import COLUMNS
 from lm_envs.benchmarks.storage import Records
 from tests.benchmarks.fake_task import NAME
@@ -267,3 +267,11 @@ def test_a_worker_that_dies_is_noticed(tmp_path, capsys):
     arguments = ["--task", "tests.benchmarks.fake_task:mortal", "--algorithms", "ppo", "reinforce", *SMALL]
     with pytest.raises(RuntimeError, match="ended with status"):
         main(["compare", *arguments, "--jobs", "2", "--iterations", "3", "--out", str(tmp_path / "out")])
+
+
+def test_all_means_every_algorithm_that_can_be_compared(tmp_path):
+    from lm_envs.algos.registry import ALGORITHMS
+
+    suite = Compare(out=tmp_path, task=("reviews",), algorithms=("ppo", "all")).to_suite()
+    assert suite.algorithms[0] == "ppo" and len(set(suite.algorithms)) == len(suite.algorithms)
+    assert {*ALGORITHMS, "best-of-16"} - {"best-of-n", "reward-modelling"} == set(suite.algorithms)
