@@ -18,24 +18,29 @@ class Demonstrations:
     Args:
         agent: whose they are; its seed orders them.
         data: the demonstrations.
+        weight: of their likelihood; 0 takes none.
         size: how many per batch.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is a weight and no data, or data and no weight.
     """
 
-    def __init__(self, agent: Any, data: Trajectories | None, size: int) -> None:
-        if data is None or not len(data):
+    def __init__(self, agent: Any, data: Trajectories | None, weight: float, size: int) -> None:
+        if weight and (data is None or not len(data)):
             raise ValueError(
                 f"{agent.name} learns from demonstrations beside its samples: pass data=Trajectories, see "
                 "sft.demonstrations"
             )
-        self.data, self.size, self._seed = data, size, agent.config.seed
+        if data is not None and not weight:
+            raise ValueError(f"{agent.name} was given demonstrations and their weight is 0: it would ignore them")
+        self.data, self.weight, self.size, self._seed = data, weight, size, agent.config.seed
 
-    def batch(self, number: int) -> Trajectories:
-        """The batch of that number; passes over the data, each in a new order."""
-        index = next(stream(len(self.data), self.size, self._seed, number))
-        return self.data.select(torch.from_numpy(index))
+    def mixture(self, step: int) -> tuple[float, Trajectories] | None:
+        """The weight and the batch of that number, of passes over the data, each in a new order; None without data."""
+        if self.data is None:
+            return None
+        index = next(stream(len(self.data), self.size, self._seed, step))
+        return self.weight, self.data.select(torch.from_numpy(index))
 
 
 def check_mixing(name: str, weight: float, size: int) -> None:

@@ -68,6 +68,7 @@ class MLPPolicy(Policy):
         """Learn ``Q(s, .)``: the critic's last layer gets an output per action, which start alike."""
         if not self.q_critic:
             last, actions = self.critic[-1], self.actor[-1].out_features
+            assert isinstance(last, nn.Linear) and isinstance(actions, int)
             wide = nn.utils.skip_init(nn.Linear, last.in_features, actions, dtype=last.weight.dtype)
             with torch.no_grad():
                 wide.weight.copy_(last.weight.expand(actions, -1))

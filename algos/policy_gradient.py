@@ -54,7 +54,7 @@ class PolicyGradient(Agent[C]):
                     f"{self.name}: kl_loss={self.config.kl_loss!r} needs a reference, and this env has none; "
                     "set kl_loss=None and kl_coef=None"
                 )
-            if self.reference is None:
+            if self.config.kl_loss == "full" and self.reference is None:
                 self.reference = reference_policy(env)
         return super()._set_kl_coef(env)
 

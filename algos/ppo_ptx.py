@@ -48,7 +48,7 @@ class PPOPtx(PPO):
 
     def __init__(self, policy: Any, config: PPOPtxConfig | None = None, data: Trajectories | None = None) -> None:
         super().__init__(policy, config)
-        self._demonstrations = Demonstrations(self, data, self.config.demonstrations) if self.config.ptx_coef else None
+        self._demonstrations = Demonstrations(self, data, self.config.ptx_coef, self.config.demonstrations)
 
     @classmethod
     def data_of(cls, task: TextTask, config: PPOPtxConfig) -> Trajectories | None:
@@ -57,4 +57,4 @@ class PPOPtx(PPO):
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """Demonstrations, weighted by ``ptx_coef``."""
-        return None if self._demonstrations is None else (self.config.ptx_coef, self._demonstrations.batch(step))
+        return self._demonstrations.mixture(step)

@@ -29,16 +29,16 @@ class QuarkConfig(AgentConfig):
 
     learning_rate: float = 1e-3
     """Adam's step size at the start."""
-    minibatches: int = 2
-    """Adam steps per pass."""
+    minibatches: int = 8
+    """Adam steps per pass. What a token means is learned slowly: few steps per batch leave the tokens alike."""
     quantiles: int = 5
     """K, how many parts of equal size the pool is sorted into, and how many reward tokens there are."""
     best_only: bool = False
     """Learn from the best quantile alone (AlpacaFarm's form) instead of from the whole pool."""
     pool: int | None = None
     """How many of the newest episodes the pool keeps. None keeps all."""
-    learn_episodes: int | None = None
-    """Episodes learned from per iteration, drawn from the pool. None takes as many as were sampled."""
+    learn_episodes: int | None = 512
+    """Most episodes learned from per iteration, drawn from the pool. None takes as many as were sampled."""
     kl_coef: float | None = 0.05
     """Weight of the KL to the reference, in the loss. None takes the env's."""
     entropy_coef: float = 0.0
@@ -69,7 +69,7 @@ class Quark(Agent[QuarkConfig]):
     Config = QuarkConfig
     name = "quark"
     unit = "token"
-    kl_in_reward = False  # type: ignore[assignment]
+    kl_in_reward = False
     reference: Any = None
 
     def __init__(self, policy: Any, config: QuarkConfig | None = None) -> None:

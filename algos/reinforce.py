@@ -90,7 +90,7 @@ class REINFORCE(PolicyGradient[ReinforceConfig]):
 
     def __init__(self, policy: Any, config: ReinforceConfig | None = None, data: Trajectories | None = None) -> None:
         super().__init__(policy, config)
-        self._demonstrations = Demonstrations(self, data, self.config.demonstrations) if self.config.alpha else None
+        self._demonstrations = Demonstrations(self, data, self.config.alpha, self.config.demonstrations)
         self._mean = self._weight = 0.0  # of past returns, for "running_mean"
 
     @classmethod
@@ -100,7 +100,7 @@ class REINFORCE(PolicyGradient[ReinforceConfig]):
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """Demonstrations, weighted by ``alpha``."""
-        return None if self._demonstrations is None else (self.config.alpha, self._demonstrations.batch(step))
+        return self._demonstrations.mixture(step)
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """``advantage (B, T)``, and with a learned value its ``target (B, T)``."""

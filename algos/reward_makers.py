@@ -45,7 +45,7 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
     """
     pair = np.arange(first, first + count)
     index = counted.integers(seed, counted.PROMPT, making.SAMPLE_EPISODES + pair, len(mdp.prompts))
-    prompt = left_pad([mdp.prompts[i] for i in np.repeat(index, 2)], mdp.prompt_length)
+    prompt = left_pad([mdp.prompts[i] for i in np.repeat(index, 2).tolist()], mdp.prompt_length)
     row = making.SAMPLE_EPISODES + 2 * first + np.arange(2 * count)
     places = np.arange(policy.uniforms_per_response)
     parts = []

@@ -304,7 +304,7 @@ MUTATIONS = [
         "algos/policies.py",
         "return super().train(False)",
         "return super().train(mode)",
-        ROLLOUT + " " + AGENT,
+        AGENT + "::test_dropout_stays_off_in_every_forward",
     ),
     Mutation(
         "the learning rate does not fall",
@@ -332,7 +332,7 @@ MUTATIONS = [
         "algos/agent.py",
         'self._kl.update(metrics["kl"], len(traj))',
         'self._kl.update(metrics["kl"] / metrics["length"], len(traj))',
-        AGENT + "::test_the_adaptive_coefficient_reaches_the_env",
+        AGENT + "::test_the_controllers_kl_is_in_nats_per_sequence",
     ),
     Mutation(
         "the adaptive controller's error is not clipped",

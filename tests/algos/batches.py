@@ -117,7 +117,10 @@ def learner(name: str, face: str = "mdp", env=None, **overrides):
         return make_agent(name, policy, data=ranked(), **settings)
     if name == "iterated-rlhf":
         settings = ROUNDS | settings
-    data = demonstrations(texts(), 2, 6) if kind.needs_data or kind.mixes_data else None
+    if name == "quark":
+        settings = {"learn_episodes": None, "minibatches": 2} | settings
+    mixed = settings.get("ptx_coef", 0.5) if name == "ppo-ptx" else settings.get("alpha", 0.0)
+    data = demonstrations(texts(), 2, 6) if kind.needs_data or mixed else None
     agent = make_agent(name, policy, data=data, **settings)
     if name == "quark":
         agent.reference = LMPolicy.for_mdp(text_env().mdp, text_task().reference)

@@ -13,6 +13,7 @@ from lm_envs.algos.batching import Before, flatten_fixed, micro_batches, minibat
 from lm_envs.algos.metrics import Averages, describe
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.sft import demonstrations
+from tests import tiny
 from tests.algos import batches
 
 
@@ -424,6 +425,33 @@ def test_the_adaptive_coefficient_reaches_the_env():
     assert fixed.iteration(env)[1]["kl_coef"] == 0.7 == env.kl_coef
     env.set_kl_coef(0.4)
     assert batches.learner("reinforce", env=env).iteration(env)[1]["kl_coef"] == 0.4
+
+
+def test_the_controllers_kl_is_in_nats_per_sequence():
+    env = batches.text_env()
+    measured = batches.learner("reinforce", env=env).iteration(env)[1]
+    target = measured["kl"] / 1.1  # a little below; per token the KL is far below
+    assert measured["kl"] / measured["length"] < 0.8 * target
+    env = batches.text_env()
+    agent = batches.learner("reinforce", env=env, kl_coef=0.2, kl_target=target, kl_horizon=16.0)
+    agent.iteration(env)
+    assert agent.iteration(env)[1]["kl_coef"] == pytest.approx(0.2 * 1.1)
+
+
+def test_dropout_stays_off_in_every_forward():
+    """DETAILS 11: with dropout the ratio of the first update would not be 1."""
+    env = batches.text_env()
+    model = tiny.gpt2(seed=1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    policy = batches.LMPolicy.for_mdp(env.mdp, model.requires_grad_(True)).train()
+    traj = batches.text_batch()
+    first, second = (policy.evaluate(traj).logprob for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.detach(), batches.text_policy(env).evaluate(traj).logprob.detach())
+    model.train()  # negative control
+    assert not torch.equal(policy.evaluate(traj).logprob, policy.evaluate(traj).logprob)
 
 
 def test_wrong_pairings_of_agent_and_env_are_refused():

@@ -9,6 +9,7 @@ from lm_envs.algos import advantages as adv
 from lm_envs.algos import registry
 from lm_envs.algos.batching import Before
 from lm_envs.algos.critics import RewardCritic, value_from_reward_model
+from lm_envs.algos.policies import LMPolicy
 from lm_envs.rewards import LearnedReward, raw_scores, right_pad
 from tests import tiny
 from tests.algos import batches
@@ -117,6 +118,15 @@ def test_no_q_on_the_bandit_face():
 
 
 # From the reward model
+
+
+def test_a_value_head_starts_at_zero():
+    env = batches.text_env()
+    policy = LMPolicy.for_mdp(env.mdp, tiny.gpt2(seed=1).requires_grad_(True))
+    assert (policy.evaluate(batches.text_batch()).value == 0).all()
+    policy.use_q_critic()
+    found = policy.evaluate(batches.text_batch())
+    assert (found.value == 0).all() and (found.q_values() == 0).all()
 
 
 def test_the_value_starts_as_the_reward_models_score_of_what_stands_before_the_token():

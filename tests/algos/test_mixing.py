@@ -29,7 +29,7 @@ def test_the_gradient_is_the_sum_of_both(name, plain, knob, mean, micro_batch, m
     agent = batches.learner(name, micro_batch=micro_batch, demonstrations=8, **{knob: 0.7}, **PLAIN)
     found, metrics = gradient(agent, traj, monkeypatch)
     alone, _ = gradient(batches.learner(plain, **PLAIN), traj, monkeypatch)
-    data = agent._demonstrations.batch(0)
+    data = agent._demonstrations.mixture(0)[1]
     agent.policy.zero_grad()
     likelihood = mean(nll(agent.policy.evaluate(data).logprob, data.mask), data.mask)
     likelihood.backward()
@@ -51,16 +51,18 @@ def test_a_weight_of_zero_is_the_plain_algorithm_and_needs_no_data():
     assert batches.same(*ends)
     with pytest.raises(ValueError, match="ppo-ptx learns from demonstrations"):
         registry.make_agent("ppo-ptx", batches.text_policy(env))
+    with pytest.raises(ValueError, match="weight is 0"):
+        registry.make_agent("reinforce", batches.text_policy(env), data=demonstrations(batches.texts(), 2, 6))
     with pytest.raises(ValueError, match="reinforce learns from demonstrations"):
         registry.make_agent("reinforce", batches.text_policy(env), tiny.task(), alpha=0.1)
 
 
 def test_every_adam_step_sees_other_demonstrations_until_all_were_seen():
     agent = batches.learner("ppo-ptx", demonstrations=4)
-    first = [tuple(row.tolist()) for number in range(3) for row in agent._demonstrations.batch(number).obs]
+    first = [tuple(row.tolist()) for number in range(3) for row in agent._demonstrations.mixture(number)[1].obs]
     assert len(set(first)) == len(agent._demonstrations.data) == 12
-    again = agent._demonstrations.batch(1)
-    assert torch.equal(again.obs, agent._demonstrations.batch(1).obs)  # a function of the number alone
+    again = agent._demonstrations.mixture(1)[1]
+    assert torch.equal(again.obs, agent._demonstrations.mixture(1)[1].obs)  # a function of the number alone
 
 
 def test_demonstrations_come_from_the_task():

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lm_envs.algos import losses
+from lm_envs.algos.advantages import gae, whiten
+from lm_envs.algos.batching import Before
 from lm_envs.algos.ppo_klpen import adapted
 from tests.algos import batches
 
@@ -32,6 +34,19 @@ def test_the_penaltys_expected_gradient_is_that_of_the_kl_from_old_to_new():
     assert sampled.item() == pytest.approx(exact.item())
     found, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (sampled, exact))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo-klpen", "a2c"])
+def test_the_values_target_is_the_raw_advantage_plus_the_value(name):
+    """DETAILS 7: advantages are whitened after the returns are computed."""
+    traj = batches.text_batch()
+    agent = batches.learner(name, lam=0.7, whiten_advantage=True)
+    before = Before(agent.policy, traj)
+    with torch.no_grad():
+        fixed = agent.prepare(traj, before)
+    raw = gae(traj.reward, before.value, traj.mask, 1.0, 0.7)
+    torch.testing.assert_close(fixed["target"], raw + before.value[:, :-1])
+    torch.testing.assert_close(fixed["advantage"], whiten(raw, traj.mask))
 
 
 def test_without_a_weight_it_is_ppo_without_a_clip():
