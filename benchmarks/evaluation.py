@@ -197,6 +197,8 @@ def summarise(found: Sampled, reference: Sampled, policy: RespondingPolicy) -> d
         "kl": bound if best else float(found.kl.mean()),
         "kl_se": math.nan if best else standard_error(found.kl),
         "kl_is_bound": best is not None and not math.isnan(bound),
+        "regret": math.nan,  # known where a task is solved exactly
+        "frontier_gap": math.nan,
         "length": float(found.length.mean()),
         "distinct_2": distinct_2(found.tokens),
         "stopped": float(np.mean([reason == "stop" for reason in found.finish_reason])),

@@ -24,6 +24,8 @@ COLUMNS = (
     "gold",
     "proxy",
     "kl",
+    "regret",
+    "frontier_gap",
     "length",
     "distinct_2",
     "tokens_generated",
@@ -64,7 +66,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
-        values = [row[name] for name in COLUMNS]
+        values = [row.get(name) for name in COLUMNS]
         writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else _cell(v) for v in values])
     write_atomic(path, text.getvalue())
 
@@ -103,7 +105,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
 def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
     mean, spread = {}, {}
     for name in NUMBERS:
-        values = np.array([number(row[name]) for row in rows])
+        values = np.array([number(row.get(name)) for row in rows])
         mean[name] = float(values.mean())
         spread[name] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     mean["win_rate"] = float(np.mean([number(row["win_rate"]) for row in rows]))
@@ -143,6 +145,8 @@ SHOWN = (
     Column("gold", "gold", 2, meaning="mean score of the judge, which no method trains on"),
     Column("proxy", "proxy", 2, meaning="mean score of the reward that trains"),
     Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
+    Column("regret", "regret", 4, meaning="(J* - J) / (J* - J of SFT), exact: 0 is the optimum, 1 is SFT"),
+    Column("frontier_gap", "frontier gap", 3, meaning="score below the most possible at the same KL, exact"),
     Column("length", "length", 1, spread=False, meaning="tokens per response"),
     Column("distinct_2", "distinct-2", 2, spread=False, meaning="share of different token pairs over all responses"),
     Column("tokens_generated", "tokens", 0, spread=False, meaning="sampled, in training and for the test responses"),
@@ -185,7 +189,9 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
         notes.append("≤: best-of-n's own log-probability is unknown; shown is the upper bound log n − (n−1)/n.")
     if any(is_control(line.task) for line in lines):
         notes.append("On control environments proxy is the return, and tokens and reward calls are steps.")
-    elif any(math.isnan(line.mean["gold"]) for line in lines):
+    if any(not math.isnan(line.mean["regret"]) for line in lines):
+        notes.append("Where there is a regret, win-rate, gold, proxy, KL and length are exact expectations.")
+    if any(math.isnan(line.mean["gold"]) for line in lines if not is_control(line.task)):
         notes.append("There is no gold score and no win-rate where a task has no judge.")
     return notes
 
