@@ -24,13 +24,13 @@ COLUMNS = (
     "gold",
     "proxy",
     "kl",
-    "regret",
-    "frontier_gap",
     "length",
     "distinct_2",
     "tokens_generated",
     "reward_calls",
     "wall_s",
+    "regret",
+    "frontier_gap",
 )
 NUMBERS = COLUMNS[5:]  # averaged over seeds; the win-rate has an error of its own
 
@@ -66,7 +66,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
-        values = [row.get(name) for name in COLUMNS]
+        values = [row[name] for name in COLUMNS]
         writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else _cell(v) for v in values])
     write_atomic(path, text.getvalue())
 
@@ -105,7 +105,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
 def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
     mean, spread = {}, {}
     for name in NUMBERS:
-        values = np.array([number(row.get(name)) for row in rows])
+        values = np.array([number(row[name]) for row in rows])
         mean[name] = float(values.mean())
         spread[name] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     mean["win_rate"] = float(np.mean([number(row["win_rate"]) for row in rows]))

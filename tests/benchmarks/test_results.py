@@ -37,6 +37,8 @@ def result(algorithm: str, seed: int, gold: float | None, kl: float, wins: list[
         "tokens_generated": 12345,
         "reward_calls": 100,
         "wall_s": 3.21,
+        "regret": None,
+        "frontier_gap": None,
         "kl_is_bound": algorithm.startswith("best"),
         "wins": wins,
         **changes,
@@ -88,7 +90,7 @@ def test_csv_has_exactly_the_columns_in_the_suites_order(out):
     with open(out / "results.csv") as file:
         rows = list(csv.reader(file))
     names = "task, algorithm, seed, win_rate, win_rate_se, gold, proxy, kl, length, distinct_2, tokens_generated"
-    assert rows[0] == [*names.split(", "), "reward_calls", "wall_s"] == list(COLUMNS)
+    assert rows[0] == [*names.split(", "), "reward_calls", "wall_s", "regret", "frontier_gap"] == list(COLUMNS)
     assert [(row[0], row[1], row[2]) for row in rows[1:]] == [
         ("reviews", "sft", "0"),
         ("reviews", "best-of-16", "0"),
@@ -96,14 +98,14 @@ def test_csv_has_exactly_the_columns_in_the_suites_order(out):
         ("reviews", "ppo", "1"),
         ("reviews-bandit", "ppo", "0"),
     ]
-    assert rows[3] == "reviews,ppo,0,0.875,0.1,0.5,1,4,10,0.5,12345,100,3.21".split(",")
+    assert rows[3] == "reviews,ppo,0,0.875,0.1,0.5,1,4,10,0.5,12345,100,3.21,,".split(",")
 
 
 def test_unknown_numbers_are_empty_cells(tmp_path):
     write(tmp_path, [result("ppo", 0, None, 4.0, [math.nan])])
     rows = write_results(tmp_path)
     line = (tmp_path / "results.csv").read_text().splitlines()[1]
-    assert line == "reviews,ppo,0,,,,1,4,10,0.5,12345,100,3.21"
+    assert line == "reviews,ppo,0,,,,1,4,10,0.5,12345,100,3.21,,"
     lines = table(rows)
     assert cell(lines[0], SHOWN[0]) == cell(lines[0], SHOWN[1]) == "–"
     assert any("no judge" in note for note in footnotes(lines))
