@@ -107,7 +107,7 @@ def _draw_optimum(ax: Axes, series: Sequence[Series]) -> None:
     if known is None:
         return
     kl, reward = np.array(known["kl"]), np.array(known["reward"])
-    shown = kl <= 1.15 * max(line.get_xdata(orig=False).max() for line in ax.lines)
+    shown = kl <= 1.15 * max(np.max(np.asarray(line.get_xdata(orig=False))) for line in ax.lines)
     ax.plot(kl[shown], reward[shown], color="#222222", linewidth=1.4, zorder=1)
     ax.annotate("most possible", (kl[shown][-1], reward[shown][-1]), (0, 5), textcoords="offset points", fontsize=9)
 
