@@ -19,6 +19,10 @@ from lm_envs.text_mdp import TextMDP
 EPISODES = 100_000
 """The budget that the settings were tuned for."""
 
+VALUE_SCALE = 3.0
+"""Of the tabular policy. At 1 the critic is still far off when the first tokens are learned, which now and then costs a
+branch of the tree: on 1 of 5 seeds A2C and PPO then ended at a regret of 0.03 instead of 0.015."""
+
 _TABLE: dict[str, Any] = {"anneal": False, "max_grad_norm": 1e6}
 _CRITIC: dict[str, Any] = {"whiten_advantage": False, "lam": 1.0, "value_coef": 0.5}
 _PPO: dict[str, Any] = {**_CRITIC, "value_clip": None, "episodes": 1024}
@@ -35,8 +39,7 @@ TABULAR: dict[str, dict[str, Any]] = {
     "ppo": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "clip": 0.3, "learning_rate": 0.02},
     "expert-iteration": {**_TABLE, "episodes": 4096, "group_size": 16, "epochs": 4, "learning_rate": 0.05},
 }
-"""For :class:`~lm_envs.algos.tabular.TabularPolicy`, or :class:`~lm_envs.algos.policies.LMPolicy` on the task's own
-table, by algorithm."""
+"""For a :class:`~lm_envs.algos.tabular.TabularPolicy` with :data:`VALUE_SCALE`, by algorithm."""
 
 TRANSFORMER: dict[str, dict[str, Any]] = {
     "ppo": {**_PPO, "epochs": 8, "minibatches": 4, "learning_rate": 2e-3},

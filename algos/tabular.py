@@ -25,6 +25,8 @@ class TabularPolicy(Policy):
         table: ``(X, S, V)`` log-probabilities or logits to start from, at the environment's temperature; None is the
             reference. Masked tokens stay without probability.
         face: "mdp", a token per action, or "bandit", a response per action.
+        value_scale: values are so many times their parameters. Adam's steps are of the size of the learning rate, for
+            logits and values alike; with a larger scale the critic learns its level before the policy has moved far.
 
     Raises:
         ValueError: a table of another shape, or one that is infinite or NaN where a token is allowed.
@@ -34,11 +36,11 @@ class TabularPolicy(Policy):
     prompts: Tensor
     forbidden: Tensor
 
-    def __init__(self, exact: Exact, table: Tensor | None = None, face: Face = "mdp") -> None:
+    def __init__(self, exact: Exact, table: Tensor | None = None, face: Face = "mdp", value_scale: float = 1.0) -> None:
         super().__init__()
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
-        self.tree, self.face = exact.tree, face
+        self.tree, self.face, self.value_scale = exact.tree, face, value_scale
         self.uniforms_per_response = exact.tree.horizon
         self.uniforms_per_action = exact.tree.horizon if face == "bandit" else 1
         forbidden = exact.log_ref == -math.inf
@@ -108,7 +110,8 @@ class TabularPolicy(Policy):
         place = first.unsqueeze(1) + self.tree.states(response)[:, :-1].masked_fill(~mask, 0)
         logits = nn.functional.embedding(place, self._masked())
         found = logprob_kl(logits, None, response.clamp(min=0), mask=mask)
-        value = torch.where(mask, nn.functional.embedding(place, self.value.unsqueeze(1)).squeeze(2), 0.0)
+        value = self.value_scale * nn.functional.embedding(place, self.value.unsqueeze(1)).squeeze(2)
+        value = torch.where(mask, value, 0.0)
         if traj.is_bandit:
             return Evaluation(
                 found.logprob.sum(dim=1, keepdim=True),

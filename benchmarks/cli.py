@@ -115,7 +115,7 @@ class Compare:
         Raises:
             UserError: they contradict each other, or name something unknown.
         """
-        own, algorithms = self.own.options(), expanded(self.algorithms)
+        own = self.own.options()
         if self.suite is not None:
             if self.task:
                 raise UserError("--suite and --task exclude each other: a suite names its tasks")

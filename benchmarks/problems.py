@@ -12,13 +12,16 @@ import torch
 
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.algos.enumerable_settings import TABULAR, VALUE_SCALE
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.benchmarks import evaluation
+from lm_envs.algos.tabular import TabularPolicy
+from lm_envs.benchmarks import evaluation, exactly
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.names import base_task, best_of, is_control, load_task
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.suites import RunSpec
+from lm_envs.exact import Exact
 from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 
@@ -53,6 +56,8 @@ class TextProblem:
         agent: what trains, None for SFT itself and best-of-n.
         env: what it trains on, None likewise.
         policy: what is measured.
+        exact: where the task is solved exactly: then the policy is a table, with settings of its own, and what is
+            measured are expectations.
     """
 
     tracked = ("gold", "proxy", "kl", "length")
@@ -67,6 +72,7 @@ class TextProblem:
         self.agent: Agent[Any] | None = None
         self.env: TextVectorEnv | TextBanditVectorEnv | None = None
         start = LMPolicy.for_mdp(mdp, self.task.start)
+        self.exact = Exact(mdp) if exactly.is_table(self.task) else None
         self.policy: Any = start
         n = best_of(spec.algorithm)
         trained = n is None and spec.algorithm != "sft"
@@ -77,9 +83,14 @@ class TextProblem:
         if n is not None:
             self.policy = BestOfN(start, mdp, n)
         if trained:
-            model = copy.deepcopy(self.task.start).requires_grad_(True)
-            self.policy = LMPolicy.for_mdp(mdp, model, face=face)  # type: ignore[arg-type]
             overrides = check_overrides(spec.algorithm, spec.overrides)
+            if self.exact is None:
+                model = copy.deepcopy(self.task.start).requires_grad_(True)
+                self.policy = LMPolicy.for_mdp(mdp, model, face=face)  # type: ignore[arg-type]
+            else:
+                table = self.exact.table(self.task.start)
+                self.policy = TabularPolicy(self.exact, table, face, VALUE_SCALE)  # type: ignore[arg-type]
+                overrides = {**TABULAR.get(spec.algorithm, {}), **overrides}
             agent = make_agent(spec.algorithm, self.policy, self.task, **{"seed": spec.seed, **overrides})
             self.agent = _fit(agent, spec)
             make = TextBanditVectorEnv if face == "bandit" else TextVectorEnv
@@ -113,6 +124,8 @@ class TextProblem:
         """
         found = evaluation.sample_policy(self._measure("validation"), self.policy, self.spec.plan.validation_prompts, 0)
         metrics = {name: float(np.mean(getattr(found, name))) for name in self.tracked}
+        if self.exact is not None:
+            metrics |= exactly.measure(self.exact, self.policy)
         return metrics, found.records(4)
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -120,7 +133,10 @@ class TextProblem:
         env, count = self._measure("test"), self.spec.plan.test_prompts
         reference = evaluation.sample_reference(env, self._reference, count)
         found = evaluation.sample_policy(env, self.policy, count, self.spec.seed)
-        return evaluation.summarise(found, reference, self.policy, self.task.stats), found.records()
+        measured = evaluation.summarise(found, reference, self.policy, self.task.stats)
+        if self.exact is not None:
+            measured |= exactly.result(self.exact, self.policy)
+        return measured, found.records()
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """The first texts of a training batch, with their scores."""
@@ -204,7 +220,8 @@ class ControlProblem:
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The result: of the columns those that mean something here."""
         returns, lengths = self._returns(self._test_episodes, (1 << 21) + self.spec.seed)
-        measured = {name: math.nan for name in ("win_rate", "win_rate_se", "gold", "kl", "distinct_2")}
+        unknown = ("win_rate", "win_rate_se", "gold", "kl", "distinct_2")
+        measured = {name: math.nan for name in unknown}
         return {
             **measured,
             "proxy": float(returns.mean()),

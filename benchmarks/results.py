@@ -30,7 +30,8 @@ COLUMNS = (
     "reward_calls",
     "wall_s",
 )
-EXTRA = ("gold_positive", "proxy_positive")  # of tasks whose judge and reward have a threshold
+EXACT = ("regret", "frontier_gap")  # of tasks that are solved exactly
+EXTRA = ("gold_positive", "proxy_positive", *EXACT)  # the first two of tasks whose judge and reward have a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
 
@@ -60,12 +61,16 @@ def in_order(rows: list[dict[str, Any]], tasks: Sequence[str], algorithms: Seque
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """``results.csv``, replaced as a whole; a number that is not known is an empty cell."""
+    """``results.csv``, replaced as a whole; a number that is not known is an empty cell.
+
+    It has the columns :data:`COLUMNS`, and those of :data:`EXACT` behind them where a task is solved exactly.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    names = (*COLUMNS, *(name for name in EXACT if any(not math.isnan(number(row.get(name))) for row in rows)))
+    writer.writerow(names)
     for row in rows:
-        values = [row[name] for name in COLUMNS]
+        values = [row.get(name) if name in EXACT else row[name] for name in names]
         writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else _cell(v) for v in values])
     write_atomic(path, text.getvalue())
 
@@ -160,6 +165,8 @@ SHOWN = (
         meaning="share that the reward model calls positive",
     ),
     Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
+    Column("regret", "regret", 4, meaning="(J* - J) / (J* - J of SFT), exact: 0 is the optimum, 1 is SFT"),
+    Column("frontier_gap", "frontier gap", 3, meaning="score below the most possible at the same KL, exact"),
     Column("length", "length", 1, spread=False, meaning="tokens per response"),
     Column("distinct_2", "distinct-2", 2, spread=False, meaning="share of different token pairs over all responses"),
     Column("tokens_generated", "tokens", 0, spread=False, meaning="sampled, in training and for the test responses"),
@@ -203,7 +210,9 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
         notes.append("≤: best-of-n's own log-probability is unknown; shown is the upper bound log n − (n−1)/n.")
     if any(is_control(line.task) for line in lines):
         notes.append("On control environments proxy is the return, and tokens and reward calls are steps.")
-    elif any(math.isnan(line.mean["gold"]) for line in lines):
+    if any(not math.isnan(line.mean["regret"]) for line in lines):
+        notes.append("Where there is a regret, win-rate, gold, proxy, KL and length are exact expectations.")
+    if any(math.isnan(line.mean["gold"]) for line in lines if not is_control(line.task)):
         notes.append("There is no gold score and no win-rate where a task has no judge.")
     return notes
 

@@ -186,7 +186,8 @@ class Exact:
     def backward(self, step: Any) -> tuple[Tensor, Tensor]:
         """V ``(X, S)`` and Q ``(X, S, V)`` by recursion from the ends: ``step(what follows each token, states)`` gives
         both for the states of one length."""
-        values, q = [], []
+        values: list[Tensor] = []
+        q: list[Tensor] = []
         following = self.score[:, self.tree.prefixes :]  # of texts one token longer
         for k in reversed(range(self.tree.horizon)):
             states = self.tree.level(k)

@@ -184,13 +184,20 @@ class TableReward:
         self._row = {text: i for i, text in enumerate(prompts)}
 
     def __call__(
-        self, *, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **columns: Any
+        self,
+        *,
+        prompts: Sequence[str],
+        completions: Sequence[str] = (),
+        completion_ids: Sequence[Sequence[int]] = (),
+        **columns: Any,
     ) -> NDArray[np.float64]:
-        """``(N,)`` float64.
+        """``(N,)`` float64; read are the ids, not the texts.
 
         Raises:
-            ValueError: a prompt that is not one of the task's, or a completion longer than the horizon.
+            ValueError: no ids, a prompt that is not one of the task's, or a completion longer than the horizon.
         """
+        if len(completion_ids) != len(prompts):
+            raise ValueError(f"the table needs completion_ids: got {len(completion_ids)} for {len(prompts)} prompts")
         unknown = next((text for text in prompts if text not in self._row), None)
         if unknown is not None:
             raise ValueError(f"the table has no prompt {unknown!r}; it has {', '.join(map(repr, self._row))}")

@@ -126,7 +126,7 @@ class Standardised(REINFORCE):
         return {"advantage": adv.masked(scaled.expand_as(traj.mask), traj.mask)}
 
 
-MEASURED_COSINE = {2: 0.9054, 3: 0.9379}
+MEASURED_COSINE = {2: 0.9624, 3: 0.9729}
 
 
 @pytest.mark.parametrize("batch", [2, 3])

@@ -65,11 +65,12 @@ def test_it_evaluates_as_the_language_model_of_the_same_table(face):
     solver, _ = solver_and_table(**OPTIONS)
     model = load(tokens=3, horizon=3, prompts=4, seed=9).reference.requires_grad_(True)
     lm = LMPolicy.for_mdp(solver.mdp, model, face=face)
-    mine = TabularPolicy(solver, model.lm_head.weight.T.detach().unflatten(0, (4, -1)) / 1.3, face=face)
+    table = model.lm_head.weight.T.detach().unflatten(0, (4, -1)) / 1.3
+    mine = TabularPolicy(solver, table, face=face, value_scale=2.0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         mine.value.normal_(generator=generator)
-        lm.value_head.weight.copy_(mine.value.unsqueeze(0))
+        lm.value_head.weight.copy_(2.0 * mine.value.unsqueeze(0))
     traj = rollout(FACES[face](solver.mdp.task, 1, **OPTIONS), mine, episodes=100, seed=2)
     ours, theirs = mine.evaluate(traj), lm.evaluate(traj)
     for name in ("logprob", "entropy", "value"):
@@ -80,7 +81,7 @@ def test_it_evaluates_as_the_language_model_of_the_same_table(face):
     for found in (ours, theirs):
         (found.logprob.sum() + found.entropy.sum() + found.value.square().sum()).backward()
     torch.testing.assert_close(mine.logits.grad / 1.3, model.lm_head.weight.grad.T, rtol=0, atol=1e-12)
-    torch.testing.assert_close(mine.value.grad, lm.value_head.weight.grad[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(mine.value.grad, 2.0 * lm.value_head.weight.grad[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("face", FACES)

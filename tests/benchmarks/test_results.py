@@ -96,7 +96,7 @@ def test_csv_has_exactly_the_columns_in_the_suites_order(out):
         ("reviews", "ppo", "1"),
         ("reviews-bandit", "ppo", "0"),
     ]
-    assert rows[3] == "reviews,ppo,0,0.875,0.1,0.5,1,4,10,0.5,12345,100,3.21".split(",")
+    assert rows[3] == "reviews,ppo,0,0.875,0.1,0.5,1,4,10,0.5,12345,100,3.21,,".split(",")
 
 
 def test_unknown_numbers_are_empty_cells(tmp_path):
@@ -220,3 +220,11 @@ def test_shown_prompts_are_the_first_three_and_the_most_flattered():
     assert [i for i, _ in chosen_prompts(samples)] == [0, 1, 2, 4]
     unjudged = {"ppo": [{"gold": None, "proxy": 1.0}] * 5}
     assert [i for i, _ in chosen_prompts(unjudged)] == [0, 1, 2]
+
+
+def test_what_is_known_exactly_has_columns_of_its_own(tmp_path):
+    write(tmp_path, [result("ppo", 0, 0.6, 4.0, [1.0], regret=0.0123, frontier_gap=0.2), result("sft", 0, 0.1, 0, [1])])
+    write_results(tmp_path)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines[0].endswith(",wall_s,regret,frontier_gap")
+    assert lines[1].endswith(",3.21,0.0123,0.2") and lines[2].endswith(",3.21,,")

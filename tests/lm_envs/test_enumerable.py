@@ -219,6 +219,8 @@ def test_what_does_not_fit_is_refused(options, message):
 
 def test_the_reward_refuses_what_it_has_no_entry_for():
     reward = load(**SMALL).reward
+    with pytest.raises(ValueError, match="needs completion_ids: got 0 for 1 prompts"):
+        reward(prompts=["a a"], completions=["a b"])
     with pytest.raises(ValueError, match="no prompt 'b b'; it has 'a a', 'a b', 'b a'"):
         reward(prompts=["a a", "b b"], completion_ids=[[2], [2]])
     with pytest.raises(ValueError, match="completion 0 has 4 tokens, more than the horizon 3"):

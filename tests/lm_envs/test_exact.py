@@ -247,7 +247,7 @@ def test_kl_of_best_of_n_stays_under_its_bound(exact, n):
     kl = float(exact.kl(best, table))
     assert 0 < kl <= kl_bound(n)
     if n == 2:
-        assert kl > 0.9 * kl_bound(n)  # so the bound is nearly met where responses are many
+        assert kl > 0.85 * kl_bound(n)  # so the bound is nearly met where responses are many
         # Ties take KL away: with few different scores the bound is far.
         few = tied()
         assert float(few.kl(few.best_of_n(few.log_ref, 2))) < kl

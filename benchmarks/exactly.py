@@ -1,0 +1,67 @@
+"""Measurements of a task that is solved exactly: expectations in the place of samples, and regret."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.exact import Exact
+from lm_envs.tasks.enumerable import TableLM
+from lm_envs.tasks.task import TextTask
+
+_POINTS = 60  # of the optimal frontier
+
+
+def is_table(task: TextTask) -> bool:
+    """Whether a task's model is a table, so that everything about it can be computed and its policy is a table too."""
+    return isinstance(task.start, TableLM)
+
+
+@torch.no_grad()
+def measure(exact: Exact, policy: Any) -> dict[str, Any]:
+    """The measured columns of a result, exact.
+
+    Args:
+        exact: of the environment; its reward is also the judge.
+        policy: a trained one, or :class:`~lm_envs.algos.best_of_n.BestOfN`, whose distribution has a closed form.
+
+    Returns:
+        ``win_rate`` against the reference, ``gold``, ``proxy``, ``kl`` and ``length``, and ``regret`` and
+        ``frontier_gap`` of :class:`~lm_envs.exact.Exact`.
+    """
+    if isinstance(policy, BestOfN):
+        log_p = exact.best_of_n(policy.policy.model, policy.n)
+    else:
+        log_p = exact.sequences(policy)
+    reward = float(exact.reward(log_p))
+    return {
+        "win_rate": exact.win_rate(log_p, exact.log_ref),
+        "gold": reward,
+        "proxy": reward,
+        "kl": float(exact.kl(log_p)),
+        "length": float((log_p.exp() * exact.mask.sum(dim=1)).sum(dim=1).mean()),
+        "regret": exact.regret(log_p),
+        "frontier_gap": exact.frontier_gap(log_p),
+    }
+
+
+# What samples said and is known better now: errors of estimates that are none.
+_EXACT = {"win_rate_se": 0.0, "gold_se": 0.0, "proxy_se": 0.0, "kl_se": 0.0, "kl_is_bound": False, "wins": []}
+
+
+def result(exact: Exact, policy: Any) -> dict[str, Any]:
+    """:func:`measure` for a run's result, with the optimal frontier for the figures."""
+    return {**measure(exact, policy), **_EXACT, "frontier": frontier(exact)}
+
+
+def frontier(exact: Exact) -> dict[str, list[float]]:
+    """The most reward at each KL: ``kl`` and ``reward``, by rising KL, from the reference to (almost) its end."""
+    spread = float(exact.score.amax() - exact.score.amin())
+    if not math.isfinite(spread) or spread == 0:
+        return {"kl": [0.0], "reward": [float(exact.reference_value)]}
+    kl, reward = exact.frontier((spread * np.geomspace(20, 2e-3, _POINTS)).tolist())
+    return {"kl": [0.0, *kl.tolist()], "reward": [float(exact.reference_value), *reward.tolist()]}

@@ -1,0 +1,102 @@
+"""A comparison on the task that is solved exactly: expectations for samples, regret, and the frontier drawn."""
+
+import csv
+
+import pytest
+import torch
+
+from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.tabular import TabularPolicy
+from lm_envs.benchmarks import evaluation, exactly
+from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.history import gather, styles
+from lm_envs.benchmarks.plots import frontier
+from lm_envs.benchmarks.problems import TextProblem
+from lm_envs.benchmarks.results import collect_results, table
+from lm_envs.benchmarks.suites import Plan, RunSpec, load_suite
+from lm_envs.exact import Exact
+from lm_envs.tasks.enumerable import load
+from lm_envs.text_mdp import TextMDP
+from tests import tiny
+
+SMALL = {"tokens": 2, "horizon": 3, "prompts": 2}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("exactly")
+    suite = out / "small.toml"
+    suite.write_text(
+        """
+        tasks = ["enumerable"]
+        algorithms = ["sft", "best-of-4", "reinforce", "ppo"]
+        seeds = [0]
+        budget = { episodes = 16384 }
+        evaluation = { test_prompts = 2, validation_prompts = 2, every = 2 }
+        checkpoints = { every = 100 }
+        [task.enumerable]
+        options = { tokens = 2, horizon = 3, prompts = 2 }
+        """
+    )
+    assert main(["compare", "--suite", str(suite), "--out", str(out / "run")]) in (None, 0)
+    return out / "run"
+
+
+def test_results_hold_the_regret_and_exact_expectations(compared):
+    rows = {row["algorithm"]: row for row in csv.DictReader((compared / "results.csv").open())}
+    solver = Exact(TextMDP(load(**SMALL)))
+    assert float(rows["sft"]["regret"]) == pytest.approx(1) and float(rows["sft"]["win_rate"]) == pytest.approx(0.5)
+    assert float(rows["sft"]["kl"]) == pytest.approx(0, abs=1e-12)
+    best = solver.best_of_n(solver.log_ref, 4)
+    for name, expected in (
+        ("kl", solver.kl(best)),
+        ("proxy", solver.reward(best)),
+        ("win_rate", solver.win_rate(best, solver.log_ref)),
+        ("frontier_gap", solver.frontier_gap(best)),
+        ("regret", solver.regret(best)),
+    ):
+        assert float(rows["best-of-4"][name]) == pytest.approx(float(expected), rel=1e-4)
+    for name in ("reinforce", "ppo"):
+        assert float(rows[name]["regret"]) < 0.2 and float(rows[name]["frontier_gap"]) >= 0
+
+
+def test_the_figure_shows_the_frontier_and_no_method_above_it(compared):
+    series = gather(compared, collect_results(compared))
+    figure = frontier(series, styles(series))
+    curve = max(figure.axes[0].lines, key=lambda line: len(line.get_xdata()))
+    assert "most possible" in {text.get_text() for text in figure.axes[0].texts}
+    solver = Exact(TextMDP(load(**SMALL)))
+    for kl, reward in zip(curve.get_xdata(), curve.get_ydata(), strict=True):
+        assert reward == pytest.approx(solver.frontier_reward(kl), abs=1e-6)
+    for line in table(collect_results(compared)):
+        assert line.mean["proxy"] <= solver.frontier_reward(line.mean["kl"]) + 1e-9
+
+
+def test_measures_agree_with_samples():
+    solver = Exact(TextMDP(load()))
+    noise = torch.randn(solver.log_ref.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for policy in (
+        TabularPolicy(solver, solver.log_ref + noise),
+        BestOfN(LMPolicy.for_mdp(solver.mdp, solver.mdp.reference), solver.mdp, 3),
+    ):
+        found = exactly.measure(solver, policy)
+        env = evaluation.evaluation_env(solver.mdp.task, "test", group_size=4000)
+        sampled = evaluation.rollout(env, policy, episodes=16_000, seed=5)
+        for name, values in (("proxy", sampled.score), ("length", sampled.response_lengths.double())):
+            error = float(values.std()) / 16_000**0.5
+            assert abs(float(values.mean()) - found[name]) < 4 * error
+
+
+def test_only_a_table_gets_a_table():
+    assert exactly.is_table(load()) and not exactly.is_table(tiny.task())
+    run = RunSpec(task="enumerable", algorithm="a2c", seed=0, plan=Plan(iterations=1), options=SMALL)
+    problem = TextProblem(run)
+    assert isinstance(problem.policy, TabularPolicy) and problem.agent.config.learning_rate == 0.05
+    changed = TextProblem(RunSpec(**{**run.__dict__, "overrides": {"learning_rate": 0.5}}))
+    assert changed.agent.config.learning_rate == 0.5 and changed.agent.config.lam == 1.0
+
+
+def test_the_built_in_suite_reads():
+    suite = load_suite("enumerable")
+    assert suite.description.startswith("Distance to the exact optimum")
