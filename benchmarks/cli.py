@@ -18,7 +18,7 @@ import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
 from lm_envs.benchmarks.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.overrides import parse_settings
-from lm_envs.benchmarks.suites import Plan, Suite, TaskSettings, load_suite
+from lm_envs.benchmarks.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, load_suite
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
@@ -101,6 +101,8 @@ class Compare:
     """Test prompts to measure on."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """A setting of an algorithm, as in --set ppo.learning_rate=1e-4; may be given again."""
+    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be given again."""
     resume: bool = False
     """Continue what OUT holds."""
     jobs: int = 1
@@ -133,7 +135,7 @@ class Compare:
             if ALL in self.algorithms:
                 suite = replace(load_suite(ALL), name="comparison", tasks=chosen, algorithms=expanded(self.algorithms))
             elif self.algorithms:
-                suite = Suite("comparison", chosen, self.algorithms)
+                suite = Suite("comparison", chosen, expanded(self.algorithms))
             elif any(is_control(name) or base_task(name)[1] == "bandit" for name in tasks):
                 raise UserError("say which --algorithms to compare on that task, as in --algorithms reinforce ppo")
             else:
@@ -143,8 +145,11 @@ class Compare:
             suite = replace(suite, seeds=self.seeds)
         suite = replace(suite, plan=_planned(suite.plan, self.iterations, self.episodes, self.test_prompts))
         for name, values in _by_algorithm(self.set).items():
+            running = {run.algorithm for run in suite.runs()}
+            if name not in running:
+                raise UserError(f"--set {name}.{next(iter(values))}: {name!r} is not run here: {near(name, running)}")
             suite = replace(suite, overrides={**suite.overrides, name: {**suite.overrides.get(name, {}), **values}})
-        return _with_own(suite, own)
+        return _with_own(_with_env(suite, self.env), own)
 
     def run(self, console: Console) -> None:
         """Carry it out."""
@@ -172,6 +177,8 @@ class Train:
     """Decides prompts, samples and the order of minibatches."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
+    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be given again."""
     iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Training iterations; the algorithm's own number if not given."""
     episodes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -195,7 +202,7 @@ class Train:
         )
         overrides = {self.algorithm: parse_settings(self.set)} if self.set else {}
         suite = Suite("training", (TaskSettings(self.task),), (self.algorithm,), (self.seed,), plan, overrides)
-        suite = _with_own(suite, self.own.options())
+        suite = _with_own(_with_env(suite, self.env), self.own.options())
         carry_out(suite, self.out, resume=self.resume, threads=self.threads, console=console)
 
 
@@ -383,6 +390,16 @@ def _by_algorithm(items: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise UserError(f"--set takes algorithm.name=value here, as in --set ppo.learning_rate=1e-4, not {item!r}")
         found.setdefault(algorithm, {}).update(parse_settings([rest]))
     return found
+
+
+def _with_env(suite: Suite, items: Sequence[str]) -> Suite:
+    """A suite whose text tasks have these options of the environment."""
+    options = parse_settings(items, "--env", "kl_coef=0.1")
+    for name in options:
+        if name not in ENV_OPTIONS:
+            raise UserError(f"--env {name}: the environment has no such option: {near(name, ENV_OPTIONS)}")
+    tasks = [task if is_control(task.name) else replace(task, env={**task.env, **options}) for task in suite.tasks]
+    return replace(suite, tasks=tuple(tasks))
 
 
 def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:

@@ -214,5 +214,6 @@ def summarise(
         "inference_tokens": inference_tokens,
         "inference_reward_calls": best.reward_calls if best else 0,
         "inference_s": found.seconds,
+        "prompts": len(outcome),
         "wins": outcome.tolist(),
     }

@@ -94,7 +94,7 @@ def gather(out: Path, rows: list[dict[str, Any]]) -> list[Series]:
     """
     if not rows:
         raise UserError(
-            f"{out} holds no finished run: nothing to report (lm-envs compare --out {out} --resume continues)"
+            f"{out} holds no finished run: nothing to report (a comparison that was stopped goes on with --resume)"
         )
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:

@@ -39,6 +39,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
         ValueError: from the task's loader.
     """
     from lm_envs.tasks import TASKS, load
+    from lm_envs.tasks.task import TextTask
 
     name = base_task(name)[0]
     if ":" in name and name not in TASKS:
@@ -54,7 +55,10 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
         if not hasattr(import_module(module), function):
             raise UserError(f"task {name!r}: module {module!r} has no function {function!r}")
         TASKS[name] = name
-    return load(name, **options)
+    made = load(name, **options)
+    if not isinstance(made, TextTask):
+        raise UserError(f"task {name!r} gave a {type(made).__name__}, and has to give a lm_envs.tasks.task.TextTask")
+    return made
 
 
 def best_of(algorithm: str) -> int | None:
@@ -92,6 +96,8 @@ def check_algorithm(name: str) -> None:
 
     if name == "sft" or best_of(name) is not None:
         return
+    if re.fullmatch(r"best-of-.*", name):
+        raise UserError(f"no algorithm {name!r}: best-of-n needs a whole number n of at least 1, as in best-of-16")
     if name not in trainable():
         raise UserError(
             f"no algorithm {name!r}: {near(name, ['sft', 'best-of-16', *trainable()])} (`lm-envs tasks` lists them)"

@@ -13,10 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 from lm_envs.benchmarks.errors import UserError, near
 
 
-def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+def parse_settings(items: Sequence[str], option: str = "--set", example: str = "learning_rate=1e-3") -> dict[str, Any]:
     """``["learning_rate=1e-3", "anneal=false"]`` as a dictionary.
 
-    Values are numbers, true, false, none, or else strings.
+    Values are numbers, true, false, none, or else strings. ``option`` and ``example`` are for the messages.
 
     Raises:
         UserError: an item without "=", or a name given twice.
@@ -26,9 +26,9 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
-            raise UserError(f"--set takes name=value, as in --set learning_rate=1e-3, not {item!r}")
+            raise UserError(f"{option} takes name=value, as in {option} {example}, not {item!r}")
         if name in found:
-            raise UserError(f"--set gives {name!r} twice")
+            raise UserError(f"{option} gives {name!r} twice")
         found[name] = _value(value.strip())
     return found
 

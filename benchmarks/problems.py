@@ -45,7 +45,13 @@ def _iterations(agent: Agent[Any], spec: RunSpec) -> int:
 
 
 def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
-    agent.config = replace(agent.config, iterations=_iterations(agent, spec))
+    """Its iterations, and no more episodes in each than there are to be in all, in whole groups."""
+    config, most = agent.config, spec.plan.episodes
+    by_episodes = "iterations" not in spec.overrides and spec.plan.iterations is None
+    if by_episodes and most is not None and config.episodes is not None and config.episodes > most:
+        config = replace(config, episodes=config.group_size * math.ceil(most / config.group_size))
+    agent.config = config
+    agent.config = replace(config, iterations=_iterations(agent, spec))
     return agent
 
 

@@ -36,7 +36,7 @@ def figures(metrics: dict[str, Any]) -> str:
     )
     for title, keys in names:
         value = next((metrics[key] for key in keys if metrics.get(key) is not None), None)
-        if value is not None and not (title == "return" and "score" in metrics):
+        if value is not None and value == value and not (title == "return" and "score" in metrics):
             parts.append(f"{title} {plain(value, 2)}")
     if metrics.get("tokens_per_second"):
         parts.append(f"{metrics['tokens_per_second'] / 1000:.1f}k tok/s")
@@ -48,7 +48,7 @@ def final_figures(result: dict[str, Any]) -> str:
     win_rate, gold, proxy, kl = (number(result[name]) for name in ("win_rate", "gold", "proxy", "kl"))
     text = f"proxy {proxy:.2f}"
     if kl == kl:
-        text += f"  KL {'≤' if result.get('kl_is_bound') else ''}{kl:.1f}"
+        text += f"  KL {'≤' if result.get('kl_is_bound') else ''}{plain(kl, 1)}"
     return text if gold != gold else f"win-rate {100 * win_rate:.0f} %  gold {gold:.2f}  {text}"
 
 

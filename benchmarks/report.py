@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lm_envs.benchmarks.history import Series, gather, styles
 from lm_envs.benchmarks.names import folder_name
 from lm_envs.benchmarks.plots import Style, as_png, as_svg, figures, png_path
-from lm_envs.benchmarks.results import Line, cell, footnotes, number, plain, shown, table
+from lm_envs.benchmarks.results import Line, cell, footnotes, number, plain, shown, table, title
 from lm_envs.benchmarks.storage import read_json, write_atomic
 
 _CSS = """
@@ -157,7 +157,7 @@ def _table(series: list[Series], lines: Sequence[Line], style: Style) -> str:
     meanings = "; ".join(f"{column.title}: {column.meaning}" for column in columns if column.meaning)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in [*footnotes(lines), meanings + "."])
     return (
-        '<h3>Results on test prompts</h3><div class="scroll"><table>'
+        f'<h3>{title(lines)}</h3><div class="scroll"><table>'
         f'<tr><th class="text">method</th><th>seeds</th>{head}</tr>{"".join(body)}</table></div>{notes}'
     )
 

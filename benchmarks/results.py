@@ -88,6 +88,7 @@ class Line:
         spread: standard deviation over the seeds (n - 1), NaN for one; for ``win_rate`` the standard error over
             **prompts** of the outcome averaged over the seeds, since all seeds answer the same prompts against the same
             SFT samples.
+        prompts: test prompts that it was measured on, None where there are none.
     """
 
     task: str
@@ -96,6 +97,7 @@ class Line:
     mean: dict[str, float]
     spread: dict[str, float]
     kl_is_bound: bool
+    prompts: int | None = None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
@@ -115,7 +117,8 @@ def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
     mean["win_rate"] = float(np.mean([number(row["win_rate"]) for row in rows]))
     spread["win_rate"] = _win_rate_se(rows)
     bound = any(row.get("kl_is_bound", False) for row in rows)
-    return Line(task, algorithm, tuple(row["seed"] for row in rows), mean, spread, bound)
+    seeds = tuple(row["seed"] for row in rows)
+    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"))
 
 
 def _win_rate_se(rows: list[dict[str, Any]]) -> float:
@@ -217,6 +220,15 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
     return notes
 
 
+def title(lines: Sequence[Line]) -> str:
+    """What the figures were measured on."""
+    counts = {line.prompts for line in lines}
+    if all(is_control(line.task) for line in lines):
+        return "Test episodes, mean over seeds"
+    number = f"{counts.pop():,} test" if len(counts) == 1 and None not in counts else "Test"
+    return f"{number} prompts, mean over seeds"
+
+
 def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
     """The table for a terminal of so many characters; a narrow one gets fewer columns."""
     from rich.table import Table
@@ -226,7 +238,7 @@ def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
     if width < _WIDE + _EXTRA_WIDE * sum(column.name in EXTRA for column in columns):
         columns = [column for column in columns if column.spread]
         notes.append("results.csv has more columns.")
-    made = Table(header_style="bold", row_styles=["", "dim"], title="Test prompts, mean over seeds")
+    made = Table(header_style="bold", row_styles=["", "dim"], title=title(lines))
     made.title_justify = made.caption_justify = "left"
     made.add_column("task", overflow="fold")
     made.add_column("algorithm", style="bold", overflow="fold")

@@ -249,8 +249,7 @@ class LearnedReward:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"reward model {self.__name__!r} reads {limit} tokens and a text has {len(ids)}: "
-                    "the start of its prompt is left out",
+                    f"reward model {self.__name__!r} reads {limit} tokens: of longer texts it does not see the start",
                     stacklevel=2,
                 )
             special = set(self.tokenizer.all_special_ids)

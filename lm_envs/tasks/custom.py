@@ -166,6 +166,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     divided = divide([(row.text, row.split) for row in rows])
     for name in SPLITS:
         if name not in divided.values():
+            if any(row.split != "train" for row in rows):
+                raise ValueError(
+                    f"{path}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different ones "
+                    f"into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
+                )
             raise ValueError(f"{path}: {len(divided)} different prompts leave none for {name}: give at least 3")
     first = {row.text: row for row in reversed(rows)}
     return [Prompt(text, split, first[text].where) for text, split in divided.items()]

@@ -104,6 +104,13 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
         (["--task", "reviews", "--algorithms", "poo"], "no algorithm 'poo': did you mean 'ppo'"),
         (["--task", "CartPol-v1", "--algorithms", "ppo"], "CartPol"),
         (["--task", "reviews-bandit"], "say which --algorithms"),
+        (["--task", "reviews", "--algorithms", "best-of-0"], "needs a whole number n of at least 1"),
+        (
+            ["--task", "reviews", "--algorithms", "sft", "--set", "ppo.clip=0.1"],
+            "--set ppo.clip: 'ppo' is not run here",
+        ),
+        (["--task", "reviews", "--env", "kl_cof=0.1"], "--env kl_cof: .* did you mean 'kl_coef'"),
+        (["--task", "os:getcwd", "--algorithms", "ppo"], "task 'os:getcwd' gave a str"),
         (["--task", "CartPole-v1"], "say which --algorithms"),
         (["--task", "reviews", "--set", "ppo.top_p=0.9"], "ppo.top_p: .* the support they leave moves with the policy"),
         (["--corpus", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
@@ -292,3 +299,18 @@ def test_a_reader_that_goes_away_is_no_traceback():
     said = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 1 and said == b""
+
+
+def test_env_options_reach_text_tasks_and_algorithms_count_once():
+    asked = Compare(out=Path("out"), task=("reviews", "CartPole-v1"), algorithms=("ppo", "ppo"), env=("kl_coef=0.2",))
+    runs = asked.to_suite().runs()
+    assert [(run.task, run.env) for run in runs] == [("reviews", {"kl_coef": 0.2}), ("CartPole-v1", {})]
+
+
+def test_a_round_is_no_larger_than_the_budget():
+    from lm_envs.benchmarks.problems import open_problem
+
+    asked = Compare(out=Path("out"), task=(NAME,), algorithms=("ppo", "expert-iteration"), episodes=20)
+    for run in asked.to_suite().runs():
+        config = open_problem(run).agent.config
+        assert config.iterations == 1 and config.episodes == {"ppo": 20, "expert-iteration": 24}[run.algorithm]

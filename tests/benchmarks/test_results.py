@@ -17,7 +17,7 @@ from lm_envs.benchmarks.history import gather, styles
 from lm_envs.benchmarks.names import folder_name
 from lm_envs.benchmarks.plots import figures
 from lm_envs.benchmarks.report import chosen_prompts, headline, write_report
-from lm_envs.benchmarks.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table
+from lm_envs.benchmarks.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table, title
 
 NASTY = '<script>alert("x")</script> & <img src=http://example.com/a.png>'
 
@@ -96,7 +96,7 @@ def test_csv_has_exactly_the_columns_in_the_suites_order(out):
         ("reviews", "ppo", "1"),
         ("reviews-bandit", "ppo", "0"),
     ]
-    assert rows[3] == "reviews,ppo,0,0.875,0.1,0.5,1,4,10,0.5,12345,100,3.21,,".split(",")
+    assert rows[3] == "reviews,ppo,0,0.875,0.1,0.5,1,4,10,0.5,12345,100,3.21".split(",")
 
 
 def test_unknown_numbers_are_empty_cells(tmp_path):
@@ -228,3 +228,10 @@ def test_what_is_known_exactly_has_columns_of_its_own(tmp_path):
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[0].endswith(",wall_s,regret,frontier_gap")
     assert lines[1].endswith(",3.21,0.0123,0.2") and lines[2].endswith(",3.21,,")
+
+
+def test_the_title_says_on_how_many_prompts(tmp_path):
+    write(tmp_path, [result("ppo", 0, 0.6, 4.0, [1.0], prompts=1024), result("sft", 0, 0.1, 0, [1.0], prompts=1024)])
+    assert title(table(write_results(tmp_path))) == "1,024 test prompts, mean over seeds"
+    write(tmp_path, [result("a2c", 0, 0.6, 4.0, [1.0], prompts=12)])
+    assert title(table(write_results(tmp_path))) == "Test prompts, mean over seeds"
