@@ -248,9 +248,10 @@ def test_kl_of_best_of_n_stays_under_its_bound(exact, n):
     assert 0 < kl <= kl_bound(n)
     if n == 2:
         assert kl > 0.85 * kl_bound(n)  # so the bound is nearly met where responses are many
-        # Ties take KL away: with few different scores the bound is far.
+        # Ties take KL away: of the same scores, rounded.
+        plain = Exact(TextMDP(load(tokens=3, horizon=3, prompts=2)))
         few = tied()
-        assert float(few.kl(few.best_of_n(few.log_ref, 2))) < kl
+        assert float(few.kl(few.best_of_n(few.log_ref, 2))) < float(plain.kl(plain.best_of_n(plain.log_ref, 2))) - 1e-4
 
 
 def test_best_of_n_of_the_library_is_distributed_so():
