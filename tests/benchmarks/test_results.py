@@ -203,3 +203,11 @@ def test_shown_prompts_are_the_first_three_and_the_most_flattered():
     assert [i for i, _ in chosen_prompts(samples)] == [0, 1, 2, 4]
     unjudged = {"ppo": [{"gold": None, "proxy": 1.0}] * 5}
     assert [i for i, _ in chosen_prompts(unjudged)] == [0, 1, 2]
+
+
+def test_all_algorithms_together_can_be_told_apart():
+    from lm_envs.benchmarks.history import Series, styles
+    from lm_envs.benchmarks.names import expanded
+
+    found = styles([Series("reviews", name, (), ()) for name in expanded(["all"])])
+    assert len(found) == len(set(found.values())) > 10
