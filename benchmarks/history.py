@@ -26,7 +26,7 @@ _COLOURS = {
     "a2c": "#CC79A7",
     "ppo": "#D55E00",
 }
-_MORE = (("#56B4E9", "P"), ("#7F3C8D", "h"), ("#8C6D31", "<"), ("#1B4F4A", ">"))
+_MORE = tuple((("#56B4E9", "#7F3C8D", "#8C6D31", "#1B4F4A")[i % 4], "Ph<>"[(i + i // 4) % 4]) for i in range(16))
 _MARKERS = {"sft": "X", "best-of-n": "D", "expert-iteration": "s", "reinforce": "^", "a2c": "v", "ppo": "o"}
 
 
