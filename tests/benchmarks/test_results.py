@@ -235,3 +235,11 @@ def test_the_title_says_on_how_many_prompts(tmp_path):
     assert title(table(write_results(tmp_path))) == "1,024 test prompts, mean over seeds"
     write(tmp_path, [result("a2c", 0, 0.6, 4.0, [1.0], prompts=12)])
     assert title(table(write_results(tmp_path))) == "Test prompts, mean over seeds"
+
+
+def test_all_algorithms_together_can_be_told_apart():
+    from lm_envs.benchmarks.history import Series, styles
+    from lm_envs.benchmarks.names import expanded
+
+    found = styles([Series("reviews", name, (), ()) for name in expanded(["all"])])
+    assert len(found) == len(set(found.values())) > 10
