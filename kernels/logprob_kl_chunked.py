@@ -7,13 +7,14 @@ stays in the cache and only the gradient is new memory. Notation as in docs/kern
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lm_envs.kernels.memory import empty_gradient
+from lm_envs.kernels.threads import share
 
 if TYPE_CHECKING:
     from lm_envs.kernels.logprob_kl import Options
@@ -36,48 +37,52 @@ def forward(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, optio
         ids, keep: ``(outer * inner,)`` int64 and bool.
     """
     stats = torch.zeros(9, ids.numel(), dtype=_accumulator(z), device=z.device)
-    buffers = _Buffers(z)
-    for rows, x, y in _blocks(z, r, buffers, options):
-        out, here = stats[:, rows], ids[rows].unsqueeze(1)
-        guarded = keep is not None and not bool(keep[rows].all())
-        if guarded:  # what a masked row holds must not reach the arithmetic
-            assert keep is not None
-            x = torch.where(keep[rows].unsqueeze(1), x, 0.0)
-            y = None if y is None else torch.where(keep[rows].unsqueeze(1), y, 0.0)
-        m = x.amax(1, keepdim=True)
-        d = torch.sub(x, m, out=buffers(0, x))
-        w = torch.exp(d, out=buffers(1, x))
-        total = w.sum(1)
-        a = _dot(w, d, buffers(3, x))
-        excluded = not bool(a.isfinite().all())
-        if excluded:
-            a = _dot(w, d.masked_fill_(w == 0, 0.0), buffers(3, x))
-        log_z = total.log()
-        out[0] = (x.gather(1, here) - m).squeeze(1) - log_z
-        out[2] = log_z - a / total
-        out[4], out[5] = m.squeeze(1), log_z
-        if y is not None:
-            n = y.amax(1, keepdim=True)
-            e = torch.sub(y, n, out=buffers(2, x))
-            ref_total = torch.exp(e, out=buffers(3, x)).sum(1)
-            log_q = ref_total.log()
-            out[1] = (y.gather(1, here) - n).squeeze(1) - log_q
-            out[6], out[7] = n.squeeze(1), log_q
-            difference = torch.sub(d, e, out=buffers(3, x))
-            b = _dot(w, difference, difference)
-            if excluded or not bool(b.isfinite().all()):
-                excluded = True
-                d.masked_fill_(w == 0, 0.0)
-                torch.sub(d, e.masked_fill(w == 0, 0.0), out=difference)
+
+    def work(blocks: Iterator[_Block]) -> None:
+        buffers = _Buffers(z)
+        for rows, x, y in _scaled_blocks(blocks, buffers, options):
+            out, here = stats[:, rows], ids[rows].unsqueeze(1)
+            guarded = keep is not None and not bool(keep[rows].all())
+            if guarded:  # what a masked row holds must not reach the arithmetic
+                assert keep is not None
+                x = torch.where(keep[rows].unsqueeze(1), x, 0.0)
+                y = None if y is None else torch.where(keep[rows].unsqueeze(1), y, 0.0)
+            m = x.amax(1, keepdim=True)
+            d = torch.sub(x, m, out=buffers(0, x))
+            w = torch.exp(d, out=buffers(1, x))
+            total = w.sum(1)
+            a = _dot(w, d, buffers(3, x))
+            excluded = not bool(a.isfinite().all())
+            if excluded:
+                a = _dot(w, d.masked_fill_(w == 0, 0.0), buffers(3, x))
+            log_z = total.log()
+            out[0] = (x.gather(1, here) - m).squeeze(1) - log_z
+            out[2] = log_z - a / total
+            out[4], out[5] = m.squeeze(1), log_z
+            if y is not None:
+                n = y.amax(1, keepdim=True)
+                e = torch.sub(y, n, out=buffers(2, x))
+                ref_total = torch.exp(e, out=buffers(3, x)).sum(1)
+                log_q = ref_total.log()
+                out[1] = (y.gather(1, here) - n).squeeze(1) - log_q
+                out[6], out[7] = n.squeeze(1), log_q
+                difference = torch.sub(d, e, out=buffers(3, x))
                 b = _dot(w, difference, difference)
-            out[3] = b / total - log_z + log_q
-            if options.precise:
-                out[3] = _precise(d, w, e, total, ref_total, log_z, log_q)
-        out[_GUARD] = float(excluded)
-        if guarded:
-            assert keep is not None
-            out.masked_fill_(~keep[rows], 0.0)
+                if excluded or not bool(b.isfinite().all()):
+                    excluded = True
+                    d.masked_fill_(w == 0, 0.0)
+                    torch.sub(d, e.masked_fill(w == 0, 0.0), out=difference)
+                    b = _dot(w, difference, difference)
+                out[3] = b / total - log_z + log_q
+                if options.precise:
+                    out[3] = _precise(d, w, e, total, ref_total, log_z, log_q)
             out[_GUARD] = float(excluded)
+            if guarded:
+                assert keep is not None
+                out.masked_fill_(~keep[rows], 0.0)
+                out[_GUARD] = float(excluded)
+
+    _share(z, r, work)
     return stats
 
 
@@ -109,28 +114,32 @@ def backward(
     dz = empty_gradient(z) if out is None else out
     flat = dz.view(-1, z.shape[-1])
     scale = 1.0 / options.temperature
-    buffers = _Buffers(z)
-    for rows, x, y in _blocks(z, r, buffers, options):
-        g, c0, c1, c2 = coefficients[:, rows].unsqueeze(2) * scale
-        _, _, _, _, m, log_z, n, log_q, guard = stats[:, rows].unsqueeze(2)
-        guarded = bool(guard.any()) or keep is not None
-        t = torch.sub(x, m, out=buffers(0, x)).sub_(log_z)
-        p = torch.exp(t, out=buffers(1, x))
-        gone = p == 0 if guarded else None
-        t.mul_(c1).add_(c0)
-        if y is not None:
-            k = torch.sub(y, n, out=buffers(2, x)).sub_(log_q)
-            if guarded:
-                k.clamp_(min=torch.finfo(k.dtype).min)  # 0 * inf where the KL is not asked for
-            t.addcmul_(k, c2)
-        if gone is not None:
-            t.masked_fill_(gone, 0.0)
-        d = t.mul_(p).neg_().scatter_add_(1, ids[rows].unsqueeze(1), g)
-        if options.softcap is not None:
-            d.mul_(1 - (x * (options.temperature / options.softcap)).square_().clamp_(max=1.0))
-        if keep is not None:
-            d.masked_fill_(~keep[rows].unsqueeze(1), 0.0)
-        flat[rows].copy_(d)
+
+    def work(blocks: Iterator[_Block]) -> None:
+        buffers = _Buffers(z)
+        for rows, x, y in _scaled_blocks(blocks, buffers, options):
+            g, c0, c1, c2 = coefficients[:, rows].unsqueeze(2) * scale
+            _, _, _, _, m, log_z, n, log_q, guard = stats[:, rows].unsqueeze(2)
+            guarded = bool(guard.any()) or keep is not None
+            t = torch.sub(x, m, out=buffers(0, x)).sub_(log_z)
+            p = torch.exp(t, out=buffers(1, x))
+            gone = p == 0 if guarded else None
+            t.mul_(c1).add_(c0)
+            if y is not None:
+                k = torch.sub(y, n, out=buffers(2, x)).sub_(log_q)
+                if guarded:
+                    k.clamp_(min=torch.finfo(k.dtype).min)  # 0 * inf where the KL is not asked for
+                t.addcmul_(k, c2)
+            if gone is not None:
+                t.masked_fill_(gone, 0.0)
+            d = t.mul_(p).neg_().scatter_add_(1, ids[rows].unsqueeze(1), g)
+            if options.softcap is not None:
+                d.mul_(1 - (x * (options.temperature / options.softcap)).square_().clamp_(max=1.0))
+            if keep is not None:
+                d.masked_fill_(~keep[rows].unsqueeze(1), 0.0)
+            flat[rows].copy_(d)
+
+    _share(z, r, work)
     return dz
 
 
@@ -146,19 +155,23 @@ def backward_ref(
     """``dr_v = ([v = a] g + c_p p_v + c_q q_v) / T`` times the softcap's slope; coefficients ``(3, N)``."""
     dr = empty_gradient(r)
     flat = dr.view(-1, r.shape[-1])
-    buffers = _Buffers(z)
-    for rows, x, y in _blocks(z, r, buffers, options):
-        assert y is not None
-        g, c_p, c_q = coefficients[:, rows].unsqueeze(2) / options.temperature
-        _, _, _, _, m, log_z, n, log_q, _ = stats[:, rows].unsqueeze(2)
-        p = torch.sub(x, m, out=buffers(0, x)).sub_(log_z).exp_().mul_(c_p)
-        q = torch.sub(y, n, out=buffers(1, x)).sub_(log_q).exp_()
-        d = p.addcmul_(q, c_q).scatter_add_(1, ids[rows].unsqueeze(1), g)
-        if options.softcap is not None:
-            d.mul_(1 - (y * (options.temperature / options.softcap)).square_().clamp_(max=1.0))
-        if keep is not None:
-            d.masked_fill_(~keep[rows].unsqueeze(1), 0.0)
-        flat[rows].copy_(d)
+
+    def work(blocks: Iterator[_Block]) -> None:
+        buffers = _Buffers(z)
+        for rows, x, y in _scaled_blocks(blocks, buffers, options):
+            assert y is not None
+            g, c_p, c_q = coefficients[:, rows].unsqueeze(2) / options.temperature
+            _, _, _, _, m, log_z, n, log_q, _ = stats[:, rows].unsqueeze(2)
+            p = torch.sub(x, m, out=buffers(0, x)).sub_(log_z).exp_().mul_(c_p)
+            q = torch.sub(y, n, out=buffers(1, x)).sub_(log_q).exp_()
+            d = p.addcmul_(q, c_q).scatter_add_(1, ids[rows].unsqueeze(1), g)
+            if options.softcap is not None:
+                d.mul_(1 - (y * (options.temperature / options.softcap)).square_().clamp_(max=1.0))
+            if keep is not None:
+                d.masked_fill_(~keep[rows].unsqueeze(1), 0.0)
+            flat[rows].copy_(d)
+
+    _share(z, r, work)
     return dr
 
 
@@ -175,10 +188,8 @@ class _Buffers:
     """Work space for one block, made when first asked for."""
 
     def __init__(self, z: Tensor) -> None:
-        budget = CUDA_BLOCK if z.device.type == "cuda" else BLOCK
-        self.rows = max(1, budget // z.shape[-1])
         self._like = {"dtype": _accumulator(z), "device": z.device}
-        self._shape = (min(self.rows, z.shape[0] * z.shape[1]), z.shape[-1])
+        self._shape = (min(_rows_of_a_block(z), z.shape[0] * z.shape[1]), z.shape[-1])
         self._made: dict[int, Tensor] = {}
 
     def __call__(self, number: int, like: Tensor) -> Tensor:
@@ -187,21 +198,35 @@ class _Buffers:
         return self._made[number][: len(like)]
 
 
-def _blocks(
-    z: Tensor, r: Tensor | None, buffers: _Buffers, options: Options
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Rows as a slice of all, with their scaled logits ``(rows, V)``: the input itself where nothing is to be done."""
-    outer, inner = z.shape[:2]
+_Block = tuple[slice, Tensor, Tensor | None]  # rows as a slice of all, and their logits (rows, V) as they came
+
+
+def _share(z: Tensor, r: Tensor | None, work: Callable[[Iterator[_Block]], None]) -> None:
+    """Call ``work`` with blocks of rows: in several threads on a CPU."""
+    outer, inner, vocabulary = z.shape
     if outer > 1 and z.is_contiguous() and (r is None or r.is_contiguous()):
-        z = z.view(1, -1, z.shape[-1])
-        r = None if r is None else r.view(1, -1, r.shape[-1])
-        outer, inner = z.shape[:2]
-    for o in range(outer):
-        for i in range(0, inner, buffers.rows):
-            count = min(buffers.rows, inner - i)
-            x = _scaled(z[o, i : i + count], buffers, 4, options)
-            y = None if r is None else _scaled(r[o, i : i + count], buffers, 5, options)
-            yield slice(o * inner + i, o * inner + i + count), x, y
+        z, r = z.view(1, -1, vocabulary), None if r is None else r.view(1, -1, vocabulary)
+        outer, inner = 1, outer * inner
+    step = _rows_of_a_block(z)
+
+    def blocks() -> Iterator[_Block]:
+        for o in range(outer):
+            for i in range(0, inner, step):
+                here = slice(i, min(i + step, inner))
+                rows = slice(o * inner + here.start, o * inner + here.stop)
+                yield rows, z[o, here], None if r is None else r[o, here]
+
+    share(blocks(), outer * -(-inner // step) if z.device.type == "cpu" else 1, work)
+
+
+def _scaled_blocks(blocks: Iterator[_Block], buffers: _Buffers, options: Options) -> Iterator[_Block]:
+    """The same with scaled logits: the input itself where nothing is to be done."""
+    for rows, z, r in blocks:
+        yield rows, _scaled(z, buffers, 4, options), None if r is None else _scaled(r, buffers, 5, options)
+
+
+def _rows_of_a_block(z: Tensor) -> int:
+    return max(1, (CUDA_BLOCK if z.device.type == "cuda" else BLOCK) // z.shape[-1])
 
 
 def _scaled(x: Tensor, buffers: _Buffers, number: int, options: Options) -> Tensor:

@@ -14,8 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lm_envs.kernels.memory import empty_gradient
+from lm_envs.kernels.threads import share
 
 if TYPE_CHECKING:
     from lm_envs.kernels.logprob_kl import Options
@@ -102,31 +102,15 @@ def _common(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None) -> tu
 
 
 def _over_rows(z: Tensor, work: Callable[[int, int], None]) -> None:
-    """Call ``work(begin, end)`` on blocks of rows from torch's number of threads, this one among them.
-
-    Threads are made anew each time: that costs 0.1 ms where a call takes several, and leaves nothing behind that a
-    fork would break.
-    """
+    """Call ``work(begin, end)`` on blocks of rows, in torch's number of threads."""
     rows = z.shape[0] * z.shape[1]
     step = max(1, BLOCK // z.shape[2])
-    blocks = iter(range(0, rows, step))
-    lock = threading.Lock()
 
-    def turns() -> None:
-        while True:
-            with lock:
-                begin = next(blocks, None)
-            if begin is None:
-                return
+    def turns(begins: Iterator[int]) -> None:
+        for begin in begins:
             work(begin, min(begin + step, rows))
 
-    helpers = min(torch.get_num_threads(), -(-rows // step)) - 1
-    threads = [threading.Thread(target=turns, daemon=True) for _ in range(helpers)]
-    for thread in threads:
-        thread.start()
-    turns()
-    for thread in threads:
-        thread.join()
+    share(range(0, rows, step), -(-rows // step), turns)
 
 
 def _function(direction: str, dtype: torch.dtype) -> Any:
