@@ -172,7 +172,7 @@ def test_pins_are_plain_and_cover_the_requirements():
         requirement = Requirement(line)
         if requirement.name != "lm-envs":
             assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)]), line
-    assert "triton" not in pins() and not [name for name in pins() if name.startswith("nvidia")]
+    assert not [name for name in pins() if name.startswith("nvidia")]  # gigabytes, and CI has no GPU
 
 
 @pytest.mark.parametrize(("name", "oldest"), [("torch", "2.11.0"), ("transformers", "5.17.0")])
