@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real bench-kernels test test-slow lint format types clean
+.PHONY: help setup demo demo-real bench-kernels test test-slow test-triton lint format types clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -44,6 +44,11 @@ test: $(READY)  ## the tests that take minutes together; no network, no GPU
 
 test-slow: $(READY)  ## the long ones: learning curves, installs from the package index
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# Not in the environment: a CUDA build of torch brings the triton that it needs, and it is large.
+test-triton: $(READY)  ## the kernels' tests with Triton under its interpreter; fetches triton into build/ (1 GB)
+	@test -d build/triton/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton triton
+	PYTHONPATH=$(CURDIR)/build/triton $(PYTEST) tests/kernels $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff, both halves
 	$(BIN)/ruff check .
