@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTABLE := $(VENV)/.ready-for-tests
 
 CORPUS ?=
 OUT ?=
@@ -39,10 +40,15 @@ demo-real: $(READY)  ## the same on your own labelled text: make demo-real CORPU
 bench-kernels: $(READY)  ## what the vocabulary kernels cost on this machine, into benchmarks/results/ (half an hour on 2 cores)
 	$(BIN)/lm-envs bench kernels
 
-test: $(READY)  ## the tests that take minutes together; no network, no GPU
+# The CPU builds of torch come without triton, whose kernels are tested by its interpreter; it takes 1 GB, so only for tests.
+$(TESTABLE): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,triton]'
+	@touch $@
+
+test: $(TESTABLE)  ## the tests that take minutes together; no network, no GPU
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-slow: $(READY)  ## the long ones: learning curves, installs from the package index
+test-slow: $(TESTABLE)  ## the long ones: learning curves, installs from the package index
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 mutants: $(READY)  ## break the details one by one and see that the tests notice (minutes)

@@ -323,13 +323,13 @@ sys.path.insert(0, sys.argv[2])
 import tests.kernels.conftest
 import torch
 from lm_envs.kernels.logprob_kl import logprob_kl
-distance, vocabulary = 2**31 + 24, 40
-storage = torch.empty(distance + vocabulary, dtype=torch.bfloat16)  # 4 GiB asked for, two pages used
-z = storage.as_strided((2, vocabulary), (distance, 1))
+distance, vocabulary = 2**30 + 12, 40  # the distance itself fits 32 bits, twice it does not
+storage = torch.empty(2 * distance + vocabulary, dtype=torch.bfloat16)  # 4 GiB asked for, two pages used
+z = storage.as_strided((3, vocabulary), (distance, 1))
 torch.manual_seed(0)
-near = torch.randn(2, vocabulary).bfloat16()
+near = torch.randn(3, vocabulary).bfloat16()
 z.copy_(near)
-ids = torch.tensor([3, 39])
+ids = torch.tensor([3, 39, 7])
 for layout in (z, z.unsqueeze(1)):
     chosen = ids.view(layout.shape[:-1])
     found = logprob_kl(layout.requires_grad_(), layout.detach(), chosen, implementation=sys.argv[1])
@@ -338,14 +338,14 @@ for layout in (z, z.unsqueeze(1)):
     same = logprob_kl(leaf, near, ids, implementation=sys.argv[1])
     (expected,) = torch.autograd.grad(same.logprob.sum(), leaf)
     assert all(torch.equal(a.view(-1), b) for a, b in zip(found, same))
-    assert torch.equal(gradient.view(2, -1), expected)
+    assert torch.equal(gradient.view(3, -1), expected)
 print("far")
 """
 
 
 @pytest.mark.parametrize(("implementation", "device"), [case for case in FUSED if case.values[1] == "cpu"])
 def test_offsets_beyond_32_bits(implementation, device):
-    """Two rows 2^31 logits apart, in memory that is never touched between them."""
+    """Three rows over 2^31 logits, in memory that is never touched between them."""
     command = [sys.executable, "-c", FAR, implementation, str(CHECKOUT)]
     run = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     assert run.stdout == "far\n", run.stdout + run.stderr
