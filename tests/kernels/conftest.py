@@ -1,4 +1,5 @@
-"""Triton's kernels run under its interpreter where there is no GPU; that has to be decided before triton is imported.
+"""Triton's kernels run under its interpreter where there is no GPU; that has to be decided before triton is imported,
+which other tests may do, so the folder above decides it too.
 
 These tests need torch and pytest only (and hypothesis, and triton for its own): they also run on a machine that lacks
 what the rest of lm_envs imports.
