@@ -46,6 +46,11 @@ def accepted(model: nn.Module, **arguments: object) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if name in names}
 
 
+def names_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's ``forward`` names the argument."""
+    return name in _parameters(type(model).forward)
+
+
 def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
     """``(len(rows), width)`` int64, each row at the right end, -1 before it."""
     out = np.full((len(rows), width), NO_TOKEN, dtype=np.int64)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig
 
-from lm_envs.decoding import Decoder, RowCache, forbid_early_eos, generate, sample
+from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.observations import left_pad, model_inputs
+from lm_envs.row_cache import RowCache
 from lm_envs.scoring import response_logits, response_logprob
 from tests.tiny import EOS, gpt2
 
@@ -74,12 +75,12 @@ def test_decoder_gives_unpadded_logits_under_any_use(name):
 
 
 def test_a_decoder_that_trusts_its_cache_is_caught(monkeypatch):
-    """Negative control: without clearing a refilled row's old columns the answer is wrong."""
+    """Negative control: without masking a refilled row's old columns the answer is wrong."""
     model = gpt2()
 
     def careless(self, rows, obs):
         logits = original(self, rows, obs)
-        self.live[rows] = True
+        self.lengths[rows] = self.columns
         return logits
 
     original = RowCache.refill
