@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
+from lm_envs.fused import fuse_activations
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.scoring import response_logits
 from lm_envs.text_mdp import TextMDP
@@ -136,7 +137,7 @@ class LMPolicy(Policy):
             raise ValueError(NO_TRUNCATION)
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
-        self.model = model.eval()
+        self.model = fuse_activations(model.eval())
         self.eos_token_id = eos_token_id
         self.prompt_length = prompt_length
         self.max_new_tokens = max_new_tokens
@@ -154,6 +155,7 @@ class LMPolicy(Policy):
         self.q_head: nn.Linear | None = None
         self.register_buffer("condition", None)  # the reward token of prompts that have none, once there are some
         self._decoder = Decoder(model)
+        self._weights = tuple(model.parameters())
         self._version = -1
 
     @classmethod
@@ -233,14 +235,18 @@ class LMPolicy(Policy):
             # Behind the EOS an action needs some token: the environment reads up to the first EOS.
             actions = torch.where(response < 0, self.eos_token_id, response)
             return actions.cpu().numpy(), logprob.double().sum(dim=1).cpu().numpy()
-        version = sum(p._version for p in self.model.parameters())
+        version = sum(p._version for p in self._weights)
         if version != self._version:  # the weights changed under the cache
+            self._weights = tuple(self.model.parameters())
+            version = sum(p._version for p in self._weights)
             self._decoder.reset()
             self._version = version
         position = (rows[:, self.prompt_length :] >= 0).sum(dim=1)
         if self.condition is not None:
             rows = torch.cat([self._conditioned(rows[:, : self.prompt_length]), rows[:, self.prompt_length :]], dim=1)
-        logits = forbid_early_eos(self._decoder(rows), position, self.eos_token_id, self.min_new_tokens)
+        logits = self._decoder(rows)
+        # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
+        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
         tokens, logprob = sample(logits, numbers, self.temperature)
         return tokens.cpu().numpy(), logprob.double().cpu().numpy()
 
@@ -271,7 +277,7 @@ class LMPolicy(Policy):
         prompt, mask = self._conditioned(prompt), response >= 0
         logits, states = response_logits(self.model, prompt, response, hidden=True)
         position = torch.arange(response.shape[1], device=logits.device)
-        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens)
+        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
         found = logprob_kl(logits, None, response.clamp(min=0), temperature=self.temperature, mask=mask)
         q = None if self.q_head is None else self.q_head(states).to(found.logprob.dtype)
         if q is not None:

@@ -112,6 +112,9 @@ class Work:
         self.size, self.device = size, device
         torch.manual_seed(0)
         self.reference = GPT2LMHeadModel(config_of(size)).to(device).eval().requires_grad_(False)
+        self.model = copy.deepcopy(self.reference)  # of the floors and `generate`: as transformers made it
+        self.model.generation_config.eos_token_id = None  # exact length
+        self.trained = copy.deepcopy(self.reference).requires_grad_(True)
         scorer = GPT2ForSequenceClassification(config_of(size, num_labels=1)).to(device).eval().requires_grad_(False)
         tokenizer = word_tokenizer(size.model.vocabulary)
         generator = np.random.default_rng(0)
@@ -129,9 +132,6 @@ class Work:
             kl_coef=0.05,
         )
         self.ids = torch.as_tensor(self.prompts, device=device)
-        self.model = copy.deepcopy(self.reference)
-        self.model.generation_config.eos_token_id = None  # exact length
-        self.trained = copy.deepcopy(self.reference).requires_grad_(True)
 
     @cached_property
     def text(self) -> Tensor:

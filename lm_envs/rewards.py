@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lm_envs.fused import fuse_activations
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -226,7 +228,7 @@ class LearnedReward:
             raise ValueError(f"normalise must be a finite mean and a positive std, got {normalise}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = fuse_activations(model), tokenizer
         self.normalise, self.batch_size = (mean, std), batch_size
         self.__name__ = name
         self._warned = False

@@ -27,11 +27,21 @@ def response_logits(
         row's end is meaningless.
     """
     steps = response.shape[1]
-    inputs = model_inputs(torch.cat([prompt, response[:, :-1]], dim=1))
-    arguments = accepted(model, **inputs, logits_to_keep=steps, use_cache=False)
-    out = model(**arguments, output_hidden_states=hidden)
-    states = out.hidden_states[-1][:, -steps:] if hidden else None
-    return out.logits[:, -steps:], states
+    obs = torch.cat([prompt, response[:, :-1]], dim=1)
+    inputs: dict[str, Tensor | None] = dict(model_inputs(obs))
+    if bool((prompt >= 0).all()):
+        # Nothing on the left to hide, and what is on the right is never looked at: plain causal attention is faster.
+        inputs["attention_mask"] = inputs["position_ids"] = None
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    watch = head.register_forward_pre_hook(lambda _, given: seen.append(given[0])) if hidden else None
+    try:
+        # The head is called on the response's positions alone, and what it is called on are the hidden states.
+        out = model(**accepted(model, **inputs, logits_to_keep=steps, use_cache=False))
+    finally:
+        if watch is not None:
+            watch.remove()
+    return out.logits[:, -steps:], seen[0][:, -steps:] if seen else None
 
 
 @torch.no_grad()
@@ -53,7 +63,7 @@ def response_logprob(
         width = max(int(mask.sum(dim=1).max()), 1)
         logits, _ = response_logits(model, prompt[rows], response[rows, :width])
         position = torch.arange(width, device=logits.device)
-        logits = forbid_early_eos(logits, position, eos_token_id, min_new_tokens)
+        logits = forbid_early_eos(logits, position, eos_token_id, min_new_tokens, in_place=True)
         found = logprob_kl(
             logits, None, response[rows, :width].clamp(min=0), temperature=temperature, mask=mask[:, :width]
         ).logprob
