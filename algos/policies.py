@@ -260,6 +260,11 @@ class LMPolicy(Policy):
         Returns:
             response ``(N, T)`` int64 right-padded with -1, logprob ``(N, T)``.
         """
+        return self._generate(prompts, uniforms)
+
+    def _generate(
+        self, prompts: Tensor, uniforms: Tensor, observe: Callable[[int, Tensor, Tensor], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
         return generate(
             self.model,
             self._conditioned(prompts.to(self.model.device)),
@@ -268,7 +273,30 @@ class LMPolicy(Policy):
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             min_new_tokens=self.min_new_tokens,
+            observe=observe,
         )
+
+    @property
+    def keeps_logprob(self) -> bool:
+        """Whether what sampling computed is what :meth:`evaluate` would: not where rounding is coarse."""
+        return self.model.dtype in (torch.float32, torch.float64)
+
+    @torch.no_grad()
+    def respond_with_value(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :meth:`respond`, and the value head's estimates before each token, ``(N, T)``, 0 beyond the end.
+
+        They cost nothing: the hidden states are there. None where values come from elsewhere.
+        """
+        if self.critic is not None or self.q_head is not None or not self.keeps_logprob:
+            return *self._generate(prompts, uniforms), None
+        value = torch.zeros(
+            len(prompts), self.max_new_tokens, dtype=self.value_head.weight.dtype, device=self.model.device
+        )
+
+        def observe(t: int, rows: Tensor, hidden: Tensor) -> None:
+            value[rows, t] = self.value_head(hidden).squeeze(-1)
+
+        return *self._generate(prompts, uniforms, observe), value
 
     def evaluate(self, traj: Trajectories) -> Evaluation:
         if traj.prompt is None or traj.response is None:
@@ -283,10 +311,8 @@ class LMPolicy(Policy):
         if q is not None:
             p = log_softmax(logits.detach(), self.temperature).exp()
             value = torch.where(p > 0, p * q, torch.zeros_like(q)).sum(-1)
-        elif self.critic is not None:
-            value = self.critic(prompt, response)
         else:
-            value = self.value_head(states).squeeze(-1)
+            value = self.critic(prompt, response) if self.critic is not None else self.value_head(states).squeeze(-1)
         value = value.to(found.logprob.dtype)
         value = torch.where(mask, value, torch.zeros_like(value))
         if traj.is_bandit:
@@ -303,3 +329,16 @@ class LMPolicy(Policy):
             lambda: log_softmax(logits, self.temperature),
             None if q is None else lambda: q,
         )
+
+    def critic_values(self, traj: Trajectories) -> Tensor:
+        """``(B, T + 1)`` values of a critic of its own, without a forward of the policy.
+
+        Raises:
+            ValueError: there is no such critic.
+        """
+        if self.critic is None or traj.prompt is None or traj.response is None:
+            raise ValueError("critic_values needs a critic of its own and trajectories of text")
+        prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
+        value = self.critic(self._conditioned(prompt), response).to(torch.promote_types(self.model.dtype, torch.float32))
+        value = value.masked_fill(response < 0, 0.0)
+        return torch.nn.functional.pad(value[:, :1] if traj.is_bandit else value, (0, 1))

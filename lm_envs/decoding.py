@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.observations import accepted, model_inputs
+from lm_envs.observations import accepted, head_inputs, model_inputs
 from lm_envs.row_cache import RowCache, can_cache
 
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
@@ -153,12 +155,15 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     min_new_tokens: int = 0,
+    observe: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a response per row until EOS or the length limit; finished rows leave the batch.
 
     Args:
         prompts: ``(N, P)`` int64, left-padded with -1.
         uniforms: ``(N, max_new_tokens)`` float64 in [0, 1), the number each token is sampled with.
+        observe: called before token t is sampled with t, the rows ``(n,)`` that still run, and the hidden states ``(n,
+            d)`` that their logits are made from.
 
     Returns:
         response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob of the same shape, 0
@@ -170,23 +175,29 @@ def generate(
     logprob = logprob.to(prompts.device)
     rows = RowCache(model, room=max_new_tokens) if can_cache(model) else None
     active = torch.arange(count, device=prompts.device)
-    logits = _next_logits(model, prompts) if rows is None else rows.prefill(_right_align(prompts))
-    for t in range(max_new_tokens):
-        logits = forbid_early_eos(logits, t, eos_token_id, min_new_tokens, in_place=True)
-        tokens, token_logprob = sample(logits, uniforms[active, t], temperature)
-        response[active, t], logprob[active, t] = tokens, token_logprob.to(logprob.dtype)
-        going = tokens != eos_token_id
-        if t + 1 == max_new_tokens or not bool(going.any()):
-            break
-        if not bool(going.all()):
-            kept = going.nonzero().squeeze(1)
-            active, tokens = active[kept], tokens[kept]
+    with head_inputs(model) as hidden:
+        logits = _next_logits(model, prompts) if rows is None else rows.prefill(_right_align(prompts))
+        for t in range(max_new_tokens):
+            if observe is not None:
+                observe(t, active, hidden[-1][:, -1])
+            hidden.clear()
+            logits = forbid_early_eos(logits, t, eos_token_id, min_new_tokens, in_place=True)
+            tokens, token_logprob = sample(logits, uniforms[active, t], temperature)
+            response[active, t], logprob[active, t] = tokens, token_logprob.to(logprob.dtype)
+            if t + 1 == max_new_tokens:
+                break
+            going = tokens != eos_token_id
+            if not bool(going.all()):
+                kept = going.nonzero().squeeze(1)
+                if not len(kept):
+                    break
+                active, tokens = active[kept], tokens[kept]
+                if rows is not None:
+                    rows.keep(kept)
             if rows is not None:
-                rows.keep(kept)
-        if rows is not None:
-            logits = rows.advance(tokens)
-        else:
-            logits = _next_logits(model, torch.cat([prompts[active], response[active, : t + 1]], dim=1))
+                logits = rows.advance(tokens)
+            else:
+                logits = _next_logits(model, torch.cat([prompts[active], response[active, : t + 1]], dim=1))
     return response, logprob
 
 

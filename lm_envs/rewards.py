@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm_envs.fused import fuse_activations
+from lm_envs.observations import accepted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -182,8 +183,9 @@ def raw_scores(model: PreTrainedModel, ids: Tensor, pad_token_id: int = 0) -> Te
     if pools_last_token(model):
         last = present.sum(dim=1) - 1
         trunk = model.base_model
-        extra = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
-        hidden = trunk(**inputs, **extra).last_hidden_state
+        # What stands to the right of the last token is never looked at: no mask, which is faster.
+        inputs["attention_mask"] = None
+        hidden = trunk(**accepted(trunk, **inputs, use_cache=False)).last_hidden_state
         logits = model.score(hidden[torch.arange(len(ids), device=ids.device), last])
     else:
         logits = model(**inputs).logits

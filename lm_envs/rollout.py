@@ -266,6 +266,7 @@ def rollout(
 
     Returns:
         Trajectories sorted by episode number, with ``ref_logprob`` whatever the KL coefficient; ``reward`` float64.
+        With ``value`` where the policy has ``respond_with_value``.
 
     Raises:
         TypeError: ``env`` is no text environment.
@@ -279,7 +280,12 @@ def rollout(
     numbers = np.arange(first_episode, first_episode + episodes)
     prompt = mdp.start(seed, numbers)
     uniforms = counted.uniform(seed, counted.TOKEN, numbers[:, None], np.arange(policy.uniforms_per_response))
-    response, logprob = policy.respond(torch.as_tensor(prompt), torch.as_tensor(uniforms))
+    value = None
+    with_value = getattr(policy, "respond_with_value", None)
+    if with_value is None:
+        response, logprob = policy.respond(torch.as_tensor(prompt), torch.as_tensor(uniforms))
+    else:
+        response, logprob, value = with_value(torch.as_tensor(prompt), torch.as_tensor(uniforms))
     response, logprob = response.cpu(), logprob.double().cpu()
     mask = response >= 0
     score = torch.as_tensor(mdp.score(prompt, response.numpy()))
@@ -293,6 +299,8 @@ def rollout(
         logprob, ref_logprob, reward = (x.sum(dim=1, keepdim=True) for x in (logprob, ref_logprob, reward))
     else:
         actions = torch.where(mask, response, 0)
+    if value is not None:
+        value = torch.nn.functional.pad(value[:, : mask.shape[1]].cpu(), (0, 1))
     return Trajectories(
         actions=actions,
         mask=mask,
@@ -302,6 +310,7 @@ def rollout(
         logprob=logprob,
         reward=reward,
         ref_logprob=ref_logprob,
+        value=value,
         group=torch.as_tensor(numbers // mdp.group_size),
         score=score.sum(dim=1),
         prompt=torch.as_tensor(prompt),
