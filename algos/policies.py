@@ -339,6 +339,8 @@ class LMPolicy(Policy):
         if self.critic is None or traj.prompt is None or traj.response is None:
             raise ValueError("critic_values needs a critic of its own and trajectories of text")
         prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
-        value = self.critic(self._conditioned(prompt), response).to(torch.promote_types(self.model.dtype, torch.float32))
+        value = self.critic(self._conditioned(prompt), response).to(
+            torch.promote_types(self.model.dtype, torch.float32)
+        )
         value = value.masked_fill(response < 0, 0.0)
         return torch.nn.functional.pad(value[:, :1] if traj.is_bandit else value, (0, 1))

@@ -18,6 +18,9 @@ from lm_envs.kl import report, text_envs
 from lm_envs.trajectories import Trajectories
 
 
+AHEAD = 32  # uniform numbers drawn at a time
+
+
 class ActingPolicy(Protocol):
     """What :func:`collect` needs."""
 
@@ -91,6 +94,8 @@ class Collector:
         self._position = np.zeros(rows, dtype=np.int64)
         self._restarting = np.zeros(rows, dtype=bool)
         self.steps_taken = 0  # of the environment, those of episodes that nobody asked for included
+        self._drawn = np.zeros((rows, AHEAD))
+        self._drawn_for = np.full(rows, -1), np.full(rows, -1)  # the episode and the block that a row's numbers are of
         self._returns = np.zeros(rows)
         self._finished: list[tuple[float, int]] = []
 
@@ -127,7 +132,7 @@ class Collector:
     def _step(self) -> list[_Episode]:
         numbers = np.array([episode.number for episode in self._open])
         if self.policy.uniforms_per_action == 1:
-            uniforms = counted.uniform(self._seed, counted.TOKEN, numbers, self._position)
+            uniforms = self._next_uniforms(numbers)
         else:
             uniforms = counted.uniform(
                 self._seed, counted.TOKEN, numbers[:, None], np.arange(self.policy.uniforms_per_action)
@@ -171,6 +176,16 @@ class Collector:
         self._restarting = ended & (self._mode is AutoresetMode.NEXT_STEP)
         self._obs = obs
         return done
+
+    def _next_uniforms(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """A number per row, from blocks drawn ahead: a call for each step costs as much as a small model's layer."""
+        block, place = np.divmod(self._position, AHEAD)
+        stale = ((self._drawn_for[0] != numbers) | (self._drawn_for[1] != block)).nonzero()[0]
+        if len(stale):
+            positions = block[stale, None] * AHEAD + np.arange(AHEAD)
+            self._drawn[stale] = counted.uniform(self._seed, counted.TOKEN, numbers[stale, None], positions)
+            self._drawn_for[0][stale], self._drawn_for[1][stale] = numbers[stale], block[stale]
+        return self._drawn[np.arange(len(numbers)), place]
 
     def _build(self, episodes: list[_Episode]) -> Trajectories:
         rows, steps = len(episodes), max(len(episode.actions) for episode in episodes)
