@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
@@ -96,6 +98,29 @@ class Policy(nn.Module):
         raise ValueError(f"{type(self).__name__} has no Q critic")
 
 
+def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Forwards within keep each layer's input alone.
+
+    transformers does that for layers in train mode: the layers themselves are put there and not what is inside them,
+    so that dropout stays off.
+    """
+    layers = _layers(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()
+
+
 class LMPolicy(Policy):
     """A causal language model as a policy, with a value head on the same trunk.
 
@@ -112,6 +137,10 @@ class LMPolicy(Policy):
         temperature: divides the logits.
         min_new_tokens: EOS is masked before that many tokens.
         face: "mdp", a token per action, or "bandit", a response per action.
+        autocast: run the model's forwards in this lower precision (``torch.bfloat16``) where that is faster; weights
+            and optimizer keep theirs, and log-probabilities are then recomputed before an update.
+        gradient_checkpointing: keep each layer's input alone for backward, and compute the layer again there: less
+            memory for a third more time.
         top_k, top_p: refused, because the truncated support depends on the policy: a token that was sampled can have
             probability 0 after an update.
     """
@@ -129,6 +158,8 @@ class LMPolicy(Policy):
         temperature: float = 1.0,
         min_new_tokens: int = 0,
         face: Face = "mdp",
+        autocast: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> None:
@@ -144,6 +175,10 @@ class LMPolicy(Policy):
         self.temperature = temperature
         self.min_new_tokens = min_new_tokens
         self.face = face
+        self.autocast = autocast
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing and not _layers(model):
+            raise ValueError(f"a {type(model).__name__} has no layers that gradient checkpointing could recompute")
         self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
         self.uniforms_per_response = max_new_tokens
         width = model.get_output_embeddings().weight.shape[1]
@@ -159,8 +194,8 @@ class LMPolicy(Policy):
         self._version = -1
 
     @classmethod
-    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, face: Face = "mdp") -> LMPolicy:
-        """The policy that fits a text environment: its horizon, temperature and masks.
+    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, face: Face = "mdp", **options: Any) -> LMPolicy:
+        """The policy that fits a text environment: its horizon, temperature and masks; ``options`` are the others.
 
         Raises:
             ValueError: the model's vocabulary differs from the reference's.
@@ -179,6 +214,7 @@ class LMPolicy(Policy):
             temperature=mdp.temperature,
             min_new_tokens=mdp.min_new_tokens,
             face=face,
+            **options,
         )
 
     def use_q_critic(self) -> None:
@@ -244,7 +280,8 @@ class LMPolicy(Policy):
         position = (rows[:, self.prompt_length :] >= 0).sum(dim=1)
         if self.condition is not None:
             rows = torch.cat([self._conditioned(rows[:, : self.prompt_length]), rows[:, self.prompt_length :]], dim=1)
-        logits = self._decoder(rows)
+        with self._precision():
+            logits = self._decoder(rows)
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
         logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
         tokens, logprob = sample(logits, numbers, self.temperature)
@@ -265,21 +302,25 @@ class LMPolicy(Policy):
     def _generate(
         self, prompts: Tensor, uniforms: Tensor, observe: Callable[[int, Tensor, Tensor], object] | None = None
     ) -> tuple[Tensor, Tensor]:
-        return generate(
-            self.model,
-            self._conditioned(prompts.to(self.model.device)),
-            uniforms.to(self.model.device),
-            self.eos_token_id,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            min_new_tokens=self.min_new_tokens,
-            observe=observe,
-        )
+        with self._precision():
+            return generate(
+                self.model,
+                self._conditioned(prompts.to(self.model.device)),
+                uniforms.to(self.model.device),
+                self.eos_token_id,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                min_new_tokens=self.min_new_tokens,
+                observe=observe,
+            )
 
     @property
     def keeps_logprob(self) -> bool:
         """Whether what sampling computed is what :meth:`evaluate` would: not where rounding is coarse."""
-        return self.model.dtype in (torch.float32, torch.float64)
+        return self.model.dtype in (torch.float32, torch.float64) and self.autocast is None
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     @torch.no_grad()
     def respond_with_value(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -303,7 +344,11 @@ class LMPolicy(Policy):
             raise ValueError("LMPolicy.evaluate needs trajectories of text, with prompt and response")
         prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
         prompt, mask = self._conditioned(prompt), response >= 0
-        logits, states = response_logits(self.model, prompt, response, hidden=True)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        with self._precision(), _checkpointing(self.model) if recompute else nullcontext():
+            logits, states = response_logits(self.model, prompt, response, hidden=True)
+        assert states is not None
+        states = states.to(self.value_head.weight.dtype)
         position = torch.arange(response.shape[1], device=logits.device)
         logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
         found = logprob_kl(logits, None, response.clamp(min=0), temperature=self.temperature, mask=mask)

@@ -299,10 +299,11 @@ class BenchKernels:
 class Bench:
     """Measure what this machine does: the kernels, or the whole path."""
 
-    what: (
-        Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
-        | Annotated[BenchThroughput, tyro.conf.subcommand("throughput")]
-    )
+    what: Annotated[
+        Annotated[BenchKernels, tyro.conf.subcommand("kernels", prefix_name=False)]
+        | Annotated[BenchThroughput, tyro.conf.subcommand("throughput", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
 
     def run(self, console: Console) -> None:
         """Measure."""

@@ -115,7 +115,7 @@ class Decoder:
         change = known != obs
         place = change.int().argmax(dim=1, keepdim=True)
         moved = change.any(dim=1)
-        # Grown by one token: one place differs, it was empty, what stood before it still does, and nothing is behind it.
+        # Grown by one token: one place differs, it was empty, and it is next to the last token and the last now.
         last = obs.gather(1, place)
         end = ((obs >= 0) * torch.arange(obs.shape[1], device=obs.device)).amax(dim=1, keepdim=True)
         grown = (known.gather(1, place) < 0) & (place == end) & (obs.gather(1, (place - 1).clamp(min=0)) >= 0)

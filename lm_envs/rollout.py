@@ -17,7 +17,6 @@ from lm_envs import counted
 from lm_envs.kl import report, text_envs
 from lm_envs.trajectories import Trajectories
 
-
 AHEAD = 32  # uniform numbers drawn at a time
 
 

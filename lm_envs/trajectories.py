@@ -31,7 +31,7 @@ class Trajectories:
         final_obs: control only, ``(B, *shape)``, what was seen after the last action.
         logprob: ``(B, T)`` log-probability under the distribution that was sampled from, nats.
         reward: ``(B, T)``.
-        value: ``(B, T + 1)`` the sampling policy's value function, where it came with the sampling; 0 after termination.
+        value: ``(B, T + 1)`` the sampling policy's values, where they came with the sampling; 0 after termination.
         ref_logprob: ``(B, T)`` log-probability of the same actions under the frozen reference, nats.
         group: ``(B,)`` int64, rows with the same number share a prompt.
         score: ``(B,)`` the reward model's score before the KL penalty.

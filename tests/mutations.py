@@ -493,9 +493,7 @@ def broken(mutation: Mutation, text: str) -> str:
         ValueError: the old text does not stand in it exactly once, so the list is out of date.
     """
     if (found := text.count(mutation.old)) != 1:
-        raise ValueError(
-            f"{mutation.name!r}: its text stands {found} times in {mutation.file}; it must stand there once"
-        )
+        raise ValueError(f"{mutation.name!r}: its text stands {found} times in {mutation.file}; it must stand there once")
     return text.replace(mutation.old, mutation.new)
 
 

@@ -167,3 +167,22 @@ def test_the_ends_of_the_unit_interval_hit_possible_tokens():
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, 4)
     tokens, _ = sample(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
     assert tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("vocabulary", [63, 64, 65, 1000, 50_257])
+def test_blocks_give_the_tokens_of_the_plain_search(vocabulary):
+    """The sum by blocks is the cumulative sum of the whole; a token without probability is never hit."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(50, vocabulary, generator=generator, dtype=torch.float64)
+    logits[:, ::3] = float("-inf")
+    uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2.0**-53])
+    tokens, logprob = sample(logits, uniforms, 0.7)
+    p = (logits / 0.7).softmax(dim=-1)
+    cdf = p.cumsum(dim=-1)
+    expected = torch.searchsorted(cdf, uniforms.unsqueeze(-1), right=True).squeeze(-1).clamp(max=vocabulary - 1)
+    assert tokens[2:].tolist() == expected[2:].tolist() and tokens[0] == 1
+    assert (p.gather(-1, tokens.unsqueeze(-1)) > 0).all()
+    torch.testing.assert_close(logprob, p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log(), rtol=0, atol=1e-12)
+    single, _ = sample(logits.float(), uniforms, 0.7)
+    assert (single == tokens).float().mean() > 0.95
