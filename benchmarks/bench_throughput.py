@@ -185,6 +185,7 @@ def _be_child(job: dict[str, Any]) -> int:
 def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
     """The CSV's lines, a size at a time."""
     about = machine(settings.device) | {"threads": settings.threads, "rounds": settings.rounds}
+    about |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default")}
     for table, size, names in sizes(settings):
         names = tuple(dict.fromkeys(("generate", *names)))
         found = measure(size, names, settings)

@@ -183,8 +183,8 @@ def raw_scores(model: PreTrainedModel, ids: Tensor, pad_token_id: int = 0) -> Te
     if pools_last_token(model):
         last = present.sum(dim=1) - 1
         trunk = model.base_model
-        # What stands to the right of the last token is never looked at: no mask, which is faster.
-        inputs["attention_mask"] = None
+        # What stands to the right of the last token is never looked at: plain causal attention is faster.
+        inputs["attention_mask"] = torch.ones_like(ids)
         hidden = trunk(**accepted(trunk, **inputs, use_cache=False)).last_hidden_state
         logits = model.score(hidden[torch.arange(len(ids), device=ids.device), last])
     else:

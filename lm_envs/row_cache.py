@@ -196,10 +196,7 @@ class RowCache:
         self.lengths = (obs >= 0).sum(dim=1)  # (B,)
         self.columns = obs.shape[1]
         self._find_padding()
-        inputs = model_inputs(obs)
-        if self._padded == 0:
-            inputs["attention_mask"] = None
-        return self._forward(**inputs, logits_to_keep=1)
+        return self._forward(**model_inputs(obs), logits_to_keep=1)
 
     def _forward(self, **inputs: Tensor | int | None) -> Tensor:
         given = {name: x for name, x in inputs.items() if x is not None}

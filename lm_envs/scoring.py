@@ -30,10 +30,10 @@ def response_logits(
     """
     steps = response.shape[1]
     obs = torch.cat([prompt, response[:, :-1]], dim=1)
-    inputs: dict[str, Tensor | None] = dict(model_inputs(obs))
+    inputs = model_inputs(obs)
     if bool((prompt >= 0).all()):
         # Nothing on the left to hide, and what is on the right is never looked at: plain causal attention is faster.
-        inputs["attention_mask"] = inputs["position_ids"] = None
+        inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(obs)}
     given = accepted(model, **inputs, logits_to_keep=steps, use_cache=False)
     if not hidden:
         return model(**given).logits[:, -steps:], None
