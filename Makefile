@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real bench-kernels test test-slow mutants lint format types clean
+.PHONY: help setup demo demo-real bench-kernels bench-throughput test test-slow mutants lint format types clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -39,6 +39,9 @@ demo-real: $(READY)  ## the same on your own labelled text: make demo-real CORPU
 
 bench-kernels: $(READY)  ## what the vocabulary kernels cost on this machine, into benchmarks/results/ (half an hour on 2 cores)
 	$(BIN)/lm-envs bench kernels
+
+bench-throughput: $(READY)  ## stepping, sampling and training against generate and bare forwards, into benchmarks/results/ (minutes)
+	$(BIN)/lm-envs bench throughput
 
 # The CPU builds of torch come without triton, whose kernels are tested by its interpreter; it takes 1 GB, so only for tests.
 $(TESTABLE): $(READY)

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lm_envs.algos.advantages import masked
-from lm_envs.algos.batching import Before, flatten_fixed, micro_batches, minibatches, units
+from lm_envs.algos.batching import Before, flatten_fixed, gap, micro_batches, minibatches, select, units
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, controller
 from lm_envs.algos.losses import explained_variance
@@ -65,6 +64,8 @@ class Agent(Generic[C]):
         )
         self.iterations_done = self.episodes_done = self.tokens_done = self.steps_done = self.reward_calls = 0
         self._kl: FixedKL | AdaptiveKL | None = None
+        self._sampled: Trajectories | None = None  # by the weights as they are
+        self._watch_gap = False
         self._collector: Collector | None = None
         self._collected: Any = None  # the env that the collector steps
         self._data: Iterator[Trajectories] | None = None
@@ -128,21 +129,19 @@ class Agent(Generic[C]):
         self.policy.eval()
         first = next(iter(self._parameters.values()))
         device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
+        kept, self._sampled = traj is self._sampled, None
         if traj.mask.device != device:
             traj = traj.to(device)
-        before = Before(self.policy, traj, config.micro_batch)
+        before = Before(self.policy, traj, config.micro_batch, kept=kept)
         with torch.no_grad():
             # Returns are summed in the batch's float64; the loss works in the policy's precision.
             fixed = {name: _lower(x, dtype) for name, x in self.prepare(traj, before).items()}
         metrics: dict[str, float] = {}
-        if before.was_read:
-            if traj.logprob is not None:
-                # Law 7: the policy that learns is the one that sampled. Above rounding, something differs
-                # between the two.
-                metrics["logprob_gap_max"] = float(masked((traj.logprob - before.logprob).abs(), traj.mask).max())
-            if "target" in fixed:
-                target = fixed["target"]
-                metrics["explained_variance"] = float(explained_variance(before.value[:, :-1], target, traj.mask))
+        if before.knows_value and "target" in fixed:
+            known = explained_variance(before.value[:, :-1], fixed["target"], traj.mask)
+            metrics["explained_variance"] = float(known)
+        # Law 7: the policy that learns is the one that sampled. Above rounding, something differs between the two.
+        self._watch_gap = traj.logprob is not None and (kept or before.was_read)
         if self.unit == "token" and not self.policy.sequence_obs:
             fixed = flatten_fixed(fixed, traj.mask)
             traj = traj.flatten()
@@ -179,14 +178,16 @@ class Agent(Generic[C]):
     ) -> bool:
         """One minibatch. Returns True, having changed nothing, where :meth:`should_stop` says so."""
         if index is not None:
-            traj, fixed = traj.select(index), {name: x[index] for name, x in fixed.items()}
+            traj, fixed = select(traj, fixed, index)
         self.optimizer.zero_grad(set_to_none=True)
         whole, mine = units(traj, self.unit), Averages()
         for rows in micro_batches(traj, self.unit, self.config.micro_batch):
-            part = traj if rows is None else traj.select(rows)
-            held = fixed if rows is None else {name: x[rows] for name, x in fixed.items()}
+            part, held = (traj, fixed) if rows is None else select(traj, fixed, rows)
             count = whole if rows is None else units(part, self.unit)
-            loss, metrics = self.loss(part, self.policy.evaluate(part), held)
+            now = self.policy.evaluate(part)
+            loss, metrics = self.loss(part, now, held)
+            if self._watch_gap:
+                metrics = metrics | {"logprob_gap_max": gap(now.logprob.detach(), part)}
             if not math.isfinite(float(loss.detach())):
                 self._refuse(f"the loss is {float(loss.detach())}", epoch)
             # Law 8: each part counts by its share of the units, so the sum is the mean over the whole
@@ -205,6 +206,7 @@ class Agent(Generic[C]):
             self._refuse(f"the gradient's norm is {float(norm)}", epoch)
         self.optimizer.step()
         averages.add({"grad_norm": norm}, 1.0)
+        self._watch_gap = False  # from here on the policy is another one
         return False
 
     def _refuse(self, what: str, epoch: int) -> None:
@@ -323,7 +325,7 @@ class Agent(Generic[C]):
             coef = self._set_kl_coef(env)
             if coef is not None:
                 metrics["kl_coef"] = coef
-            traj = self.sample(env)
+            traj = self._sampled = self.sample(env)
             metrics |= self._count(traj)
         metrics["sample_s"] = time.perf_counter() - start
         metrics |= self.update(traj)

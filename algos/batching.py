@@ -41,19 +41,36 @@ class Before:
 
     Reads like an ``Evaluation``: ``logprob (B, T)``, ``entropy (B, T)``, ``value (B, T+1)``, ``log_probs()
     (B, T, V)``. An algorithm that needs none of them pays for no forward.
+
+    Args:
+        policy: evaluated.
+        traj: the batch.
+        micro_batch: most rows per forward.
+        kept: the policy's weights are those that sampled the batch, so that its log-probabilities and values, where
+            they came with the sampling, need no forward.
     """
 
-    def __init__(self, policy: nn.Module, traj: Trajectories, micro_batch: int | None = None) -> None:
+    def __init__(
+        self, policy: nn.Module, traj: Trajectories, micro_batch: int | None = None, *, kept: bool = False
+    ) -> None:
         self._policy: Any = policy
         self._traj, self._rows = traj, micro_batch or len(traj)
+        self._kept = kept and getattr(policy, "keeps_logprob", False)
+
+    def _batches(self) -> list[Trajectories]:
+        if self._rows >= len(self._traj):
+            return [self._traj]
+        return [self._traj.select(slice(i, i + self._rows)) for i in range(0, len(self._traj), self._rows)]
 
     @cached_property
     def _parts(self) -> list[Any]:
         with torch.no_grad():
-            if self._rows >= len(self._traj):
-                return [self._policy.evaluate(self._traj)]
-            starts = range(0, len(self._traj), self._rows)
-            return [self._policy.evaluate(self._traj.select(slice(i, i + self._rows))) for i in starts]
+            return [self._policy.evaluate(part) for part in self._batches()]
+
+    @property
+    def knows_value(self) -> bool:
+        """Whether the values have been read."""
+        return "value" in self.__dict__
 
     @property
     def was_read(self) -> bool:
@@ -63,6 +80,9 @@ class Before:
     @cached_property
     def logprob(self) -> Tensor:
         """``(B, T)``."""
+        if self._kept and self._traj.logprob is not None and not self.was_read:
+            precise = torch.promote_types(self._policy.model.dtype, torch.float32)
+            return masked(self._traj.logprob.to(precise), self._traj.mask)
         return torch.cat([part.logprob for part in self._parts])
 
     @cached_property
@@ -73,6 +93,12 @@ class Before:
     @cached_property
     def value(self) -> Tensor:
         """``(B, T+1)``."""
+        if self._kept and not self.was_read:
+            if self._traj.value is not None:
+                return self._traj.value
+            if getattr(self._policy, "critic", None) is not None:
+                with torch.no_grad():
+                    return torch.cat([self._policy.critic_values(part) for part in self._batches()])
         return torch.cat([part.value for part in self._parts])
 
     def log_probs(self) -> Tensor:
@@ -128,14 +154,32 @@ def minibatches(traj: Trajectories, unit: str, count: int, rng: np.random.Genera
             yield torch.from_numpy(part).to(traj.mask.device)
 
 
+def select(traj: Trajectories, fixed: Mapping[str, Tensor], rows: Tensor) -> tuple[Trajectories, dict[str, Tensor]]:
+    """Some rows of a batch and of the tensors that go with it, without the columns that only other rows need."""
+    part = traj.select(rows)
+    part = part if traj.prompt is None else part.trim(prompt=True)
+    whole, steps = traj.mask.shape[1], part.mask.shape[1]
+    held = {name: x[rows] for name, x in fixed.items()}
+    return part, {n: x[:, :steps] if x.ndim > 1 and x.shape[1] == whole else x for n, x in held.items()}
+
+
+def gap(logprob: Tensor, traj: Trajectories) -> Tensor:
+    """The largest difference, nats, between log-probabilities and those the batch was sampled with."""
+    assert traj.logprob is not None
+    return masked((traj.logprob - logprob).abs(), traj.mask).max()
+
+
 def micro_batches(traj: Trajectories, unit: str, most: int | None) -> list[Tensor | None]:
     """Row indices of each forward within a minibatch, ``most`` rows or fewer; a single None is all at once.
 
-    With unit "group" groups stay whole, so one that is larger than ``most`` makes a larger forward.
+    Rows of like length go together, so that little is padded: the sum of the parts is the same in any order. With unit
+    "group" groups stay whole, so one that is larger than ``most`` makes a larger forward.
     """
     if most is None or most >= len(traj):
         return [None]
     rows = torch.arange(len(traj), device=traj.mask.device)
+    if traj.prompt is not None and unit != "group":
+        rows = traj.response_lengths.argsort(stable=True)
     if unit != "group":
         return list(rows.split(most))
     found, inverse = groups(traj)

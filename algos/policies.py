@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
+from lm_envs.fused import fuse_activations
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.scoring import response_logits
 from lm_envs.text_mdp import TextMDP
@@ -95,6 +98,29 @@ class Policy(nn.Module):
         raise ValueError(f"{type(self).__name__} has no Q critic")
 
 
+def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Forwards within keep each layer's input alone.
+
+    transformers does that for layers in train mode: the layers themselves are put there and not what is inside them,
+    so that dropout stays off.
+    """
+    layers = _layers(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()
+
+
 class LMPolicy(Policy):
     """A causal language model as a policy, with a value head on the same trunk.
 
@@ -111,6 +137,10 @@ class LMPolicy(Policy):
         temperature: divides the logits.
         min_new_tokens: EOS is masked before that many tokens.
         face: "mdp", a token per action, or "bandit", a response per action.
+        autocast: run the model's forwards in this lower precision (``torch.bfloat16``) where that is faster; weights
+            and optimizer keep theirs, and log-probabilities are then recomputed before an update.
+        gradient_checkpointing: keep each layer's input alone for backward, and compute the layer again there: less
+            memory for a third more time.
         top_k, top_p: refused, because the truncated support depends on the policy: a token that was sampled can have
             probability 0 after an update.
     """
@@ -128,6 +158,8 @@ class LMPolicy(Policy):
         temperature: float = 1.0,
         min_new_tokens: int = 0,
         face: Face = "mdp",
+        autocast: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> None:
@@ -136,13 +168,17 @@ class LMPolicy(Policy):
             raise ValueError(NO_TRUNCATION)
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
-        self.model = model.eval()
+        self.model = fuse_activations(model.eval())
         self.eos_token_id = eos_token_id
         self.prompt_length = prompt_length
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.min_new_tokens = min_new_tokens
         self.face = face
+        self.autocast = autocast
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing and not _layers(model):
+            raise ValueError(f"a {type(model).__name__} has no layers that gradient checkpointing could recompute")
         self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
         self.uniforms_per_response = max_new_tokens
         width = model.get_output_embeddings().weight.shape[1]
@@ -154,11 +190,12 @@ class LMPolicy(Policy):
         self.q_head: nn.Linear | None = None
         self.register_buffer("condition", None)  # the reward token of prompts that have none, once there are some
         self._decoder = Decoder(model)
+        self._weights = tuple(model.parameters())
         self._version = -1
 
     @classmethod
-    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, face: Face = "mdp") -> LMPolicy:
-        """The policy that fits a text environment: its horizon, temperature and masks.
+    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, face: Face = "mdp", **options: Any) -> LMPolicy:
+        """The policy that fits a text environment: its horizon, temperature and masks; ``options`` are the others.
 
         Raises:
             ValueError: the model's vocabulary differs from the reference's.
@@ -177,6 +214,7 @@ class LMPolicy(Policy):
             temperature=mdp.temperature,
             min_new_tokens=mdp.min_new_tokens,
             face=face,
+            **options,
         )
 
     def use_q_critic(self) -> None:
@@ -233,14 +271,19 @@ class LMPolicy(Policy):
             # Behind the EOS an action needs some token: the environment reads up to the first EOS.
             actions = torch.where(response < 0, self.eos_token_id, response)
             return actions.cpu().numpy(), logprob.double().sum(dim=1).cpu().numpy()
-        version = sum(p._version for p in self.model.parameters())
+        version = sum(p._version for p in self._weights)
         if version != self._version:  # the weights changed under the cache
+            self._weights = tuple(self.model.parameters())
+            version = sum(p._version for p in self._weights)
             self._decoder.reset()
             self._version = version
         position = (rows[:, self.prompt_length :] >= 0).sum(dim=1)
         if self.condition is not None:
             rows = torch.cat([self._conditioned(rows[:, : self.prompt_length]), rows[:, self.prompt_length :]], dim=1)
-        logits = forbid_early_eos(self._decoder(rows), position, self.eos_token_id, self.min_new_tokens)
+        with self._precision():
+            logits = self._decoder(rows)
+        # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
+        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
         tokens, logprob = sample(logits, numbers, self.temperature)
         return tokens.cpu().numpy(), logprob.double().cpu().numpy()
 
@@ -254,33 +297,67 @@ class LMPolicy(Policy):
         Returns:
             response ``(N, T)`` int64 right-padded with -1, logprob ``(N, T)``.
         """
-        return generate(
-            self.model,
-            self._conditioned(prompts.to(self.model.device)),
-            uniforms.to(self.model.device),
-            self.eos_token_id,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            min_new_tokens=self.min_new_tokens,
+        return self._generate(prompts, uniforms)
+
+    def _generate(
+        self, prompts: Tensor, uniforms: Tensor, observe: Callable[[int, Tensor, Tensor], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        with self._precision():
+            return generate(
+                self.model,
+                self._conditioned(prompts.to(self.model.device)),
+                uniforms.to(self.model.device),
+                self.eos_token_id,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                min_new_tokens=self.min_new_tokens,
+                observe=observe,
+            )
+
+    @property
+    def keeps_logprob(self) -> bool:
+        """Whether what sampling computed is what :meth:`evaluate` would: not where rounding is coarse."""
+        return self.model.dtype in (torch.float32, torch.float64) and self.autocast is None
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    @torch.no_grad()
+    def respond_with_value(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :meth:`respond`, and the value head's estimates before each token, ``(N, T)``, 0 beyond the end.
+
+        They cost nothing: the hidden states are there. None where values come from elsewhere.
+        """
+        if self.critic is not None or self.q_head is not None or not self.keeps_logprob:
+            return *self._generate(prompts, uniforms), None
+        value = torch.zeros(
+            len(prompts), self.max_new_tokens, dtype=self.value_head.weight.dtype, device=self.model.device
         )
+
+        def observe(t: int, rows: Tensor, hidden: Tensor) -> None:
+            value[rows, t] = self.value_head(hidden).squeeze(-1)
+
+        return *self._generate(prompts, uniforms, observe), value
 
     def evaluate(self, traj: Trajectories) -> Evaluation:
         if traj.prompt is None or traj.response is None:
             raise ValueError("LMPolicy.evaluate needs trajectories of text, with prompt and response")
         prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
         prompt, mask = self._conditioned(prompt), response >= 0
-        logits, states = response_logits(self.model, prompt, response, hidden=True)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        with self._precision(), _checkpointing(self.model) if recompute else nullcontext():
+            logits, states = response_logits(self.model, prompt, response, hidden=True)
+        assert states is not None
+        states = states.to(self.value_head.weight.dtype)
         position = torch.arange(response.shape[1], device=logits.device)
-        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens)
+        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
         found = logprob_kl(logits, None, response.clamp(min=0), temperature=self.temperature, mask=mask)
         q = None if self.q_head is None else self.q_head(states).to(found.logprob.dtype)
         if q is not None:
             p = log_softmax(logits.detach(), self.temperature).exp()
             value = torch.where(p > 0, p * q, torch.zeros_like(q)).sum(-1)
-        elif self.critic is not None:
-            value = self.critic(prompt, response)
         else:
-            value = self.value_head(states).squeeze(-1)
+            value = self.critic(prompt, response) if self.critic is not None else self.value_head(states).squeeze(-1)
         value = value.to(found.logprob.dtype)
         value = torch.where(mask, value, torch.zeros_like(value))
         if traj.is_bandit:
@@ -297,3 +374,18 @@ class LMPolicy(Policy):
             lambda: log_softmax(logits, self.temperature),
             None if q is None else lambda: q,
         )
+
+    def critic_values(self, traj: Trajectories) -> Tensor:
+        """``(B, T + 1)`` values of a critic of its own, without a forward of the policy.
+
+        Raises:
+            ValueError: there is no such critic.
+        """
+        if self.critic is None or traj.prompt is None or traj.response is None:
+            raise ValueError("critic_values needs a critic of its own and trajectories of text")
+        prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
+        value = self.critic(self._conditioned(prompt), response).to(
+            torch.promote_types(self.model.dtype, torch.float32)
+        )
+        value = value.masked_fill(response < 0, 0.0)
+        return torch.nn.functional.pad(value[:, :1] if traj.is_bandit else value, (0, 1))

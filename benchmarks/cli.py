@@ -284,14 +284,45 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchThroughput:
+    """Measure tokens a second and peak memory of stepping, bulk sampling and training, against `generate` and bare
+    forwards on the same work.
+
+    One line per way and size; the ways take turns, so their ratios hold on a busy machine too.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    shapes: tuple[Literal["small", "larger", "gpt2"], ...] = ("small", "larger")
+    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape. The first is scaled."""
+    ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Only these."""
+    rounds: int = 7
+    """How often each runs; medians are reported."""
+    threads: int = os.cpu_count() or 1
+    """Torch threads."""
+    scaling: bool = True
+    """Also over response length, rows and vocabulary."""
+    peaks: bool = True
+    """Also measure memory, each way in a process of its own."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
+    """The result; benchmarks/results/throughput-DEVICE.csv if not given."""
+
+    def run(self, console: Console) -> None:
+        """Measure."""
+        from lm_envs.benchmarks import bench_throughput
+
+        given = {name: value for name, value in vars(self).items() if name != "out"}
+        bench_throughput.run(bench_throughput.Settings(**given), self.out)
+
+
+@dataclass(frozen=True)
+class BenchKernels:
     """Measure the vocabulary kernels against plain torch, torch.compile, other libraries and a roofline.
 
     One line per variant, direction and size; docs/kernels.md says what they mean.
     """
 
-    what: Annotated[Literal["kernels"], tyro.conf.Positional]
-    """What to measure."""
     device: Literal["cpu", "cuda"] | None = None
     """Where; on CUDA if it is there."""
     rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -324,6 +355,21 @@ class Bench:
             if value is not None and value != ():
                 setattr(arguments, name, value)
         bench_kernels.run(arguments)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure what this machine does: the kernels, or the whole path."""
+
+    what: Annotated[
+        Annotated[BenchKernels, tyro.conf.subcommand("kernels", prefix_name=False)]
+        | Annotated[BenchThroughput, tyro.conf.subcommand("throughput", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self, console: Console) -> None:
+        """Measure."""
+        self.what.run(console)
 
 
 def carry_out(suite: Suite, out: Path, **options: Any) -> None:

@@ -7,7 +7,8 @@ text is contiguous, the prompt always ends at place P, and masks come from place
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -44,6 +45,24 @@ def accepted(model: nn.Module, **arguments: object) -> dict[str, object]:
     """Those of the keyword arguments that the model's ``forward`` names (BLOOM has no ``position_ids``, for one)."""
     names = _parameters(type(model).forward)
     return {name: value for name, value in arguments.items() if name in names}
+
+
+def names_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's ``forward`` names the argument."""
+    return name in _parameters(type(model).forward)
+
+
+@contextmanager
+def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that receives, at each forward within, the hidden states that the model's head makes logits from."""
+    seen: list[Tensor] = []
+    watch = model.get_output_embeddings().register_forward_pre_hook(  # type: ignore[operator]
+        lambda _, given: seen.append(given[0])
+    )
+    try:
+        yield seen
+    finally:
+        watch.remove()
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:

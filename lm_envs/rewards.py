@@ -22,6 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lm_envs.fused import fuse_activations
+from lm_envs.observations import accepted
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -180,8 +183,9 @@ def raw_scores(model: PreTrainedModel, ids: Tensor, pad_token_id: int = 0) -> Te
     if pools_last_token(model):
         last = present.sum(dim=1) - 1
         trunk = model.base_model
-        extra = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
-        hidden = trunk(**inputs, **extra).last_hidden_state
+        # What stands to the right of the last token is never looked at: plain causal attention is faster.
+        inputs["attention_mask"] = torch.ones_like(ids)
+        hidden = trunk(**accepted(trunk, **inputs, use_cache=False)).last_hidden_state
         logits = model.score(hidden[torch.arange(len(ids), device=ids.device), last])
     else:
         logits = model(**inputs).logits
@@ -226,7 +230,7 @@ class LearnedReward:
             raise ValueError(f"normalise must be a finite mean and a positive std, got {normalise}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = fuse_activations(model), tokenizer
         self.normalise, self.batch_size = (mean, std), batch_size
         self.__name__ = name
         self._warned = False

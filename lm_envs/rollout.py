@@ -17,6 +17,8 @@ from lm_envs import counted
 from lm_envs.kl import report, text_envs
 from lm_envs.trajectories import Trajectories
 
+AHEAD = 32  # uniform numbers drawn at a time
+
 
 class ActingPolicy(Protocol):
     """What :func:`collect` needs."""
@@ -91,6 +93,8 @@ class Collector:
         self._position = np.zeros(rows, dtype=np.int64)
         self._restarting = np.zeros(rows, dtype=bool)
         self.steps_taken = 0  # of the environment, those of episodes that nobody asked for included
+        self._drawn = np.zeros((rows, AHEAD))
+        self._drawn_for = np.full(rows, -1), np.full(rows, -1)  # the episode and the block that a row's numbers are of
         self._returns = np.zeros(rows)
         self._finished: list[tuple[float, int]] = []
 
@@ -127,7 +131,7 @@ class Collector:
     def _step(self) -> list[_Episode]:
         numbers = np.array([episode.number for episode in self._open])
         if self.policy.uniforms_per_action == 1:
-            uniforms = counted.uniform(self._seed, counted.TOKEN, numbers, self._position)
+            uniforms = self._next_uniforms(numbers)
         else:
             uniforms = counted.uniform(
                 self._seed, counted.TOKEN, numbers[:, None], np.arange(self.policy.uniforms_per_action)
@@ -171,6 +175,16 @@ class Collector:
         self._restarting = ended & (self._mode is AutoresetMode.NEXT_STEP)
         self._obs = obs
         return done
+
+    def _next_uniforms(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """A number per row, from blocks drawn ahead: a call for each step costs as much as a small model's layer."""
+        block, place = np.divmod(self._position, AHEAD)
+        stale = ((self._drawn_for[0] != numbers) | (self._drawn_for[1] != block)).nonzero()[0]
+        if len(stale):
+            positions = block[stale, None] * AHEAD + np.arange(AHEAD)
+            self._drawn[stale] = counted.uniform(self._seed, counted.TOKEN, numbers[stale, None], positions)
+            self._drawn_for[0][stale], self._drawn_for[1][stale] = numbers[stale], block[stale]
+        return self._drawn[np.arange(len(numbers)), place]
 
     def _build(self, episodes: list[_Episode]) -> Trajectories:
         rows, steps = len(episodes), max(len(episode.actions) for episode in episodes)
@@ -266,6 +280,7 @@ def rollout(
 
     Returns:
         Trajectories sorted by episode number, with ``ref_logprob`` whatever the KL coefficient; ``reward`` float64.
+        With ``value`` where the policy has ``respond_with_value``.
 
     Raises:
         TypeError: ``env`` is no text environment.
@@ -279,7 +294,12 @@ def rollout(
     numbers = np.arange(first_episode, first_episode + episodes)
     prompt = mdp.start(seed, numbers)
     uniforms = counted.uniform(seed, counted.TOKEN, numbers[:, None], np.arange(policy.uniforms_per_response))
-    response, logprob = policy.respond(torch.as_tensor(prompt), torch.as_tensor(uniforms))
+    value = None
+    with_value = getattr(policy, "respond_with_value", None)
+    if with_value is None:
+        response, logprob = policy.respond(torch.as_tensor(prompt), torch.as_tensor(uniforms))
+    else:
+        response, logprob, value = with_value(torch.as_tensor(prompt), torch.as_tensor(uniforms))
     response, logprob = response.cpu(), logprob.double().cpu()
     mask = response >= 0
     score = torch.as_tensor(mdp.score(prompt, response.numpy()))
@@ -293,6 +313,8 @@ def rollout(
         logprob, ref_logprob, reward = (x.sum(dim=1, keepdim=True) for x in (logprob, ref_logprob, reward))
     else:
         actions = torch.where(mask, response, 0)
+    if value is not None:
+        value = torch.nn.functional.pad(value[:, : mask.shape[1]].cpu(), (0, 1))
     return Trajectories(
         actions=actions,
         mask=mask,
@@ -302,6 +324,7 @@ def rollout(
         logprob=logprob,
         reward=reward,
         ref_logprob=ref_logprob,
+        value=value,
         group=torch.as_tensor(numbers // mdp.group_size),
         score=score.sum(dim=1),
         prompt=torch.as_tensor(prompt),

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from lm_envs.decoding import forbid_early_eos
 from lm_envs.kernels.logprob_kl import logprob_kl
-from lm_envs.observations import accepted, model_inputs
+from lm_envs.observations import accepted, head_inputs, model_inputs
+
+LOGITS = {False: 2**23, True: 2**28}  # scored at a time, by whether it is CUDA: small ones stay in memory once mapped
 
 
 def response_logits(
@@ -27,11 +29,17 @@ def response_logits(
         row's end is meaningless.
     """
     steps = response.shape[1]
-    inputs = model_inputs(torch.cat([prompt, response[:, :-1]], dim=1))
-    arguments = accepted(model, **inputs, logits_to_keep=steps, use_cache=False)
-    out = model(**arguments, output_hidden_states=hidden)
-    states = out.hidden_states[-1][:, -steps:] if hidden else None
-    return out.logits[:, -steps:], states
+    obs = torch.cat([prompt, response[:, :-1]], dim=1)
+    inputs = model_inputs(obs)
+    if bool((prompt >= 0).all()):
+        # Nothing on the left to hide, and what is on the right is never looked at: plain causal attention is faster.
+        inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(obs)}
+    given = accepted(model, **inputs, logits_to_keep=steps, use_cache=False)
+    if not hidden:
+        return model(**given).logits[:, -steps:], None
+    with head_inputs(model) as seen:  # where the model takes logits_to_keep, the response's positions alone
+        logits = model(**given).logits
+    return logits[:, -steps:], seen[0][:, -steps:]
 
 
 @torch.no_grad()
@@ -43,19 +51,29 @@ def response_logprob(
     *,
     temperature: float = 1.0,
     min_new_tokens: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> Tensor:
-    """Log-probability of every response token under a frozen model, ``(B, T)``, 0 beyond the end."""
-    parts = []
-    for start in range(0, len(prompt), batch_size):
-        rows = slice(start, start + batch_size)
-        mask = response[rows] >= 0
-        width = max(int(mask.sum(dim=1).max()), 1)
-        logits, _ = response_logits(model, prompt[rows], response[rows, :width])
+    """Log-probability of every response token under a frozen model, ``(B, T)``, 0 beyond the end.
+
+    Rows of like length are scored together, ``batch_size`` at a time; None takes as many as keep the logits small.
+    """
+    lengths = (response >= 0).sum(dim=1)
+    order = lengths.argsort(stable=True)
+    result = torch.zeros(response.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=response.device)
+    if batch_size is None:
+        row = response.shape[1] * model.get_output_embeddings().weight.shape[0]
+        batch_size = max(1, LOGITS[response.device.type == "cuda"] // row)
+    for rows in order.split(batch_size):
+        width = max(int(lengths[rows].max()), 1)
+        texts, given = _without_empty_columns(prompt[rows]), response[rows, :width]
+        mask = given >= 0
+        logits, _ = response_logits(model, texts, given)
         position = torch.arange(width, device=logits.device)
-        logits = forbid_early_eos(logits, position, eos_token_id, min_new_tokens)
-        found = logprob_kl(
-            logits, None, response[rows, :width].clamp(min=0), temperature=temperature, mask=mask[:, :width]
-        ).logprob
-        parts.append(torch.nn.functional.pad(found, (0, response.shape[1] - width)))
-    return torch.cat(parts)
+        logits = forbid_early_eos(logits, position, eos_token_id, min_new_tokens, in_place=True)
+        found = logprob_kl(logits, None, given.clamp(min=0), temperature=temperature, mask=mask).logprob
+        result[rows, :width] = found.to(result.dtype)
+    return result
+
+
+def _without_empty_columns(prompt: Tensor) -> Tensor:
+    return prompt[:, int(((prompt >= 0).any(dim=0).cumsum(0) == 0).sum()) :]

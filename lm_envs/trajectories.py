@@ -31,6 +31,7 @@ class Trajectories:
         final_obs: control only, ``(B, *shape)``, what was seen after the last action.
         logprob: ``(B, T)`` log-probability under the distribution that was sampled from, nats.
         reward: ``(B, T)``.
+        value: ``(B, T + 1)`` the sampling policy's values, where they came with the sampling; 0 after termination.
         ref_logprob: ``(B, T)`` log-probability of the same actions under the frozen reference, nats.
         group: ``(B,)`` int64, rows with the same number share a prompt.
         score: ``(B,)`` the reward model's score before the KL penalty.
@@ -51,6 +52,7 @@ class Trajectories:
     logprob: Tensor | None = None
     reward: Tensor | None = None
     ref_logprob: Tensor | None = None
+    value: Tensor | None = None
     group: Tensor | None = None
     score: Tensor | None = None
     prompt: Tensor | None = None
@@ -68,6 +70,8 @@ class Trajectories:
             value = getattr(self, name)
             if value is not None and value.shape[:2] != (rows, steps):
                 raise ValueError(f"Trajectories.{name} must start with {(rows, steps)}, got shape {tuple(value.shape)}")
+        if self.value is not None and self.value.shape != (rows, steps + 1):
+            raise ValueError(f"Trajectories.value must be {(rows, steps + 1)}, got shape {tuple(self.value.shape)}")
         for name in _PER_EPISODE:
             value = getattr(self, name)
             if value is not None and value.shape != (rows,):
@@ -118,17 +122,28 @@ class Trajectories:
         """The same on another device."""
         return self._map(lambda _, value: value.to(device))
 
-    def trim(self) -> Trajectories:
-        """Without the columns beyond the longest row: a minibatch should not pay for rows it does not hold."""
+    def trim(self, *, prompt: bool = False) -> Trajectories:
+        """Without the columns beyond the longest row: a minibatch should not pay for rows it does not hold.
+
+        Args:
+            prompt: also cut the columns before the longest prompt, so that P may differ from the env's.
+        """
         steps = int(self.lengths.max())
         tokens = int(self.response_lengths.max())
         width = self.mask.shape[1]
+        empty = 0
+        if prompt and self.prompt is not None:
+            empty = int(((self.prompt >= 0).any(dim=0).cumsum(0) == 0).sum())
 
         def cut(name: str, value: Tensor) -> Tensor:
             if name == "response":
                 return value[:, :tokens]
+            if name == "prompt":
+                return value[:, empty:]
+            if name == "value":
+                return value[:, : steps + 1]
             if name == "obs" and self.prompt is not None:
-                return value[:, : self.prompt.shape[1] + tokens]
+                return value[:, empty : self.prompt.shape[1] + tokens]
             if name == "actions" and self.is_bandit:
                 return value[:, :, :tokens]
             if name in ("actions", "mask", "obs", *_PER_STEP) and value.shape[1] == width:

@@ -274,7 +274,8 @@ class TextVectorEnv(_TextRows):
         nothing."""
         logits = self._decoder(self.mdp.tensor(self._obs))
         lengths = self.mdp.tensor(self._lengths)
-        logits = forbid_early_eos(logits, lengths, self.mdp.eos_token_id, self.mdp.min_new_tokens)
+        # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
+        logits = forbid_early_eos(logits, lengths, self.mdp.eos_token_id, self.mdp.min_new_tokens, in_place=True)
         ids = self.mdp.tensor(np.where(moving, actions, 0))
         return logprob_kl(logits, None, ids, temperature=self.mdp.temperature).logprob.double().cpu().numpy()
 

@@ -162,8 +162,8 @@ MUTATIONS = [
     Mutation(
         "the value is read one token late",
         "lm_envs/scoring.py",
-        "states = out.hidden_states[-1][:, -steps:] if hidden else None",
-        "states = out.hidden_states[-1][:, -steps:].roll(-1, 1) if hidden else None",
+        "seen[0][:, -steps:]",
+        "seen[0][:, -steps:].roll(-1, 1)",
         ROLLOUT,
     ),
     Mutation(
@@ -288,15 +288,15 @@ MUTATIONS = [
     Mutation(
         "the update forgets the action mask",
         "algos/policies.py",
-        "logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens)\n        found",
+        "logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)\n        found",
         "found",
         ROLLOUT,
     ),
     Mutation(
         "the reference forgets the temperature",
         "lm_envs/scoring.py",
-        "response[rows, :width].clamp(min=0), temperature=temperature, mask=mask[:, :width]",
-        "response[rows, :width].clamp(min=0), temperature=1.0, mask=mask[:, :width]",
+        "given.clamp(min=0), temperature=temperature, mask=mask",
+        "given.clamp(min=0), temperature=1.0, mask=mask",
         ROLLOUT,
     ),
     Mutation(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig
 
-from lm_envs.decoding import Decoder, RowCache, forbid_early_eos, generate, sample
+from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.observations import left_pad, model_inputs
+from lm_envs.row_cache import RowCache
 from lm_envs.scoring import response_logits, response_logprob
 from tests.tiny import EOS, gpt2
 
@@ -74,12 +75,12 @@ def test_decoder_gives_unpadded_logits_under_any_use(name):
 
 
 def test_a_decoder_that_trusts_its_cache_is_caught(monkeypatch):
-    """Negative control: without clearing a refilled row's old columns the answer is wrong."""
+    """Negative control: without masking a refilled row's old columns the answer is wrong."""
     model = gpt2()
 
     def careless(self, rows, obs):
         logits = original(self, rows, obs)
-        self.live[rows] = True
+        self.lengths[rows] = self.columns
         return logits
 
     original = RowCache.refill
@@ -166,3 +167,22 @@ def test_the_ends_of_the_unit_interval_hit_possible_tokens():
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, 4)
     tokens, _ = sample(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
     assert tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("vocabulary", [63, 64, 65, 1000, 50_257])
+def test_blocks_give_the_tokens_of_the_plain_search(vocabulary):
+    """The sum by blocks is the cumulative sum of the whole; a token without probability is never hit."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(50, vocabulary, generator=generator, dtype=torch.float64)
+    logits[:, ::3] = float("-inf")
+    uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2.0**-53])
+    tokens, logprob = sample(logits, uniforms, 0.7)
+    p = (logits / 0.7).softmax(dim=-1)
+    cdf = p.cumsum(dim=-1)
+    expected = torch.searchsorted(cdf, uniforms.unsqueeze(-1), right=True).squeeze(-1).clamp(max=vocabulary - 1)
+    assert tokens[2:].tolist() == expected[2:].tolist() and tokens[0] == 1
+    assert (p.gather(-1, tokens.unsqueeze(-1)) > 0).all()
+    torch.testing.assert_close(logprob, p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log(), rtol=0, atol=1e-12)
+    single, _ = sample(logits.float(), uniforms, 0.7)
+    assert (single == tokens).float().mean() > 0.95

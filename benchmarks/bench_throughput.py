@@ -1,0 +1,244 @@
+"""Tokens a second and peak memory of every way through the env and the agents, beside ``generate`` and bare forwards.
+
+The ways take turns in one process, so that what slows the machine slows them all; medians over rounds. A round during
+which other processes took more than a tenth of the machine is measured again, and marked if that does not help. Peak
+memory is measured apart, each way in a process of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm_envs.benchmarks.bench_kernels import RESULTS, _peak, machine
+from lm_envs.benchmarks.throughput_work import SHAPES, WAYS, Size, Work
+
+FOREIGN = 0.1  # share of the machine's time that others may take in a round
+RETRIES = 3
+# What a way cannot be faster than, made of the bare ones: the models it must run, and on how much.
+FLOORS = {
+    "step": ("bare forwards",),
+    "step + reference": ("bare forwards",) * 2,
+    "step + reference + reward": ("bare forwards",) * 2 + ("bare forward",),
+    "bulk + reference + reward": ("bare forwards",) + ("bare forward",) * 2,
+    "ppo 1 epoch": ("bare forwards", "bare forward+backward"),
+    "ppo 4 epochs": ("bare forwards",) + ("bare forward+backward",) * 4,
+    "grpo": ("bare forwards", "bare forward+backward"),
+    "rloo": ("bare forwards", "bare forward+backward"),
+}
+SCALING = ("generate", "bare forwards", "step", "step + reference", "bulk + reference + reward", "ppo 1 epoch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one run.
+
+    Attributes:
+        shapes: names of :data:`~lm_envs.benchmarks.throughput_work.SHAPES`.
+        ways: names of :data:`~lm_envs.benchmarks.throughput_work.WAYS`; none for all.
+        scaling: also measure over response lengths, rows and vocabularies.
+        rounds: how often each way runs.
+        threads: torch's.
+        device: where.
+        peaks: measure memory.
+    """
+
+    shapes: tuple[str, ...] = ("small", "larger")
+    ways: tuple[str, ...] = ()
+    scaling: bool = True
+    rounds: int = 7
+    threads: int = os.cpu_count() or 1
+    device: str = "cpu"
+    peaks: bool = True
+
+    def __post_init__(self) -> None:
+        for what, given, known in (("shape", self.shapes, SHAPES), ("way", self.ways, WAYS)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ValueError(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device here")
+
+
+def sizes(settings: Settings) -> Iterator[tuple[str, Size, tuple[str, ...]]]:
+    """Table, size and ways of everything that is measured."""
+    ways = settings.ways or tuple(WAYS)
+    for shape in settings.shapes:
+        yield "fixed work", Size(shape), ways
+    if settings.scaling:
+        chosen = tuple(way for way in SCALING if way in ways)
+        for new_tokens in (32, 64, 128, 256, 512):
+            yield "response length", Size(settings.shapes[0], rows=8, new_tokens=new_tokens), chosen
+        for rows in (1, 4, 16, 64, 256):
+            yield "rows", Size(settings.shapes[0], rows=rows), chosen
+        for vocabulary in (1_000, 8_192, 32_768, 131_072):
+            yield "vocabulary", Size(settings.shapes[0], rows=8, vocabulary=vocabulary), chosen
+
+
+class Load:
+    """How much of the machine other processes take, from Linux's counters; 0 where there are none."""
+
+    def __init__(self) -> None:
+        self._ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+        self._stat = Path("/proc/stat")
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        busy = 0.0
+        if self._stat.exists():
+            user, nice, system, _, _, irq, softirq, *_ = map(int, self._stat.read_text().split("\n")[0].split()[1:])
+            busy = (user + nice + system + irq + softirq) / self._ticks
+        return busy, time.process_time(), time.perf_counter()
+
+    def foreign(self) -> float:
+        """Share, since this was made, of all cores' time that went to others."""
+        busy, own, wall = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1)) if self._stat.exists() else 0.0
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    gc.collect()
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(size: Size, names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
+    """By way: ``seconds`` (the median), ``foreign`` (the largest share in any round that counted), ``of_generate`` (the
+    median over rounds of generate's time by its own).
+    """
+    work = Work(size, settings.device)
+    ways = {name: work.way(name) for name in names}
+    for call in ways.values():
+        call()  # first calls allocate, compile kernels and fill caches
+    times: dict[str, list[float]] = {name: [] for name in names}
+    worst = 0.0
+    for turn in range(settings.rounds):
+        for attempt in range(RETRIES):
+            load = Load()
+            order = list(names) if turn % 2 == 0 else list(reversed(names))
+            found = {name: timed(ways[name], settings.device) for name in order}
+            share = load.foreign()
+            if share <= FOREIGN or attempt == RETRIES - 1:
+                break
+        worst = max(worst, share)
+        for name, seconds in found.items():
+            times[name].append(seconds)
+    result = {}
+    for name in names:
+        ratios = [base / own for base, own in zip(times.get("generate", []), times[name], strict=False)]
+        result[name] = {
+            "seconds": statistics.median(times[name]),
+            "foreign": worst,
+            "of_generate": statistics.median(ratios) if ratios else None,
+        }
+    return result
+
+
+def peak(size: Size, name: str, settings: Settings) -> int:
+    """Bytes above what the models take, at the most, of the second call in a process of its own; -1 if unknown."""
+    job = {"size": asdict(size), "way": name, "device": settings.device, "threads": settings.threads}
+    command = [sys.executable, "-m", "lm_envs.benchmarks.bench_throughput", json.dumps(job)]
+    # A fixed threshold makes glibc give freed tensors back, so that the mark shows what is held and not what was.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(settings.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring the memory of {name!r} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _be_child(job: dict[str, Any]) -> int:
+    torch.set_num_threads(job["threads"])
+    call = Work(Size(**job["size"]), job["device"]).way(job["way"])
+    call()
+    gc.collect()
+    if job["device"] == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    return _peak(lambda: call())
+
+
+def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
+    """The CSV's lines, a size at a time."""
+    about = machine(settings.device) | {"threads": settings.threads, "rounds": settings.rounds}
+    about |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default")}
+    for table, size, names in sizes(settings):
+        names = tuple(dict.fromkeys(("generate", *names)))
+        found = measure(size, names, settings)
+        several = []
+        for name in names:
+            one = found[name]
+            parts = FLOORS.get(name, ())
+            floor = sum(found[part]["seconds"] for part in parts) if all(part in found for part in parts) else 0.0
+            shape = size.model
+            line = {"table": table, "shape": size.shape, "vocabulary": shape.vocabulary, "rows": size.rows}
+            line |= {"prompt": size.prompt_length, "new_tokens": size.new_tokens, "way": name}
+            line |= {"seconds": round(one["seconds"], 5), "tokens_per_s": round(size.tokens / one["seconds"], 1)}
+            line |= {"of_generate": round(one["of_generate"], 3)}
+            line |= {"times_floor": round(one["seconds"] / floor, 3) if floor else ""}
+            line |= {"peak_MB": "", "foreign_load": round(one["foreign"], 3)}
+            if settings.peaks and table == "fixed work":
+                line["peak_MB"] = round(peak(size, name, settings) / 1e6, 1)
+            several.append(line | about)
+        yield several
+
+
+def run(settings: Settings, out: Path | None = None) -> Path:
+    """Measure, print, and write the CSV after every size; where it is.
+
+    Raises:
+        ValueError: a shape, a way or a device that is not there.
+    """
+    torch.set_num_threads(settings.threads)
+    out = out or RESULTS / f"throughput-{settings.device}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    everything: list[dict[str, Any]] = []
+    for several in lines(settings):
+        everything += several
+        for line in several:
+            floor = f", {line['times_floor']} x its floor" if line["times_floor"] else ""
+            marked = " [other load]" if line["foreign_load"] > FOREIGN else ""
+            print(
+                f"{line['table']}: {line['shape']} V={line['vocabulary']} {line['rows']}x{line['new_tokens']}  "
+                f"{line['way']}: {line['seconds']:.4g} s, {line['of_generate']} x generate{floor}{marked}",
+                flush=True,
+            )
+        with out.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(everything[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(everything)
+    print(out)
+    return out
+
+
+def main() -> None:
+    """A child that measures memory."""
+    print(json.dumps(_be_child(json.loads(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""A model's cache, by rows: each holds a text of its own, may be dropped or replaced, and grows in place.
+
+Every row's tokens stand together at the right end of the columns, whatever happened to the other rows. So a column's
+distance is a token's distance, which is what sliding windows and relative positions are computed from, and the only
+mask there is hides columns to the left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from lm_envs.observations import accepted, model_inputs, names_argument
+
+ROOM = 16  # columns, at least, that a buffer has left when it is made
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer, ``(B, heads, columns, d)``, in buffers with room to their right.
+
+    A new column is written in place, where ``torch.cat`` would copy all earlier ones; a full buffer is copied once, to
+    one with as much room again. Layers with a sliding window keep all columns too: the model's mask hides the old ones.
+    """
+
+    def __init__(self, room: int = ROOM) -> None:
+        super().__init__()
+        self._room = max(room, ROOM)
+        self._begin = self._end = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; all that there are now."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[-2]
+        if self._buffers is None or self._end + count > self._buffers[0].shape[-2]:
+            self._grow(key_states, value_states, count)
+        assert self._buffers is not None
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self._end : self._end + count] = new
+        self._end += count
+        return self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, self._begin : self._end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _grow(self, key_states: Tensor, value_states: Tensor, count: int) -> None:
+        held, old = self._end - self._begin, self._buffers
+        room = self._room if old is None else max(self._room, held)
+        made = []
+        for i, new in enumerate((key_states, value_states)):
+            buffer = new.new_empty(*new.shape[:2], held + count + room, new.shape[-1])
+            if old is not None:
+                buffer[:, :, :held] = old[i][:, :, self._begin : self._end]
+            made.append(buffer)
+        self._buffers, self._begin, self._end = (made[0], made[1]), 0, held
+
+    # Rows
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        if self._buffers is not None:
+            self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
+            self._show()
+
+    def hold(self, rows: Tensor) -> None:
+        """Before a step in which these rows stand still."""
+
+    def release(self, rows: Tensor) -> None:
+        """After it: take their new column back, by moving them a column to the right."""
+        for x in (self.keys, self.values):
+            x[rows, :, 1:] = x[rows, :, :-1]  # indexing by a tensor copies first
+
+    def put(self, rows: Tensor, other: GrowingLayer) -> None:
+        """Replace rows by another layer's, which has as many columns at most."""
+        width = other.keys.shape[-2]
+        self.keys[rows, :, -width:] = other.keys
+        self.values[rows, :, -width:] = other.values
+
+    def widen(self, count: int) -> None:
+        """So many columns more at the left end."""
+        assert self._buffers is not None
+        if self._begin < count:
+            pad = (0, 0, count - self._begin, 0)
+            self._buffers = (
+                torch.nn.functional.pad(self._buffers[0], pad),
+                torch.nn.functional.pad(self._buffers[1], pad),
+            )
+            self._begin, self._end = count, self._end + count - self._begin
+        self._begin -= count
+        for buffer in self._buffers:
+            # What stood there may be anything; a masked column is multiplied by zero, and zero times NaN is NaN.
+            buffer[:, :, self._begin : self._begin + count] = 0
+        self._show()
+
+    def narrow(self, count: int) -> None:
+        """So many columns fewer at the left end."""
+        self._begin += count
+        self._show()
+
+
+class StateLayer(LinearAttentionLayer):
+    """The convolution's and the recurrence's state of one layer, each a row's whole past."""
+
+    def _states(self) -> list[Tensor]:
+        return [x for held in (self.conv_states, self.recurrent_states) for x in held.values() if x is not None]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        for held in (self.conv_states, self.recurrent_states):
+            for name, x in held.items():
+                held[name] = None if x is None else x[indices]
+
+    def hold(self, rows: Tensor) -> None:
+        """Before a step in which these rows stand still: remember them."""
+        self._held = [x[rows] for x in self._states()]
+
+    def release(self, rows: Tensor) -> None:
+        """After it: put them back."""
+        for x, held in zip(self._states(), self._held, strict=True):
+            x[rows] = held
+
+    def put(self, rows: Tensor, other: StateLayer) -> None:
+        """Replace rows by another layer's."""
+        for x, new in zip(self._states(), other._states(), strict=True):
+            x[rows] = new
+
+    def widen(self, count: int) -> None:
+        """There are no columns."""
+
+    def narrow(self, count: int) -> None:
+        """There are no columns."""
+
+
+_OURS: dict[type, type] = {
+    DynamicLayer: GrowingLayer,
+    DynamicSlidingWindowLayer: GrowingLayer,
+    LinearAttentionLayer: StateLayer,
+}
+
+
+def layer_types(model: PreTrainedModel) -> list[type] | None:
+    """Our layer for each of the model's, None where the model has some that rows cannot be exchanged in.
+
+    Those are chunked attention (its windows begin at fixed columns), layers that share another's cache, and layers
+    with two kinds of state at once.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return None
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (AttributeError, KeyError, ValueError):
+        return None
+    found = [_OURS.get(type(layer)) for layer in layers]
+    return [kind for kind in found if kind is not None] if found and all(found) else None
+
+
+def can_cache(model: PreTrainedModel) -> bool:
+    """Whether a :class:`RowCache` can be made of this model."""
+    return _argument(model) is not None and layer_types(model) is not None
+
+
+def _argument(model: PreTrainedModel) -> str | None:
+    return next((name for name in ("past_key_values", "cache_params") if names_argument(model, name)), None)
+
+
+class RowCache:
+    """Cache of B rows that grow by a token a step.
+
+    Args:
+        model: one for which :func:`can_cache` holds.
+        room: how many tokens are expected beyond the first.
+    """
+
+    def __init__(self, model: PreTrainedModel, room: int = ROOM) -> None:
+        self.model, self._room = model, room
+        types, argument = layer_types(model), _argument(model)
+        if types is None or argument is None:
+            raise ValueError(f"rows of a {type(model).__name__}'s cache cannot be exchanged one by one")
+        self._types, self._argument = types, argument
+        self._masked = GrowingLayer in types  # a recurrence has no past to mask, and its new tokens are all real
+        self.columns = 0
+
+    @torch.no_grad()
+    def prefill(self, obs: Tensor) -> Tensor:
+        """Start all rows anew. ``obs`` is ``(B, L)`` with every row's last token in the last column; logits ``(B,
+        V)``."""
+        self.cache = Cache(layers=[kind(self._room) if kind is GrowingLayer else kind() for kind in self._types])
+        self.lengths = (obs >= 0).sum(dim=1)  # (B,)
+        self.columns = obs.shape[1]
+        self._find_padding()
+        return self._forward(**model_inputs(obs), logits_to_keep=1)
+
+    def _forward(self, **inputs: Tensor | int | None) -> Tensor:
+        given = {name: x for name, x in inputs.items() if x is not None}
+        given[self._argument] = self.cache  # type: ignore[assignment]
+        return self.model(**accepted(self.model, **given, use_cache=True)).logits[:, -1]
+
+    def _find_padding(self) -> None:
+        """How many columns the shortest and the longest row leave empty: steps do not change it, so few need to know
+        it."""
+        longest, shortest = (int(x) for x in torch.stack([self.lengths.max(), self.lengths.min()]))
+        self._padded, self._dead = self.columns - shortest, self.columns - longest
+
+    @torch.no_grad()
+    def advance(self, tokens: Tensor, standing: Tensor | None = None) -> Tensor:
+        """One more token per row.
+
+        Args:
+            tokens: ``(B,)`` int64; anything in [0, V) where the row stands still.
+            standing: indices of rows that stand still, or None.
+
+        Returns:
+            logits ``(B, V)``, meaningless where the row stood still.
+        """
+        if standing is not None:
+            for layer in self.cache.layers:
+                layer.hold(standing)
+        self.columns += 1
+        mask = None
+        if self._padded and self._masked:
+            begin = self.columns - 1 - self.lengths
+            mask = torch.arange(self.columns, device=tokens.device) >= begin.unsqueeze(1)
+        logits = self._forward(
+            input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=self.lengths.unsqueeze(1)
+        )
+        self.lengths = self.lengths + 1
+        if standing is not None:
+            for layer in self.cache.layers:
+                layer.release(standing)
+            self.lengths[standing] -= 1
+            self._find_padding()
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        for layer in self.cache.layers:
+            layer.batch_select_indices(rows)
+        self.lengths = self.lengths[rows]
+        self._trim()
+
+    def refill(self, rows: Tensor, obs: Tensor) -> Tensor:
+        """Put other texts in the place of some rows; logits ``(len(rows), V)``. ``obs`` as in :meth:`prefill`."""
+        fresh = RowCache(self.model)
+        logits = fresh.prefill(obs)
+        if fresh.columns > self.columns:
+            for layer in self.cache.layers:
+                layer.widen(fresh.columns - self.columns)
+            self.columns = fresh.columns
+        for layer, new in zip(self.cache.layers, fresh.cache.layers, strict=True):
+            layer.put(rows, new)
+        self.lengths[rows] = fresh.lengths
+        self._trim()
+        return logits
+
+    def _trim(self) -> None:
+        """Forget the columns that no row uses."""
+        self._find_padding()
+        if self._dead:
+            for layer in self.cache.layers:
+                layer.narrow(self._dead)
+            self.columns -= self._dead
+            self._padded, self._dead = self._padded - self._dead, 0

@@ -1,0 +1,100 @@
+"""The throughput benchmark: a small run from end to end, what its numbers mean, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import time
+
+import pytest
+import torch
+
+from lm_envs.benchmarks import bench_throughput as bench
+from lm_envs.benchmarks import throughput_work
+from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.throughput_work import Shape, Size, Work
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(throughput_work.SHAPES, "small", Shape(1, 16, 2, 50))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_small_run(tmp_path, capsys):
+    out = tmp_path / "t.csv"
+    ways = ["step", "bulk + reference + reward", "bare forwards", "bare forward", "ppo 1 epoch"]
+    words = ["--shapes", "small", "--rounds", "2", "--threads", "1", "--no-scaling", "--no-peaks", "--ways", *ways]
+    main(["bench", "throughput", *words, "--out", str(out)])
+    rows = {row["way"]: row for row in csv.DictReader(out.open())}
+    assert list(rows) == ["generate", *ways]
+    assert float(rows["generate"]["of_generate"]) == 1
+    for row in rows.values():
+        seconds = float(row["seconds"])
+        assert float(row["tokens_per_s"]) == pytest.approx(32 * 48 / seconds, rel=0.02) and row["torch"] and row["date"]
+    floor = float(rows["bare forwards"]["seconds"]) + 2 * float(rows["bare forward"]["seconds"])
+    bulk = rows["bulk + reference + reward"]
+    assert float(bulk["times_floor"]) == pytest.approx(float(bulk["seconds"]) / floor, rel=0.02)
+    assert rows["ppo 1 epoch"]["times_floor"] == ""  # its floor was not measured
+    assert "x generate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", throughput_work.WAYS)
+def test_every_way_does_the_work(way):
+    work = Work(Size("small", rows=4, prompt_length=3, new_tokens=5))
+    call = work.way(way)
+    call()
+    call()
+
+
+def test_the_tables():
+    found = list(bench.sizes(bench.Settings(shapes=("small",))))
+    by = {table: [size for name, size, _ in found if name == table] for table, _, _ in found}
+    assert [size.new_tokens for size in by["response length"]] == [32, 64, 128, 256, 512]
+    assert [size.rows for size in by["rows"]] == [1, 4, 16, 64, 256]
+    assert [size.model.vocabulary for size in by["vocabulary"]] == [1_000, 8_192, 32_768, 131_072]
+    assert by["fixed work"] == [Size("small", 32, 16, 48)]
+
+
+def test_own_work_is_not_foreign_load(monkeypatch):
+    load = bench.Load()
+    monkeypatch.setattr(load, "_start", (100.0, 10.0, 1000.0))
+    monkeypatch.setattr(load, "_now", lambda: (104.0, 13.0, 1002.0))  # 4 s busy in 2 s, 3 of them ours
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
+    assert load.foreign() == pytest.approx((1 / 4) if load._stat.exists() else 0)
+
+
+def test_a_disturbed_round_is_measured_again(monkeypatch):
+    shares = iter([0.5, 0.0, 0.5, 0.5, 0.5])
+    seconds = iter([9.0, 1.0, 7.0, 6.0, 5.0])
+
+    class Disturbed:
+        def foreign(self):
+            return next(shares)
+
+    monkeypatch.setattr(bench, "Load", Disturbed)
+    monkeypatch.setattr(bench, "timed", lambda call, device: next(seconds))
+    monkeypatch.setattr(bench, "Work", lambda size, device: Work(Size("small", rows=2, prompt_length=2, new_tokens=2)))
+    found = bench.measure(Size("small"), ["bare forward"], bench.Settings(rounds=2, threads=1))["bare forward"]
+    assert found["seconds"] == 3.0 and found["foreign"] == 0.5  # median of 1 and 5; the last retry counts and is marked
+
+
+def test_seconds_are_seconds():
+    assert 0.02 < bench.timed(lambda: time.sleep(0.02), "cpu") < 1
+
+
+def test_memory_is_that_of_the_call():
+    """A process of its own, whose mark is above what the logits of one forward take."""
+    size = Size("small", rows=8, vocabulary=4096)
+    logits = 8 * 48 * 4096 * 4
+    assert logits < bench.peak(size, "bare forward+backward", bench.Settings(threads=1)) < 40 * logits
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(dict(ways=("magic",)), "no way magic"), (dict(shapes=("huge",)), "no shape huge"), (dict(rounds=0), "rounds")],
+)
+def test_bad_requests(given, message):
+    with pytest.raises(ValueError, match=message):
+        bench.Settings(**given)
