@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lm_envs.algos.adaptation import Adaptation, adapted
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.enumerable_settings import TABULAR, VALUE_SCALE
@@ -91,9 +91,11 @@ class TextProblem:
         if trained:
             overrides = check_overrides(spec.algorithm, spec.overrides)
             if self.exact is None:
-                model = copy.deepcopy(self.task.start).requires_grad_(True)
+                model = adapted(self.task.start, Adaptation(**spec.adaptation), spec.seed)
                 self.policy = LMPolicy.for_mdp(mdp, model, face=face)  # type: ignore[arg-type]
             else:
+                if spec.adaptation:
+                    raise UserError(f"{spec.label}: the policy is a table, with no layers to freeze or to adapt")
                 table = self.exact.table(self.task.start)
                 self.policy = TabularPolicy(self.exact, table, face, VALUE_SCALE)  # type: ignore[arg-type]
                 overrides = {**TABULAR.get(spec.algorithm, {}), **overrides}
@@ -115,6 +117,7 @@ class TextProblem:
             "env": {name: getattr(mdp, name) for name in (*_OPTIONS, "kl_coef")},
             "task": {"description": self.task.description, "stats": dict(self.task.stats)},
             "parameters": sum(p.numel() for p in self.task.start.parameters()),
+            "trainable_parameters": 0 if self.agent is None else _trainable(self.policy),
         }
 
     def try_out(self) -> None:
@@ -155,6 +158,11 @@ class TextProblem:
         return [f"{p} | {r}  ({s:.2f})" for p, r, s in zip(prompts, responses, scores, strict=True)]
 
 
+def _trainable(policy: Any) -> int:
+    """How many numbers are trained, those of value heads included."""
+    return sum(p.numel() for p in policy.parameters() if p.requires_grad)
+
+
 _OPTIONS = ("temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
 
 
@@ -185,6 +193,8 @@ class ControlProblem:
             raise UserError(
                 f"{spec.label}: {spec.algorithm} is for text; on a control environment use ppo, a2c or reinforce"
             )
+        if spec.adaptation:
+            raise UserError(f"{spec.label}: freeze_layers and lora_rank are for language models")
         if spec.options:
             raise UserError(f"{spec.label}: a control environment takes no task options, got {', '.join(spec.options)}")
         self.spec = spec
@@ -208,6 +218,7 @@ class ControlProblem:
             "env": {"rows": self.env.num_envs, **self.spec.env},
             "task": {"description": f"Gymnasium's {self.spec.task}", "stats": {}},
             "parameters": sum(p.numel() for p in self.policy.parameters()),
+            "trainable_parameters": _trainable(self.policy),
         }
 
     def _returns(self, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
