@@ -8,13 +8,18 @@ switching on and off of adapters: it is the same tensors without them.
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +36,7 @@ class Adaptation:
             model, by ``W x + lora_alpha / lora_rank * B A x`` (Hu et al. 2021, eq. 3); 0 for none.
         lora_alpha: None is twice the rank.
         lora_targets: names of the linear maps inside a layer that get adapters, such as ``q_proj``; all if empty.
+        lora_merge: whether what is saved in the end is a plain model with the adapters added to its weights.
 
     Raises:
         ValueError: a value is out of range, or an option of LoRA is given without a rank.
@@ -40,6 +46,7 @@ class Adaptation:
     lora_rank: int = 0
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ()
+    lora_merge: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
@@ -53,8 +60,10 @@ class Adaptation:
             raise ValueError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}")
         if not all(isinstance(name, str) and name for name in self.lora_targets):
             raise ValueError(f"lora_targets must be names of linear maps, got {self.lora_targets!r}")
-        if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets):
-            raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank")
+        if not isinstance(self.lora_merge, bool):
+            raise ValueError(f"lora_merge must be true or false, got {self.lora_merge!r}")
+        if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets or self.lora_merge):
+            raise ValueError("lora_alpha, lora_targets and lora_merge mean nothing without lora_rank")
 
 
 def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed: int = 0) -> PreTrainedModel:
@@ -189,6 +198,55 @@ def _add_lora(model: Any, adaptation: Adaptation, targets: list[str], seed: int)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config)
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain copy with the adapters added to its weights, which shares nothing; of a model without, just a copy."""
+    plain: Any = copy.deepcopy(model)
+    if not has_adapters(model):
+        return plain
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(plain.get_submodule(parent), last, module.get_base_layer())
+    plain._hf_peft_config_loaded = False
+    del plain.peft_config
+    return plain
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether adapters were put into a model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False) -> None:
+    """A folder that transformers' ``from_pretrained`` reads: model and tokenizer, or adapters in peft's format.
+
+    Adapters are saved alone where the model they were put into can be found again, in a folder or on the hub.
+
+    Args:
+        merge: save a plain model, adapters or not.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if has_adapters(model) and model.name_or_path and not merge:
+            config = model.peft_config["default"]
+            place = Path(model.name_or_path)
+            config.base_model_name_or_path = str(place.resolve()) if place.is_dir() else model.name_or_path
+            model.save_pretrained(folder)
+        else:
+            (merged(model) if has_adapters(model) else model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # what a disk that fills up raises here
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code.group(1)) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def learned_state(module: nn.Module) -> dict[str, Tensor]:

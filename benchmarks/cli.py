@@ -79,13 +79,16 @@ class Adapt:
     lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Linear maps of a layer that get adapters, such as q_proj v_proj; all if not given."""
 
+    lora_merge: bool = False
+    """Save the tuned model with the adapters added to its weights, instead of the adapters."""
+
     def apply(self, suite: Suite) -> Suite:
         """The suite with these settings instead of its own.
 
         Raises:
             UserError: they contradict each other.
         """
-        given = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
         if "lora_targets" in given:
             given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
         adaptation = {**suite.adaptation, **given}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lm_envs.algos.adaptation import Adaptation, adapted
+from lm_envs.algos.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.enumerable_settings import TABULAR, VALUE_SCALE
@@ -147,6 +148,16 @@ class TextProblem:
             measured |= exactly.result(self.exact, self.policy)
         return measured, found.records()
 
+    def save_model(self, folder: Path) -> None:
+        """The tuned model and the tokenizer, as transformers' ``from_pretrained`` reads them.
+
+        None where there is none that transformers could read: nothing was trained, or a table was, or the policy
+        wants reward tokens before its prompts.
+        """
+        if self.agent is not None and isinstance(self.policy, LMPolicy) and self.policy.condition is None:
+            merge = bool(self.spec.adaptation.get("lora_merge", False))
+            save_model(self.policy.model, self.task.tokenizer, folder, merge)
+
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """The first texts of a training batch, with their scores."""
         if traj.prompt is None or traj.response is None:
@@ -248,6 +259,9 @@ class ControlProblem:
             "inference_reward_calls": 0,
             "inference_s": 0.0,
         }, []
+
+    def save_model(self, folder: Path) -> None:
+        """None: there is no language model."""
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """None: there is no text."""

@@ -19,7 +19,7 @@
     every = 20                                    # iterations
 
     [adaptation]                                  # of the language model; all of it is trained if left out
-    lora_rank = 8                                 # also: lora_alpha, lora_targets, freeze_layers
+    lora_rank = 8                                 # also: lora_alpha, lora_targets, lora_merge, freeze_layers
 
     [algorithm.ppo]                               # overrides of the algorithm's settings
     learning_rate = 3e-4
@@ -48,7 +48,7 @@ from lm_envs.benchmarks.names import base_task, check_algorithm, check_task, exp
 
 BUILT_IN = Path(__file__).resolve().parent / "suites"
 ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
-ADAPTATION = ("freeze_layers", "lora_rank", "lora_alpha", "lora_targets")
+ADAPTATION = ("freeze_layers", "lora_rank", "lora_alpha", "lora_targets", "lora_merge")
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,7 @@ class Suite:
                     overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
                     adaptation = {} if is_control(task.name) else self.adaptation
                     found.append(
-                        RunSpec(
-                            task.name, algorithm, seed, self.plan, task.env, task.options, overrides, adaptation
-                        )
+                        RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides, adaptation)
                     )
         return found
 
