@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lm_envs.algos.adaptation import frozen_hash, learned_state, load_learned_state
 from lm_envs.algos.batching import Before, flatten_fixed, gap, micro_batches, minibatches, select, units
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, controller
@@ -68,6 +69,7 @@ class Agent(Generic[C]):
         self._watch_gap = False
         self._collector: Collector | None = None
         self._collected: Any = None  # the env that the collector steps
+        self._frozen: str | None = None  # the hash of the policy's frozen parameters
         self._data: Iterator[Trajectories] | None = None
 
     # ---- what an algorithm writes ----
@@ -345,19 +347,23 @@ class Agent(Generic[C]):
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a run needs to continue bit for bit: tensors (for safetensors) and counters (for JSON).
-        No pickle.
+        No pickle. Frozen parameters are not in it, only their hash.
 
         A control env's inner state can not be saved, so sampling by ``steps`` starts fresh episodes after a
         checkpoint, with a seed made of (seed, iteration): in the run that goes on just as in one restored
         from it, so the two stay equal.
         """
         self._collector = None
-        tensors = {f"policy.{n}": t.detach().cpu().clone() for n, t in self.policy.state_dict().items()}
+        tensors = {f"policy.{n}": t.cpu().clone() for n, t in learned_state(self.policy).items()}
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value.detach().cpu().clone()
         counters: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
         counters["kl_coef"] = None if self._kl is None else self._kl.coef
+        if self._frozen is None:  # once: frozen parameters do not change
+            self._frozen = frozen_hash(self.policy)
+        if self._frozen is not None:
+            counters["frozen_sha256"] = self._frozen
         more, counters["extra"] = self.extra_state()
         return tensors | {f"extra.{name}": t.detach().cpu().clone() for name, t in more.items()}, counters
 
@@ -365,14 +371,18 @@ class Agent(Generic[C]):
         """Takes back a :meth:`checkpoint`; the agent then continues as the one that made it would have.
 
         Raises:
-            ValueError: the checkpoint is of another policy.
+            ValueError: the checkpoint is of another policy, or of one with other frozen weights.
         """
-        mine = self.policy.state_dict()
+        if counters.get("frozen_sha256") != frozen_hash(self.policy):
+            raise ValueError(
+                f"{self.name}: the checkpoint is of a policy with other frozen weights: start from the model it was "
+                f"trained on, with the same freeze_layers and lora_rank"
+            )
         saved = {name.removeprefix("policy."): t for name, t in tensors.items() if name.startswith("policy.")}
-        wrong = sorted(set(mine) ^ set(saved)) + [n for n in mine if n in saved and mine[n].shape != saved[n].shape]
-        if wrong:
-            raise ValueError(f"{self.name}: the checkpoint is of another policy; it differs in {', '.join(wrong[:5])}")
-        self.policy.load_state_dict(saved)
+        try:
+            load_learned_state(self.policy, saved)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         self.optimizer.state.clear()
         for name, parameter in self._parameters.items():
             state = {

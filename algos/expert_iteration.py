@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_envs.algos.adaptation import learned_state, load_learned_state
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import episode_value
 from lm_envs.algos.config import AgentConfig
@@ -58,14 +59,14 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
         super().__init__(policy, config)
         self._first: dict[str, Tensor] = {}
         if self.config.restart:
-            self._first = {name: t.detach().clone() for name, t in policy.state_dict().items()}
+            self._first = {name: t.clone() for name, t in learned_state(policy).items()}
 
     def update(self, traj: Trajectories) -> dict[str, float]:
         """Learns from the best episodes of the batch alone."""
         value = episode_value(traj)
         group = torch.arange(len(traj)) // self.config.group_size if traj.group is None else traj.group
         if self.config.restart:
-            self.policy.load_state_dict(self._first)
+            load_learned_state(self.policy, self._first)
             self.optimizer.state.clear()
         kept = best_of_groups(value, group.to(value.device), self.config.keep)
         return {"kept_score": float(value[kept].double().mean())} | super().update(traj.select(kept))

@@ -18,7 +18,7 @@ import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
 from lm_envs.benchmarks.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.overrides import parse_settings
-from lm_envs.benchmarks.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, load_suite
+from lm_envs.benchmarks.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, check_adaptation, load_suite
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
@@ -67,6 +67,36 @@ class Own:
 
 
 @dataclass(frozen=True)
+class Adapt:
+    """Which part of the language model is trained; all of it if nothing is given."""
+
+    freeze_layers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Leave the N lower layers, and the embeddings below them, as they are."""
+    lora_rank: Annotated[int | None, tyro.conf.arg(metavar="R")] = None
+    """Train low-rank adapters of this rank instead of the weights (needs the extra "lora")."""
+    lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="A")] = None
+    """Adapters count A / R; twice the rank if not given."""
+    lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Linear maps of a layer that get adapters, such as q_proj v_proj; all if not given."""
+
+    lora_merge: bool = False
+    """Save the tuned model with the adapters added to its weights, instead of the adapters."""
+
+    def apply(self, suite: Suite) -> Suite:
+        """The suite with these settings instead of its own.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        if "lora_targets" in given:
+            given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
+        adaptation = {**suite.adaptation, **given}
+        check_adaptation(adaptation)
+        return replace(suite, adaptation=adaptation)
+
+
+@dataclass(frozen=True)
 class Compare:
     """Compare algorithms: tasks x algorithms x seeds, into a table, plots and a report.
 
@@ -109,6 +139,7 @@ class Compare:
     """Runs at a time, each in a process of its own. With small models, as many as there are cores."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads per run; shared out evenly if not given. Results may differ in their last bits with it."""
+    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
     def to_suite(self) -> Suite:
@@ -149,7 +180,7 @@ class Compare:
             if name not in running:
                 raise UserError(f"--set {name}.{next(iter(values))}: {name!r} is not run here: {near(name, running)}")
             suite = replace(suite, overrides={**suite.overrides, name: {**suite.overrides.get(name, {}), **values}})
-        return _with_own(_with_env(suite, self.env), own)
+        return self.adapt.apply(_with_own(_with_env(suite, self.env), own))
 
     def run(self, console: Console) -> None:
         """Carry it out."""
@@ -191,6 +222,7 @@ class Train:
     """Continue what OUT holds."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads."""
+    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
     def run(self, console: Console) -> None:
@@ -202,7 +234,7 @@ class Train:
         )
         overrides = {self.algorithm: parse_settings(self.set)} if self.set else {}
         suite = Suite("training", (TaskSettings(self.task),), (self.algorithm,), (self.seed,), plan, overrides)
-        suite = _with_own(_with_env(suite, self.env), self.own.options())
+        suite = self.adapt.apply(_with_own(_with_env(suite, self.env), self.own.options()))
         carry_out(suite, self.out, resume=self.resume, threads=self.threads, console=console)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lm_envs.algos.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.enumerable_settings import TABULAR, VALUE_SCALE
@@ -91,9 +92,11 @@ class TextProblem:
         if trained:
             overrides = check_overrides(spec.algorithm, spec.overrides)
             if self.exact is None:
-                model = copy.deepcopy(self.task.start).requires_grad_(True)
+                model = adapted(self.task.start, Adaptation(**spec.adaptation), spec.seed)
                 self.policy = LMPolicy.for_mdp(mdp, model, face=face)  # type: ignore[arg-type]
             else:
+                if spec.adaptation:
+                    raise UserError(f"{spec.label}: the policy is a table, with no layers to freeze or to adapt")
                 table = self.exact.table(self.task.start)
                 self.policy = TabularPolicy(self.exact, table, face, VALUE_SCALE)  # type: ignore[arg-type]
                 overrides = {**TABULAR.get(spec.algorithm, {}), **overrides}
@@ -115,6 +118,7 @@ class TextProblem:
             "env": {name: getattr(mdp, name) for name in (*_OPTIONS, "kl_coef")},
             "task": {"description": self.task.description, "stats": dict(self.task.stats)},
             "parameters": sum(p.numel() for p in self.task.start.parameters()),
+            "trainable_parameters": 0 if self.agent is None else _trainable(self.policy),
         }
 
     def try_out(self) -> None:
@@ -144,6 +148,16 @@ class TextProblem:
             measured |= exactly.result(self.exact, self.policy)
         return measured, found.records()
 
+    def save_model(self, folder: Path) -> None:
+        """The tuned model and the tokenizer, as transformers' ``from_pretrained`` reads them.
+
+        None where there is none that transformers could read: nothing was trained, or a table was, or the policy
+        wants reward tokens before its prompts.
+        """
+        if self.agent is not None and isinstance(self.policy, LMPolicy) and self.policy.condition is None:
+            merge = bool(self.spec.adaptation.get("lora_merge", False))
+            save_model(self.policy.model, self.task.tokenizer, folder, merge)
+
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """The first texts of a training batch, with their scores."""
         if traj.prompt is None or traj.response is None:
@@ -153,6 +167,11 @@ class TextProblem:
         prompts, responses = mdp.texts(traj.prompt[rows].numpy()), mdp.texts(traj.response[rows].numpy())
         scores = traj.score[rows].tolist() if traj.score is not None else [math.nan] * len(prompts)
         return [f"{p} | {r}  ({s:.2f})" for p, r, s in zip(prompts, responses, scores, strict=True)]
+
+
+def _trainable(policy: Any) -> int:
+    """How many numbers are trained, those of value heads included."""
+    return sum(p.numel() for p in policy.parameters() if p.requires_grad)
 
 
 _OPTIONS = ("temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
@@ -185,6 +204,8 @@ class ControlProblem:
             raise UserError(
                 f"{spec.label}: {spec.algorithm} is for text; on a control environment use ppo, a2c or reinforce"
             )
+        if spec.adaptation:
+            raise UserError(f"{spec.label}: freeze_layers and lora_rank are for language models")
         if spec.options:
             raise UserError(f"{spec.label}: a control environment takes no task options, got {', '.join(spec.options)}")
         self.spec = spec
@@ -208,6 +229,7 @@ class ControlProblem:
             "env": {"rows": self.env.num_envs, **self.spec.env},
             "task": {"description": f"Gymnasium's {self.spec.task}", "stats": {}},
             "parameters": sum(p.numel() for p in self.policy.parameters()),
+            "trainable_parameters": _trainable(self.policy),
         }
 
     def _returns(self, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -237,6 +259,9 @@ class ControlProblem:
             "inference_reward_calls": 0,
             "inference_s": 0.0,
         }, []
+
+    def save_model(self, folder: Path) -> None:
+        """None: there is no language model."""
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """None: there is no text."""

@@ -8,6 +8,7 @@
         samples.jsonl     sample texts with their scores: of validation on the way, of the test prompts at the end
         checkpoints/      the last two: checkpoint-000040/{tensors.safetensors, state.json}
         tensorboard/      event files
+        model/            the tuned language model and its tokenizer, or its adapters, for from_pretrained
         result.json       the row of the results; its presence means that the run is finished
 """
 
@@ -222,6 +223,7 @@ class _Run:
             control = isinstance(problem, ControlProblem)
             trained_tokens = problem.agent.steps_done if control else problem.agent.tokens_done
             trained_calls = problem.agent.steps_done if control else problem.agent.reward_calls
+        problem.save_model(self.folder / "model")
         result = {
             "task": self.spec.task,
             "algorithm": self.spec.algorithm,

@@ -18,6 +18,9 @@
     [checkpoints]
     every = 20                                    # iterations
 
+    [adaptation]                                  # of the language model; all of it is trained if left out
+    lora_rank = 8                                 # also: lora_alpha, lora_targets, lora_merge, freeze_layers
+
     [algorithm.ppo]                               # overrides of the algorithm's settings
     learning_rate = 3e-4
 
@@ -36,14 +39,16 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lm_envs.benchmarks.errors import UserError, near, one_line
-from lm_envs.benchmarks.names import base_task, check_algorithm, check_task, expanded, folder_name
+from lm_envs.benchmarks.names import base_task, check_algorithm, check_task, expanded, folder_name, is_control
 
 BUILT_IN = Path(__file__).resolve().parent / "suites"
 ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
+ADAPTATION = ("freeze_layers", "lora_rank", "lora_alpha", "lora_targets", "lora_merge")
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class RunSpec:
     env: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
+    adaptation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -105,8 +111,11 @@ class RunSpec:
         return f"{folder_name(self.task)}/{self.algorithm}/seed-{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as nested dictionaries."""
-        return asdict(self)
+        """The settings as nested dictionaries; what is adapted only where something is."""
+        found = asdict(self)
+        if not self.adaptation:
+            del found["adaptation"]
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunSpec:
@@ -116,7 +125,11 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Suite:
-    """A comparison: tasks x algorithms x seeds, how much to train, and what differs from the defaults."""
+    """A comparison: tasks x algorithms x seeds, how much to train, and what differs from the defaults.
+
+    Attributes:
+        adaptation: which part of the language models is trained, see :class:`lm_envs.algos.adaptation.Adaptation`.
+    """
 
     name: str
     tasks: tuple[TaskSettings, ...]
@@ -125,6 +138,7 @@ class Suite:
     plan: Plan = Plan()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     description: str = ""
+    adaptation: dict[str, Any] = field(default_factory=dict)
 
     def runs(self) -> list[RunSpec]:
         """The cells: for each task all algorithms with the first seed, then with the next, so that early results say
@@ -135,7 +149,10 @@ class Suite:
             for seed in self.seeds:
                 for algorithm in task.algorithms or self.algorithms:
                     overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
-                    found.append(RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides))
+                    adaptation = {} if is_control(task.name) else self.adaptation
+                    found.append(
+                        RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides, adaptation)
+                    )
         return found
 
     def with_task_options(self, name: str, **options: Any) -> Suite:
@@ -145,6 +162,20 @@ class Suite:
             for task in self.tasks
         )
         return replace(self, tasks=tasks)
+
+
+def check_adaptation(settings: Mapping[str, Any]) -> None:
+    """Raises UserError unless these make an :class:`~lm_envs.algos.adaptation.Adaptation` that can be carried out."""
+    if not settings:
+        return
+    from lm_envs.algos.adaptation import Adaptation
+
+    try:
+        adaptation = Adaptation(**settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adaptation: {error}") from error
+    if adaptation.lora_rank and find_spec("peft") is None:
+        raise UserError("lora_rank needs peft: pip install 'lm-envs[lora]'")
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
@@ -260,6 +291,15 @@ class _Reader:
             overrides=self.tables(table, "algorithm"),
         )
 
+    def adaptation(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        table = self.table(data, "adaptation")
+        self.keys(table, ADAPTATION, "[adaptation]")
+        try:
+            check_adaptation(table)
+        except UserError as error:
+            raise self.fail("adaptation", str(error)) from error
+        return table
+
     def suite(self, data: Mapping[str, Any]) -> Suite:
         top = (
             "name",
@@ -270,6 +310,7 @@ class _Reader:
             "budget",
             "evaluation",
             "checkpoints",
+            "adaptation",
             "algorithm",
             "task",
         )
@@ -294,6 +335,7 @@ class _Reader:
             seeds=self.unique("seeds", seeds),
             plan=self.plan(data),
             overrides=overrides,
+            adaptation=self.adaptation(data),
         )
         used = {run.algorithm for run in suite.runs()}
         for name in [*overrides, *(name for task in suite.tasks for name in task.overrides)]:

@@ -1,0 +1,283 @@
+"""Training part of a language model: low-rank adapters, or the upper layers alone, on weights the reference shares.
+
+The policy is a copy of the start that owns only what it trains: its frozen parameters *are* those of the start, which
+nobody changes. So where the start is the reference there is one copy of the frozen weights, and the reference needs no
+switching on and off of adapters: it is the same tensors without them.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What of a language model is trained; all of it if nothing is set.
+
+    Attributes:
+        freeze_layers: so many of the lower layers stay as they are, and everything below them, such as the embeddings
+            (and an output layer tied to them), as in Ziegler et al. 2019.
+        lora_rank: train low-rank adapters of this rank on the layers that are not frozen, and nothing else of the
+            model, by ``W x + lora_alpha / lora_rank * B A x`` (Hu et al. 2021, eq. 3); 0 for none.
+        lora_alpha: None is twice the rank.
+        lora_targets: names of the linear maps inside a layer that get adapters, such as ``q_proj``; all if empty.
+        lora_merge: whether what is saved in the end is a plain model with the adapters added to its weights.
+
+    Raises:
+        ValueError: a value is out of range, or an option of LoRA is given without a rank.
+    """
+
+    freeze_layers: int = 0
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ()
+    lora_merge: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        for name in ("freeze_layers", "lora_rank"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        if self.lora_alpha is not None and (
+            isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float) or self.lora_alpha <= 0
+        ):
+            raise ValueError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}")
+        if not all(isinstance(name, str) and name for name in self.lora_targets):
+            raise ValueError(f"lora_targets must be names of linear maps, got {self.lora_targets!r}")
+        if not isinstance(self.lora_merge, bool):
+            raise ValueError(f"lora_merge must be true or false, got {self.lora_merge!r}")
+        if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets or self.lora_merge):
+            raise ValueError("lora_alpha, lora_targets and lora_merge mean nothing without lora_rank")
+
+
+def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed: int = 0) -> PreTrainedModel:
+    """A copy to train: same function as ``start``, gradients where the adaptation says, the other parameters shared.
+
+    Args:
+        start: a causal language model; it stays as it is.
+        adaptation: what is trained.
+        seed: of the adapters' A; their B is zero.
+
+    Raises:
+        ValueError: the model has fewer layers, no list of them can be found, or no linear map has such a name.
+        ImportError: LoRA without peft.
+    """
+    if adaptation.freeze_layers == adaptation.lora_rank == 0:
+        return copy.deepcopy(start).requires_grad_(True)
+    name, layers = decoder_layers(start)
+    if adaptation.freeze_layers > len(layers):
+        raise ValueError(
+            f"freeze_layers={adaptation.freeze_layers}, and {type(start).__name__} has {len(layers)} layers"
+        )
+    if adaptation.lora_rank:
+        targets = _targets(start, adaptation, name, len(layers))
+        model = _sharing(start, list(start.parameters()))
+        _add_lora(model, adaptation, targets, seed)
+    else:
+        frozen = parameters_below(start, layers[adaptation.freeze_layers - 1])
+        model = _sharing(start, frozen)
+        shared = {id(p) for p in frozen}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) not in shared)
+    return model.eval()
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of a model's layers and its name: the one ``ModuleList`` with as many members as its config has layers.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder()
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and _inside(module, decoder)
+    ]
+    outer = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
+    if len(outer) != 1:
+        raise ValueError(
+            f"cannot tell which modules are the {count} layers of {type(model).__name__}: {len(outer)} lists have as "
+            f"many members; train it whole, without freeze_layers and lora_rank"
+        )
+    return outer[0]
+
+
+def _inside(module: nn.Module, parent: nn.Module) -> bool:
+    return any(module is member for member in parent.modules())
+
+
+def parameters_below(model: PreTrainedModel, layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a layer's output depends on, its own included, whatever the architecture.
+
+    Read off the autograd graph of one token, so what is frozen is exactly what decides the activations there.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    hook = layer.register_forward_hook(keep)
+    try:
+        model.requires_grad_(True)
+        with torch.enable_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
+    reached, open_ = set(), [found[0].grad_fn]
+    below: dict[int, None] = {}
+    while open_:
+        node: Any = open_.pop()
+        if node is None or node in reached:
+            continue
+        reached.add(node)
+        if hasattr(node, "variable"):  # a leaf
+            below[id(node.variable)] = None
+        open_ += [inner for inner, _ in node.next_functions]
+    # A layer's own that one token does not reach, such as an expert it is not sent to, is of the layer all the same.
+    return [p for p, _ in before if id(p) in below or any(p is own for own in layer.parameters())]
+
+
+def _sharing(model: PreTrainedModel, shared: list[nn.Parameter]) -> Any:
+    """A deep copy that has these parameters in common with the original."""
+    return copy.deepcopy(model, {id(p): p for p in shared})
+
+
+def _targets(model: PreTrainedModel, adaptation: Adaptation, layers: str, count: int) -> list[str]:
+    """Full names of the linear maps that get adapters."""
+    inside = tuple(f"{layers}.{i}." for i in range(adaptation.freeze_layers, count))
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n.startswith(inside)]
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    for wanted in adaptation.lora_targets:
+        if wanted not in known:
+            raise ValueError(
+                f"lora_targets: no linear map in the layers of {type(model).__name__} that are trained is called "
+                f"{wanted!r}; there are {', '.join(known) or 'none'}"
+            )
+    wanted = set(adaptation.lora_targets or known)
+    chosen = [name for name in linear if name.rpartition(".")[2] in wanted]
+    if not chosen:
+        raise ValueError(f"no linear map is left for LoRA: {adaptation.freeze_layers} of {count} layers are frozen")
+    return chosen
+
+
+def _add_lora(model: Any, adaptation: Adaptation, targets: list[str], seed: int) -> None:
+    if find_spec("peft") is None:
+        raise ImportError("LoRA needs peft: pip install 'lm-envs[lora]'")
+    from peft import LoraConfig
+
+    kinds = {type(model.get_submodule(name)) for name in targets}
+    config = LoraConfig(
+        r=adaptation.lora_rank,
+        lora_alpha=2 * adaptation.lora_rank if adaptation.lora_alpha is None else adaptation.lora_alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        lora_dropout=0.0,  # the ratio of the first update would not be 1
+        fan_in_fan_out=kinds == {Conv1D},
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(config)
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain copy with the adapters added to its weights, which shares nothing; of a model without, just a copy."""
+    plain: Any = copy.deepcopy(model)
+    if not has_adapters(model):
+        return plain
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(plain.get_submodule(parent), last, module.get_base_layer())
+    plain._hf_peft_config_loaded = False
+    del plain.peft_config
+    return plain
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether adapters were put into a model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False) -> None:
+    """A folder that transformers' ``from_pretrained`` reads: model and tokenizer, or adapters in peft's format.
+
+    Adapters are saved alone where the model they were put into can be found again, in a folder or on the hub.
+
+    Args:
+        merge: save a plain model, adapters or not.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if has_adapters(model) and model.name_or_path and not merge:
+            config = model.peft_config["default"]
+            place = Path(model.name_or_path)
+            config.base_model_name_or_path = str(place.resolve()) if place.is_dir() else model.name_or_path
+            model.save_pretrained(folder)
+        else:
+            (merged(model) if has_adapters(model) else model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # what a disk that fills up raises here
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code.group(1)) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def learned_state(module: nn.Module) -> dict[str, Tensor]:
+    """``module.state_dict()`` without its frozen parameters: what a checkpoint has to hold. Tensors are not copied."""
+    return {
+        name: tensor.detach()
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    }
+
+
+def load_learned_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Takes back a :func:`learned_state`; frozen parameters, which others may share, are not written.
+
+    Raises:
+        ValueError: it is of another module.
+    """
+    mine = learned_state(module)
+    wrong = sorted(set(mine) ^ set(state)) + [n for n in mine if n in state and mine[n].shape != state[n].shape]
+    if wrong:
+        raise ValueError(f"the checkpoint is of another policy; it differs in {', '.join(wrong[:5])}")
+    module.load_state_dict(state, strict=False)
+
+
+def frozen_hash(module: nn.Module) -> str | None:
+    """A hash of the frozen parameters, by which a checkpoint knows what it belongs to; None if there are none."""
+    frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+    if not frozen:
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in frozen:
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

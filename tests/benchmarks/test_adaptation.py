@@ -1,0 +1,188 @@
+"""Runs that train part of a language model: from the suite to the folder that plain transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_envs.benchmarks.cli import Adapt, Compare
+from lm_envs.benchmarks.errors import Interrupted, UserError
+from lm_envs.benchmarks.problems import TextProblem
+from lm_envs.benchmarks.runs import execute, settings_of
+from lm_envs.benchmarks.storage import Checkpoints, Records
+from lm_envs.benchmarks.suites import Plan, RunSpec, parse_suite
+from tests.benchmarks.fake_task import NAME
+from tests.lm_envs import byo
+
+LORA, FROZEN = {"lora_rank": 4}, {"freeze_layers": 1}
+# Width 16: c_attn 16 x 48, c_proj 16 x 16, c_fc 16 x 64, c_proj 64 x 16 a layer; two layers; the value head is 17.
+ADAPTERS = 2 * 4 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
+LAYER = (16 * 48 + 48) + (16 * 16 + 16) + (16 * 64 + 64) + (64 * 16 + 16) + 2 * 32
+WHOLE = 2 * LAYER + (10 + 64) * 16 + 32
+SIZES = {"lora": (LORA, ADAPTERS + 17), "frozen": (FROZEN, LAYER + 32 + 17), "whole": ({}, WHOLE + 17)}
+SETTINGS = {"episodes": 64, "learning_rate": 1e-2}
+
+
+def spec(adaptation: dict, **changes) -> RunSpec:
+    plan = Plan(iterations=12, test_prompts=20, validation_prompts=20, validate_every=4, checkpoint_every=4)
+    made = {"task": NAME, "algorithm": "ppo", "seed": 0, "plan": plan, "overrides": SETTINGS, "adaptation": adaptation}
+    return RunSpec(**{**made, **changes})
+
+
+def tensors(out: Path, run: RunSpec) -> dict[str, torch.Tensor]:
+    return Checkpoints(out / run.label / "checkpoints").newest().tensors
+
+
+@pytest.mark.parametrize(("adaptation", "trained"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+def test_a_short_run_raises_the_score_and_says_what_it_trains(tmp_path, algorithm, adaptation, trained):
+    run = spec(adaptation, algorithm=algorithm)
+    execute(run, tmp_path)
+    points = [r for r in Records(tmp_path / run.label / "metrics.jsonl").read() if "validation_proxy" in r]
+    assert points[-1]["validation_proxy"] > points[0]["validation_proxy"] + 0.5
+    config = settings_of(tmp_path / run.label)
+    assert config["trainable_parameters"] == trained and config["parameters"] == WHOLE
+    held = sum(t.numel() for n, t in tensors(tmp_path, run).items() if n.startswith("policy."))
+    assert held == trained + (160 if not adaptation else 0)  # the tied output layer is in a state_dict twice
+
+
+@pytest.mark.parametrize("adaptation", [LORA, FROZEN], ids=["lora", "frozen"])
+def test_interrupted_and_continued_is_the_same_run(tmp_path, adaptation):
+    run = spec(adaptation)
+    execute(run, tmp_path / "whole")
+    asked = []
+    with pytest.raises(Interrupted):
+        execute(run, tmp_path / "parts", should_stop=lambda: len(asked) == 6 or asked.append(0))
+    execute(run, tmp_path / "parts")
+    a, b = tensors(tmp_path / "whole", run), tensors(tmp_path / "parts", run)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    with pytest.raises(UserError, match="other settings"):
+        execute(spec({}), tmp_path / "whole")
+
+
+def test_what_is_not_adapted_is_not_in_the_settings():
+    """So that runs of earlier versions can be continued."""
+    assert "adaptation" not in spec({}).to_json()
+    assert RunSpec.from_json(spec(LORA).to_json()) == spec(LORA)
+    assert RunSpec.from_json(spec({}).to_json()) == spec({})
+
+
+SUITE = """
+tasks = ["reviews", "CartPole-v1"]
+algorithms = ["ppo"]
+[adaptation]
+lora_rank = 8
+lora_targets = ["c_attn"]
+"""
+
+
+def test_suites_and_command_lines_say_what_is_adapted():
+    runs = {run.task: run for run in parse_suite(SUITE, "mine.toml").runs()}
+    assert runs["reviews"].adaptation == {"lora_rank": 8, "lora_targets": ["c_attn"]}
+    assert runs["CartPole-v1"].adaptation == {}
+    asked = Compare(Path("out"), task=("reviews",), algorithms=("ppo",), adapt=Adapt(lora_rank=2, lora_targets=("a",)))
+    assert asked.to_suite().runs()[0].adaptation == {"lora_rank": 2, "lora_targets": ["a"]}
+    assert Compare(Path("out"), task=("reviews",), algorithms=("ppo",)).to_suite().adaptation == {}
+    for old, new, message in [
+        ("lora_rank = 8", "lora_rnk = 8", r"line 5: unknown key 'lora_rnk' in \[adaptation\].*'lora_rank'"),
+        ("lora_rank = 8", "lora_rank = -1", "line 4: adaptation: lora_rank must be a whole number"),
+        ("lora_rank = 8", "freeze_layers = 1", "mean nothing without lora_rank"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse_suite(SUITE.replace(old, new), "mine.toml")
+    with pytest.raises(UserError, match="mean nothing without lora_rank"):
+        Compare(Path("out"), task=("reviews",), algorithms=("ppo",), adapt=Adapt(lora_alpha=2.0)).to_suite()
+
+
+def test_lora_without_peft_is_told_before_anything_trains(monkeypatch):
+    from lm_envs.benchmarks import suites
+
+    monkeypatch.setattr(suites, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'lm-envs\[lora\]'"):
+        parse_suite(SUITE, "mine.toml")
+
+
+@pytest.mark.parametrize(("task", "message"), [("enumerable", "is a table"), ("CartPole-v1", "for language models")])
+def test_what_has_no_layers_is_refused(task, message):
+    from lm_envs.benchmarks.problems import open_problem
+
+    with pytest.raises(UserError, match=message):
+        open_problem(spec(FROZEN, task=task, overrides={}))
+
+
+def greedy(model, prompt: list[int], count: int, eos: int) -> list[int]:
+    """Without transformers' generation: one whole forward per token."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids
+
+
+def trained_model(out: Path, run: RunSpec):
+    """The policy's model as the run's last checkpoint has it, and the task."""
+    problem = TextProblem(run)
+    checkpoint = Checkpoints(out / run.label / "checkpoints").newest()
+    weights = {n: t for n, t in checkpoint.tensors.items() if not n.startswith("rng.")}
+    problem.agent.restore(weights, checkpoint.state["agent"])
+    return problem.policy.model, problem.task
+
+
+def check_loads(folder: Path, model, task, exact: bool) -> None:
+    """Plain transformers generates what the policy does."""
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    different = 0
+    for prompt in task.prompts["test"][:8]:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            a, b, start = (m(input_ids=ids).logits for m in (loaded, model, task.start))
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if exact else 1e-4)
+        wanted = greedy(model, prompt, task.max_new_tokens, task.eos_token_id)
+        found = loaded.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            eos_token_id=task.eos_token_id,
+            pad_token_id=task.eos_token_id,
+        )[0].tolist()
+        assert found == wanted
+        assert tokenizer.decode(found) == task.tokenizer.decode(wanted)
+        different += not torch.allclose(b, start, atol=1e-3)
+    assert different == 8  # it is the tuned model, not the start
+
+
+@pytest.mark.parametrize("adaptation", [{}, LORA, FROZEN], ids=["whole", "lora", "frozen"])
+def test_transformers_loads_the_tuned_model(tmp_path, adaptation):
+    run = spec(adaptation)
+    execute(run, tmp_path)
+    folder = tmp_path / run.label / "model"
+    assert not (folder / "adapter_config.json").exists()  # the start has no name: adapters alone would be useless
+    check_loads(folder, *trained_model(tmp_path, run), exact=adaptation is not LORA)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapters", "merged"])
+def test_transformers_loads_the_adapters_on_the_users_model(tmp_path, merge):
+    options = byo.make(tmp_path).options
+    adaptation = {**LORA, "freeze_layers": 1, "lora_merge": merge}
+    plan = Plan(iterations=2, test_prompts=2, validation_prompts=2)
+    overrides = {"episodes": 8, "learning_rate": 1e-2}
+    run = spec(adaptation, task="custom", options=options, plan=plan, overrides=overrides, env={"max_new_tokens": 6})
+    execute(run, tmp_path / "out")
+    folder = tmp_path / "out" / run.label / "model"
+    assert (folder / "adapter_model.safetensors").exists() is not merge
+    assert (folder / "model.safetensors").exists() is merge
+    check_loads(folder, *trained_model(tmp_path / "out", run), exact=not merge)
+
+
+def test_what_transformers_could_not_read_is_not_saved(tmp_path):
+    plan = Plan(iterations=1, test_prompts=4, validation_prompts=4)
+    for algorithm, overrides in (("quark", {"episodes": 16}), ("best-of-2", {})):
+        run = spec({}, algorithm=algorithm, plan=plan, overrides=overrides)
+        execute(run, tmp_path)
+        assert not (tmp_path / run.label / "model").exists()
