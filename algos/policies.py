@@ -110,7 +110,9 @@ def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
     so that dropout stays off.
     """
     layers = _layers(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers renames these two methods on the way to its version 6.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     for layer in layers:
         layer.training = True
     try:
@@ -118,7 +120,7 @@ def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 class LMPolicy(Policy):

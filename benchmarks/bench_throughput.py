@@ -26,7 +26,7 @@ from lm_envs.benchmarks.bench_kernels import RESULTS, _peak, machine
 from lm_envs.benchmarks.throughput_work import SHAPES, WAYS, Size, Work
 
 FOREIGN = 0.1  # share of the machine's time that others may take in a round
-RETRIES = 3
+RETRIES = 2
 # What a way cannot be faster than, made of the bare ones: the models it must run, and on how much.
 FLOORS = {
     "step": ("bare forwards",),

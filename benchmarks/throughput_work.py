@@ -218,7 +218,7 @@ class Work:
         policy = self._policy()
         if critic:
             value_from_reward_model(policy, self.task)
-        settings = dict(episodes=self.size.rows, epochs=epochs, minibatches=1, learning_rate=1e-5)
+        settings: dict[str, Any] = dict(episodes=self.size.rows, epochs=epochs, minibatches=1, learning_rate=1e-5)
         return self._iteration(PPO(policy, PPOConfig(**settings)), self._env())
 
     def grouped(self, agent: Any, config: Any, **settings: Any) -> Callable[[], object]:

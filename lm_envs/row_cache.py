@@ -200,7 +200,7 @@ class RowCache:
 
     def _forward(self, **inputs: Tensor | int | None) -> Tensor:
         given = {name: x for name, x in inputs.items() if x is not None}
-        given[self._argument] = self.cache  # type: ignore[assignment]
+        given[self._argument] = self.cache
         return self.model(**accepted(self.model, **given, use_cache=True)).logits[:, -1]
 
     def _find_padding(self) -> None:
