@@ -90,7 +90,7 @@ def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed:
         model = _sharing(start, list(start.parameters()))
         _add_lora(model, adaptation, targets, seed)
     else:
-        frozen = parameters_below(start, layers[adaptation.freeze_layers - 1])
+        frozen = parameters_below(start, layers[: adaptation.freeze_layers])
         model = _sharing(start, frozen)
         shared = {id(p) for p in frozen}
         for parameter in model.parameters():
@@ -124,8 +124,8 @@ def _inside(module: nn.Module, parent: nn.Module) -> bool:
     return any(module is member for member in parent.modules())
 
 
-def parameters_below(model: PreTrainedModel, layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a layer's output depends on, its own included, whatever the architecture.
+def parameters_below(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.Parameter]:
+    """The parameters of some layers, the lowest, and all others that the last one's output depends on.
 
     Read off the autograd graph of one token, so what is frozen is exactly what decides the activations there.
     """
@@ -135,7 +135,7 @@ def parameters_below(model: PreTrainedModel, layer: nn.Module) -> list[nn.Parame
         found.append(output[0] if isinstance(output, tuple) else output)
 
     before = [(p, p.requires_grad) for p in model.parameters()]
-    hook = layer.register_forward_hook(keep)
+    hook = layers[-1].register_forward_hook(keep)
     try:
         model.requires_grad_(True)
         with torch.enable_grad():
@@ -145,17 +145,18 @@ def parameters_below(model: PreTrainedModel, layer: nn.Module) -> list[nn.Parame
         for parameter, needed in before:
             parameter.requires_grad_(needed)
     reached, open_ = set(), [found[0].grad_fn]
-    below: dict[int, None] = {}
+    below: set[int] = set()
     while open_:
         node: Any = open_.pop()
         if node is None or node in reached:
             continue
         reached.add(node)
         if hasattr(node, "variable"):  # a leaf
-            below[id(node.variable)] = None
+            below.add(id(node.variable))
         open_ += [inner for inner, _ in node.next_functions]
-    # A layer's own that one token does not reach, such as an expert it is not sent to, is of the layer all the same.
-    return [p for p, _ in before if id(p) in below or any(p is own for own in layer.parameters())]
+    # Of a layer's own, one token may leave some alone: the experts it is not sent to.
+    own = {id(p) for p in layers.parameters()}
+    return [p for p, _ in before if id(p) in below or id(p) in own]
 
 
 def _sharing(model: PreTrainedModel, shared: list[nn.Parameter]) -> Any:
@@ -197,7 +198,10 @@ def _add_lora(model: Any, adaptation: Adaptation, targets: list[str], seed: int)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(config)
+        try:
+            model.add_adapter(config)
+        except ValueError as error:  # such as maps that a model's kernels read past the adapters
+            raise ValueError(f"LoRA on {type(model).__name__}: {error} Choose others with lora_targets") from error
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:

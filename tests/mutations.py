@@ -39,6 +39,7 @@ ROLLOUT, TEXT_ENV = "tests/lm_envs/test_rollout.py", "tests/lm_envs/test_text_en
 LOSSES, ADVANTAGES = "tests/algos/test_losses.py", "tests/algos/test_advantages.py"
 AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py"
 GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
+ADAPTATION = "tests/algos/test_adaptation.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/test_reward_tokens.py", "tests/algos/test_preferences.py"
 
@@ -482,6 +483,42 @@ MUTATIONS = [
         "self._choices = np.concatenate([self._choices, choices])",
         "self._texts, self._choices = self._texts[-len(choices) :], choices",
         "tests/algos/test_iterated_rlhf.py",
+    ),
+    # Adapting a language model
+    Mutation(
+        "frozen weights are copied, not shared",
+        "algos/adaptation.py",
+        "return copy.deepcopy(model, {id(p): p for p in shared})",
+        "return copy.deepcopy(model)",
+        ADAPTATION,
+    ),
+    Mutation(
+        "freezing layers forgets the embeddings",
+        "algos/adaptation.py",
+        "below.add(id(node.variable))",
+        "pass",
+        ADAPTATION,
+    ),
+    Mutation(
+        "a shared weight is trained",
+        "algos/adaptation.py",
+        "parameter.requires_grad_(id(parameter) not in shared)",
+        "parameter.requires_grad_(True)",
+        ADAPTATION,
+    ),
+    Mutation(
+        "LoRA is scaled by the root of its rank",
+        "algos/adaptation.py",
+        "        r=adaptation.lora_rank,",
+        "        r=adaptation.lora_rank, use_rslora=True,",
+        ADAPTATION,
+    ),
+    Mutation(
+        "a checkpoint goes on upon any base",
+        "algos/agent.py",
+        'if counters.get("frozen_sha256") != frozen_hash(self.policy):',
+        "if False:",
+        ADAPTATION,
     ),
 ]
 
