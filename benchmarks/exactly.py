@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.algos.exact_gradients import sampled_cosine
+from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.exact import Exact
 from lm_envs.tasks.enumerable import TableLM
 from lm_envs.tasks.task import TextTask
@@ -47,6 +50,26 @@ def measure(exact: Exact, policy: Any) -> dict[str, Any]:
         "regret": exact.regret(log_p),
         "frontier_gap": exact.frontier_gap(log_p),
     }
+
+
+def prepared(agent: Agent[Any], exact: Exact) -> Agent[Any]:
+    """Gives an agent that asks for a reference the table, which is faster than the model that holds it."""
+    if hasattr(agent, "reference"):
+        agent.reference = TabularPolicy(exact)
+    return agent
+
+
+def half_way(exact: Exact) -> torch.Tensor:
+    """``(X, S, V)``, the optimum for twice the coefficient: where both the score and the KL pull. (At the start the KL
+    has no gradient, so where an algorithm puts it could not be seen.)"""
+    return Exact(exact.mdp, kl_coef=2 * exact.kl_coef).optimal_policy
+
+
+def gradient(agent: Agent[Any], exact: Exact, *, bandit: bool, seed: int) -> dict[str, float]:
+    """``gradient_cosine`` and its standard error, of a fresh agent that samples, its policy being
+    :func:`half_way`."""
+    cosine, error = sampled_cosine(agent, exact, bandit=bandit, seed=seed)
+    return {"gradient_cosine": cosine, "gradient_cosine_se": error}
 
 
 # What samples said and is known better now: errors of estimates that are none.
