@@ -31,7 +31,7 @@ _GROUP: dict[str, Any] = {"group_size": 16, "episodes": 256, "learning_rate": 0.
 _BETA = EnumerableConfig.kl_coef
 # As many responses as the others sample, and annotators who follow the reward by Bradley-Terry without further errors:
 # what DPO is derived for.
-_PAIRS: dict[str, Any] = {"max_grad_norm": 1e6, "pairs": EPISODES // 2, "flip": 0.0, "learning_rate": 0.03}
+_PAIRS: dict[str, Any] = {"max_grad_norm": 1e6, "pairs": EPISODES // 2, "flip": 0.0, "learning_rate": 0.1}
 
 TABULAR: dict[str, dict[str, Any]] = {
     "reinforce": {
@@ -51,7 +51,7 @@ TABULAR: dict[str, dict[str, Any]] = {
     "expert-iteration": {**_TABLE, "episodes": 4096, "group_size": 16, "epochs": 4, "learning_rate": 0.05},
     "quark": {**_TABLE, "episodes": 1024, "learn_episodes": 4096, "learning_rate": 0.05},
     "online-dpo": {**_TABLE, "episodes": 256, "beta": _BETA, "learning_rate": 0.05},
-    "dpo": {**_PAIRS, "episodes": 500, "beta": _BETA},
+    "dpo": {**_PAIRS, "episodes": 500, "beta": _BETA, "learning_rate": 0.3},
     "binary-feedme": {**_PAIRS, "episodes": 500},
     "reward-conditioning": {**_PAIRS, "episodes": 1000},
 }

@@ -112,7 +112,7 @@ def sampled_cosine(
         seed: of the batches.
 
     Returns:
-        the cosine and its standard error, by the jackknife over batches; NaN where the direction drowns in noise.
+        the cosine and its standard error, from how the batches differ; NaN where the direction drowns in noise.
     """
     config, policy = agent.config, agent.policy
     if getattr(policy, "token_logits", None) is not None:
@@ -170,7 +170,14 @@ def jackknifed_cosine(found: Tensor, exact: Tensor) -> tuple[float, float]:
     whole = cosine_of(along.sum(), total @ total - own.sum(), count)
     others = (total @ total - 2 * found @ total + own) - (own.sum() - own)
     each = cosine_of(along.sum() - along, others, count - 1)
-    return float(whole), float(((each - each.mean()) ** 2).sum().mul((count - 1) / count).sqrt())
+    jackknife = ((each - each.mean()) ** 2).sum() * (count - 1) / count
+    # Noise times noise, 2 tr(Sigma^2) / (K (K - 1)) in the mean of products: the jackknife counts it twice on average,
+    # and as hardly anything where the noise of the mean happens to be small.
+    rest = (found - total / count) @ (found - total / count).T
+    squares = ((rest**2).sum() - (rest.diagonal() ** 2).sum()) / (count * (count - 1))
+    products = (total @ total - own.sum()) / (count * (count - 1))
+    quadratic = (whole / (2 * products)) ** 2 * 2 * squares / (count * (count - 1))
+    return float(whole), float(torch.maximum(jackknife - quadratic, quadratic).sqrt())
 
 
 class _Taken(Exception):

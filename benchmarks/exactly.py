@@ -60,9 +60,10 @@ def prepared(agent: Agent[Any], exact: Exact) -> Agent[Any]:
 
 
 def half_way(exact: Exact) -> torch.Tensor:
-    """``(X, S, V)``, the optimum for twice the coefficient: where both the score and the KL pull. (At the start the KL
-    has no gradient, so where an algorithm puts it could not be seen.)"""
-    return Exact(exact.mdp, kl_coef=2 * exact.kl_coef).optimal_policy
+    """``(X, S, V)``, at each state half the reference and half the optimum. At the start the KL has no gradient, and on
+    the optima of other coefficients that of the score is parallel to it: where an algorithm puts the KL, or whether it
+    has any, could not be seen there."""
+    return torch.logaddexp(exact.log_ref, exact.optimal_policy) - math.log(2)
 
 
 def gradient(agent: Agent[Any], exact: Exact, *, bandit: bool, seed: int) -> dict[str, float]:

@@ -103,7 +103,7 @@ def test_only_a_table_gets_a_table():
 
 def test_a_settings_bias_shows_in_the_gradient_column():
     plan = Plan(iterations=1, test_prompts=2, validation_prompts=2)
-    for overrides, biased in (({}, False), ({"kl_loss": "full"}, True), ({"kl_coef": 1.2}, True)):
+    for overrides, biased in (({}, False), ({"kl_loss": "k1"}, True), ({"kl_coef": 1.2}, True)):
         run = RunSpec(task="enumerable", algorithm="rloo", seed=0, plan=plan, options=SMALL, overrides=overrides)
         found = TextProblem(run).evaluate()[0]
         assert (found["gradient_cosine"] < 1 - 4 * found["gradient_cosine_se"]) == biased
