@@ -14,6 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lm_envs.algos.policies import Face, LMPolicy
+from lm_envs.tasks.enumerable import EnumerableConfig
 from lm_envs.text_mdp import TextMDP
 
 EPISODES = 100_000
@@ -26,6 +27,11 @@ branch of the tree: on 1 of 5 seeds A2C and PPO then ended at a regret of 0.03 i
 _TABLE: dict[str, Any] = {"anneal": False, "max_grad_norm": 1e6}
 _CRITIC: dict[str, Any] = {"whiten_advantage": False, "lam": 1.0, "value_coef": 0.5}
 _PPO: dict[str, Any] = {**_CRITIC, "value_clip": None, "episodes": 1024}
+_GROUP: dict[str, Any] = {"group_size": 16, "episodes": 256, "learning_rate": 0.07}
+_BETA = EnumerableConfig.kl_coef
+# As many responses as the others sample, and annotators who follow the reward by Bradley-Terry without further errors:
+# what DPO is derived for.
+_PAIRS: dict[str, Any] = {"max_grad_norm": 1e6, "pairs": EPISODES // 2, "flip": 0.0, "learning_rate": 0.1}
 
 TABULAR: dict[str, dict[str, Any]] = {
     "reinforce": {
@@ -35,9 +41,19 @@ TABULAR: dict[str, dict[str, Any]] = {
         "episodes": 256,
         "learning_rate": 0.07,
     },
+    "rloo": {**_TABLE, **_GROUP},
+    "dr-grpo": {**_TABLE, **_GROUP, "minibatches": 1},
+    # k3 and its place are published; the coefficient is the task's, so that what is left is its bias.
+    "grpo": {**_TABLE, **_GROUP, "minibatches": 1, "kl_coef": None},
     "a2c": {**_TABLE, **_CRITIC, "episodes": 128, "learning_rate": 0.05},
     "ppo": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "clip": 0.3, "learning_rate": 0.02},
+    "ppo-klpen": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "learning_rate": 0.02},
     "expert-iteration": {**_TABLE, "episodes": 4096, "group_size": 16, "epochs": 4, "learning_rate": 0.05},
+    "quark": {**_TABLE, "episodes": 1024, "learn_episodes": 4096, "learning_rate": 0.05},
+    "online-dpo": {**_TABLE, "episodes": 256, "beta": _BETA, "learning_rate": 0.05},
+    "dpo": {**_PAIRS, "episodes": 500, "beta": _BETA, "learning_rate": 0.3},
+    "binary-feedme": {**_PAIRS, "episodes": 500},
+    "reward-conditioning": {**_PAIRS, "episodes": 1000},
 }
 """For a :class:`~lm_envs.algos.tabular.TabularPolicy` with :data:`VALUE_SCALE`, by algorithm."""
 

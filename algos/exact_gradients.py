@@ -1,9 +1,11 @@
-"""The expected gradient of an algorithm's loss, by going through every batch it could sample."""
+"""The expected gradient of an algorithm's loss: by going through every batch it could sample, or, where those are too
+many, estimated from some."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import Before, units
 from lm_envs.exact import Exact
+from lm_envs.trajectories import Trajectories
 
 MAX_BATCHES = 20_000
 _AT_ONCE = 256  # batches per backward pass
+_LEAST_BATCHES = 16  # of an estimate: its error comes from how they differ
 
 
 def expected_gradient(
@@ -86,3 +90,126 @@ def expected_gradient(
     }
     agent.policy.zero_grad(set_to_none=True)
     return found
+
+
+def sampled_cosine(
+    agent: Agent[Any], exact: Exact, *, episodes: int = 2**16, bandit: bool = False, seed: int = 0
+) -> tuple[float, float]:
+    """Cosine between the direction in which an algorithm's first Adam step goes on average and the exact policy
+    gradient, estimated from batches of the algorithm's own size.
+
+    Each batch goes through the agent's own ``update``, what that keeps of it, ``prepare`` and ``loss`` included, up to
+    its first step, which is not taken; one minibatch is the whole batch. With ``g_k`` the gradients of K batches and
+    ``G`` the exact one, ``mean_k g_k.G / (|G| sqrt(mean_{k != l} g_k.g_l))``: products of different batches, so that
+    noise does not make the estimate smaller, nor, as it may be, keep it below 1. Compared are the parameters that ``J``
+    depends on.
+
+    Args:
+        agent: fresh, its policy a table on the MDP face or the bandit's; it is left as it was.
+        exact: of the environment; its coefficient is the agent's where that has none, and that of ``G``.
+        episodes: about so many in all, at least 16 batches.
+        bandit: a response is one action.
+        seed: of the batches.
+
+    Returns:
+        the cosine and its standard error, from how the batches differ; NaN where the direction drowns in noise.
+    """
+    config, policy = agent.config, agent.policy
+    if getattr(policy, "token_logits", None) is not None:
+        policy.condition_on(len(policy.token_logits) // len(policy.logits) - 1)  # what it samples from later
+    target = exact.gradient(policy)
+    flat = torch.cat([g.flatten() for g in target.values()])
+    coef = exact.kl_coef if config.kl_coef is None else config.kl_coef
+    traj, weight = exact.trajectories(policy.log_probs().detach())
+    assert traj.reward is not None and traj.ref_logprob is not None and traj.logprob is not None
+    charged = coef if agent.kl_in_reward else 0.0
+    traj.reward = traj.reward + (charged - exact.kl_coef) * (traj.ref_logprob - traj.logprob)
+    size = config.episodes
+    assert size is not None and traj.group is not None
+    generator = torch.Generator().manual_seed(seed)
+    prompts = len(exact.prompts)
+    # The rows of a prompt stand together, and prompts are equally likely: so draws from one are inverted in its share.
+    upto = weight.cumsum(dim=0)
+    tensors, values = agent.extra_state()
+    optimizer, done = agent.optimizer, agent.iterations_done
+    agent.config = replace(config, minibatches=1, kl_coef=coef)
+    agent.optimizer = _Recorder()  # type: ignore[assignment]
+    found = []
+    try:
+        for _ in range(max(_LEAST_BATCHES, episodes // size)):
+            asked = torch.randint(prompts, (size // config.group_size,), generator=generator)
+            asked = asked.repeat_interleave(config.group_size)
+            drawn = (asked + torch.rand(len(asked), dtype=torch.float64, generator=generator)) / prompts
+            part = traj.select(torch.searchsorted(upto, drawn).clamp(max=len(traj) - 1))
+            part.group = torch.arange(len(asked)) // config.group_size
+            agent.restore_extra(tensors, values)
+            policy.zero_grad(set_to_none=True)
+            try:
+                agent.update(_as_bandit(part, exact.mdp.eos_token_id) if bandit else part)
+            except _Taken:
+                pass
+            named = dict(policy.named_parameters())
+            grads = [torch.zeros_like(g) if named[n].grad is None else -named[n].grad for n, g in target.items()]
+            found.append(torch.cat([g.flatten() for g in grads]) * (flat != 0))
+    finally:
+        agent.config, agent.optimizer, agent.iterations_done = config, optimizer, done
+        agent.restore_extra(tensors, values)
+        policy.zero_grad(set_to_none=True)
+    return jackknifed_cosine(torch.stack(found), flat)
+
+
+def jackknifed_cosine(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Cosine of ``E[g]``, of which the rows of ``found (K, D)`` are independent samples, with ``exact (D,)``, and its
+    standard error; see :func:`sampled_cosine`."""
+    count, total = len(found), found.sum(dim=0)
+    along, own = found @ (exact / exact.norm()), (found**2).sum(dim=1)
+
+    def cosine_of(along: Tensor, pairs: Tensor, count: int) -> Tensor:
+        return (along / count) / (pairs / (count * (count - 1))).sqrt()  # NaN where the pairs are negative
+
+    whole = cosine_of(along.sum(), total @ total - own.sum(), count)
+    others = (total @ total - 2 * found @ total + own) - (own.sum() - own)
+    each = cosine_of(along.sum() - along, others, count - 1)
+    jackknife = ((each - each.mean()) ** 2).sum() * (count - 1) / count
+    # Noise times noise, 2 tr(Sigma^2) / (K (K - 1)) in the mean of products: the jackknife counts it twice on average,
+    # and as hardly anything where the noise of the mean happens to be small.
+    rest = (found - total / count) @ (found - total / count).T
+    squares = ((rest**2).sum() - (rest.diagonal() ** 2).sum()) / (count * (count - 1))
+    products = (total @ total - own.sum()) / (count * (count - 1))
+    quadratic = (whole / (2 * products)) ** 2 * 2 * squares / (count * (count - 1))
+    return float(whole), float(torch.maximum(jackknife - quadratic, quadratic).sqrt())
+
+
+class _Taken(Exception):
+    """An Adam step was due."""
+
+
+class _Recorder:
+    """Stands where the optimizer does and leaves the gradients as they are."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = [{}]
+        self.state: dict[Any, Any] = {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: they were cleared before the batch."""
+
+    def step(self) -> None:
+        """Ends the update."""
+        raise _Taken
+
+
+def _as_bandit(traj: Trajectories, eos_token_id: int) -> Trajectories:
+    """Episodes of the MDP face as those of the bandit's: one action, the whole response."""
+    assert traj.response is not None and traj.reward is not None
+    assert traj.logprob is not None and traj.ref_logprob is not None
+    response = traj.response
+    return replace(
+        traj,
+        obs=traj.prompt,
+        actions=torch.where(response < 0, eos_token_id, response).unsqueeze(1),
+        mask=torch.ones(len(response), 1, dtype=torch.bool),
+        reward=traj.reward.sum(dim=1, keepdim=True),
+        logprob=traj.logprob.sum(dim=1, keepdim=True),
+        ref_logprob=traj.ref_logprob.sum(dim=1, keepdim=True),
+    )

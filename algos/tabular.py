@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm_envs.algos.policies import Evaluation, Face, Policy
+from lm_envs.algos.reward_tokens import without_tokens
 from lm_envs.decoding import sample
 from lm_envs.exact import Exact
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
@@ -35,6 +36,7 @@ class TabularPolicy(Policy):
     sequence_obs = True
     prompts: Tensor
     forbidden: Tensor
+    condition: Tensor | None
 
     def __init__(self, exact: Exact, table: Tensor | None = None, face: Face = "mdp", value_scale: float = 1.0) -> None:
         super().__init__()
@@ -51,18 +53,51 @@ class TabularPolicy(Policy):
         self.register_buffer("forbidden", forbidden.flatten(0, 1))
         self.logits = nn.Parameter(start.double().flatten(0, 1).clone())
         self.value = nn.Parameter(torch.zeros(len(self.logits), dtype=torch.float64))
+        self.token_logits: nn.Parameter | None = None
+        self.register_buffer("condition", None)
+
+    def add_reward_tokens(self, count: int) -> None:
+        """Let prompts begin with one of ``count`` reward tokens, ids V and up, each with a table of its own that starts
+        as the policy is (see :mod:`lm_envs.algos.reward_tokens`). The values are those of the prompt without it.
+        """
+        self.token_logits = nn.Parameter(self.logits.detach().repeat(count, 1))
+        self.condition = torch.tensor(-1)
+
+    def condition_on(self, token: int) -> None:
+        """From here on prompts that have no reward token are answered as if they began with this one."""
+        assert self.condition is not None
+        self.condition.fill_(token)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, ids below which are tokens and not reward tokens."""
+        return self.tree.vocab_size
 
     def _masked(self) -> Tensor:
-        """``(X * S, V)`` logits, -inf where a token is masked."""
-        return self.logits.masked_fill(self.forbidden, -math.inf)
+        """``(X * S, V)`` logits, -inf where a token is masked; those of reward tokens follow behind them."""
+        plain = self.logits.masked_fill(self.forbidden, -math.inf)
+        if self.token_logits is None:
+            return plain
+        added = self.token_logits.unflatten(0, (-1, len(plain))).masked_fill(self.forbidden, -math.inf)
+        return torch.cat([plain, added.flatten(0, 1)])
 
     def log_probs(self) -> Tensor:
         """``(X, S, V)``, the table that :class:`~lm_envs.exact.Exact` reads; differentiable."""
-        return self._masked().log_softmax(dim=1).unflatten(0, (len(self.prompts), -1))
+        block = 0 if self.condition is None else int(self.condition) + 1
+        table = self._masked().unflatten(0, (-1, len(self.logits)))[block]
+        return table.log_softmax(dim=1).unflatten(0, (len(self.prompts), -1))
 
     def _first_row(self, prompt: Tensor) -> Tensor:
         """``(N,)`` where each prompt's rows of the table begin."""
-        same = (prompt.unsqueeze(1) == self.prompts).all(dim=2)
+        if self.condition is None:
+            return self._row_of(prompt)
+        token = (prompt - self.vocabulary).amax(dim=1)
+        block = torch.where(token < 0, self.condition, token) + 1
+        return block * len(self.logits) + self._row_of(without_tokens(prompt, self.vocabulary))
+
+    def _row_of(self, prompt: Tensor) -> Tensor:
+        more = prompt.shape[1] - self.prompts.shape[1]  # places to the left, where a reward token was
+        same = (prompt.unsqueeze(1) == nn.functional.pad(self.prompts, (more, 0), value=-1)).all(dim=2)
         if not bool(same.any(dim=1).all()):
             row = int((~same.any(dim=1)).nonzero()[0])
             raise ValueError(f"row {row} has the prompt {prompt[row].tolist()}, which the table does not have")
@@ -110,7 +145,7 @@ class TabularPolicy(Policy):
         place = first.unsqueeze(1) + self.tree.states(response)[:, :-1].masked_fill(~mask, 0)
         logits = nn.functional.embedding(place, self._masked())
         found = logprob_kl(logits, None, response.clamp(min=0), mask=mask)
-        value = self.value_scale * nn.functional.embedding(place, self.value.unsqueeze(1)).squeeze(2)
+        value = self.value_scale * nn.functional.embedding(place % len(self.value), self.value.unsqueeze(1)).squeeze(2)
         value = torch.where(mask, value, 0.0)
         if traj.is_bandit:
             return Evaluation(

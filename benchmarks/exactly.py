@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.algos.exact_gradients import sampled_cosine
+from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.exact import Exact
 from lm_envs.tasks.enumerable import TableLM
 from lm_envs.tasks.task import TextTask
@@ -47,6 +50,27 @@ def measure(exact: Exact, policy: Any) -> dict[str, Any]:
         "regret": exact.regret(log_p),
         "frontier_gap": exact.frontier_gap(log_p),
     }
+
+
+def prepared(agent: Agent[Any], exact: Exact) -> Agent[Any]:
+    """Gives an agent that asks for a reference the table, which is faster than the model that holds it."""
+    if hasattr(agent, "reference"):
+        agent.reference = TabularPolicy(exact)
+    return agent
+
+
+def half_way(exact: Exact) -> torch.Tensor:
+    """``(X, S, V)``, at each state half the reference and half the optimum. At the start the KL has no gradient, and on
+    the optima of other coefficients that of the score is parallel to it: where an algorithm puts the KL, or whether it
+    has any, could not be seen there."""
+    return torch.logaddexp(exact.log_ref, exact.optimal_policy) - math.log(2)
+
+
+def gradient(agent: Agent[Any], exact: Exact, *, bandit: bool, seed: int) -> dict[str, float]:
+    """``gradient_cosine`` and its standard error, of a fresh agent that samples, its policy being
+    :func:`half_way`."""
+    cosine, error = sampled_cosine(agent, exact, bandit=bandit, seed=seed)
+    return {"gradient_cosine": cosine, "gradient_cosine_se": error}
 
 
 # What samples said and is known better now: errors of estimates that are none.

@@ -100,10 +100,22 @@ class TextProblem:
                 table = self.exact.table(self.task.start)
                 self.policy = TabularPolicy(self.exact, table, face, VALUE_SCALE)  # type: ignore[arg-type]
                 overrides = {**TABULAR.get(spec.algorithm, {}), **overrides}
-            agent = make_agent(spec.algorithm, self.policy, self.task, **{"seed": spec.seed, **overrides})
-            self.agent = _fit(agent, spec)
+            self.agent = self._agent(self.policy, overrides)
             make = TextBanditVectorEnv if face == "bandit" else TextVectorEnv
             self.env = make(self.task, split="train", group_size=self.agent.config.group_size, **self._options)
+
+    def _agent(self, policy: Any, overrides: dict[str, Any]) -> Agent[Any]:
+        agent = make_agent(self.spec.algorithm, policy, self.task, **{"seed": self.spec.seed, **overrides})
+        return _fit(agent if self.exact is None else exactly.prepared(agent, self.exact), self.spec)
+
+    def _gradient(self) -> dict[str, float]:
+        """How the algorithm's direction compares with the exact gradient; nothing where it does not sample."""
+        if self.agent is None or self.agent.needs_data or self.exact is None or self.exact.kl_coef == 0:
+            return {}
+        face = self.policy.face
+        policy = TabularPolicy(self.exact, exactly.half_way(self.exact), face, VALUE_SCALE)
+        fresh = self._agent(policy, asdict(self.agent.config))
+        return exactly.gradient(fresh, self.exact, bandit=face == "bandit", seed=self.spec.seed)
 
     def _measure(self, split: str) -> TextVectorEnv:
         if split not in self._measures:
@@ -145,7 +157,7 @@ class TextProblem:
         found = evaluation.sample_policy(env, self.policy, count, self.spec.seed)
         measured = evaluation.summarise(found, reference, self.policy, self.task.stats)
         if self.exact is not None:
-            measured |= exactly.result(self.exact, self.policy)
+            measured |= exactly.result(self.exact, self.policy) | self._gradient()
         return measured, found.records()
 
     def save_model(self, folder: Path) -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from lm_envs.algos.enumerable_settings import TABULAR, enumerable_settings
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
+from lm_envs.algos.reward_tokens import prepend
 from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.exact import Exact
 from lm_envs.rollout import collect, rollout
@@ -99,6 +101,46 @@ def test_agents_learn_with_it(name, face):
         agent.iteration(env)
     after = float(solver.objective(policy).detach())
     assert after - before > 0.4 * (float(solver.optimal_value) - before)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_reward_tokens_have_tables_of_their_own(face):
+    solver, table = solver_and_table(**OPTIONS)
+    env, policy = FACES[face](solver.mdp.task, 5, **OPTIONS), TabularPolicy(solver, table, face=face)
+    policy.add_reward_tokens(2)
+    with torch.no_grad():  # what is masked stays so
+        policy.token_logits += torch.randn(policy.token_logits.shape, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(policy.log_probs(), table, rtol=0, atol=1e-14)  # as it was until it is asked
+    policy.condition_on(1)
+    own = policy.log_probs().detach()
+    assert (own - table).nan_to_num().abs().max() > 0.1
+    torch.testing.assert_close(solver.table(policy), own, rtol=0, atol=1e-14)
+    bulk, stepped = (way(env, policy, episodes=60, seed=5) for way in (rollout, collect))
+    assert bulk.response.tolist() == stepped.response.tolist()
+    now = policy.evaluate(bulk)
+    torch.testing.assert_close(now.logprob, bulk.logprob, rtol=0, atol=1e-12)
+    given = bulk.select(slice(None))
+    for token, same in ((1, True), (0, False)):
+        given.prompt = prepend(bulk.prompt, policy.vocabulary + token)
+        assert torch.allclose(policy.evaluate(given).logprob, now.logprob) == same
+    policy.evaluate(given).logprob.sum().backward()
+    grad = policy.token_logits.grad.unflatten(0, (2, -1))
+    assert grad[0].abs().sum() > 0 and grad[1].abs().sum() == 0 and policy.logits.grad.abs().sum() == 0
+    assert int(policy.state_dict()["condition"]) == 1 and "condition" not in TabularPolicy(solver).state_dict()
+
+
+@pytest.mark.parametrize("name", sorted(TABULAR))
+def test_every_algorithm_with_settings_learns_on_a_table(name):
+    """Reward up from the start's on a small environment; those that learn from pairs, too."""
+    task = load(tokens=2, horizon=2, prompts=2)
+    overrides = {"pairs": 2000} if "pairs" in TABULAR[name] else {}
+    solver = Exact(TextMDP(task))
+    policy = TabularPolicy(solver)
+    agent = make_agent(name, policy, task, **(enumerable_settings(name) | overrides))
+    env = TextVectorEnv(task, 1, group_size=agent.config.group_size)
+    for _ in range(20):
+        agent.iteration(env)
+    assert float(solver.reward(policy)) > float(solver.reference_value) + 0.2
 
 
 def test_what_it_cannot_do_is_refused():

@@ -57,7 +57,11 @@ def test_results_hold_the_regret_and_exact_expectations(compared):
         ("regret", solver.regret(best)),
     ):
         assert float(rows["best-of-4"][name]) == pytest.approx(float(expected), rel=1e-4)
+    for name in ("sft", "best-of-4"):  # they do not train
+        assert rows[name]["gradient_cosine"] == rows[name]["gradient_cosine_se"] == ""
     for name in ("reinforce", "ppo"):
+        error = float(rows[name]["gradient_cosine_se"])
+        assert 0 < error < 0.1 and abs(float(rows[name]["gradient_cosine"]) - 1) < 4 * error
         assert float(rows[name]["regret"]) < 0.2 and float(rows[name]["frontier_gap"]) >= 0
 
 
@@ -95,6 +99,16 @@ def test_only_a_table_gets_a_table():
     assert isinstance(problem.policy, TabularPolicy) and problem.agent.config.learning_rate == 0.05
     changed = TextProblem(RunSpec(**{**run.__dict__, "overrides": {"learning_rate": 0.5}}))
     assert changed.agent.config.learning_rate == 0.5 and changed.agent.config.lam == 1.0
+
+
+def test_a_settings_bias_shows_in_the_gradient_column():
+    plan = Plan(iterations=1, test_prompts=2, validation_prompts=2)
+    for overrides, biased in (({}, False), ({"kl_loss": "k1"}, True), ({"kl_coef": 1.2}, True)):
+        run = RunSpec(task="enumerable", algorithm="rloo", seed=0, plan=plan, options=SMALL, overrides=overrides)
+        found = TextProblem(run).evaluate()[0]
+        assert (found["gradient_cosine"] < 1 - 4 * found["gradient_cosine_se"]) == biased
+    run = RunSpec(task="enumerable", algorithm="dpo", seed=0, plan=plan, options=SMALL, overrides={"pairs": 10})
+    assert "gradient_cosine" not in TextProblem(run).evaluate()[0]  # it does not sample
 
 
 def test_the_built_in_suite_reads():
