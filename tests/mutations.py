@@ -289,7 +289,8 @@ MUTATIONS = [
     Mutation(
         "the update forgets the action mask",
         "algos/policies.py",
-        "logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)\n        found",
+        "logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)\n"
+        "        found",
         "found",
         ROLLOUT,
     ),

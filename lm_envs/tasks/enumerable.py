@@ -300,10 +300,10 @@ class TableLM(PreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         rows, known = self.states(input_ids, attention_mask)
         rows, known = rows[:, -logits_to_keep:], known[:, -logits_to_keep:]
-        logits = self.lm_head.weight.T[rows].masked_fill(~known.unsqueeze(-1), 0.0)
-        hidden = None
-        if output_hidden_states:
-            one_hot = torch.zeros(*rows.shape, self.lm_head.in_features, dtype=logits.dtype, device=logits.device)
-            one_hot.scatter_(2, rows.unsqueeze(-1), known.unsqueeze(-1).to(logits.dtype))
-            hidden = (one_hot,)
-        return CausalLMOutput(logits=logits, hidden_states=hidden)
+        # Looking a row up is the product with a one-hot state, which is made only for those who want to see it.
+        if not output_hidden_states and not self.lm_head._forward_pre_hooks:
+            return CausalLMOutput(logits=self.lm_head.weight.T[rows].masked_fill(~known.unsqueeze(-1), 0.0))
+        weight = self.lm_head.weight
+        one_hot = torch.zeros(*rows.shape, self.lm_head.in_features, dtype=weight.dtype, device=weight.device)
+        one_hot.scatter_(2, rows.unsqueeze(-1), known.unsqueeze(-1).to(weight.dtype))
+        return CausalLMOutput(logits=self.lm_head(one_hot), hidden_states=(one_hot,) if output_hidden_states else None)

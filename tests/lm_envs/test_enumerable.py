@@ -10,10 +10,10 @@ import torch
 import lm_envs
 from lm_envs import tasks
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.decoding import has_plain_cache
 from lm_envs.observations import model_inputs
 from lm_envs.prefix_tree import PrefixTree
 from lm_envs.rollout import collect, rollout
+from lm_envs.row_cache import can_cache
 from lm_envs.scoring import response_logprob
 from lm_envs.tasks.enumerable import EnumerableConfig, TableLM, TableLMConfig, encode_prompt, load
 from lm_envs.text_mdp import TextMDP
@@ -132,7 +132,7 @@ def test_hidden_states_are_one_hot_so_that_a_linear_head_is_a_table():
     out = model(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]), output_hidden_states=True)
     assert out.hidden_states[-1][:, 1:].sum(dim=2).eq(1).all()
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits, rtol=0, atol=0)
-    assert not has_plain_cache(model)
+    assert not can_cache(model)
 
 
 def test_the_reference_saves_and_loads(tmp_path):
