@@ -175,8 +175,8 @@ def _targets(model: PreTrainedModel, adaptation: Adaptation, layers: str, count:
                 f"lora_targets: no linear map in the layers of {type(model).__name__} that are trained is called "
                 f"{wanted!r}; there are {', '.join(known) or 'none'}"
             )
-    wanted = set(adaptation.lora_targets or known)
-    chosen = [name for name in linear if name.rpartition(".")[2] in wanted]
+    chosen_names = set(adaptation.lora_targets or known)
+    chosen = [name for name in linear if name.rpartition(".")[2] in chosen_names]
     if not chosen:
         raise ValueError(f"no linear map is left for LoRA: {adaptation.freeze_layers} of {count} layers are frozen")
     return chosen
@@ -190,7 +190,7 @@ def _add_lora(model: Any, adaptation: Adaptation, targets: list[str], seed: int)
     kinds = {type(model.get_submodule(name)) for name in targets}
     config = LoraConfig(
         r=adaptation.lora_rank,
-        lora_alpha=2 * adaptation.lora_rank if adaptation.lora_alpha is None else adaptation.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=2 * adaptation.lora_rank if adaptation.lora_alpha is None else adaptation.lora_alpha,
         target_modules=targets,
         lora_dropout=0.0,  # the ratio of the first update would not be 1
         fan_in_fan_out=kinds == {Conv1D},
@@ -283,5 +283,5 @@ def frozen_hash(module: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, parameter in frozen:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
