@@ -157,7 +157,7 @@ def compare(
 def _heading(suite: Suite, runs: Sequence[RunSpec], open_runs: Sequence[RunSpec]) -> str:
     tasks = len({run.task for run in runs})
     done = f", {len(runs) - len(open_runs)} of them finished already" if len(open_runs) < len(runs) else ""
-    text = f"[bold]{suite.name}[/]: {len(runs)} runs on {tasks} task{'s' * (tasks > 1)}{done}"
+    text = f"[bold]{suite.name}[/]: {len(runs)} run{'s' * (len(runs) > 1)} on {tasks} task{'s' * (tasks > 1)}{done}"
     return text + (f"\n{suite.description}" if suite.description else "")
 
 
