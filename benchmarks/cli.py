@@ -9,12 +9,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 import lm_envs
+from lm_envs.benchmarks.bench import Bench
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
 from lm_envs.benchmarks.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.overrides import parse_settings
@@ -114,7 +115,7 @@ class Compare:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
     suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
-    """A suite file (TOML), or a built-in suite: demo, demo-real, all, smoke."""
+    """A suite file (TOML), or a built-in suite: demo, demo-real, all, enumerable, smoke."""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
@@ -313,95 +314,6 @@ class Report:
         if not self.out.is_dir():
             raise UserError(f"no such folder: {self.out}")
         show(self.out)
-
-
-@dataclass(frozen=True)
-class BenchThroughput:
-    """Measure tokens a second and peak memory of stepping, bulk sampling and training, against `generate` and bare
-    forwards on the same work.
-
-    One line per way and size; the ways take turns, so their ratios hold on a busy machine too.
-    """
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
-    shapes: tuple[Literal["small", "larger", "gpt2"], ...] = ("small", "larger")
-    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape. The first is scaled."""
-    ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Only these."""
-    rounds: int = 7
-    """How often each runs; medians are reported."""
-    threads: int = os.cpu_count() or 1
-    """Torch threads."""
-    scaling: bool = True
-    """Also over response length, rows and vocabulary."""
-    peaks: bool = True
-    """Also measure memory, each way in a process of its own."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
-    """The result; benchmarks/results/throughput-DEVICE.csv if not given."""
-
-    def run(self, console: Console) -> None:
-        """Measure."""
-        from lm_envs.benchmarks import bench_throughput
-
-        given = {name: value for name, value in vars(self).items() if name != "out"}
-        bench_throughput.run(bench_throughput.Settings(**given), self.out)
-
-
-@dataclass(frozen=True)
-class BenchKernels:
-    """Measure the vocabulary kernels against plain torch, torch.compile, other libraries and a roofline.
-
-    One line per variant, direction and size; docs/kernels.md says what they mean.
-    """
-
-    device: Literal["cpu", "cuda"] | None = None
-    """Where; on CUDA if it is there."""
-    rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Tokens; 8192 on CUDA, 2048 on a CPU."""
-    vocabularies: Annotated[tuple[int, ...], tyro.conf.arg(metavar="V ...")] = ()
-    """Sizes of the vocabulary."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
-    """Of the logits."""
-    width: Annotated[int | None, tyro.conf.arg(metavar="H")] = None
-    """Of the hidden states, for the linear form."""
-    forms: tuple[Literal["single", "dual", "linear"], ...] = ()
-    """One model or two, from logits; or both, from hidden states."""
-    variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Only these."""
-    rounds: int = 5
-    """On a CPU, processes per variant."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """On a CPU; all cores if not given."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
-    """The result; benchmarks/results/kernels-DEVICE.csv if not given."""
-    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
-    """Also draw it."""
-
-    def run(self, console: Console) -> None:
-        """Measure."""
-        from lm_envs.benchmarks import bench_kernels
-
-        arguments = bench_kernels.parser().parse_args([])
-        for name, value in vars(self).items():
-            if value is not None and value != ():
-                setattr(arguments, name, value)
-        bench_kernels.run(arguments)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Measure what this machine does: the kernels, or the whole path."""
-
-    what: Annotated[
-        Annotated[BenchKernels, tyro.conf.subcommand("kernels", prefix_name=False)]
-        | Annotated[BenchThroughput, tyro.conf.subcommand("throughput", prefix_name=False)],
-        tyro.conf.arg(name=""),
-    ]
-
-    def run(self, console: Console) -> None:
-        """Measure."""
-        self.what.run(console)
 
 
 def carry_out(suite: Suite, out: Path, **options: Any) -> None:

@@ -1,0 +1,100 @@
+"""``lm-envs bench``: the options of the two benchmarks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+
+@dataclass(frozen=True)
+class BenchThroughput:
+    """Measure tokens a second and peak memory of stepping, bulk sampling and training, against `generate` and bare
+    forwards on the same work.
+
+    One line per way and size; the ways take turns, and what others took of the machine stands beside them.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    shapes: tuple[Literal["small", "larger", "gpt2"], ...] = ("small", "larger")
+    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape. The first is scaled."""
+    ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Only these."""
+    rounds: int = 7
+    """How often each runs; medians are reported."""
+    threads: int = os.cpu_count() or 1
+    """Torch threads."""
+    scaling: bool = True
+    """Also over response length, rows and vocabulary."""
+    peaks: bool = True
+    """Also measure memory, each way in a process of its own."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
+    """The result; benchmarks/results/throughput-DEVICE.csv if not given."""
+
+    def run(self, console: Console) -> None:
+        """Measure."""
+        from lm_envs.benchmarks import bench_throughput
+
+        given = {name: value for name, value in vars(self).items() if name != "out"}
+        bench_throughput.run(bench_throughput.Settings(**given), self.out)
+
+
+@dataclass(frozen=True)
+class BenchKernels:
+    """Measure the vocabulary kernels against plain torch, torch.compile, other libraries and a roofline.
+
+    One line per variant, direction and size; docs/kernels.md says what they mean.
+    """
+
+    device: Literal["cpu", "cuda"] | None = None
+    """Where; on CUDA if it is there."""
+    rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Tokens; 8192 on CUDA, 2048 on a CPU."""
+    vocabularies: Annotated[tuple[int, ...], tyro.conf.arg(metavar="V ...")] = ()
+    """Sizes of the vocabulary."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """Of the logits."""
+    width: Annotated[int | None, tyro.conf.arg(metavar="H")] = None
+    """Of the hidden states, for the linear form."""
+    forms: tuple[Literal["single", "dual", "linear"], ...] = ()
+    """One model or two, from logits; or both, from hidden states."""
+    variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Only these."""
+    rounds: int = 5
+    """On a CPU, processes per variant."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """On a CPU; all cores if not given."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
+    """The result; benchmarks/results/kernels-DEVICE.csv if not given."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
+    """Also draw it."""
+
+    def run(self, console: Console) -> None:
+        """Measure."""
+        from lm_envs.benchmarks import bench_kernels
+
+        arguments = bench_kernels.parser().parse_args([])
+        for name, value in vars(self).items():
+            if value is not None and value != ():
+                setattr(arguments, name, value)
+        bench_kernels.run(arguments)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure what this machine does: the kernels, or the whole path."""
+
+    what: Annotated[
+        Annotated[BenchKernels, tyro.conf.subcommand("kernels", prefix_name=False)]
+        | Annotated[BenchThroughput, tyro.conf.subcommand("throughput", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self, console: Console) -> None:
+        """Measure."""
+        self.what.run(console)
