@@ -1,7 +1,7 @@
 """Vocabulary arithmetic of RLHF: sampled log-probability, entropy and exact KL from logits, forward and backward.
 
-Policies, the reference and the losses on them take their softmax over the vocabulary here. ``logprob_kl_reference`` is the
-definition; the fused implementations compute the same without ``(N, V)`` temporaries and write the gradient once.
+Policies, the reference and the losses on them take their softmax over the vocabulary here. ``logprob_kl_reference`` is
+the definition; the fused implementations compute the same without ``(N, V)`` temporaries and write the gradient once.
 docs/kernels.md derives both directions in the notation used here.
 """
 
