@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from lm_envs.algos.best_of_n import BestOfN, kl_bound
+from lm_envs.algos.policies import LMPolicy
 from lm_envs.rewards import call_reward
 from lm_envs.rollout import RespondingPolicy, rollout
 from lm_envs.tasks.task import TextTask
@@ -141,6 +143,31 @@ def sample_policy(env: TextVectorEnv, policy: RespondingPolicy, count: int | Non
 def sample_reference(env: TextVectorEnv, policy: RespondingPolicy, count: int | None) -> Sampled:
     """The SFT side of every win-rate: :func:`sample` with random numbers of its own, the same for all runs."""
     return sample(env, policy, count, _REFERENCE_SEED)
+
+
+def measure(
+    model: PreTrainedModel, task: TextTask, *, split: str = "test", prompts: int | None = None, seed: int = 0
+) -> dict[str, float]:
+    """A causal LM beside the task's start: win-rate, gold, proxy and KL, one sample each for the same prompts.
+
+    Args:
+        model: whatever trained it; it shares the task's vocabulary.
+        prompts: the first so many of the split; None takes all.
+        seed: of the model's samples; those of the start are the same whatever it is.
+
+    Returns:
+        ``win_rate``, ``gold``, ``proxy``, ``kl`` (nats per response, from the task's reference) and ``length``, for
+        all but the last with its standard error in ``..._se``; ``start_gold`` and ``start_gold_se``.
+    """
+    env = evaluation_env(task, split)
+    policies = [LMPolicy.for_mdp(env.mdp, each) for each in (model, task.start)]
+    found, start = sample_policy(env, policies[0], prompts, seed), sample_reference(env, policies[1], prompts)
+    summary = summarise(found, start, policies[0])
+    named = [name + end for name in ("win_rate", "gold", "proxy", "kl") for end in ("", "_se")]
+    return {name: summary[name] for name in (*named, "length")} | {
+        "start_gold": float(start.gold.mean()),
+        "start_gold_se": standard_error(start.gold),
+    }
 
 
 def wins(gold: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,18 +1,21 @@
-"""What the README shows runs as it stands, and its tree is the tree."""
+"""What the README shows runs as it stands, each block by itself, and its tree is the tree."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from tests import pages
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = pages.blocks(README)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_python_blocks_run(number, capsys):
-    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), {"__name__": "readme"})
+    """Each by itself."""
+    exec(compile(BLOCKS[number].code, f"README.md, block {number}", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip()
 
 
