@@ -183,8 +183,7 @@ class LMPolicy(Policy):
             raise ValueError(f"a {type(model).__name__} has no layers that gradient checkpointing could recompute")
         self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
         self.uniforms_per_response = max_new_tokens
-        width = model.get_output_embeddings().weight.shape[1]
-        width = getattr(model.config.get_text_config(), "hidden_size", width)
+        width = model.get_output_embeddings().weight.shape[1]  # not always the model's own (OPT projects first)
         self.value_head = nn.Linear(width, 1, dtype=model.dtype, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
