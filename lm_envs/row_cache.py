@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 
 from lm_envs.observations import accepted, model_inputs, names_argument
 
+RECOMPUTE = "_lm_envs_recompute"  # the attribute of a model that is to be used without a cache
 ROOM = 16  # columns, at least, that a buffer has left when it is made
 
 
@@ -222,8 +223,8 @@ def layer_types(model: PreTrainedModel) -> list[type] | None:
 
 
 def can_cache(model: PreTrainedModel) -> bool:
-    """Whether a :class:`RowCache` can be made of this model."""
-    return _argument(model) is not None and layer_types(model) is not None
+    """Whether a :class:`RowCache` can be made of this model, and it was not decided to do without."""
+    return not getattr(model, RECOMPUTE, False) and _argument(model) is not None and layer_types(model) is not None
 
 
 def _argument(model: PreTrainedModel) -> str | None:
