@@ -184,7 +184,8 @@ class LMPolicy(Policy):
         self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
         self.uniforms_per_response = max_new_tokens
         width = model.get_output_embeddings().weight.shape[1]  # not always the model's own (OPT projects first)
-        self.value_head = nn.Linear(width, 1, dtype=model.dtype, device=model.device)
+        precise = torch.promote_types(model.dtype, torch.float32)
+        self.value_head = nn.Linear(width, 1, dtype=precise, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.critic: nn.Module | None = None
@@ -225,7 +226,8 @@ class LMPolicy(Policy):
         if self.q_head is None:
             vocabulary = self.model.get_output_embeddings().weight.shape[0]
             width = self.value_head.in_features
-            self.q_head = nn.Linear(width, vocabulary, dtype=self.model.dtype, device=self.model.device)
+            precise = self.value_head.weight.dtype
+            self.q_head = nn.Linear(width, vocabulary, dtype=precise, device=self.model.device)
             nn.init.zeros_(self.q_head.weight)
             nn.init.zeros_(self.q_head.bias)
 

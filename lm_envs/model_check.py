@@ -44,14 +44,15 @@ def refuse_config(config: Any, what: str) -> None:
     if settings.get("is_decoder") is False:
         raise ValueError(
             f"{what}: {config.model_type} was saved as an encoder (is_decoder is false): it reads a text from both "
-            "ends and cannot write one token after the other; use a causal language model, or one saved with is_decoder=True"
+            "ends and cannot write one token after the other; use a causal language model (one that was trained as a "
+            "decoder is saved with is_decoder=True)"
         )
     senses = [name for name in getattr(config, "sub_configs", {}) if name.startswith(_OTHER_SENSES)]
     saved = getattr(config, "architectures", None) or []
     if senses and not any(name.endswith("ForCausalLM") for name in saved):
         raise ValueError(
             f"{what}: {config.model_type} has a {' and a '.join(senses)}: it reads more than text, and "
-            "environments are of text alone; save its language model as a causal language model of its own and give that"
+            "environments are of text alone; save its language model by itself and give that"
         )
 
 
@@ -90,8 +91,8 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
     if gap > _limit(model):
         raise ValueError(
             f"{what}: the log-probabilities of {kind} change with the padding of a batch (by {gap:.2g} standard "
-            "deviations), so ratios and KL would be wrong: its implementation in transformers does not hide padding from all of its "
-            "layers; use another family (docs/models.md lists those that are tested)"
+            "deviations), so ratios and KL would be wrong: not all of its layers in transformers hide padding; "
+            "use another family (docs/models.md lists those that are tested)"
         )
     if not can_cache(model):
         if not recompute:
