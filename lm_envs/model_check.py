@@ -96,10 +96,7 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
         )
     if not can_cache(model):
         if not recompute:
-            raise ValueError(
-                f"{what}: the cache of {kind} cannot be kept row by row, so each token would take a forward of its "
-                "whole text; allow that with recompute=True (--recompute on the command line), or use another family"
-            )
+            raise ValueError(f"{what}: {no_rows(model)}")
         setattr(model, RECOMPUTE, True)
     gap = _worst(_stepping(model, texts, expected), model)
     if gap > _limit(model):
@@ -110,6 +107,14 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
             f"{what}: {kind} gives other log-probabilities with its cache than without (by {gap:.2g} standard "
             "deviations); recompute=True (--recompute on the command line) does without the cache and is slower"
         )
+
+
+def no_rows(model: PreTrainedModel) -> str:
+    """What to say of a model for which :func:`~lm_envs.row_cache.can_cache` does not hold."""
+    return (
+        f"the cache of {model.config.model_type} cannot be kept row by row, so each token would take a forward of its "
+        "whole text; allow that with recompute=True (--recompute on the command line), or use another family"
+    )
 
 
 def _texts(model: PreTrainedModel, seed: int) -> list[tuple[Tensor, Tensor]]:
