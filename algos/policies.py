@@ -18,6 +18,7 @@ from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.fused import fuse_activations
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
+from lm_envs.observations import EosIds, eos_ids
 from lm_envs.scoring import response_logits
 from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
@@ -133,7 +134,7 @@ class LMPolicy(Policy):
 
     Args:
         model: any transformers causal LM.
-        eos_token_id: ends a response.
+        eos_token_id: ends a response; or several, any of which does.
         prompt_length: P, the places of the prompt in an observation.
         max_new_tokens: T, the horizon.
         temperature: divides the logits.
@@ -153,7 +154,7 @@ class LMPolicy(Policy):
     def __init__(
         self,
         model: PreTrainedModel,
-        eos_token_id: int,
+        eos_token_id: EosIds,
         prompt_length: int,
         max_new_tokens: int,
         *,
@@ -171,7 +172,8 @@ class LMPolicy(Policy):
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
         self.model = fuse_activations(model.eval())
-        self.eos_token_id = eos_token_id
+        self.eos_token_ids = eos_ids(eos_token_id)
+        self.eos_token_id = self.eos_token_ids[0]
         self.prompt_length = prompt_length
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -183,9 +185,9 @@ class LMPolicy(Policy):
             raise ValueError(f"a {type(model).__name__} has no layers that gradient checkpointing could recompute")
         self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
         self.uniforms_per_response = max_new_tokens
-        width = model.get_output_embeddings().weight.shape[1]
-        width = getattr(model.config.get_text_config(), "hidden_size", width)
-        self.value_head = nn.Linear(width, 1, dtype=model.dtype, device=model.device)
+        width = model.get_output_embeddings().weight.shape[1]  # not always the model's own (OPT projects first)
+        precise = torch.promote_types(model.dtype, torch.float32)
+        self.value_head = nn.Linear(width, 1, dtype=precise, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.critic: nn.Module | None = None
@@ -210,7 +212,7 @@ class LMPolicy(Policy):
             )
         return cls(
             model,
-            mdp.eos_token_id,
+            mdp.eos_token_ids,
             mdp.prompt_length,
             mdp.max_new_tokens,
             temperature=mdp.temperature,
@@ -226,7 +228,8 @@ class LMPolicy(Policy):
         if self.q_head is None:
             vocabulary = self.model.get_output_embeddings().weight.shape[0]
             width = self.value_head.in_features
-            self.q_head = nn.Linear(width, vocabulary, dtype=self.model.dtype, device=self.model.device)
+            precise = self.value_head.weight.dtype
+            self.q_head = nn.Linear(width, vocabulary, dtype=precise, device=self.model.device)
             nn.init.zeros_(self.q_head.weight)
             nn.init.zeros_(self.q_head.bias)
 
@@ -285,7 +288,7 @@ class LMPolicy(Policy):
         with self._precision():
             logits = self._decoder(rows)
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
-        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
+        logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
         tokens, logprob = sample(logits, numbers, self.temperature)
         return tokens.cpu().numpy(), logprob.double().cpu().numpy()
 
@@ -309,7 +312,7 @@ class LMPolicy(Policy):
                 self.model,
                 self._conditioned(prompts.to(self.model.device)),
                 uniforms.to(self.model.device),
-                self.eos_token_id,
+                self.eos_token_ids,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 min_new_tokens=self.min_new_tokens,
@@ -352,7 +355,7 @@ class LMPolicy(Policy):
         assert states is not None
         states = states.to(self.value_head.weight.dtype)
         position = torch.arange(response.shape[1], device=logits.device)
-        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
+        logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
         found = logprob_kl(logits, None, response.clamp(min=0), temperature=self.temperature, mask=mask)
         q = None if self.q_head is None else self.q_head(states).to(found.logprob.dtype)
         if q is not None:

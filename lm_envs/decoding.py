@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.observations import accepted, head_inputs, model_inputs
+from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, model_inputs
 from lm_envs.row_cache import RowCache, can_cache
 
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
@@ -54,7 +54,7 @@ def _search(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forbid_early_eos(
-    logits: Tensor, position: Tensor | int, eos_token_id: int, min_new_tokens: int, *, in_place: bool = False
+    logits: Tensor, position: Tensor | int, eos_token_id: EosIds, min_new_tokens: int, *, in_place: bool = False
 ) -> Tensor:
     """Logits with EOS at -inf where fewer than ``min_new_tokens`` tokens stand before it.
 
@@ -68,11 +68,12 @@ def forbid_early_eos(
         return logits
     if not in_place:
         logits = logits.clone()
-    column = logits.detach()[..., eos_token_id]
-    if isinstance(position, int):
-        column.fill_(float("-inf"))
-    else:
-        column.masked_fill_(position < min_new_tokens, float("-inf"))
+    for token in eos_ids(eos_token_id):
+        column = logits.detach()[..., token]
+        if isinstance(position, int):
+            column.fill_(float("-inf"))
+        else:
+            column.masked_fill_(position < min_new_tokens, float("-inf"))
     return logits
 
 
@@ -150,7 +151,7 @@ def generate(
     model: PreTrainedModel,
     prompts: Tensor,
     uniforms: Tensor,
-    eos_token_id: int,
+    eos_token_id: EosIds,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -162,6 +163,7 @@ def generate(
     Args:
         prompts: ``(N, P)`` int64, left-padded with -1.
         uniforms: ``(N, max_new_tokens)`` float64 in [0, 1), the number each token is sampled with.
+        eos_token_id: or several, any of which ends a response.
         observe: called before token t is sampled with t, the rows ``(n,)`` that still run, and the hidden states ``(n,
             d)`` that their logits are made from.
 
@@ -186,7 +188,7 @@ def generate(
             response[active, t], logprob[active, t] = tokens, token_logprob.to(logprob.dtype)
             if t + 1 == max_new_tokens:
                 break
-            going = tokens != eos_token_id
+            going = ~is_eos(tokens, eos_token_id)
             if not bool(going.all()):
                 kept = going.nonzero().squeeze(1)
                 if not len(kept):

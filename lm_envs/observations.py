@@ -10,12 +10,16 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 NO_TOKEN = -1
+
+EosIds = int | tuple[int, ...]  # of the tokens that end a response: chat models have several
+X = TypeVar("X", Tensor, NDArray[np.int64])
 
 
 def model_inputs(obs: Tensor) -> dict[str, Tensor]:
@@ -63,6 +67,20 @@ def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         watch.remove()
+
+
+def eos_ids(eos_token_id: EosIds) -> tuple[int, ...]:
+    """The ids as a tuple."""
+    return (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+
+
+def is_eos(tokens: X, eos_token_id: EosIds) -> X:
+    """Which tokens end a response: bool, of the tokens' shape."""
+    first, *others = eos_ids(eos_token_id)
+    found = tokens == first
+    for other in others:
+        found = found | (tokens == other)
+    return found
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lm_envs.decoding import forbid_early_eos
 from lm_envs.kernels.logprob_kl import logprob_kl
-from lm_envs.observations import accepted, head_inputs, model_inputs
+from lm_envs.observations import EosIds, accepted, head_inputs, model_inputs
 
 LOGITS = {False: 2**23, True: 2**28}  # scored at a time, by whether it is CUDA: small ones stay in memory once mapped
 
@@ -47,7 +47,7 @@ def response_logprob(
     model: PreTrainedModel,
     prompt: Tensor,
     response: Tensor,
-    eos_token_id: int,
+    eos_token_id: EosIds,
     *,
     temperature: float = 1.0,
     min_new_tokens: int = 0,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import counted
-from lm_envs.observations import left_pad
+from lm_envs.observations import is_eos, left_pad
 from lm_envs.rewards import call_reward
 from lm_envs.scoring import response_logprob
 from lm_envs.tasks import load
@@ -66,7 +66,7 @@ class TextMDP:
         self.missing_eos = missing_eos
         self.group_size = group_size
         self.reference = self.task.reference
-        self.eos_token_id = self.task.eos_token_id
+        self.eos_token_id, self.eos_token_ids = self.task.eos_token_id, self.task.eos_token_ids
         self.prompt_length = self.task.prompt_length
         self.vocab_size = int(self.reference.get_output_embeddings().weight.shape[0])
         self._validate()
@@ -127,7 +127,7 @@ class TextMDP:
         if self.min_new_tokens == 0:
             return None
         mask = np.ones((len(lengths), self.vocab_size), dtype=np.int8)
-        mask[:, self.eos_token_id] = lengths >= self.min_new_tokens
+        mask[:, list(self.eos_token_ids)] = (lengths >= self.min_new_tokens)[:, None]
         return mask
 
     def texts(self, tokens: NDArray[np.int64]) -> list[str]:
@@ -145,7 +145,7 @@ class TextMDP:
 
     def finish_reasons(self, response: NDArray[np.int64]) -> list[str]:
         """``"stop"`` where the response ends in EOS, else ``"length"``."""
-        return ["stop" if stopped else "length" for stopped in (response == self.eos_token_id).any(axis=1)]
+        return ["stop" if stopped else "length" for stopped in is_eos(response, self.eos_token_ids).any(axis=1)]
 
     def score(
         self, prompt: NDArray[np.int64], response: NDArray[np.int64], finished: NDArray[np.bool_] | None = None
@@ -192,7 +192,7 @@ class TextMDP:
             self.reference,
             prompt.to(self.device),
             response.to(self.device),
-            self.eos_token_id,
+            self.eos_token_ids,
             temperature=self.temperature,
             min_new_tokens=self.min_new_tokens,
         )

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lm_envs.decoding import Decoder, forbid_early_eos
 from lm_envs.kernels.logprob_kl import logprob_kl
-from lm_envs.observations import NO_TOKEN
+from lm_envs.observations import NO_TOKEN, EosIds, is_eos
 from lm_envs.rendering import render_text
 from lm_envs.tasks.task import TextTask
 from lm_envs.text_mdp import TextMDP, check_kl_coef
@@ -275,7 +275,7 @@ class TextVectorEnv(_TextRows):
         logits = self._decoder(self.mdp.tensor(self._obs))
         lengths = self.mdp.tensor(self._lengths)
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
-        logits = forbid_early_eos(logits, lengths, self.mdp.eos_token_id, self.mdp.min_new_tokens, in_place=True)
+        logits = forbid_early_eos(logits, lengths, self.mdp.eos_token_ids, self.mdp.min_new_tokens, in_place=True)
         ids = self.mdp.tensor(np.where(moving, actions, 0))
         return logprob_kl(logits, None, ids, temperature=self.mdp.temperature).logprob.double().cpu().numpy()
 
@@ -294,7 +294,7 @@ class TextVectorEnv(_TextRows):
             raise ValueError(
                 f"action {actions[row]} of row {row} is no token: the vocabulary has {self.mdp.vocab_size}"
             )
-        early = moving & (actions == self.mdp.eos_token_id) & (self._lengths < self.mdp.min_new_tokens)
+        early = moving & is_eos(actions, self.mdp.eos_token_ids) & (self._lengths < self.mdp.min_new_tokens)
         if early.any():
             row = int(early.nonzero()[0][0])
             raise ValueError(
@@ -311,7 +311,8 @@ class TextVectorEnv(_TextRows):
             rewards[rows] += self.kl_coef * (reference - np.nan_to_num(reported[rows], nan=0.0))
         self._obs[rows, self._prompt_places + place] = actions[rows]
         self._lengths[rows] += 1
-        self._done[rows] = (actions[rows] == self.mdp.eos_token_id) | (self._lengths[rows] == self.mdp.max_new_tokens)
+        ended = is_eos(actions[rows], self.mdp.eos_token_ids)
+        self._done[rows] = ended | (self._lengths[rows] == self.mdp.max_new_tokens)
         scored = moving if self.mdp.dense else moving & self._done
         if scored.any():
             index = scored.nonzero()[0]
@@ -355,11 +356,11 @@ class TextBanditVectorEnv(_TextRows):
         if actions.shape != shape:
             raise ValueError(f"actions must have shape {shape}, a whole response a row, got {actions.shape}")
         rows = moving.nonzero()[0]
-        response = cut_after_eos(actions[rows], self.mdp.eos_token_id)
+        response = cut_after_eos(actions[rows], self.mdp.eos_token_ids)
         if ((response >= self.mdp.vocab_size) | (actions[rows] < 0)).any():
             raise ValueError(f"actions hold something that is no token: the vocabulary has {self.mdp.vocab_size}")
         lengths = (response >= 0).sum(axis=1)
-        short = (response == self.mdp.eos_token_id).any(axis=1) & (lengths <= self.mdp.min_new_tokens)
+        short = is_eos(response, self.mdp.eos_token_ids).any(axis=1) & (lengths <= self.mdp.min_new_tokens)
         if short.any():
             raise ValueError(
                 f"row {rows[short][0]} ended after {lengths[short][0] - 1} tokens, but "
@@ -380,8 +381,8 @@ class TextBanditVectorEnv(_TextRows):
             rewards[rows] += self.kl_coef * (reference.sum(axis=1) - np.nan_to_num(reported[rows], nan=0.0))
 
 
-def cut_after_eos(actions: NDArray[np.int64], eos_token_id: int) -> NDArray[np.int64]:
+def cut_after_eos(actions: NDArray[np.int64], eos_token_id: EosIds) -> NDArray[np.int64]:
     """``(N, T)`` responses with -1 behind the first EOS."""
-    is_eos = actions == eos_token_id
-    behind = np.cumsum(is_eos, axis=1) - is_eos > 0
+    ends = is_eos(actions, eos_token_id)
+    behind = np.cumsum(ends, axis=1) - ends > 0
     return np.where(behind, NO_TOKEN, actions)
