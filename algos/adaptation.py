@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lm_envs.encoder_decoder import is_encoder_decoder
+
 
 @dataclass(frozen=True)
 class Adaptation:
@@ -70,16 +72,22 @@ def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed:
     """A copy to train: same function as ``start``, gradients where the adaptation says, the other parameters shared.
 
     Args:
-        start: a causal language model; it stays as it is.
+        start: a language model; it stays as it is.
         adaptation: what is trained.
         seed: of the adapters' A; their B is zero.
 
     Raises:
-        ValueError: the model has fewer layers, no list of them can be found, or no linear map has such a name.
+        ValueError: the model is an encoder-decoder and not trained whole, it has fewer layers, no list of them can be
+            found, or no linear map has such a name.
         ImportError: LoRA without peft.
     """
     if adaptation.freeze_layers == adaptation.lora_rank == 0:
         return copy.deepcopy(start).requires_grad_(True)
+    if is_encoder_decoder(start):
+        raise ValueError(
+            f"a {type(start).__name__} is an encoder-decoder, with two stacks of layers: train it whole, without "
+            "freeze_layers and lora_rank"
+        )
     name, layers = decoder_layers(start)
     if adaptation.freeze_layers > len(layers):
         raise ValueError(

@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -26,21 +33,25 @@ from lm_envs.rewards import LearnedReward
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["context_of", "load_policy", "load_reward_model", "load_tokenizer", "same_vocabulary", "vocabulary_of"]
+__all__ = ["load_policy", "load_reward_model", "load_tokenizer", "same_vocabulary", "vocabulary_of"]
 
 _TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model", "merges.txt")
 
 
 def load_policy(name: str | Path, what: str = "policy") -> PreTrainedModel:
-    """A causal language model in float32, in ``eval`` mode.
+    """A causal or encoder-decoder language model in float32, in ``eval`` mode.
 
     Args:
         name: a folder saved by ``save_pretrained``, or a hub name.
         what: how messages call it.
 
     Raises:
-        ValueError: there is no such folder or model, it holds no safetensors, or it is not a causal language model.
+        ValueError: there is no such folder or model, it holds no safetensors, or it is not a language model.
     """
+    if _has_encoder(name):
+        # BART and its kin are in both lists; with their encoder they are saved as what they are.
+        heads = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        return _load(AutoModelForSeq2SeqLM, heads, name, what, "an encoder-decoder language model")
     return _load(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, what, "a causal language model")
 
 
@@ -91,11 +102,6 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def context_of(model: PreTrainedModel) -> int | None:
-    """The most tokens a model reads, None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: str) -> None:
     """Raise ValueError if a tokenizer gives ids that a model of this many tokens does not have."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
@@ -114,6 +120,17 @@ def same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel, names: 
             f"policy {names[0]!r} has {widths[0]} output tokens and reference {names[1]!r} {widths[1]}: "
             "the KL penalty compares them token by token, so they must share one vocabulary"
         )
+
+
+def _has_encoder(name: str | Path) -> bool:
+    """Whether the config is of an encoder-decoder with its language-model head; False where it cannot be read."""
+    try:
+        config = AutoConfig.from_pretrained(os.path.expanduser(str(name)), trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    saved = getattr(config, "architectures", None) or []
+    causal = any(architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for architecture in saved)
+    return bool(getattr(config, "is_encoder_decoder", False)) and not causal
 
 
 def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:

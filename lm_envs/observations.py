@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -63,6 +64,17 @@ def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         watch.remove()
+
+
+def right_align(obs: Tensor) -> Tensor:
+    """Shift every row so that its last token stands in the last column, and cut what no row needs. ``(B, L)``."""
+    present = obs >= 0
+    columns = torch.arange(obs.shape[1], device=obs.device)
+    last = (present * (columns + 1)).amax(dim=1)  # (B,) one past the last token
+    width = int(present.sum(dim=1).max())
+    source = last.unsqueeze(1) - width + torch.arange(width, device=obs.device)
+    aligned = obs.gather(1, source.clamp(min=0))
+    return aligned.masked_fill(source < 0, -1)
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:

@@ -6,19 +6,20 @@ Whatever does not fit together is refused here, in one line, before any training
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_envs import models
+from lm_envs.encoder_decoder import is_encoder_decoder, room_for
 from lm_envs.jsonl import read_jsonl
 from lm_envs.tasks import making
 from lm_envs.tasks.splits import SPLITS, SplitColumn, divide
 from lm_envs.tasks.task import TextTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NEEDED = ("policy", "reward_model", "prompts")
 
@@ -101,8 +102,7 @@ def load(**options: Any) -> TextTask:
     if config.reference is not None:
         reference = models.load_policy(config.reference, "reference")
         models.same_vocabulary(policy, reference, (config.policy, config.reference))
-    contexts = [c for c in (models.context_of(policy), models.context_of(reference)) if c is not None]
-    prompts = encode_prompts(texts, tokenizer, config, min(contexts, default=None))
+    prompts = encode_prompts(texts, tokenizer, config, [policy, reference])
     reward = models.load_reward_model(config.reward_model, batch_size=config.batch_size)
     judge = None
     if config.judge is not None:
@@ -187,21 +187,29 @@ def _prompt(row: Mapping[str, Any], where: str) -> str:
 
 
 def encode_prompts(
-    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: CustomConfig, context: int | None
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: CustomConfig, readers: Sequence[PreTrainedModel]
 ) -> dict[str, list[list[int]]]:
     """Prompts as token ids by split, as the tokenizer wraps them but without an EOS at the end.
+
+    An encoder-decoder keeps that EOS: its encoder was trained on texts that have it.
+
+    Args:
+        readers: the models that read the prompts.
 
     Raises:
         ValueError: a prompt has no tokens, or leaves no room for the response in the model's context; with file and
             line.
     """
     encoded: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
+    both = any(map(is_encoder_decoder, readers))
     for prompt, ids in zip(prompts, tokenizer([p.text for p in prompts])["input_ids"], strict=True):
-        while ids and ids[-1] == tokenizer.eos_token_id:
+        while ids and ids[-1] == tokenizer.eos_token_id and not both:
             ids = ids[:-1]
         if not ids:
             raise ValueError(f"{prompt.where}: the prompt is empty: the policy's tokenizer makes no tokens of it")
-        if context is not None and len(ids) + config.max_new_tokens > context:
+        needed = [room_for(model, len(ids), config.max_new_tokens) for model in readers]
+        context = min((has for wants, has in needed if has is not None and wants > has), default=None)
+        if context is not None:
             raise ValueError(
                 f"{prompt.where}: the prompt has {len(ids)} tokens and responses up to {config.max_new_tokens}, "
                 f"together more than the model's context of {context}: shorten it or lower max_new_tokens"
