@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lm_envs.adapters import adapter_parameters, has_adapters, sharing
+from lm_envs.encoder_decoder import is_encoder_decoder
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,13 @@ def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed:
     A start that has adapters is trained further in them alone.
 
     Args:
-        start: a causal language model; it stays as it is.
+        start: a language model; it stays as it is.
         adaptation: what is trained.
         seed: of the adapters' A; their B is zero.
 
     Raises:
-        ValueError: the model has fewer layers, no list of them can be found, no linear map has such a name, or it has
-            adapters already.
+        ValueError: the model is an encoder-decoder and not trained whole, it has fewer layers, no list of them can be
+            found, no linear map has such a name, or it has adapters already.
         ImportError: LoRA without peft.
     """
     if has_adapters(start):
@@ -90,6 +91,11 @@ def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed:
         raise ValueError("lora_merge: the policy has no adapters to merge; give lora_rank, or a policy that has some")
     if adaptation.freeze_layers == adaptation.lora_rank == 0:
         return copy.deepcopy(start).requires_grad_(True)
+    if is_encoder_decoder(start):
+        raise ValueError(
+            f"a {type(start).__name__} is an encoder-decoder, with two stacks of layers: train it whole, without "
+            "freeze_layers and lora_rank"
+        )
     name, layers = decoder_layers(start)
     if adaptation.freeze_layers > len(layers):
         raise ValueError(

@@ -108,12 +108,16 @@ def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
     """Forwards within keep each layer's input alone.
 
     transformers does that for layers in train mode: the layers themselves are put there and not what is inside them,
-    so that dropout stays off.
+    so that dropout stays off; so does that which a layer applies by its own flag (BART, OPT).
     """
     layers = _layers(model)
+    rates = [(layer, name, rate) for layer in layers for name, rate in vars(layer).items()]
+    rates = [found for found in rates if "dropout" in found[1] and isinstance(found[2], float)]
     # transformers renames these two methods on the way to its version 6.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    for layer, name, _ in rates:
+        setattr(layer, name, 0.0)
     for layer in layers:
         layer.training = True
     try:
@@ -121,11 +125,13 @@ def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
+        for layer, name, rate in rates:
+            setattr(layer, name, rate)
         getattr(model, f"{kind}_checkpointing_disable")()
 
 
 class LMPolicy(Policy):
-    """A causal language model as a policy, with a value head on the same trunk.
+    """A causal or encoder-decoder language model as a policy, with a value head on the same trunk.
 
     The trained distribution is the model at one temperature, with EOS masked before ``min_new_tokens``: sampling, the
         stored
@@ -133,7 +139,7 @@ class LMPolicy(Policy):
     *before* the token and starts at zero.
 
     Args:
-        model: any transformers causal LM.
+        model: any transformers causal LM, or encoder-decoder: then the encoder reads the prompt.
         eos_token_id: ends a response; or several, any of which does.
         prompt_length: P, the places of the prompt in an observation.
         max_new_tokens: T, the horizon.
@@ -193,7 +199,7 @@ class LMPolicy(Policy):
         self.critic: nn.Module | None = None
         self.q_head: nn.Linear | None = None
         self.register_buffer("condition", None)  # the reward token of prompts that have none, once there are some
-        self._decoder = Decoder(model)
+        self._decoder = Decoder(model, max_new_tokens)
         self._weights = tuple(model.parameters())
         self._version = -1
 

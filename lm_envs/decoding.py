@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lm_envs.cross_cache import rows_of
+from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, model_inputs
-from lm_envs.row_cache import RowCache, can_cache
+from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, model_inputs, right_align
+from lm_envs.row_cache import RowCache
 
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
 
@@ -77,28 +80,20 @@ def forbid_early_eos(
     return logits
 
 
-def _right_align(obs: Tensor) -> Tensor:
-    """Shift every row so that its last token stands in the last column, and cut what no row needs. ``(B, L)``."""
-    present = obs >= 0
-    columns = torch.arange(obs.shape[1], device=obs.device)
-    last = (present * (columns + 1)).amax(dim=1)  # (B,) one past the last token
-    width = int(present.sum(dim=1).max())
-    source = last.unsqueeze(1) - width + torch.arange(width, device=obs.device)
-    aligned = obs.gather(1, source.clamp(min=0))
-    return aligned.masked_fill(source < 0, -1)
-
-
 class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
     It compares each observation with the last one it saw: rows that grew by one token take one cached step together,
     all others are computed anew. Callers never manage a cache and cannot get a stale answer. A model whose cache has no
-    rows that can be exchanged (:func:`~lm_envs.row_cache.can_cache`) is computed in full each time.
+    rows that can be exchanged (:func:`~lm_envs.cross_cache.rows_of`) is computed in full each time.
+
+    Args:
+        model: causal or encoder-decoder.
+        response_places: T, how many of an observation's places are the response's; only an encoder-decoder needs it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.cached = can_cache(model)
+    def __init__(self, model: PreTrainedModel, response_places: int = 0) -> None:
+        self.model, self._places = model, response_places
         self.reset()
 
     def reset(self) -> None:
@@ -132,16 +127,16 @@ class Decoder:
                 logits = torch.where(grew.unsqueeze(1), stepped, logits)
             if bool(other.any()):
                 index = other.nonzero().squeeze(1)
-                logits = logits.index_copy(0, index, rows.refill(index, _right_align(obs[index])))
+                logits = logits.index_copy(0, index, rows.refill(index, obs[index]))
         self._obs, self._logits = obs.clone(), logits
         return logits
 
     def _restart(self, obs: Tensor) -> Tensor:
-        if not self.cached:
-            return _next_logits(self.model, obs)
-        aligned = _right_align(obs)
-        self._rows = RowCache(self.model, room=obs.shape[1] - aligned.shape[1])
-        self._logits = self._rows.prefill(aligned)
+        held = int((obs >= 0).sum(dim=1).max())
+        self._rows = rows_of(self.model, obs.shape[1] - held, self._places)
+        if self._rows is None:
+            return _next_logits(self.model, obs, self._places)
+        self._logits = self._rows.prefill(obs)
         self._obs = obs.clone()
         return self._logits
 
@@ -175,10 +170,10 @@ def generate(
     response = prompts.new_full((count, max_new_tokens), -1)
     logprob = torch.zeros(count, max_new_tokens, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32)
     logprob = logprob.to(prompts.device)
-    rows = RowCache(model, room=max_new_tokens) if can_cache(model) else None
+    rows = rows_of(model, max_new_tokens)
     active = torch.arange(count, device=prompts.device)
     with head_inputs(model) as hidden:
-        logits = _next_logits(model, prompts) if rows is None else rows.prefill(_right_align(prompts))
+        logits = _next_logits(model, prompts) if rows is None else rows.prefill(prompts)
         for t in range(max_new_tokens):
             if observe is not None:
                 observe(t, active, hidden[-1][:, -1])
@@ -199,11 +194,17 @@ def generate(
             if rows is not None:
                 logits = rows.advance(tokens)
             else:
-                logits = _next_logits(model, torch.cat([prompts[active], response[active, : t + 1]], dim=1))
+                logits = _next_logits(model, torch.cat([prompts[active], response[active, : t + 1]], dim=1), t + 1)
     return response, logprob
 
 
-def _next_logits(model: PreTrainedModel, obs: Tensor) -> Tensor:
+def _next_logits(model: PreTrainedModel, obs: Tensor, response_places: int = 0) -> Tensor:
     """``(B, V)`` without a cache."""
-    inputs = model_inputs(_right_align(obs))
+    if is_encoder_decoder(model):
+        prompt, response = obs.split([obs.shape[1] - response_places, response_places], dim=1)
+        inputs = teacher_forced(model, prompt, F.pad(response, (0, 1)))
+        last = (response >= 0).sum(dim=1) + inputs["decoder_input_ids"].shape[1] - response_places - 1
+        logits = model(**inputs, use_cache=False).logits
+        return logits[torch.arange(len(obs), device=obs.device), last]
+    inputs = model_inputs(right_align(obs))
     return model(**accepted(model, **inputs, logits_to_keep=1, use_cache=False)).logits[:, -1]

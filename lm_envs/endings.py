@@ -40,16 +40,19 @@ def eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, ch
     return tuple(dict.fromkeys([*found, *(token for token in others if token in special)]))
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, rendered: bool = False) -> list[list[int]]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, rendered: bool = False, keep_eos: bool = False
+) -> list[list[int]]:
     """Token ids of prompts, with the special tokens that the tokenizer puts before a text and none behind it.
 
     Args:
         rendered: they come from a chat template, which spells its special tokens out.
+        keep_eos: an EOS that the tokenizer puts behind stays.
     """
     found = []
     for ids in tokenizer(texts, add_special_tokens=not rendered)["input_ids"] if texts else []:
         bos = tokenizer.bos_token_id
-        while not rendered and ids and ids[-1] == tokenizer.eos_token_id:
+        while not (rendered or keep_eos) and ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
         while bos is not None and ids[:2] == [bos, bos]:  # the text had one already
             ids = ids[1:]

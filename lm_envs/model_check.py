@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lm_envs.cross_cache import rows_of
 from lm_envs.decoding import Decoder
 from lm_envs.observations import NO_TOKEN, left_pad
-from lm_envs.row_cache import RECOMPUTE, can_cache
+from lm_envs.row_cache import RECOMPUTE
 from lm_envs.scoring import response_logits
 
 LENGTHS = ((3, 7), (1, 9), (5, 4))  # tokens of prompt and response of the texts that are tried
+PLACES = 5, 9  # the longest of each
 TOLERANCE = {
     torch.bfloat16: 0.15,
     torch.float16: 0.03,
@@ -36,12 +38,7 @@ def refuse_config(config: Any, what: str) -> None:
             f"{what}: its weights are quantised by {method}: they cannot be trained, nor copied as a reference; "
             "save it in full precision (model.dequantize(), then save_pretrained) and load it with dtype bfloat16"
         )
-    if settings.get("is_encoder_decoder"):
-        raise ValueError(
-            f"{what}: {config.model_type} is an encoder-decoder, whose decoder does not read the prompt; "
-            "use a causal language model"
-        )
-    if settings.get("is_decoder") is False:
+    if settings.get("is_decoder") is False and not settings.get("is_encoder_decoder"):
         raise ValueError(
             f"{what}: {config.model_type} was saved as an encoder (is_decoder is false): it reads a text from both "
             "ends and cannot write one token after the other; use a causal language model (one that was trained as a "
@@ -94,13 +91,13 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
             "deviations), so ratios and KL would be wrong: not all of its layers in transformers hide padding; "
             "use another family (docs/models.md lists those that are tested)"
         )
-    if not can_cache(model):
+    if rows_of(model) is None:
         if not recompute:
             raise ValueError(f"{what}: {no_rows(model)}")
         setattr(model, RECOMPUTE, True)
     gap = _worst(_stepping(model, texts, expected), model)
     if gap > _limit(model):
-        if recompute and can_cache(model):
+        if recompute and rows_of(model) is not None:
             setattr(model, RECOMPUTE, True)
             return
         raise ValueError(
@@ -110,7 +107,7 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
 
 
 def no_rows(model: PreTrainedModel) -> str:
-    """What to say of a model for which :func:`~lm_envs.row_cache.can_cache` does not hold."""
+    """What to say of a model for which :func:`~lm_envs.cross_cache.rows_of` has none."""
     return (
         f"the cache of {model.config.model_type} cannot be kept row by row, so each token would take a forward of its "
         "whole text; allow that with recompute=True (--recompute on the command line), or use another family"
@@ -147,19 +144,20 @@ def _padding(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expecte
 
 def _stepping(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expected: list[Tensor]) -> list[float]:
     """Two rows that grow; each text begins where another one stood."""
-    decoder, gaps = Decoder(model), []
-    obs = torch.full((2, 14), NO_TOKEN, device=model.device)
+    decoder, gaps = Decoder(model, response_places=PLACES[1]), []
+    prompt_places, _ = PLACES
+    obs = torch.full((2, sum(PLACES)), NO_TOKEN, device=model.device)
     queue, running = list(range(len(texts))), [(-1, 0), (-1, 0)]  # which text, and how much of it
     for _ in range(2 * sum(len(response) for _, response in texts)):
         for row, (number, length) in enumerate(running):
             if number >= 0 and length + 1 < len(texts[number][1]):
-                obs[row, 5 + length] = texts[number][1][length]
+                obs[row, prompt_places + length] = texts[number][1][length]
                 running[row] = number, length + 1
             elif queue:
                 number = queue.pop(0)
                 prompt = texts[number][0]
                 obs[row] = NO_TOKEN
-                obs[row, 5 - len(prompt) : 5] = prompt
+                obs[row, prompt_places - len(prompt) : prompt_places] = prompt
                 running[row] = number, 0
             elif number >= 0:
                 running[row] = -1, 0  # nothing is left: it stands still

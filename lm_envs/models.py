@@ -17,23 +17,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from lm_envs.adapters import base_of, is_adapter, with_adapters
+from lm_envs.cross_cache import rows_of
 from lm_envs.model_check import no_rows, refuse_config
 from lm_envs.rewards import LearnedReward
-from lm_envs.row_cache import RECOMPUTE, can_cache
+from lm_envs.row_cache import RECOMPUTE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "Placement",
-    "context_of",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
@@ -83,7 +90,7 @@ HOST = Placement()  # float32 on the CPU
 def load_policy(
     name: str | Path, what: str = "policy", placement: Placement = HOST, *, recompute: bool = False
 ) -> PreTrainedModel:
-    """A causal language model in ``eval`` mode; of a folder of adapters, their model with them in it, frozen.
+    """A causal or encoder-decoder language model in float32, in ``eval`` mode.
 
     Args:
         name: a folder saved by ``save_pretrained``, or a hub name.
@@ -92,16 +99,20 @@ def load_policy(
         recompute: accept a model whose cache cannot be kept row by row; see :func:`~lm_envs.model_check.check_model`.
 
     Raises:
-        ValueError: there is no such folder or model, it holds no safetensors, it is not a causal language model, or one
-            that cannot be used (:func:`~lm_envs.model_check.refuse_config`).
+        ValueError: there is no such folder or model, it holds no safetensors, it is not a language model, or one that
+            cannot be used (:func:`~lm_envs.model_check.refuse_config`).
     """
     place = os.path.expanduser(str(name))
     if is_adapter(place):
         base = load_policy(base_of(place, what), f"the base of {what}", placement, recompute=recompute)
         return with_adapters(base, place, what)
-    heads = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    model = _load(AutoModelForCausalLM, heads, name, what, "a causal language model", placement)
-    if not can_cache(model):
+    if _has_encoder(place):
+        # BART and its kin are in both lists; with their encoder they are saved as what they are.
+        kind, heads, called = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder-decoder"
+    else:
+        kind, heads, called = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal"
+    model = _load(kind, heads, name, what, f"{called} language model", placement)
+    if rows_of(model) is None:
         if not recompute:
             raise ValueError(f"{what} {place!r}: {no_rows(model)}")
         setattr(model, RECOMPUTE, True)
@@ -163,11 +174,6 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def context_of(model: PreTrainedModel) -> int | None:
-    """The most tokens a model reads, None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: str) -> None:
     """Raise ValueError if a tokenizer gives ids that a model of this many tokens does not have."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
@@ -186,6 +192,17 @@ def same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel, names: 
             f"policy {names[0]!r} has {widths[0]} output tokens and reference {names[1]!r} {widths[1]}: "
             "the KL penalty compares them token by token, so they must share one vocabulary"
         )
+
+
+def _has_encoder(name: str | Path) -> bool:
+    """Whether the config is of an encoder-decoder with its language-model head; False where it cannot be read."""
+    try:
+        config = AutoConfig.from_pretrained(os.path.expanduser(str(name)), trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    saved = getattr(config, "architectures", None) or []
+    causal = any(architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for architecture in saved)
+    return bool(getattr(config, "is_encoder_decoder", False)) and not causal
 
 
 def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -81,6 +82,17 @@ def is_eos(tokens: X, eos_token_id: EosIds) -> X:
     for other in others:
         found = found | (tokens == other)
     return found
+
+
+def right_align(obs: Tensor) -> Tensor:
+    """Shift every row so that its last token stands in the last column, and cut what no row needs. ``(B, L)``."""
+    present = obs >= 0
+    columns = torch.arange(obs.shape[1], device=obs.device)
+    last = (present * (columns + 1)).amax(dim=1)  # (B,) one past the last token
+    width = int(present.sum(dim=1).max())
+    source = last.unsqueeze(1) - width + torch.arange(width, device=obs.device)
+    aligned = obs.gather(1, source.clamp(min=0))
+    return aligned.masked_fill(source < 0, -1)
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from lm_envs.observations import accepted, model_inputs, names_argument
+from lm_envs.observations import accepted, model_inputs, names_argument, right_align
 
 RECOMPUTE = "_lm_envs_recompute"  # the attribute of a model that is to be used without a cache
 ROOM = 16  # columns, at least, that a buffer has left when it is made
@@ -252,15 +252,20 @@ class RowCache:
 
     @torch.no_grad()
     def prefill(self, obs: Tensor) -> Tensor:
-        """Start all rows anew. ``obs`` is ``(B, L)`` with every row's last token in the last column; logits ``(B,
-        V)``."""
-        self.cache = Cache(
-            layers=[kind(self._room) if issubclass(kind, GrowingLayer) else kind() for kind in self._types]
-        )
+        """Start all rows anew. ``obs`` is ``(B, L)``, each row's tokens together, -1 elsewhere; logits ``(B, V)``."""
+        obs = right_align(obs)
+        self.cache = self._new_cache()
         self.lengths = (obs >= 0).sum(dim=1)  # (B,)
         self.columns = obs.shape[1]
         self._find_padding()
         return self._forward(**model_inputs(obs), logits_to_keep=1)
+
+    def _new_cache(self) -> Cache:
+        return Cache(layers=[kind(self._room) if issubclass(kind, GrowingLayer) else kind() for kind in self._types])
+
+    def empty(self) -> RowCache:
+        """Another one of the same model, without rows."""
+        return RowCache(self.model)
 
     def _forward(self, **inputs: Tensor | int | None) -> Tensor:
         given = {name: x for name, x in inputs.items() if x is not None}
@@ -312,17 +317,20 @@ class RowCache:
 
     def refill(self, rows: Tensor, obs: Tensor) -> Tensor:
         """Put other texts in the place of some rows; logits ``(len(rows), V)``. ``obs`` as in :meth:`prefill`."""
-        fresh = RowCache(self.model)
+        fresh = self.empty()
         logits = fresh.prefill(obs)
         if fresh.columns > self.columns:
             for layer in self.cache.layers:
                 layer.widen(fresh.columns - self.columns)
             self.columns = fresh.columns
-        for layer, new in zip(self.cache.layers, fresh.cache.layers, strict=True):
-            layer.put(rows, new)
-        self.lengths[rows] = fresh.lengths
+        self._put(rows, fresh)
         self._trim()
         return logits
+
+    def _put(self, rows: Tensor, other: RowCache) -> None:
+        for layer, new in zip(self.cache.layers, other.cache.layers, strict=True):
+            layer.put(rows, new)
+        self.lengths[rows] = other.lengths
 
     def _trim(self) -> None:
         """Forget the columns that no row uses."""

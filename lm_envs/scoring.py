@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lm_envs.decoding import forbid_early_eos
+from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.observations import EosIds, accepted, head_inputs, model_inputs
 
@@ -29,17 +30,22 @@ def response_logits(
         row's end is meaningless.
     """
     steps = response.shape[1]
-    obs = torch.cat([prompt, response[:, :-1]], dim=1)
-    inputs = model_inputs(obs)
-    if bool((prompt >= 0).all()):
-        # Nothing on the left to hide, and what is on the right is never looked at: plain causal attention is faster.
-        inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(obs)}
+    inputs = (teacher_forced if is_encoder_decoder(model) else _causal_inputs)(model, prompt, response)
     given = accepted(model, **inputs, logits_to_keep=steps, use_cache=False)
     if not hidden:
         return model(**given).logits[:, -steps:], None
     with head_inputs(model) as seen:  # where the model takes logits_to_keep, the response's positions alone
         logits = model(**given).logits
     return logits[:, -steps:], seen[0][:, -steps:]
+
+
+def _causal_inputs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> dict[str, Tensor]:
+    obs = torch.cat([prompt, response[:, :-1]], dim=1)
+    inputs = model_inputs(obs)
+    if bool((prompt >= 0).all()):
+        # Nothing on the left to hide, and what is on the right is never looked at: plain causal attention is faster.
+        inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(obs)}
+    return inputs
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import counted
+from lm_envs.encoder_decoder import room_for
 from lm_envs.observations import is_eos, left_pad
 from lm_envs.rewards import call_reward
 from lm_envs.scoring import response_logprob
@@ -100,11 +101,11 @@ class TextMDP:
                 "the end is known; "
                 "use ('subtract', x)"
             )
-        context = getattr(self.reference.config, "max_position_embeddings", None)
-        if context is not None and self.prompt_length + self.max_new_tokens > context:
+        needed, context = room_for(self.reference, self.prompt_length, self.max_new_tokens)
+        if context is not None and needed > context:
             raise ValueError(
                 f"the longest prompt has {self.prompt_length} tokens and responses up to {self.max_new_tokens}: "
-                f"together more "
+                f"{needed} places are more "
                 f"than the model's context of {context}; shorten the prompts or max_new_tokens"
             )
 

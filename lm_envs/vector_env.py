@@ -256,7 +256,7 @@ class TextVectorEnv(_TextRows):
 
     def __init__(self, task: TextTask | str = "reviews", num_envs: int = 1, **arguments: Any) -> None:
         super().__init__(task, num_envs, **arguments)
-        self._decoder = Decoder(self.mdp.reference)
+        self._decoder = Decoder(self.mdp.reference, self.mdp.max_new_tokens)
 
     def _action_space(self) -> spaces.Space:
         return spaces.Discrete(self.mdp.vocab_size)

@@ -6,7 +6,7 @@ Whatever does not fit together is refused here, in one line, before any training
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lm_envs import models
 from lm_envs.adapters import base_of, is_adapter, with_adapters
 from lm_envs.chat import render_messages
+from lm_envs.encoder_decoder import is_encoder_decoder, room_for
 from lm_envs.endings import eos_tokens, prompt_ids
 from lm_envs.jsonl import read_jsonl
 from lm_envs.model_check import check_model
@@ -120,8 +121,7 @@ def load(**options: Any) -> TextTask:
     texts = read_prompts(config.prompts, tokenizer)
     policy, reference = _policy_and_reference(config, tokenizer)
     eos = eos_tokens(policy, tokenizer, chat=any(text.rendered for text in texts))
-    contexts = [c for c in (models.context_of(policy), models.context_of(reference)) if c is not None]
-    prompts = encode_prompts(texts, tokenizer, config, min(contexts, default=None))
+    prompts = encode_prompts(texts, tokenizer, config, [policy, reference])
     place = config.placement(config.reward_dtype)
     reward = models.load_reward_model(config.reward_model, placement=place, batch_size=config.batch_size)
     judge = None
@@ -259,26 +259,38 @@ def _rendered(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBas
 
 
 def encode_prompts(
-    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: CustomConfig, context: int | None
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: CustomConfig, readers: Sequence[PreTrainedModel]
 ) -> dict[str, list[list[int]]]:
     """Prompts as token ids by split, as the tokenizer wraps them but without an EOS at the end, and with one BOS.
+
+    An encoder-decoder keeps that EOS: its encoder was trained on texts that have it.
+
+    Args:
+        readers: the models that read the prompts.
 
     Raises:
         ValueError: a prompt has no tokens, or leaves no room for the response in the model's context; with file and
             line.
     """
     encoded: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
+    encoder = any(map(is_encoder_decoder, readers))
     rows = {
         p.text: ids
         for rendered in (False, True)
         for chosen in [[p for p in prompts if p.rendered is rendered]]
-        for p, ids in zip(chosen, prompt_ids(tokenizer, [p.text for p in chosen], rendered=rendered), strict=True)
+        for p, ids in zip(
+            chosen,
+            prompt_ids(tokenizer, [p.text for p in chosen], rendered=rendered, keep_eos=encoder),
+            strict=True,
+        )
     }
     for prompt in prompts:
         ids = rows[prompt.text]
         if not ids:
             raise ValueError(f"{prompt.where}: the prompt is empty: the policy's tokenizer makes no tokens of it")
-        if context is not None and len(ids) + config.max_new_tokens > context:
+        needed = [room_for(model, len(ids), config.max_new_tokens) for model in readers]
+        context = min((has for wants, has in needed if has is not None and wants > has), default=None)
+        if context is not None:
             raise ValueError(
                 f"{prompt.where}: the prompt has {len(ids)} tokens and responses up to {config.max_new_tokens}, "
                 f"together more than the model's context of {context}: shorten it or lower max_new_tokens"
