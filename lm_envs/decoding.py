@@ -76,6 +76,15 @@ def forbid_early_eos(
     return logits
 
 
+def keep_top(logits: Tensor, k: int) -> Tensor:
+    """``(..., V)`` logits with all but the ``k`` highest of each row at -inf, in place; as :func:`forbid_early_eos`."""
+    if k < logits.shape[-1]:
+        values = logits.detach()
+        lost = torch.ones_like(values, dtype=torch.bool).scatter_(-1, values.topk(k).indices, False)
+        values.masked_fill_(lost, float("-inf"))
+    return logits
+
+
 def _right_align(obs: Tensor) -> Tensor:
     """Shift every row so that its last token stands in the last column, and cut what no row needs. ``(B, L)``."""
     present = obs >= 0
@@ -93,10 +102,15 @@ class Decoder:
     It compares each observation with the last one it saw: rows that grew by one token take one cached step together,
     all others are computed anew. Callers never manage a cache and cannot get a stale answer. A model whose cache has no
     rows that can be exchanged (:func:`~lm_envs.row_cache.can_cache`) is computed in full each time.
+
+    Args:
+        model: any causal LM.
+        hidden: also keep the hidden states that the logits are made from, for value heads.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, hidden: bool = False) -> None:
         self.model = model
+        self._with_hidden = hidden
         self.cached = can_cache(model)
         self.reset()
 
@@ -104,13 +118,32 @@ class Decoder:
         """Forget everything: needed after the model's weights change."""
         self._rows: RowCache | None = None
         self._obs: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._last: tuple[Tensor, ...] | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """``(B, d)`` hidden states of the last call, for ``Decoder(model, hidden=True)``."""
+        if self._last is None or not self._with_hidden:
+            raise RuntimeError("call a Decoder(model, hidden=True) first")
+        return self._last[1]
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
         """Logits ``(B, V)`` after the last token of every row of ``obs`` ``(B, P + T)``, -1 where there is no token."""
-        known, logits, rows = self._obs, self._logits, self._rows
-        if known is None or logits is None or rows is None or known.shape != obs.shape:
+        self._last = self._next(obs)
+        return self._last[0]
+
+    def _forward(self, run: Callable[..., Tensor], *given: Tensor | None) -> tuple[Tensor, ...]:
+        """Logits and, where they are kept, hidden states of a call that ends with one forward."""
+        if not self._with_hidden:
+            return (run(*given),)
+        with head_inputs(self.model) as seen:
+            logits = run(*given)
+        return logits, seen[-1][:, -1]
+
+    def _next(self, obs: Tensor) -> tuple[Tensor, ...]:
+        known, last_seen, rows = self._obs, self._last, self._rows
+        if known is None or last_seen is None or rows is None or known.shape != obs.shape:
             return self._restart(obs)
         change = known != obs
         place = change.int().argmax(dim=1, keepdim=True)
@@ -121,28 +154,29 @@ class Decoder:
         grown = (known.gather(1, place) < 0) & (place == end) & (obs.gather(1, (place - 1).clamp(min=0)) >= 0)
         grew = moved & (change.sum(dim=1) == 1) & (grown & (place > 0)).squeeze(1)
         if bool(grew.all()):
-            logits = rows.advance(last.squeeze(1))
+            found = self._forward(rows.advance, last.squeeze(1))
         else:
             other = moved & ~grew
             if bool(other.all()):
                 return self._restart(obs)
+            found = last_seen
             if bool(grew.any()):
-                stepped = rows.advance(last.squeeze(1).clamp(min=0), (~grew).nonzero().squeeze(1))
-                logits = torch.where(grew.unsqueeze(1), stepped, logits)
+                stepped = self._forward(rows.advance, last.squeeze(1).clamp(min=0), (~grew).nonzero().squeeze(1))
+                found = tuple(torch.where(grew.unsqueeze(1), s, x) for s, x in zip(stepped, found, strict=True))
             if bool(other.any()):
                 index = other.nonzero().squeeze(1)
-                logits = logits.index_copy(0, index, rows.refill(index, _right_align(obs[index])))
-        self._obs, self._logits = obs.clone(), logits
-        return logits
+                fresh = self._forward(rows.refill, index, _right_align(obs[index]))
+                found = tuple(x.index_copy(0, index, f) for f, x in zip(fresh, found, strict=True))
+        self._obs = obs.clone()
+        return found
 
-    def _restart(self, obs: Tensor) -> Tensor:
+    def _restart(self, obs: Tensor) -> tuple[Tensor, ...]:
         if not self.cached:
-            return _next_logits(self.model, obs)
+            return self._forward(lambda: _next_logits(self.model, obs))
         aligned = _right_align(obs)
         self._rows = RowCache(self.model, room=obs.shape[1] - aligned.shape[1])
-        self._logits = self._rows.prefill(aligned)
         self._obs = obs.clone()
-        return self._logits
+        return self._forward(self._rows.prefill, aligned)
 
 
 @torch.no_grad()
