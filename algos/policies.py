@@ -199,7 +199,7 @@ class LMPolicy(Policy):
         self.critic: nn.Module | None = None
         self.q_head: nn.Linear | None = None
         self.register_buffer("condition", None)  # the reward token of prompts that have none, once there are some
-        self._decoder = Decoder(model, max_new_tokens)
+        self._decoder = Decoder(model, max_new_tokens, hidden=True)
         self._weights = tuple(model.parameters())
         self._version = -1
 
@@ -208,8 +208,13 @@ class LMPolicy(Policy):
         """The policy that fits a text environment: its horizon, temperature and masks; ``options`` are the others.
 
         Raises:
-            ValueError: the model's vocabulary differs from the reference's.
+            ValueError: the model's vocabulary differs from the reference's, or the environment masks by the reference.
         """
+        if mdp.reference_top_k is not None:
+            raise ValueError(
+                "LMPolicy does not read action masks, which reference_top_k needs: train with "
+                "lm_envs.algos.sb3_masked.MaskableCausalLMActorCriticPolicy, or without reference_top_k"
+            )
         width = int(model.get_output_embeddings().weight.shape[0])
         if width != mdp.vocab_size:
             raise ValueError(
@@ -282,6 +287,13 @@ class LMPolicy(Policy):
             # Behind the EOS an action needs some token: the environment reads up to the first EOS.
             actions = torch.where(response < 0, self.eos_token_id, response)
             return actions.cpu().numpy(), logprob.double().sum(dim=1).cpu().numpy()
+        tokens, logprob = sample(self.next_logits(rows), numbers, self.temperature)
+        return tokens.cpu().numpy(), logprob.double().cpu().numpy()
+
+    def next_logits(self, rows: Tensor) -> Tensor:
+        """Logits ``(N, V)`` of the coming token of observations ``(N, P + T)``, EOS masked before ``min_new_tokens``;
+        rows that grew by a token since the last call take one cached step.
+        """
         version = sum(p._version for p in self._weights)
         if version != self._version:  # the weights changed under the cache
             self._weights = tuple(self.model.parameters())
@@ -294,9 +306,12 @@ class LMPolicy(Policy):
         with self._precision():
             logits = self._decoder(rows)
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
-        logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
-        tokens, logprob = sample(logits, numbers, self.temperature)
-        return tokens.cpu().numpy(), logprob.double().cpu().numpy()
+        return forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
+
+    @torch.no_grad()
+    def next_value(self) -> Tensor:
+        """``(N,)`` the value head's estimates before the tokens that the last :meth:`next_logits` was asked for."""
+        return self.value_head(self._decoder.hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Whole responses, the fast path.

@@ -80,6 +80,15 @@ def forbid_early_eos(
     return logits
 
 
+def keep_top(logits: Tensor, k: int) -> Tensor:
+    """``(..., V)`` logits with all but the ``k`` highest of each row at -inf, in place; as :func:`forbid_early_eos`."""
+    if k < logits.shape[-1]:
+        values = logits.detach()
+        lost = torch.ones_like(values, dtype=torch.bool).scatter_(-1, values.topk(k).indices, False)
+        values.masked_fill_(lost, float("-inf"))
+    return logits
+
+
 class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
@@ -90,23 +99,44 @@ class Decoder:
     Args:
         model: causal or encoder-decoder.
         response_places: T, how many of an observation's places are the response's; only an encoder-decoder needs it.
+        hidden: also keep the hidden states that the logits are made from, for value heads.
     """
 
-    def __init__(self, model: PreTrainedModel, response_places: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, response_places: int = 0, *, hidden: bool = False) -> None:
         self.model, self._places = model, response_places
+        self._with_hidden = hidden
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: needed after the model's weights change."""
         self._rows: RowCache | None = None
         self._obs: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._last: tuple[Tensor, ...] | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """``(B, d)`` hidden states of the last call, for ``Decoder(model, hidden=True)``."""
+        if self._last is None or not self._with_hidden:
+            raise RuntimeError("call a Decoder(model, hidden=True) first")
+        return self._last[1]
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
         """Logits ``(B, V)`` after the last token of every row of ``obs`` ``(B, P + T)``, -1 where there is no token."""
-        known, logits, rows = self._obs, self._logits, self._rows
-        if known is None or logits is None or rows is None or known.shape != obs.shape:
+        self._last = self._next(obs)
+        return self._last[0]
+
+    def _forward(self, run: Callable[..., Tensor], *given: Tensor | None) -> tuple[Tensor, ...]:
+        """Logits and, where they are kept, hidden states of a call that ends with one forward."""
+        if not self._with_hidden:
+            return (run(*given),)
+        with head_inputs(self.model) as seen:
+            logits = run(*given)
+        return logits, seen[-1][:, -1]
+
+    def _next(self, obs: Tensor) -> tuple[Tensor, ...]:
+        known, last_seen, rows = self._obs, self._last, self._rows
+        if known is None or last_seen is None or rows is None or known.shape != obs.shape:
             return self._restart(obs)
         change = known != obs
         place = change.int().argmax(dim=1, keepdim=True)
@@ -117,28 +147,29 @@ class Decoder:
         grown = (known.gather(1, place) < 0) & (place == end) & (obs.gather(1, (place - 1).clamp(min=0)) >= 0)
         grew = moved & (change.sum(dim=1) == 1) & (grown & (place > 0)).squeeze(1)
         if bool(grew.all()):
-            logits = rows.advance(last.squeeze(1))
+            found = self._forward(rows.advance, last.squeeze(1))
         else:
             other = moved & ~grew
             if bool(other.all()):
                 return self._restart(obs)
+            found = last_seen
             if bool(grew.any()):
-                stepped = rows.advance(last.squeeze(1).clamp(min=0), (~grew).nonzero().squeeze(1))
-                logits = torch.where(grew.unsqueeze(1), stepped, logits)
+                stepped = self._forward(rows.advance, last.squeeze(1).clamp(min=0), (~grew).nonzero().squeeze(1))
+                found = tuple(torch.where(grew.unsqueeze(1), s, x) for s, x in zip(stepped, found, strict=True))
             if bool(other.any()):
                 index = other.nonzero().squeeze(1)
-                logits = logits.index_copy(0, index, rows.refill(index, obs[index]))
-        self._obs, self._logits = obs.clone(), logits
-        return logits
+                fresh = self._forward(rows.refill, index, obs[index])
+                found = tuple(x.index_copy(0, index, f) for f, x in zip(fresh, found, strict=True))
+        self._obs = obs.clone()
+        return found
 
-    def _restart(self, obs: Tensor) -> Tensor:
+    def _restart(self, obs: Tensor) -> tuple[Tensor, ...]:
         held = int((obs >= 0).sum(dim=1).max())
         self._rows = rows_of(self.model, obs.shape[1] - held, self._places)
         if self._rows is None:
-            return _next_logits(self.model, obs, self._places)
-        self._logits = self._rows.prefill(obs)
+            return self._forward(lambda: _next_logits(self.model, obs, self._places))
         self._obs = obs.clone()
-        return self._logits
+        return self._forward(self._rows.prefill, obs)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import counted
+from lm_envs.decoding import forbid_early_eos, keep_top
 from lm_envs.encoder_decoder import room_for
 from lm_envs.observations import is_eos, left_pad
 from lm_envs.rewards import call_reward
@@ -38,6 +39,9 @@ class TextMDP:
         missing_eos: ``("replace", x)`` makes x the score of a response without EOS, ``("subtract", x)`` takes x off it
             (completion only, before the KL penalty); None leaves the score alone.
         group_size: so many consecutive episodes start from the same prompt.
+        reference_top_k: in each state only the k tokens that the reference finds likeliest are allowed; None allows
+            all. The idea behind NLPO (Ramamurthy et al. 2023, section 4), with the mask taken from the reference: it is
+            frozen, so the mask is a function of the state, and policy and reference alike are renormalised over it.
 
     Raises:
         ValueError: an argument is out of range; the message says which.
@@ -54,6 +58,7 @@ class TextMDP:
         min_new_tokens: int | None = None,
         missing_eos: tuple[str, float] | None = None,
         group_size: int = 1,
+        reference_top_k: int | None = None,
     ) -> None:
         self.task = load(task) if isinstance(task, str) else task
         if split not in self.task.prompts:
@@ -66,6 +71,7 @@ class TextMDP:
         self.kl_coef = self.task.kl_coef if kl_coef is None else kl_coef
         self.missing_eos = missing_eos
         self.group_size = group_size
+        self.reference_top_k = reference_top_k
         self.reference = self.task.reference
         self.eos_token_id, self.eos_token_ids = self.task.eos_token_id, self.task.eos_token_ids
         self.prompt_length = self.task.prompt_length
@@ -92,6 +98,8 @@ class TextMDP:
             )
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        if self.reference_top_k is not None and self.reference_top_k < 1:
+            raise ValueError(f"reference_top_k must be at least 1, or None for all tokens, got {self.reference_top_k}")
         check_kl_coef(self.kl_coef)
         if self.missing_eos is not None and self.missing_eos[0] not in MISSING_EOS_MODES:
             raise ValueError(f"missing_eos must be ('replace', x) or ('subtract', x), got {self.missing_eos!r}")
@@ -122,9 +130,20 @@ class TextMDP:
         """The prompts of these episodes, ``(N, P)`` int64, left-padded with -1."""
         return left_pad([self.prompts[i] for i in self.prompt_index(seed, episodes)], self.prompt_length)
 
-    def action_mask(self, lengths: NDArray[np.int64]) -> NDArray[np.int8] | None:
+    def restrict(self, ref_logits: Tensor, lengths: Tensor) -> Tensor:
+        """The reference's logits ``(N, V)`` after ``lengths (N,)`` response tokens, -inf where a token is not allowed;
+        in place, and doing it twice changes nothing."""
+        logits = forbid_early_eos(ref_logits, lengths, self.eos_token_ids, self.min_new_tokens, in_place=True)
+        return logits if self.reference_top_k is None else keep_top(logits, self.reference_top_k)
+
+    def action_mask(self, lengths: NDArray[np.int64], ref_logits: Tensor | None = None) -> NDArray[np.int8] | None:
         """``(N, V)`` int8, 1 where a token is allowed after ``lengths`` response tokens; None where nothing is ever
-        masked."""
+        masked. ``ref_logits (N, V)``, which ``reference_top_k`` needs, are restricted in place.
+        """
+        if self.reference_top_k is not None:
+            if ref_logits is None:
+                raise ValueError("reference_top_k makes the action mask of the reference's logits, and there are none")
+            return (self.restrict(ref_logits, self.tensor(lengths)) > -torch.inf).to(torch.int8).cpu().numpy()
         if self.min_new_tokens == 0:
             return None
         mask = np.ones((len(lengths), self.vocab_size), dtype=np.int8)
@@ -196,6 +215,7 @@ class TextMDP:
             self.eos_token_ids,
             temperature=self.temperature,
             min_new_tokens=self.min_new_tokens,
+            top_k=self.reference_top_k,
         )
 
     def tensor(self, array: NDArray[Any]) -> Tensor:

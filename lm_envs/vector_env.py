@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from lm_envs.decoding import Decoder, forbid_early_eos
+from lm_envs.decoding import Decoder
 from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.observations import NO_TOKEN, EosIds, is_eos
 from lm_envs.rendering import render_text
@@ -61,6 +61,7 @@ class _TextRows(VectorEnv):
         self._score = np.zeros(num_envs)
         self._logprob = np.full((num_envs, self.mdp.max_new_tokens), np.nan)
         self._ref_logprob = np.full((num_envs, self.mdp.max_new_tokens), np.nan)
+        self._mask: NDArray[np.int8] | None = None
         self._seed: int | None = None
         self._next_episode = 0
         self._reported: NDArray[np.float64] | None = None
@@ -102,6 +103,11 @@ class _TextRows(VectorEnv):
             warnings.warn(_UNREPORTED, stacklevel=4)
             self._warned = True
         return np.full(self.num_envs, np.nan)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """``(num_envs, V)`` bool, the tokens allowed now: ``info["action_mask"]`` under sb3-contrib's name."""
+        shape = (self.num_envs, self.mdp.vocab_size)
+        return np.ones(shape, dtype=bool) if self._mask is None else self._mask.astype(bool)
 
     # Episodes
 
@@ -222,10 +228,13 @@ class _TextRows(VectorEnv):
         raise NotImplementedError  # pragma: no cover - each face defines its own
 
     def _mask_info(self, infos: dict[str, Any]) -> dict[str, Any]:
-        mask = self.mdp.action_mask(self._lengths)
-        if mask is not None:
-            infos["action_mask"], infos["_action_mask"] = mask, np.ones(self.num_envs, dtype=bool)
+        self._mask = self._allowed()
+        if self._mask is not None:
+            infos["action_mask"], infos["_action_mask"] = self._mask.copy(), np.ones(self.num_envs, dtype=bool)
         return infos
+
+    def _allowed(self) -> NDArray[np.int8] | None:
+        return self.mdp.action_mask(self._lengths)
 
     def render(self) -> tuple[str, ...] | None:
         """The text so far of every row; tokens are coloured by their share of the KL where it is known."""
@@ -249,7 +258,7 @@ class TextVectorEnv(_TextRows):
         autoreset_mode: "SameStep" (default), "NextStep" or "Disabled", as Gymnasium defines them.
         render_mode: None or "ansi".
         options: of :class:`~lm_envs.text_mdp.TextMDP`: ``split``, ``kl_coef``, ``temperature``, ``max_new_tokens``,
-            ``min_new_tokens``, ``missing_eos``, ``group_size``.
+            ``min_new_tokens``, ``missing_eos``, ``group_size``, ``reference_top_k``.
     """
 
     face = "mdp"
@@ -275,9 +284,15 @@ class TextVectorEnv(_TextRows):
         logits = self._decoder(self.mdp.tensor(self._obs))
         lengths = self.mdp.tensor(self._lengths)
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
-        logits = forbid_early_eos(logits, lengths, self.mdp.eos_token_ids, self.mdp.min_new_tokens, in_place=True)
+        logits = self.mdp.restrict(logits, lengths)
         ids = self.mdp.tensor(np.where(moving, actions, 0))
         return logprob_kl(logits, None, ids, temperature=self.mdp.temperature).logprob.double().cpu().numpy()
+
+    def _allowed(self) -> NDArray[np.int8] | None:
+        if self.mdp.reference_top_k is None:
+            return super()._allowed()
+        # The decoder keeps these logits, so the penalty of the coming step costs no forward of its own.
+        return self.mdp.action_mask(self._lengths, self._decoder(self.mdp.tensor(self._obs)))
 
     def _move(
         self,
@@ -303,6 +318,14 @@ class TextVectorEnv(_TextRows):
                 "there; sample within info['action_mask']"
             )
         rows = moving.nonzero()[0]
+        if self.mdp.reference_top_k is not None:
+            assert self._mask is not None  # reset made it
+            barred = rows[self._mask[rows, actions[rows]] == 0]
+            if len(barred):
+                raise ValueError(
+                    f"token {actions[barred[0]]} of row {barred[0]} is not among the {self.mdp.reference_top_k} that "
+                    "reference_top_k allows there: sample within info['action_mask']"
+                )
         place = self._lengths[rows]
         self._logprob[rows, place] = reported[rows]
         if self.kl_coef > 0:
@@ -335,6 +358,8 @@ class TextBanditVectorEnv(_TextRows):
     def __init__(self, task: TextTask | str = "reviews", num_envs: int = 1, **arguments: Any) -> None:
         super().__init__(task, num_envs, **arguments)
         self._whole = np.full(num_envs, np.nan)
+        if self.mdp.reference_top_k is not None:
+            raise ValueError("reference_top_k needs the MDP face: along one bandit action there is no mask to give")
 
     def _action_space(self) -> spaces.Space:
         return spaces.MultiDiscrete([self.mdp.vocab_size] * self.mdp.max_new_tokens)
