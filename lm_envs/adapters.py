@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+KEYS = "_weight_conversions"  # how transformers names a model's tensors when it saves them
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -69,9 +70,16 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}: {lines[0]}") from error
-    lacking = sorted(getattr(found, "missing_keys", None) or ())
-    if lacking:
-        raise ValueError(f"{what} {str(place)!r}: its adapters lack {', '.join(lacking[:3])}")
+    if hasattr(base, KEYS):  # now the adapters' names for their tensors, which are not those of the model
+        setattr(model, KEYS, getattr(base, KEYS))
+    elif hasattr(model, KEYS):
+        delattr(model, KEYS)
+    wrong = sorted(found.missing_keys) + [key for key, *_ in found.mismatched_keys] + sorted(found.unexpected_keys)
+    if wrong:
+        names = ", ".join(wrong[:3])
+        raise ValueError(
+            f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}; they differ in {names}"
+        )
     return model.requires_grad_(False).eval()
 
 
