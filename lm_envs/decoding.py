@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lm_envs.kernels.logprob_kl import scaled
+from lm_envs.kernels.threads import WORTH, at_most
 from lm_envs.observations import accepted, head_inputs, model_inputs
 from lm_envs.row_cache import RowCache, can_cache
 
@@ -87,6 +88,15 @@ def _right_align(obs: Tensor) -> Tensor:
     return aligned.masked_fill(source < 0, -1)
 
 
+def step_threads(model: PreTrainedModel, rows: int) -> int:
+    """How many threads pay off when a model reads one token a row: by its size alone, so that the same run is computed
+    the same way each time. On other devices than a CPU it does not matter."""
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1) - model.get_input_embeddings().weight.numel()
+    if model.config.get_text_config().tie_word_embeddings:
+        body += model.get_output_embeddings().weight.numel()
+    return max(1, body * rows // WORTH)
+
+
 class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
@@ -109,9 +119,14 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
         """Logits ``(B, V)`` after the last token of every row of ``obs`` ``(B, P + T)``, -1 where there is no token."""
-        known, logits, rows = self._obs, self._logits, self._rows
-        if known is None or logits is None or rows is None or known.shape != obs.shape:
+        known = self._obs
+        if known is None or self._logits is None or self._rows is None or known.shape != obs.shape:
+            self._threads = step_threads(self.model, len(obs))
             return self._restart(obs)
+        with at_most(self._threads):
+            return self._step(obs, known, self._logits, self._rows)
+
+    def _step(self, obs: Tensor, known: Tensor, logits: Tensor, rows: RowCache) -> Tensor:
         change = known != obs
         place = change.int().argmax(dim=1, keepdim=True)
         moved = change.any(dim=1)
@@ -175,7 +190,7 @@ def generate(
     logprob = logprob.to(prompts.device)
     rows = RowCache(model, room=max_new_tokens) if can_cache(model) else None
     active = torch.arange(count, device=prompts.device)
-    with head_inputs(model) as hidden:
+    with head_inputs(model) as hidden, at_most(step_threads(model, count)):
         logits = _next_logits(model, prompts) if rows is None else rows.prefill(_right_align(prompts))
         for t in range(max_new_tokens):
             if observe is not None:
