@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
-from lm_envs.fused import fuse_activations
+from lm_envs.fused import fuse
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.observations import EosIds, eos_ids
 from lm_envs.scoring import response_logits
@@ -177,7 +177,7 @@ class LMPolicy(Policy):
             raise ValueError(NO_TRUNCATION)
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
-        self.model = fuse_activations(model.eval())
+        self.model = fuse(model.eval())
         self.eos_token_ids = eos_ids(eos_token_id)
         self.eos_token_id = self.eos_token_ids[0]
         self.prompt_length = prompt_length

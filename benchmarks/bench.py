@@ -13,8 +13,8 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class BenchThroughput:
-    """Measure tokens a second and peak memory of stepping, bulk sampling and training, against `generate` and bare
-    forwards on the same work.
+    """Measure tokens a second and peak memory of stepping, bulk sampling and training, against `generate`, bare
+    forwards and, after `make peers`, TRL's trainers on the same work.
 
     One line per way and size; the ways take turns, and what others took of the machine stands beside them.
     """
@@ -29,10 +29,17 @@ class BenchThroughput:
     """How often each runs; medians are reported."""
     threads: int = os.cpu_count() or 1
     """Torch threads."""
-    scaling: bool = True
-    """Also over response length, rows and vocabulary."""
+    tables: tuple[Literal["fixed work", "response length", "rows", "vocabulary"], ...] = (
+        "fixed work",
+        "response length",
+        "rows",
+        "vocabulary",
+    )
+    """The fixed work, and the first model over response length, rows and vocabulary."""
     peaks: bool = True
     """Also measure memory, each way in a process of its own."""
+    add: bool = False
+    """Keep the result's lines that are not measured anew."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
     """The result; benchmarks/results/throughput-DEVICE.csv if not given."""
 

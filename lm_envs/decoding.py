@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lm_envs.cross_cache import rows_of
 from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
+from lm_envs.kernels.threads import WORTH, at_most
 from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, model_inputs, right_align
 from lm_envs.row_cache import RowCache
 
@@ -89,6 +90,15 @@ def keep_top(logits: Tensor, k: int) -> Tensor:
     return logits
 
 
+def step_threads(model: PreTrainedModel, rows: int) -> int:
+    """How many threads pay off when a model reads one token a row: by its size alone, so that the same run is computed
+    the same way each time. On other devices than a CPU it does not matter."""
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1) - model.get_input_embeddings().weight.numel()
+    if model.config.get_text_config().tie_word_embeddings:
+        body += model.get_output_embeddings().weight.numel()
+    return max(1, body * rows // WORTH)
+
+
 class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
@@ -137,7 +147,12 @@ class Decoder:
     def _next(self, obs: Tensor) -> tuple[Tensor, ...]:
         known, last_seen, rows = self._obs, self._last, self._rows
         if known is None or last_seen is None or rows is None or known.shape != obs.shape:
+            self._threads = step_threads(self.model, len(obs))
             return self._restart(obs)
+        with at_most(self._threads):
+            return self._step(obs, known, last_seen, rows)
+
+    def _step(self, obs: Tensor, known: Tensor, last_seen: tuple[Tensor, ...], rows: RowCache) -> tuple[Tensor, ...]:
         change = known != obs
         place = change.int().argmax(dim=1, keepdim=True)
         moved = change.any(dim=1)
@@ -203,7 +218,7 @@ def generate(
     logprob = logprob.to(prompts.device)
     rows = rows_of(model, max_new_tokens)
     active = torch.arange(count, device=prompts.device)
-    with head_inputs(model) as hidden:
+    with head_inputs(model) as hidden, at_most(step_threads(model, count)):
         logits = _next_logits(model, prompts) if rows is None else rows.prefill(prompts)
         for t in range(max_new_tokens):
             if observe is not None:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm_envs.fused import fuse_activations
+from lm_envs.fused import fuse
 from lm_envs.observations import accepted
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class LearnedReward:
             raise ValueError(f"normalise must be a finite mean and a positive std, got {normalise}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model, self.tokenizer = fuse_activations(model), tokenizer
+        self.model, self.tokenizer = fuse(model), tokenizer
         self.normalise, self.batch_size = (mean, std), batch_size
         self.__name__ = name
         self._warned = False

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lm_envs.fused import fuse_activations
+from lm_envs.fused import fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,8 +58,8 @@ class TextTask:
 
     def __post_init__(self) -> None:
         """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy."""
-        fuse_activations(self.reference.eval().requires_grad_(False))
-        fuse_activations(self.start.eval().requires_grad_(False))
+        fuse(self.reference.eval().requires_grad_(False))
+        fuse(self.start.eval().requires_grad_(False))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
