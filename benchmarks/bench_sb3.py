@@ -56,7 +56,9 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rows * self.new_tokens % self.minibatches:
-            raise ValueError(f"{self.rows} x {self.new_tokens} tokens do not divide into {self.minibatches} minibatches")
+            raise ValueError(
+                f"{self.rows} x {self.new_tokens} tokens do not divide into {self.minibatches} minibatches"
+            )
 
 
 def sb3(work: Work, epochs: int, minibatches: int) -> Callable[[], object]:

@@ -1,8 +1,9 @@
-"""Stable-Baselines3 and sb3-contrib unmodified: the VecEnv's contract, cached and teacher-forced steps, the exact penalty,
-masks, saving, and that they learn."""
+"""Stable-Baselines3 and sb3-contrib unmodified: the VecEnv's contract, cached and teacher-forced steps, the exact
+penalty, masks, saving, and that they learn."""
 
 import copy
 import importlib.util
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -189,8 +190,7 @@ def test_prefix_chains_hold_every_step_in_as_few_texts_as_there_can_be(vocabular
     assert position.tolist() == lengths.tolist()
     wanted = {(*o[: 2 + n], a) for o, n, a in zip(obs.tolist(), lengths, actions.tolist(), strict=True)}
     for step in range(200):
-        found = texts[row[step]]
-        assert (*found[: 2 + lengths[step]], found[2 + lengths[step]]) == (*obs[step, : 2 + lengths[step]], actions[step])
+        assert texts[row[step], : 3 + lengths[step]].tolist() == [*obs[step, : 2 + lengths[step]], actions[step]]
     leaves = {text for text in wanted if not any(o != text and o[: len(text)] == text for o in wanted)}
     assert {tuple(t for i, t in enumerate(text) if i < 2 or t >= 0) for text in texts.tolist()} == leaves
     assert len(texts) == len(leaves)
@@ -446,9 +446,7 @@ def top_k_of_the_reference(mdp, obs, k):
 
 def test_the_mask_is_the_references_top_k_in_action_report_and_penalty():
     venv = VecMonitor(env(reference_top_k=3, min_new_tokens=1, kl_coef=0.5))
-    model = contrib.MaskablePPO(
-        MaskableCausalLMActorCriticPolicy, venv, seed=0, learning_rate=0.0, n_epochs=1, **WHOLE
-    )
+    model = contrib.MaskablePPO(MaskableCausalLMActorCriticPolicy, venv, seed=0, learning_rate=0.0, n_epochs=1, **WHOLE)
     recorder = Recorder()
     model.learn(96, callback=recorder)
     mdp, ends = venv.get_attr("mdp")[0], 0
@@ -552,6 +550,15 @@ def test_the_example_runs_shortened(capsys):
     found = example().main(tokens=2 * 8 * 24, rows=8, texts=16)
     assert set(found) == {"ppo", "a2c", "maskable-ppo"} and all(np.isfinite(line).all() for line in found.values())
     assert capsys.readouterr().out.count("gold") == 4
+
+
+def test_what_the_page_shows_runs(capsys):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "stable_baselines3.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "docs/stable_baselines3.md", "exec"), {"__name__": "page"})
+        assert capsys.readouterr().out.strip()
+    assert len(blocks) == 2
 
 
 @pytest.mark.slow
