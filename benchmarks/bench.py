@@ -98,7 +98,7 @@ class BenchSB3:
     epochs: int = 4
     """Passes over each buffer."""
     minibatches: int = 4
-    """Of one way more, whose minibatches are smaller than the buffer; 1 leaves it out."""
+    """Of one way more on the first shape, whose minibatches are smaller than the buffer; 1 leaves it out."""
     rounds: int = 5
     """How often each runs; medians are reported."""
     threads: int = 1

@@ -1,8 +1,8 @@
 """Stable-Baselines3's PPO with our policy against our own PPO, on the same work.
 
 Both sample the same number of texts of one length, score them with the same reward model, charge the same penalty and
-take the same number of Adam steps' epochs. The ways take turns, a round each; the ratio is the median over rounds. One
-way more shows what minibatches smaller than the buffer cost: single steps drawn at random share few prefixes.
+take one Adam step per epoch. The ways take turns, a round each; the ratio is the median over rounds. One way more, on
+the first shape, shows what minibatches smaller than the buffer cost: single steps drawn at random share few prefixes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Settings:
         shapes: names of :data:`~lm_envs.benchmarks.throughput_work.SHAPES`.
         rows, new_tokens: texts an iteration, and their exact length.
         epochs: passes over each buffer.
-        minibatches: a pass's, of the way that shows what they cost; 1 leaves it out.
+        minibatches: a pass's, of the way that shows what they cost on the first shape; 1 leaves it out.
         rounds: how often each way runs.
         threads: torch's.
     """
@@ -90,7 +90,7 @@ def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
     for shape in settings.shapes:
         work = Work(Size(shape, rows=settings.rows, new_tokens=settings.new_tokens))
         ways = {OURS: work.ppo(settings.epochs), "sb3 ppo": sb3(work, settings.epochs, 1)}
-        if settings.minibatches > 1:
+        if settings.minibatches > 1 and shape == settings.shapes[0]:
             ways[f"sb3 ppo, {settings.minibatches} minibatches"] = sb3(work, settings.epochs, settings.minibatches)
         for call in ways.values():
             call()  # first calls allocate and fill caches

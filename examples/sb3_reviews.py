@@ -75,7 +75,7 @@ def train(name, tokens=TOKENS, rows=ROWS, seed=0, **changes):
 
 
 def main(*names, tokens=TOKENS, rows=ROWS, texts=TEST_TEXTS, seed=0):
-    """``{name: (gold before, its s.e., gold after, its s.e., mean return of the last training texts, its processor seconds)}``."""
+    """``{name: (gold before, its s.e., gold after, its s.e., mean return of the last training texts, seconds)}``."""
     start = PPO(CausalLMActorCriticPolicy, make_env(1), n_steps=2, batch_size=2, seed=seed)
     before, found = gold(start, texts), {}
     print(f"sft: gold {before[0]:.2f} ± {before[1]:.2f}", flush=True)
