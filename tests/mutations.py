@@ -42,6 +42,7 @@ GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_poli
 ADAPTATION = "tests/algos/test_adaptation.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/test_reward_tokens.py", "tests/algos/test_preferences.py"
+SB3 = "tests/algos/test_sb3.py::"
 
 MUTATIONS = [
     # Rewards and masks
@@ -520,6 +521,63 @@ MUTATIONS = [
         'if counters.get("frozen_sha256") != frozen_hash(self.policy):',
         "if False:",
         ADAPTATION,
+    ),
+    # Stable-Baselines3
+    Mutation(
+        "sb3: a text is taken for the prefix of one with another action",
+        "algos/prefix_chains.py",
+        "> prompt_length + position[order[:-1], None]",
+        ">= prompt_length + position[order[:-1], None]",
+        SB3 + "test_prefix_chains_by_hand",
+    ),
+    Mutation(
+        "sb3: the wrong log-probability is reported",
+        "algos/sb3.py",
+        "self.report(told)",
+        "self.report(told * 0)",
+        SB3 + "test_the_exact_penalty_is_charged_and_without_the_report_it_is_not",
+    ),
+    Mutation(
+        "sb3: re-evaluation reads no mask",
+        "algos/sb3.py",
+        "return _mask(logits, masks), lm.value_head",
+        "return logits, lm.value_head",
+        SB3 + "test_the_mask_is_the_references_top_k_in_action_report_and_penalty",
+    ),
+    Mutation(
+        "sb3: values are of the token before",
+        "lm_envs/scoring.py",
+        "[row, position])",
+        "[row, (position - 1).clamp(min=0)])",
+        SB3 + "test_evaluate_actions_is_our_policys_evaluation_gradients_too",
+    ),
+    Mutation(
+        "sb3: the terminal observation is the first of the next text",
+        "algos/sb3.py",
+        "final_obs[row],",
+        "obs[row],",
+        SB3 + "test_infos_go_to_the_rows_that_ended",
+    ),
+    Mutation(
+        "sb3: a truncation is not told",
+        "algos/sb3.py",
+        "bool(truncated[row] and not terminated[row])",
+        "False",
+        SB3 + "test_truncation_is_told_and_bootstraps",
+    ),
+    Mutation(
+        "sb3: the hidden states of refilled rows stay the old ones",
+        "lm_envs/decoding.py",
+        "found = tuple(x.index_copy(0, index, f) for f, x in zip(fresh, found, strict=True))",
+        "found = (found[0].index_copy(0, index, fresh[0]), *found[1:])",
+        SB3 + "test_cached_steps_are_teacher_forced_ones_whatever_happens_to_rows",
+    ),
+    Mutation(
+        "the mask holds the least likely tokens of the reference",
+        "lm_envs/decoding.py",
+        "values.topk(k).indices",
+        "(-values).topk(k).indices",
+        SB3 + "test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
     ),
 ]
 
