@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lm_envs.adapters import adapter_parameters, has_adapters, sharing
+from lm_envs.encoder_decoder import is_encoder_decoder
+
 
 @dataclass(frozen=True)
 class Adaptation:
@@ -36,7 +39,8 @@ class Adaptation:
             model, by ``W x + lora_alpha / lora_rank * B A x`` (Hu et al. 2021, eq. 3); 0 for none.
         lora_alpha: None is twice the rank.
         lora_targets: names of the linear maps inside a layer that get adapters, such as ``q_proj``; all if empty.
-        lora_merge: whether what is saved in the end is a plain model with the adapters added to its weights.
+        lora_merge: whether what is saved in the end is a plain model with the adapters added to its weights, those
+            that the policy brought included.
 
     Raises:
         ValueError: a value is out of range, or an option of LoRA is given without a rank.
@@ -62,24 +66,36 @@ class Adaptation:
             raise ValueError(f"lora_targets must be names of linear maps, got {self.lora_targets!r}")
         if not isinstance(self.lora_merge, bool):
             raise ValueError(f"lora_merge must be true or false, got {self.lora_merge!r}")
-        if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets or self.lora_merge):
-            raise ValueError("lora_alpha, lora_targets and lora_merge mean nothing without lora_rank")
+        if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets):
+            raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank")
 
 
 def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed: int = 0) -> PreTrainedModel:
     """A copy to train: same function as ``start``, gradients where the adaptation says, the other parameters shared.
 
+    A start that has adapters is trained further in them alone.
+
     Args:
-        start: a causal language model; it stays as it is.
+        start: a language model; it stays as it is.
         adaptation: what is trained.
         seed: of the adapters' A; their B is zero.
 
     Raises:
-        ValueError: the model has fewer layers, no list of them can be found, or no linear map has such a name.
+        ValueError: the model is an encoder-decoder and not trained whole, it has fewer layers, no list of them can be
+            found, no linear map has such a name, or it has adapters already.
         ImportError: LoRA without peft.
     """
+    if has_adapters(start):
+        return _further(start, adaptation)
+    if adaptation.lora_merge and not adaptation.lora_rank:
+        raise ValueError("lora_merge: the policy has no adapters to merge; give lora_rank, or a policy that has some")
     if adaptation.freeze_layers == adaptation.lora_rank == 0:
         return copy.deepcopy(start).requires_grad_(True)
+    if is_encoder_decoder(start):
+        raise ValueError(
+            f"a {type(start).__name__} is an encoder-decoder, with two stacks of layers: train it whole, without "
+            "freeze_layers and lora_rank"
+        )
     name, layers = decoder_layers(start)
     if adaptation.freeze_layers > len(layers):
         raise ValueError(
@@ -87,14 +103,29 @@ def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed:
         )
     if adaptation.lora_rank:
         targets = _targets(start, adaptation, name, len(layers))
-        model = _sharing(start, list(start.parameters()))
+        model = sharing(start, list(start.parameters()))
         _add_lora(model, adaptation, targets, seed)
     else:
         frozen = parameters_below(start, layers[: adaptation.freeze_layers])
-        model = _sharing(start, frozen)
+        model = sharing(start, frozen)
         shared = {id(p) for p in frozen}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) not in shared)
+    return model.eval()
+
+
+def _further(start: PreTrainedModel, adaptation: Adaptation) -> PreTrainedModel:
+    """A copy that trains the adapters which the start brings, and shares everything else."""
+    if adaptation.lora_rank or adaptation.freeze_layers:
+        raise ValueError(
+            "the policy brings adapters of its own, which are trained further: leave out lora_rank and freeze_layers, "
+            "or merge them into its weights first"
+        )
+    own = {id(p) for p in adapter_parameters(start)}
+    model = sharing(start, [p for p in start.parameters() if id(p) not in own])
+    model.requires_grad_(False)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(True)
     return model.eval()
 
 
@@ -159,11 +190,6 @@ def parameters_below(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.P
     return [p for p, _ in before if id(p) in below or id(p) in own]
 
 
-def _sharing(model: PreTrainedModel, shared: list[nn.Parameter]) -> Any:
-    """A deep copy that has these parameters in common with the original."""
-    return copy.deepcopy(model, {id(p): p for p in shared})
-
-
 def _targets(model: PreTrainedModel, adaptation: Adaptation, layers: str, count: int) -> list[str]:
     """Full names of the linear maps that get adapters."""
     inside = tuple(f"{layers}.{i}." for i in range(adaptation.freeze_layers, count))
@@ -219,11 +245,6 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     plain._hf_peft_config_loaded = False
     del plain.peft_config
     return plain
-
-
-def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether adapters were put into a model."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False) -> None:

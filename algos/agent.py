@@ -23,6 +23,7 @@ from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, controller
 from lm_envs.algos.losses import explained_variance
 from lm_envs.algos.metrics import Averages, Metric, describe
 from lm_envs.algos.mixing import add_nll_gradient
+from lm_envs.algos.optimizer import MASTER, make_adam
 from lm_envs.kl import set_kl_coef, text_envs
 from lm_envs.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories
@@ -60,9 +61,7 @@ class Agent(Generic[C]):
         self._parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError(f"{self.name}: the policy has no parameter that requires a gradient")
-        self.optimizer = torch.optim.Adam(
-            self._parameters.values(), lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
-        )
+        self.optimizer = make_adam(self._parameters, self.name, self.config.learning_rate, self.config.adam_eps)
         self.iterations_done = self.episodes_done = self.tokens_done = self.steps_done = self.reward_calls = 0
         self._kl: FixedKL | AdaptiveKL | None = None
         self._sampled: Trajectories | None = None  # by the weights as they are
@@ -387,7 +386,7 @@ class Agent(Generic[C]):
         for name, parameter in self._parameters.items():
             state = {
                 key: tensors[f"adam.{key}.{name}"].to(parameter.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                for key in ("step", "exp_avg", "exp_avg_sq", MASTER)
                 if f"adam.{key}.{name}" in tensors
             }
             if state:

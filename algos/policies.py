@@ -18,6 +18,7 @@ from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.fused import fuse_activations
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
+from lm_envs.observations import EosIds, eos_ids
 from lm_envs.scoring import response_logits
 from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
@@ -107,12 +108,16 @@ def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
     """Forwards within keep each layer's input alone.
 
     transformers does that for layers in train mode: the layers themselves are put there and not what is inside them,
-    so that dropout stays off.
+    so that dropout stays off; so does that which a layer applies by its own flag (BART, OPT).
     """
     layers = _layers(model)
+    rates = [(layer, name, rate) for layer in layers for name, rate in vars(layer).items()]
+    rates = [found for found in rates if "dropout" in found[1] and isinstance(found[2], float)]
     # transformers renames these two methods on the way to its version 6.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    for layer, name, _ in rates:
+        setattr(layer, name, 0.0)
     for layer in layers:
         layer.training = True
     try:
@@ -120,11 +125,13 @@ def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
+        for layer, name, rate in rates:
+            setattr(layer, name, rate)
         getattr(model, f"{kind}_checkpointing_disable")()
 
 
 class LMPolicy(Policy):
-    """A causal language model as a policy, with a value head on the same trunk.
+    """A causal or encoder-decoder language model as a policy, with a value head on the same trunk.
 
     The trained distribution is the model at one temperature, with EOS masked before ``min_new_tokens``: sampling, the
         stored
@@ -132,8 +139,8 @@ class LMPolicy(Policy):
     *before* the token and starts at zero.
 
     Args:
-        model: any transformers causal LM.
-        eos_token_id: ends a response.
+        model: any transformers causal LM, or encoder-decoder: then the encoder reads the prompt.
+        eos_token_id: ends a response; or several, any of which does.
         prompt_length: P, the places of the prompt in an observation.
         max_new_tokens: T, the horizon.
         temperature: divides the logits.
@@ -153,7 +160,7 @@ class LMPolicy(Policy):
     def __init__(
         self,
         model: PreTrainedModel,
-        eos_token_id: int,
+        eos_token_id: EosIds,
         prompt_length: int,
         max_new_tokens: int,
         *,
@@ -171,7 +178,8 @@ class LMPolicy(Policy):
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
         self.model = fuse_activations(model.eval())
-        self.eos_token_id = eos_token_id
+        self.eos_token_ids = eos_ids(eos_token_id)
+        self.eos_token_id = self.eos_token_ids[0]
         self.prompt_length = prompt_length
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -183,15 +191,15 @@ class LMPolicy(Policy):
             raise ValueError(f"a {type(model).__name__} has no layers that gradient checkpointing could recompute")
         self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
         self.uniforms_per_response = max_new_tokens
-        width = model.get_output_embeddings().weight.shape[1]
-        width = getattr(model.config.get_text_config(), "hidden_size", width)
-        self.value_head = nn.Linear(width, 1, dtype=model.dtype, device=model.device)
+        width = model.get_output_embeddings().weight.shape[1]  # not always the model's own (OPT projects first)
+        precise = torch.promote_types(model.dtype, torch.float32)
+        self.value_head = nn.Linear(width, 1, dtype=precise, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.critic: nn.Module | None = None
         self.q_head: nn.Linear | None = None
         self.register_buffer("condition", None)  # the reward token of prompts that have none, once there are some
-        self._decoder = Decoder(model)
+        self._decoder = Decoder(model, max_new_tokens, hidden=True)
         self._weights = tuple(model.parameters())
         self._version = -1
 
@@ -200,8 +208,13 @@ class LMPolicy(Policy):
         """The policy that fits a text environment: its horizon, temperature and masks; ``options`` are the others.
 
         Raises:
-            ValueError: the model's vocabulary differs from the reference's.
+            ValueError: the model's vocabulary differs from the reference's, or the environment masks by the reference.
         """
+        if mdp.reference_top_k is not None:
+            raise ValueError(
+                "LMPolicy does not read action masks, which reference_top_k needs: train with "
+                "lm_envs.algos.sb3_masked.MaskableCausalLMActorCriticPolicy, or without reference_top_k"
+            )
         width = int(model.get_output_embeddings().weight.shape[0])
         if width != mdp.vocab_size:
             raise ValueError(
@@ -210,7 +223,7 @@ class LMPolicy(Policy):
             )
         return cls(
             model,
-            mdp.eos_token_id,
+            mdp.eos_token_ids,
             mdp.prompt_length,
             mdp.max_new_tokens,
             temperature=mdp.temperature,
@@ -226,7 +239,8 @@ class LMPolicy(Policy):
         if self.q_head is None:
             vocabulary = self.model.get_output_embeddings().weight.shape[0]
             width = self.value_head.in_features
-            self.q_head = nn.Linear(width, vocabulary, dtype=self.model.dtype, device=self.model.device)
+            precise = self.value_head.weight.dtype
+            self.q_head = nn.Linear(width, vocabulary, dtype=precise, device=self.model.device)
             nn.init.zeros_(self.q_head.weight)
             nn.init.zeros_(self.q_head.bias)
 
@@ -273,6 +287,13 @@ class LMPolicy(Policy):
             # Behind the EOS an action needs some token: the environment reads up to the first EOS.
             actions = torch.where(response < 0, self.eos_token_id, response)
             return actions.cpu().numpy(), logprob.double().sum(dim=1).cpu().numpy()
+        tokens, logprob = sample(self.next_logits(rows), numbers, self.temperature)
+        return tokens.cpu().numpy(), logprob.double().cpu().numpy()
+
+    def next_logits(self, rows: Tensor) -> Tensor:
+        """Logits ``(N, V)`` of the coming token of observations ``(N, P + T)``, EOS masked before ``min_new_tokens``;
+        rows that grew by a token since the last call take one cached step.
+        """
         version = sum(p._version for p in self._weights)
         if version != self._version:  # the weights changed under the cache
             self._weights = tuple(self.model.parameters())
@@ -285,9 +306,12 @@ class LMPolicy(Policy):
         with self._precision():
             logits = self._decoder(rows)
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
-        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
-        tokens, logprob = sample(logits, numbers, self.temperature)
-        return tokens.cpu().numpy(), logprob.double().cpu().numpy()
+        return forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
+
+    @torch.no_grad()
+    def next_value(self) -> Tensor:
+        """``(N,)`` the value head's estimates before the tokens that the last :meth:`next_logits` was asked for."""
+        return self.value_head(self._decoder.hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Whole responses, the fast path.
@@ -309,7 +333,7 @@ class LMPolicy(Policy):
                 self.model,
                 self._conditioned(prompts.to(self.model.device)),
                 uniforms.to(self.model.device),
-                self.eos_token_id,
+                self.eos_token_ids,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 min_new_tokens=self.min_new_tokens,
@@ -352,7 +376,7 @@ class LMPolicy(Policy):
         assert states is not None
         states = states.to(self.value_head.weight.dtype)
         position = torch.arange(response.shape[1], device=logits.device)
-        logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)
+        logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
         found = logprob_kl(logits, None, response.clamp(min=0), temperature=self.temperature, mask=mask)
         q = None if self.q_head is None else self.q_head(states).to(found.logprob.dtype)
         if q is not None:

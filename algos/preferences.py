@@ -135,7 +135,7 @@ def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Traje
         task.tokenizer,
         chosen,
         len(chosen),
-        eos_token_id=task.eos_token_id,
+        eos_token_id=task.eos_token_ids,
         max_new_tokens=task.max_new_tokens,
         min_new_tokens=task.min_new_tokens,
         temperature=task.temperature,

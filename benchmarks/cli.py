@@ -26,7 +26,7 @@ INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 @dataclass(frozen=True)
 class Own:
-    """Where a task of your own comes from."""
+    """Where a task of your own comes from, and how its models are loaded."""
 
     corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Make the task "corpus" of your labelled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
@@ -41,7 +41,16 @@ class Own:
     judge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Of "custom": another reward model, which decides win-rates; without one there are none."""
     reference: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": what the KL penalty is measured from; the policy as it starts if not given."""
+    """Of "custom": what the KL penalty is measured from; the policy as it starts if not given; "base" for the model
+    under a policy's adapters."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Of "custom": the precision of policy and reference: float32 (the default), bfloat16, float64, or auto."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Of "custom": where its models go, as in cuda:1; the CPU if not given."""
+    device_map: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Of "custom": the same by accelerate, as in auto; each model has to fit on one device."""
+    recompute: bool = False
+    """Of "custom": accept a model whose cache cannot be kept row by row, at the cost of a whole forward a token."""
 
     def options(self) -> dict[str, dict[str, Any]]:
         """The loader's options by task.
@@ -53,7 +62,8 @@ class Own:
         if self.corpus is not None:
             found["corpus"] = {"path": str(self.corpus)}
         custom = {"policy": self.policy, "reward_model": self.reward_model, "prompts": self.prompts}
-        more = {name: value for name in ("judge", "reference") if (value := getattr(self, name)) is not None}
+        names = ("judge", "reference", "dtype", "device", "device_map", "recompute")
+        more = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
         if more or any(value is not None for value in custom.values()):
             missing = [f"--{name.replace('_', '-')}" for name, value in custom.items() if value is None]
             if missing:

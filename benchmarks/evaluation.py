@@ -130,7 +130,7 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
         proxy=traj.score.double().numpy(),
         kl=((traj.logprob - traj.ref_logprob) * traj.mask).sum(dim=1).double().numpy(),
         length=traj.response_lengths.numpy(),
-        tokens=[[token for token in row if token != mdp.eos_token_id] for row in ids],
+        tokens=[[token for token in row if token not in mdp.eos_token_ids] for row in ids],
         seconds=seconds,
     )
 

@@ -83,7 +83,7 @@ def frontier(series: Sequence[Series], style: Style) -> Figure:
                     arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
                     ax.annotate("", at, (-24, 0), textcoords="offset points", arrowprops={**arrow, "arrowstyle": "<-"})
                 points.append(Label(at, s.label, colour, bool(s.results[0].get("kl_is_bound"))))
-            _draw_optimum(ax, series)
+            points += _draw_optimum(ax, series)
             ax.set_title({"gold": "Gold (the judge)", "proxy": "Proxy (the reward that trains)"}[name])
             # Scores rise like the square root of KL (Gao et al. 2022, arXiv:2210.10760), so that is the scale.
             ax.set_xscale("function", functions=(_root, _square))
@@ -101,15 +101,15 @@ def frontier(series: Sequence[Series], style: Style) -> Figure:
     return figure
 
 
-def _draw_optimum(ax: Axes, series: Sequence[Series]) -> None:
-    """The exact frontier where a task has one, as far as the methods go: no policy can be above it."""
+def _draw_optimum(ax: Axes, series: Sequence[Series]) -> list[Label]:
+    """The exact frontier where a task has one, as far as the methods go: no policy can be above it. Gives its label."""
     known = next((s.results[0]["frontier"] for s in series if s.results[0].get("frontier")), None)
     if known is None:
-        return
+        return []
     kl, reward = np.array(known["kl"]), np.array(known["reward"])
     shown = kl <= 1.15 * max(np.max(np.asarray(line.get_xdata(orig=False))) for line in ax.lines)
     ax.plot(kl[shown], reward[shown], color="#222222", linewidth=1.4, zorder=1)
-    ax.annotate("most possible", (kl[shown][-1], reward[shown][-1]), (0, 5), textcoords="offset points", fontsize=9)
+    return [Label((kl[shown][-1], reward[shown][-1]), "most possible", "#222222", arrow=False)]
 
 
 def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:

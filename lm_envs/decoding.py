@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lm_envs.cross_cache import rows_of
+from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.observations import accepted, head_inputs, model_inputs
-from lm_envs.row_cache import RowCache, can_cache
+from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, model_inputs, right_align
+from lm_envs.row_cache import RowCache
 
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
 
@@ -54,7 +57,7 @@ def _search(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forbid_early_eos(
-    logits: Tensor, position: Tensor | int, eos_token_id: int, min_new_tokens: int, *, in_place: bool = False
+    logits: Tensor, position: Tensor | int, eos_token_id: EosIds, min_new_tokens: int, *, in_place: bool = False
 ) -> Tensor:
     """Logits with EOS at -inf where fewer than ``min_new_tokens`` tokens stand before it.
 
@@ -68,23 +71,22 @@ def forbid_early_eos(
         return logits
     if not in_place:
         logits = logits.clone()
-    column = logits.detach()[..., eos_token_id]
-    if isinstance(position, int):
-        column.fill_(float("-inf"))
-    else:
-        column.masked_fill_(position < min_new_tokens, float("-inf"))
+    for token in eos_ids(eos_token_id):
+        column = logits.detach()[..., token]
+        if isinstance(position, int):
+            column.fill_(float("-inf"))
+        else:
+            column.masked_fill_(position < min_new_tokens, float("-inf"))
     return logits
 
 
-def _right_align(obs: Tensor) -> Tensor:
-    """Shift every row so that its last token stands in the last column, and cut what no row needs. ``(B, L)``."""
-    present = obs >= 0
-    columns = torch.arange(obs.shape[1], device=obs.device)
-    last = (present * (columns + 1)).amax(dim=1)  # (B,) one past the last token
-    width = int(present.sum(dim=1).max())
-    source = last.unsqueeze(1) - width + torch.arange(width, device=obs.device)
-    aligned = obs.gather(1, source.clamp(min=0))
-    return aligned.masked_fill(source < 0, -1)
+def keep_top(logits: Tensor, k: int) -> Tensor:
+    """``(..., V)`` logits with all but the ``k`` highest of each row at -inf, in place; as :func:`forbid_early_eos`."""
+    if k < logits.shape[-1]:
+        values = logits.detach()
+        lost = torch.ones_like(values, dtype=torch.bool).scatter_(-1, values.topk(k).indices, False)
+        values.masked_fill_(lost, float("-inf"))
+    return logits
 
 
 class Decoder:
@@ -92,25 +94,49 @@ class Decoder:
 
     It compares each observation with the last one it saw: rows that grew by one token take one cached step together,
     all others are computed anew. Callers never manage a cache and cannot get a stale answer. A model whose cache has no
-    rows that can be exchanged (:func:`~lm_envs.row_cache.can_cache`) is computed in full each time.
+    rows that can be exchanged (:func:`~lm_envs.cross_cache.rows_of`) is computed in full each time.
+
+    Args:
+        model: causal or encoder-decoder.
+        response_places: T, how many of an observation's places are the response's; only an encoder-decoder needs it.
+        hidden: also keep the hidden states that the logits are made from, for value heads.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.cached = can_cache(model)
+    def __init__(self, model: PreTrainedModel, response_places: int = 0, *, hidden: bool = False) -> None:
+        self.model, self._places = model, response_places
+        self._with_hidden = hidden
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: needed after the model's weights change."""
         self._rows: RowCache | None = None
         self._obs: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._last: tuple[Tensor, ...] | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """``(B, d)`` hidden states of the last call, for ``Decoder(model, hidden=True)``."""
+        if self._last is None or not self._with_hidden:
+            raise RuntimeError("call a Decoder(model, hidden=True) first")
+        return self._last[1]
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
         """Logits ``(B, V)`` after the last token of every row of ``obs`` ``(B, P + T)``, -1 where there is no token."""
-        known, logits, rows = self._obs, self._logits, self._rows
-        if known is None or logits is None or rows is None or known.shape != obs.shape:
+        self._last = self._next(obs)
+        return self._last[0]
+
+    def _forward(self, run: Callable[..., Tensor], *given: Tensor | None) -> tuple[Tensor, ...]:
+        """Logits and, where they are kept, hidden states of a call that ends with one forward."""
+        if not self._with_hidden:
+            return (run(*given),)
+        with head_inputs(self.model) as seen:
+            logits = run(*given)
+        return logits, seen[-1][:, -1]
+
+    def _next(self, obs: Tensor) -> tuple[Tensor, ...]:
+        known, last_seen, rows = self._obs, self._last, self._rows
+        if known is None or last_seen is None or rows is None or known.shape != obs.shape:
             return self._restart(obs)
         change = known != obs
         place = change.int().argmax(dim=1, keepdim=True)
@@ -121,28 +147,29 @@ class Decoder:
         grown = (known.gather(1, place) < 0) & (place == end) & (obs.gather(1, (place - 1).clamp(min=0)) >= 0)
         grew = moved & (change.sum(dim=1) == 1) & (grown & (place > 0)).squeeze(1)
         if bool(grew.all()):
-            logits = rows.advance(last.squeeze(1))
+            found = self._forward(rows.advance, last.squeeze(1))
         else:
             other = moved & ~grew
             if bool(other.all()):
                 return self._restart(obs)
+            found = last_seen
             if bool(grew.any()):
-                stepped = rows.advance(last.squeeze(1).clamp(min=0), (~grew).nonzero().squeeze(1))
-                logits = torch.where(grew.unsqueeze(1), stepped, logits)
+                stepped = self._forward(rows.advance, last.squeeze(1).clamp(min=0), (~grew).nonzero().squeeze(1))
+                found = tuple(torch.where(grew.unsqueeze(1), s, x) for s, x in zip(stepped, found, strict=True))
             if bool(other.any()):
                 index = other.nonzero().squeeze(1)
-                logits = logits.index_copy(0, index, rows.refill(index, _right_align(obs[index])))
-        self._obs, self._logits = obs.clone(), logits
-        return logits
-
-    def _restart(self, obs: Tensor) -> Tensor:
-        if not self.cached:
-            return _next_logits(self.model, obs)
-        aligned = _right_align(obs)
-        self._rows = RowCache(self.model, room=obs.shape[1] - aligned.shape[1])
-        self._logits = self._rows.prefill(aligned)
+                fresh = self._forward(rows.refill, index, obs[index])
+                found = tuple(x.index_copy(0, index, f) for f, x in zip(fresh, found, strict=True))
         self._obs = obs.clone()
-        return self._logits
+        return found
+
+    def _restart(self, obs: Tensor) -> tuple[Tensor, ...]:
+        held = int((obs >= 0).sum(dim=1).max())
+        self._rows = rows_of(self.model, obs.shape[1] - held, self._places)
+        if self._rows is None:
+            return self._forward(lambda: _next_logits(self.model, obs, self._places))
+        self._obs = obs.clone()
+        return self._forward(self._rows.prefill, obs)
 
 
 @torch.no_grad()
@@ -150,7 +177,7 @@ def generate(
     model: PreTrainedModel,
     prompts: Tensor,
     uniforms: Tensor,
-    eos_token_id: int,
+    eos_token_id: EosIds,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -162,6 +189,7 @@ def generate(
     Args:
         prompts: ``(N, P)`` int64, left-padded with -1.
         uniforms: ``(N, max_new_tokens)`` float64 in [0, 1), the number each token is sampled with.
+        eos_token_id: or several, any of which ends a response.
         observe: called before token t is sampled with t, the rows ``(n,)`` that still run, and the hidden states ``(n,
             d)`` that their logits are made from.
 
@@ -173,10 +201,10 @@ def generate(
     response = prompts.new_full((count, max_new_tokens), -1)
     logprob = torch.zeros(count, max_new_tokens, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32)
     logprob = logprob.to(prompts.device)
-    rows = RowCache(model, room=max_new_tokens) if can_cache(model) else None
+    rows = rows_of(model, max_new_tokens)
     active = torch.arange(count, device=prompts.device)
     with head_inputs(model) as hidden:
-        logits = _next_logits(model, prompts) if rows is None else rows.prefill(_right_align(prompts))
+        logits = _next_logits(model, prompts) if rows is None else rows.prefill(prompts)
         for t in range(max_new_tokens):
             if observe is not None:
                 observe(t, active, hidden[-1][:, -1])
@@ -186,7 +214,7 @@ def generate(
             response[active, t], logprob[active, t] = tokens, token_logprob.to(logprob.dtype)
             if t + 1 == max_new_tokens:
                 break
-            going = tokens != eos_token_id
+            going = ~is_eos(tokens, eos_token_id)
             if not bool(going.all()):
                 kept = going.nonzero().squeeze(1)
                 if not len(kept):
@@ -197,11 +225,17 @@ def generate(
             if rows is not None:
                 logits = rows.advance(tokens)
             else:
-                logits = _next_logits(model, torch.cat([prompts[active], response[active, : t + 1]], dim=1))
+                logits = _next_logits(model, torch.cat([prompts[active], response[active, : t + 1]], dim=1), t + 1)
     return response, logprob
 
 
-def _next_logits(model: PreTrainedModel, obs: Tensor) -> Tensor:
+def _next_logits(model: PreTrainedModel, obs: Tensor, response_places: int = 0) -> Tensor:
     """``(B, V)`` without a cache."""
-    inputs = model_inputs(_right_align(obs))
+    if is_encoder_decoder(model):
+        prompt, response = obs.split([obs.shape[1] - response_places, response_places], dim=1)
+        inputs = teacher_forced(model, prompt, F.pad(response, (0, 1)))
+        last = (response >= 0).sum(dim=1) + inputs["decoder_input_ids"].shape[1] - response_places - 1
+        logits = model(**inputs, use_cache=False).logits
+        return logits[torch.arange(len(obs), device=obs.device), last]
+    inputs = model_inputs(right_align(obs))
     return model(**accepted(model, **inputs, logits_to_keep=1, use_cache=False)).logits[:, -1]

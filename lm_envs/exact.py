@@ -56,12 +56,14 @@ class Exact:
         log_ref: ``(X, S, V)`` the reference's log-probabilities; -inf where a token is masked.
 
     Raises:
-        ValueError: too many sequences, or a reward per token.
+        ValueError: too many sequences, a reward per token, or several EOS tokens.
     """
 
     def __init__(self, mdp: TextMDP, *, kl_coef: float | None = None, batch_size: int = 8192) -> None:
         if mdp.dense:
             raise ValueError("exact solutions are for a reward per response; this one pays per token")
+        if len(mdp.eos_token_ids) > 1:
+            raise ValueError(f"exact solutions are for one EOS token; this task has {mdp.eos_token_ids}")
         self.mdp, self.batch_size = mdp, batch_size
         self.kl_coef = mdp.kl_coef if kl_coef is None else kl_coef
         self.tree = PrefixTree(mdp.vocab_size, mdp.eos_token_id, mdp.max_new_tokens)

@@ -1,56 +1,132 @@
 """Loading models and tokenizers of the user's own: folders of ``save_pretrained``, or hub names, by the same code.
 
 Weights come from safetensors and code only from transformers itself: nothing in a folder is executed. What does not
-    fit is refused
-before anything runs, in one line.
+fit is refused before anything runs, in one line.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from lm_envs.adapters import base_of, is_adapter, with_adapters
+from lm_envs.cross_cache import rows_of
+from lm_envs.model_check import no_rows, refuse_config
 from lm_envs.rewards import LearnedReward
+from lm_envs.row_cache import RECOMPUTE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["context_of", "load_policy", "load_reward_model", "load_tokenizer", "same_vocabulary", "vocabulary_of"]
+__all__ = [
+    "Placement",
+    "load_policy",
+    "load_reward_model",
+    "load_tokenizer",
+    "same_vocabulary",
+    "vocabulary_of",
+]
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 _TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model", "merges.txt")
 
 
-def load_policy(name: str | Path, what: str = "policy") -> PreTrainedModel:
-    """A causal language model in float32, in ``eval`` mode.
+@dataclass(frozen=True)
+class Placement:
+    """In what precision a model is loaded, and where.
+
+    Attributes:
+        dtype: "float32", "bfloat16", "float16", "float64", or "auto" for the one it was saved in.
+        device: such as "cuda:1"; None is the CPU. Not with ``device_map``.
+        device_map: of accelerate, such as "auto" or "cuda": weights go straight to the device. All must fit on one.
+
+    Raises:
+        ValueError: there is no such precision or device, or both places are given.
+    """
+
+    dtype: str = "float32"
+    device: str | None = None
+    device_map: str | Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("device and device_map exclude each other: both say where the model goes")
+        if self.device_map is not None and find_spec("accelerate") is None:
+            raise ValueError("device_map needs accelerate: pip install 'lm-envs[accelerate]'; device=NAME does without")
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(f"device {self.device!r} cannot be used: {_first_line(error)}") from error
+
+
+HOST = Placement()  # float32 on the CPU
+
+
+def load_policy(
+    name: str | Path, what: str = "policy", placement: Placement = HOST, *, recompute: bool = False
+) -> PreTrainedModel:
+    """A causal or encoder-decoder language model in float32, in ``eval`` mode.
 
     Args:
         name: a folder saved by ``save_pretrained``, or a hub name.
         what: how messages call it.
+        placement: its precision and device.
+        recompute: accept a model whose cache cannot be kept row by row; see :func:`~lm_envs.model_check.check_model`.
 
     Raises:
-        ValueError: there is no such folder or model, it holds no safetensors, or it is not a causal language model.
+        ValueError: there is no such folder or model, it holds no safetensors, it is not a language model, or one that
+            cannot be used (:func:`~lm_envs.model_check.refuse_config`).
     """
-    return _load(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, what, "a causal language model")
+    place = os.path.expanduser(str(name))
+    if is_adapter(place):
+        base = load_policy(base_of(place, what), f"the base of {what}", placement, recompute=recompute)
+        return with_adapters(base, place, what)
+    if _has_encoder(place):
+        # BART and its kin are in both lists; with their encoder they are saved as what they are.
+        kind, heads, called = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder-decoder"
+    else:
+        kind, heads, called = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal"
+    model = _load(kind, heads, name, what, f"{called} language model", placement)
+    if rows_of(model) is None:
+        if not recompute:
+            raise ValueError(f"{what} {place!r}: {no_rows(model)}")
+        setattr(model, RECOMPUTE, True)
+    return model
 
 
 def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, or of a hub name; it has an EOS.
+    """The tokenizer in a folder, or of a hub name; it has an EOS. Adapters without one have their model's.
 
     Raises:
         ValueError: there is none, or it has no EOS token.
     """
-    tokenizer = _read_tokenizer(name, what)
+    place = os.path.expanduser(str(name))
+    tokenizer = _read_tokenizer(base_of(place, what) if is_adapter(place) and not _has_tokenizer(place) else name, what)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{what} {str(name)!r}: the tokenizer has no EOS token, so no response could end; "
@@ -60,13 +136,19 @@ def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenize
 
 
 def load_reward_model(
-    name: str | Path, what: str = "reward model", *, normalise: tuple[float, float] = (0.0, 1.0), batch_size: int = 64
+    name: str | Path,
+    what: str = "reward model",
+    placement: Placement = HOST,
+    *,
+    normalise: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 64,
 ) -> LearnedReward:
     """A sequence-classification model with its own tokenizer, as a reward.
 
     Args:
         name: a folder saved by ``save_pretrained`` (model and tokenizer), or a hub name.
         what: how messages call it.
+        placement: its precision and device.
         normalise, batch_size: as for :class:`~lm_envs.rewards.LearnedReward`.
 
     Raises:
@@ -80,6 +162,7 @@ def load_reward_model(
         name,
         what,
         "a sequence-classification model",
+        placement,
     )
     tokenizer = _read_tokenizer(name, what)
     check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {str(name)!r}")
@@ -89,11 +172,6 @@ def load_reward_model(
 def vocabulary_of(model: PreTrainedModel) -> int:
     """How many tokens a causal language model's output has."""
     return int(model.get_output_embeddings().weight.shape[0])
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """The most tokens a model reads, None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: str) -> None:
@@ -116,11 +194,24 @@ def same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel, names: 
         )
 
 
+def _has_encoder(name: str | Path) -> bool:
+    """Whether the config is of an encoder-decoder with its language-model head; False where it cannot be read."""
+    try:
+        config = AutoConfig.from_pretrained(os.path.expanduser(str(name)), trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    saved = getattr(config, "architectures", None) or []
+    causal = any(architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for architecture in saved)
+    return bool(getattr(config, "is_encoder_decoder", False)) and not causal
+
+
 def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:
-    place = _place(name, what)
+    place = os.path.expanduser(str(name))
+    if not is_adapter(place):
+        place = _place(name, what)
     advice = "save it beside the model with tokenizer.save_pretrained"
     # Without any of its files, some classes of tokenizers come up empty instead of failing.
-    if Path(place).is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in Path(place).glob(pattern)):
+    if Path(place).is_dir() and not _has_tokenizer(place):
         raise ValueError(f"{what} {place!r} holds no tokenizer: {advice}")
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -128,12 +219,23 @@ def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{what} {place!r}: its tokenizer cannot be read ({_first_line(error)}); {advice}") from error
 
 
-def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str) -> Any:
+def _has_tokenizer(place: str) -> bool:
+    return any(file for pattern in _TOKENIZER_FILES for file in Path(place).glob(pattern))
+
+
+def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, placement: Placement) -> Any:
     place = _place(name, what)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error) or _has_code(place):
+            raise ValueError(
+                f"{what} {place!r} needs code of its own (auto_map in its config.json), and none is executed here "
+                "(trust_remote_code stays false): use a family that transformers has itself"
+            ) from error
         raise ValueError(f"{what} {place!r} cannot be read: {_first_line(error)}") from error
+    if auto is AutoModelForCausalLM:
+        refuse_config(config, f"{what} {place!r}")
     _check_head(config, heads, place, what, expected)
     try:
         with warnings.catch_warnings():
@@ -141,7 +243,8 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str) -> 
             model, info = auto.from_pretrained(
                 place,
                 config=config,
-                dtype=torch.float32,
+                dtype=placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype),
+                device_map=placement.device_map,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -152,7 +255,27 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str) -> 
     if lacking:
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         raise ValueError(f"{what} {str(name)!r} is not {expected}: its weights lack {shown}")
+    parts = {parameter.device for parameter in model.parameters()}
+    if (
+        len(parts) > 1
+        or torch.device("meta") in parts
+        or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    ):
+        raise ValueError(
+            f"{what} {place!r}: device_map={placement.device_map!r} spreads it over several devices or the disk; the "
+            "rows of its cache and the copy that is trained need one: choose one that holds it whole, or dtype bfloat16"
+        )
+    if placement.device is not None:
+        model = model.to(placement.device)
     return model.eval()
+
+
+def _has_code(place: str) -> bool:
+    path = Path(place) / "config.json"
+    try:
+        return "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _check_head(config: Any, heads: Any, place: str, what: str, expected: str) -> None:

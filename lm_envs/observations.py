@@ -10,12 +10,17 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 NO_TOKEN = -1
+
+EosIds = int | tuple[int, ...]  # of the tokens that end a response: chat models have several
+X = TypeVar("X", Tensor, NDArray[np.int64])
 
 
 def model_inputs(obs: Tensor) -> dict[str, Tensor]:
@@ -63,6 +68,31 @@ def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         watch.remove()
+
+
+def eos_ids(eos_token_id: EosIds) -> tuple[int, ...]:
+    """The ids as a tuple."""
+    return (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+
+
+def is_eos(tokens: X, eos_token_id: EosIds) -> X:
+    """Which tokens end a response: bool, of the tokens' shape."""
+    first, *others = eos_ids(eos_token_id)
+    found = tokens == first
+    for other in others:
+        found = found | (tokens == other)
+    return found
+
+
+def right_align(obs: Tensor) -> Tensor:
+    """Shift every row so that its last token stands in the last column, and cut what no row needs. ``(B, L)``."""
+    present = obs >= 0
+    columns = torch.arange(obs.shape[1], device=obs.device)
+    last = (present * (columns + 1)).amax(dim=1)  # (B,) one past the last token
+    width = int(present.sum(dim=1).max())
+    source = last.unsqueeze(1) - width + torch.arange(width, device=obs.device)
+    aligned = obs.gather(1, source.clamp(min=0))
+    return aligned.masked_fill(source < 0, -1)
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:

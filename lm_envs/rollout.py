@@ -284,6 +284,7 @@ def rollout(
 
     Raises:
         TypeError: ``env`` is no text environment.
+        ValueError: no episodes, or an environment with ``reference_top_k``.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
@@ -291,6 +292,8 @@ def rollout(
     if not inner:
         raise TypeError(f"rollout is for text environments; use collect for {type(env.unwrapped).__name__}")
     mdp, kl_coef = inner[0].mdp, inner[0].kl_coef
+    if mdp.reference_top_k is not None:
+        raise ValueError("rollout generates without asking the reference, which reference_top_k needs: step the env")
     numbers = np.arange(first_episode, first_episode + episodes)
     prompt = mdp.start(seed, numbers)
     uniforms = counted.uniform(seed, counted.TOKEN, numbers[:, None], np.arange(policy.uniforms_per_response))

@@ -12,10 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
-from lm_envs.observations import accepted, model_inputs, names_argument
+from lm_envs.observations import accepted, model_inputs, names_argument, right_align
 
+RECOMPUTE = "_lm_envs_recompute"  # the attribute of a model that is to be used without a cache
 ROOM = 16  # columns, at least, that a buffer has left when it is made
 
 
@@ -138,18 +146,70 @@ class StateLayer(LinearAttentionLayer):
         """There are no columns."""
 
 
+class BothLayer(StateLayer, GrowingLayer):
+    """Keys and values beside a recurrence's state, in one layer."""
+
+    def __init__(self, room: int = ROOM) -> None:
+        GrowingLayer.__init__(self, room)
+        StateLayer.__init__(self)
+
+    def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:
+        """Of the keys and values, which come by position, or of a state, which comes by name."""
+        if keys_and_values:
+            GrowingLayer.lazy_initialization(self, *keys_and_values)
+        else:
+            StateLayer.lazy_initialization(self, **states)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        GrowingLayer.batch_select_indices(self, indices)
+        StateLayer.batch_select_indices(self, indices)
+
+    def release(self, rows: Tensor) -> None:
+        """After a step in which these rows stood still: take back their new column and their state."""
+        GrowingLayer.release(self, rows)
+        StateLayer.release(self, rows)
+
+    def put(self, rows: Tensor, other: Any) -> None:
+        """Replace rows by another layer's."""
+        GrowingLayer.put(self, rows, other)
+        StateLayer.put(self, rows, other)
+
+    def widen(self, count: int) -> None:
+        """So many columns more at the left end."""
+        GrowingLayer.widen(self, count)
+
+    def narrow(self, count: int) -> None:
+        """So many columns fewer at the left end."""
+        GrowingLayer.narrow(self, count)
+
+
+class EmptyLayer(DummyLayer):
+    """Of a layer that remembers nothing, or reads what another one remembers."""
+
+    def hold(self, rows: Tensor) -> None:
+        """There is nothing to do, here and below."""
+
+    release = widen = narrow = hold
+
+    def put(self, rows: Tensor, other: EmptyLayer) -> None:
+        """There are no rows."""
+
+
 _OURS: dict[type, type] = {
     DynamicLayer: GrowingLayer,
     DynamicSlidingWindowLayer: GrowingLayer,
     LinearAttentionLayer: StateLayer,
+    LinearAttentionAndFullAttentionLayer: BothLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: BothLayer,
+    DummyLayer: EmptyLayer,
 }
 
 
 def layer_types(model: PreTrainedModel) -> list[type] | None:
     """Our layer for each of the model's, None where the model has some that rows cannot be exchanged in.
 
-    Those are chunked attention (its windows begin at fixed columns), layers that share another's cache, and layers
-    with two kinds of state at once.
+    Those are chunked attention, whose windows begin at fixed columns, and caches of kinds that are not known here.
     """
     config = model.config.get_text_config(decoder=True)
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
@@ -163,8 +223,8 @@ def layer_types(model: PreTrainedModel) -> list[type] | None:
 
 
 def can_cache(model: PreTrainedModel) -> bool:
-    """Whether a :class:`RowCache` can be made of this model."""
-    return _argument(model) is not None and layer_types(model) is not None
+    """Whether a :class:`RowCache` can be made of this model, and it was not decided to do without."""
+    return not getattr(model, RECOMPUTE, False) and _argument(model) is not None and layer_types(model) is not None
 
 
 def _argument(model: PreTrainedModel) -> str | None:
@@ -185,18 +245,27 @@ class RowCache:
         if types is None or argument is None:
             raise ValueError(f"rows of a {type(model).__name__}'s cache cannot be exchanged one by one")
         self._types, self._argument = types, argument
-        self._masked = GrowingLayer in types  # a recurrence has no past to mask, and its new tokens are all real
+        self._masked = any(
+            issubclass(kind, GrowingLayer) for kind in types
+        )  # a recurrence has no past to mask, and its new tokens are all real
         self.columns = 0
 
     @torch.no_grad()
     def prefill(self, obs: Tensor) -> Tensor:
-        """Start all rows anew. ``obs`` is ``(B, L)`` with every row's last token in the last column; logits ``(B,
-        V)``."""
-        self.cache = Cache(layers=[kind(self._room) if kind is GrowingLayer else kind() for kind in self._types])
+        """Start all rows anew. ``obs`` is ``(B, L)``, each row's tokens together, -1 elsewhere; logits ``(B, V)``."""
+        obs = right_align(obs)
+        self.cache = self._new_cache()
         self.lengths = (obs >= 0).sum(dim=1)  # (B,)
         self.columns = obs.shape[1]
         self._find_padding()
         return self._forward(**model_inputs(obs), logits_to_keep=1)
+
+    def _new_cache(self) -> Cache:
+        return Cache(layers=[kind(self._room) if issubclass(kind, GrowingLayer) else kind() for kind in self._types])
+
+    def empty(self) -> RowCache:
+        """Another one of the same model, without rows."""
+        return RowCache(self.model)
 
     def _forward(self, **inputs: Tensor | int | None) -> Tensor:
         given = {name: x for name, x in inputs.items() if x is not None}
@@ -248,17 +317,20 @@ class RowCache:
 
     def refill(self, rows: Tensor, obs: Tensor) -> Tensor:
         """Put other texts in the place of some rows; logits ``(len(rows), V)``. ``obs`` as in :meth:`prefill`."""
-        fresh = RowCache(self.model)
+        fresh = self.empty()
         logits = fresh.prefill(obs)
         if fresh.columns > self.columns:
             for layer in self.cache.layers:
                 layer.widen(fresh.columns - self.columns)
             self.columns = fresh.columns
-        for layer, new in zip(self.cache.layers, fresh.cache.layers, strict=True):
-            layer.put(rows, new)
-        self.lengths[rows] = fresh.lengths
+        self._put(rows, fresh)
         self._trim()
         return logits
+
+    def _put(self, rows: Tensor, other: RowCache) -> None:
+        for layer, new in zip(self.cache.layers, other.cache.layers, strict=True):
+            layer.put(rows, new)
+        self.lengths[rows] = other.lengths
 
     def _trim(self) -> None:
         """Forget the columns that no row uses."""

@@ -61,8 +61,7 @@ class _SingleRow(gymnasium.Env):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """``(V,)`` bool, the tokens allowed now (the name is sb3-contrib's)."""
-        mask = self.mdp.action_mask(self._vector._lengths)
-        return np.ones(self.mdp.vocab_size, dtype=bool) if mask is None else mask[0].astype(bool)
+        return self._vector.action_masks()[0]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

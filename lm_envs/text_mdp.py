@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import counted
-from lm_envs.observations import left_pad
+from lm_envs.decoding import forbid_early_eos, keep_top
+from lm_envs.encoder_decoder import room_for
+from lm_envs.observations import is_eos, left_pad
 from lm_envs.rewards import call_reward
 from lm_envs.scoring import response_logprob
 from lm_envs.tasks import load
@@ -37,6 +39,9 @@ class TextMDP:
         missing_eos: ``("replace", x)`` makes x the score of a response without EOS, ``("subtract", x)`` takes x off it
             (completion only, before the KL penalty); None leaves the score alone.
         group_size: so many consecutive episodes start from the same prompt.
+        reference_top_k: in each state only the k tokens that the reference finds likeliest are allowed; None allows
+            all. The idea behind NLPO (Ramamurthy et al. 2023, section 4), with the mask taken from the reference: it is
+            frozen, so the mask is a function of the state, and policy and reference alike are renormalised over it.
 
     Raises:
         ValueError: an argument is out of range; the message says which.
@@ -53,6 +58,7 @@ class TextMDP:
         min_new_tokens: int | None = None,
         missing_eos: tuple[str, float] | None = None,
         group_size: int = 1,
+        reference_top_k: int | None = None,
     ) -> None:
         self.task = load(task) if isinstance(task, str) else task
         if split not in self.task.prompts:
@@ -65,8 +71,9 @@ class TextMDP:
         self.kl_coef = self.task.kl_coef if kl_coef is None else kl_coef
         self.missing_eos = missing_eos
         self.group_size = group_size
+        self.reference_top_k = reference_top_k
         self.reference = self.task.reference
-        self.eos_token_id = self.task.eos_token_id
+        self.eos_token_id, self.eos_token_ids = self.task.eos_token_id, self.task.eos_token_ids
         self.prompt_length = self.task.prompt_length
         self.vocab_size = int(self.reference.get_output_embeddings().weight.shape[0])
         self._validate()
@@ -91,6 +98,8 @@ class TextMDP:
             )
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        if self.reference_top_k is not None and self.reference_top_k < 1:
+            raise ValueError(f"reference_top_k must be at least 1, or None for all tokens, got {self.reference_top_k}")
         check_kl_coef(self.kl_coef)
         if self.missing_eos is not None and self.missing_eos[0] not in MISSING_EOS_MODES:
             raise ValueError(f"missing_eos must be ('replace', x) or ('subtract', x), got {self.missing_eos!r}")
@@ -100,11 +109,11 @@ class TextMDP:
                 "the end is known; "
                 "use ('subtract', x)"
             )
-        context = getattr(self.reference.config, "max_position_embeddings", None)
-        if context is not None and self.prompt_length + self.max_new_tokens > context:
+        needed, context = room_for(self.reference, self.prompt_length, self.max_new_tokens)
+        if context is not None and needed > context:
             raise ValueError(
                 f"the longest prompt has {self.prompt_length} tokens and responses up to {self.max_new_tokens}: "
-                f"together more "
+                f"{needed} places are more "
                 f"than the model's context of {context}; shorten the prompts or max_new_tokens"
             )
 
@@ -121,13 +130,24 @@ class TextMDP:
         """The prompts of these episodes, ``(N, P)`` int64, left-padded with -1."""
         return left_pad([self.prompts[i] for i in self.prompt_index(seed, episodes)], self.prompt_length)
 
-    def action_mask(self, lengths: NDArray[np.int64]) -> NDArray[np.int8] | None:
+    def restrict(self, ref_logits: Tensor, lengths: Tensor) -> Tensor:
+        """The reference's logits ``(N, V)`` after ``lengths (N,)`` response tokens, -inf where a token is not allowed;
+        in place, and doing it twice changes nothing."""
+        logits = forbid_early_eos(ref_logits, lengths, self.eos_token_ids, self.min_new_tokens, in_place=True)
+        return logits if self.reference_top_k is None else keep_top(logits, self.reference_top_k)
+
+    def action_mask(self, lengths: NDArray[np.int64], ref_logits: Tensor | None = None) -> NDArray[np.int8] | None:
         """``(N, V)`` int8, 1 where a token is allowed after ``lengths`` response tokens; None where nothing is ever
-        masked."""
+        masked. ``ref_logits (N, V)``, which ``reference_top_k`` needs, are restricted in place.
+        """
+        if self.reference_top_k is not None:
+            if ref_logits is None:
+                raise ValueError("reference_top_k makes the action mask of the reference's logits, and there are none")
+            return (self.restrict(ref_logits, self.tensor(lengths)) > -torch.inf).to(torch.int8).cpu().numpy()
         if self.min_new_tokens == 0:
             return None
         mask = np.ones((len(lengths), self.vocab_size), dtype=np.int8)
-        mask[:, self.eos_token_id] = lengths >= self.min_new_tokens
+        mask[:, list(self.eos_token_ids)] = (lengths >= self.min_new_tokens)[:, None]
         return mask
 
     def texts(self, tokens: NDArray[np.int64]) -> list[str]:
@@ -145,7 +165,7 @@ class TextMDP:
 
     def finish_reasons(self, response: NDArray[np.int64]) -> list[str]:
         """``"stop"`` where the response ends in EOS, else ``"length"``."""
-        return ["stop" if stopped else "length" for stopped in (response == self.eos_token_id).any(axis=1)]
+        return ["stop" if stopped else "length" for stopped in is_eos(response, self.eos_token_ids).any(axis=1)]
 
     def score(
         self, prompt: NDArray[np.int64], response: NDArray[np.int64], finished: NDArray[np.bool_] | None = None
@@ -192,9 +212,10 @@ class TextMDP:
             self.reference,
             prompt.to(self.device),
             response.to(self.device),
-            self.eos_token_id,
+            self.eos_token_ids,
             temperature=self.temperature,
             min_new_tokens=self.min_new_tokens,
+            top_k=self.reference_top_k,
         )
 
     def tensor(self, array: NDArray[Any]) -> Tensor:

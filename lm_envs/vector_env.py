@@ -11,9 +11,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from lm_envs.decoding import Decoder, forbid_early_eos
+from lm_envs.decoding import Decoder
 from lm_envs.kernels.logprob_kl import logprob_kl
-from lm_envs.observations import NO_TOKEN
+from lm_envs.observations import NO_TOKEN, EosIds, is_eos
 from lm_envs.rendering import render_text
 from lm_envs.tasks.task import TextTask
 from lm_envs.text_mdp import TextMDP, check_kl_coef
@@ -61,6 +61,7 @@ class _TextRows(VectorEnv):
         self._score = np.zeros(num_envs)
         self._logprob = np.full((num_envs, self.mdp.max_new_tokens), np.nan)
         self._ref_logprob = np.full((num_envs, self.mdp.max_new_tokens), np.nan)
+        self._mask: NDArray[np.int8] | None = None
         self._seed: int | None = None
         self._next_episode = 0
         self._reported: NDArray[np.float64] | None = None
@@ -102,6 +103,11 @@ class _TextRows(VectorEnv):
             warnings.warn(_UNREPORTED, stacklevel=4)
             self._warned = True
         return np.full(self.num_envs, np.nan)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """``(num_envs, V)`` bool, the tokens allowed now: ``info["action_mask"]`` under sb3-contrib's name."""
+        shape = (self.num_envs, self.mdp.vocab_size)
+        return np.ones(shape, dtype=bool) if self._mask is None else self._mask.astype(bool)
 
     # Episodes
 
@@ -222,10 +228,13 @@ class _TextRows(VectorEnv):
         raise NotImplementedError  # pragma: no cover - each face defines its own
 
     def _mask_info(self, infos: dict[str, Any]) -> dict[str, Any]:
-        mask = self.mdp.action_mask(self._lengths)
-        if mask is not None:
-            infos["action_mask"], infos["_action_mask"] = mask, np.ones(self.num_envs, dtype=bool)
+        self._mask = self._allowed()
+        if self._mask is not None:
+            infos["action_mask"], infos["_action_mask"] = self._mask.copy(), np.ones(self.num_envs, dtype=bool)
         return infos
+
+    def _allowed(self) -> NDArray[np.int8] | None:
+        return self.mdp.action_mask(self._lengths)
 
     def render(self) -> tuple[str, ...] | None:
         """The text so far of every row; tokens are coloured by their share of the KL where it is known."""
@@ -249,14 +258,14 @@ class TextVectorEnv(_TextRows):
         autoreset_mode: "SameStep" (default), "NextStep" or "Disabled", as Gymnasium defines them.
         render_mode: None or "ansi".
         options: of :class:`~lm_envs.text_mdp.TextMDP`: ``split``, ``kl_coef``, ``temperature``, ``max_new_tokens``,
-            ``min_new_tokens``, ``missing_eos``, ``group_size``.
+            ``min_new_tokens``, ``missing_eos``, ``group_size``, ``reference_top_k``.
     """
 
     face = "mdp"
 
     def __init__(self, task: TextTask | str = "reviews", num_envs: int = 1, **arguments: Any) -> None:
         super().__init__(task, num_envs, **arguments)
-        self._decoder = Decoder(self.mdp.reference)
+        self._decoder = Decoder(self.mdp.reference, self.mdp.max_new_tokens)
 
     def _action_space(self) -> spaces.Space:
         return spaces.Discrete(self.mdp.vocab_size)
@@ -275,9 +284,15 @@ class TextVectorEnv(_TextRows):
         logits = self._decoder(self.mdp.tensor(self._obs))
         lengths = self.mdp.tensor(self._lengths)
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
-        logits = forbid_early_eos(logits, lengths, self.mdp.eos_token_id, self.mdp.min_new_tokens, in_place=True)
+        logits = self.mdp.restrict(logits, lengths)
         ids = self.mdp.tensor(np.where(moving, actions, 0))
         return logprob_kl(logits, None, ids, temperature=self.mdp.temperature).logprob.double().cpu().numpy()
+
+    def _allowed(self) -> NDArray[np.int8] | None:
+        if self.mdp.reference_top_k is None:
+            return super()._allowed()
+        # The decoder keeps these logits, so the penalty of the coming step costs no forward of its own.
+        return self.mdp.action_mask(self._lengths, self._decoder(self.mdp.tensor(self._obs)))
 
     def _move(
         self,
@@ -294,7 +309,7 @@ class TextVectorEnv(_TextRows):
             raise ValueError(
                 f"action {actions[row]} of row {row} is no token: the vocabulary has {self.mdp.vocab_size}"
             )
-        early = moving & (actions == self.mdp.eos_token_id) & (self._lengths < self.mdp.min_new_tokens)
+        early = moving & is_eos(actions, self.mdp.eos_token_ids) & (self._lengths < self.mdp.min_new_tokens)
         if early.any():
             row = int(early.nonzero()[0][0])
             raise ValueError(
@@ -303,6 +318,14 @@ class TextVectorEnv(_TextRows):
                 "there; sample within info['action_mask']"
             )
         rows = moving.nonzero()[0]
+        if self.mdp.reference_top_k is not None:
+            assert self._mask is not None  # reset made it
+            barred = rows[self._mask[rows, actions[rows]] == 0]
+            if len(barred):
+                raise ValueError(
+                    f"token {actions[barred[0]]} of row {barred[0]} is not among the {self.mdp.reference_top_k} that "
+                    "reference_top_k allows there: sample within info['action_mask']"
+                )
         place = self._lengths[rows]
         self._logprob[rows, place] = reported[rows]
         if self.kl_coef > 0:
@@ -311,7 +334,8 @@ class TextVectorEnv(_TextRows):
             rewards[rows] += self.kl_coef * (reference - np.nan_to_num(reported[rows], nan=0.0))
         self._obs[rows, self._prompt_places + place] = actions[rows]
         self._lengths[rows] += 1
-        self._done[rows] = (actions[rows] == self.mdp.eos_token_id) | (self._lengths[rows] == self.mdp.max_new_tokens)
+        ended = is_eos(actions[rows], self.mdp.eos_token_ids)
+        self._done[rows] = ended | (self._lengths[rows] == self.mdp.max_new_tokens)
         scored = moving if self.mdp.dense else moving & self._done
         if scored.any():
             index = scored.nonzero()[0]
@@ -334,6 +358,8 @@ class TextBanditVectorEnv(_TextRows):
     def __init__(self, task: TextTask | str = "reviews", num_envs: int = 1, **arguments: Any) -> None:
         super().__init__(task, num_envs, **arguments)
         self._whole = np.full(num_envs, np.nan)
+        if self.mdp.reference_top_k is not None:
+            raise ValueError("reference_top_k needs the MDP face: along one bandit action there is no mask to give")
 
     def _action_space(self) -> spaces.Space:
         return spaces.MultiDiscrete([self.mdp.vocab_size] * self.mdp.max_new_tokens)
@@ -355,11 +381,11 @@ class TextBanditVectorEnv(_TextRows):
         if actions.shape != shape:
             raise ValueError(f"actions must have shape {shape}, a whole response a row, got {actions.shape}")
         rows = moving.nonzero()[0]
-        response = cut_after_eos(actions[rows], self.mdp.eos_token_id)
+        response = cut_after_eos(actions[rows], self.mdp.eos_token_ids)
         if ((response >= self.mdp.vocab_size) | (actions[rows] < 0)).any():
             raise ValueError(f"actions hold something that is no token: the vocabulary has {self.mdp.vocab_size}")
         lengths = (response >= 0).sum(axis=1)
-        short = (response == self.mdp.eos_token_id).any(axis=1) & (lengths <= self.mdp.min_new_tokens)
+        short = is_eos(response, self.mdp.eos_token_ids).any(axis=1) & (lengths <= self.mdp.min_new_tokens)
         if short.any():
             raise ValueError(
                 f"row {rows[short][0]} ended after {lengths[short][0] - 1} tokens, but "
@@ -380,8 +406,8 @@ class TextBanditVectorEnv(_TextRows):
             rewards[rows] += self.kl_coef * (reference.sum(axis=1) - np.nan_to_num(reported[rows], nan=0.0))
 
 
-def cut_after_eos(actions: NDArray[np.int64], eos_token_id: int) -> NDArray[np.int64]:
+def cut_after_eos(actions: NDArray[np.int64], eos_token_id: EosIds) -> NDArray[np.int64]:
     """``(N, T)`` responses with -1 behind the first EOS."""
-    is_eos = actions == eos_token_id
-    behind = np.cumsum(is_eos, axis=1) - is_eos > 0
+    ends = is_eos(actions, eos_token_id)
+    behind = np.cumsum(ends, axis=1) - ends > 0
     return np.where(behind, NO_TOKEN, actions)

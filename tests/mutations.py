@@ -578,6 +578,9 @@ def main(words: list[str]) -> int:
     from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel  # noqa: F401
 
     chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    if not chosen:
+        print(f"no mutation has {' or '.join(words)} in its name; there are:", *(m.name for m in MUTATIONS), sep="\n  ")
+        return 2
     survivors, start = [], time.perf_counter()
     with copied() as folder:
         for selection in dict.fromkeys(m.tests for m in chosen):

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lm_envs import counted
 from lm_envs.decoding import generate
-from lm_envs.observations import left_pad
+from lm_envs.observations import EosIds, eos_ids, left_pad
 from lm_envs.rewards import LearnedReward, call_reward
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def sample(
     prompts: Sequence[Sequence[int]],
     count: int,
     *,
-    eos_token_id: int,
+    eos_token_id: EosIds,
     max_new_tokens: int,
     min_new_tokens: int = 0,
     temperature: float = 1.0,
@@ -108,7 +108,7 @@ def sample(
         prompts=tokenizer.batch_decode(chosen, skip_special_tokens=True),
         completions=tokenizer.batch_decode(rows, skip_special_tokens=True),
         completion_ids=rows,
-        finish_reasons=["stop" if row[-1] == eos_token_id else "length" for row in rows],
+        finish_reasons=["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in rows],
     )
 
 

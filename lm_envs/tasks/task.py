@@ -26,6 +26,7 @@ class TextTask:
         reward: what trains: usually a learned reward model, a proxy of the judge.
         judge: gold, for win-rates; None when there is none.
         eos_token_id: ends a response; may equal the tokenizer's pad id.
+        more_eos_token_ids: other tokens that end one too, as chat models have them.
         max_new_tokens: the horizon.
         min_new_tokens: EOS is masked before that many tokens.
         kl_coef: the environment's default weight of the KL penalty, in score units per nat.
@@ -53,11 +54,17 @@ class TextTask:
     demonstrations: list[list[int]] = field(default_factory=list)
     stats: Mapping[str, float] = field(default_factory=dict)
     policy: PreTrainedModel | None = None
+    more_eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy."""
         fuse_activations(self.reference.eval().requires_grad_(False))
         fuse_activations(self.start.eval().requires_grad_(False))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a response."""
+        return (self.eos_token_id, *self.more_eos_token_ids)
 
     @property
     def start(self) -> PreTrainedModel:

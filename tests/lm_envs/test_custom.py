@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification
+from tokenizers import processors
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BartModel,
+    BertForSequenceClassification,
+)
 
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
@@ -256,3 +263,34 @@ def _message(call) -> str:
     with pytest.raises(ValueError) as caught:
         call()
     return str(caught.value)
+
+
+def test_an_encoder_decoder_of_ones_own(folders, tmp_path):
+    """It comes with its encoder, whose texts keep their EOS; saved without the decoder's head it is refused."""
+    tokenizer = byo.byte_level_bpe()
+    wrap = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = wrap
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        max_position_embeddings=byo.CONTEXT,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        decoder_start_token_id=1,
+    )
+    for name, kind in (("policy", BartForConditionalGeneration), ("trunk", BartModel)):
+        kind(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    made = load("custom", **{**folders.options, **QUICK, "policy": str(tmp_path / "policy")})
+    assert isinstance(made.reference, BartForConditionalGeneration)
+    assert all(prompt[0] == 0 and prompt[-1] == 1 for prompt in made.prompts["train"])
+    traj = rollout(TextVectorEnv(made), LMPolicy.for_mdp(TextVectorEnv(made).mdp, made.reference), episodes=4)
+    torch.testing.assert_close(traj.logprob, traj.ref_logprob)
+    assert "saved from BartModel" in refused(folders, policy=str(tmp_path / "trunk"))

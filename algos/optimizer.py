@@ -1,0 +1,86 @@
+"""Adam (Kingma and Ba 2015), and the same for weights in bfloat16, whose own digits are too few to learn with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adam import adam
+
+MASTER = "master"
+
+
+def make_adam(parameters: Mapping[str, nn.Parameter], name: str, lr: float, eps: float) -> torch.optim.Adam:
+    """Adam for a policy's parameters: with master weights if some are in bfloat16.
+
+    Raises:
+        ValueError: some are in float16; ``name`` begins the message.
+    """
+    dtypes = {p.dtype for p in parameters.values()}
+    if torch.float16 in dtypes:
+        raise ValueError(
+            f"{name}: the policy's weights are in float16, where gradients below 6e-8 are 0 unless the loss is scaled, "
+            "which nothing here does: train it in bfloat16, which has float32's range, or in float32"
+        )
+    kind = MasterAdam if torch.bfloat16 in dtypes else torch.optim.Adam
+    return kind(parameters.values(), lr=lr, eps=eps, fused=True)
+
+
+class MasterAdam(torch.optim.Adam):
+    """Adam that keeps a float32 copy of each parameter of less precision, steps that, and rounds it into the parameter.
+
+    A bfloat16 has 8 significant bits, so a step below 1/512 of a weight is lost when it is taken on the weight itself,
+    and steps of reinforcement learning are smaller: with the copy they add up until they show (Micikevicius et al.
+    2018, section 3.1). Moments are float32 too. The copy is state like they are, so it is in checkpoints. Where
+    somebody else wrote a parameter since the last step, what they wrote holds.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step on all parameters that have a gradient.
+
+        Raises:
+            ValueError: a closure is given.
+        """
+        if closure is not None:
+            raise ValueError("MasterAdam takes no closure")
+        for group in self.param_groups:
+            held = [p for p in group["params"] if p.grad is not None]
+            states = [self._state(p) for p in held]
+            weights = [state.get(MASTER, p) for state, p in zip(states, held, strict=True)]
+            adam(
+                weights,
+                [p.grad.to(weight.dtype) for p, weight in zip(held, weights, strict=True)],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                foreach=False,
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+            for p, weight in zip(held, weights, strict=True):
+                if weight is not p:
+                    p.copy_(weight)
+
+    def _state(self, p: nn.Parameter) -> dict[str, torch.Tensor]:
+        state = self.state[p]
+        low = p.dtype in (torch.bfloat16, torch.float16)
+        if not state:
+            weight = p.detach().float() if low else p.detach()
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+            if low:
+                state[MASTER] = weight
+        elif low:
+            master = state[MASTER]
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
+        return state

@@ -1,0 +1,111 @@
+"""Adapters in peft's format, on a model whose weights they share: reading a folder of them, and telling them apart."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+KEYS = "_weight_conversions"  # how transformers names a model's tensors when it saves them
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(place: str | Path) -> bool:
+    """Whether a folder holds adapters and no model."""
+    return (Path(place) / CONFIG).is_file() and not (Path(place) / "config.json").is_file()
+
+
+def base_of(place: str | Path, what: str = "policy") -> str:
+    """The model that a folder's adapters were trained on: a folder, or a hub name.
+
+    A relative path counts from the working directory, and from the adapters' folder where there is nothing.
+
+    Raises:
+        ValueError: they are no low-rank adapters, do not say what of, or that folder is gone.
+    """
+    path = Path(place) / CONFIG
+    begin = f"{what} {str(place)!r}"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{begin}: {CONFIG} cannot be read: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{begin} holds adapters of the kind {config.get('peft_type')!r}; low-rank ones (LORA) can be used"
+        )
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{begin}: {CONFIG} does not say which model they are for: set base_model_name_or_path")
+    if not (Path(place) / WEIGHTS).is_file():
+        raise ValueError(f"{begin} holds no {WEIGHTS}: save them with save_pretrained (pickles are not read)")
+    beside = Path(place) / name
+    if not Path(name).is_dir() and beside.is_dir():
+        return str(beside)
+    if not Path(name).is_dir() and Path(name).is_absolute():
+        raise ValueError(
+            f"{begin}: its adapters are for {name!r}, and there is no such folder: "
+            f"put the place of that model into base_model_name_or_path of {path}"
+        )
+    return str(name)
+
+
+def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy") -> PreTrainedModel:
+    """The model with a folder's adapters, frozen, in ``eval`` mode; it *shares* all weights of ``base``.
+
+    Raises:
+        ImportError: without peft.
+        ValueError: they do not fit this model.
+    """
+    if find_spec("peft") is None:
+        raise ImportError(f"{what} {str(place)!r} holds adapters, which need peft: pip install 'lm-envs[lora]'")
+    model: Any = sharing(base, base.parameters())
+    try:
+        found = model.load_adapter(str(place), use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}: {lines[0]}") from error
+    if hasattr(base, KEYS):  # now the adapters' names for their tensors, which are not those of the model
+        setattr(model, KEYS, getattr(base, KEYS))
+    elif hasattr(model, KEYS):
+        delattr(model, KEYS)
+    wrong = sorted(found.missing_keys) + [key for key, *_ in found.mismatched_keys] + sorted(found.unexpected_keys)
+    if wrong:
+        names = ", ".join(wrong[:3])
+        raise ValueError(
+            f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}; they differ in {names}"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def sharing(model: PreTrainedModel, shared: Iterable[nn.Parameter]) -> Any:
+    """A deep copy that has these parameters in common with the original."""
+    return copy.deepcopy(model, {id(p): p for p in shared})
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether adapters were put into a model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def adapter_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The parameters of a model's adapters; none of a model without."""
+    if not has_adapters(model):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    found: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in module.adapter_layer_names:
+                inner = getattr(module, name, None)
+                found += inner.parameters() if isinstance(inner, nn.Module) else []
+        elif isinstance(module, ModulesToSaveWrapper):
+            found += module.modules_to_save.parameters()
+    return found

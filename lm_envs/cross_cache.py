@@ -1,0 +1,156 @@
+"""The rows of an encoder-decoder: a decoder's cache as any other, and beside it what its encoder made of prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from lm_envs.encoder_decoder import decoder_tokens, encoder_inputs, is_encoder_decoder
+from lm_envs.row_cache import RECOMPUTE, ROOM, GrowingLayer, RowCache, can_cache
+
+
+def rows_of(model: PreTrainedModel, room: int = ROOM, response_places: int = 0) -> RowCache | None:
+    """A cache whose rows can be exchanged, None where the model's cannot.
+
+    Args:
+        model: causal or encoder-decoder.
+        room: how many tokens are expected beyond the first.
+        response_places: how many of an observation's places, at its end, are the response's. A causal model does not
+            tell them from the prompt's.
+    """
+    if is_encoder_decoder(model):
+        usable = _can_place(model) and not getattr(model, RECOMPUTE, False)
+        return CrossRowCache(model, room, response_places) if usable else None
+    return RowCache(model, room) if can_cache(model) else None
+
+
+def _can_place(model: PreTrainedModel) -> bool:
+    """Whether rows of different lengths can stand at the right end of the decoder's columns.
+
+    They can where positions are distances (T5), or are looked up by a module that can be asked for them (BART).
+    """
+    relative = getattr(model.config, "relative_attention_num_buckets", None) is not None
+    return relative or _position_table(model) is not None
+
+
+def _position_table(model: PreTrainedModel) -> nn.Module | None:
+    table = getattr(model.get_decoder(), "embed_positions", None)
+    if table is None or "position_ids" not in inspect.signature(type(table).forward).parameters:
+        return None
+    return table
+
+
+@contextmanager
+def _placed(table: nn.Module | None, position_ids: Tensor, columns: int) -> Iterator[None]:
+    """Within, the decoder's position embeddings are those of ``position_ids (B, L)``, all below ``columns``.
+
+    These decoders count from their cache's length, which is every row's length only where all are equal.
+    """
+    if table is None:
+        yield
+        return
+    every = torch.arange(columns, device=position_ids.device)
+
+    def look_up(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows = module.forward(args[0], position_ids=every)
+        return rows.reshape(-1, output.shape[-1])[position_ids]
+
+    hook = table.register_forward_hook(look_up)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class CrossRowCache(RowCache):
+    """Cache of B rows of an encoder-decoder that grow by a token a step.
+
+    The base class keeps the decoder's text: the start token and the response. Here are the encoder's states, and the
+    keys and values that the decoder's cross-attention makes of them once; their S columns are padded on the right.
+
+    Args:
+        model: an encoder-decoder.
+        room: how many tokens are expected beyond the first.
+        response_places: how many places, at an observation's end, are the response's.
+    """
+
+    def __init__(self, model: PreTrainedModel, room: int = ROOM, response_places: int = 0) -> None:
+        self.model, self._room, self._places = model, room, response_places
+        # As many layers as the decoder has: they are made when it fills them.
+        self._types, self._masked = [], True
+        self.columns = 0
+
+    def empty(self) -> CrossRowCache:
+        return CrossRowCache(self.model, response_places=self._places)
+
+    @torch.no_grad()
+    def prefill(self, obs: Tensor) -> Tensor:
+        """Start all rows anew. ``obs`` is ``(B, P + response_places)``, the prompt left-padded and the response
+        right-padded with -1; logits ``(B, V)``."""
+        prompt, response = obs.split([obs.shape[1] - self._places, self._places], dim=1)
+        inputs = encoder_inputs(prompt)
+        self._mask = inputs["attention_mask"]
+        self._states = self.model.get_encoder()(**inputs).last_hidden_state
+        self._cross = DynamicCache()
+        return super().prefill(decoder_tokens(self.model, response))
+
+    def _new_cache(self) -> Cache:
+        room = self._room
+
+        class Layer(GrowingLayer):
+            def __init__(self) -> None:
+                super().__init__(room)
+
+        return Cache(layer_class_to_replicate=Layer)
+
+    def _forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Tensor:
+        table = _position_table(self.model) if self._padded else None
+        assert position_ids is not None
+        with _placed(table, position_ids, self.columns):
+            found = self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=self._states),
+                attention_mask=self._mask,
+                decoder_input_ids=input_ids,
+                decoder_attention_mask=attention_mask,
+                past_key_values=EncoderDecoderCache(self.cache, self._cross),
+                use_cache=True,
+            )
+        return found.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self._mask, self._states = self._mask[rows], self._states[rows]
+        for layer in self._cross.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+    def _put(self, rows: Tensor, other: RowCache) -> None:
+        super()._put(rows, other)
+        assert isinstance(other, CrossRowCache)
+        self._mask = _replaced(self._mask, rows, other._mask, dim=1)
+        self._states = _replaced(self._states, rows, other._states, dim=1)
+        for layer, new in zip(self._cross.layers, other._cross.layers, strict=True):
+            assert isinstance(layer, DynamicLayer) and isinstance(new, DynamicLayer)
+            layer.keys = _replaced(layer.keys, rows, new.keys, dim=2)
+            layer.values = _replaced(layer.values, rows, new.values, dim=2)
+
+
+def _replaced(held: Tensor, rows: Tensor, new: Tensor, dim: int) -> Tensor:
+    """``held`` with other rows in these places, both padded with zeros to the wider one's columns."""
+    width = max(held.shape[dim], new.shape[dim])
+    # Zeros, not just anything: a masked column is multiplied by zero, and zero times NaN is NaN.
+    held, new = (F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, width - x.shape[dim])) for x in (held, new))
+    return held.index_copy(0, rows, new)

@@ -1,0 +1,66 @@
+"""The tokens that begin and end what a model reads and writes: one BOS and not two, and each EOS it was taught."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lm_envs.chat import render_messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ANSWER = "an answer that no template holds"
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that a chat template puts behind what the assistant says; None if it puts none.
+
+    Read off a conversation that the template renders. It is often not the tokenizer's EOS: Gemma's is
+    ``<end_of_turn>`` beside ``<eos>``.
+    """
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
+    _, _, behind = render_messages(tokenizer, turns, add_generation_prompt=False).rpartition(_ANSWER)
+    special = _special(tokenizer)
+    places = {behind.find(token): token for token in sorted(special, key=len) if token in behind}
+    return special[places[min(places)]] if places else None
+
+
+def eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> tuple[int, ...]:
+    """Every token that ends a response, the one that usually does first.
+
+    Those are the tokenizer's EOS, in a chat the end of the assistant's turn before it, and what the model's generation
+    config has besides, as Llama 3 and Gemma do, as far as they are special tokens: a config's untouched default may
+    well be a word.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    others = [configured] if isinstance(configured, int) else list(configured or ())
+    special = set(_special(tokenizer).values())
+    turn = end_of_turn(tokenizer) if chat else None
+    found = [token for token in (turn, tokenizer.eos_token_id) if token is not None]
+    return tuple(dict.fromkeys([*found, *(token for token in others if token in special)]))
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, rendered: bool = False, keep_eos: bool = False
+) -> list[list[int]]:
+    """Token ids of prompts, with the special tokens that the tokenizer puts before a text and none behind it.
+
+    Args:
+        rendered: they come from a chat template, which spells its special tokens out.
+        keep_eos: an EOS that the tokenizer puts behind stays.
+    """
+    found = []
+    for ids in tokenizer(texts, add_special_tokens=not rendered)["input_ids"] if texts else []:
+        bos = tokenizer.bos_token_id
+        while not (rendered or keep_eos) and ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        while bos is not None and ids[:2] == [bos, bos]:  # the text had one already
+            ids = ids[1:]
+        found.append(list(ids))
+    return found
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Special tokens by their text: those with a role, and those added as such (ends of turns often are)."""
+    found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return found | {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

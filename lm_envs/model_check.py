@@ -1,0 +1,190 @@
+"""Which models are refused, why, and what to do instead: by their config before weights are read, by a trial after.
+
+The trial asks of a model what everything here relies on, and compares it with the model's own answer to one text
+without padding or cache. So a family that nobody tested is either right or refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lm_envs.cross_cache import rows_of
+from lm_envs.decoding import Decoder
+from lm_envs.observations import NO_TOKEN, left_pad
+from lm_envs.row_cache import RECOMPUTE
+from lm_envs.scoring import response_logits
+
+LENGTHS = ((3, 7), (1, 9), (5, 4))  # tokens of prompt and response of the texts that are tried
+PLACES = 5, 9  # the longest of each
+TOLERANCE = {
+    torch.bfloat16: 0.15,
+    torch.float16: 0.03,
+}  # of the log-probabilities' standard deviation; rounding differs
+EXACT = 3e-3  # the same in float32 and float64: parts of many models are float32 always
+_OTHER_SENSES = ("vision", "audio", "vq", "image", "speech")
+
+
+def refuse_config(config: Any, what: str) -> None:
+    """Raise ValueError if a config is of a model that cannot be a policy; ``what`` begins the message."""
+    settings = config.to_dict()
+    quantised = settings.get("quantization_config")
+    if quantised:
+        method = (quantised.get("quant_method") if isinstance(quantised, dict) else None) or "some method"
+        raise ValueError(
+            f"{what}: its weights are quantised by {method}: they cannot be trained, nor copied as a reference; "
+            "save it in full precision (model.dequantize(), then save_pretrained) and load it with dtype bfloat16"
+        )
+    if settings.get("is_decoder") is False and not settings.get("is_encoder_decoder"):
+        raise ValueError(
+            f"{what}: {config.model_type} was saved as an encoder (is_decoder is false): it reads a text from both "
+            "ends and cannot write one token after the other; use a causal language model (one that was trained as a "
+            "decoder is saved with is_decoder=True)"
+        )
+    senses = [name for name in getattr(config, "sub_configs", {}) if name.startswith(_OTHER_SENSES)]
+    saved = getattr(config, "architectures", None) or []
+    if senses and not any(name.endswith("ForCausalLM") for name in saved):
+        raise ValueError(
+            f"{what}: {config.model_type} has a {' and a '.join(senses)}: it reads more than text, and "
+            "environments are of text alone; save its language model by itself and give that"
+        )
+
+
+@torch.no_grad()
+def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool = False, seed: int = 0) -> None:
+    """Try a model on a few short random texts; quick beside loading it (about 25 forwards of up to 11 tokens).
+
+    It must give finite logits, never look at later tokens, give the same log-probabilities whatever stands beside or
+    around a text in a batch (law 4), and the same when tokens come one at a time from a cache whose rows grow, are
+    swapped and restart. Windows longer than the texts are not reached.
+
+    Args:
+        model: on the device and in the precision that it is used in.
+        what: begins the messages.
+        recompute: accept a model whose cache cannot be kept by rows, and compute each token from its whole text, which
+            costs time in the square of the length; the model remembers that, and so do its copies.
+
+    Raises:
+        ValueError: one of these fails; the message says which, by how much, and what to do.
+    """
+    texts = _texts(model, seed)
+    expected = [_alone(model, prompt, response) for prompt, response in texts]
+    kind = model.config.model_type
+    if not all(bool(x.isfinite().all()) for x in expected):
+        raise ValueError(
+            f"{what}: {kind} gives logits that are NaN or infinite in {_name(model.dtype)}; "
+            "load it with dtype float32, or check its weights"
+        )
+    gap = _worst(_causality(model, texts, expected), model)
+    if gap > _limit(model):
+        raise ValueError(
+            f"{what}: what {kind} predicts changes with tokens that come later (by {gap:.2g} standard deviations): "
+            "it reads from both ends, as encoders do, and is no causal language model"
+        )
+    gap = max(_padding(model, texts, expected))
+    if gap > _limit(model):
+        raise ValueError(
+            f"{what}: the log-probabilities of {kind} change with the padding of a batch (by {gap:.2g} standard "
+            "deviations), so ratios and KL would be wrong: not all of its layers in transformers hide padding; "
+            "use another family (docs/models.md lists those that are tested)"
+        )
+    if rows_of(model) is None:
+        if not recompute:
+            raise ValueError(f"{what}: {no_rows(model)}")
+        setattr(model, RECOMPUTE, True)
+    gap = _worst(_stepping(model, texts, expected), model)
+    if gap > _limit(model):
+        if recompute and rows_of(model) is not None:
+            setattr(model, RECOMPUTE, True)
+            return
+        raise ValueError(
+            f"{what}: {kind} gives other log-probabilities with its cache than without (by {gap:.2g} standard "
+            "deviations); recompute=True (--recompute on the command line) does without the cache and is slower"
+        )
+
+
+def no_rows(model: PreTrainedModel) -> str:
+    """What to say of a model for which :func:`~lm_envs.cross_cache.rows_of` has none."""
+    return (
+        f"the cache of {model.config.model_type} cannot be kept row by row, so each token would take a forward of its "
+        "whole text; allow that with recompute=True (--recompute on the command line), or use another family"
+    )
+
+
+def _texts(model: PreTrainedModel, seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    width = int(model.get_output_embeddings().weight.shape[0])
+    return [
+        tuple(torch.randint(width, (count,), generator=generator).to(model.device) for count in counts)  # type: ignore[misc]
+        for counts in LENGTHS
+    ]
+
+
+def _alone(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
+    """``(T, V)`` logits of one text, without padding."""
+    return response_logits(model, prompt[None], response[None])[0][0]
+
+
+def _causality(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expected: list[Tensor]) -> list[float]:
+    (prompt, response), known = texts[0], expected[0]
+    return [_gap(_alone(model, prompt, response[: t + 1])[t], known[t]) for t in range(len(response))]
+
+
+def _padding(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expected: list[Tensor]) -> list[float]:
+    prompts = torch.as_tensor(left_pad([p.tolist() for p, _ in texts], 7), device=model.device)
+    responses = prompts.new_full((len(texts), 11), NO_TOKEN)
+    for row, (_, response) in enumerate(texts):
+        responses[row, : len(response)] = response
+    found, _ = response_logits(model, prompts, responses)
+    return [_gap(found[row, : len(known)], known) for row, known in enumerate(expected)]
+
+
+def _stepping(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expected: list[Tensor]) -> list[float]:
+    """Two rows that grow; each text begins where another one stood."""
+    decoder, gaps = Decoder(model, response_places=PLACES[1]), []
+    prompt_places, _ = PLACES
+    obs = torch.full((2, sum(PLACES)), NO_TOKEN, device=model.device)
+    queue, running = list(range(len(texts))), [(-1, 0), (-1, 0)]  # which text, and how much of it
+    for _ in range(2 * sum(len(response) for _, response in texts)):
+        for row, (number, length) in enumerate(running):
+            if number >= 0 and length + 1 < len(texts[number][1]):
+                obs[row, prompt_places + length] = texts[number][1][length]
+                running[row] = number, length + 1
+            elif queue:
+                number = queue.pop(0)
+                prompt = texts[number][0]
+                obs[row] = NO_TOKEN
+                obs[row, prompt_places - len(prompt) : prompt_places] = prompt
+                running[row] = number, 0
+            elif number >= 0:
+                running[row] = -1, 0  # nothing is left: it stands still
+        if all(number < 0 for number, _ in running):
+            break
+        logits = decoder(obs)
+        gaps += [_gap(logits[row], expected[n][t]) for row, (n, t) in enumerate(running) if n >= 0]
+    return gaps
+
+
+def _gap(found: Tensor, known: Tensor) -> float:
+    """Mean difference of two distributions' log-probabilities in units of their standard deviation, of a typical one.
+
+    The median over positions: where experts are chosen, rounding alone sends a token to another one now and then.
+    """
+    a, b = (x.float().log_softmax(dim=-1) for x in (found, known))
+    return float(((a - b).abs().mean(dim=-1) / b.std(dim=-1).clamp(min=1e-3)).median())
+
+
+def _worst(gaps: list[float], model: PreTrainedModel) -> float:
+    """The largest; in half precision without the largest fifth, for the reason given above."""
+    return sorted(gaps)[-1 if model.dtype not in TOLERANCE else int(0.8 * (len(gaps) - 1))]
+
+
+def _limit(model: PreTrainedModel) -> float:
+    return TOLERANCE.get(model.dtype, EXACT)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
