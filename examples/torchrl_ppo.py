@@ -81,9 +81,7 @@ def main(args: Args) -> dict[str, float]:
     # One forward gives logits and value: in the loss, where the actor has run, the critic only takes what it left.
     value = TensorDictModule(nn.Unflatten(-1, (-1, 1)), in_keys=["value"], out_keys=["state_value"])
     critic = TensorDictSequential(both, value)
-    report = TensorDictModule(
-        lambda logprob: lm_envs.report(envs, logprob.numpy()), in_keys=["action_log_prob"], out_keys=[]
-    )
+    tell = TensorDictModule(lambda logprob: lm_envs.report(envs, logprob.numpy()), ["action_log_prob"], [])
 
     advantage = GAE(gamma=1.0, lmbda=args.gae_lambda, value_network=critic, deactivate_vmap=True)
     loss = ClipPPOLoss(

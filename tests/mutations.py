@@ -39,6 +39,7 @@ ROLLOUT, TEXT_ENV = "tests/lm_envs/test_rollout.py", "tests/lm_envs/test_text_en
 LOSSES, ADVANTAGES = "tests/algos/test_losses.py", "tests/algos/test_advantages.py"
 AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py"
 GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
+ACTOR_CRITIC = "tests/algos/test_actor_critic.py"
 ADAPTATION = "tests/algos/test_adaptation.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/test_reward_tokens.py", "tests/algos/test_preferences.py"
@@ -578,6 +579,28 @@ MUTATIONS = [
         "values.topk(k).indices",
         "(-values).topk(k).indices",
         SB3 + "test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
+    ),
+    # A network for other libraries
+    Mutation(
+        "a state is read before its last token",
+        "algos/actor_critic.py",
+        "picked_logits(policy.model, prompt, response, row, position)",
+        "picked_logits(policy.model, prompt, response, row, (position - 1).clamp(min=0))",
+        ACTOR_CRITIC,
+    ),
+    Mutation(
+        "a shorter prompt counts as the beginning of a longer one",
+        "algos/prefix_chains.py",
+        "((ordered[:-1] == ordered[1:]) | behind)",
+        "((ordered[:-1] == ordered[1:]) | behind | (ordered[:-1] < 0))",
+        ACTOR_CRITIC,
+    ),
+    Mutation(
+        "logits are not divided by the temperature",
+        "algos/actor_critic.py",
+        "logits = scaled(logits, self.policy.temperature)",
+        "logits = scaled(logits)",
+        ACTOR_CRITIC,
     ),
 ]
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 import lm_envs
+from lm_envs.algos.actor_critic import LMActorCritic
 from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.house import CHECKOUT
@@ -100,6 +101,22 @@ def test_an_example_charges_the_exact_penalty(name, tiny_ids, rewards, monkeypat
     monkeypatch.setattr(lm_envs, "report", lambda env, logprobs: lm_envs.kl.report(env, np.roll(logprobs, 1)))
     run(name, "lm_envs/TinyPenalty-v0", 1, learning_rate=0.0)
     assert np.abs(rewards).max() > 0.1
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_takes_one_forward_for_logits_and_value(name, tiny_ids, monkeypatch):
+    reads, read = [], LMActorCritic._read
+
+    def counted(self, rows):
+        reads.append(torch.is_grad_enabled())
+        return read(self, rows)
+
+    monkeypatch.setattr(LMActorCritic, "_read", counted)
+    run(name, "lm_envs/Tiny-v0", 2)
+    args = example(name).Args()
+    passes = args.update_epochs * args.num_minibatches if name == "cleanrl_style_ppo" else args.epochs
+    passes *= args.minibatches if name == "torchrl_ppo" else 1
+    assert sum(reads) == 2 * passes
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

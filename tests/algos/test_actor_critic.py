@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import lm_envs
-from lm_envs.algos.actor_critic import LMActorCritic, shared_texts
+from lm_envs.algos.actor_critic import LMActorCritic
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.prefix_chains import shared_texts
 from lm_envs.rollout import rollout
 from lm_envs.text_env import TextEnv
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
@@ -22,7 +23,7 @@ def network(env, seed=3):
     found = LMActorCritic.for_env(env)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        torch.nn.init.normal_(found.value_head.weight)
+        torch.nn.init.normal_(found.policy.value_head.weight)
     return found
 
 
@@ -53,7 +54,9 @@ def test_step_by_step_is_bulk_is_one_row_at_a_time():
         alone = net.model(input_ids=kept, output_hidden_states=True)
         one_logits, one_value = net(row)
         torch.testing.assert_close(one_logits, alone.logits[0, -1] / 0.7, rtol=0, atol=1e-10)
-        torch.testing.assert_close(one_value, net.value_head(alone.hidden_states[-1][0, -1])[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            one_value, net.policy.value_head(alone.hidden_states[-1][0, -1])[0], rtol=0, atol=1e-10
+        )
 
 
 def test_it_is_lm_policy():
@@ -61,7 +64,7 @@ def test_it_is_lm_policy():
     env = TextVectorEnv(tiny.task(min_new_tokens=2), ROWS)
     net = network(env)
     policy = LMPolicy.for_mdp(env.mdp, net.model)
-    policy.value_head = net.value_head
+    policy.value_head = net.policy.value_head
     traj = rollout(env, policy, episodes=7, seed=1)
     now, mask = policy.evaluate(traj), traj.mask
     places, steps = env.mdp.prompt_length, mask.shape[1]
@@ -112,7 +115,7 @@ def test_gradients_are_those_of_single_rows():
 
 
 def test_shared_texts_by_hand():
-    obs = torch.tensor(
+    obs = np.array(
         [
             [-1, 5, 7, -1],  # begins the next
             [-1, 5, 7, 2],
@@ -122,7 +125,7 @@ def test_shared_texts_by_hand():
             [-1, 5, 8, -1],  # begins none
         ]
     )
-    texts, index = shared_texts(obs)
+    texts, index = shared_texts(obs, 2)
     assert sorted(texts.tolist()) == [[-1, 5, 7, 2], [-1, 5, 8, -1], [4, 5, 7, -1]]
     assert texts[index].tolist() == [
         [-1, 5, 7, 2],
@@ -136,8 +139,8 @@ def test_shared_texts_by_hand():
 
 
 def test_a_longer_prompt_is_another_text():
-    obs = torch.tensor([[-1, 5, 7, -1], [4, 5, 7, -1], [4, 5, 7, 2]])
-    texts, index = shared_texts(obs)
+    obs = np.array([[-1, 5, 7, -1], [4, 5, 7, -1], [4, 5, 7, 2]])
+    texts, index = shared_texts(obs, 3)
     assert texts[index].tolist() == [[-1, 5, 7, -1], [4, 5, 7, 2], [4, 5, 7, 2]]
 
 
