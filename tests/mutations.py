@@ -99,8 +99,8 @@ MUTATIONS = [
     Mutation(
         "the response loses its EOS before it is scored",
         "lm_envs/vector_env.py",
-        "behind = np.cumsum(is_eos, axis=1) - is_eos > 0",
-        "behind = np.cumsum(is_eos, axis=1) > 0",
+        "behind = np.cumsum(ends, axis=1) - ends > 0",
+        "behind = np.cumsum(ends, axis=1) > 0",
         f"{TEXT_ENV} {ROLLOUT}",
     ),
     Mutation(
@@ -291,7 +291,7 @@ MUTATIONS = [
     Mutation(
         "the update forgets the action mask",
         "algos/policies.py",
-        "logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)\n"
+        "logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)\n"
         "        found",
         "found",
         ROLLOUT,
@@ -320,8 +320,8 @@ MUTATIONS = [
     Mutation(
         "Adam's epsilon is PyTorch's",
         "algos/agent.py",
-        "eps=self.config.adam_eps, fused=True",
-        "fused=True",
+        "self.config.learning_rate, self.config.adam_eps)",
+        "self.config.learning_rate, 1e-8)",
         ALGORITHMS + "::test_no_setting_is_dead",
     ),
     Mutation(
@@ -490,7 +490,7 @@ MUTATIONS = [
     # Adapting a language model
     Mutation(
         "frozen weights are copied, not shared",
-        "algos/adaptation.py",
+        "lm_envs/adapters.py",
         "return copy.deepcopy(model, {id(p): p for p in shared})",
         "return copy.deepcopy(model)",
         ADAPTATION,
@@ -527,8 +527,8 @@ MUTATIONS = [
     Mutation(
         "sb3: a text is taken for the prefix of one with another action",
         "algos/prefix_chains.py",
-        "> prompt_length + position[order[:-1], None]",
-        ">= prompt_length + position[order[:-1], None]",
+        ">= end[order[:-1], None]",
+        ">= end[order[:-1], None] - 1",
         SB3 + "test_prefix_chains_by_hand",
     ),
     Mutation(
