@@ -24,9 +24,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lm_envs.adapters import base_of, is_adapter, with_adapters
-from lm_envs.model_check import no_rows, refuse_config
+from lm_envs.model_check import refuse_config
 from lm_envs.rewards import LearnedReward
-from lm_envs.row_cache import RECOMPUTE, can_cache
+from lm_envs.row_cache import RECOMPUTE, can_cache, no_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lm_envs.fused import fuse_activations
+from lm_envs.row_cache import RECOMPUTE, can_cache, no_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +62,10 @@ class TextTask:
         """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy."""
         fuse_activations(self.reference.eval().requires_grad_(False))
         fuse_activations(self.start.eval().requires_grad_(False))
+        for model in {id(model): model for model in (self.reference, self.start)}.values():
+            slow = not can_cache(model) and not getattr(model, RECOMPUTE, False)
+            if slow and not model.config.is_encoder_decoder:
+                warnings.warn(f"task {self.name!r}: {no_rows(model)}; it is used so all the same", stacklevel=3)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
