@@ -32,9 +32,9 @@ from transformers.models.auto.modeling_auto import (
 
 from lm_envs.adapters import base_of, is_adapter, with_adapters
 from lm_envs.cross_cache import rows_of
-from lm_envs.model_check import no_rows, refuse_config
+from lm_envs.model_check import refuse_config
 from lm_envs.rewards import LearnedReward
-from lm_envs.row_cache import RECOMPUTE
+from lm_envs.row_cache import RECOMPUTE, no_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

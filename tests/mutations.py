@@ -41,6 +41,8 @@ AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py
 GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
 ACTOR_CRITIC = "tests/algos/test_actor_critic.py"
 ADAPTATION = "tests/algos/test_adaptation.py"
+FAMILIES, MODELS = "tests/lm_envs/test_families.py", "tests/lm_envs/test_models.py"
+ENDINGS = "tests/lm_envs/test_endings.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/test_reward_tokens.py", "tests/algos/test_preferences.py"
 SB3 = "tests/algos/test_sb3.py::"
@@ -115,7 +117,71 @@ MUTATIONS = [
         "lm_envs/observations.py",
         '"position_ids": (present.cumsum(dim=1) - 1).clamp(min=0),',
         '"position_ids": (present * 0 + 1).cumsum(dim=1) - 1,',
-        f"{ROLLOUT} tests/lm_envs/test_decoding.py",
+        f"{ROLLOUT} {FAMILIES}::test_law_4_padding_changes_no_logprob",
+    ),
+    # Models of one's own
+    Mutation(
+        "only the first of several EOS ends a response",
+        "lm_envs/observations.py",
+        "found = found | (tokens == other)",
+        "found = found | (tokens == first)",
+        ENDINGS,
+    ),
+    Mutation(
+        "only the first of several EOS is masked early",
+        "lm_envs/decoding.py",
+        "for token in eos_ids(eos_token_id):",
+        "for token in eos_ids(eos_token_id)[:1]:",
+        ENDINGS,
+    ),
+    Mutation(
+        "a chat gets a second BOS",
+        "lm_envs/endings.py",
+        "add_special_tokens=not rendered",
+        "add_special_tokens=True",
+        f"{ENDINGS}::test_a_task_of_messages",
+    ),
+    Mutation(
+        "the end of a chat's turn is not asked for",
+        "lm_envs/endings.py",
+        "end_of_turn(tokenizer) if chat else None",
+        "None",
+        f"{ENDINGS}::test_eos_are_the_tokenizers_the_turns_and_the_configs",
+    ),
+    Mutation(
+        "a layer with a state and keys moves only its keys to another row",
+        "lm_envs/row_cache.py",
+        "        GrowingLayer.put(self, rows, other)\n        StateLayer.put(self, rows, other)",
+        "        GrowingLayer.put(self, rows, other)",
+        f"{FAMILIES}::test_the_decoder_under_any_use_is_the_model",
+    ),
+    Mutation(
+        "adapters come with a base of their own",
+        "lm_envs/adapters.py",
+        "model: Any = sharing(base, base.parameters())",
+        "model: Any = copy.deepcopy(base)",
+        f"{MODELS}::test_adapters_are_the_policy_and_share_their_base",
+    ),
+    Mutation(
+        "further training trains the base of the adapters too",
+        "algos/adaptation.py",
+        "model.requires_grad_(False)\n    for parameter in adapter_parameters(model):",
+        "model.requires_grad_(True)\n    for parameter in adapter_parameters(model):",
+        f"{MODELS}::test_adapters_are_trained_further_and_the_base_is_not",
+    ),
+    Mutation(
+        "a step is taken on the bfloat16 weight",
+        "algos/optimizer.py",
+        "master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))",
+        "master.copy_(p.float())",
+        "tests/algos/test_optimizer.py::test_small_steps_add_up",
+    ),
+    Mutation(
+        "a model that reads padding passes the trial",
+        "lm_envs/model_check.py",
+        "gap = max(_padding(model, texts, expected))",
+        "gap = 0.0",
+        "tests/lm_envs/test_model_check.py::test_recurrences_that_read_padding_are_refused",
     ),
     # Advantages
     Mutation(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lm_envs.cross_cache import rows_of
 from lm_envs.fused import fuse
+from lm_envs.row_cache import RECOMPUTE, no_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +63,9 @@ class TextTask:
         """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy."""
         fuse(self.reference.eval().requires_grad_(False))
         fuse(self.start.eval().requires_grad_(False))
+        for model in {id(model): model for model in (self.reference, self.start)}.values():
+            if rows_of(model) is None and not getattr(model, RECOMPUTE, False):
+                warnings.warn(f"task {self.name!r}: {no_rows(model)}; it is used so all the same", stacklevel=3)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
