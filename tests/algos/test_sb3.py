@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("stable_baselines3")
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecMonitor
 
@@ -24,7 +25,7 @@ from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.prefix_chains import prefix_chains
 from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv, ToldActions
 from lm_envs.rollout import collect, rollout
-from lm_envs.text_env import TextEnv
+from lm_envs.text_env import TextBanditEnv, TextEnv
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 
@@ -47,7 +48,14 @@ def policy(venv, cls=CausalLMActorCriticPolicy, value_seed=3):
     return made
 
 
-# The VecEnv
+# The environments
+
+
+def test_the_librarys_checker_passes_on_the_single_env():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it recommends bounds that do not apply
+        check_env(TextEnv(tiny.task(), kl_coef=0.0), skip_render_check=True)
+        check_env(TextBanditEnv(tiny.task(), kl_coef=0.0), skip_render_check=True)
 
 
 def test_one_row_is_what_the_library_makes_of_the_single_env():
