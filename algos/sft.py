@@ -73,7 +73,10 @@ class SFT(Agent[SFTConfig]):
 
 
 def demonstrations_of(task: TextTask) -> Trajectories | None:
-    """A task's demonstrations, those that go on behind the longest prompt; None where it has none."""
+    """A task's demonstrations: its pairs, else its texts that go on behind the longest prompt; None without any."""
+    if task.responses:
+        prompts, responses = zip(*task.responses, strict=True)
+        return from_responses(prompts, [row[: task.max_new_tokens] for row in responses], task.prompt_length)
     texts = [text for text in task.demonstrations if len(text) > task.prompt_length]
     return demonstrations(texts, task.prompt_length, task.max_new_tokens) if texts else None
 

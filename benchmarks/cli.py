@@ -24,12 +24,20 @@ from lm_envs.benchmarks.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, ch
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 
+# What tasks of one's own are compared like where nothing else is said.
+_LIKE = {("corpus",): "demo-real", ("translation",): "translation"}
+
+
 @dataclass(frozen=True)
 class Own:
     """Where a task of your own comes from, and how its models are loaded."""
 
     corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Make the task "corpus" of your labelled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
+    like.
+    """
+    parallel: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Make the task "translation" of your parallel text: a JSONL file with "prompt" and "reference", and "split" if you
     like.
     """
     policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -61,6 +69,8 @@ class Own:
         found: dict[str, dict[str, Any]] = {}
         if self.corpus is not None:
             found["corpus"] = {"path": str(self.corpus)}
+        if self.parallel is not None:
+            found["translation"] = {"path": str(self.parallel)}
         custom = {"policy": self.policy, "reward_model": self.reward_model, "prompts": self.prompts}
         names = ("judge", "reference", "dtype", "device", "device_map", "recompute")
         more = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
@@ -71,7 +81,7 @@ class Own:
                     f"a task of your own needs --policy, --reward-model and --prompts; missing: {', '.join(missing)}"
                 )
             found["custom"] = {name: str(value) for name, value in custom.items()} | more
-        for path in (self.corpus, self.prompts):
+        for path in (self.corpus, self.parallel, self.prompts):
             if path is not None and not path.is_file():
                 raise UserError(f"no such file: {path}")
         return found
@@ -125,7 +135,7 @@ class Compare:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
     suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
-    """A suite file (TOML), or a built-in suite: demo, demo-real, all, enumerable, smoke."""
+    """A suite file (TOML), or a built-in suite: demo, demo-real, translation, all, enumerable, smoke."""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
@@ -181,7 +191,7 @@ class Compare:
             elif any(is_control(name) or base_task(name)[1] == "bandit" for name in tasks):
                 raise UserError("say which --algorithms to compare on that task, as in --algorithms reinforce ppo")
             else:
-                like = load_suite("demo-real" if tasks == ("corpus",) else "demo")
+                like = load_suite(_LIKE.get(tasks, "demo"))
                 suite = replace(like, name="comparison", tasks=chosen)
         if self.seeds:
             suite = replace(suite, seeds=self.seeds)
@@ -403,9 +413,13 @@ def _with_env(suite: Suite, items: Sequence[str]) -> Suite:
 
 
 def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
-    """A suite whose tasks "corpus" and "custom" know where they come from."""
+    """A suite whose tasks of the user's own know where they come from."""
     named = {base_task(task.name)[0]: task for task in suite.tasks}
-    needs = {"corpus": "--corpus FILE.jsonl", "custom": "--policy, --reward-model and --prompts"}
+    needs = {
+        "corpus": "--corpus FILE.jsonl",
+        "translation": "--parallel FILE.jsonl",
+        "custom": "--policy, --reward-model and --prompts",
+    }
     for name, option in needs.items():
         if name in named and name not in own and not named[name].options:
             raise UserError(f"task {name!r} needs {option}")

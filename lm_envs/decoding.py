@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from lm_envs.cross_cache import rows_of
 from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
 from lm_envs.kernels.threads import WORTH, at_most
-from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, model_inputs, right_align
+from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, left_pad, model_inputs, right_align
 from lm_envs.row_cache import RowCache
 
+GREEDY = 1e-6  # a temperature that leaves one token; of tokens equally likely, to rounding, any
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
 
 
@@ -242,6 +243,39 @@ def generate(
             else:
                 logits = _next_logits(model, torch.cat([prompts[active], response[active, : t + 1]], dim=1), t + 1)
     return response, logprob
+
+
+def greedy(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    eos_token_id: int,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    batch_size: int = 256,
+) -> list[list[int]]:
+    """The response to each prompt that takes the likeliest token at every step; the EOS included where it stopped.
+
+    Args:
+        prompts: token ids without padding.
+        batch_size: prompts at a time, those of like length together.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: dict[int, list[int]] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = torch.from_numpy(left_pad([prompts[i] for i in chosen], max(len(prompts[i]) for i in chosen)))
+        response, _ = generate(
+            model,
+            rows.to(model.device),
+            torch.full((len(chosen), max_new_tokens), 0.5, dtype=torch.float64, device=model.device),
+            eos_token_id,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=GREEDY,
+        )
+        found.update((i, row[row >= 0].tolist()) for i, row in zip(chosen, response, strict=True))
+    return [found[i] for i in range(len(prompts))]
 
 
 def _next_logits(model: PreTrainedModel, obs: Tensor, response_places: int = 0) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = ["TASKS", "load"]
 TASKS: dict[str, str] = {
     "reviews": "lm_envs.tasks.reviews:load",
     "corpus": "lm_envs.tasks.corpus:load",
+    "translation": "lm_envs.tasks.translation:load",
     "custom": "lm_envs.tasks.custom:load",
     "enumerable": "lm_envs.tasks.enumerable:load",
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lm_envs.cross_cache import rows_of
 from lm_envs.fused import fuse
@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_envs.rewards import Reward
+
+
+class CorpusMetric(Protocol):
+    """What all responses together are worth."""
+
+    name: str
+
+    def corpus(self, prompts: Sequence[str], completions: Sequence[str]) -> float:
+        """The figure, higher is better."""
+        ...
+
+    def gain(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> tuple[float, float]:
+        """By how much ours is higher, and the standard error of that."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,10 @@ class TextTask:
         description: one line for listings.
         demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may
             be empty.
+        responses: the same as (prompt, response) where prompts differ in length; the response ends in EOS. Used
+            instead of ``demonstrations`` where there are any.
+        corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports; None
+            where there is none. See :class:`CorpusMetric`.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
         policy: the model that training starts from, None for the reference; it shares the reference's
             vocabulary.
@@ -55,6 +73,8 @@ class TextTask:
     temperature: float = 1.0
     description: str = ""
     demonstrations: list[list[int]] = field(default_factory=list)
+    responses: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    corpus_metric: CorpusMetric | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
     policy: PreTrainedModel | None = None
     more_eos_token_ids: tuple[int, ...] = ()
