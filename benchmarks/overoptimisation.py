@@ -160,6 +160,8 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
     task = load_task(name, options)
     if task.judge is None or not isinstance(task.reward, LearnedReward):
         raise UserError(f"over-optimisation of task {name!r} needs a judge and a learned reward model")
+    if not task.reward.is_plain:
+        raise UserError(f"over-optimisation trains reward models of plain text, unlike {task.reward.__name__!r}")
     template: LearnedReward = task.reward
     env = TextVectorEnv(task)
     start = LMPolicy.for_mdp(env.mdp, task.start)

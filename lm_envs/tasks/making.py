@@ -126,4 +126,4 @@ def in_units_of(reward: LearnedReward, samples: Samples) -> LearnedReward:
             f"reward {reward.__name__!r} gives all {len(scores)} samples of the reference the score {moments[0]:.6g}: "
             "it cannot tell them apart, so there is nothing to learn from it"
         )
-    return LearnedReward(reward.model, reward.tokenizer, moments, reward.batch_size, reward.__name__)
+    return reward.in_units(*moments)
