@@ -141,6 +141,7 @@ def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Traje
         temperature=task.temperature,
         seed=seed,
         batch_size=512,
+        columns=task.columns_of(chosen),
     )
     gold = samples.score(task.judge or task.reward).reshape(-1, 2)
     group = np.repeat(np.arange(pairs), 2).tolist()

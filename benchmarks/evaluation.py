@@ -118,7 +118,7 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
     reasons = mdp.finish_reasons(response)
     gold = np.full(total, np.nan)
     if mdp.task.judge is not None:
-        gold = call_reward(mdp.task.judge, *texts, ids, reasons)
+        gold = call_reward(mdp.task.judge, *texts, ids, reasons, **mdp.columns(prompt))
         gold = gold.sum(axis=1) if gold.ndim == 2 else gold
     return Sampled(
         prompt=texts[0],

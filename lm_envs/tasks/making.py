@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ SAMPLE_EPISODES = 2**40
 
 def check_options(task: str, config: type[Any], options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that is no field of a task's config class; the message names the near ones."""
-    known = [field.name for field in fields(config)]
+    known = [one.name for one in fields(config)]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or known
@@ -57,10 +57,16 @@ class Samples:
     completions: list[str]
     completion_ids: list[list[int]]
     finish_reasons: list[str]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """All of it, as rewards take it."""
+        return {name: value for name, value in vars(self).items() if name != "columns"} | self.columns
 
     def score(self, reward: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
         """``(N,)`` float64; a dense reward is summed over the response."""
-        found = call_reward(reward, self.prompts, self.completions, self.completion_ids, self.finish_reasons)
+        found = call_reward(reward, **self.given)
         return found.sum(axis=1) if found.ndim == 2 else found
 
 
@@ -78,6 +84,7 @@ def sample(
     first: int = 0,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Samples:
     """``count`` responses, the prompts taking turns; a function of its arguments.
 
@@ -85,6 +92,7 @@ def sample(
         prompts: token ids without padding.
         first: number of the first response; other numbers draw other random numbers.
         progress: called with how many responses there are.
+        columns: further columns of the prompts' data, an entry per prompt.
     """
     rows: list[list[int]] = []
     chosen = [prompts[i % len(prompts)] for i in range(count)]
@@ -109,6 +117,7 @@ def sample(
         completions=tokenizer.batch_decode(rows, skip_special_tokens=True),
         completion_ids=rows,
         finish_reasons=["stop" if row[-1] == eos_token_id else "length" for row in rows],
+        columns={name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},
     )
 
 
