@@ -6,16 +6,17 @@ Whatever does not fit together is refused here, in one line, before any training
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_envs import models
-from lm_envs.jsonl import read_jsonl
+from lm_envs.data import Data
+from lm_envs.data_formats import Text
 from lm_envs.tasks import making
-from lm_envs.tasks.splits import SPLITS, SplitColumn, divide
+from lm_envs.tasks.splits import SPLITS, divide
 from lm_envs.tasks.task import TextTask
+from lm_envs.tokenising import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,8 @@ class CustomConfig:
     Attributes:
         policy: the model to tune and its tokenizer: a folder of ``save_pretrained``, or a hub name.
         reward_model: a sequence classifier with its own tokenizer, likewise.
-        prompts: a JSONL file with ``prompt`` and perhaps ``split`` (train, validation, test) a row.
+        prompts: a file, folder or hub name with ``prompt`` (text or chat messages) and perhaps ``split`` (train,
+            validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.Data`.
         reference: what the KL penalty is measured from, None for the policy as it starts.
         judge: another reward model, which decides win-rates; None for no win-rates.
         max_new_tokens: the horizon.
@@ -144,61 +146,53 @@ def load(**options: Any) -> TextTask:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the file has it; ``where`` names file and line."""
+    """A prompt as the file has it, text or chat messages; ``where`` names file and line."""
 
-    text: str
+    text: Text
     split: str
     where: str
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read a JSONL file of rows with ``prompt`` and perhaps ``split``; divided as
-    :func:`~lm_envs.tasks.splits.divide` says.
+def read_prompts(source: str | Path) -> list[Prompt]:
+    """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.tasks.splits.divide` says.
+
+    Args:
+        source: a file, a folder or a name on the hub, in any convention that has prompts; see
+            :class:`~lm_envs.data.Data`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a malformed row or an empty prompt (the message names file and line), or a split without prompts.
     """
-    splits, rows = SplitColumn(), []
-    for line, row in read_jsonl(path):
-        where = f"{path}, line {line}"
-        rows.append(Prompt(_prompt(row, where), splits.read(row, where), where))
-    divided = divide([(row.text, row.split) for row in rows])
+    rows: dict[str, Prompt] = {}
+    found: list[tuple[str, str]] = []
+    for item in Data(source, "prompts"):
+        key, split = item.example.key, item.split or "train"
+        found.append((key, split))
+        rows.setdefault(key, Prompt(item.example.prompt, split, f"{source}, {item.where}"))
+    divided = divide(found)
     for name in SPLITS:
         if name not in divided.values():
-            if any(row.split != "train" for row in rows):
+            if any(split != "train" for _, split in found):
                 raise ValueError(
-                    f"{path}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different ones "
-                    f"into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
+                    f"{source}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different "
+                    f"ones into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
                 )
-            raise ValueError(f"{path}: {len(divided)} different prompts leave none for {name}: give at least 3")
-    first = {row.text: row for row in reversed(rows)}
-    return [Prompt(text, split, first[text].where) for text, split in divided.items()]
-
-
-def _prompt(row: Mapping[str, Any], where: str) -> str:
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str):
-        found = f"not {prompt!r}" if "prompt" in row else "and there is none"
-        raise ValueError(f"{where}: 'prompt' must be a string, {found}")
-    if not prompt.strip():
-        raise ValueError(f"{where}: the prompt is empty")
-    return prompt
+            raise ValueError(f"{source}: {len(divided)} different prompts leave none for {name}: give at least 3")
+    return [replace(rows[key], split=split) for key, split in divided.items()]
 
 
 def encode_prompts(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: CustomConfig, context: int | None
 ) -> dict[str, list[list[int]]]:
-    """Prompts as token ids by split, as the tokenizer wraps them but without an EOS at the end.
+    """Prompts as token ids by split, as the tokenizer wraps them or its chat template writes them; no EOS at the end.
 
     Raises:
-        ValueError: a prompt has no tokens, or leaves no room for the response in the model's context; with file and
-            line.
+        ValueError: messages without a chat template, a prompt that has no tokens, or leaves no room for the response in
+            the model's context; with file and line.
     """
     encoded: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
-    for prompt, ids in zip(prompts, tokenizer([p.text for p in prompts])["input_ids"], strict=True):
-        while ids and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
+    for prompt, ids in zip(prompts, prompt_ids(tokenizer, [p.text for p in prompts]), strict=True):
         if not ids:
             raise ValueError(f"{prompt.where}: the prompt is empty: the policy's tokenizer makes no tokens of it")
         if context is not None and len(ids) + config.max_new_tokens > context:
@@ -206,5 +200,5 @@ def encode_prompts(
                 f"{prompt.where}: the prompt has {len(ids)} tokens and responses up to {config.max_new_tokens}, "
                 f"together more than the model's context of {context}: shorten it or lower max_new_tokens"
             )
-        encoded[prompt.split].append(list(ids))
+        encoded[prompt.split].append(ids)
     return encoded
