@@ -285,7 +285,7 @@ def _with_env(suite: Suite, items: Sequence[str]) -> Suite:
 def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
     """A suite whose tasks "corpus" and "custom" know where they come from."""
     named = {base_task(task.name)[0]: task for task in suite.tasks}
-    needs = {"corpus": "--corpus FILE.jsonl", "custom": "--policy, --reward-model and --prompts"}
+    needs = {"corpus": "--corpus FILE.jsonl", "custom": "--policy, --reward-model or --reward, and --prompts"}
     for name, option in needs.items():
         if name in named and name not in own and not named[name].options:
             raise UserError(f"task {name!r} needs {option}")

@@ -11,6 +11,7 @@ import tyro
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.suites import Suite, check_adaptation
 from lm_envs.data_sources import format_of
+from lm_envs.reward_specs import is_spec, parse_reward
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,20 @@ class Own:
     policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Make the task "custom": the policy to tune, a folder of save_pretrained or a hub name."""
     reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": the reward model, with its own tokenizer; a folder or a hub name."""
+    """Of "custom": the reward model, with its own tokenizer; a folder or a hub name. Its score is put in units of the
+    reference's samples; short for --reward 'standardise(model:DIR)'.
+    """
+    reward: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="REWARD")] = ()
+    """Of "custom", instead of --reward-model: what trains; given again, they are summed. model:DIR, bleu, chrf, rougeL
+    (against the prompts' column "reference"), judge:URL#MODEL, my_file.py:function (runs that file); as in
+    --reward 'bleu*0.5', 'clip(model:DIR, -2, 2)', 'standardise(my_file.py:f)'.
+    """
     prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Of "custom": JSONL, CSV or Parquet with a "prompt" a row (text or chat messages), and "split" (train, validation,
     test) if you like; or a data set of the hub. `lm-envs data check FILE` says what it holds.
     """
     judge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": another reward model, which decides win-rates; without one there are none."""
+    """Of "custom": another reward model or reward, which decides win-rates; without one there are none."""
     reference: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Of "custom": what the KL penalty is measured from; the policy as it starts if not given."""
 
@@ -38,20 +46,21 @@ class Own:
         """The loader's options by task.
 
         Raises:
-            UserError: only some of the three that "custom" needs.
+            UserError: only some of what "custom" needs, both kinds of reward, or a reward that cannot be read.
         """
         found: dict[str, dict[str, Any]] = {}
         if self.corpus is not None:
             found["corpus"] = {"path": str(self.corpus)}
-        custom = {"policy": self.policy, "reward_model": self.reward_model, "prompts": self.prompts}
+        custom: dict[str, Any] = {"policy": self.policy, "prompts": self.prompts, **self._rewards()}
         more = {name: value for name in ("judge", "reference") if (value := getattr(self, name)) is not None}
         if more or any(value is not None for value in custom.values()):
             missing = [f"--{name.replace('_', '-')}" for name, value in custom.items() if value is None]
             if missing:
                 raise UserError(
-                    f"a task of your own needs --policy, --reward-model and --prompts; missing: {', '.join(missing)}"
+                    "a task of your own needs --policy, --reward-model or --reward, and --prompts; "
+                    f"missing: {', '.join(missing)}"
                 )
-            found["custom"] = {name: str(value) for name, value in custom.items()} | more
+            found["custom"] = custom | more
         if self.corpus is not None and not self.corpus.is_file():
             raise UserError(f"no such file: {self.corpus}")
         if self.prompts is not None:
@@ -60,6 +69,20 @@ class Own:
             except FileNotFoundError as error:
                 raise UserError(f"no such file: {self.prompts}") from error
         return found
+
+    def _rewards(self) -> dict[str, Any]:
+        if self.reward and self.reward_model is not None:
+            raise UserError(
+                f"--reward-model is short for one reward; beside others write --reward "
+                f"'standardise(model:{self.reward_model})'"
+            )
+        try:
+            for texts in (self.reward, (self.judge,) if self.judge is not None and is_spec(self.judge) else ()):
+                if texts:
+                    parse_reward(texts)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return {"reward": list(self.reward)} if self.reward else {"reward_model": self.reward_model}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lm_envs.data_formats import (
     CONVENTIONS,
@@ -28,6 +28,7 @@ from lm_envs.tasks.splits import SplitColumn
 
 OnBad = Literal["raise", "skip"]
 
+_SPENT = frozenset({"prompt", "messages", "completions", "split"})  # columns that have their say otherwise
 _PEEK = 100  # rows that decide which convention a source is in
 LISTED = 10_000  # bad rows that are kept; more are counted
 
@@ -83,11 +84,13 @@ class Item:
 
     Attributes:
         split: the row's column ``split``, None where there is none.
+        columns: what else the row holds beside the prompt, for rewards.
     """
 
     example: Example
     where: str
     split: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Data:
@@ -182,7 +185,8 @@ class Data:
             split = splits.read(row.values, "")
         except ValueError as error:
             raise BadRow(str(error).removeprefix(": ")) from None
-        return Item(example, row.where, split if splits.present else None)
+        columns = {name: value for name, value in row.values.items() if name not in _SPENT}
+        return Item(example, row.where, split if splits.present else None, columns)
 
 
 def _decoded(row: Row) -> Row:

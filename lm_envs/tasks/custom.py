@@ -1,18 +1,23 @@
-"""Bring your own: a task of a user's policy, reward model and prompts, from folders of ``save_pretrained`` or hub
-names.
+"""Bring your own: a task of a user's policy, rewards and prompts, from folders of ``save_pretrained`` or hub names.
 
 Whatever does not fit together is refused here, in one line, before any training.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_envs import models
 from lm_envs.data import Data
 from lm_envs.data_formats import Text
+from lm_envs.reward_building import build_reward
+from lm_envs.reward_specs import is_spec, parse_reward
+from lm_envs.rewards import RESERVED, LearnedReward, Standardise, reward_name
 from lm_envs.tasks import making
 from lm_envs.tasks.splits import SPLITS, divide
 from lm_envs.tasks.task import TextTask
@@ -21,7 +26,7 @@ from lm_envs.tokenising import prompt_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NEEDED = ("policy", "reward_model", "prompts")
+_NEEDED = ("policy", "reward_model", "prompts")  # reward_model or reward
 
 
 @dataclass(frozen=True)
@@ -30,42 +35,51 @@ class CustomConfig:
 
     Attributes:
         policy: the model to tune and its tokenizer: a folder of ``save_pretrained``, or a hub name.
-        reward_model: a sequence classifier with its own tokenizer, likewise.
+        reward_model: a sequence classifier with its own tokenizer, likewise; short for a ``reward`` of
+            ``model:PLACE``, put in units of the reference.
+        reward: what trains, as :mod:`lm_envs.reward_specs` reads it; several texts are summed.
         prompts: a file, folder or hub name with ``prompt`` (text or chat messages) and perhaps ``split`` (train,
             validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.Data`.
         reference: what the KL penalty is measured from, None for the policy as it starts.
-        judge: another reward model, which decides win-rates; None for no win-rates.
+        judge: what decides win-rates: another reward model's place, or a reward as text; None for no win-rates.
         max_new_tokens: the horizon.
         min_new_tokens: EOS is masked before that many tokens.
         kl_coef: default weight of the KL penalty, in units of the reward per nat.
         temperature: of the policy and of the reference.
-        normalise: put the reward in units of its standard deviation over samples of the reference, with mean 0.
+        normalise: put the reward in units of its standard deviation over samples of the reference, with mean 0; None
+            does so with ``reward_model`` and leaves a ``reward`` as it is written.
         samples: how many samples that takes.
         batch_size: texts per forward of the reward model and of the judge.
         seed: of the samples.
     """
 
     policy: str
-    reward_model: str
     prompts: str
+    reward_model: str | None = None
+    reward: str | Sequence[str] | None = None
     reference: str | None = None
     judge: str | None = None
     max_new_tokens: int = 32
     min_new_tokens: int = 0
     kl_coef: float = 0.05
     temperature: float = 1.0
-    normalise: bool = True
+    normalise: bool | None = None
     samples: int = 256
     batch_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a field is out of range."""
+        """Raise ValueError where a field is out of range, or where there is not one reward."""
+        if self.reward_model is not None and self.reward is not None:
+            raise ValueError(
+                f"custom: reward_model is short for one reward, so give one of the two: reward "
+                f"'standardise(model:{self.reward_model})' says the same and can be added to others"
+            )
         for name in ("max_new_tokens", "temperature", "samples", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"custom: {name} must be positive, got {getattr(self, name)}")
-        if self.normalise and self.samples < 2:
-            raise ValueError(f"custom: normalising takes at least 2 samples, got samples={self.samples}")
+        if self.samples < 2:
+            raise ValueError(f"custom: standardising takes at least 2 samples, got samples={self.samples}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
                 f"custom: min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, "
@@ -77,17 +91,20 @@ def load(**options: Any) -> TextTask:
     """The task made of the user's parts.
 
     Args:
-        options: fields of :class:`CustomConfig`; ``policy``, ``reward_model`` and ``prompts`` are needed.
+        options: fields of :class:`CustomConfig`; ``policy``, ``prompts`` and one of ``reward_model`` and ``reward`` are
+            needed.
 
     Raises:
         FileNotFoundError: there is no such file of prompts.
         ValueError: what does not fit, in one line: a missing folder, a model without the right head, a tokenizer
             without EOS or larger than its model's vocabulary, policy and reference of different vocabularies, a
-            malformed row or an empty or too long prompt (with file and line), a reward that gives every sample the
-            same score.
+            malformed row or an empty or too long prompt (with file and line), a reward that cannot be made, or that
+            gives every sample the same score where it is to be in units of the reference.
     """
     making.check_options("custom", CustomConfig, options)
     missing = [name for name in _NEEDED if options.get(name) is None]
+    if "reward_model" in missing and options.get("reward") is not None:
+        missing.remove("reward_model")
     if missing:
         raise ValueError(
             f"custom is made of parts of your own: give {', '.join(_NEEDED)}; missing: {', '.join(missing)}"
@@ -95,7 +112,10 @@ def load(**options: Any) -> TextTask:
     plain: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
     config = CustomConfig(**plain)
     # What is quick to check comes first: models can take minutes to load.
+    reward_spec = None if config.reward is None else parse_reward(config.reward)
+    judge_spec = None if config.judge is None or not is_spec(config.judge) else parse_reward(config.judge)
     texts = read_prompts(config.prompts)
+    conversational = any(not isinstance(prompt.text, str) for prompt in texts)
     tokenizer = models.load_tokenizer(config.policy)
     policy = models.load_policy(config.policy)
     models.check_fits(tokenizer, models.vocabulary_of(policy), f"policy {config.policy!r}")
@@ -105,14 +125,12 @@ def load(**options: Any) -> TextTask:
         models.same_vocabulary(policy, reference, (config.policy, config.reference))
     contexts = [c for c in (models.context_of(policy), models.context_of(reference)) if c is not None]
     prompts = encode_prompts(texts, tokenizer, config, min(contexts, default=None))
-    reward = models.load_reward_model(config.reward_model, batch_size=config.batch_size)
-    judge = None
-    if config.judge is not None:
-        judge = models.load_reward_model(config.judge, "judge", batch_size=config.batch_size)
-    stats: dict[str, float] = {}
-    if config.normalise:
+    columns = columns_of(texts, prompts)
+
+    @functools.cache
+    def samples() -> making.Samples:
         with making.progress_bar() as bar:
-            samples = making.sample(
+            return making.sample(
                 reference,
                 tokenizer,
                 prompts["train"],
@@ -122,10 +140,29 @@ def load(**options: Any) -> TextTask:
                 min_new_tokens=config.min_new_tokens,
                 temperature=config.temperature,
                 seed=config.seed,
-                progress=making.line_of(bar, "custom: samples to normalise by", config.samples),
+                progress=making.line_of(bar, "custom: samples to standardise by", config.samples),
+                columns=columns.get("train"),
             )
-        reward = making.in_units_of(reward, samples)
-        stats = {"reward_mean": reward.normalise[0], "reward_std": reward.normalise[1]}
+
+    build = functools.partial(
+        build_reward, samples=samples, batch_size=config.batch_size, conversational=conversational
+    )
+    reward: Any
+    if reward_spec is None:
+        reward = models.load_reward_model(str(config.reward_model), batch_size=config.batch_size)
+    else:
+        reward = build(reward_spec)
+    judge: Any = None
+    if judge_spec is not None:
+        judge = build(judge_spec, what="judge")
+    elif config.judge is not None:
+        judge = models.load_reward_model(config.judge, "judge", batch_size=config.batch_size)
+    if config.normalise or (config.normalise is None and reward_spec is None):
+        reward = making.in_units_of(reward, samples())
+    stats: dict[str, float] = {}
+    if isinstance(reward, (LearnedReward, Standardise)):
+        mean, std = reward.normalise if isinstance(reward, LearnedReward) else (reward.mean, reward.std)
+        stats = {} if (mean, std) == (0.0, 1.0) else {"reward_mean": mean, "reward_std": std}
     return TextTask(
         name="custom",
         tokenizer=tokenizer,
@@ -139,18 +176,21 @@ def load(**options: Any) -> TextTask:
         min_new_tokens=config.min_new_tokens,
         kl_coef=config.kl_coef,
         temperature=config.temperature,
-        description=f"tune {config.policy} on {config.prompts} by {config.reward_model}",
+        description=f"tune {config.policy} on {config.prompts} by {reward_name(reward)}",
         stats=stats,
+        columns=columns,
     )
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the file has it, text or chat messages; ``where`` names file and line."""
+    """A prompt as the file has it, text or chat messages, and its row's other columns; ``where`` names file and
+    line."""
 
     text: Text
     split: str
     where: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -166,10 +206,20 @@ def read_prompts(source: str | Path) -> list[Prompt]:
     """
     rows: dict[str, Prompt] = {}
     found: list[tuple[str, str]] = []
+    differ: list[str] = []
     for item in Data(source, "prompts"):
         key, split = item.example.key, item.split or "train"
         found.append((key, split))
-        rows.setdefault(key, Prompt(item.example.prompt, split, f"{source}, {item.where}"))
+        prompt = Prompt(item.example.prompt, split, f"{source}, {item.where}", item.columns)
+        kept = rows.setdefault(key, prompt)
+        if kept.columns != prompt.columns:
+            differ.append(prompt.where)
+    if differ:
+        warnings.warn(
+            f"{differ[0]}: a prompt that was there before, with other columns: the first row's count (so for "
+            f"{len(differ)} rows); several references of a prompt belong into one row, as a list",
+            stacklevel=2,
+        )
     divided = divide(found)
     for name in SPLITS:
         if name not in divided.values():
@@ -202,3 +252,46 @@ def encode_prompts(
             )
         encoded[prompt.split].append(ids)
     return encoded
+
+
+def columns_of(
+    prompts: list[Prompt], encoded: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, dict[str, list[Any]]]:
+    """The columns that the prompts' rows hold beside them, by split and name, in the order of ``encoded``; None where a
+    row lacks one. Of chat prompts the column ``messages`` holds the messages.
+
+    Of prompts with the same tokens the first row counts; where others differ, one warning says so.
+
+    Raises:
+        ValueError: a column is called as something else that rewards get; with file and line.
+    """
+    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    for name in RESERVED:
+        if name in names:
+            where = next(prompt.where for prompt in prompts if name in prompt.columns)
+            raise ValueError(f"{where}: rewards get something else as {name!r}: rename that column")
+    rows = [{name: prompt.columns.get(name) for name in names} for prompt in prompts]
+    if any(not isinstance(prompt.text, str) for prompt in prompts):
+        names.append("messages")
+        for row, prompt in zip(rows, prompts, strict=True):
+            text = prompt.text
+            row["messages"] = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    if not names:
+        return {}
+    found: dict[str, dict[str, list[Any]]] = {split: {name: [] for name in names} for split in SPLITS}
+    first: dict[tuple[int, ...], dict[str, Any]] = {}
+    differ: dict[str, str] = {}
+    places = {split: iter(ids) for split, ids in encoded.items()}
+    for row, prompt in zip(rows, prompts, strict=True):
+        kept = first.setdefault(tuple(next(places[prompt.split])), row)
+        for name in names:
+            if kept[name] != row[name]:
+                differ.setdefault(name, prompt.where)
+            found[prompt.split][name].append(kept[name])
+    if differ:
+        warnings.warn(
+            f"{next(iter(differ.values()))}: the policy reads this prompt as an earlier one, and their "
+            f"{', '.join(differ)} differ: the first row's count",
+            stacklevel=3,
+        )
+    return found

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lm_envs import counted
 from lm_envs.decoding import generate
 from lm_envs.observations import left_pad
-from lm_envs.rewards import LearnedReward, call_reward
+from lm_envs.rewards import LearnedReward, Standardise, call_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,12 +121,15 @@ def sample(
     )
 
 
-def in_units_of(reward: LearnedReward, samples: Samples) -> LearnedReward:
-    """The same reward with mean 0 and (population) standard deviation 1 on these samples.
+def in_units_of(reward: Any, samples: Samples) -> Any:
+    """The same reward with mean 0 and (population) standard deviation 1 on these samples: a learned one with other
+    moments, any other one in a :class:`~lm_envs.rewards.Standardise`.
 
     Raises:
-        ValueError: it gives all of them the same score.
+        ValueError: it gives all of them the same score, or it is dense.
     """
+    if not isinstance(reward, LearnedReward):
+        return Standardise.against(reward, **samples.given)
     scores = samples.score(reward)
     mean, std = reward.normalise
     moments = (mean + std * float(scores.mean()), std * float(scores.std()))
