@@ -171,7 +171,7 @@ class Train:
         own = self.own.options()
         task = self.task or (next(iter(own)) if len(own) == 1 else None)
         if task is None:
-            raise UserError("say what to train on: --task NAME, or --policy, --reward-model and --prompts of your own")
+            raise UserError("say what to train on: --task NAME, or --policy, --prompts and --reward-model or --reward")
         suite = Suite("training", (TaskSettings(task),), (self.algorithm,), (self.seed,), plan, overrides)
         suite = self.adapt.apply(_with_own(_with_env(suite, self.env), own))
         carry_out(suite, self.out, resume=self.resume, threads=self.threads, console=console)
