@@ -47,7 +47,7 @@ def test_train_by_several_rewards(own, tmp_path):
         + ["--set", "episodes=8", "--threads", "1", "--out", str(tmp_path / "out"), *ENV]
     )
     found, config = result(tmp_path / "out", "reinforce")
-    assert config["options"]["reward"] == rewards
+    assert config["run"]["options"]["reward"] == rewards
     assert found["gold"] is not None and found["win_rate"] is not None  # by the judge
     assert 0 <= found["corpus"] <= 100
 
