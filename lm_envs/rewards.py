@@ -115,7 +115,7 @@ def call_reward(
             **columns,
         },
     )
-    missing = np.isnan(found).reshape(len(found), -1).any(axis=1)
+    missing = _missing(found)
     if missing.any():
         i = int(missing.argmax())
         every = "every part of " if isinstance(reward, WeightedSum) else ""
@@ -227,8 +227,14 @@ Rewards = NDArray[np.float64] | list[Any]
 
 def _with_nones(values: NDArray[np.float64]) -> Rewards:
     """NaN as None again, for who called the composition as a reward."""
-    missing = np.isnan(values).reshape(len(values), -1).any(axis=1)
-    return [None if m else v for v, m in zip(values, missing, strict=True)] if missing.any() else values
+    missing = _missing(values)
+    return [None if m else v for v, m in zip(values, missing.tolist(), strict=True)] if missing.any() else values
+
+
+def _missing(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """``(N,)``: where a reward, or a token's of a dense one, is NaN."""
+    unknown = np.asarray(np.isnan(values))
+    return np.asarray(unknown.any(axis=1)) if values.ndim == 2 else unknown
 
 
 class WeightedSum:
@@ -256,12 +262,12 @@ class WeightedSum:
     def __call__(self, **given: Any) -> Rewards:
         """As any reward; every part is validated by itself, so a message names the part at fault."""
         found = [(weight, _call(reward, given)) for weight, reward in self.parts]
-        lengths = np.array([len(ids) for ids in given["completion_ids"]])
+        lengths = np.array([len(ids) for ids in given["completion_ids"]], dtype=np.int64)
         dense = any(values.ndim == 2 for _, values in found)
         total = np.zeros((len(lengths), lengths.max(initial=0)) if dense else len(lengths))
         applies = np.zeros(len(lengths), dtype=bool)
         for weight, values in found:
-            mine = ~np.isnan(values).reshape(len(values), -1).any(axis=1)
+            mine = ~_missing(values)
             applies |= mine
             if values.ndim == total.ndim:
                 total[mine] += weight * values[mine]

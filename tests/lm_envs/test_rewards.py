@@ -137,6 +137,12 @@ def test_compositions_know_their_leaves():
         WeightedSum([(float("nan"), length)])
 
 
+def test_no_samples_are_no_rewards():
+    nothing = dict(prompts=[], completions=[], completion_ids=[], finish_reasons=[])
+    for reward in (length, per_token, WeightedSum([(1.0, length), (1.0, Clip(length, 0, 1))])):
+        assert call_reward(reward, **nothing).shape == (0,)
+
+
 # --- functions written for TRL --------------------------------------------------------------------------------------
 
 DIGITS = ["12", "7 7"]
