@@ -16,7 +16,7 @@ from lm_envs.algos.losses import masked_mean, nll
 from lm_envs.algos.metrics import Metric
 from lm_envs.observations import left_pad
 from lm_envs.rewards import right_pad
-from lm_envs.trajectories import Trajectories
+from lm_envs.trajectories import Rows, Trajectories
 
 if TYPE_CHECKING:
     from lm_envs.tasks.task import TextTask
@@ -40,7 +40,7 @@ class SFT(Agent[SFTConfig]):
     Args:
         policy: what learns.
         config: settings.
-        data: the demonstrations.
+        data: the demonstrations: Trajectories, or what selects them from elsewhere.
     """
 
     Config = SFTConfig
@@ -48,7 +48,7 @@ class SFT(Agent[SFTConfig]):
     unit = "token"
     needs_data = True
 
-    def __init__(self, policy: Any, config: SFTConfig | None = None, data: Trajectories | None = None) -> None:
+    def __init__(self, policy: Any, config: SFTConfig | None = None, data: Rows | None = None) -> None:
         super().__init__(policy, config)
         if data is None or not len(data):
             raise ValueError("sft learns from demonstrations: pass data=Trajectories, see sft.demonstrations")

@@ -9,7 +9,7 @@ from lm_envs.algos.policies import LMPolicy
 from lm_envs.decoding import greedy
 from lm_envs.text_mdp import TextMDP
 
-COLUMNS = ("corpus", "corpus_gain", "corpus_gain_se")
+COLUMNS = ("corpus_greedy", "corpus_gain", "corpus_gain_se")
 
 
 def measure(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, Any]:
@@ -39,12 +39,12 @@ def measure(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, Any]:
 
     theirs = answers(mdp.reference)
     if policy.model is mdp.reference:
-        return {"corpus": metric.corpus(prompts, theirs), "corpus_gain": 0.0, "corpus_gain_se": 0.0}
+        return {"corpus_greedy": metric.corpus(prompts, theirs), "corpus_gain": 0.0, "corpus_gain_se": 0.0}
     ours = answers(policy.model)
     texts = list(zip(prompts, theirs, ours, strict=True))
     gain, error = metric.gain(prompts, ours, theirs)
     return {
-        "corpus": metric.corpus(prompts, ours),
+        "corpus_greedy": metric.corpus(prompts, ours),
         "corpus_gain": gain,
         "corpus_gain_se": error,
         "greedy": [dict(zip(("prompt", "sft", "response"), row, strict=True)) for row in texts[:8]],

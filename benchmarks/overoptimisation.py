@@ -151,8 +151,9 @@ def judged(task: TextTask, env: TextVectorEnv, traj: Trajectories) -> NDArray[np
     assert traj.prompt is not None and traj.response is not None
     response = traj.response.numpy()
     ids = [row[row >= 0].tolist() for row in response]
-    texts = env.mdp.texts(traj.prompt.numpy()), env.mdp.texts(response)
-    found = call_reward(task.judge, *texts, ids, env.mdp.finish_reasons(response))  # type: ignore[arg-type]
+    prompt = traj.prompt.numpy()
+    texts, reasons = (env.mdp.texts(prompt), env.mdp.texts(response)), env.mdp.finish_reasons(response)
+    found = call_reward(task.judge, *texts, ids, reasons, **env.mdp.columns(prompt))  # type: ignore[arg-type]
     return found.sum(axis=1) if found.ndim == 2 else found
 
 
@@ -165,6 +166,8 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
     task = load_task(name, options)
     if task.judge is None or not isinstance(task.reward, LearnedReward):
         raise UserError(f"over-optimisation of task {name!r} needs a judge and a learned reward model")
+    if not task.reward.is_plain:
+        raise UserError(f"over-optimisation trains reward models of plain text, unlike {task.reward.__name__!r}")
     template: LearnedReward = task.reward
     env = TextVectorEnv(task)
     start = LMPolicy.for_mdp(env.mdp, task.start)

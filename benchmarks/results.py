@@ -32,9 +32,9 @@ COLUMNS = (
     "wall_s",
 )
 EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
-CORPUS = greedy.COLUMNS  # of tasks with a metric of all responses together
-# The first two of tasks whose judge and reward have a threshold.
-EXTRA = ("gold_positive", "proxy_positive", *EXACT, *CORPUS)
+# In results.csv where something is known. The first is of sampled responses, the next three are of the likeliest.
+KNOWN_AT_TIMES = ("corpus", *greedy.COLUMNS, *EXACT)
+EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: of judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
 
@@ -66,16 +66,14 @@ def in_order(rows: list[dict[str, Any]], tasks: Sequence[str], algorithms: Seque
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """``results.csv``, replaced as a whole; a number that is not known is an empty cell.
 
-    It has the columns :data:`COLUMNS`, and behind them those of :data:`EXACT` where a task is solved exactly, and those
-    of :data:`CORPUS` where one has such a metric.
+    It has the columns :data:`COLUMNS`, and behind them those of :data:`KNOWN_AT_TIMES` that are known of a run.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    more = (*EXACT, *CORPUS)
-    names = (*COLUMNS, *(name for name in more if any(not math.isnan(number(row.get(name))) for row in rows)))
+    names = (*COLUMNS, *(name for name in KNOWN_AT_TIMES if any(not math.isnan(number(row.get(name))) for row in rows)))
     writer.writerow(names)
     for row in rows:
-        values = [row.get(name) if name in more else row[name] for name in names]
+        values = [row.get(name) if name in KNOWN_AT_TIMES else row[name] for name in names]
         writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else _cell(v) for v in values])
     write_atomic(path, text.getvalue())
 
@@ -172,7 +170,8 @@ SHOWN = (
         spread=False,
         meaning="share that the reward model calls positive",
     ),
-    Column("corpus", "greedy", 2, meaning="the task's corpus metric (BLEU) of the likeliest responses"),
+    Column("corpus", "corpus", 1, meaning="score of all responses together by the task's text metric (BLEU, ...)"),
+    Column("corpus_greedy", "greedy", 2, meaning="the same of the likeliest responses"),
     Column("corpus_gain", "over SFT", 2, meaning="how much higher that is than SFT's"),
     Column("corpus_gain_se", "±", 2, spread=False, meaning="standard error over prompts of that, paired bootstrap"),
     Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
