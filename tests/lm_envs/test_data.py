@@ -44,7 +44,11 @@ ROWS = [
         {"prompt": "hi", "chosen": [USER, SAID], "rejected": [USER, OTHER]},
         Example([USER], ([SAID], [OTHER]), (0, 1)),
     ),
-    ("chosen/rejected", {"chosen": [USER, SAID], "rejected": [USER, OTHER]}, Example([USER], ([SAID], [OTHER]), (0, 1))),
+    (
+        "chosen/rejected",
+        {"chosen": [USER, SAID], "rejected": [USER, OTHER]},
+        Example([USER], ([SAID], [OTHER]), (0, 1)),
+    ),
     (
         "chosen/rejected",
         {"chosen": f"{HUMAN} a\n\nHuman: b\n\nAssistant: yes", "rejected": f"{HUMAN} a\n\nHuman: b\n\nAssistant: yet"},
@@ -211,7 +215,9 @@ def test_bad_rows_of_csv_and_parquet(tmp_path):
     )
     found = bad_of(path)
     assert [where for where, _ in found] == ["line 4", "line 5", "line 7", "line 8", "line 9"]
-    for (_, said), reason in zip(found, ("1 cells under 2", "3 cells", "not UTF-8", "is empty", "not CSV"), strict=True):
+    for (_, said), reason in zip(
+        found, ("1 cells under 2", "3 cells", "not UTF-8", "is empty", "not CSV"), strict=True
+    ):
         assert reason in said
     (tmp_path / "b.csv").write_text("messages\nhello\n")
     assert bad_of(write(tmp_path / "c.csv", [{"messages": [USER, SAID]}, {"messages": "no JSON"}]))[0][0] == "line 3"

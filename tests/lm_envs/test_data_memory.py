@@ -80,9 +80,7 @@ def test_memory_is_flat_and_the_broken_row_is_passed_over(folder):
     found = json.loads(done.stdout)
     print(found)
     assert found["length"] > 280 and found["read"] == ROWS and found["rows"] == 2 * (ROWS - 1)
-    assert found["bad"] == [[f"line {BROKEN}", "not JSON: Invalid control character at: column 20"]] or (
-        len(found["bad"]) == 1 and found["bad"][0][0] == f"line {BROKEN}" and "not JSON" in found["bad"][0][1]
-    )
+    assert found["bad"] == [[f"line {BROKEN}", "not JSON: Unterminated string starting at column 12"]]
     tokens = (folder / "skip" / "tokens.bin").stat().st_size / 2**20  # MiB
     assert tokens > 200
     assert found["tokenised"] - found["start"] < 24  # what it wrote is ten times that

@@ -91,7 +91,9 @@ def test_what_makes_no_tokens_or_too_many_is_a_bad_row(plain):
         encoded(plain, *examples)
     said = rejected("skip")
     assert len(list(tokenise(items(*examples), plain, said, max_length=8))) == 1
-    assert [bad.where for bad in said.rows] == ["line 2", "line 3"] and "more than the 8 that fit" in said.rows[1].reason
+    assert [bad.where for bad in said.rows] == ["line 2", "line 3"] and "more than the 8 that fit" in said.rows[
+        1
+    ].reason
 
 
 # Chat
@@ -128,7 +130,9 @@ def test_what_the_template_refuses_is_a_bad_row():
     said = rejected("skip")
     system = {"role": "system", "content": "be kind"}
     found = list(tokenise(items(Example([system], ([SAID],)), Example([USER], ([SAID],))), tokenizer, said))
-    assert len(found) == 1 and [bad.where for bad in said.rows] == ["line 1"] and "users come first" in said.rows[0].reason
+    assert (
+        len(found) == 1 and [bad.where for bad in said.rows] == ["line 1"] and "users come first" in said.rows[0].reason
+    )
 
 
 def test_a_reward_model_is_trained_on_what_it_will_read(plain, chat):
