@@ -44,7 +44,8 @@ def scan_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def open_bytes(path: str | Path) -> IO[bytes]:
     """A file's bytes, unpacked where its name ends in ``.gz``."""
-    return gzip.open(path, "rb") if Path(path).suffix == ".gz" else Path(path).open("rb")
+    opened: Any = gzip.open(path, "rb") if Path(path).suffix == ".gz" else Path(path).open("rb")
+    return opened
 
 
 def _row(raw: bytes, encoding: str) -> dict[str, Any] | str | None:
