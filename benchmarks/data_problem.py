@@ -235,6 +235,8 @@ class DataProblem:
         found = averages.means()
         if self.spec.algorithm == "sft":
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
+        if self.spec.algorithm == "dpo" and not self.agent.iterations_done:
+            del found["accuracy"]  # of the reference against itself: what rounding orders
         return {name: found[name] for name in ("loss", "perplexity", "accuracy", "margin") if name in found}
 
     def save_model(self, folder: Path) -> None:

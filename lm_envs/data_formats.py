@@ -114,8 +114,7 @@ def _aligned(prompt: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Tex
         return prompt, tuple(completions)
     said = [[{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in completions]
     if not _is_said(said[0][0]):
-        shared = os.path.commonprefix(said)
-        prompt = shared[: min(len(text) for text in said) - 1]
+        prompt = _shared(said)
         said = [text[len(prompt) :] for text in said]
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -126,6 +125,16 @@ def _aligned(prompt: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Tex
             roles = ", ".join(str(message["role"]) for message in text)
             raise BadRow(f"a completion must be one message of the assistant's after a shared prompt, not {roles}")
     return prompt, tuple(said)
+
+
+def _shared(conversations: Sequence[list[Message]]) -> list[Message]:
+    """The messages that all begin with, the last of none among them."""
+    count = 0
+    for together in zip(*(messages[:-1] for messages in conversations), strict=False):
+        if any(message != together[0] for message in together):
+            break
+        count += 1
+    return conversations[0][:count]
 
 
 # ---- conventions ----

@@ -44,7 +44,8 @@ def scan_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def open_bytes(path: str | Path) -> IO[bytes]:
     """A file's bytes, unpacked where its name ends in ``.gz``."""
-    return gzip.open(path, "rb") if Path(path).suffix == ".gz" else Path(path).open("rb")
+    opened: Any = gzip.open(path, "rb") if Path(path).suffix == ".gz" else Path(path).open("rb")
+    return opened
 
 
 def _row(raw: bytes, encoding: str) -> dict[str, Any] | str | None:
@@ -58,7 +59,7 @@ def _row(raw: bytes, encoding: str) -> dict[str, Any] | str | None:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at column {error.colno}"
+        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         return f"not JSON that can be read: {error}"
     return row if isinstance(row, dict) else f'expected a JSON object, as in {{"text": ...}}, not {short(row)}'

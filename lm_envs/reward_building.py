@@ -94,8 +94,6 @@ class _Builder:
             try:
                 more = {"batch_size": self.batch_size, **spec.settings}
                 return load_reward_model(spec.place, self.what, self.placement, **more)
-                    spec.place, self.what, self.placement, batch_size=self.batch_size, **spec.settings
-                )
             except TypeError:
                 given = ", ".join(spec.settings)
                 raise ValueError(f"reward model:{spec.place} takes label, output and template, not {given}") from None

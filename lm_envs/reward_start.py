@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import logging
 
 from lm_envs import models
 from lm_envs.supervised import initialise_reward_head
@@ -50,7 +53,7 @@ def reward_start(name: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreT
     if scores and config.num_labels != 1:
         raise ValueError(f"{what} {place!r} has {config.num_labels} labels; training takes one, a score")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(seed)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 place,
@@ -70,6 +73,17 @@ def reward_start(name: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreT
     models.check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {place!r}")
     _tell_pad_from_eos(model, tokenizer)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports weights that are missing, which the head's are meant to be."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _tell_pad_from_eos(model: Any, tokenizer: Any) -> None:
