@@ -207,7 +207,7 @@ def test_a_lasting_failure_says_who_said_what_about_which_sample(serve):
     assert len(server.asked) == 4
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422, 307])
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 302, 303, 307])
 def test_what_no_attempt_mends_fails_at_once(serve, status):
     other = serve(lambda number, body: chat("1"))
     reply = (status, {"error": {"message": "no such model"}}, {"Location": f"{other.url}/chat/completions"})
