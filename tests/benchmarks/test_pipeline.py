@@ -109,7 +109,7 @@ def same_greedy_text(model: Path, prompts: list[str], most: int) -> list[str]:
 
 
 def pipeline(root: Path, out: Path, quick: bool) -> None:
-    epochs, iterations = (4, 2) if quick else (8, 30)
+    epochs, iterations = (4, 2) if quick else (20, 30)
     fast = ("--learning-rate", 1e-2, "--threads", 1)
     sft = ("sft", "--model", root / "model", "--data", root / "demonstrations.jsonl", "--out", out / "sft")
     tuned = out / "sft" / "model"
