@@ -205,7 +205,9 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizer
 def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model with weights drawn from the seed; the caller's global generator is left as it was."""
     eos = tokenizer.eos_token_id
-    tokens = dict(vocab_size=len(tokenizer), eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=eos)
+    tokens: dict[str, Any] = dict(
+        vocab_size=len(tokenizer), eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=eos
+    )
     wide = 4 * config.hidden
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
