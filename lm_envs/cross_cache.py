@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,21 +112,14 @@ class CrossRowCache(RowCache):
 
         return Cache(layer_class_to_replicate=Layer)
 
-    def _forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        logits_to_keep: int | None = None,
-    ) -> Tensor:
+    def _forward(self, **inputs: Any) -> Tensor:
         table = _position_table(self.model) if self._padded else None
-        assert position_ids is not None
-        with _placed(table, position_ids, self.columns):
+        with _placed(table, inputs["position_ids"], self.columns):
             found = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=self._states),
                 attention_mask=self._mask,
-                decoder_input_ids=input_ids,
-                decoder_attention_mask=attention_mask,
+                decoder_input_ids=inputs["input_ids"],
+                decoder_attention_mask=inputs["attention_mask"],
                 past_key_values=EncoderDecoderCache(self.cache, self._cross),
                 use_cache=True,
             )
@@ -134,16 +128,19 @@ class CrossRowCache(RowCache):
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
         self._mask, self._states = self._mask[rows], self._states[rows]
-        for layer in self._cross.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for layer in self._crossed:
+            layer.batch_select_indices(rows)
+
+    @property
+    def _crossed(self) -> list[DynamicLayer]:
+        return cast("list[DynamicLayer]", self._cross.layers)
 
     def _put(self, rows: Tensor, other: RowCache) -> None:
         super()._put(rows, other)
         assert isinstance(other, CrossRowCache)
         self._mask = _replaced(self._mask, rows, other._mask, dim=1)
         self._states = _replaced(self._states, rows, other._states, dim=1)
-        for layer, new in zip(self._cross.layers, other._cross.layers, strict=True):
-            assert isinstance(layer, DynamicLayer) and isinstance(new, DynamicLayer)
+        for layer, new in zip(self._crossed, other._crossed, strict=True):
             layer.keys = _replaced(layer.keys, rows, new.keys, dim=2)
             layer.values = _replaced(layer.values, rows, new.values, dim=2)
 

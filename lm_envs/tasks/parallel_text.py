@@ -107,7 +107,7 @@ class CorpusBLEU(AgainstReferences):
     def gain(
         self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str], samples: int = 1000, seed: int = 0
     ) -> tuple[float, float]:
-        """How much higher ours is, and the standard error of that by paired bootstrap (Koehn 2004, section 4).
+        """How much higher ours is, and the standard error of that by paired bootstrap (Koehn 2004).
 
         Corpus BLEU is a function of counts that are summed over sentences, so a resampled test set costs a sum.
         """
