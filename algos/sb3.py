@@ -101,7 +101,7 @@ class ToldActions(np.ndarray):
 
     logprob: NDArray[np.float64] | None = None
 
-    def reshape(self, *shape: Any, **options: Any) -> ToldActions:  # type: ignore[override]
+    def reshape(self, *shape: Any, **options: Any) -> ToldActions:
         """As NumPy's, and the log-probabilities stay: ``predict`` of Stable-Baselines3 ends with one."""
         found = super().reshape(*shape, **options).view(ToldActions)
         found.logprob = self.logprob
@@ -111,7 +111,7 @@ class ToldActions(np.ndarray):
 class _SampledTokens(Tensor):
     """Becomes :class:`ToldActions` by the ``.cpu().numpy()`` that Stable-Baselines3 calls."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain
     logprob: Tensor
 
     @classmethod
@@ -120,10 +120,10 @@ class _SampledTokens(Tensor):
         found.logprob = logprob
         return found
 
-    def cpu(self, *given: Any, **options: Any) -> _SampledTokens:  # type: ignore[override]
+    def cpu(self, *given: Any, **options: Any) -> _SampledTokens:
         return self.of(super().cpu(*given, **options), self.logprob.cpu())
 
-    def numpy(self, *given: Any, **options: Any) -> ToldActions:  # type: ignore[override]
+    def numpy(self, *given: Any, **options: Any) -> ToldActions:
         found = super().numpy(*given, **options).view(ToldActions)
         found.logprob = self.logprob.detach().double().numpy()
         return found
@@ -185,7 +185,7 @@ class TextVecEnv(VecEnv):
         """The actions of the coming step, with their log-probabilities if they are :class:`ToldActions`."""
         self._actions = actions
 
-    def step_wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:  # type: ignore[override]
+    def step_wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Observations, rewards, dones and an info per row."""
         actions, self._actions = self._actions, None
         assert actions is not None, "call step_async first"
@@ -376,5 +376,5 @@ def _mask(logits: Tensor, masks: Sequence[Any] | NDArray[Any] | Tensor | None) -
     return logits.masked_fill(~allowed, float("-inf"))
 
 
-class CausalLMActorCriticPolicy(LMActorCritic, ActorCriticPolicy):
+class CausalLMActorCriticPolicy(LMActorCritic, ActorCriticPolicy):  # type: ignore[misc]  # `self: Any`
     """The policy of PPO, A2C and what else takes an ``ActorCriticPolicy``; see :class:`LMActorCritic`."""
