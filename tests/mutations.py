@@ -135,11 +135,11 @@ MUTATIONS = [
         ENDINGS,
     ),
     Mutation(
-        "a chat gets a second BOS",
+        "a chat gets a BOS that its template does not write",
         "lm_envs/endings.py",
         "add_special_tokens=not rendered",
         "add_special_tokens=True",
-        f"{ENDINGS}::test_a_task_of_messages",
+        f"{ENDINGS}::test_one_bos",
     ),
     Mutation(
         "the end of a chat's turn is not asked for",

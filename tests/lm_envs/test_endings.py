@@ -83,6 +83,9 @@ def test_one_bos():
     (rendered,) = prompt_ids(made, [text], rendered=True)
     known = made.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     assert rendered == known and rendered.count(bos) == 1
+    made.chat_template = CHATML  # a template without a BOS means it
+    (rendered,) = prompt_ids(made, [made.apply_chat_template(CHAT, tokenize=False)], rendered=True)
+    assert bos not in rendered
     made.chat_template = WITH_EOS  # the end of a turn that a template writes stays: it is not ours
     text = made.apply_chat_template([*CHAT, {"role": "assistant", "content": "hid"}, *CHAT], tokenize=False)
     assert 1 in prompt_ids(made, [text + "</s>"], rendered=True)[0][-1:]
