@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real bench-kernels bench-throughput test test-slow mutants lint format types clean
+.PHONY: help setup demo demo-real bench-kernels bench-throughput peers test test-slow mutants lint format types clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -42,6 +42,15 @@ bench-kernels: $(READY)  ## what the vocabulary kernels cost on this machine, in
 
 bench-throughput: $(READY)  ## stepping, sampling and training against generate and bare forwards, into benchmarks/results/ (minutes)
 	$(BIN)/lm-envs bench throughput
+
+# TRL's PPO is in its release 1.12 and gone in 1.16; each wants an environment of its own, with this one's torch and transformers.
+PEERS := 1.12 1.16
+peers: $(PEERS:%=.peers/trl-%/.ready)  ## TRL's trainers, to measure ours against: two environments under .peers/ (3 GB)
+
+.peers/trl-%/.ready: constraints.txt
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet 'trl==$*.*' $(shell grep -E '^(torch|transformers|numpy|accelerate|tokenizers)==' constraints.txt)
+	@touch $@
 
 # The CPU builds of torch come without triton, whose kernels are tested by its interpreter; it takes 1 GB, so only for tests.
 $(TESTABLE): $(READY)

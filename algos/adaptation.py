@@ -259,6 +259,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False) ->
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _generate_to_the_eos(model, tokenizer)
     try:
         if has_adapters(model) and model.name_or_path and not merge:
             config = model.peft_config["default"]
@@ -272,6 +273,15 @@ def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False) ->
         code = re.search(r"os error (\d+)", str(error))
         number = int(code.group(1)) if code else errno.EIO
         raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def _generate_to_the_eos(model: Any, tokenizer: Any) -> None:
+    """Let transformers' ``generate`` end where the policy ended while it was trained: at the tokenizer's EOS."""
+    config, eos = getattr(model, "generation_config", None), getattr(tokenizer, "eos_token_id", None)
+    if config is not None and eos is not None:
+        known = config.eos_token_id
+        if eos not in (known if isinstance(known, list) else [known]):
+            config.eos_token_id = eos
 
 
 def learned_state(module: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_envs.observations import accepted, model_inputs
-from lm_envs.rewards import LearnedReward, pools_last_token
+from lm_envs.reward_models import LearnedReward, has_independent_labels, pools_last_token, score_of
 
 if TYPE_CHECKING:
     from lm_envs.tasks.task import TextTask
@@ -37,6 +37,9 @@ class RewardCritic(nn.Module):
                 f"a value function can start only from a decoder with a linear score, and reward model "
                 f"{reward.__name__!r} is a {type(reward.model).__name__}"
             )
+        if reward.template != "text":
+            raise ValueError(f"a value function reads plain text, and reward model {reward.__name__!r} a chat template")
+        self.label, self.output = reward.label, reward.output
         self.model = copy.deepcopy(reward.model).eval().requires_grad_(True)
         self.normalise = reward.normalise
 
@@ -45,8 +48,8 @@ class RewardCritic(nn.Module):
         trunk: Any = self.model.base_model
         inputs = model_inputs(torch.cat([prompt, response[:, :-1]], dim=1))
         hidden = trunk(**accepted(trunk, **inputs, use_cache=False)).last_hidden_state[:, -response.shape[1] :]
-        logits = self.model.score(hidden)
-        score = logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+        independent = has_independent_labels(self.model)
+        score = score_of(self.model.score(hidden), self.label, self.output, independent=independent)
         mean, std = self.normalise
         return (score - mean) / std
 

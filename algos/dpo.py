@@ -14,6 +14,7 @@ from lm_envs.algos.batching import Before
 from lm_envs.algos.metrics import Metric
 from lm_envs.algos.preference_losses import dpo_loss
 from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs, by_group
+from lm_envs.algos.stored import StoredData
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class DPO(Agent[DPOConfig]):
     Args:
         policy: what learns.
         config: settings.
-        data: preferences; from a task they are pairs of its reference's samples, ranked by simulated annotators.
+        data: preferences, in memory or on disk; from a task they are pairs of its reference's samples, ranked by
+            simulated annotators.
 
     Raises:
         ValueError: no preferences, or a group without a pair.
@@ -59,11 +61,16 @@ class DPO(Agent[DPOConfig]):
     needs_data = True
     preference_data = True
 
-    def __init__(self, policy: Any, config: DPOConfig | None = None, data: Trajectories | None = None) -> None:
+    def __init__(
+        self, policy: Any, config: DPOConfig | None = None, data: Trajectories | StoredData | None = None
+    ) -> None:
         super().__init__(policy, config)
         self._comparisons = Comparisons(self.name, data)
-        held = self._comparisons.data
-        reference = Before(policy, held, self.config.micro_batch or _ROWS).logprob.to(held.mask.device)
+        held, rows = self._comparisons.data, self.config.micro_batch or _ROWS
+        if isinstance(held, StoredData):
+            held.keep_reference(policy, rows)
+            return
+        reference = Before(policy, held, rows).logprob.to(held.mask.device)
         self._comparisons.data = replace(held, ref_logprob=reference)
 
     @classmethod
@@ -82,11 +89,15 @@ class DPO(Agent[DPOConfig]):
         return preference_loss(traj, now, self.config.beta)
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        assert self._comparisons.data.ref_logprob is not None
-        return {"ref_logprob": self._comparisons.data.ref_logprob}, {}
+        held = self._comparisons.data
+        if isinstance(held, StoredData):  # which keeps it on disk
+            return {}, {}
+        assert held.ref_logprob is not None
+        return {"ref_logprob": held.ref_logprob}, {}
 
     def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        self._comparisons.data.ref_logprob = tensors["ref_logprob"].clone()
+        if not isinstance(self._comparisons.data, StoredData):
+            self._comparisons.data.ref_logprob = tensors["ref_logprob"].clone()
 
 
 def check_beta(beta: float) -> None:

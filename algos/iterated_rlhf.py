@@ -178,6 +178,11 @@ def _learned(mdp: TextMDP) -> LearnedReward:
             f"iterated-rlhf makes reward models like the task's, and that of task {mdp.task.name!r} is not one "
             "learned reward model"
         )
+    if not mdp.task.reward.is_plain:
+        raise ValueError(
+            f"iterated-rlhf makes reward models that score plain text, and reward model {mdp.task.reward.__name__!r} "
+            "has a label, an output or a template of its own"
+        )
     return mdp.task.reward
 
 

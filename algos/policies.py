@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
-from lm_envs.fused import fuse_activations
+from lm_envs.fused import fuse
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.observations import EosIds, eos_ids
 from lm_envs.scoring import response_logits
@@ -177,7 +177,7 @@ class LMPolicy(Policy):
             raise ValueError(NO_TRUNCATION)
         if face not in ("mdp", "bandit"):
             raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
-        self.model = fuse_activations(model.eval())
+        self.model = fuse(model.eval())
         self.eos_token_ids = eos_ids(eos_token_id)
         self.eos_token_id = self.eos_token_ids[0]
         self.prompt_length = prompt_length
@@ -199,7 +199,7 @@ class LMPolicy(Policy):
         self.critic: nn.Module | None = None
         self.q_head: nn.Linear | None = None
         self.register_buffer("condition", None)  # the reward token of prompts that have none, once there are some
-        self._decoder = Decoder(model, max_new_tokens, hidden=True)
+        self._decoder = Decoder(model, max_new_tokens)
         self._weights = tuple(model.parameters())
         self._version = -1
 
@@ -308,9 +308,17 @@ class LMPolicy(Policy):
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
         return forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
 
+    def value_steps(self) -> None:
+        """Let :meth:`next_logits` keep from now on what :meth:`next_value` reads."""
+        self._decoder = Decoder(self.model, self.max_new_tokens, hidden=True)
+
     @torch.no_grad()
     def next_value(self) -> Tensor:
-        """``(N,)`` the value head's estimates before the tokens that the last :meth:`next_logits` was asked for."""
+        """``(N,)`` the value head's estimates before the tokens that the last :meth:`next_logits` was asked for.
+
+        Raises:
+            RuntimeError: :meth:`value_steps` was not called before it.
+        """
         return self.value_head(self._decoder.hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

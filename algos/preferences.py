@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,13 +43,13 @@ class Comparisons:
 
     Args:
         name: of the algorithm, for messages.
-        data: Trajectories with ``group`` and ``rank``, 0 the best.
+        data: Trajectories with ``group`` and ``rank``, 0 the best; or what selects such from elsewhere and has the two.
 
     Raises:
         ValueError: no data, no ranks, or a group in which all ranks are equal.
     """
 
-    def __init__(self, name: str, data: Trajectories | None) -> None:
+    def __init__(self, name: str, data: Any) -> None:
         if data is None or data.group is None or data.rank is None:
             raise ValueError(
                 f"{name} learns from preferences: pass data=Trajectories with group and rank, "
@@ -62,16 +62,24 @@ class Comparisons:
             raise ValueError(f"{name}: group {number} has no two texts of different rank, so no pair to learn")
         self.data, self.ranks = data, ranks
         order = torch.argsort(data.group, stable=True)
-        self._groups = order.split(present.sum(dim=1).tolist())
+        self._order, self._ends = order, present.sum(dim=1).cumsum(0).tolist()
+
+    def __len__(self) -> int:
+        """How many groups."""
+        return len(self._ends)
+
+    def group(self, number: int) -> Tensor:
+        """The rows of a group, int64."""
+        return self._order[self._ends[number - 1] if number else 0 : self._ends[number]]
 
     def batches(self, size: int, seed: int, start: int) -> Iterator[Trajectories]:
         """Passes over the groups, ``size`` at a time, each in a new order that depends on the seed and the pass
         alone.
         """
-        for index in stream(len(self._groups), size, seed, start):
+        for index in stream(len(self), size, seed, start):
             # A group drawn twice in one batch (there are fewer than `size`) must not become one group of
             # twice the texts.
-            rows = [self._groups[i] for i in index]
+            rows = [self.group(int(i)) for i in index]
             batch = self.data.select(torch.cat(rows))
             sizes = torch.tensor([len(r) for r in rows])
             batch.group = torch.repeat_interleave(torch.arange(len(rows)), sizes)
@@ -141,6 +149,7 @@ def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Traje
         temperature=task.temperature,
         seed=seed,
         batch_size=512,
+        columns=task.columns_of(chosen),
     )
     gold = samples.score(task.judge or task.reward).reshape(-1, 2)
     group = np.repeat(np.arange(pairs), 2).tolist()

@@ -55,7 +55,8 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
         parts.append(policy.respond(torch.as_tensor(prompt[rows]), torch.as_tensor(uniforms))[0].cpu())
     response = torch.cat(parts).numpy()
     ids = [r[r >= 0].tolist() for r in response]
-    samples = making.Samples(mdp.texts(prompt), mdp.texts(response), ids, mdp.finish_reasons(response))
+    texts, reasons = (mdp.texts(prompt), mdp.texts(response)), mdp.finish_reasons(response)
+    samples = making.Samples(*texts, ids, reasons, mdp.columns(prompt))
     return Compared(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
 
 

@@ -304,6 +304,7 @@ class LMActorCritic:
             temperature=text.temperature,
             min_new_tokens=text.min_new_tokens,
         )
+        self.lm.value_steps()
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     # Stepping

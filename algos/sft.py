@@ -16,7 +16,7 @@ from lm_envs.algos.losses import masked_mean, nll
 from lm_envs.algos.metrics import Metric
 from lm_envs.observations import left_pad
 from lm_envs.rewards import right_pad
-from lm_envs.trajectories import Trajectories
+from lm_envs.trajectories import Rows, Trajectories
 
 if TYPE_CHECKING:
     from lm_envs.tasks.task import TextTask
@@ -40,7 +40,7 @@ class SFT(Agent[SFTConfig]):
     Args:
         policy: what learns.
         config: settings.
-        data: the demonstrations.
+        data: the demonstrations: Trajectories, or what selects them from elsewhere.
     """
 
     Config = SFTConfig
@@ -48,7 +48,7 @@ class SFT(Agent[SFTConfig]):
     unit = "token"
     needs_data = True
 
-    def __init__(self, policy: Any, config: SFTConfig | None = None, data: Trajectories | None = None) -> None:
+    def __init__(self, policy: Any, config: SFTConfig | None = None, data: Rows | None = None) -> None:
         super().__init__(policy, config)
         if data is None or not len(data):
             raise ValueError("sft learns from demonstrations: pass data=Trajectories, see sft.demonstrations")
@@ -73,7 +73,10 @@ class SFT(Agent[SFTConfig]):
 
 
 def demonstrations_of(task: TextTask) -> Trajectories | None:
-    """A task's demonstrations, those that go on behind the longest prompt; None where it has none."""
+    """A task's demonstrations: its pairs, else its texts that go on behind the longest prompt; None without any."""
+    if task.responses:
+        prompts, responses = zip(*task.responses, strict=True)
+        return from_responses(prompts, [row[: task.max_new_tokens] for row in responses], task.prompt_length)
     texts = [text for text in task.demonstrations if len(text) > task.prompt_length]
     return demonstrations(texts, task.prompt_length, task.max_new_tokens) if texts else None
 

@@ -1,4 +1,4 @@
-"""``lm-envs bench``: the options of the two benchmarks."""
+"""``lm-envs bench``: the options of the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class BenchThroughput:
-    """Measure tokens a second and peak memory of stepping, bulk sampling and training, against `generate` and bare
-    forwards on the same work.
+    """Measure tokens a second and peak memory of stepping, bulk sampling and training, against `generate`, bare
+    forwards and, after `make peers`, TRL's trainers on the same work.
 
     One line per way and size; the ways take turns, and what others took of the machine stands beside them.
     """
@@ -29,10 +29,17 @@ class BenchThroughput:
     """How often each runs; medians are reported."""
     threads: int = os.cpu_count() or 1
     """Torch threads."""
-    scaling: bool = True
-    """Also over response length, rows and vocabulary."""
+    tables: tuple[Literal["fixed work", "response length", "rows", "vocabulary"], ...] = (
+        "fixed work",
+        "response length",
+        "rows",
+        "vocabulary",
+    )
+    """The fixed work, and the first model over response length, rows and vocabulary."""
     peaks: bool = True
     """Also measure memory, each way in a process of its own."""
+    add: bool = False
+    """Keep the result's lines that are not measured anew."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
     """The result; benchmarks/results/throughput-DEVICE.csv if not given."""
 
@@ -86,12 +93,42 @@ class BenchKernels:
 
 
 @dataclass(frozen=True)
+class BenchSB3:
+    """Measure Stable-Baselines3's PPO with our policy against our own PPO on the same work; they take turns."""
+
+    shapes: tuple[Literal["small", "larger", "gpt2"], ...] = ("small", "larger")
+    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape."""
+    rows: int = 32
+    """Texts an iteration."""
+    new_tokens: int = 48
+    """Their exact length."""
+    epochs: int = 4
+    """Passes over each buffer."""
+    minibatches: int = 4
+    """Of one way more on the first shape, whose minibatches are smaller than the buffer; 1 leaves it out."""
+    rounds: int = 5
+    """How often each runs; medians are reported."""
+    threads: int = 1
+    """Torch threads."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
+    """The result; benchmarks/results/sb3-cpu.csv if not given."""
+
+    def run(self, console: Console) -> None:
+        """Measure."""
+        from lm_envs.benchmarks import bench_sb3
+
+        given = {name: value for name, value in vars(self).items() if name != "out"}
+        bench_sb3.run(bench_sb3.Settings(**given), self.out)
+
+
+@dataclass(frozen=True)
 class Bench:
-    """Measure what this machine does: the kernels, or the whole path."""
+    """Measure what this machine does: the kernels, the whole path, or another library beside ours."""
 
     what: Annotated[
         Annotated[BenchKernels, tyro.conf.subcommand("kernels", prefix_name=False)]
-        | Annotated[BenchThroughput, tyro.conf.subcommand("throughput", prefix_name=False)],
+        | Annotated[BenchThroughput, tyro.conf.subcommand("throughput", prefix_name=False)]
+        | Annotated[BenchSB3, tyro.conf.subcommand("sb3", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from lm_envs.benchmarks.bench_kernels import RESULTS, _peak, machine
+from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
 from lm_envs.benchmarks.throughput_work import SHAPES, WAYS, Size, Work
 
 FOREIGN = 0.1  # share of the machine's time that others may take in a round
@@ -38,7 +40,18 @@ FLOORS = {
     "grpo": ("bare forwards", "bare forward+backward"),
     "rloo": ("bare forwards", "bare forward+backward"),
 }
-SCALING = ("generate", "bare forwards", "step", "step + reference", "bulk + reference + reward", "ppo 1 epoch")
+SCALING = (
+    "generate",
+    "bare forwards",
+    "our forwards",
+    "step",
+    "step + reference",
+    "bulk + reference + reward",
+    "ppo 1 epoch",
+)
+TABLES = ("fixed work", "response length", "rows", "vocabulary")
+KEY = ("table", "shape", "vocabulary", "rows", "prompt", "new_tokens", "way")  # what a line is of
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives freed tensors back: the mark shows what is held
 
 
 @dataclass(frozen=True)
@@ -47,24 +60,35 @@ class Settings:
 
     Attributes:
         shapes: names of :data:`~lm_envs.benchmarks.throughput_work.SHAPES`.
-        ways: names of :data:`~lm_envs.benchmarks.throughput_work.WAYS`; none for all.
-        scaling: also measure over response lengths, rows and vocabularies.
+        ways: names of :data:`~lm_envs.benchmarks.throughput_work.WAYS`, or of
+            :data:`~lm_envs.benchmarks.throughput_peers.PEERS` that are installed; none for all.
+        tables: names of :data:`TABLES`: the fixed work, and the first shape over response lengths, rows, vocabularies.
         rounds: how often each way runs.
         threads: torch's.
         device: where.
         peaks: measure memory.
+        add: keep the lines of the result that are not measured anew.
     """
 
     shapes: tuple[str, ...] = ("small", "larger")
     ways: tuple[str, ...] = ()
-    scaling: bool = True
+    tables: tuple[str, ...] = TABLES
     rounds: int = 7
     threads: int = os.cpu_count() or 1
     device: str = "cpu"
     peaks: bool = True
+    add: bool = False
 
     def __post_init__(self) -> None:
-        for what, given, known in (("shape", self.shapes, SHAPES), ("way", self.ways, WAYS)):
+        missing = [way for way in self.ways if way in PEERS and way not in installed()]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: not installed here; `make peers` does that")
+        choices: tuple[tuple[str, tuple[str, ...], Any], ...] = (
+            ("shape", self.shapes, SHAPES),
+            ("way", self.ways, {**WAYS, **PEERS}),
+            ("table", self.tables, TABLES),
+        )
+        for what, given, known in choices:
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ValueError(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
@@ -76,23 +100,29 @@ class Settings:
 
 def sizes(settings: Settings) -> Iterator[tuple[str, Size, tuple[str, ...]]]:
     """Table, size and ways of everything that is measured."""
-    ways = settings.ways or tuple(WAYS)
-    for shape in settings.shapes:
-        yield "fixed work", Size(shape), ways
-    if settings.scaling:
-        chosen = tuple(way for way in SCALING if way in ways)
-        for new_tokens in (32, 64, 128, 256, 512):
-            yield "response length", Size(settings.shapes[0], rows=8, new_tokens=new_tokens), chosen
-        for rows in (1, 4, 16, 64, 256):
-            yield "rows", Size(settings.shapes[0], rows=rows), chosen
-        for vocabulary in (1_000, 8_192, 32_768, 131_072):
-            yield "vocabulary", Size(settings.shapes[0], rows=8, vocabulary=vocabulary), chosen
+    ways = settings.ways or (*WAYS, *installed())
+    chosen = tuple(way for way in SCALING if way in ways)
+    first = settings.shapes[0]
+    every = {
+        "fixed work": [Size(shape) for shape in settings.shapes],
+        "response length": [Size(first, rows=8, new_tokens=count) for count in (32, 64, 128, 256, 512)],
+        "rows": [Size(first, rows=rows) for rows in (1, 4, 16, 64, 256)],
+        "vocabulary": [Size(first, rows=8, vocabulary=count) for count in (1_000, 8_192, 32_768, 131_072)],
+    }
+    for table in settings.tables:
+        for size in every[table]:
+            yield table, size, ways if table == "fixed work" else chosen
 
 
 class Load:
-    """How much of the machine other processes take, from Linux's counters; 0 where there are none."""
+    """How much of the machine other processes take, from Linux's counters; 0 where there are none.
 
-    def __init__(self) -> None:
+    Args:
+        peers: processes that are not others.
+    """
+
+    def __init__(self, peers: Sequence[Peer] = ()) -> None:
+        self._peers = peers
         self._ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
         self._stat = Path("/proc/stat")
         self._start = self._now()
@@ -102,7 +132,8 @@ class Load:
         if self._stat.exists():
             user, nice, system, _, _, irq, softirq, *_ = map(int, self._stat.read_text().split("\n")[0].split()[1:])
             busy = (user + nice + system + irq + softirq) / self._ticks
-        return busy, time.process_time(), time.perf_counter()
+        own = time.process_time() + sum(peer.cpu_seconds for peer in self._peers)
+        return busy, own, time.perf_counter()
 
     def foreign(self) -> float:
         """Share, since this was made, of all cores' time that went to others."""
@@ -114,6 +145,8 @@ def timed(call: Callable[[], object], device: str) -> float:
     """Seconds of one call."""
     gc.collect()
     _wait(device)
+    if isinstance(call, Peer):
+        return call.ask("go")
     start = time.perf_counter()
     call()
     _wait(device)
@@ -126,18 +159,25 @@ def _wait(device: str) -> None:
 
 
 def measure(size: Size, names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    """By way: ``seconds`` (the median), ``foreign`` (the largest share in any round that counted), ``of_generate`` (the
-    median over rounds of generate's time by its own).
+    """By way: ``seconds`` (the median), ``foreign`` (the largest share in any round that counted), ``of_generate`` and
+    ``of_peer`` (the median over rounds of generate's, or the rival's, time by its own).
     """
-    work = Work(size, settings.device)
-    ways = {name: work.way(name) for name in names}
+    with ExitStack() as stack:
+        peers = {name: Peer(name, size, settings.device, settings.threads) for name in names if name in PEERS}
+        for peer in peers.values():
+            stack.enter_context(closing(peer))
+        return _measure(Work(size, settings.device), peers, names, settings)
+
+
+def _measure(work: Work, peers: dict[str, Peer], names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
+    ways = {name: peers[name] if name in peers else work.way(name) for name in names}
     for call in ways.values():
         call()  # first calls allocate, compile kernels and fill caches
     times: dict[str, list[float]] = {name: [] for name in names}
     worst = 0.0
     for turn in range(settings.rounds):
         for attempt in range(RETRIES):
-            load = Load()
+            load = Load(tuple(peers.values()))
             order = list(names) if turn % 2 == 0 else list(reversed(names))
             found = {name: timed(ways[name], settings.device) for name in order}
             share = load.foreign()
@@ -148,21 +188,27 @@ def measure(size: Size, names: Sequence[str], settings: Settings) -> dict[str, d
             times[name].append(seconds)
     result = {}
     for name in names:
-        ratios = [base / own for base, own in zip(times.get("generate", []), times[name], strict=False)]
         result[name] = {
             "seconds": statistics.median(times[name]),
             "foreign": worst,
-            "of_generate": statistics.median(ratios) if ratios else None,
+            "of_generate": _ratio(times.get("generate"), times[name]),
+            "of_peer": _ratio(times.get(RIVALS.get(name, "")), times[name]),
         }
     return result
 
 
+def _ratio(base: list[float] | None, own: list[float]) -> float | None:
+    return None if base is None else statistics.median(b / o for b, o in zip(base, own, strict=True))
+
+
 def peak(size: Size, name: str, settings: Settings) -> int:
     """Bytes above what the models take, at the most, of the second call in a process of its own; -1 if unknown."""
+    if name in PEERS:
+        with closing(Peer(name, size, settings.device, settings.threads, ENVIRONMENT)) as peer:
+            return int(peer.ask("peak"))
     job = {"size": asdict(size), "way": name, "device": settings.device, "threads": settings.threads}
     command = [sys.executable, "-m", "lm_envs.benchmarks.bench_throughput", json.dumps(job)]
-    # A fixed threshold makes glibc give freed tensors back, so that the mark shows what is held and not what was.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(settings.threads)}
+    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(settings.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"measuring the memory of {name!r} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
@@ -199,6 +245,7 @@ def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
             line |= {"prompt": size.prompt_length, "new_tokens": size.new_tokens, "way": name}
             line |= {"seconds": round(one["seconds"], 5), "tokens_per_s": round(size.tokens / one["seconds"], 1)}
             line |= {"of_generate": round(one["of_generate"], 3)}
+            line |= {"of_peer": "" if one["of_peer"] is None else round(one["of_peer"], 3)}
             line |= {"times_floor": round(one["seconds"] / floor, 3) if floor else ""}
             line |= {"peak_MB": "", "foreign_load": round(one["foreign"], 3)}
             if settings.peaks and table == "fixed work":
@@ -217,22 +264,31 @@ def run(settings: Settings, out: Path | None = None) -> Path:
     out = out or RESULTS / f"throughput-{settings.device}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     everything: list[dict[str, Any]] = []
+    if settings.add and out.exists():
+        with out.open(newline="", encoding="utf-8") as stream:
+            everything = list(csv.DictReader(stream))
     for several in lines(settings):
-        everything += several
+        new = {_key(line) for line in several}
+        everything = [line for line in everything if _key(line) not in new] + several
         for line in several:
             floor = f", {line['times_floor']} x its floor" if line["times_floor"] else ""
+            rival = f", {line['of_peer']} x {RIVALS[line['way']]}" if line["of_peer"] != "" else ""
             marked = " [other load]" if line["foreign_load"] > FOREIGN else ""
             print(
                 f"{line['table']}: {line['shape']} V={line['vocabulary']} {line['rows']}x{line['new_tokens']}  "
-                f"{line['way']}: {line['seconds']:.4g} s, {line['of_generate']} x generate{floor}{marked}",
+                f"{line['way']}: {line['seconds']:.4g} s, {line['of_generate']} x generate{rival}{floor}{marked}",
                 flush=True,
             )
         with out.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(everything[0]), lineterminator="\n")
+            writer = csv.DictWriter(stream, list(several[0]), lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(everything)
     print(out)
     return out
+
+
+def _key(line: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(line[name]) for name in KEY)
 
 
 def main() -> None:

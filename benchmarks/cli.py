@@ -1,4 +1,4 @@
-"""The command line, ``lm-envs``: compare, train, overoptimise, tasks, report, bench."""
+"""The command line, ``lm-envs``: compare, train, sft, reward-model, dpo, data, overoptimise, tasks, report, bench."""
 
 from __future__ import annotations
 
@@ -16,95 +16,20 @@ from rich.console import Console
 
 import lm_envs
 from lm_envs.benchmarks.bench import Bench
+from lm_envs.benchmarks.data_cli import DataCommand
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
 from lm_envs.benchmarks.names import ALL, base_task, expanded, is_control
+from lm_envs.benchmarks.options import Adapt, Own
+from lm_envs.benchmarks.overoptimise_cli import Overoptimise
 from lm_envs.benchmarks.overrides import parse_settings
-from lm_envs.benchmarks.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, check_adaptation, load_suite
+from lm_envs.benchmarks.pipeline import Dpo, RewardModel, Sft
+from lm_envs.benchmarks.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, load_suite
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 
-@dataclass(frozen=True)
-class Own:
-    """Where a task of your own comes from, and how its models are loaded."""
-
-    corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Make the task "corpus" of your labelled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
-    like.
-    """
-    policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Make the task "custom": the policy to tune, a folder of save_pretrained or a hub name."""
-    reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": the reward model, with its own tokenizer; a folder or a hub name."""
-    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Of "custom": a JSONL file with a "prompt" a line, and "split" (train, validation, test) if you like."""
-    judge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": another reward model, which decides win-rates; without one there are none."""
-    reference: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": what the KL penalty is measured from; the policy as it starts if not given; "base" for the model
-    under a policy's adapters."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Of "custom": the precision of policy and reference: float32 (the default), bfloat16, float64, or auto."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Of "custom": where its models go, as in cuda:1; the CPU if not given."""
-    device_map: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Of "custom": the same by accelerate, as in auto; each model has to fit on one device."""
-    recompute: bool = False
-    """Of "custom": accept a model whose cache cannot be kept row by row, at the cost of a whole forward a token."""
-
-    def options(self) -> dict[str, dict[str, Any]]:
-        """The loader's options by task.
-
-        Raises:
-            UserError: only some of the three that "custom" needs.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        if self.corpus is not None:
-            found["corpus"] = {"path": str(self.corpus)}
-        custom = {"policy": self.policy, "reward_model": self.reward_model, "prompts": self.prompts}
-        names = ("judge", "reference", "dtype", "device", "device_map", "recompute")
-        more = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
-        if more or any(value is not None for value in custom.values()):
-            missing = [f"--{name.replace('_', '-')}" for name, value in custom.items() if value is None]
-            if missing:
-                raise UserError(
-                    f"a task of your own needs --policy, --reward-model and --prompts; missing: {', '.join(missing)}"
-                )
-            found["custom"] = {name: str(value) for name, value in custom.items()} | more
-        for path in (self.corpus, self.prompts):
-            if path is not None and not path.is_file():
-                raise UserError(f"no such file: {path}")
-        return found
-
-
-@dataclass(frozen=True)
-class Adapt:
-    """Which part of the language model is trained; all of it if nothing is given."""
-
-    freeze_layers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Leave the N lower layers, and the embeddings below them, as they are."""
-    lora_rank: Annotated[int | None, tyro.conf.arg(metavar="R")] = None
-    """Train low-rank adapters of this rank instead of the weights (needs the extra "lora")."""
-    lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="A")] = None
-    """Adapters count A / R; twice the rank if not given."""
-    lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Linear maps of a layer that get adapters, such as q_proj v_proj; all if not given."""
-
-    lora_merge: bool = False
-    """Save the tuned model with the adapters added to its weights, instead of the adapters."""
-
-    def apply(self, suite: Suite) -> Suite:
-        """The suite with these settings instead of its own.
-
-        Raises:
-            UserError: they contradict each other.
-        """
-        given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
-        if "lora_targets" in given:
-            given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
-        adaptation = {**suite.adaptation, **given}
-        check_adaptation(adaptation)
-        return replace(suite, adaptation=adaptation)
+# What tasks of one's own are compared like where nothing else is said.
+_LIKE = {("corpus",): "demo-real", ("translation",): "translation"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +50,7 @@ class Compare:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
     suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
-    """A suite file (TOML), or a built-in suite: demo, demo-real, all, enumerable, smoke."""
+    """A suite file (TOML), or a built-in suite: demo, demo-real, translation, all, enumerable, smoke."""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
@@ -181,7 +106,7 @@ class Compare:
             elif any(is_control(name) or base_task(name)[1] == "bandit" for name in tasks):
                 raise UserError("say which --algorithms to compare on that task, as in --algorithms reinforce ppo")
             else:
-                like = load_suite("demo-real" if tasks == ("corpus",) else "demo")
+                like = load_suite(_LIKE.get(tasks, "demo"))
                 suite = replace(like, name="comparison", tasks=chosen)
         if self.seeds:
             suite = replace(suite, seeds=self.seeds)
@@ -205,16 +130,19 @@ class Train:
 
       lm-envs train --task reviews --algorithm ppo --out runs/ppo --set learning_rate=1e-3
       lm-envs train --task CartPole-v1 --algorithm a2c --iterations 200 --out runs/cartpole
+      lm-envs train --policy DIR --reward-model DIR --prompts FILE --algorithm ppo --out runs/own
 
-    OUT holds what a comparison's folder does, for one run: runs/ppo/reviews/ppo/seed-0/.
+    OUT holds what a comparison's folder does, for one run: runs/ppo/reviews/ppo/seed-0/, and the tuned model in it.
     """
 
-    task: str
-    """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions."""
     algorithm: str
     """An algorithm."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
+    task: str | None = None
+    """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions; may be left out
+    where the options below make one.
+    """
     seed: int = 0
     """Decides prompts, samples and the order of minibatches."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
@@ -244,60 +172,16 @@ class Train:
             checkpoint_every=self.checkpoint_every,
         )
         overrides = {self.algorithm: parse_settings(self.set)} if self.set else {}
-        suite = Suite("training", (TaskSettings(self.task),), (self.algorithm,), (self.seed,), plan, overrides)
-        suite = self.adapt.apply(_with_own(_with_env(suite, self.env), self.own.options()))
+        own = self.own.options()
+        task = self.task or (next(iter(own)) if len(own) == 1 else None)
+        if task is None:
+            raise UserError("say what to train on: --task NAME, or --policy, --prompts and --reward-model or --reward")
+        suite = Suite("training", (TaskSettings(task),), (self.algorithm,), (self.seed,), plan, overrides)
+        suite = self.adapt.apply(_with_own(_with_env(suite, self.env), own))
         carry_out(suite, self.out, resume=self.resume, threads=self.threads, console=console)
-
-
-@dataclass(frozen=True)
-class Overoptimise:
-    """Draw how far reward models of more and more data can be trusted: proxy and gold against the square root of KL.
-
-      lm-envs overoptimise --task reviews --out runs/over
-
-    OUT then holds overoptimisation.json and overoptimisation.png.
-    """
-
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder of the results."""
-    task: str = "reviews"
-    """A task with a judge and a learned reward model."""
-    pairs: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (500, 2000, 8000)
-    """Comparisons that each reward model is trained on."""
-    algorithm: str = "ppo"
-    """What optimises them, besides best-of-n."""
-    iterations: int = 60
-    """Its training iterations."""
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
-    seed: int = 0
-    """Decides everything."""
-    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
-
-    def run(self, console: Console) -> None:
-        """Carry it out."""
-        from lm_envs.benchmarks.names import trainable
-        from lm_envs.benchmarks.overoptimisation import Settings, overoptimise
-
-        if self.algorithm not in trainable():
-            raise UserError(f"no algorithm {self.algorithm!r}: {near(self.algorithm, trainable())}")
-        settings = Settings(
-            pairs=self.pairs,
-            algorithm=self.algorithm,
-            overrides=parse_settings(self.set),
-            iterations=self.iterations,
-            seed=self.seed,
-        )
-        options = self.own.options().get(base_task(self.task)[0], {})
-        curves = overoptimise(self.task, options, settings, self.out, lambda text: console.print(text, highlight=False))
-        for c in curves:
-            peak = max(range(len(c.gold)), key=c.gold.__getitem__)
-            print(
-                f"{c.pairs:>6} pairs, {c.method}: gold at most {c.gold[peak]:+.2f} at KL {c.kl[peak]:.1f}, "
-                f"{c.gold[-1]:+.2f} at KL {c.kl[-1]:.1f}, where the proxy says {c.proxy[-1]:+.2f}; "
-                f"alpha {c.fit['alpha']:.2f}, beta {c.fit['beta']:.2f}, r2 {c.fit['r2']:.2f}"
-            )
-        print(self.out / "overoptimisation.png")
+        model = self.out / suite.runs()[0].label / "model"
+        if model.is_dir():
+            print(model)
 
 
 @dataclass(frozen=True)
@@ -403,9 +287,13 @@ def _with_env(suite: Suite, items: Sequence[str]) -> Suite:
 
 
 def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
-    """A suite whose tasks "corpus" and "custom" know where they come from."""
+    """A suite whose tasks of the user's own know where they come from."""
     named = {base_task(task.name)[0]: task for task in suite.tasks}
-    needs = {"corpus": "--corpus FILE.jsonl", "custom": "--policy, --reward-model and --prompts"}
+    needs = {
+        "corpus": "--corpus FILE.jsonl",
+        "translation": "--parallel FILE.jsonl",
+        "custom": "--policy, --reward-model or --reward, and --prompts",
+    }
     for name, option in needs.items():
         if name in named and name not in own and not named[name].options:
             raise UserError(f"task {name!r} needs {option}")
@@ -421,6 +309,10 @@ def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": Compare,
     "train": Train,
+    "sft": Sft,
+    "reward-model": RewardModel,
+    "dpo": Dpo,
+    "data": DataCommand,
     "overoptimise": Overoptimise,
     "tasks": Tasks,
     "report": Report,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from lm_envs.algos.best_of_n import BestOfN, kl_bound
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.rewards import call_reward
+from lm_envs.rewards import call_reward, leaves
 from lm_envs.rollout import RespondingPolicy, rollout
 from lm_envs.tasks.task import TextTask
 from lm_envs.text_mdp import TextMDP
+from lm_envs.text_metrics import TextMetric
 from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextVectorEnv
 
@@ -65,6 +66,8 @@ class Sampled:
         length: ``(N,)`` tokens, the EOS included.
         tokens: N lists of response token ids, without the EOS.
         seconds: what sampling took.
+        corpus: of the first text metric in the judge or the reward, the score of all responses together, out of 100;
+            NaN where there is none.
     """
 
     prompt: list[str]
@@ -76,6 +79,7 @@ class Sampled:
     length: NDArray[np.int64]
     tokens: list[list[int]]
     seconds: float
+    corpus: float = math.nan
 
     def records(self, count: int | None = None) -> list[dict[str, Any]]:
         """The first ``count`` samples (None: all) in JSON's types."""
@@ -118,9 +122,9 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
     texts = mdp.texts(prompt), mdp.texts(response)
     ids = [row[row >= 0].tolist() for row in response]
     reasons = mdp.finish_reasons(response)
-    gold = np.full(total, np.nan)
+    gold, columns = np.full(total, np.nan), mdp.columns(prompt)
     if mdp.task.judge is not None:
-        gold = call_reward(mdp.task.judge, *texts, ids, reasons)
+        gold = call_reward(mdp.task.judge, *texts, ids, reasons, **columns)
         gold = gold.sum(axis=1) if gold.ndim == 2 else gold
     return Sampled(
         prompt=texts[0],
@@ -132,7 +136,20 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
         length=traj.response_lengths.numpy(),
         tokens=[[token for token in row if token not in mdp.eos_token_ids] for row in ids],
         seconds=seconds,
+        corpus=corpus_score([mdp.task.judge, mdp.task.reward], texts[1], columns),
     )
+
+
+def corpus_score(rewards: Sequence[Any], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> float:
+    """The score of all responses together by the first text metric among these rewards and their parts, out of 100;
+    NaN if there is none. Responses without a reference are left out.
+    """
+    parts = (part for reward in rewards if reward is not None for part in leaves(reward))
+    metric = next((part for part in parts if isinstance(part, TextMetric)), None)
+    if metric is None or metric.column not in columns:
+        return math.nan
+    pairs = [(text, row) for text, row in zip(responses, columns[metric.column], strict=True) if row is not None]
+    return metric.corpus([text for text, _ in pairs], [row for _, row in pairs]) if pairs else math.nan
 
 
 def sample_policy(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> Sampled:
@@ -236,6 +253,7 @@ def summarise(
         "kl_se": math.nan if best else standard_error(found.kl),
         "kl_is_bound": best is not None and not math.isnan(bound),
         "length": float(found.length.mean()),
+        **({} if math.isnan(found.corpus) else {"corpus": found.corpus}),
         "distinct_2": distinct_2(found.tokens),
         "stopped": float(np.mean([reason == "stop" for reason in found.finish_reason])),
         "inference_tokens": inference_tokens,

@@ -45,6 +45,7 @@ from lm_envs.vector_env import TextVectorEnv
 
 _COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 _SAMPLES_SEED = 1 << 42  # of best-of-n's samples; training draws others
+FLOOR = -1.0  # a gold that fell by a standard deviation: beyond, texts are of no kind that the fits were made for
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Curve:
         method: "best-of-n" or the algorithm.
         kl: nats per response; of best-of-n the bound ``log n - (n-1)/n``.
         proxy, gold: gains over the start, in the start's standard deviations.
-        fit: Gao et al.'s ``alpha`` and ``beta`` of the gold, and ``r2``.
+        fit: Gao et al.'s ``alpha`` and ``beta`` of the gold, and ``r2``, over the first :meth:`fitted` points.
     """
 
     pairs: int
@@ -101,6 +102,10 @@ class Curve:
     proxy: list[float]
     gold: list[float]
     fit: dict[str, float] = field(default_factory=dict)
+
+    def fitted(self) -> int:
+        """How many points there are before the gold first falls below :data:`FLOOR`."""
+        return next((i for i, gold in enumerate(self.gold) if gold < FLOOR), len(self.gold))
 
 
 def fit(kl: Sequence[float], gold: Sequence[float], method: str) -> dict[str, float]:
@@ -146,8 +151,9 @@ def judged(task: TextTask, env: TextVectorEnv, traj: Trajectories) -> NDArray[np
     assert traj.prompt is not None and traj.response is not None
     response = traj.response.numpy()
     ids = [row[row >= 0].tolist() for row in response]
-    texts = env.mdp.texts(traj.prompt.numpy()), env.mdp.texts(response)
-    found = call_reward(task.judge, *texts, ids, env.mdp.finish_reasons(response))  # type: ignore[arg-type]
+    prompt = traj.prompt.numpy()
+    texts, reasons = (env.mdp.texts(prompt), env.mdp.texts(response)), env.mdp.finish_reasons(response)
+    found = call_reward(task.judge, *texts, ids, reasons, **env.mdp.columns(prompt))  # type: ignore[arg-type]
     return found.sum(axis=1) if found.ndim == 2 else found
 
 
@@ -160,6 +166,8 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
     task = load_task(name, options)
     if task.judge is None or not isinstance(task.reward, LearnedReward):
         raise UserError(f"over-optimisation of task {name!r} needs a judge and a learned reward model")
+    if not task.reward.is_plain:
+        raise UserError(f"over-optimisation trains reward models of plain text, unlike {task.reward.__name__!r}")
     template: LearnedReward = task.reward
     env = TextVectorEnv(task)
     start = LMPolicy.for_mdp(env.mdp, task.start)
@@ -184,7 +192,8 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
         say(f"{settings.algorithm} against it")
         curves.append(_trained(with_it, settings, moments, Curve(pairs, accuracy, settings.algorithm, [], [], [])))
     for curve in curves:
-        curve.fit = fit(curve.kl, curve.gold, curve.method)
+        count = curve.fitted()
+        curve.fit = fit(curve.kl[:count], curve.gold[:count], curve.method)
     return curves
 
 
@@ -236,7 +245,7 @@ def _trained(task: TextTask, settings: Settings, moments: tuple[float, float], c
 
 def draw(curves: Sequence[Curve]) -> Figure:
     """A panel per method: gold (dots, its fit a line) and proxy (dashed) against the square root of the KL, a colour
-    per reward model.
+    per reward model. Of what lies below :data:`FLOOR` only the beginning is shown.
     """
     methods = list(dict.fromkeys(curve.method for curve in curves))
     sizes = sorted({curve.pairs for curve in curves})
@@ -244,15 +253,20 @@ def draw(curves: Sequence[Curve]) -> Figure:
         figure = Figure(figsize=(5.5 * len(methods), 4.6), layout="constrained")
         axes: Sequence[Axes] = figure.subplots(1, len(methods), squeeze=False)[0]
         for ax, method in zip(axes, methods, strict=True):
-            for curve in (c for c in curves if c.method == method):
+            shown = [c for c in curves if c.method == method]
+            for curve in shown:
                 colour, d = _COLOURS[sizes.index(curve.pairs) % len(_COLOURS)], np.sqrt(np.maximum(curve.kl, 0))
                 label = f"{curve.pairs:,} pairs ({curve.accuracy:.0%} right)"
                 ax.plot(d, curve.proxy, "--", color=colour, linewidth=1.2)
                 ax.plot(d, curve.gold, "o", color=colour, markersize=3.5, label=label)
                 if math.isfinite(curve.fit.get("alpha", math.nan)):
-                    x = np.linspace(d.min(), d.max(), 200)
+                    x = np.linspace(0, d[: curve.fitted()].max(), 200)
                     y = curve.fit["alpha"] * x - curve.fit["beta"] * _bend(x, method)
                     ax.plot(x, y, "-", color=colour, linewidth=2)
+            if any(curve.fitted() < len(curve.gold) for curve in shown):
+                ax.set_ylim(bottom=2 * FLOOR)
+                ax.set_xlim(right=1.15 * max(math.sqrt(max(0.0, *c.kl[: c.fitted() + 1])) for c in shown))
+                ax.set_ylim(top=1.1 * max(max(c.proxy[: c.fitted() + 1]) for c in shown))
             ax.axhline(0, color="#888888", linewidth=1)
             ax.set_title(f"{method}: {'d(α - β d)' if method == 'best-of-n' else 'd(α - β log d)'}")
             ax.set_xlabel("d = √KL from the start (KL in nats per response)")

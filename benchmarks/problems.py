@@ -17,7 +17,7 @@ from lm_envs.algos.enumerable_settings import TABULAR, VALUE_SCALE
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.tabular import TabularPolicy
-from lm_envs.benchmarks import evaluation, exactly
+from lm_envs.benchmarks import evaluation, exactly, greedy
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.names import base_task, best_of, is_control, load_task
 from lm_envs.benchmarks.overrides import check_overrides
@@ -156,6 +156,7 @@ class TextProblem:
         reference = evaluation.sample_reference(env, self._reference, count)
         found = evaluation.sample_policy(env, self.policy, count, self.spec.seed)
         measured = evaluation.summarise(found, reference, self.policy, self.task.stats)
+        measured |= greedy.measure(env.mdp, self.policy, count)
         if self.exact is not None:
             measured |= exactly.result(self.exact, self.policy) | self._gradient()
         return measured, found.records()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_envs.benchmarks import greedy
 from lm_envs.benchmarks.names import is_control
 from lm_envs.benchmarks.storage import read_json, write_atomic
 
@@ -31,7 +32,9 @@ COLUMNS = (
     "wall_s",
 )
 EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
-EXTRA = ("gold_positive", "proxy_positive", *EXACT)  # the first two of tasks whose judge and reward have a threshold
+# In results.csv where something is known. The first is of sampled responses, the next three are of the likeliest.
+KNOWN_AT_TIMES = ("corpus", *greedy.COLUMNS, *EXACT)
+EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: of judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
 
@@ -63,14 +66,14 @@ def in_order(rows: list[dict[str, Any]], tasks: Sequence[str], algorithms: Seque
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """``results.csv``, replaced as a whole; a number that is not known is an empty cell.
 
-    It has the columns :data:`COLUMNS`, and those of :data:`EXACT` behind them where a task is solved exactly.
+    It has the columns :data:`COLUMNS`, and behind them those of :data:`KNOWN_AT_TIMES` that are known of a run.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = (*COLUMNS, *(name for name in EXACT if any(not math.isnan(number(row.get(name))) for row in rows)))
+    names = (*COLUMNS, *(name for name in KNOWN_AT_TIMES if any(not math.isnan(number(row.get(name))) for row in rows)))
     writer.writerow(names)
     for row in rows:
-        values = [row.get(name) if name in EXACT else row[name] for name in names]
+        values = [row.get(name) if name in KNOWN_AT_TIMES else row[name] for name in names]
         writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else _cell(v) for v in values])
     write_atomic(path, text.getvalue())
 
@@ -167,6 +170,10 @@ SHOWN = (
         spread=False,
         meaning="share that the reward model calls positive",
     ),
+    Column("corpus", "corpus", 1, meaning="score of all responses together by the task's text metric (BLEU, ...)"),
+    Column("corpus_greedy", "greedy", 2, meaning="the same of the likeliest responses"),
+    Column("corpus_gain", "over SFT", 2, meaning="how much higher that is than SFT's"),
+    Column("corpus_gain_se", "±", 2, spread=False, meaning="standard error over prompts of that, paired bootstrap"),
     Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
     Column("regret", "regret", 4, meaning="(J* - J) / (J* - J of SFT), exact: 0 is the optimum, 1 is SFT"),
     Column("frontier_gap", "frontier gap", 3, meaning="score below the most possible at the same KL, exact"),

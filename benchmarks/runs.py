@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
@@ -31,6 +31,11 @@ from lm_envs.benchmarks.storage import Checkpoints, Records, read_json, write_js
 from lm_envs.benchmarks.suites import RunSpec
 from lm_envs.benchmarks.tracking import Tracker
 
+if TYPE_CHECKING:
+    from lm_envs.benchmarks.data_problem import DataProblem, DataSpec
+
+AnySpec: TypeAlias = "RunSpec | DataSpec"
+Problem: TypeAlias = "TextProblem | ControlProblem | DataProblem"
 Notify = Callable[[dict[str, Any]], None]
 _WAIT_FOR_OTHER_S = 20
 _RNG = "rng.torch"
@@ -57,31 +62,33 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 def execute(
-    spec: RunSpec,
+    spec: AnySpec,
     out: Path,
     *,
     threads: int = 1,
     notify: Notify = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    opener: Callable[[Any], Any] = open_problem,
 ) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and return its result.
 
     Args:
         spec: what to run.
-        out: the comparison's folder; the run's is ``out / spec.label``.
+        out: the comparison's folder; the run's is ``out / spec.folder``.
         threads: of torch. A run that is continued keeps the number it began with: sums depend on it in their last bits.
         notify: called with events "start", "iteration" and "evaluate", dictionaries in JSON's types.
         should_stop: asked after every iteration.
+        opener: makes the problem of a spec.
 
     Raises:
         Interrupted: ``should_stop`` said so; the iteration is finished and on disk.
         UserError: the folder holds a run with other settings, or another process works in it.
     """
-    folder = out / spec.label
+    folder = out / spec.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=_WAIT_FOR_OTHER_S):
-            return _Run(spec, folder, threads, notify, should_stop).execute()
+            return _Run(spec, folder, threads, notify, should_stop, opener).execute()
     except Timeout as error:
         raise UserError(f"another process is at work in {folder}: wait for it, or end it") from error
 
@@ -92,7 +99,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def check_same(spec: RunSpec, folder: Path) -> None:
+def check_same(spec: AnySpec, folder: Path) -> None:
     """Raises UserError if the folder holds a run with other settings."""
     config = settings_of(folder)
     if config is not None:
@@ -106,10 +113,16 @@ def check_same(spec: RunSpec, folder: Path) -> None:
 
 class _Run:
     def __init__(
-        self, spec: RunSpec, folder: Path, threads: int, notify: Notify, should_stop: Callable[[], bool]
+        self,
+        spec: AnySpec,
+        folder: Path,
+        threads: int,
+        notify: Notify,
+        should_stop: Callable[[], bool],
+        opener: Callable[[Any], Any],
     ) -> None:
         self.spec, self.folder, self.threads = spec, folder, threads
-        self.notify, self.should_stop = notify, should_stop
+        self.notify, self.should_stop, self.opener = notify, should_stop, opener
         self.metrics, self.samples = Records(folder / "metrics.jsonl"), Records(folder / "samples.jsonl")
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.wall_s = 0.0
@@ -123,7 +136,7 @@ class _Run:
         # Our own code draws by counting; this is for a reward or an algorithm of the user's that takes torch's
         # generator.
         torch.manual_seed(self.spec.seed)
-        problem = open_problem(self.spec)
+        problem = self.opener(self.spec)
         if config is None:
             self._write_config(problem)
         self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": self._total(problem)})
@@ -131,14 +144,14 @@ class _Run:
             self._train(problem)
         return self._finish(problem)
 
-    def _write_config(self, problem: TextProblem | ControlProblem) -> None:
+    def _write_config(self, problem: Problem) -> None:
         config = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
         write_json(self.folder / "config.json", config)
 
-    def _total(self, problem: TextProblem | ControlProblem) -> int:
+    def _total(self, problem: Problem) -> int:
         return 0 if problem.agent is None else problem.agent.config.iterations
 
-    def _train(self, problem: TextProblem | ControlProblem) -> None:
+    def _train(self, problem: Problem) -> None:
         agent = problem.agent
         assert agent is not None
         self._resume(problem)
@@ -168,7 +181,7 @@ class _Run:
         finally:
             tracker.close()
 
-    def _record(self, problem: TextProblem | ControlProblem, tracker: Tracker, metrics: dict[str, Any]) -> None:
+    def _record(self, problem: Problem, tracker: Tracker, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl, with a point of the learning curve where one is due."""
         assert problem.agent is not None
         done, total = metrics["iteration"], problem.agent.config.iterations
@@ -185,7 +198,7 @@ class _Run:
         self.metrics.append(metrics)
         self.notify({"event": "iteration", "run": self.spec.label, "of": total, "metrics": metrics})
 
-    def _save(self, problem: TextProblem | ControlProblem) -> None:
+    def _save(self, problem: Problem) -> None:
         """A checkpoint; the records up to it are on disk first, so it never vouches for what a crash could lose."""
         assert problem.agent is not None
         self.metrics.sync()
@@ -194,7 +207,7 @@ class _Run:
         tensors[_RNG] = torch.get_rng_state()
         self.checkpoints.save(problem.agent.iterations_done, tensors, {"agent": counters, "wall_s": self.wall_s})
 
-    def _resume(self, problem: TextProblem | ControlProblem) -> None:
+    def _resume(self, problem: Problem) -> None:
         """Continue from the newest whole checkpoint, or start anew; what was recorded after it is forgotten."""
         agent, found = problem.agent, self.checkpoints.newest()
         assert agent is not None
@@ -210,7 +223,7 @@ class _Run:
         self.samples.keep(lambda record: record["iteration"] <= last)
         self.notify({"event": "start", "run": self.spec.label, "iteration": done, "of": agent.config.iterations})
 
-    def _finish(self, problem: TextProblem | ControlProblem) -> dict[str, Any]:
+    def _finish(self, problem: Problem) -> dict[str, Any]:
         """Measure on the test prompts and write the result."""
         self.notify({"event": "evaluate", "run": self.spec.label})
         measured, samples = problem.evaluate()
@@ -218,20 +231,23 @@ class _Run:
         self.samples.keep(lambda record: record["split"] != "test")  # of a process that was killed about here
         self.samples.append(*({"iteration": done, "split": "test", **sample} for sample in samples))
         self.samples.sync()
-        trained_tokens = trained_calls = 0
-        if problem.agent is not None:
-            control = isinstance(problem, ControlProblem)
-            trained_tokens = problem.agent.steps_done if control else problem.agent.tokens_done
-            trained_calls = problem.agent.steps_done if control else problem.agent.reward_calls
         problem.save_model(self.folder / "model")
-        result = {
-            "task": self.spec.task,
-            "algorithm": self.spec.algorithm,
-            "seed": self.spec.seed,
-            **measured,
-            "tokens_generated": trained_tokens + measured["inference_tokens"],
-            "reward_calls": trained_calls + measured["inference_reward_calls"],
-            "wall_s": self.wall_s + measured["inference_s"],
-        }
+        run = {"task": self.spec.task, "algorithm": self.spec.algorithm, "seed": self.spec.seed}
+        result = {**run, **measured, **self._cost(problem, measured)}
         write_json(self.folder / "result.json", result)
         return read_json(self.folder / "result.json")
+
+    def _cost(self, problem: Problem, measured: dict[str, Any]) -> dict[str, Any]:
+        """What training and measuring took."""
+        if "inference_tokens" not in measured:  # nothing is sampled where data are learned from
+            return {"wall_s": self.wall_s}
+        tokens = calls = 0
+        if problem.agent is not None:
+            control = isinstance(problem, ControlProblem)
+            tokens = problem.agent.steps_done if control else problem.agent.tokens_done
+            calls = problem.agent.steps_done if control else problem.agent.reward_calls
+        return {
+            "tokens_generated": tokens + measured["inference_tokens"],
+            "reward_calls": calls + measured["inference_reward_calls"],
+            "wall_s": self.wall_s + measured["inference_s"],
+        }

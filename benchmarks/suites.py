@@ -110,6 +110,11 @@ class RunSpec:
         """``task/algorithm/seed-n``, as people and folders call it."""
         return f"{folder_name(self.task)}/{self.algorithm}/seed-{self.seed}"
 
+    @property
+    def folder(self) -> str:
+        """Where it lies in a comparison's folder."""
+        return self.label
+
     def to_json(self) -> dict[str, Any]:
         """The settings as nested dictionaries; what is adapted only where something is."""
         found = asdict(self)

@@ -1,14 +1,30 @@
-"""Blocks of rows shared out between threads."""
+"""How many threads work: blocks of rows shared out between them, and few for little work."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+WORTH = 2**26  # multiplications, at least, that a forward must give each thread: waking one takes as long as many do
+
+
+@contextmanager
+def at_most(count: int) -> Iterator[None]:
+    """Within, torch uses ``count`` threads for an operation of the calling thread, or fewer if it did before."""
+    before = torch.get_num_threads()
+    if count >= before:
+        yield
+        return
+    torch.set_num_threads(max(count, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def share(items: Iterable[Item], count: int, work: Callable[[Iterator[Item]], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from lm_envs.cross_cache import rows_of
 from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, model_inputs, right_align
+from lm_envs.kernels.threads import WORTH, at_most
+from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, left_pad, model_inputs, right_align
 from lm_envs.row_cache import RowCache
 
+GREEDY = 1e-6  # a temperature that leaves one token; of tokens equally likely, to rounding, any
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
 
 
@@ -89,6 +91,15 @@ def keep_top(logits: Tensor, k: int) -> Tensor:
     return logits
 
 
+def step_threads(model: PreTrainedModel, rows: int) -> int:
+    """How many threads pay off when a model reads one token a row: by its size alone, so that the same run is computed
+    the same way each time. On other devices than a CPU it does not matter."""
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1) - model.get_input_embeddings().weight.numel()
+    if model.config.get_text_config().tie_word_embeddings:
+        body += model.get_output_embeddings().weight.numel()
+    return max(1, body * rows // WORTH)
+
+
 class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
@@ -137,7 +148,12 @@ class Decoder:
     def _next(self, obs: Tensor) -> tuple[Tensor, ...]:
         known, last_seen, rows = self._obs, self._last, self._rows
         if known is None or last_seen is None or rows is None or known.shape != obs.shape:
+            self._threads = step_threads(self.model, len(obs))
             return self._restart(obs)
+        with at_most(self._threads):
+            return self._step(obs, known, last_seen, rows)
+
+    def _step(self, obs: Tensor, known: Tensor, last_seen: tuple[Tensor, ...], rows: RowCache) -> tuple[Tensor, ...]:
         change = known != obs
         place = change.int().argmax(dim=1, keepdim=True)
         moved = change.any(dim=1)
@@ -203,7 +219,7 @@ def generate(
     logprob = logprob.to(prompts.device)
     rows = rows_of(model, max_new_tokens)
     active = torch.arange(count, device=prompts.device)
-    with head_inputs(model) as hidden:
+    with head_inputs(model) as hidden, at_most(step_threads(model, count)):
         logits = _next_logits(model, prompts) if rows is None else rows.prefill(prompts)
         for t in range(max_new_tokens):
             if observe is not None:
@@ -227,6 +243,39 @@ def generate(
             else:
                 logits = _next_logits(model, torch.cat([prompts[active], response[active, : t + 1]], dim=1), t + 1)
     return response, logprob
+
+
+def greedy(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    eos_token_id: int,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    batch_size: int = 256,
+) -> list[list[int]]:
+    """The response to each prompt that takes the likeliest token at every step; the EOS included where it stopped.
+
+    Args:
+        prompts: token ids without padding.
+        batch_size: prompts at a time, those of like length together.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: dict[int, list[int]] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = torch.from_numpy(left_pad([prompts[i] for i in chosen], max(len(prompts[i]) for i in chosen)))
+        response, _ = generate(
+            model,
+            rows.to(model.device),
+            torch.full((len(chosen), max_new_tokens), 0.5, dtype=torch.float64, device=model.device),
+            eos_token_id,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=GREEDY,
+        )
+        found.update((i, row[row >= 0].tolist()) for i, row in zip(chosen, response, strict=True))
+    return [found[i] for i in range(len(prompts))]
 
 
 def _next_logits(model: PreTrainedModel, obs: Tensor, response_places: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tokens that begin and end what a model reads and writes: one BOS and not two, and each EOS it was taught."""
+"""The tokens that end what a model writes: each EOS it was taught, and the end of a chat's turn."""
 
 from __future__ import annotations
 
@@ -38,26 +38,6 @@ def eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, ch
     turn = end_of_turn(tokenizer) if chat else None
     found = [token for token in (turn, tokenizer.eos_token_id) if token is not None]
     return tuple(dict.fromkeys([*found, *(token for token in others if token in special)]))
-
-
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, rendered: bool = False, keep_eos: bool = False
-) -> list[list[int]]:
-    """Token ids of prompts, with the special tokens that the tokenizer puts before a text and none behind it.
-
-    Args:
-        rendered: they come from a chat template, which spells its special tokens out.
-        keep_eos: an EOS that the tokenizer puts behind stays.
-    """
-    found = []
-    for ids in tokenizer(texts, add_special_tokens=not rendered)["input_ids"] if texts else []:
-        bos = tokenizer.bos_token_id
-        while not (rendered or keep_eos) and ids and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-        while bos is not None and ids[:2] == [bos, bos]:  # the text had one already
-            ids = ids[1:]
-        found.append(list(ids))
-    return found
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lm_envs.cross_cache import rows_of
 from lm_envs.decoding import Decoder
 from lm_envs.observations import NO_TOKEN, left_pad
-from lm_envs.row_cache import RECOMPUTE
+from lm_envs.row_cache import RECOMPUTE, no_rows
 from lm_envs.scoring import response_logits
 
 LENGTHS = ((3, 7), (1, 9), (5, 4))  # tokens of prompt and response of the texts that are tried
@@ -104,14 +104,6 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
             f"{what}: {kind} gives other log-probabilities with its cache than without (by {gap:.2g} standard "
             "deviations); recompute=True (--recompute on the command line) does without the cache and is slower"
         )
-
-
-def no_rows(model: PreTrainedModel) -> str:
-    """What to say of a model for which :func:`~lm_envs.cross_cache.rows_of` has none."""
-    return (
-        f"the cache of {model.config.model_type} cannot be kept row by row, so each token would take a forward of its "
-        "whole text; allow that with recompute=True (--recompute on the command line), or use another family"
-    )
 
 
 def _texts(model: PreTrainedModel, seed: int) -> list[tuple[Tensor, Tensor]]:

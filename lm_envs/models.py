@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -32,9 +32,9 @@ from transformers.models.auto.modeling_auto import (
 
 from lm_envs.adapters import base_of, is_adapter, with_adapters
 from lm_envs.cross_cache import rows_of
-from lm_envs.model_check import no_rows, refuse_config
-from lm_envs.rewards import LearnedReward
-from lm_envs.row_cache import RECOMPUTE
+from lm_envs.model_check import refuse_config
+from lm_envs.reward_models import LearnedReward, Output
+from lm_envs.row_cache import RECOMPUTE, no_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,6 +142,9 @@ def load_reward_model(
     *,
     normalise: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 64,
+    label: int | str | None = None,
+    output: Output = "log_odds",
+    template: Literal["text", "chat"] = "text",
 ) -> LearnedReward:
     """A sequence-classification model with its own tokenizer, as a reward.
 
@@ -149,12 +152,12 @@ def load_reward_model(
         name: a folder saved by ``save_pretrained`` (model and tokenizer), or a hub name.
         what: how messages call it.
         placement: its precision and device.
-        normalise, batch_size: as for :class:`~lm_envs.rewards.LearnedReward`.
+        normalise, batch_size, label, output, template: as for :class:`~lm_envs.reward_models.LearnedReward`.
 
     Raises:
         ValueError: there is no such folder or model, it holds no safetensors, it is no sequence classifier (a
-            language model's folder has no reward head), it has more than two labels, or its tokenizer is missing or
-            larger than its vocabulary.
+            language model's folder has no reward head), it has more than two labels and none is named, or its
+            tokenizer is missing or larger than its vocabulary.
     """
     model = _load(
         AutoModelForSequenceClassification,
@@ -166,7 +169,9 @@ def load_reward_model(
     )
     tokenizer = _read_tokenizer(name, what)
     check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {str(name)!r}")
-    return LearnedReward(model, tokenizer, normalise, batch_size, name=str(name))
+    return LearnedReward(
+        model, tokenizer, normalise, batch_size, name=str(name), label=label, output=output, template=template
+    )
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 NO_TOKEN = -1
 
 EosIds = int | tuple[int, ...]  # of the tokens that end a response: chat models have several
-X = TypeVar("X", Tensor, NDArray[np.int64])
 
 
 def model_inputs(obs: Tensor) -> dict[str, Tensor]:
@@ -75,10 +74,10 @@ def eos_ids(eos_token_id: EosIds) -> tuple[int, ...]:
     return (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
 
 
-def is_eos(tokens: X, eos_token_id: EosIds) -> X:
-    """Which tokens end a response: bool, of the tokens' shape."""
+def is_eos(tokens: Tensor | NDArray[np.int64], eos_token_id: EosIds) -> Any:
+    """Which tokens end a response: bool, of the tokens' shape and kind."""
     first, *others = eos_ids(eos_token_id)
-    found = tokens == first
+    found: Any = tokens == first
     for other in others:
         found = found | (tokens == other)
     return found

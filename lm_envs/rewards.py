@@ -1,4 +1,4 @@
-"""Rewards: the calling convention and its validation, learned reward models, and compositions.
+"""Rewards: the calling convention, its validation, and compositions.
 
 A reward is any callable in the convention of TRL's reward functions::
 
@@ -6,29 +6,45 @@ A reward is any callable in the convention of TRL's reward functions::
     **columns)
 
 with one entry per sample in each list, that returns one number per sample, or one per response token (a dense
-reward). Texts come without special tokens; ``completion_ids`` hold the EOS of a response that stopped. It need
-not name what it does not use.
+reward). Texts come without special tokens; ``completion_ids`` hold the EOS of a response that stopped; ``columns`` are
+those of the prompts' data. It need not name what it does not use, and may be ``async``. None in place of a number says
+that the reward does not apply to that sample: a weighted sum leaves it out there, and at least one part has to apply.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
-import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from lm_envs.fused import fuse_activations
-from lm_envs.observations import accepted
+from lm_envs.reward_models import LearnedReward, encode_text, pools_last_token, raw_scores, right_pad
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+__all__ = [
+    "RESERVED",
+    "Clip",
+    "Conversational",
+    "LearnedReward",
+    "Reward",
+    "Standardise",
+    "WeightedSum",
+    "call_reward",
+    "encode_text",
+    "leaves",
+    "pools_last_token",
+    "raw_scores",
+    "reward_name",
+    "right_pad",
+]
 
-__all__ = ["Clip", "LearnedReward", "Reward", "Standardise", "WeightedSum", "call_reward", "encode_text", "raw_scores"]
+RESERVED = ("prompts", "completions", "completion_ids", "finish_reasons")  # no column of the data may be called so
 
 
 class Reward(Protocol):
@@ -36,7 +52,7 @@ class Reward(Protocol):
 
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any
-    ) -> Sequence[float] | Sequence[Sequence[float]] | NDArray[Any] | Tensor:
+    ) -> Sequence[float | None] | Sequence[Sequence[float] | None] | NDArray[Any] | Tensor | Awaitable[Any]:
         """One number per sample, or one per response token."""
         ...
 
@@ -45,8 +61,21 @@ AnyReward = Reward | Callable[..., Any]
 
 
 def reward_name(reward: AnyReward) -> str:
-    """How messages and results call a reward: its ``__name__``, else its class's."""
+    """How messages and results call it: its ``__name__``, else that of the function in a partial, else its class's."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
     return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def leaves(reward: AnyReward) -> Iterator[AnyReward]:
+    """The rewards that a composition is made of; the reward itself if it is none."""
+    if isinstance(reward, WeightedSum):
+        for _, part in reward.parts:
+            yield from leaves(part)
+    elif isinstance(reward, (Clip, Standardise, Conversational)):
+        yield from leaves(reward.reward)
+    else:
+        yield reward
 
 
 def call_reward(
@@ -72,18 +101,38 @@ def call_reward(
         end.
 
     Raises:
-        ValueError: the number of rewards is not N, a row of a dense reward is shorter than its response, or
-            a reward is missing, NaN or infinite. The message names the reward and the sample.
+        ValueError: the reward wants a column that the data lack, the number of rewards is not N, a row of a dense
+            reward is shorter than its response, or a reward is missing, NaN or infinite. The message names the reward
+            and the sample.
     """
-    name, count = reward_name(reward), len(completions)
-    given: dict[str, Sequence[Any]] = {
-        "prompts": prompts,
-        "completions": completions,
-        "completion_ids": completion_ids,
-        "finish_reasons": finish_reasons,
-        **columns,
-    }
+    found = _call(
+        reward,
+        {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            "finish_reasons": finish_reasons,
+            **columns,
+        },
+    )
+    missing = _missing(found)
+    if missing.any():
+        i = int(missing.argmax())
+        every = "every part of " if isinstance(reward, WeightedSum) else ""
+        raise ValueError(
+            f"{every}reward {reward_name(reward)!r} returned None for {_sample(prompts, completions, i)}: "
+            "None says that a reward does not apply, and here no other one does"
+        )
+    return found
+
+
+def _call(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDArray[np.float64]:
+    """As :func:`call_reward`; a sample that the reward does not apply to is NaN (in a dense reward, its whole row)."""
+    name, completion_ids = reward_name(reward), given["completion_ids"]
+    count = len(given["completions"])
     raw = reward(**_accepted(reward, given))
+    if inspect.isawaitable(raw):
+        raw = _finished(raw)
     if isinstance(raw, Tensor):
         raw = raw.detach().cpu().double().numpy()
     try:
@@ -94,14 +143,15 @@ def call_reward(
         raise ValueError(f"reward {name!r} returned {len(rows)} rewards for {count} samples")
 
     def sample(i: int) -> str:
-        return f"sample {i} (prompt {_short(prompts[i])}, completion {_short(completions[i])})"
+        return _sample(given["prompts"], given["completions"], i)
 
     lengths = [len(ids) for ids in completion_ids]
-    dense = count > 0 and np.ndim(rows[0]) == 1
+    dense = np.ndim(next((row for row in rows if row is not None), 0.0)) == 1
     result = np.zeros((count, max(lengths)) if dense else count)
     for i, row in enumerate(rows):
         if row is None:
-            raise ValueError(f"reward {name!r} returned None for {sample(i)}")
+            result[i] = np.nan
+            continue
         try:
             values = np.asarray(row, dtype=np.float64)
         except (TypeError, ValueError):
@@ -126,201 +176,105 @@ def call_reward(
     return result
 
 
-def _accepted(reward: AnyReward, given: dict[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+def _accepted(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
     try:
         parameters = inspect.signature(reward).parameters
     except (TypeError, ValueError):  # a builtin without a signature: pass it everything
-        return given
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return given
-    return {name: value for name, value in given.items() if name in parameters}
-
-
-def _short(text: str, width: int = 80) -> str:
-    return repr(text if len(text) <= width else text[: width - 3] + "...")
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *, append_eos: bool = True) -> list[int]:
-    """Token ids of a text for a reward model, by its own tokenizer.
-
-    Args:
-        stopped: whether the response ended by itself.
-        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the
-            tokenizer adds to every text is taken off first). False leaves the ids as the tokenizer wraps
-            them.
-    """
-    ids: list[int] = tokenizer(text)["input_ids"]
-    eos = tokenizer.eos_token_id
-    if append_eos and eos is not None:
-        while ids and ids[-1] == eos:
-            ids = ids[:-1]
-        if stopped:
-            ids = [*ids, eos]
-    return ids
-
-
-def pools_last_token(model: nn.Module) -> bool:
-    """Whether a classification model is of the decoder kind: a linear ``score`` on the last token's hidden state."""
-    return isinstance(getattr(model, "score", None), nn.Linear)
-
-
-def raw_scores(model: PreTrainedModel, ids: Tensor, pad_token_id: int = 0) -> Tensor:
-    """A sequence-classification model's scores, differentiable.
-
-    The last token of a decoder-style head is found **by place**. The stock heads look for the last id that
-    differs from the pad id, and so skip a real EOS where pad and EOS share an id.
-
-    Args:
-        ids: ``(N, L)`` int64, right-padded with -1; at least one token a row.
-        pad_token_id: put where there is no token; masked, so its value only matters to encoders that derive
-            positions from it.
-
-    Returns:
-        ``(N,)``: the logit of a one-label model, the log-odds ``logit 1 - logit 0`` of a two-label one.
-    """
-    present = ids >= 0
-    inputs = {"input_ids": ids.masked_fill(~present, pad_token_id), "attention_mask": present.long()}
-    if pools_last_token(model):
-        last = present.sum(dim=1) - 1
-        trunk = model.base_model
-        # What stands to the right of the last token is never looked at: plain causal attention is faster.
-        inputs["attention_mask"] = torch.ones_like(ids)
-        hidden = trunk(**accepted(trunk, **inputs, use_cache=False)).last_hidden_state
-        logits = model.score(hidden[torch.arange(len(ids), device=ids.device), last])
-    else:
-        logits = model(**inputs).logits
-    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-
-
-class LearnedReward:
-    """A transformers sequence-classification model as a reward, over a text bridge: it has its own tokenizer.
-
-    A text is prompt and completion, joined as they are. For decoder-style models the tokenizer's EOS follows
-    if and only if the response stopped; for encoders the tokenizer wraps the text its usual way. A text longer
-    than the model's context loses the start of its prompt (leading special tokens stay), with one warning.
-
-    Args:
-        model: any ``AutoModelForSequenceClassification`` with one label (its logit is the score) or two (the
-            log-odds are).
-        tokenizer: the model's own.
-        normalise: ``(mean, std)``: the reward is ``(score - mean) / std``.
-        batch_size: texts per forward; texts of similar length go together.
-        name: what messages and results call it.
-
-    Raises:
-        ValueError: the model has another number of labels, or std is not positive.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        normalise: tuple[float, float] = (0.0, 1.0),
-        batch_size: int = 64,
-        name: str = "reward_model",
-    ) -> None:
-        labels = model.config.num_labels
-        if labels not in (1, 2):
+        return dict(given)
+    named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for p in named:
+        if p.default is p.empty and p.name not in given:
+            columns = [name for name in given if name not in RESERVED]
             raise ValueError(
-                f"reward model {name!r} has {labels} labels: "
-                "a reward needs one (a score) or two (the log-odds of the second)"
+                f"reward {reward_name(reward)!r} needs {p.name!r}, and the prompts' data have no such column: "
+                f"they have {', '.join(columns) or 'none beside the prompt'}"
             )
-        mean, std = map(float, normalise)
-        if not (np.isfinite(mean) and np.isfinite(std) and std > 0):
-            raise ValueError(f"normalise must be a finite mean and a positive std, got {normalise}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model, self.tokenizer = fuse_activations(model), tokenizer
-        self.normalise, self.batch_size = (mean, std), batch_size
-        self.__name__ = name
-        self._warned = False
-
-    @property
-    def context(self) -> int | None:
-        """The most tokens the model reads, None if its config does not say."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and self.model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            limit -= self.model.config.pad_token_id + 1  # these number positions from the pad id onwards
-        return limit
-
-    def encode(self, text: str, stopped: bool) -> list[int]:
-        """The ids the model reads for a text."""
-        ids = encode_text(self.tokenizer, text, stopped, append_eos=pools_last_token(self.model))
-        if not ids:
-            raise ValueError(f"reward model {self.__name__!r}: text {_short(text)} has no tokens")
-        limit = self.context
-        if limit is not None and len(ids) > limit:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"reward model {self.__name__!r} reads {limit} tokens: of longer texts it does not see the start",
-                    stacklevel=2,
-                )
-            special = set(self.tokenizer.all_special_ids)
-            lead = next((i for i, token in enumerate(ids) if token not in special), 0)
-            ids = ids[:lead] + ids[len(ids) - (limit - lead) :]
-        return ids
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        finish_reasons: Sequence[str] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        """One reward per sample; without ``finish_reasons`` every response counts as stopped."""
-        reasons = ["stop"] * len(completions) if finish_reasons is None else finish_reasons
-        rows = [
-            self.encode(prompt + completion, reason == "stop")
-            for prompt, completion, reason in zip(prompts, completions, reasons, strict=True)
-        ]
-        self.model.eval()
-        pad = self.tokenizer.pad_token_id
-        scores = np.zeros(len(rows))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            ids = right_pad([rows[i] for i in chosen]).to(self.model.device)
-            scores[chosen] = raw_scores(self.model, ids, pad if pad is not None else 0).double().cpu().numpy()
-        mean, std = self.normalise
-        return ((scores - mean) / std).tolist()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(given)
+    return {p.name: given[p.name] for p in named if p.name in given}
 
 
-def right_pad(rows: Sequence[Sequence[int]]) -> Tensor:
-    """``(N, longest)`` int64, each row from the left, -1 after it."""
-    out = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-    return out
+def _finished(awaitable: Awaitable[Any]) -> Any:
+    """The result of an async reward. All run on one event loop, so a client that a reward keeps stays usable."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    return asyncio.run_coroutine_threadsafe(wait(), _event_loop(os.getpid())).result()
+
+
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """A loop of this process that runs in a thread of its own: the caller's may be running already, as in notebooks."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
+
+
+def _sample(prompts: Sequence[Any], completions: Sequence[Any], i: int) -> str:
+    return f"sample {i} (prompt {_short(prompts[i])}, completion {_short(completions[i])})"
+
+
+def _short(value: Any, width: int = 80) -> str:
+    if isinstance(value, str):
+        return repr(value if len(value) <= width else value[: width - 3] + "...")
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+Rewards = NDArray[np.float64] | list[Any]
+
+
+def _with_nones(values: NDArray[np.float64]) -> Rewards:
+    """NaN as None again, for who called the composition as a reward."""
+    missing = _missing(values)
+    return [None if m else v for v, m in zip(values, missing.tolist(), strict=True)] if missing.any() else values
+
+
+def _missing(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """``(N,)``: where a reward, or a token's of a dense one, is NaN."""
+    unknown = np.asarray(np.isnan(values))
+    return np.asarray(unknown.any(axis=1)) if values.ndim == 2 else unknown
 
 
 class WeightedSum:
-    """``sum_k weight_k * reward_k``. Where one part is dense, the others land on the response's last token.
+    """``sum_k weight_k * reward_k`` over the parts that apply. Where one part is dense, the others land on the
+    response's last token.
+
+    A part that returns None for a sample is left out of that sample's sum; the sum is None where all parts are.
 
     Args:
         parts: ``(weight, reward)`` pairs, at least one.
+
+    Raises:
+        ValueError: there are no parts, or a weight is not finite.
     """
 
     def __init__(self, parts: Sequence[tuple[float, AnyReward]]) -> None:
         if not parts:
             raise ValueError("a weighted sum needs at least one (weight, reward) pair")
+        for weight, reward in parts:
+            if not np.isfinite(weight):
+                raise ValueError(f"reward {reward_name(reward)!r} has the weight {weight}: it must be finite")
         self.parts = list(parts)
         self.__name__ = " + ".join(f"{weight:g}*{reward_name(reward)}" for weight, reward in self.parts)
 
-    def __call__(self, **given: Any) -> NDArray[np.float64]:
+    def __call__(self, **given: Any) -> Rewards:
         """As any reward; every part is validated by itself, so a message names the part at fault."""
-        found = [(weight, call_reward(reward, **given)) for weight, reward in self.parts]
-        if all(values.ndim == found[0][1].ndim for _, values in found):
-            return np.sum([weight * values for weight, values in found], axis=0)
-        lengths = np.array([len(ids) for ids in given["completion_ids"]])
-        total = np.zeros((len(lengths), lengths.max(initial=0)))
+        found = [(weight, _call(reward, given)) for weight, reward in self.parts]
+        lengths = np.array([len(ids) for ids in given["completion_ids"]], dtype=np.int64)
+        dense = any(values.ndim == 2 for _, values in found)
+        total = np.zeros((len(lengths), lengths.max(initial=0)) if dense else len(lengths))
+        applies = np.zeros(len(lengths), dtype=bool)
         for weight, values in found:
-            if values.ndim == 2:
-                total += weight * values
+            mine = ~_missing(values)
+            applies |= mine
+            if values.ndim == total.ndim:
+                total[mine] += weight * values[mine]
             else:
-                total[np.arange(len(lengths)), lengths - 1] += weight * values
-        return total
+                total[mine, lengths[mine] - 1] += weight * values[mine]
+        total[~applies] = np.nan
+        return _with_nones(total)
 
 
 class Clip:
@@ -332,9 +286,9 @@ class Clip:
         self.reward, self.low, self.high = reward, low, high
         self.__name__ = f"clip({reward_name(reward)}, {low:g}, {high:g})"
 
-    def __call__(self, **given: Any) -> NDArray[np.float64]:
+    def __call__(self, **given: Any) -> Rewards:
         """As any reward."""
-        return call_reward(self.reward, **given).clip(self.low, self.high)
+        return _with_nones(_call(self.reward, given).clip(self.low, self.high))
 
 
 class Standardise:
@@ -349,21 +303,55 @@ class Standardise:
 
     def __init__(self, reward: AnyReward, mean: float, std: float) -> None:
         if not (np.isfinite(mean) and np.isfinite(std) and std > 0):
-            raise ValueError(f"standardise needs a finite mean and a positive std, got {mean} and {std}")
+            raise ValueError(
+                f"standardising {reward_name(reward)!r} needs a finite mean and a positive std, got {mean} and {std}"
+            )
         self.reward, self.mean, self.std = reward, mean, std
         self.__name__ = f"standardise({reward_name(reward)})"
 
     @classmethod
     def against(cls, reward: AnyReward, **samples: Any) -> Standardise:
-        """Take the moments (population std) from samples of the reference, given as to :func:`call_reward`."""
-        values = call_reward(reward, **samples)
-        if values.ndim == 2:
-            raise ValueError(f"reward {reward_name(reward)!r} is dense: standardising it would pay for length")
-        return cls(reward, float(values.mean()), float(values.std()))
+        """Take the moments (population std) from samples of the reference, given as to :func:`call_reward`; those that
+        the reward does not apply to are left out.
 
-    def __call__(self, **given: Any) -> NDArray[np.float64]:
+        Raises:
+            ValueError: the reward is dense, applies to no sample, or gives all the same score.
+        """
+        name, values = reward_name(reward), _call(reward, samples)
+        if values.ndim == 2:
+            raise ValueError(f"reward {name!r} is dense: standardising it would pay for length")
+        values = values[~np.isnan(values)]
+        if not len(values):
+            raise ValueError(f"reward {name!r} applies to none of the reference's samples")
+        mean, std = float(values.mean()), float(values.std())
+        if not std > 1e-9 * max(1.0, abs(mean)):
+            raise ValueError(
+                f"reward {name!r} gives all {len(values)} samples of the reference the score {mean:.6g}, so there is "
+                "no positive std to standardise by"
+            )
+        return cls(reward, mean, std)
+
+    def __call__(self, **given: Any) -> Rewards:
         """As any reward."""
-        values = call_reward(self.reward, **given)
+        values = _call(self.reward, given)
         if values.ndim == 2:
             raise ValueError(f"reward {reward_name(self.reward)!r} is dense: standardising it would pay for length")
-        return (values - self.mean) / self.std
+        return _with_nones((values - self.mean) / self.std)
+
+
+class Conversational:
+    """For a reward that reads messages, as TRL passes them where the data are conversations.
+
+    ``prompts`` become lists of ``{"role": ..., "content": ...}``: those of the column ``messages`` if the data have
+    one, else a user's message with the prompt's text. Each completion is a list of one assistant's message.
+    """
+
+    def __init__(self, reward: AnyReward) -> None:
+        self.reward = reward
+        self.__name__ = reward_name(reward)
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **given: Any) -> Rewards:
+        """As any reward, of texts."""
+        messages = given.get("messages") or [[{"role": "user", "content": text}] for text in prompts]
+        replies = [[{"role": "assistant", "content": text}] for text in completions]
+        return _with_nones(_call(self.reward, {**given, "prompts": messages, "completions": replies}))

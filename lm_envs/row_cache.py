@@ -227,6 +227,14 @@ def can_cache(model: PreTrainedModel) -> bool:
     return not getattr(model, RECOMPUTE, False) and _argument(model) is not None and layer_types(model) is not None
 
 
+def no_rows(model: PreTrainedModel) -> str:
+    """What to say of a model for which :func:`can_cache` does not hold."""
+    return (
+        f"the cache of {model.config.model_type} cannot be kept row by row, so each token would take a forward of its "
+        "whole text; allow that with recompute=True (--recompute on the command line), or use another family"
+    )
+
+
 def _argument(model: PreTrainedModel) -> str | None:
     return next((name for name in ("past_key_values", "cache_params") if names_argument(model, name)), None)
 

@@ -155,6 +155,10 @@ class TextMDP:
         rows = [row[row >= 0].tolist() for row in tokens]
         return self.task.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
 
+    def columns(self, prompt: NDArray[np.int64]) -> dict[str, list[Any]]:
+        """The further columns of these prompts' data, for rewards; ``(N, P)`` int64, left-padded with -1."""
+        return self.task.columns_of(row[row >= 0].tolist() for row in prompt)
+
     def describe(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> list[dict[str, Any]]:
         """``prompt``, ``response`` and ``finish_reason`` of finished rows, ``(N, P)`` and ``(N, T)``."""
         reasons = self.finish_reasons(response)
@@ -185,7 +189,8 @@ class TextMDP:
         """
         ids = [row[row >= 0].tolist() for row in response]
         reasons = self.finish_reasons(response)
-        raw = call_reward(self.task.reward, self.texts(prompt), self.texts(response), ids, reasons)
+        columns = self.columns(prompt)
+        raw = call_reward(self.task.reward, self.texts(prompt), self.texts(response), ids, reasons, **columns)
         lengths = (response >= 0).sum(axis=1)
         rows = np.arange(len(response))
         per_token = np.zeros(response.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch import Tensor
 _PER_STEP = ("logprob", "reward", "ref_logprob")
 _PER_EPISODE = ("terminated", "truncated", "group", "score", "rank")
 _PADDING = {"prompt": -1, "response": -1, "obs": -1}  # what fills a row that is widened; zero elsewhere
+
+
+class Rows(Protocol):
+    """Rows that are Trajectories once they are selected: in memory, or on disk until then."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, index: Tensor | slice) -> Trajectories: ...
 
 
 @dataclass

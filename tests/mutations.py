@@ -41,8 +41,11 @@ AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py
 GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
 ACTOR_CRITIC = "tests/algos/test_actor_critic.py"
 ADAPTATION = "tests/algos/test_adaptation.py"
+FAMILIES, MODELS = "tests/lm_envs/test_families.py", "tests/lm_envs/test_models.py"
+ENDINGS = "tests/lm_envs/test_endings.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/test_reward_tokens.py", "tests/algos/test_preferences.py"
+SB3 = "tests/algos/test_sb3.py::"
 
 MUTATIONS = [
     # Rewards and masks
@@ -98,8 +101,8 @@ MUTATIONS = [
     Mutation(
         "the response loses its EOS before it is scored",
         "lm_envs/vector_env.py",
-        "behind = np.cumsum(is_eos, axis=1) - is_eos > 0",
-        "behind = np.cumsum(is_eos, axis=1) > 0",
+        "behind = np.cumsum(ends, axis=1) - ends > 0",
+        "behind = np.cumsum(ends, axis=1) > 0",
         f"{TEXT_ENV} {ROLLOUT}",
     ),
     Mutation(
@@ -114,7 +117,71 @@ MUTATIONS = [
         "lm_envs/observations.py",
         '"position_ids": (present.cumsum(dim=1) - 1).clamp(min=0),',
         '"position_ids": (present * 0 + 1).cumsum(dim=1) - 1,',
-        f"{ROLLOUT} tests/lm_envs/test_decoding.py",
+        f"{ROLLOUT} {FAMILIES}::test_law_4_padding_changes_no_logprob",
+    ),
+    # Models of one's own
+    Mutation(
+        "only the first of several EOS ends a response",
+        "lm_envs/observations.py",
+        "found = found | (tokens == other)",
+        "found = found | (tokens == first)",
+        ENDINGS,
+    ),
+    Mutation(
+        "only the first of several EOS is masked early",
+        "lm_envs/decoding.py",
+        "for token in eos_ids(eos_token_id):",
+        "for token in eos_ids(eos_token_id)[:1]:",
+        ENDINGS,
+    ),
+    Mutation(
+        "a chat gets a second BOS",
+        "lm_envs/endings.py",
+        "add_special_tokens=not rendered",
+        "add_special_tokens=True",
+        f"{ENDINGS}::test_a_task_of_messages",
+    ),
+    Mutation(
+        "the end of a chat's turn is not asked for",
+        "lm_envs/endings.py",
+        "end_of_turn(tokenizer) if chat else None",
+        "None",
+        f"{ENDINGS}::test_eos_are_the_tokenizers_the_turns_and_the_configs",
+    ),
+    Mutation(
+        "a layer with a state and keys moves only its keys to another row",
+        "lm_envs/row_cache.py",
+        "        GrowingLayer.put(self, rows, other)\n        StateLayer.put(self, rows, other)",
+        "        GrowingLayer.put(self, rows, other)",
+        f"{FAMILIES}::test_the_decoder_under_any_use_is_the_model",
+    ),
+    Mutation(
+        "adapters come with a base of their own",
+        "lm_envs/adapters.py",
+        "model: Any = sharing(base, base.parameters())",
+        "model: Any = copy.deepcopy(base)",
+        f"{MODELS}::test_adapters_are_the_policy_and_share_their_base",
+    ),
+    Mutation(
+        "further training trains the base of the adapters too",
+        "algos/adaptation.py",
+        "model.requires_grad_(False)\n    for parameter in adapter_parameters(model):",
+        "model.requires_grad_(True)\n    for parameter in adapter_parameters(model):",
+        f"{MODELS}::test_adapters_are_trained_further_and_the_base_is_not",
+    ),
+    Mutation(
+        "a step is taken on the bfloat16 weight",
+        "algos/optimizer.py",
+        "master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))",
+        "master.copy_(p.float())",
+        "tests/algos/test_optimizer.py::test_small_steps_add_up",
+    ),
+    Mutation(
+        "a model that reads padding passes the trial",
+        "lm_envs/model_check.py",
+        "gap = max(_padding(model, texts, expected))",
+        "gap = 0.0",
+        "tests/lm_envs/test_model_check.py::test_recurrences_that_read_padding_are_refused",
     ),
     # Advantages
     Mutation(
@@ -290,7 +357,7 @@ MUTATIONS = [
     Mutation(
         "the update forgets the action mask",
         "algos/policies.py",
-        "logits = forbid_early_eos(logits, position, self.eos_token_id, self.min_new_tokens, in_place=True)\n"
+        "logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)\n"
         "        found",
         "found",
         ROLLOUT,
@@ -319,8 +386,8 @@ MUTATIONS = [
     Mutation(
         "Adam's epsilon is PyTorch's",
         "algos/agent.py",
-        "eps=self.config.adam_eps, fused=True",
-        "fused=True",
+        "self.config.learning_rate, self.config.adam_eps)",
+        "self.config.learning_rate, 1e-8)",
         ALGORITHMS + "::test_no_setting_is_dead",
     ),
     Mutation(
@@ -489,7 +556,7 @@ MUTATIONS = [
     # Adapting a language model
     Mutation(
         "frozen weights are copied, not shared",
-        "algos/adaptation.py",
+        "lm_envs/adapters.py",
         "return copy.deepcopy(model, {id(p): p for p in shared})",
         "return copy.deepcopy(model)",
         ADAPTATION,
@@ -521,6 +588,63 @@ MUTATIONS = [
         'if counters.get("frozen_sha256") != frozen_hash(self.policy):',
         "if False:",
         ADAPTATION,
+    ),
+    # Stable-Baselines3
+    Mutation(
+        "sb3: a text is taken for the prefix of one with another action",
+        "algos/prefix_chains.py",
+        ">= end[order[:-1], None]",
+        ">= end[order[:-1], None] - 1",
+        SB3 + "test_prefix_chains_by_hand",
+    ),
+    Mutation(
+        "sb3: the wrong log-probability is reported",
+        "algos/sb3.py",
+        "self.report(told)",
+        "self.report(told * 0)",
+        SB3 + "test_the_exact_penalty_is_charged_and_without_the_report_it_is_not",
+    ),
+    Mutation(
+        "sb3: re-evaluation reads no mask",
+        "algos/sb3.py",
+        "return _mask(logits, masks), lm.value_head",
+        "return logits, lm.value_head",
+        SB3 + "test_the_mask_is_the_references_top_k_in_action_report_and_penalty",
+    ),
+    Mutation(
+        "sb3: values are of the token before",
+        "lm_envs/scoring.py",
+        "[row, position])",
+        "[row, (position - 1).clamp(min=0)])",
+        SB3 + "test_evaluate_actions_is_our_policys_evaluation_gradients_too",
+    ),
+    Mutation(
+        "sb3: the terminal observation is the first of the next text",
+        "algos/sb3.py",
+        "final_obs[row],",
+        "obs[row],",
+        SB3 + "test_infos_go_to_the_rows_that_ended",
+    ),
+    Mutation(
+        "sb3: a truncation is not told",
+        "algos/sb3.py",
+        "bool(truncated[row] and not terminated[row])",
+        "False",
+        SB3 + "test_truncation_is_told_and_bootstraps",
+    ),
+    Mutation(
+        "sb3: the hidden states of refilled rows stay the old ones",
+        "lm_envs/decoding.py",
+        "found = tuple(x.index_copy(0, index, f) for f, x in zip(fresh, found, strict=True))",
+        "found = (found[0].index_copy(0, index, fresh[0]), *found[1:])",
+        SB3 + "test_cached_steps_are_teacher_forced_ones_whatever_happens_to_rows",
+    ),
+    Mutation(
+        "the mask holds the least likely tokens of the reference",
+        "lm_envs/decoding.py",
+        "values.topk(k).indices",
+        "(-values).topk(k).indices",
+        SB3 + "test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
     ),
     # A network for other libraries
     Mutation(

@@ -18,6 +18,7 @@ __all__ = ["TASKS", "load"]
 TASKS: dict[str, str] = {
     "reviews": "lm_envs.tasks.reviews:load",
     "corpus": "lm_envs.tasks.corpus:load",
+    "translation": "lm_envs.tasks.translation:load",
     "custom": "lm_envs.tasks.custom:load",
     "enumerable": "lm_envs.tasks.enumerable:load",
 }
@@ -31,7 +32,7 @@ def load(name: str, **options: Any) -> TextTask:
 
     Args:
         name: a key of :data:`TASKS`.
-        options: passed to the task's loader; hashable values.
+        options: passed to the task's loader; hashable values, or lists of them.
 
     Raises:
         ValueError: no such task (the message names the near ones), or no such option.
@@ -40,8 +41,12 @@ def load(name: str, **options: Any) -> TextTask:
         near = difflib.get_close_matches(name.lower(), TASKS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(sorted(TASKS))}"
         raise ValueError(f"no task {name!r}: {hint}")
-    key = (TASKS[name], tuple(sorted(options.items())))
+    key = (TASKS[name], tuple((option, _hashable(options[option])) for option in sorted(options)))
     if key not in _loaded:
         module, function = TASKS[name].split(":")
         _loaded[key] = getattr(import_module(module), function)(**options)
     return _loaded[key]
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

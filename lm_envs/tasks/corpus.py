@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import cache, counted, decoding, jsonl, observations, rewards, supervised
+from lm_envs import cache, counted, decoding, jsonl, observations, reward_models, rewards, supervised
 from lm_envs.kernels import logprob_kl
 from lm_envs.rewards import LearnedReward, raw_scores, right_pad
 from lm_envs.tasks import gold_judge, labelled_text, making, splits
@@ -141,7 +141,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     path = Path(path)
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
-    ours = [counted, decoding, jsonl, logprob_kl, observations, rewards, supervised]
+    ours = [counted, decoding, jsonl, logprob_kl, observations, reward_models, rewards, supervised]
     ours += [gold_judge, labelled_text, making, splits]
     parts = {
         "content": content,

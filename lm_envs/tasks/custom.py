@@ -1,31 +1,36 @@
-"""Bring your own: a task of a user's policy, reward model and prompts, from folders of ``save_pretrained`` or hub
-names.
+"""Bring your own: a task of a user's policy, rewards and prompts, from folders of ``save_pretrained`` or hub names.
 
 Whatever does not fit together is refused here, in one line, before any training.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_envs import models
 from lm_envs.adapters import base_of, is_adapter, with_adapters
-from lm_envs.chat import render_messages
+from lm_envs.data import Data
+from lm_envs.data_formats import Text
 from lm_envs.encoder_decoder import is_encoder_decoder, room_for
-from lm_envs.endings import eos_tokens, prompt_ids
-from lm_envs.jsonl import read_jsonl
+from lm_envs.endings import eos_tokens
 from lm_envs.model_check import check_model
+from lm_envs.reward_building import build_reward
+from lm_envs.reward_specs import is_spec, parse_reward
+from lm_envs.rewards import RESERVED, LearnedReward, Standardise, reward_name
 from lm_envs.tasks import making
-from lm_envs.tasks.splits import SPLITS, SplitColumn, divide
+from lm_envs.tasks.splits import SPLITS, divide
 from lm_envs.tasks.task import TextTask
+from lm_envs.tokenising import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NEEDED = ("policy", "reward_model", "prompts")
+_NEEDED = ("policy", "reward_model", "prompts")  # reward_model or reward
 
 
 @dataclass(frozen=True)
@@ -34,36 +39,40 @@ class CustomConfig:
 
     Attributes:
         policy: the model to tune and its tokenizer: a folder of ``save_pretrained``, or a hub name.
-        reward_model: a sequence classifier with its own tokenizer, likewise.
-        prompts: a JSONL file with ``prompt`` and perhaps ``split`` (train, validation, test) a row; a prompt is text,
-            or a list of messages for the tokenizer's chat template, which may also be called ``messages``.
+        reward_model: a sequence classifier with its own tokenizer, likewise; short for a ``reward`` of
+            ``model:PLACE``, put in units of the reference.
+        reward: what trains, as :mod:`lm_envs.reward_specs` reads it; several texts are summed.
+        prompts: a file, folder or hub name with ``prompt`` (text or chat messages) and perhaps ``split`` (train,
+            validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.Data`.
         reference: what the KL penalty is measured from, None for the policy as it starts; "base" for the model under
             its adapters, where the policy is a folder of those.
-        judge: another reward model, which decides win-rates; None for no win-rates.
+        judge: what decides win-rates: another reward model's place, or a reward as text; None for no win-rates.
         max_new_tokens: the horizon.
         min_new_tokens: EOS is masked before that many tokens.
         kl_coef: default weight of the KL penalty, in units of the reward per nat.
         temperature: of the policy and of the reference.
-        normalise: put the reward in units of its standard deviation over samples of the reference, with mean 0.
+        normalise: put the reward in units of its standard deviation over samples of the reference, with mean 0; None
+            does so with ``reward_model`` and leaves a ``reward`` as it is written.
         samples: how many samples that takes.
         batch_size: texts per forward of the reward model and of the judge.
         seed: of the samples.
         dtype: of the policy and the reference: "float32", "bfloat16", "float64", or "auto" for what they were saved in.
-        reward_dtype: of the reward model and the judge, likewise.
+        reward_dtype: of the reward models and the judge, likewise.
         device, device_map: where all models go; see :class:`~lm_envs.models.Placement`.
         recompute: accept a policy whose cache cannot be kept row by row.
     """
 
     policy: str
-    reward_model: str
     prompts: str
+    reward_model: str | None = None
+    reward: str | Sequence[str] | None = None
     reference: str | None = None
     judge: str | None = None
     max_new_tokens: int = 32
     min_new_tokens: int = 0
     kl_coef: float = 0.05
     temperature: float = 1.0
-    normalise: bool = True
+    normalise: bool | None = None
     samples: int = 256
     batch_size: int = 64
     seed: int = 0
@@ -74,12 +83,17 @@ class CustomConfig:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a field is out of range."""
+        """Raise ValueError where a field is out of range, or where there is not one reward."""
+        if self.reward_model is not None and self.reward is not None:
+            raise ValueError(
+                f"custom: reward_model is short for one reward, so give one of the two: reward "
+                f"'standardise(model:{self.reward_model})' says the same and can be added to others"
+            )
         for name in ("max_new_tokens", "temperature", "samples", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"custom: {name} must be positive, got {getattr(self, name)}")
-        if self.normalise and self.samples < 2:
-            raise ValueError(f"custom: normalising takes at least 2 samples, got samples={self.samples}")
+        if self.samples < 2:
+            raise ValueError(f"custom: standardising takes at least 2 samples, got samples={self.samples}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
                 f"custom: min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, "
@@ -99,17 +113,20 @@ def load(**options: Any) -> TextTask:
     """The task made of the user's parts.
 
     Args:
-        options: fields of :class:`CustomConfig`; ``policy``, ``reward_model`` and ``prompts`` are needed.
+        options: fields of :class:`CustomConfig`; ``policy``, ``prompts`` and one of ``reward_model`` and ``reward`` are
+            needed.
 
     Raises:
         FileNotFoundError: there is no such file of prompts.
         ValueError: what does not fit, in one line: a missing folder, a model without the right head, a tokenizer
             without EOS or larger than its model's vocabulary, policy and reference of different vocabularies, a
-            malformed row or an empty or too long prompt (with file and line), a reward that gives every sample the
-            same score.
+            malformed row or an empty or too long prompt (with file and line), a reward that cannot be made, or that
+            gives every sample the same score where it is to be in units of the reference.
     """
     making.check_options("custom", CustomConfig, options)
     missing = [name for name in _NEEDED if options.get(name) is None]
+    if "reward_model" in missing and options.get("reward") is not None:
+        missing.remove("reward_model")
     if missing:
         raise ValueError(
             f"custom is made of parts of your own: give {', '.join(_NEEDED)}; missing: {', '.join(missing)}"
@@ -117,20 +134,20 @@ def load(**options: Any) -> TextTask:
     plain: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
     config = CustomConfig(**plain)
     # What is quick to check comes first: models can take minutes to load.
+    reward_spec = None if config.reward is None else parse_reward(config.reward)
+    judge_spec = None if config.judge is None or not is_spec(config.judge) else parse_reward(config.judge)
+    texts = read_prompts(config.prompts)
+    conversational = any(not isinstance(prompt.text, str) for prompt in texts)
     tokenizer = models.load_tokenizer(config.policy)
-    texts = read_prompts(config.prompts, tokenizer)
     policy, reference = _policy_and_reference(config, tokenizer)
-    eos = eos_tokens(policy, tokenizer, chat=any(text.rendered for text in texts))
+    eos = eos_tokens(policy, tokenizer, chat=conversational)
     prompts = encode_prompts(texts, tokenizer, config, [policy, reference])
-    place = config.placement(config.reward_dtype)
-    reward = models.load_reward_model(config.reward_model, placement=place, batch_size=config.batch_size)
-    judge = None
-    if config.judge is not None:
-        judge = models.load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
-    stats: dict[str, float] = {}
-    if config.normalise:
+    columns = columns_of(texts, prompts)
+
+    @functools.cache
+    def samples() -> making.Samples:
         with making.progress_bar() as bar:
-            samples = making.sample(
+            return making.sample(
                 reference,
                 tokenizer,
                 prompts["train"],
@@ -140,10 +157,34 @@ def load(**options: Any) -> TextTask:
                 min_new_tokens=config.min_new_tokens,
                 temperature=config.temperature,
                 seed=config.seed,
-                progress=making.line_of(bar, "custom: samples to normalise by", config.samples),
+                progress=making.line_of(bar, "custom: samples to standardise by", config.samples),
+                columns=columns.get("train"),
             )
-        reward = making.in_units_of(reward, samples)
-        stats = {"reward_mean": reward.normalise[0], "reward_std": reward.normalise[1]}
+
+    place = config.placement(config.reward_dtype)
+    build = functools.partial(
+        build_reward,
+        samples=samples,
+        batch_size=config.batch_size,
+        conversational=conversational,
+        placement=place,
+    )
+    reward: Any
+    if reward_spec is None:
+        reward = models.load_reward_model(str(config.reward_model), placement=place, batch_size=config.batch_size)
+    else:
+        reward = build(reward_spec)
+    judge: Any = None
+    if judge_spec is not None:
+        judge = build(judge_spec, what="judge")
+    elif config.judge is not None:
+        judge = models.load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
+    if config.normalise or (config.normalise is None and reward_spec is None):
+        reward = making.in_units_of(reward, samples())
+    stats: dict[str, float] = {}
+    if isinstance(reward, (LearnedReward, Standardise)):
+        mean, std = reward.normalise if isinstance(reward, LearnedReward) else (reward.mean, reward.std)
+        stats = {} if (mean, std) == (0.0, 1.0) else {"reward_mean": mean, "reward_std": std}
     return TextTask(
         name="custom",
         tokenizer=tokenizer,
@@ -158,8 +199,9 @@ def load(**options: Any) -> TextTask:
         min_new_tokens=config.min_new_tokens,
         kl_coef=config.kl_coef,
         temperature=config.temperature,
-        description=f"tune {config.policy} on {config.prompts} by {config.reward_model}",
+        description=f"tune {config.policy} on {config.prompts} by {reward_name(reward)}",
         stats=stats,
+        columns=columns,
     )
 
 
@@ -194,74 +236,59 @@ def _policy_and_reference(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the file has it, or rendered from messages; ``where`` names file and line."""
+    """A prompt as the file has it, text or chat messages, and its row's other columns; ``where`` names file and
+    line."""
 
-    text: str
+    text: Text
     split: str
     where: str
-    rendered: bool = False
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Prompt]:
-    """Read a JSONL file of rows with ``prompt`` and perhaps ``split``; divided as
-    :func:`~lm_envs.tasks.splits.divide` says.
+def read_prompts(source: str | Path) -> list[Prompt]:
+    """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.tasks.splits.divide` says.
 
     Args:
-        tokenizer: whose chat template renders prompts that are messages.
+        source: a file, a folder or a name on the hub, in any convention that has prompts; see
+            :class:`~lm_envs.data.Data`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a malformed row or an empty prompt (the message names file and line), or a split without prompts.
     """
-    splits, rows = SplitColumn(), []
-    for line, row in read_jsonl(path):
-        where = f"{path}, line {line}"
-        text, rendered = _prompt(row, where, tokenizer)
-        rows.append(Prompt(text, splits.read(row, where), where, rendered))
-    divided = divide([(row.text, row.split) for row in rows])
+    rows: dict[str, Prompt] = {}
+    found: list[tuple[str, str]] = []
+    differ: list[str] = []
+    for item in Data(source, "prompts"):
+        key, split = item.example.key, item.split or "train"
+        found.append((key, split))
+        prompt = Prompt(item.example.prompt, split, f"{source}, {item.where}", item.columns)
+        kept = rows.setdefault(key, prompt)
+        if kept.columns != prompt.columns:
+            differ.append(prompt.where)
+    if differ:
+        warnings.warn(
+            f"{differ[0]}: a prompt that was there before, with other columns: the first row's count (so for "
+            f"{len(differ)} rows); several references of a prompt belong into one row, as a list",
+            stacklevel=2,
+        )
+    divided = divide(found)
     for name in SPLITS:
         if name not in divided.values():
-            if any(row.split != "train" for row in rows):
+            if any(split != "train" for _, split in found):
                 raise ValueError(
-                    f"{path}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different ones "
-                    f"into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
+                    f"{source}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different "
+                    f"ones into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
                 )
-            raise ValueError(f"{path}: {len(divided)} different prompts leave none for {name}: give at least 3")
-    first = {row.text: row for row in reversed(rows)}
-    return [Prompt(text, split, first[text].where, first[text].rendered) for text, split in divided.items()]
-
-
-def _prompt(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, bool]:
-    """A row's prompt as text, and whether a chat template made that."""
-    prompt = row.get("prompt", row.get("messages"))
-    if isinstance(prompt, list) and tokenizer is not None:
-        return _rendered(prompt, where, tokenizer), True
-    if not isinstance(prompt, str):
-        found = f"not {prompt!r}" if "prompt" in row else "and there is none"
-        raise ValueError(f"{where}: 'prompt' must be a string, {found}")
-    if not prompt.strip():
-        raise ValueError(f"{where}: the prompt is empty")
-    return prompt, False
-
-
-def _rendered(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    for message in messages:
-        fine = isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-        if not fine:
-            raise ValueError(f"{where}: a message needs 'role' and 'content', not {message!r}")
-    if not messages or messages[-1]["role"] == "assistant":
-        last = "there are none" if not messages else "the last one is the assistant's"
-        raise ValueError(f"{where}: messages of a prompt end where the assistant is to answer, and {last}")
-    try:
-        return render_messages(tokenizer, messages, add_generation_prompt=True)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{source}: {len(divided)} different prompts leave none for {name}: give at least 3")
+    return [replace(rows[key], split=split) for key, split in divided.items()]
 
 
 def encode_prompts(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: CustomConfig, readers: Sequence[PreTrainedModel]
 ) -> dict[str, list[list[int]]]:
-    """Prompts as token ids by split, as the tokenizer wraps them but without an EOS at the end, and with one BOS.
+    """Prompts as token ids by split, as the tokenizer wraps them but without an EOS at the end, or as its chat template
+    writes them.
 
     An encoder-decoder keeps that EOS: its encoder was trained on texts that have it.
 
@@ -269,23 +296,13 @@ def encode_prompts(
         readers: the models that read the prompts.
 
     Raises:
-        ValueError: a prompt has no tokens, or leaves no room for the response in the model's context; with file and
-            line.
+        ValueError: messages without a chat template, a prompt that has no tokens, or leaves no room for the response in
+            the model's context; with file and line.
     """
     encoded: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
-    encoder = any(map(is_encoder_decoder, readers))
-    rows = {
-        p.text: ids
-        for rendered in (False, True)
-        for chosen in [[p for p in prompts if p.rendered is rendered]]
-        for p, ids in zip(
-            chosen,
-            prompt_ids(tokenizer, [p.text for p in chosen], rendered=rendered, keep_eos=encoder),
-            strict=True,
-        )
-    }
-    for prompt in prompts:
-        ids = rows[prompt.text]
+    keep_eos = any(map(is_encoder_decoder, readers))
+    rows = prompt_ids(tokenizer, [p.text for p in prompts], keep_eos=keep_eos)
+    for prompt, ids in zip(prompts, rows, strict=True):
         if not ids:
             raise ValueError(f"{prompt.where}: the prompt is empty: the policy's tokenizer makes no tokens of it")
         needed = [room_for(model, len(ids), config.max_new_tokens) for model in readers]
@@ -297,3 +314,46 @@ def encode_prompts(
             )
         encoded[prompt.split].append(ids)
     return encoded
+
+
+def columns_of(
+    prompts: list[Prompt], encoded: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, dict[str, list[Any]]]:
+    """The columns that the prompts' rows hold beside them, by split and name, in the order of ``encoded``; None where a
+    row lacks one. Of chat prompts the column ``messages`` holds the messages.
+
+    Of prompts with the same tokens the first row counts; where others differ, one warning says so.
+
+    Raises:
+        ValueError: a column is called as something else that rewards get; with file and line.
+    """
+    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    for name in RESERVED:
+        if name in names:
+            where = next(prompt.where for prompt in prompts if name in prompt.columns)
+            raise ValueError(f"{where}: rewards get something else as {name!r}: rename that column")
+    rows = [{name: prompt.columns.get(name) for name in names} for prompt in prompts]
+    if any(not isinstance(prompt.text, str) for prompt in prompts):
+        names.append("messages")
+        for row, prompt in zip(rows, prompts, strict=True):
+            text = prompt.text
+            row["messages"] = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    if not names:
+        return {}
+    found: dict[str, dict[str, list[Any]]] = {split: {name: [] for name in names} for split in SPLITS}
+    first: dict[tuple[int, ...], dict[str, Any]] = {}
+    differ: dict[str, str] = {}
+    places = {split: iter(ids) for split, ids in encoded.items()}
+    for row, prompt in zip(rows, prompts, strict=True):
+        kept = first.setdefault(tuple(next(places[prompt.split])), row)
+        for name in names:
+            if kept[name] != row[name]:
+                differ.setdefault(name, prompt.where)
+            found[prompt.split][name].append(kept[name])
+    if differ:
+        warnings.warn(
+            f"{next(iter(differ.values()))}: the policy reads this prompt as an earlier one, and their "
+            f"{', '.join(differ)} differ: the first row's count",
+            stacklevel=3,
+        )
+    return found

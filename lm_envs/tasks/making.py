@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lm_envs import counted
 from lm_envs.decoding import generate
 from lm_envs.observations import EosIds, eos_ids, left_pad
-from lm_envs.rewards import LearnedReward, call_reward
+from lm_envs.rewards import LearnedReward, Standardise, call_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ SAMPLE_EPISODES = 2**40
 
 def check_options(task: str, config: type[Any], options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that is no field of a task's config class; the message names the near ones."""
-    known = [field.name for field in fields(config)]
+    known = [one.name for one in fields(config)]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or known
@@ -57,10 +57,16 @@ class Samples:
     completions: list[str]
     completion_ids: list[list[int]]
     finish_reasons: list[str]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """All of it, as rewards take it."""
+        return {name: value for name, value in vars(self).items() if name != "columns"} | self.columns
 
     def score(self, reward: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
         """``(N,)`` float64; a dense reward is summed over the response."""
-        found = call_reward(reward, self.prompts, self.completions, self.completion_ids, self.finish_reasons)
+        found = call_reward(reward, **self.given)
         return found.sum(axis=1) if found.ndim == 2 else found
 
 
@@ -78,6 +84,7 @@ def sample(
     first: int = 0,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Samples:
     """``count`` responses, the prompts taking turns; a function of its arguments.
 
@@ -85,6 +92,7 @@ def sample(
         prompts: token ids without padding.
         first: number of the first response; other numbers draw other random numbers.
         progress: called with how many responses there are.
+        columns: further columns of the prompts' data, an entry per prompt.
     """
     rows: list[list[int]] = []
     chosen = [prompts[i % len(prompts)] for i in range(count)]
@@ -109,15 +117,19 @@ def sample(
         completions=tokenizer.batch_decode(rows, skip_special_tokens=True),
         completion_ids=rows,
         finish_reasons=["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in rows],
+        columns={name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},
     )
 
 
-def in_units_of(reward: LearnedReward, samples: Samples) -> LearnedReward:
-    """The same reward with mean 0 and (population) standard deviation 1 on these samples.
+def in_units_of(reward: Any, samples: Samples) -> Any:
+    """The same reward with mean 0 and (population) standard deviation 1 on these samples: a learned one with other
+    moments, any other one in a :class:`~lm_envs.rewards.Standardise`.
 
     Raises:
-        ValueError: it gives all of them the same score.
+        ValueError: it gives all of them the same score, or it is dense.
     """
+    if not isinstance(reward, LearnedReward):
+        return Standardise.against(reward, **samples.given)
     scores = samples.score(reward)
     mean, std = reward.normalise
     moments = (mean + std * float(scores.mean()), std * float(scores.std()))
@@ -126,4 +138,4 @@ def in_units_of(reward: LearnedReward, samples: Samples) -> LearnedReward:
             f"reward {reward.__name__!r} gives all {len(scores)} samples of the reference the score {moments[0]:.6g}: "
             "it cannot tell them apart, so there is nothing to learn from it"
         )
-    return LearnedReward(reward.model, reward.tokenizer, moments, reward.batch_size, reward.__name__)
+    return reward.in_units(*moments)

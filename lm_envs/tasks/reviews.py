@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import cache, counted, decoding, observations, rewards, supervised
+from lm_envs import cache, counted, decoding, observations, reward_models, rewards, supervised
 from lm_envs.kernels import logprob_kl
 from lm_envs.rewards import LearnedReward
 from lm_envs.tasks import making, review_grammar
@@ -188,7 +188,7 @@ def load(**options: Any) -> TextTask:
     """
     check_options("reviews", ReviewsConfig, options)
     config = ReviewsConfig(**options)
-    modules = [review_grammar, making, supervised, rewards, decoding, observations, counted, logprob_kl]
+    modules = [review_grammar, making, supervised, rewards, reward_models, decoding, observations, counted, logprob_kl]
     sources = [__file__, *(str(module.__file__) for module in modules)]
     parts = {
         "config": asdict(config),

@@ -23,6 +23,11 @@ class SplitColumn:
     def __init__(self) -> None:
         self._present: bool | None = None
 
+    @property
+    def present(self) -> bool:
+        """Whether the rows so far have one."""
+        return bool(self._present)
+
     def read(self, row: Mapping[str, Any], where: str) -> str:
         """The row's split, ``"train"`` where the rows have none.
 

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lm_envs.fused import fuse_activations
+from lm_envs.cross_cache import rows_of
+from lm_envs.fused import fuse
+from lm_envs.rewards import RESERVED
+from lm_envs.row_cache import RECOMPUTE, no_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_envs.rewards import Reward
+
+
+class CorpusMetric(Protocol):
+    """What all responses together are worth."""
+
+    name: str
+
+    def corpus(self, prompts: Sequence[str], completions: Sequence[str]) -> float:
+        """The figure, higher is better."""
+        ...
+
+    def gain(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> tuple[float, float]:
+        """By how much ours is higher, and the standard error of that."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +53,15 @@ class TextTask:
         description: one line for listings.
         demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may
             be empty.
+        responses: the same as (prompt, response) where prompts differ in length; the response ends in EOS. Used
+            instead of ``demonstrations`` where there are any.
+        corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports; None
+            where there is none. See :class:`CorpusMetric`.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
         policy: the model that training starts from, None for the reference; it shares the reference's
             vocabulary.
+        columns: further columns of the prompts' data, which rewards get: by split, then by name, one entry per prompt.
+            Rewards are given prompts as tokens, so prompts with the same tokens must agree in them.
     """
 
     name: str
@@ -52,14 +77,27 @@ class TextTask:
     temperature: float = 1.0
     description: str = ""
     demonstrations: list[list[int]] = field(default_factory=list)
+    responses: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    corpus_metric: CorpusMetric | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
     policy: PreTrainedModel | None = None
     more_eos_token_ids: tuple[int, ...] = ()
+    columns: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy."""
-        fuse_activations(self.reference.eval().requires_grad_(False))
-        fuse_activations(self.start.eval().requires_grad_(False))
+        """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy.
+
+        Raises:
+            ValueError: a column has another length than its prompts, a name that rewards use for something else, or two
+                values for the same prompt.
+        """
+        if self.columns:
+            self._check_columns()
+        fuse(self.reference.eval().requires_grad_(False))
+        fuse(self.start.eval().requires_grad_(False))
+        for model in {id(model): model for model in (self.reference, self.start)}.values():
+            if rows_of(model) is None and not getattr(model, RECOMPUTE, False):
+                warnings.warn(f"task {self.name!r}: {no_rows(model)}; it is used so all the same", stacklevel=3)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -75,3 +113,54 @@ class TextTask:
     def prompt_length(self) -> int:
         """Tokens of the longest prompt of any split."""
         return max((len(prompt) for prompts in self.prompts.values() for prompt in prompts), default=0)
+
+    def columns_of(self, prompts: Iterable[Sequence[int]]) -> dict[str, list[Any]]:
+        """The columns of these prompts, for a reward: by name, an entry per prompt. Empty if the task has none.
+
+        Args:
+            prompts: token ids without padding, of any split.
+
+        Raises:
+            ValueError: a prompt is none of the task's.
+        """
+        if not self.columns:
+            return {}
+        rows = []
+        for prompt in prompts:
+            row = self._row_of.get(tuple(prompt))
+            if row is None:
+                text = self.tokenizer.decode(list(prompt), skip_special_tokens=True)
+                raise ValueError(f"task {self.name!r} has columns for its own prompts, and {text!r} is none of them")
+            rows.append(row)
+        return {name: [row[name] for row in rows] for name in next(iter(self.columns.values()))}
+
+    @cached_property
+    def _row_of(self) -> dict[tuple[int, ...], dict[str, Any]]:
+        found: dict[tuple[int, ...], dict[str, Any]] = {}
+        for split, columns in self.columns.items():
+            for i, prompt in enumerate(self.prompts[split]):
+                row = {name: values[i] for name, values in columns.items()}
+                before = found.setdefault(tuple(prompt), row)
+                for name in row:
+                    if before[name] != row[name]:
+                        text = self.tokenizer.decode(list(prompt), skip_special_tokens=True)
+                        raise ValueError(
+                            f"task {self.name!r} has the prompt {text!r} twice, with {name!r} {before[name]!r} and "
+                            f"{row[name]!r}: keep one, or give both in a list"
+                        )
+        return found
+
+    def _check_columns(self) -> None:
+        names = {split: sorted(columns) for split, columns in self.columns.items()}
+        if set(names) != set(self.prompts) or len({tuple(n) for n in names.values()}) > 1:
+            raise ValueError(f"task {self.name!r}: every split of the prompts needs the same columns, not {names}")
+        for split, columns in self.columns.items():
+            for name, values in columns.items():
+                if name in RESERVED:
+                    raise ValueError(f"task {self.name!r}: rewards get something else as {name!r}: rename the column")
+                if len(values) != len(self.prompts[split]):
+                    raise ValueError(
+                        f"task {self.name!r}: {len(values)} entries of {name!r} for the {len(self.prompts[split])} "
+                        f"prompts of {split}"
+                    )
+        self._row_of  # noqa: B018 (complains of a prompt with two values)

@@ -180,6 +180,30 @@ def test_transformers_loads_the_adapters_on_the_users_model(tmp_path, merge):
     check_loads(folder, *trained_model(tmp_path / "out", run), exact=not merge)
 
 
+def test_the_adapters_that_a_run_left_are_a_policy_for_the_next(tmp_path):
+    """In bfloat16: trained further against their base, and left in peft's format again, of the same model."""
+    options = byo.make(tmp_path).options
+    plan = Plan(iterations=2, test_prompts=2, validation_prompts=2)
+    given = {"plan": plan, "overrides": {"episodes": 8, "learning_rate": 1e-2}, "env": {"max_new_tokens": 6}}
+    first = spec(LORA, task="custom", options={**options, "dtype": "bfloat16"}, **given)
+    execute(first, tmp_path / "first")
+    place = tmp_path / "first" / first.label / "model"
+    more = {"policy": str(place), "reference": "base", "dtype": "bfloat16"}
+    second = spec({}, task="custom", options={**options, **more}, **given)
+    execute(second, tmp_path / "second")
+    folder = tmp_path / "second" / second.label / "model"
+    model, task = trained_model(tmp_path / "second", second)
+    assert settings_of(tmp_path / "second" / second.label)["trainable_parameters"] < 0.5 * sum(
+        p.numel() for p in task.reference.parameters()
+    )
+    assert (folder / "adapter_model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([task.prompts["test"][0]])
+    with torch.no_grad():
+        a, b, start = (m(input_ids=ids).logits.float() for m in (loaded, model, task.start))
+    assert float((a - b).abs().max()) < 0.1 < float((b - start).abs().max())
+
+
 def test_what_transformers_could_not_read_is_not_saved(tmp_path):
     plan = Plan(iterations=1, test_prompts=4, validation_prompts=4)
     for algorithm, overrides in (("quark", {"episodes": 16}), ("best-of-2", {})):

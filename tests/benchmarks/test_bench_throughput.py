@@ -25,7 +25,19 @@ def tiny(monkeypatch):
 def test_a_small_run(tmp_path, capsys):
     out = tmp_path / "t.csv"
     ways = ["step", "bulk + reference + reward", "bare forwards", "bare forward", "ppo 1 epoch"]
-    words = ["--shapes", "small", "--rounds", "2", "--threads", "1", "--no-scaling", "--no-peaks", "--ways", *ways]
+    words = [
+        "--shapes",
+        "small",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--tables",
+        "fixed work",
+        "--no-peaks",
+        "--ways",
+        *ways,
+    ]
     main(["bench", "throughput", *words, "--out", str(out)])
     rows = {row["way"]: row for row in csv.DictReader(out.open())}
     assert list(rows) == ["generate", *ways]
@@ -69,7 +81,7 @@ def test_a_disturbed_round_is_measured_again(monkeypatch):
     shares = iter([0.5, 0.0, 0.5, 0.5, 0.5])
     seconds = iter([9.0, 1.0, 7.0, 6.0, 5.0])
 
-    class Disturbed:
+    class Disturbed(bench.Load):
         def foreign(self):
             return next(shares)
 

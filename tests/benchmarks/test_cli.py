@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lm_envs.benchmarks import errors, storage
 from lm_envs.benchmarks.cli import Compare, Own, main
+from lm_envs.benchmarks.names import load_task
 from lm_envs.benchmarks.results import COLUMNS
 from lm_envs.benchmarks.storage import Records
-from lm_envs.benchmarks.suites import load_suite
+from lm_envs.benchmarks.suites import load_suite, parse_suite
 from tests.benchmarks.fake_task import NAME
+from tests.lm_envs import byo
 
 SMALL = ["--test-prompts", "6", "--threads", "1"]
 
@@ -314,3 +317,22 @@ def test_a_round_is_no_larger_than_the_budget():
     for run in asked.to_suite().runs():
         config = open_problem(run).agent.config
         assert config.iterations == 1 and config.episodes == {"ppo": 20, "expert-iteration": 24}[run.algorithm]
+
+
+def test_how_models_are_loaded_is_said_on_the_command_line_and_in_suites(tmp_path, capsys):
+    folders = byo.make(tmp_path)
+    given = [part for name, value in folders.options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    common = ["compare", *given, *SMALL, "--algorithms", "sft", "--env", "max_new_tokens=4"]
+    assert run(capsys, *common, "--out", tmp_path / "out", "--dtype", "bfloat16", "--device-map", "cpu")[0] == 0
+    settings = json.loads((tmp_path / "out/custom/sft/seed-0/config.json").read_text())["run"]["options"]
+    assert settings == {**folders.options, "dtype": "bfloat16", "device_map": "cpu"}
+    for wrong, message in (
+        (["--dtype", "int4"], "dtype must be one of float32"),
+        (["--device", "cpu", "--device-map", "cpu"], "exclude each other"),
+        (["--reference", "base"], "reference 'base' is the model under"),
+    ):
+        assert message in refused(capsys, *common, "--out", tmp_path / "wrong", *wrong)
+    options = ", ".join(f'{name} = "{value}"' for name, value in folders.options.items())
+    text = f'tasks = ["custom"]\nalgorithms = ["sft"]\n[task.custom]\noptions = {{{options}, dtype = "bfloat16"}}'
+    suite = parse_suite(text, "x")
+    assert load_task("custom", suite.runs()[0].options).reference.dtype == torch.bfloat16

@@ -11,6 +11,7 @@ import torch
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.benchmarks.evaluation import (
+    corpus_score,
     distinct_2,
     evaluation_env,
     sample_policy,
@@ -19,6 +20,9 @@ from lm_envs.benchmarks.evaluation import (
     summarise,
     wins,
 )
+from lm_envs.rewards import Clip, WeightedSum
+from lm_envs.text_metrics import Rouge, SentenceBLEU
+from tests import tiny
 from tests.benchmarks.fake_task import gold, load
 
 
@@ -134,3 +138,33 @@ def test_without_a_judge_gold_is_unknown_and_not_replaced(reference):
     result = summarise(found, found, reference)
     assert all(math.isnan(result[name]) for name in ("gold", "win_rate", "win_rate_se"))
     assert not math.isnan(result["proxy"])
+
+
+def test_the_score_of_the_corpus_is_by_the_first_metric_there_is():
+    pytest.importorskip("sacrebleu")
+    texts, references = ["a b c d", "a b x d e", "z"], ["a b c d", ["a b c d e", "y"], None]
+    bleu, rouge = SentenceBLEU(), Rouge("rouge1", column="other")
+    expected = bleu.corpus(texts[:2], references[:2])
+    inside = WeightedSum([(1.0, tiny.count_b_minus_c), (0.5, Clip(bleu, 0, 1)), (1.0, rouge)])
+    assert corpus_score([None, inside], texts, {"reference": references}) == pytest.approx(expected)
+    assert 20 < expected < 90
+    other = corpus_score([rouge, inside], texts, {"reference": references, "other": ["a", "a", "a"]})
+    assert other == pytest.approx(100 * (2 / 5 + 2 / 6) / 3)
+    for rewards, columns in (
+        ([tiny.count_b_minus_c], {"reference": references}),
+        ([bleu], {}),
+        ([bleu], {"reference": [None] * 3}),
+    ):
+        assert math.isnan(corpus_score(rewards, texts, columns))
+
+
+def test_the_score_of_the_corpus_is_in_the_result():
+    pytest.importorskip("sacrebleu")
+    columns = {"train": {"reference": ["a"] * 5}, "test": {"reference": ["b b c", "b c a"]}}
+    env = evaluation_env(tiny.task(judge=SentenceBLEU(), columns=columns), "test")
+    policy = LMPolicy.for_mdp(env.mdp, env.mdp.task.reference)
+    found = sample_policy(env, policy, None, seed=0)
+    result = summarise(found, found, policy)
+    assert result["corpus"] == SentenceBLEU().corpus(found.response, columns["test"]["reference"])
+    assert found.gold.tolist() == SentenceBLEU()(found.response, reference=columns["test"]["reference"])
+    assert "corpus" not in summarise(*[sample_policy(evaluation_env(tiny.task(), "test"), policy, None, 0)] * 2, policy)

@@ -10,7 +10,7 @@ import pytest
 from lm_envs.algos.best_of_n import kl_bound
 from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.overoptimisation import Settings, best_of_subsets, fit, overoptimise
+from lm_envs.benchmarks.overoptimisation import FLOOR, Curve, Settings, best_of_subsets, fit, overoptimise
 
 TASK = "tests.algos.batches:learned_task"  # words that a count judges, and a learned reward
 SMALL = Settings(
@@ -35,6 +35,13 @@ def test_the_fits_recover_what_made_the_points():
     assert fit(kl, gold, "ppo") == pytest.approx({"alpha": 1.5, "beta": 0.7, "r2": 1.0})
     assert fit(kl, gold, "best-of-n")["r2"] < 0.99  # negative control: the other form does not fit
     assert math.isnan(fit([0.0, 0.0, 1.0], [0.0, 0.0, 1.0], "ppo")["alpha"])
+
+
+def test_the_fit_ends_where_gold_first_fell_below_the_floor():
+    gold = [0.0, 0.5, 0.2, FLOOR, 1.5 * FLOOR, 0.3]
+    curve = Curve(500, 0.6, "ppo", [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [0.0] * 6, gold)
+    assert curve.fitted() == 4
+    assert Curve(500, 0.6, "ppo", [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]).fitted() == 2
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

@@ -230,6 +230,12 @@ def test_what_is_known_exactly_has_columns_of_its_own(tmp_path):
     assert lines[1].endswith(",3.21,0.0123,0.2") and lines[2].endswith(",3.21,,")
 
 
+def test_a_corpus_score_has_a_column_where_there_is_one(tmp_path):
+    write(tmp_path, [result("sft", 0, 1.0, 0.0, [0.5, 0.5], corpus=20.0), result("ppo", 0, 2.0, 1.0, [1.0, 1.0])])
+    rows = list(csv.DictReader((write_results(tmp_path), tmp_path / "results.csv")[1].open()))
+    assert [row["corpus"] for row in rows] == ["20", ""] and list(rows[0]) == [*COLUMNS, "corpus"]
+
+
 def test_the_title_says_on_how_many_prompts(tmp_path):
     write(tmp_path, [result("ppo", 0, 0.6, 4.0, [1.0], prompts=1024), result("sft", 0, 0.1, 0, [1.0], prompts=1024)])
     assert title(table(write_results(tmp_path))) == "1,024 test prompts, mean over seeds"

@@ -1,4 +1,4 @@
-"""Sharing blocks between threads: every item once, errors heard, torch's settings left as they were."""
+"""Sharing blocks between threads: every item once, errors heard, torch's settings left as they were; few threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from lm_envs.kernels.threads import share
+from lm_envs.kernels.threads import at_most, share
 
 
 @pytest.fixture(params=[1, 3])
@@ -45,3 +45,14 @@ def test_an_error_is_raised_here(threads):
 
     with pytest.raises(RuntimeError, match="item 7"):
         share(range(100), 100, work)
+
+
+def test_few_threads_for_little_work(threads):
+    with at_most(2):
+        assert torch.get_num_threads() == min(2, threads)
+        with at_most(5):  # never more than there were
+            assert torch.get_num_threads() == min(2, threads)
+    with pytest.raises(KeyError), at_most(0):
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == threads

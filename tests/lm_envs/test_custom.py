@@ -153,7 +153,7 @@ def test_prompt_longer_than_the_context(folders, tmp_path):
     [
         ('{"prompt": "  "}', "the prompt is empty"),
         ('{"prompt": 3}', "'prompt' must be a string, not 3"),
-        ('{"text": "a"}', "'prompt' must be a string, and there is none"),
+        ('{"text": "a"}', "there is no 'prompt' here"),
         ('{"prompt": "a"', "not JSON"),
         ('["a"]', "expected a JSON object"),
         ('{"prompt": "a", "split": "holdout"}', "unlike before"),

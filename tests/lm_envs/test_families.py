@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +146,10 @@ def test_stepping_is_bulk_and_ppo_trains_it(family):
     again = rollout(env, policy, episodes=10, seed=1)  # by the weights as they are now
     with torch.no_grad():
         assert float((policy.evaluate(again).logprob - again.logprob).abs().max()) <= 10 * limit["atol"]
+
+
+def test_the_documentation_names_every_family():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    table = text[text.index("## Families") : text.index("## What is refused")]
+    named = set(re.findall(r"\w+", table))
+    assert not {family.partition(",")[0] for family in [*FAMILIES, *WIDER]} - named

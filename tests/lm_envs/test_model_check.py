@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lm_envs.decoding import Decoder
 from lm_envs.model_check import check_model
 from lm_envs.row_cache import RowCache, can_cache
+from tests import tiny
 from tests.families import BASE, FAMILIES, GROUPED, WIDER, build, random_model
 
 CHUNKED = dict(GROUPED, num_local_experts=2, intermediate_size_mlp=24, attention_chunk_size=4, num_experts_per_tok=1)
@@ -58,6 +60,16 @@ def test_a_cache_without_rows_needs_a_word():
         check_model(model)
     check_model(model, recompute=True)
     assert not can_cache(copy.deepcopy(model))
+
+
+def test_a_task_says_that_its_model_is_slow():
+    model = random_model("Llama4Text", CHUNKED)
+    with pytest.warns(UserWarning, match="'tiny': the cache of llama4_text cannot be kept row by row.* all the same"):
+        tiny.task(reference=model)
+    check_model(model, recompute=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.task(reference=model)
 
 
 def test_a_cache_that_gives_other_numbers_is_refused_or_left_alone(monkeypatch):

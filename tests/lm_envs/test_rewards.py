@@ -1,16 +1,17 @@
-"""Rewards: what is passed and checked, learned models over the text bridge, compositions."""
+"""Rewards: what is passed and checked, TRL's conventions, compositions."""
 
 from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import threading
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from lm_envs import rewards
-from lm_envs.rewards import Clip, LearnedReward, Standardise, WeightedSum, call_reward
+from lm_envs.rewards import Clip, Conversational, Standardise, WeightedSum, call_reward, leaves, reward_name
 
 PROMPTS, COMPLETIONS = ["a b", "c"], [" d", " e e"]
 IDS, REASONS = [[4, 0], [5, 5, 0]], ["stop", "stop"]
@@ -129,150 +130,155 @@ def test_a_fault_inside_a_composition_names_the_part():
         call(Clip(WeightedSum([(1.0, length), (1.0, broken)]), -1, 1))
 
 
-# --- learned rewards ------------------------------------------------------------------------------------------------
-
-WORDS = ["<eos>", "<bos>", "<unk>", *"abcdefgh"]
-
-
-def words(eos="<eos>", pad="<eos>", template=None, **special) -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if template:
-        inner.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(word, WORDS.index(word)) for word in ("<bos>", "<eos>")]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, pad_token=pad, **special)
+def test_compositions_know_their_leaves():
+    made = Clip(WeightedSum([(1.0, length), (0.5, Standardise(Conversational(per_token), 0, 1))]), -1, 1)
+    assert list(leaves(made)) == [length, per_token] and list(leaves(length)) == [length]
+    with pytest.raises(ValueError, match="'length' has the weight nan"):
+        WeightedSum([(float("nan"), length)])
 
 
-def classifier(kind: str, labels: int = 1, pad: int | None = 0, context: int = 16):
-    sizes = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_labels=labels)
-    # Dropout is on in the config on purpose: a reward must not use it.
-    config = {
-        "GPT2": lambda: transformers.GPT2Config(n_positions=context, initializer_range=0.3, resid_pdrop=0.5, **sizes),
-        "Llama": lambda: transformers.LlamaConfig(
-            max_position_embeddings=context, intermediate_size=24, initializer_range=0.3, **sizes
-        ),
-        "GPTNeoX": lambda: transformers.GPTNeoXConfig(
-            max_position_embeddings=context, intermediate_size=24, initializer_range=0.3, hidden_dropout=0.5, **sizes
-        ),
-        "Bert": lambda: transformers.BertConfig(
-            max_position_embeddings=context, intermediate_size=24, initializer_range=0.3, **sizes
-        ),
-    }[kind]()
-    config.pad_token_id = pad
-    config.bos_token_id = config.eos_token_id = 0
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+def test_no_samples_are_no_rewards():
+    nothing = dict(prompts=[], completions=[], completion_ids=[], finish_reasons=[])
+    for reward in (length, per_token, WeightedSum([(1.0, length), (1.0, Clip(length, 0, 1))])):
+        assert call_reward(reward, **nothing).shape == (0,)
 
 
-TEXTS = ["a b c", "d", "e f g h a", "b b"]
+# --- functions written for TRL --------------------------------------------------------------------------------------
+
+DIGITS = ["12", "7 7"]
 
 
-def alone(model, ids) -> float:
-    """The model's logit at the last token of one unpadded text, by its stock forward where nothing is padding."""
-    model.eval()
-    with torch.no_grad():
-        hidden = model.base_model(torch.tensor([ids])).last_hidden_state
-        return model.score(hidden[0, -1]).item()
+def in_tags(completions, **kwargs):
+    """A format: the whole completion stands between tags."""
+    return [1.0 if re.fullmatch(r"<a>.*</a>", text, re.DOTALL) else 0.0 for text in completions]
 
 
-@pytest.mark.parametrize("kind", ["GPT2", "Llama", "GPTNeoX"])
-@pytest.mark.parametrize("pad", [0, None])
-def test_decoder_heads_read_the_last_real_token_whatever_the_pad_id(kind, pad):
-    model, tokenizer = classifier(kind, pad=pad), words(pad="<eos>" if pad == 0 else None)
-    reward = LearnedReward(model, tokenizer, batch_size=3)
-    stopped = reward([""] * 4, TEXTS, ["stop"] * 4)
-    cut = reward([""] * 4, TEXTS, ["length"] * 4)
-    for text, with_eos, without in zip(TEXTS, stopped, cut, strict=True):
-        ids = tokenizer(text)["input_ids"]
-        assert with_eos == pytest.approx(alone(model, [*ids, 0]), abs=1e-5)
-        assert without == pytest.approx(alone(model, ids), abs=1e-5)
-        assert abs(with_eos - without) > 1e-3
+def right_answer(completions, ground_truth, **kwargs):
+    """A column of the data, by its name."""
+    found = [re.search(r"\d+", text) for text in completions]
+    return [1.0 if m and m.group() == truth else 0.0 for m, truth in zip(found, ground_truth, strict=True)]
 
 
-def test_the_stock_head_skips_an_eos_that_equals_pad():
-    """The negative control: what pooling by pad id would have given is another number."""
-    model, tokenizer = classifier("GPT2"), words()
-    model.eval()
-    ids = [*tokenizer("a b c")["input_ids"], 0]
-    with torch.no_grad():
-        stock = model(torch.tensor([ids])).logits.item()
-    ours = LearnedReward(model, tokenizer)(["a b"], [" c"], ["stop"])[0]
-    assert stock == pytest.approx(alone(model, ids[:-1]), abs=1e-5)
-    assert abs(ours - stock) > 1e-3
+def few_tokens(completion_ids, **kwargs):
+    return [-float(len(ids)) for ids in completion_ids]
 
 
-def test_one_text_scores_the_same_in_any_company():
-    model, tokenizer = classifier("GPTNeoX"), words()
-    together = LearnedReward(model, tokenizer, batch_size=4)(["a b"] * 4, TEXTS)
-    for batch_size in (1, 2, 3):
-        assert LearnedReward(model, tokenizer, batch_size=batch_size)(["a b"] * 4, TEXTS) == pytest.approx(
-            together, abs=1e-5
-        )
+def maths_only(prompts, completions, task, **kwargs):
+    """None where it does not apply."""
+    return [float(len(c)) if kind == "maths" else None for c, kind in zip(completions, task, strict=True)]
 
 
-def test_an_eos_that_the_tokenizer_adds_itself_is_taken_off_and_bos_stays():
-    tokenizer = words(template="<bos> $A <eos>", bos_token="<bos>")
-    assert rewards.encode_text(tokenizer, "a b", stopped=True) == [1, 3, 4, 0]
-    assert rewards.encode_text(tokenizer, "a b", stopped=False) == [1, 3, 4]
-    assert rewards.encode_text(tokenizer, "a b", stopped=False, append_eos=False) == [1, 3, 4, 0]
+def code_only(completions, task, **kwargs):
+    return [10.0 if kind == "code" else None for kind in task]
 
 
-def test_encoders_read_the_text_as_their_tokenizer_wraps_it():
-    model, tokenizer = classifier("Bert"), words(template="<bos> $A <eos>", bos_token="<bos>")
-    found = LearnedReward(model, tokenizer)(["a"] * 2, [" b", " c d e"], ["stop", "length"])
-    with torch.no_grad():
-        expected = [model(torch.tensor([tokenizer(text)["input_ids"]])).logits.item() for text in ("a b", "a c d e")]
-    assert found == pytest.approx(expected, abs=1e-5)
+def tidy_message(prompts, completions, **kwargs):
+    """Of conversations: the assistant's reply, and the last thing the user said."""
+    replies = [completion[0]["content"] for completion in completions]
+    asked = [messages[-1]["content"] for messages in prompts]
+    return [float(reply == reply.strip()) + len(question) for reply, question in zip(replies, asked, strict=True)]
 
 
-def test_two_labels_give_log_odds():
-    model, tokenizer = classifier("Llama", labels=2), words()
-    ids = tokenizer("a b c")["input_ids"]
-    with torch.no_grad():
-        hidden = model.eval().base_model(torch.tensor([ids])).last_hidden_state
-        log_p = model.score(hidden[0, -1]).log_softmax(-1)
-    assert LearnedReward(model, tokenizer)(["a b"], [" c"], ["length"])[0] == pytest.approx(
-        (log_p[1] - log_p[0]).item(), abs=1e-5
+async def asynchronous(completions, **kwargs):
+    async def score(text):
+        await asyncio.sleep(0.001 * len(text))
+        return float(len(text))
+
+    return await asyncio.gather(*(score(text) for text in completions))
+
+
+def test_functions_of_text_ids_and_columns():
+    tagged = call_reward(in_tags, PROMPTS, ["<a>\nx</a>", "x"], IDS, REASONS, other=[1, 2])
+    assert tagged.tolist() == [1.0, 0.0]
+    assert call_reward(right_answer, PROMPTS, DIGITS, IDS, REASONS, ground_truth=["12", "8"]).tolist() == [1.0, 0.0]
+    assert call(few_tokens).tolist() == [-2.0, -3.0]
+
+
+def test_a_column_that_the_data_lack_is_named():
+    with pytest.raises(ValueError, match="'right_answer' needs 'ground_truth'.* they have solution, split"):
+        call(right_answer, solution=["1", "2"], split=["train"] * 2)
+    with pytest.raises(ValueError, match="they have none beside the prompt"):
+        call(right_answer)
+
+
+def test_none_leaves_a_function_out_of_the_sum():
+    both = WeightedSum([(2.0, maths_only), (1.0, code_only)])
+    assert call(both, task=["maths", "code"]).tolist() == [4.0, 10.0]
+    three = WeightedSum([(1.0, both), (1.0, few_tokens)])
+    assert call(three, task=["maths", "prose"]).tolist() == [2.0, -3.0]
+    assert call(WeightedSum([(1.0, maths_only), (1.0, per_token)]), task=["x", "maths"]).tolist() == [
+        [1, 1, 0],
+        [1, 1, 5],
+    ]
+    some_dense = lambda completions: [None, [1.0, 2.0, 3.0]]  # noqa: E731
+    assert call(WeightedSum([(1.0, some_dense), (1.0, few_tokens)])).tolist() == [[0, -2, 0], [1, 2, 0]]
+
+
+def test_where_no_function_applies_it_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"every part of reward '1\*maths_only \+ 1\*code_only' returned None for sample 1"
+    ):
+        call(WeightedSum([(1.0, maths_only), (1.0, code_only)]), task=["code", "prose"])
+    with pytest.raises(ValueError, match="reward 'maths_only' returned None for sample 0"):
+        call(maths_only, task=["code", "maths"])
+
+
+def test_clip_and_standardise_keep_none():
+    parts = [(1.0, Clip(maths_only, 0, 1)), (1.0, Standardise(code_only, 4.0, 2.0))]
+    assert call(WeightedSum(parts), task=["maths", "code"]).tolist() == [1.0, 3.0]
+    samples = dict(
+        completion_ids=IDS * 2, finish_reasons=REASONS * 2, prompts=PROMPTS * 2, completions=["a", "", "ccc", ""]
     )
+    made = Standardise.against(maths_only, **samples, task=["maths", "x", "maths", "x"])
+    assert (made.mean, made.std) == (2.0, 1.0)
+    with pytest.raises(ValueError, match="applies to none"):
+        Standardise.against(maths_only, **samples, task=["x"] * 4)
 
 
-def test_other_numbers_of_labels_are_refused():
-    with pytest.raises(ValueError, match="has 3 labels: a reward needs one .* or two"):
-        LearnedReward(classifier("GPT2", labels=3), words())
+def test_conversations():
+    assert call(Conversational(tidy_message)).tolist() == [3.0, 1.0]
+    messages = [[{"role": "system", "content": "s"}, {"role": "user", "content": "four"}]] * 2
+    assert call(Conversational(tidy_message), messages=messages).tolist() == [4.0, 4.0]
+    assert Conversational(tidy_message).__name__ == "tidy_message"
+
+    def broken(completions):
+        return [0.0, float("nan")]
+
+    with pytest.raises(ValueError, match=r"'broken' returned nan for sample 1 \(prompt \[\{'role': 'user'"):
+        call(Conversational(broken))
 
 
-def test_normalise():
-    model, tokenizer = classifier("GPT2"), words()
-    raw = np.array(LearnedReward(model, tokenizer)([""] * 4, TEXTS))
-    scaled = LearnedReward(model, tokenizer, normalise=(raw.mean(), raw.std()), name="scaled")
-    values = np.array(scaled([""] * 4, TEXTS))
-    assert values.mean() == pytest.approx(0, abs=1e-6) and values.std() == pytest.approx(1)
-    assert scaled.__name__ == "scaled"
-    for bad in ((0, 0), (0, -1), (float("nan"), 1)):
-        with pytest.raises(ValueError, match="positive std"):
-            LearnedReward(model, tokenizer, normalise=bad)
+def test_async_functions_run_also_where_a_loop_is_running():
+    assert call(asynchronous).tolist() == [2.0, 4.0]
+    assert call(WeightedSum([(1.0, asynchronous), (1.0, few_tokens)])).tolist() == [0.0, 1.0]
+
+    async def notebook():
+        return call(asynchronous).tolist()
+
+    assert asyncio.run(notebook()) == [2.0, 4.0]
+    loops = []
+
+    async def which(completions):
+        loops.append((asyncio.get_running_loop(), threading.current_thread()))
+        return [0.0, 0.0]
+
+    call(which), call(which)
+    assert loops[0] == loops[1]  # what a client keeps between calls belongs to one loop
+
+    async def fails(completions):
+        raise RuntimeError("the service is away")
+
+    with pytest.raises(RuntimeError, match="the service is away"):
+        call(fails)
 
 
-def test_a_text_longer_than_the_context_loses_the_start_of_its_prompt():
-    model = classifier("Llama", context=6)
-    tokenizer = words(template="<bos> $A", bos_token="<bos>")
-    reward = LearnedReward(model, tokenizer)
-    with pytest.warns(UserWarning, match="reads 6 tokens: of longer texts it does not see the start"):
-        found = reward(["a a a a a"], [" b c d"], ["stop"])[0]
-    assert found == pytest.approx(alone(model, [1, 3, 4, 5, 6, 0]), abs=1e-5)
+def test_names():
+    class Judge:
+        def __call__(self, completions):
+            return [None, 1.0]
 
-
-def test_a_text_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="'reward_model': text '' has no tokens"):
-        LearnedReward(classifier("GPT2"), words())([""], [""], ["length"])
-
-
-def test_dropout_is_off_and_gradients_flow_only_when_asked():
-    model, tokenizer = classifier("GPT2"), words()
-    model.train()
-    reward = LearnedReward(model, tokenizer)
-    assert reward(["a"], [" b"]) == reward(["a"], [" b"])
-    rewards.raw_scores(model, torch.tensor([[3, 4, -1]])).sum().backward()
-    assert model.score.weight.grad.abs().sum() > 0
+    assert reward_name(Judge()) == "Judge" and reward_name(functools.partial(length, x=1)) == "length"
+    named = Judge()
+    named.__name__ = "strict"
+    with pytest.raises(ValueError, match="reward 'strict' returned None"):
+        call(named)

@@ -1,0 +1,128 @@
+"""Stable-Baselines3's PPO with our policy against our own PPO, on the same work.
+
+Both sample the same number of texts of one length, score them with the same reward model, charge the same penalty and
+take one Adam step per epoch. The ways take turns, a round each; the ratio is the median over rounds. One way more, on
+the first shape, shows what minibatches smaller than the buffer cost: single steps drawn at random share few prefixes.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import stable_baselines3
+import torch
+from stable_baselines3 import PPO
+
+from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv
+from lm_envs.benchmarks.bench_kernels import RESULTS, machine
+from lm_envs.benchmarks.bench_throughput import Load, timed
+from lm_envs.benchmarks.throughput_work import SHAPES, Size, Work
+from lm_envs.vector_env import TextVectorEnv
+
+OURS = "our ppo"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one run.
+
+    Attributes:
+        shapes: names of :data:`~lm_envs.benchmarks.throughput_work.SHAPES`.
+        rows, new_tokens: texts an iteration, and their exact length.
+        epochs: passes over each buffer.
+        minibatches: a pass's, of the way that shows what they cost on the first shape; 1 leaves it out.
+        rounds: how often each way runs.
+        threads: torch's.
+    """
+
+    shapes: tuple[str, ...] = ("small", "larger")
+    rows: int = 32
+    new_tokens: int = 48
+    epochs: int = 4
+    minibatches: int = 4
+    rounds: int = 5
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.shapes) - set(SHAPES))
+        if unknown:
+            raise ValueError(f"no shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+        for name in ("rows", "new_tokens", "epochs", "minibatches", "rounds", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rows * self.new_tokens % self.minibatches:
+            raise ValueError(
+                f"{self.rows} x {self.new_tokens} tokens do not divide into {self.minibatches} minibatches"
+            )
+
+
+def sb3(work: Work, epochs: int, minibatches: int) -> Callable[[], object]:
+    """An iteration of the library's PPO: ``rows`` texts stepped, ``epochs`` passes in ``minibatches`` each."""
+    tokens = work.size.tokens
+    model = PPO(
+        CausalLMActorCriticPolicy,
+        TextVecEnv(TextVectorEnv(work.task, work.size.rows)),
+        n_steps=work.size.new_tokens,
+        batch_size=tokens // minibatches,
+        n_epochs=epochs,
+        learning_rate=1e-5,
+        gamma=1.0,
+        device="cpu",
+    )
+
+    def run() -> None:
+        before = model.num_timesteps
+        model.learn(tokens, log_interval=None, reset_num_timesteps=False)  # type: ignore[arg-type]
+        assert model.num_timesteps == before + tokens
+
+    return run
+
+
+def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
+    """The CSV's lines, a shape at a time."""
+    about = {"threads": settings.threads, "rounds": settings.rounds} | machine("cpu")
+    about |= {"stable-baselines3": stable_baselines3.__version__}
+    for shape in settings.shapes:
+        work = Work(Size(shape, rows=settings.rows, new_tokens=settings.new_tokens))
+        ways = {OURS: work.ppo(settings.epochs), "sb3 ppo": sb3(work, settings.epochs, 1)}
+        if settings.minibatches > 1 and shape == settings.shapes[0]:
+            ways[f"sb3 ppo, {settings.minibatches} minibatches"] = sb3(work, settings.epochs, settings.minibatches)
+        for call in ways.values():
+            call()  # first calls allocate and fill caches
+        load, times = Load(), {name: [] for name in ways}  # type: tuple[Load, dict[str, list[float]]]
+        for turn in range(settings.rounds):
+            for name in list(ways) if turn % 2 == 0 else reversed(ways):
+                times[name].append(timed(ways[name], "cpu"))
+        foreign = load.foreign()
+        several = []
+        for name, own in times.items():
+            seconds = statistics.median(own)
+            ratio = statistics.median(mine / base for mine, base in zip(own, times[OURS], strict=True))
+            line = {"shape": shape, "vocabulary": work.size.model.vocabulary, "rows": settings.rows}
+            line |= {"prompt": work.size.prompt_length, "new_tokens": settings.new_tokens, "epochs": settings.epochs}
+            line |= {"way": name, "seconds": round(seconds, 4), "tokens_per_s": round(work.size.tokens / seconds, 1)}
+            several.append(line | {"times_ours": round(ratio, 3), "foreign_load": round(foreign, 3)} | about)
+        yield several
+
+
+def run(settings: Settings, out: Path | None = None) -> Path:
+    """Measure, print, and write the CSV after every shape; where it is."""
+    torch.set_num_threads(settings.threads)
+    out = out or RESULTS / "sb3-cpu.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    everything: list[dict[str, Any]] = []
+    for several in lines(settings):
+        everything += several
+        for line in several:
+            print(f"{line['shape']}  {line['way']}: {line['seconds']} s, {line['times_ours']} x ours", flush=True)
+        with out.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(everything[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(everything)
+    print(out)
+    return out

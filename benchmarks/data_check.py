@@ -1,0 +1,190 @@
+"""What a file of data holds: its convention, how many rows are usable, how long they are, and every bad row."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text as Styled
+
+from lm_envs.data import LISTED, Data, Item
+from lm_envs.data_formats import Kind, Text
+from lm_envs.tokenising import prompt_ids, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PERCENTILES = (0, 50, 95, 99, 100)
+_DUPLICATES = 10  # shown
+
+
+@dataclass
+class Report:
+    """What was found; it grows by a few numbers a row, not by texts.
+
+    Attributes:
+        usable: rows.
+        lengths: by name ("prompt", "completion", "together"), one number a text.
+        splits: rows by their column ``split``.
+        duplicates: rows that say what an earlier one did.
+        repeats: the first of them, ``(where, where before)``.
+        prompts: different ones.
+    """
+
+    data: Data
+    unit: str = "characters"
+    usable: int = 0
+    lengths: dict[str, array[int]] = field(default_factory=dict)
+    splits: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    repeats: list[tuple[str, str]] = field(default_factory=list)
+    prompts: int = 0
+
+    def add_length(self, name: str, length: int) -> None:
+        """One text more."""
+        self.lengths.setdefault(name, array("q")).append(length)
+
+
+def check(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    kind: Kind | None = None,
+    max_rows: int | None = None,
+    max_length: int | None = None,
+) -> Report:
+    """Read a source to its end, as training would.
+
+    Args:
+        tokenizer: lengths are in its tokens, and what it cannot make tokens of is a bad row; without one they are in
+            characters.
+        kind: what the rows are to be used as; None is what they are.
+        max_rows: read no more.
+        max_length: tokens of prompt and completion; longer rows are bad.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as :class:`~lm_envs.data.Data`; never for a bad row.
+    """
+    data = Data(source, kind, "skip", max_rows)
+    report = Report(data, "characters" if tokenizer is None else "tokens")
+    seen: dict[int, int] = {}
+    prompts: set[int] = set()
+    for item, prompt, completions in _measured(data, tokenizer, max_length):
+        report.usable += 1
+        report.splits[item.split or ""] += 1
+        for length in completions or [0]:
+            if prompt:
+                report.add_length("prompt", prompt)
+            if completions:
+                report.add_length("completion", length)
+                report.add_length("together", prompt + length)
+        example = item.example
+        prompts.add(_hash(example.key))
+        same = _hash(repr((example.prompt, example.completions, example.ranks)))
+        if same in seen:
+            report.duplicates += 1
+            if len(report.repeats) < _DUPLICATES:
+                unit = item.where.split(" ")[0]
+                report.repeats.append((item.where, f"{unit} {seen[same]}"))
+        else:
+            seen[same] = int(item.where.split(" ")[1])
+    report.prompts = len(prompts)
+    return report
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _measured(
+    data: Data, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+) -> Iterator[tuple[Item, int, list[int]]]:
+    """Usable rows with the length of the prompt and of each completion."""
+    if tokenizer is not None and data.kind != "prompts":
+        for found in tokenise(data, tokenizer, data.rejected, max_length):
+            yield found.item, len(found.prompt), [len(ids) for ids in found.completions]
+        return
+    for item in data:
+        if tokenizer is None:
+            yield item, _characters(item.example.prompt), [_characters(text) for text in item.example.completions]
+            continue
+        try:
+            ids = prompt_ids(tokenizer, [item.example.prompt])[0]
+        except ValueError as error:
+            if not isinstance(item.example.prompt, str) and not getattr(tokenizer, "chat_template", None):
+                raise
+            data.rejected.add(item.where, str(error))
+            continue
+        if not ids:
+            data.rejected.add(item.where, "the prompt is empty: the tokenizer makes no tokens of it")
+        elif max_length is not None and len(ids) > max_length:
+            data.rejected.add(item.where, f"{len(ids):,} tokens, more than the {max_length:,} that fit")
+        else:
+            yield item, len(ids), []
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+
+
+def render(report: Report) -> RenderableType:
+    """The report as the terminal shows it."""
+    data, bad = report.data, report.data.rejected
+    head = Table.grid(padding=(0, 2))
+    other = [name for name in data.columns if name not in data.convention.columns]
+    head.add_row("file", escape(f"{data.source} ({data.format})"))
+    head.add_row("holds", f"[bold]{data.kind}[/], in the convention [bold]{data.convention.name}[/]")
+    columns = ", ".join(data.convention.columns) + (f"; also {', '.join(other)}" if other else "")
+    head.add_row("columns", escape(columns))
+    share = f" ({100 * report.usable / data.read:.1f} %)" if data.read else ""
+    colour = "green" if not bad.count else "yellow" if report.usable else "red"
+    head.add_row("rows", f"{data.read:,}, of them [{colour}]{report.usable:,} usable{share}[/], {bad.count:,} bad")
+    head.add_row("prompts", f"{report.prompts:,} different")
+    if report.duplicates:
+        shown = ", ".join(f"{later} as {first}" for later, first in report.repeats[:3])
+        more = ", ..." if report.duplicates > 3 else ""
+        head.add_row("duplicates", f"[yellow]{report.duplicates:,}[/] rows say what an earlier one did: {shown}{more}")
+    if any(report.splits.keys() - {""}):
+        head.add_row("split", ", ".join(f"{name or 'none'} {count:,}" for name, count in report.splits.items()))
+    parts: list[RenderableType] = [head]
+    if report.lengths:
+        table = Table(report.unit, "min", "median", "95 %", "99 %", "max", "mean", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, found in report.lengths.items():
+            values = np.frombuffer(found, dtype=np.int64)
+            numbers = [*np.percentile(values, _PERCENTILES, method="higher"), values.mean()]
+            table.add_row(name, *(f"{number:,.0f}" for number in numbers))
+        parts += ["", table]
+    if bad.count:
+        parts += ["", _reasons(report)]
+        parts += [Styled(f"  {one.where}: {one.reason}") for one in bad.rows]
+        if bad.count > len(bad.rows):
+            parts.append(Styled(f"  ... and {bad.count - LISTED:,} more"))
+    return Group(*parts)
+
+
+def _reasons(report: Report) -> str:
+    """How many bad rows there are of some kinds that have a name."""
+    words = {"empty": "empty", "same text": "chosen and rejected alike", "that fit": "too long", "not JSON": "not JSON"}
+    found = Counter(
+        next((name for sign, name in words.items() if sign in one.reason), "other") for one in report.data.rejected.rows
+    )
+    return "bad rows: " + ", ".join(f"{count:,} {name}" for name, count in found.most_common())
+
+
+def show(report: Report) -> None:
+    """Print it."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160, soft_wrap=True)
+    console.print(render(report), highlight=False)

@@ -1,0 +1,54 @@
+"""``lm-envs data check``: its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from lm_envs.benchmarks.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataCommand:
+    """Say what a file of prompts, demonstrations or preferences holds, and what is wrong with it.
+
+      lm-envs data check preferences.jsonl --tokenizer DIR
+
+    Its convention and columns, how many rows are usable and how long they are, duplicates, and every bad row with its
+    line and the reason. Exits with 1 if no row is usable.
+    """
+
+    what: Annotated[Literal["check"], tyro.conf.Positional]
+    """What to do with it."""
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """JSONL, CSV, Parquet, a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Whose tokens to count: a folder of save_pretrained, or a hub name; characters without one."""
+    use: Literal["prompts", "demonstrations", "preferences"] | None = None
+    """What the rows are to be used as; what they are if not given."""
+    max_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Rows with more tokens are bad."""
+    max_rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Look at no more rows."""
+
+    def run(self, console: Console) -> None:
+        """Check it."""
+        from lm_envs.benchmarks.data_check import check, show
+
+        for name in ("max_length", "max_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.max_length is not None and self.tokenizer is None:
+            raise UserError("--max-length counts tokens: give --tokenizer too")
+        tokenizer = None
+        if self.tokenizer is not None:
+            from lm_envs.models import load_tokenizer
+
+            tokenizer = load_tokenizer(self.tokenizer, "tokenizer")
+        report = check(self.file, tokenizer, kind=self.use, max_rows=self.max_rows, max_length=self.max_length)
+        show(report)
+        if not report.usable:
+            raise SystemExit(1)

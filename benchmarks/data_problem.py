@@ -1,0 +1,251 @@
+"""What a run that learns from the user's own data works on: SFT, reward modelling and DPO."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lm_envs import models
+from lm_envs.algos.adaptation import Adaptation, adapted, save_model
+from lm_envs.algos.batching import units
+from lm_envs.algos.metrics import Averages
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.registry import make_agent
+from lm_envs.algos.reward_modelling import RewardPolicy
+from lm_envs.algos.stored import StoredData
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.overrides import check_overrides
+from lm_envs.benchmarks.suites import Plan
+from lm_envs.data import Data
+from lm_envs.data_formats import Kind
+from lm_envs.packed import Packed, info_of, pack
+from lm_envs.reward_start import reward_start
+from lm_envs.rewards import pools_last_token
+from lm_envs.tokenising import as_read, tokenise
+from lm_envs.trajectories import Trajectories
+
+KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {"learning_rate": 2e-5, "episodes": 32},
+    "reward-modelling": {"learning_rate": 1e-5, "episodes": 32},
+    "dpo": {"learning_rate": 1e-6, "episodes": 32},
+}
+"""For pretrained models; the algorithms' own defaults are for the small ones of the embedded tasks."""
+_MICRO_BATCH = 16  # rows a forward, where nothing else is asked for: the gradient is the same
+_SAMPLE = 256  # held-out examples at a point of the learning curve
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Everything that decides such a run. In JSON's types throughout.
+
+    Attributes:
+        algorithm: a key of :data:`KINDS`.
+        model: what it starts from, a folder or a hub name.
+        data: a source, see :func:`lm_envs.data_sources.read_rows`.
+        epochs: passes over the data, where the plan has no number of iterations.
+        held_out: share of the prompts that is not trained on.
+        on_bad: "raise" or "skip".
+        max_length: tokens of prompt and completion together; None is what the model reads.
+        max_rows: read no more of the data; None is all.
+    """
+
+    algorithm: str
+    model: str
+    data: str
+    seed: int = 0
+    plan: Plan = Plan()
+    epochs: float = 1.0
+    overrides: dict[str, Any] = field(default_factory=dict)
+    adaptation: dict[str, Any] = field(default_factory=dict)
+    held_out: float = 0.05
+    on_bad: str = "raise"
+    max_length: int | None = None
+    max_rows: int | None = None
+
+    folder = ""  # of its own, not one in a comparison's
+
+    @property
+    def task(self) -> str:
+        """As results call it."""
+        return self.data
+
+    @property
+    def label(self) -> str:
+        """As people call it."""
+        return self.algorithm
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as nested dictionaries."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+class DataProblem:
+    """Data, a model, and the agent that learns one from the other.
+
+    Args:
+        spec: the settings.
+        out: the run's folder; the tokenised data are kept in it.
+        progress: called with how many examples are tokenised.
+
+    Attributes:
+        agent: what trains.
+        info: of the tokenised data: rows, skipped rows and why.
+    """
+
+    env = None
+
+    def __init__(self, spec: DataSpec, out: Path, progress: Callable[[int], object] = lambda done: None) -> None:
+        self.spec, self.folder, self._progress = spec, out / "data", progress
+        overrides = {**DEFAULTS[spec.algorithm], **spec.overrides}
+        checked = check_overrides(spec.algorithm, overrides)
+        self._rewarding = spec.algorithm == "reward-modelling"
+        if self._rewarding:
+            self.model, self.tokenizer = reward_start(spec.model, spec.seed)
+        else:
+            self.tokenizer = models.load_tokenizer(spec.model, "model")
+            self.model = models.load_policy(spec.model, "model")
+            models.check_fits(self.tokenizer, models.vocabulary_of(self.model), f"model {spec.model!r}")
+        self.info = self._packed(models.context_of(self.model))
+        packed, preferences = Packed(self.folder), KINDS[spec.algorithm] == "preferences"
+        train, held = packed.divide(spec.held_out)
+        if not len(train):
+            raise UserError(f"{spec.data}: the column 'split' leaves nothing to train on")
+        self._train = StoredData(packed, train, preferences)
+        self._held = StoredData(packed, held, preferences) if len(held) else None
+        self.model = self._to_train()
+        self.policy: Any = RewardPolicy(self.model) if self._rewarding else self._language_policy()
+        settings = {"seed": spec.seed, "micro_batch": _MICRO_BATCH, **checked}
+        if "iterations" not in checked:
+            settings["iterations"] = self._iterations(settings["episodes"])
+        self.agent = make_agent(spec.algorithm, self.policy, data=self._train, **settings)
+        if spec.algorithm == "dpo" and self._held is not None:
+            self._held.keep_reference(self.policy, settings["micro_batch"] or _SAMPLE)
+
+    # ---- data ----
+
+    def _packed(self, context: int | None) -> dict[str, Any]:
+        """Tokenise the data into the run's folder, unless it holds them; what is known of them."""
+        limits = [limit for limit in (self.spec.max_length, context) if limit is not None]
+        names = ("algorithm", "model", "data", "on_bad", "max_rows")
+        made_from = {name: getattr(self.spec, name) for name in names} | {"max_length": min(limits, default=None)}
+        found = info_of(self.folder)
+        if found is not None and found.get("made_from") == made_from:
+            return found
+        shutil.rmtree(self.folder, ignore_errors=True)
+        kind = KINDS[self.spec.algorithm]
+        data = Data(self.spec.data, kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
+        if self._rewarding:
+            append = pools_last_token(self.model)
+            encoded = as_read(data, self.tokenizer, data.rejected, append, made_from["max_length"])
+        else:
+            encoded = tokenise(data, self.tokenizer, data.rejected, made_from["max_length"])
+        count = 0
+
+        def counted() -> Iterator[Any]:
+            nonlocal count
+            for example in encoded:
+                count += 1
+                yield example
+                if count % 1000 == 0:
+                    self._progress(count)
+
+        def info() -> dict[str, Any]:
+            skipped = [[bad.where, bad.reason] for bad in data.rejected.rows]
+            known = {"convention": data.convention.name, "format": data.format, "kind": kind, "rows": data.read}
+            counts = {"examples": count, "skipped": data.rejected.count, "skipped_rows": skipped}
+            return {"made_from": made_from, **known, **counts}
+
+        temporary = self.folder.with_name(".tmp-data")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            pack(counted(), temporary, info)
+            if not count:
+                why = f"; {data.rejected.rows[0].where}: {data.rejected.rows[0].reason}" if data.rejected.rows else ""
+                raise UserError(f"{self.spec.data}: none of {data.read} rows is usable{why}")
+            os.replace(temporary, self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return info()
+
+    def _iterations(self, size: int) -> int:
+        if self.spec.plan.iterations is not None:
+            return self.spec.plan.iterations
+        examples = len(self._train) if self._train.group is None else len(torch.unique(self._train.group))
+        return max(1, math.ceil(self.spec.epochs * examples / size))
+
+    # ---- model ----
+
+    def _to_train(self) -> Any:
+        if not self.spec.adaptation:
+            return self.model.requires_grad_(True)
+        model: Any = adapted(self.model, Adaptation(**self.spec.adaptation), self.spec.seed)
+        head = getattr(model, "score", None) or getattr(model, "classifier", None)
+        if self._rewarding and head is not None:
+            head.requires_grad_(True)  # adapters or not, the head is new
+        return model
+
+    def _language_policy(self) -> LMPolicy:
+        prompt, response = self._train.longest
+        return LMPolicy(self.model, self.tokenizer.eos_token_id, prompt, response)
+
+    # ---- what runs ask for ----
+
+    def settings(self) -> dict[str, Any]:
+        """What ``config.json`` says beyond the spec."""
+        return {
+            "agent": asdict(self.agent.config),
+            "data": {name: value for name, value in self.info.items() if name not in ("made_from", "skipped_rows")}
+            | {"trained_on": len(self._train), "held_out": 0 if self._held is None else len(self._held)},
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        }
+
+    def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """A point of the learning curve: the loss and its like on some held-out examples."""
+        return self._measure(_SAMPLE), []
+
+    def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The result: the same on all held-out examples."""
+        return {f"held_out_{name}": value for name, value in self._measure(None).items()}, []
+
+    @torch.no_grad()
+    def _measure(self, most: int | None) -> dict[str, float]:
+        if self._held is None:
+            return {}
+        averages = Averages()
+        groups = self._held.packed.column("group")[self._held.rows]
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        starts, ends = starts[:most], np.append(starts[1:], len(groups))[:most]
+        size = self.agent.config.micro_batch or _MICRO_BATCH
+        for first in range(0, len(starts), size):
+            chosen = slice(int(starts[first]), int(ends[min(first + size, len(ends)) - 1]))
+            part = self._held.select(chosen).to(self.model.device)
+            loss, metrics = self.agent.loss(part, self.policy.evaluate(part), {})
+            averages.add({"loss": loss, **metrics}, units(part, self.agent.unit))
+        found = averages.means()
+        if self.spec.algorithm == "sft":
+            found["perplexity"] = math.exp(min(found["loss"], 700.0))
+        if self.spec.algorithm == "dpo" and not self.agent.iterations_done:
+            del found["accuracy"]  # of the reference against itself: what rounding orders
+        return {name: found[name] for name in ("loss", "perplexity", "accuracy", "margin") if name in found}
+
+    def save_model(self, folder: Path) -> None:
+        """The tuned model and its tokenizer, for transformers' ``from_pretrained``; adapters of a reward model are
+        added to its weights.
+        """
+        merge = self._rewarding or bool(self.spec.adaptation.get("lora_merge", False))
+        save_model(self.model, self.tokenizer, folder, merge)
+
+    def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
+        """None: nothing is sampled."""
+        return []

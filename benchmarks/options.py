@@ -1,0 +1,145 @@
+"""Options that several commands share: a task of one's own, and which part of a model is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.suites import Suite, check_adaptation
+from lm_envs.data_sources import format_of
+from lm_envs.reward_specs import is_spec, parse_reward
+
+
+@dataclass(frozen=True)
+class Own:
+    """Where a task of your own comes from, and how its models are loaded."""
+
+    corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Make the task "corpus" of your labelled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
+    like.
+    """
+    parallel: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Make the task "translation" of your parallel text: a JSONL file with "prompt" and "reference", and "split" if you
+    like.
+    """
+    policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Make the task "custom": the policy to tune, a folder of save_pretrained or a hub name."""
+    reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of "custom": the reward model, with its own tokenizer; a folder or a hub name. Its score is put in units of the
+    reference's samples; short for --reward 'standardise(model:DIR)'.
+    """
+    reward: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="REWARD")] = ()
+    """Of "custom", instead of --reward-model: what trains; given again, they are summed. model:DIR, bleu, chrf, rougeL
+    (against the prompts' column "reference"), judge:URL#MODEL, my_file.py:function (runs that file); as in
+    --reward 'bleu*0.5', 'clip(model:DIR, -2, 2)', 'standardise(my_file.py:f)'.
+    """
+    prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Of "custom": JSONL, CSV or Parquet with a "prompt" a row (text or chat messages), and "split" (train, validation,
+    test) if you like; or a data set of the hub. `lm-envs data check FILE` says what it holds.
+    """
+    judge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of "custom": another reward model or reward, which decides win-rates; without one there are none."""
+    reference: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of "custom": what the KL penalty is measured from; the policy as it starts if not given; "base" for the model
+    under a policy's adapters."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Of "custom": the precision of policy and reference: float32 (the default), bfloat16, float64, or auto."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Of "custom": where its models go, as in cuda:1; the CPU if not given."""
+    device_map: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Of "custom": the same by accelerate, as in auto; each model has to fit on one device."""
+    recompute: bool = False
+    """Of "custom": accept a model whose cache cannot be kept row by row, at the cost of a whole forward a token."""
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """The loader's options by task.
+
+        Raises:
+            UserError: only some of what "custom" needs, both kinds of reward, or a reward that cannot be read.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        if self.corpus is not None:
+            found["corpus"] = {"path": str(self.corpus)}
+        if self.parallel is not None:
+            found["translation"] = {"path": str(self.parallel)}
+        custom: dict[str, Any] = {"policy": self.policy, "prompts": self.prompts, **self._rewards()}
+        names = ("judge", "reference", "dtype", "device", "device_map", "recompute")
+        more = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
+        if more or any(value is not None for value in custom.values()):
+            missing = [f"--{name.replace('_', '-')}" for name, value in custom.items() if value is None]
+            if missing:
+                raise UserError(
+                    "a task of your own needs --policy, --reward-model or --reward, and --prompts; "
+                    f"missing: {', '.join(missing)}"
+                )
+            found["custom"] = custom | more
+        for path in (self.corpus, self.parallel):
+            if path is not None and not path.is_file():
+                raise UserError(f"no such file: {path}")
+        if self.prompts is not None:
+            try:
+                format_of(self.prompts)
+            except FileNotFoundError as error:
+                raise UserError(f"no such file: {self.prompts}") from error
+        return found
+
+    def _rewards(self) -> dict[str, Any]:
+        if self.reward and self.reward_model is not None:
+            raise UserError(
+                f"--reward-model is short for one reward; beside others write --reward "
+                f"'standardise(model:{self.reward_model})'"
+            )
+        try:
+            for texts in (self.reward, (self.judge,) if self.judge is not None and is_spec(self.judge) else ()):
+                if texts:
+                    parse_reward(texts)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return {"reward": list(self.reward)} if self.reward else {"reward_model": self.reward_model}
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Which part of the language model is trained; all of it if nothing is given."""
+
+    freeze_layers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Leave the N lower layers, and the embeddings below them, as they are."""
+    lora_rank: Annotated[int | None, tyro.conf.arg(metavar="R")] = None
+    """Train low-rank adapters of this rank instead of the weights (needs the extra "lora")."""
+    lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="A")] = None
+    """Adapters count A / R; twice the rank if not given."""
+    lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Linear maps of a layer that get adapters, such as q_proj v_proj; all if not given."""
+
+    lora_merge: bool = False
+    """Save the tuned model with the adapters added to its weights, instead of the adapters."""
+
+    def settings(self) -> dict[str, Any]:
+        """What was given, in JSON's types.
+
+        Raises:
+            UserError: the settings contradict each other.
+        """
+        given = self._given()
+        check_adaptation(given)
+        return given
+
+    def apply(self, suite: Suite) -> Suite:
+        """The suite with these settings instead of its own.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        adaptation = {**suite.adaptation, **self._given()}
+        check_adaptation(adaptation)
+        return replace(suite, adaptation=adaptation)
+
+    def _given(self) -> dict[str, Any]:
+        given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        if "lora_targets" in given:
+            given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
+        return given

@@ -1,0 +1,66 @@
+"""``lm-envs overoptimise``: its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from lm_envs.benchmarks.errors import UserError, near
+from lm_envs.benchmarks.names import base_task
+from lm_envs.benchmarks.options import Own
+from lm_envs.benchmarks.overrides import parse_settings
+
+
+@dataclass(frozen=True)
+class Overoptimise:
+    """Draw how far reward models of more and more data can be trusted: proxy and gold against the square root of KL.
+
+      lm-envs overoptimise --task reviews --out runs/over
+
+    OUT then holds overoptimisation.json and overoptimisation.png.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the results."""
+    task: str = "reviews"
+    """A task with a judge and a learned reward model."""
+    pairs: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (500, 2000, 8000)
+    """Comparisons that each reward model is trained on."""
+    algorithm: str = "ppo"
+    """What optimises them, besides best-of-n."""
+    iterations: int = 60
+    """Its training iterations."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
+    seed: int = 0
+    """Decides everything."""
+    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
+
+    def run(self, console: Console) -> None:
+        """Carry it out."""
+        from lm_envs.benchmarks.names import trainable
+        from lm_envs.benchmarks.overoptimisation import Settings, overoptimise
+
+        if self.algorithm not in trainable():
+            raise UserError(f"no algorithm {self.algorithm!r}: {near(self.algorithm, trainable())}")
+        settings = Settings(
+            pairs=self.pairs,
+            algorithm=self.algorithm,
+            overrides=parse_settings(self.set),
+            iterations=self.iterations,
+            seed=self.seed,
+        )
+        options = self.own.options().get(base_task(self.task)[0], {})
+        curves = overoptimise(self.task, options, settings, self.out, lambda text: console.print(text, highlight=False))
+        for c in curves:
+            peak = max(range(len(c.gold)), key=c.gold.__getitem__)
+            print(
+                f"{c.pairs:>6} pairs, {c.method}: gold at most {c.gold[peak]:+.2f} at KL {c.kl[peak]:.1f}, "
+                f"{c.gold[-1]:+.2f} at KL {c.kl[-1]:.1f}, where the proxy says {c.proxy[-1]:+.2f}; "
+                f"alpha {c.fit['alpha']:.2f}, beta {c.fit['beta']:.2f}, r2 {c.fit['r2']:.2f}"
+            )
+        print(self.out / "overoptimisation.png")

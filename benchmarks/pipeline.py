@@ -1,0 +1,222 @@
+"""``lm-envs sft``, ``reward-model`` and ``dpo``: from a model and a file to a model, one stage of the pipeline each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from lm_envs.benchmarks.errors import Interrupted, UserError
+from lm_envs.benchmarks.options import Adapt
+from lm_envs.benchmarks.overrides import parse_settings
+from lm_envs.benchmarks.progress import display
+from lm_envs.benchmarks.suites import Plan
+
+_SHOWN = 10  # skipped rows on the screen; all are in data/info.json
+
+
+@dataclass(frozen=True)
+class _Learn:
+    model: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """The model to start from, and its tokenizer: a folder of save_pretrained, or a hub name."""
+    data: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """JSONL, CSV, Parquet, a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub; `lm-envs data check` says what
+    it holds.
+    """
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the results."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Batches to learn from, instead of epochs."""
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Examples a batch; 32 if not given."""
+    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """Adam's step size at the start; the default suits pretrained models, small ones want more."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Another setting of the algorithm, as in --set micro_batch=4; may be given again."""
+    bad: Literal["raise", "skip"] = "raise"
+    """What a bad row does: stop everything before any training, or be passed over and listed."""
+    max_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Rows with more tokens are bad; what the model reads if not given."""
+    max_rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Read no more rows of the data."""
+    held_out: float = 0.05
+    """Share of the prompts that is measured on and not trained on, where the data have no column "split"."""
+    seed: int = 0
+    """Decides the order of the data, and new weights."""
+    validate_every: int = Plan.validate_every
+    """Iterations between measurements on held-out rows, 0 for none."""
+    checkpoint_every: int = 100
+    """Iterations between checkpoints."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Torch threads."""
+    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
+
+    algorithm: ClassVar[str]
+
+    def run(self, console: Console) -> None:
+        """Carry it out."""
+        from lm_envs.benchmarks.data_problem import DataSpec
+
+        for name in ("epochs", "iterations", "batch_size", "learning_rate", "max_length", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out must be at least 0 and below 1, got {self.held_out}")
+        given = {"learning_rate": self.learning_rate, "episodes": self.batch_size}
+        overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(self.set)
+        spec = DataSpec(
+            algorithm=self.algorithm,
+            model=self.model,
+            data=self.data,
+            seed=self.seed,
+            plan=replace(
+                Plan(),
+                iterations=self.iterations,
+                validate_every=self.validate_every,
+                checkpoint_every=self.checkpoint_every,
+            ),
+            epochs=self.epochs,
+            overrides=overrides,
+            adaptation=self.adapt.settings(),
+            held_out=self.held_out,
+            on_bad=self.bad,
+            max_length=self.max_length,
+            max_rows=self.max_rows,
+        )
+        learn_from_data(spec, self.out, resume=self.resume, threads=self.threads, console=console)
+
+
+@dataclass(frozen=True)
+class Sft(_Learn):
+    """Fine-tune a language model on demonstrations by maximum likelihood.
+
+      lm-envs sft --model base --data demonstrations.jsonl --out runs/sft
+
+    Of preferences it imitates the chosen. OUT/model then holds the model, for the next stage and for transformers.
+    """
+
+    algorithm = "sft"
+
+
+@dataclass(frozen=True)
+class RewardModel(_Learn):
+    """Train a reward model on preferences, from a language model with a fresh head or from a reward model.
+
+      lm-envs reward-model --model runs/sft/model --data preferences.jsonl --out runs/rm
+
+    OUT/model then holds an AutoModelForSequenceClassification with one label, and its tokenizer.
+    """
+
+    algorithm = "reward-modelling"
+
+
+@dataclass(frozen=True)
+class Dpo(_Learn):
+    """Fine-tune a language model on preferences directly (DPO); the model it starts from is the reference.
+
+    lm-envs dpo --model runs/sft/model --data preferences.jsonl --out runs/dpo --set beta=0.1
+    """
+
+    algorithm = "dpo"
+
+
+def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, console: Console) -> dict[str, Any]:
+    """Carry out a stage in ``out``, or what is left of it, and print what it found.
+
+    Args:
+        spec: a :class:`~lm_envs.benchmarks.data_problem.DataSpec`.
+
+    Raises:
+        UserError: something is wrong that the user can put right.
+        Interrupted: Ctrl-C; everything is on disk.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from lm_envs.benchmarks.compare import check_writable
+    from lm_envs.benchmarks.data_problem import DataProblem
+    from lm_envs.benchmarks.overrides import check_overrides
+    from lm_envs.benchmarks.runs import execute
+    from lm_envs.benchmarks.workers import StopRequest
+
+    disable_progress_bar()
+    check_overrides(spec.algorithm, spec.overrides)
+    check_writable(out)
+    _check_free(out, resume)
+    opened: list[DataProblem] = []
+
+    with display(console, 1) as shown:
+
+        def opener(spec: Any) -> DataProblem:
+            def progress(done: int) -> None:
+                if done % 20_000 == 0:
+                    shown.say(f"{done:,} examples tokenised")
+
+            opened.append(DataProblem(spec, out, progress))
+            for line in _about(opened[0].info, out):
+                shown.say(line)
+            return opened[0]
+
+        stop = StopRequest(lambda: shown.say("Stopping after this iteration; Ctrl-C again stops at once."))
+        with stop.listening():
+            try:
+                result = execute(
+                    spec,
+                    out,
+                    threads=threads or torch.get_num_threads(),
+                    notify=shown,
+                    should_stop=stop,
+                    opener=opener,
+                )
+            except Interrupted:
+                shown({"event": "stopped", "run": spec.label})
+                raise
+    _show(out, result)
+    return result
+
+
+def _check_free(out: Path, resume: bool) -> None:
+    """Raises UserError where the folder holds a run and it is not to go on, or something else."""
+    if (out / "config.json").exists():
+        if not resume:
+            raise UserError(f"{out} holds a run already: --resume continues it, another --out starts anew")
+        return
+    ours = {".lock", ".gitignore", "data", ".tmp-data"}  # what a run that was killed early leaves
+    strange = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    if strange:
+        raise UserError(f"{out} is not empty (it holds {strange[0]!r}): choose another folder with --out")
+
+
+def _about(info: dict[str, Any], out: Path) -> list[str]:
+    """What was read, and the first of the rows that were not."""
+    lines = [f"{info['examples']:,} {info['kind']} of {info['rows']:,} rows ({info['convention']}, {info['format']})"]
+    if info["skipped"]:
+        shown = [f"  {where}: {reason}" for where, reason in info["skipped_rows"][:_SHOWN]]
+        more = f"; the rest is in {out / 'data' / 'info.json'}" if info["skipped"] > len(shown) else ""
+        lines += [f"{info['skipped']:,} bad rows skipped{more}:", *shown]
+    return lines
+
+
+def _show(out: Path, result: dict[str, Any]) -> None:
+    """The figures on held-out rows before and after, and where the model is."""
+    from lm_envs.benchmarks.storage import Records
+
+    before = next(iter(Records(out / "metrics.jsonl").read()), {})
+    names = [name.removeprefix("held_out_") for name in result if name.startswith("held_out_")]
+    console = Console()
+    if names:
+        table = Table("held-out", "before", "after", box=None, pad_edge=False)
+        for name in names:
+            old = before.get(f"validation_{name}")
+            table.add_row(name, "" if old is None else f"{old:.4g}", f"{result[f'held_out_{name}']:.4g}")
+        console.print(table)
+    print(out / "model")

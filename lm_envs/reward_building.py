@@ -1,0 +1,156 @@
+"""Rewards made from what :mod:`lm_envs.reward_specs` reads: loads their models, runs their files, composes them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lm_envs.models import HOST, Placement, load_reward_model
+from lm_envs.remote_judge import load_judge, make_judge
+from lm_envs.reward_models import LearnedReward
+from lm_envs.reward_specs import Source, Spec
+from lm_envs.rewards import AnyReward, Clip, Conversational, Standardise, WeightedSum
+from lm_envs.text_metrics import make_metric
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.making import Samples
+
+__all__ = ["build_reward"]
+
+
+def build_reward(
+    spec: Spec,
+    *,
+    samples: Callable[[], Samples] | None = None,
+    batch_size: int = 64,
+    conversational: bool = False,
+    what: str = "reward model",
+    placement: Placement = HOST,
+) -> AnyReward:
+    """The reward that a text says: loads its models and runs its files.
+
+    Args:
+        spec: of :func:`~lm_envs.reward_specs.parse_reward`.
+        samples: gives samples of the reference, for ``standardise`` without numbers; called once, if at all.
+        batch_size: texts per forward of a learned model.
+        conversational: the prompts are chat messages, so functions of one's own get messages, as from TRL.
+        what: how messages call a learned model.
+        placement: where learned models go, and in what precision.
+
+    Raises:
+        ImportError: a metric's library is not installed.
+        ValueError: a model that cannot be loaded, a file that fails or has no such function, a setting that does not
+            exist, or a part that gives every sample the same score where it is to be standardised.
+    """
+    once = None if samples is None else functools.cache(samples)
+    return _Builder(once, batch_size, conversational, what, placement).build(spec)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    samples: Callable[[], Samples] | None
+    batch_size: int
+    conversational: bool
+    what: str
+    placement: Placement
+
+    def build(self, spec: Spec) -> AnyReward:
+        if isinstance(spec, Source):
+            return self.source(spec)
+        parts = [self.build(part) for part in spec.parts]
+        if spec.how == "sum":
+            return WeightedSum(list(zip(spec.numbers, parts, strict=True)))
+        if spec.how == "clip":
+            return Clip(parts[0], *spec.numbers)
+        if spec.how == "chat":
+            return parts[0] if isinstance(parts[0], Conversational) else Conversational(parts[0])
+        return self.standardised(parts[0], spec.numbers)
+
+    def standardised(self, reward: AnyReward, numbers: tuple[float, ...]) -> AnyReward:
+        from lm_envs.tasks.making import in_units_of
+
+        if numbers:
+            if isinstance(reward, LearnedReward):
+                return reward.in_units(*numbers)
+            return Standardise(reward, *numbers)
+        if self.samples is None:
+            raise ValueError("standardise needs mean and std here: there are no samples of a reference to take them of")
+        return in_units_of(reward, self.samples())
+
+    def source(self, spec: Source) -> AnyReward:
+        if spec.kind == "metric":
+            return make_metric(spec.place, **spec.settings)
+        if spec.kind == "model":
+            try:
+                more = {"batch_size": self.batch_size, **spec.settings}
+                return load_reward_model(spec.place, self.what, self.placement, **more)
+            except TypeError:
+                given = ", ".join(spec.settings)
+                raise ValueError(f"reward model:{spec.place} takes label, output and template, not {given}") from None
+        if spec.kind == "judge":
+            return make_judge(spec.place, spec.name, **spec.settings) if spec.name else load_judge(spec.place)
+        return self.function(spec)
+
+    def function(self, spec: Source) -> AnyReward:
+        where = f"{spec.place}:{spec.name}"
+        module = _run_file(Path(spec.place).expanduser()) if spec.kind == "file" else _import(spec.place, where)
+        found = getattr(module, spec.name, None)
+        if not callable(found):
+            callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            near = difflib.get_close_matches(spec.name, callables, n=3) or callables
+            state = "is not callable" if hasattr(module, spec.name) else "does not exist"
+            raise ValueError(f"reward {where}: that name {state}; there is {', '.join(near) or 'no function'}")
+        if isinstance(found, type):
+            try:
+                found = found(**spec.settings)
+            except TypeError as error:
+                raise ValueError(f"reward {where}: the class cannot be made: {error}") from error
+        elif spec.settings:
+            found = functools.partial(found, **spec.settings)
+        return Conversational(found) if self.conversational else found
+
+
+def _import(name: str, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise  # of something that the module itself imports
+        raise ValueError(
+            f"reward {where}: there is no module {error.name!r} on the import path (PYTHONPATH adds folders)"
+        ) from None
+
+
+def _run_file(path: Path) -> ModuleType:
+    """A Python file as a module; while it runs, its folder is on the import path, as when it is run as a script."""
+    path = path.absolute()
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]  # a file that changed runs again
+    name = f"lm_envs_user_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"reward file {path} cannot be read as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module

@@ -1,0 +1,280 @@
+"""Learned reward models: transformers' sequence classifiers of any family, each with its own tokenizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lm_envs.fused import fuse
+from lm_envs.observations import accepted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["LearnedReward", "Output", "encode_text", "pools_last_token", "raw_scores", "right_pad", "score_of"]
+
+Output = Literal["log_odds", "logit", "probability"]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *, append_eos: bool = True) -> list[int]:
+    """Token ids of a text for a reward model, by its own tokenizer.
+
+    Args:
+        stopped: whether the response ended by itself.
+        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the
+            tokenizer adds to every text is taken off first). False leaves the ids as the tokenizer wraps
+            them.
+    """
+    ids: list[int] = tokenizer(text)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if append_eos and eos is not None:
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        if stopped:
+            ids = [*ids, eos]
+    return ids
+
+
+def pools_last_token(model: nn.Module) -> bool:
+    """Whether a classification model is of the decoder kind: a linear ``score`` on the last token's hidden state."""
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def raw_scores(
+    model: PreTrainedModel, ids: Tensor, pad_token_id: int = 0, label: int | None = None, output: Output = "log_odds"
+) -> Tensor:
+    """A sequence-classification model's scores, differentiable.
+
+    The last token of a decoder-style head is found **by place**. The stock heads look for the last id that
+    differs from the pad id, and so skip a real EOS where pad and EOS share an id.
+
+    Args:
+        ids: ``(N, L)`` int64, right-padded with -1; at least one token a row.
+        pad_token_id: put where there is no token; masked, so its value only matters to encoders that derive
+            positions from it.
+        label, output: as :func:`score_of` takes them.
+
+    Returns:
+        ``(N,)``: by default the logit of a one-label model, the log-odds ``logit 1 - logit 0`` of a two-label one.
+    """
+    present = ids >= 0
+    inputs = {"input_ids": ids.masked_fill(~present, pad_token_id), "attention_mask": present.long()}
+    if pools_last_token(model):
+        last = present.sum(dim=1) - 1
+        trunk = model.base_model
+        # What stands to the right of the last token is never looked at: plain causal attention is faster.
+        inputs["attention_mask"] = torch.ones_like(ids)
+        hidden = trunk(**accepted(trunk, **inputs, use_cache=False)).last_hidden_state
+        logits = model.score(hidden[torch.arange(len(ids), device=ids.device), last])
+    else:
+        logits = model(**inputs).logits
+    return score_of(logits, label, output, independent=has_independent_labels(model))
+
+
+def has_independent_labels(model: nn.Module) -> bool:
+    """Whether each label of a classifier has a probability of its own, instead of all sharing one."""
+    return getattr(model.config, "problem_type", None) == "multi_label_classification"
+
+
+def score_of(
+    logits: Tensor, label: int | None = None, output: Output = "log_odds", *, independent: bool = False
+) -> Tensor:
+    """One number from a classifier's logits ``(..., K)``, shape ``(...)``.
+
+    Args:
+        label: whose score; None is the only one of K = 1 and the second of K = 2.
+        output: ``"log_odds"``, ``log p - log(1 - p)`` of the label's probability (for one label that is its logit);
+            ``"logit"``, the label's as it is; or ``"probability"``.
+        independent: the labels do not exclude each other, so each has a probability of its own.
+    """
+    if label is None:
+        label = min(logits.shape[-1] - 1, 1)
+    score = logits[..., label]
+    if output == "logit":
+        return score
+    if logits.shape[-1] > 1 and not independent:
+        others = [k for k in range(logits.shape[-1]) if k != label]
+        score = score - logits[..., others].logsumexp(dim=-1)
+    return score.sigmoid() if output == "probability" else score
+
+
+class LearnedReward:
+    """A transformers sequence-classification model as a reward, over a text bridge: it has its own tokenizer.
+
+    A text is prompt and completion, joined as they are. For decoder-style models the tokenizer's EOS follows
+    if and only if the response stopped; for encoders the tokenizer wraps the text its usual way. With
+    ``template="chat"`` it is the conversation as the tokenizer's chat template writes it, left open at its end where
+    the response did not stop. A text longer than the model's context loses the start of its prompt (leading special
+    tokens stay), with one warning.
+
+    Args:
+        model: any ``AutoModelForSequenceClassification`` with one label (its logit is the score) or two (the
+            log-odds of the second are); of one with more, ``label`` says which.
+        tokenizer: the model's own.
+        normalise: ``(mean, std)``: the reward is ``(score - mean) / std``.
+        batch_size: texts per forward; texts of similar length go together.
+        name: what messages and results call it.
+        label: whose score it is, a number from 0 or a name of the config's ``id2label``, such as ``"POSITIVE"``.
+        output: ``"log_odds"``, ``"logit"`` or ``"probability"``, see :func:`score_of`.
+        template: ``"text"`` or ``"chat"``.
+
+    Raises:
+        ValueError: the model has more than two labels and none is named, it has no such label, std is not positive, or
+            the tokenizer has no chat template to follow.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        normalise: tuple[float, float] = (0.0, 1.0),
+        batch_size: int = 64,
+        name: str = "reward_model",
+        *,
+        label: int | str | None = None,
+        output: Output = "log_odds",
+        template: Literal["text", "chat"] = "text",
+    ) -> None:
+        mean, std = map(float, normalise)
+        if not (np.isfinite(mean) and np.isfinite(std) and std > 0):
+            raise ValueError(f"normalise must be a finite mean and a positive std, got {normalise}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if output not in get_args(Output):
+            raise ValueError(f"output must be one of {', '.join(get_args(Output))}, not {output!r}")
+        if template not in ("text", "chat"):
+            raise ValueError(f"template must be 'text' or 'chat', not {template!r}")
+        if template == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"reward model {name!r}: its tokenizer has no chat template; use template='text'")
+        self.label, self.output, self.template = _label(model.config, label, name), output, template
+        self.model, self.tokenizer = fuse(model), tokenizer
+        self.normalise, self.batch_size = (mean, std), batch_size
+        self.__name__ = name
+        self._warned = False
+
+    def in_units(self, mean: float, std: float) -> LearnedReward:
+        """The same reward with other moments of its raw score."""
+        return LearnedReward(
+            self.model,
+            self.tokenizer,
+            (mean, std),
+            self.batch_size,
+            self.__name__,
+            label=self.label,
+            output=self.output,
+            template=self.template,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it reads plain text and its score is the default one of its model: what trains like it may assume."""
+        default = self.model.config.num_labels <= 2 and self.label in (None, self.model.config.num_labels - 1)
+        return default and self.output == "log_odds" and self.template == "text"
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens the model reads, None if its config does not say."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and self.model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+            limit -= self.model.config.pad_token_id + 1  # these number positions from the pad id onwards
+        return limit
+
+    def encode(self, text: str, stopped: bool) -> list[int]:
+        """The ids the model reads for a text."""
+        ids = encode_text(self.tokenizer, text, stopped, append_eos=pools_last_token(self.model))
+        if not ids:
+            raise ValueError(f"reward model {self.__name__!r}: text {text!r} has no tokens")
+        return self._fitted(ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], completion: str, stopped: bool) -> list[int]:
+        """The ids the model reads for a conversation's messages and the assistant's reply to them."""
+        found = self.tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": completion}],
+            tokenize=True,
+            return_dict=True,
+            continue_final_message=not stopped,
+        )
+        return self._fitted(list(found["input_ids"]))
+
+    def _fitted(self, ids: list[int]) -> list[int]:
+        limit = self.context
+        if limit is not None and len(ids) > limit:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"reward model {self.__name__!r} reads {limit} tokens: of longer texts it does not see the start",
+                    stacklevel=3,
+                )
+            special = set(self.tokenizer.all_special_ids)
+            lead = next((i for i, token in enumerate(ids) if token not in special), 0)
+            ids = ids[:lead] + ids[len(ids) - (limit - lead) :]
+        return ids
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        finish_reasons: Sequence[str] | None = None,
+        messages: Sequence[Sequence[Mapping[str, str]]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """One reward per sample; without ``finish_reasons`` every response counts as stopped.
+
+        ``messages`` are the prompts' for a chat template; without them each prompt is one message of a user.
+        """
+        reasons = ["stop"] * len(completions) if finish_reasons is None else finish_reasons
+        rows = []
+        for i, (prompt, completion, reason) in enumerate(zip(prompts, completions, reasons, strict=True)):
+            if self.template == "chat":
+                before = [{"role": "user", "content": prompt}] if messages is None else messages[i]
+                rows.append(self.encode_chat(before, completion, reason == "stop"))
+            else:
+                rows.append(self.encode(prompt + completion, reason == "stop"))
+        self.model.eval()
+        pad = self.tokenizer.pad_token_id
+        scores = np.zeros(len(rows))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            ids = right_pad([rows[i] for i in chosen]).to(self.model.device)
+            found = raw_scores(self.model, ids, pad if pad is not None else 0, self.label, self.output)
+            scores[chosen] = found.double().cpu().numpy()
+        mean, std = self.normalise
+        return ((scores - mean) / std).tolist()
+
+
+def _label(config: Any, label: int | str | None, name: str) -> int | None:
+    """The number of a label, None where there is nothing to choose."""
+    count = config.num_labels
+    names = {int(number): text for number, text in (config.id2label or {}).items()}
+    listed = ", ".join(f"{k} ({names[k]})" if k in names else str(k) for k in range(count))
+    if label is None:
+        if count > 2:
+            raise ValueError(
+                f"reward model {name!r} has {count} labels: a reward needs one (a score) or two (the log-odds of the "
+                f"second), or the label to score by: {listed}"
+            )
+        return None
+    if isinstance(label, str):
+        found = [k for k, text in names.items() if text.casefold() == label.casefold()]
+        if not found and label.isdigit():
+            found = [int(label)]
+    else:
+        found = [label]
+    if not found or not 0 <= found[0] < count:
+        raise ValueError(f"reward model {name!r} has no label {label!r}: it has {listed}")
+    return found[0]
+
+
+def right_pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    """``(N, longest)`` int64, each row from the left, -1 after it."""
+    out = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return out

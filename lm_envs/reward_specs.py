@@ -1,0 +1,219 @@
+"""Rewards written as text, for command lines and suite files: ``bleu*0.5``, ``clip(model:DIR, -2, 2)``, ...
+
+The grammar, where ``...`` repeats:
+
+.. code-block:: text
+
+    reward    = part + part ...                     the weighted sum; the plus stands between spaces
+    part      = source | part * weight | weight * part | (reward)
+              | clip(reward, low, high) | standardise(reward) | standardise(reward, mean, std) | chat(reward)
+    source    = model:PLACE                         a sequence classifier: a folder or a hub name
+              | judge:URL#MODEL | judge:FILE.toml   a language model behind an OpenAI-compatible endpoint
+              | FILE.py:NAME | MODULE:NAME          your function, or a class that makes one; its file is run
+              | bleu | chrf | chrf++ | rouge1 | rouge2 | rougeL | rougeLsum
+    source may be followed by its settings, as in bleu[column=german, lowercase=true]
+
+``standardise`` without numbers takes the moments of samples of the reference; ``chat`` hands its reward messages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lm_envs.text_metrics import METRICS
+
+__all__ = ["Combined", "Source", "Spec", "is_spec", "parse_reward"]
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_TIMES = re.compile(rf"(?P<part>.*\S)\s*\*\s*(?P<weight>{_NUMBER})", re.DOTALL)
+_WEIGHTED = re.compile(rf"(?P<weight>{_NUMBER})\s*\*\s*(?P<part>.*)", re.DOTALL)
+_CALL = re.compile(r"(?P<name>clip|standardise|chat)\s*\((?P<inside>.*)\)", re.DOTALL)
+_SETTINGS = re.compile(r"(?P<place>.*?)\s*\[(?P<settings>[^\[\]]*=[^\[\]]*)\]", re.DOTALL)
+_FUNCTION = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_NUMBERS = {"clip": (2,), "standardise": (0, 2), "chat": (0,)}
+_EXPECTED = (
+    "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function, module:function or one of "
+    + ", ".join(METRICS)
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A reward by itself.
+
+    Attributes:
+        kind: ``"model"``, ``"judge"``, ``"file"``, ``"module"`` or ``"metric"``.
+        place: the folder, address, file, module or metric.
+        name: of the function, or the judge's model.
+        settings: what stood between the brackets.
+    """
+
+    kind: str
+    place: str
+    name: str = ""
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class Combined:
+    """``clip``, ``standardise`` or ``chat`` of one reward with its numbers, or the ``sum`` of several with their
+    weights."""
+
+    how: str
+    parts: tuple[Source | Combined, ...]
+    numbers: tuple[float, ...] = ()
+
+
+Spec = Source | Combined
+
+
+def is_spec(text: str) -> bool:
+    """Whether a text is meant as one of these, and not as the name of a model."""
+    if not text or Path(text).is_dir():
+        return False
+    return bool(
+        text.startswith(("model:", "judge:", "("))
+        or _CALL.fullmatch(text)
+        or _TIMES.fullmatch(text)
+        or _WEIGHTED.fullmatch(text)
+        or " + " in text
+        or re.search(r":[A-Za-z_]\w*(\[.*\])?$", text)
+        or re.sub(r"\[.*", "", text) in METRICS
+    )
+
+
+def parse_reward(texts: str | Sequence[str]) -> Spec:
+    """What a reward's text says; several are summed. Reads no model and runs no file.
+
+    Raises:
+        ValueError: it does not follow the grammar, or names a file or folder that does not exist; the message says
+            which part and what was expected.
+    """
+    rows = [texts] if isinstance(texts, str) else list(texts)
+    if not rows or not all(isinstance(row, str) for row in rows):
+        raise ValueError(f"reward: expected a text or several, as in 'bleu*0.5', not {texts!r}")
+    return _sum([part for row in rows for part in _terms(row)])
+
+
+def _terms(text: str) -> list[tuple[float, Spec]]:
+    return [_term(part) for part in _split(text, " + ")]
+
+
+def _term(text: str) -> tuple[float, Spec]:
+    """A weight and what it weighs."""
+    text = text.strip()
+    match = _TIMES.fullmatch(text) or _WEIGHTED.fullmatch(text)
+    if match is None:
+        return 1.0, _part(text)
+    factor = float(match["weight"])
+    if not isfinite(factor):
+        raise ValueError(f"reward {text!r}: the weight must be finite")
+    weight, part = _term(match["part"])
+    return factor * weight, part
+
+
+def _part(text: str) -> Spec:
+    if text.startswith("(") and text.endswith(")") and len(_split(text, ")")) == 2:
+        return _sum(_terms(text[1:-1]))
+    call = _CALL.fullmatch(text)
+    if call is None:
+        return _source(text)
+    name = call["name"]
+    inside = _split(call["inside"], ",")
+    counts = _NUMBERS[name]
+    numbers = tuple(_number(word) for word in inside[1:])
+    if len(numbers) not in counts or None in numbers:
+        wanted = {"clip": "low, high", "standardise": "mean, std (or neither)", "chat": "nothing"}[name]
+        raise ValueError(f"reward {text!r}: behind its reward {name} takes {wanted}, as numbers")
+    return Combined(name, (_sum(_terms(inside[0])),), tuple(n for n in numbers if n is not None))
+
+
+def _sum(found: list[tuple[float, Spec]]) -> Spec:
+    if len(found) == 1 and found[0][0] == 1.0:
+        return found[0][1]
+    return Combined("sum", tuple(part for _, part in found), tuple(weight for weight, _ in found))
+
+
+def _number(text: str) -> float | None:
+    return float(text) if re.fullmatch(_NUMBER, text.strip()) else None
+
+
+def _split(text: str, at: str) -> list[str]:
+    """The parts of a text between a separator where no bracket is open."""
+    depth, start, parts = 0, 0, []
+    for i, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth < 0:
+            raise ValueError(f"reward {text!r}: a bracket closes that was not opened")
+        if depth == 0 and text.startswith(at, i) and i >= start:
+            parts.append(text[start:i])
+            start = i + len(at)
+    if depth:
+        raise ValueError(f"reward {text!r}: a bracket is not closed")
+    return [*parts, text[start:]]
+
+
+def _source(text: str) -> Source:
+    bracketed = _SETTINGS.fullmatch(text)
+    place, settings = (bracketed["place"], _settings(bracketed["settings"], text)) if bracketed else (text, {})
+    if place in METRICS:
+        return Source("metric", place, settings=settings)
+    if place.startswith("model:"):
+        if not place[6:]:
+            raise ValueError(f"reward {text!r}: name the model's folder, as in model:DIR")
+        return Source("model", place[6:], settings=settings)
+    if place.startswith("judge:"):
+        return _judge(place[6:], settings, text)
+    function = _FUNCTION.fullmatch(place)
+    if function and function["place"].endswith(".py"):
+        _must_exist(function["place"], text)
+        return Source("file", function["place"], function["name"], settings)
+    if function and _MODULE.fullmatch(function["place"]):
+        return Source("module", function["place"], function["name"], settings)
+    if place.endswith(".py"):
+        raise ValueError(f"reward {text!r}: say which function of the file, as in {place}:function")
+    if place and Path(place).is_dir():
+        raise ValueError(f"reward {text!r}: a model's folder is written model:{place}")
+    near = difflib.get_close_matches(place, METRICS, n=1)
+    raise ValueError(f"reward {text!r}: " + (f"did you mean {near[0]!r}?" if near else _EXPECTED))
+
+
+def _judge(place: str, settings: dict[str, Any], text: str) -> Source:
+    if place.endswith(".toml"):
+        if settings:
+            raise ValueError(f"reward {text!r}: the settings of that judge stand in its file")
+        _must_exist(place, text)
+        return Source("judge", place)
+    url, _, model = place.partition("#")
+    if not url or not model:
+        raise ValueError(f"reward {text!r}: a judge is judge:URL#MODEL or judge:FILE.toml")
+    return Source("judge", url, model, settings)
+
+
+def _must_exist(place: str, text: str) -> None:
+    if not Path(place).expanduser().is_file():
+        raise ValueError(f"reward {text!r}: there is no file {place!r}")
+
+
+def _settings(inside: str, text: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in inside.split(","):
+        name, equals, value = (word.strip() for word in item.partition("="))
+        if not equals or not name.isidentifier():
+            raise ValueError(f"reward {text!r}: settings are name=value, not {item.strip()!r}")
+        if name in found:
+            raise ValueError(f"reward {text!r} gives {name!r} twice")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found

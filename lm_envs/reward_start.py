@@ -1,0 +1,95 @@
+"""What a reward model is trained from: a language model's trunk with a fresh head, or a reward model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import logging
+
+from lm_envs import models
+from lm_envs.supervised import initialise_reward_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HEADS = ("score.", "classifier.", "classification_head.", "pooler.", "pre_classifier.")
+
+
+def reward_start(name: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification model with one label, in float32 and ``eval`` mode, and its tokenizer.
+
+    Args:
+        name: a folder saved by ``save_pretrained``, or a hub name: of a language model or of a bare trunk, which gets a
+            fresh head (a linear ``score`` has standard deviation ``1 / sqrt(d + 1)``, Stiennon et al. 2020); or of a
+            sequence classifier with one label, which is trained on.
+        seed: of the head.
+
+    Returns:
+        the model and the tokenizer. The pad id of both differs from the EOS where the vocabulary has another special
+        token for it, because transformers' own heads look for the last token that is not the pad.
+
+    Raises:
+        ValueError: there is no such folder or model, it cannot score texts, has several labels, or no fitting
+            tokenizer.
+    """
+    what, place = "reward model", str(name)
+    tokenizer = models._read_tokenizer(name, what)
+    try:
+        config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what} {place!r} cannot be read: {models._first_line(error)}") from error
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if config.model_type not in known:
+        raise ValueError(f"{what} {place!r}: transformers has no {config.model_type!r} that scores texts")
+    scores = any(name in known.values() for name in getattr(config, "architectures", None) or [])
+    if scores and config.num_labels != 1:
+        raise ValueError(f"{what} {place!r} has {config.num_labels} labels; training takes one, a score")
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet():
+            torch.manual_seed(seed)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                place,
+                num_labels=1,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{what} {place!r} cannot be read: {models._first_line(error)}") from error
+    lacking = sorted(info["missing_keys"])
+    if any(not (key.startswith(_HEADS) or ".pooler." in key) or scores for key in lacking):
+        raise ValueError(f"{what} {place!r} cannot be trained on: its weights lack {', '.join(lacking[:3])}")
+    if lacking and isinstance(getattr(model, "score", None), nn.Linear):
+        initialise_reward_head(model.score, torch.Generator().manual_seed(seed))
+    models.check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {place!r}")
+    _tell_pad_from_eos(model, tokenizer)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports weights that are missing, which the head's are meant to be."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _tell_pad_from_eos(model: Any, tokenizer: Any) -> None:
+    for token in (tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token):
+        if token is not None and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            model.config.pad_token_id = tokenizer.pad_token_id
+            return
+    model.config.pad_token_id = None  # so that transformers refuses to pad, rather than to skip a real EOS

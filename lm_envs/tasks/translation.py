@@ -1,0 +1,308 @@
+"""A task made of the user's own parallel text: an encoder-decoder trained on it, and sentence BLEU as the reward.
+
+Reinforcement learning for translation as its literature has it: maximum likelihood first, then a policy gradient on
+the metric itself, with the likelihood of the references mixed in (Ranzato et al. 2016, arXiv:1511.06732; Wu et al.
+2016, arXiv:1609.08144, section 5.2). The tokenizer and the model are made from scratch on first use, and cached under
+the content of the file and every setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from numpy.typing import NDArray
+from tokenizers import decoders
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lm_envs import cache, cross_cache, decoding, encoder_decoder, jsonl, observations, row_cache, scoring, supervised
+from lm_envs.decoding import greedy
+from lm_envs.observations import left_pad
+from lm_envs.rewards import right_pad
+from lm_envs.scoring import response_logits
+from lm_envs.tasks import corpus, making, parallel_text, splits
+from lm_envs.tasks.parallel_text import AgainstReferences, CorpusBLEU, Pair, read_pairs
+from lm_envs.tasks.splits import SPLITS
+from lm_envs.tasks.task import TextTask
+from lm_envs.text_metrics import SentenceBLEU, SentenceChrF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ARCHITECTURES = ("t5", "bart")
+
+
+@dataclass(frozen=True)
+class TranslationConfig:
+    """Everything but the file that determines the task; changing a field makes another cache entry.
+
+    Attributes:
+        seed: of the initial weights and the order of training.
+        architecture: "t5" (relative positions, normalised before each block) or "bart" (absolute, after).
+        vocabulary: tokens at most, of both languages together.
+        prompt_tokens: pairs with a longer prompt are left out.
+        max_new_tokens: the horizon; pairs with a longer first reference are left out of training.
+        hidden, layers, heads: size of the model, layers of the encoder and of the decoder alike.
+        sft_epochs: of maximum likelihood on the training pairs.
+        sft_batch, sft_learning_rate: target tokens per step, and AdamW's peak rate.
+        label_smoothing: share of the target's probability that all tokens get in equal parts.
+        weight_decay: AdamW's.
+        temperature: of the policy and of the reference.
+        kl_coef: default weight of the KL penalty, in BLEU points per nat. The literature has none.
+    """
+
+    seed: int = 0
+    architecture: str = "t5"
+    vocabulary: int = 4096
+    prompt_tokens: int = 40
+    max_new_tokens: int = 40
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4
+    sft_epochs: int = 10
+    sft_batch: int = 1024
+    sft_learning_rate: float = 3e-3
+    label_smoothing: float = 0.1
+    weight_decay: float = 0.1
+    temperature: float = 1.0
+    kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a field is out of range."""
+        free = ("seed", "architecture", "kl_coef", "weight_decay", "label_smoothing")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in free and not value > 0:
+                raise ValueError(f"translation: {field.name} must be positive, got {value}")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"translation: architecture must be one of {', '.join(ARCHITECTURES)}")
+        if self.vocabulary < 257:
+            raise ValueError(
+                f"translation: vocabulary must hold the 256 bytes and the end, so at least 257, got {self.vocabulary}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"translation: label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if self.hidden % self.heads:
+            raise ValueError(f"translation: hidden={self.hidden} must be a multiple of heads={self.heads}")
+
+
+def load(path: str | Path | None = None, **options: Any) -> TextTask:
+    """The task of a JSONL file of pairs; made on first use, which shows a progress bar, and read from the cache
+    afterwards.
+
+    Args:
+        path: the file, see :func:`~lm_envs.tasks.parallel_text.read_pairs`.
+        options: fields of :class:`TranslationConfig`.
+
+    Raises:
+        ValueError: no path, a malformed row (file and line), too few pairs, or an option that does not exist or is out
+            of range.
+        FileNotFoundError: there is no such file.
+        ImportError: sacreBLEU is missing; the message says what to install.
+        lm_envs.cache.CacheError: the cache folder cannot be written.
+    """
+    if path is None:
+        raise ValueError("translation is made of a file of your own: give path=FILE.jsonl, rows with prompt, reference")
+    making.check_options("translation", TranslationConfig, options)
+    config = TranslationConfig(**options)
+    SentenceBLEU()  # says what is missing before anything is trained
+    path = Path(path)
+    with path.open("rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    ours = [corpus, cross_cache, decoding, encoder_decoder, jsonl, making, observations, parallel_text, row_cache]
+    ours += [scoring, splits, supervised]
+    parts = {
+        "content": content,
+        "config": asdict(config),
+        "code": cache.code_hash([__file__, *(str(module.__file__) for module in ours)]),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, np)},
+    }
+    folder = cache.cached("translation", parts, lambda folder: build(read_pairs(path), config, folder))
+    return read(folder, config, path.name)
+
+
+def read(folder: Path, config: TranslationConfig, source: str) -> TextTask:
+    """The task that :func:`build` left in a folder; ``source`` is what its description calls the text."""
+    made = json.loads((folder / "task.json").read_text())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
+    references = made["references"]
+    return TextTask(
+        name="translation",
+        tokenizer=tokenizer,
+        reference=AutoModelForSeq2SeqLM.from_pretrained(folder / "policy", dtype=torch.float32),
+        prompts=made["prompts"],
+        reward=AgainstReferences(SentenceBLEU(), references, scale=100.0),
+        judge=AgainstReferences(SentenceChrF(), references, scale=100.0),
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=config.max_new_tokens,
+        kl_coef=config.kl_coef,
+        temperature=config.temperature,
+        description=f"translate {source}; the reward is sentence BLEU, the judge chrF",
+        responses=[(prompt, response) for prompt, response in made["responses"]],
+        corpus_metric=CorpusBLEU(SentenceBLEU(), references),
+        stats=made["stats"],
+    )
+
+
+def build(pairs: Sequence[Pair], config: TranslationConfig, folder: Path) -> None:
+    """Make the tokenizer and the model, measure it on validation pairs, and save them."""
+    train = [pair for pair in pairs if pair.split == "train"]
+    tokenizer = make_tokenizer([text for pair in train for text in (pair.prompt, *pair.references)], config.vocabulary)
+    encoded = list(zip(pairs, tokenizer([pair.prompt for pair in pairs])["input_ids"], strict=True))
+    encoded = [(pair, list(ids)) for pair, ids in encoded if len(ids) <= config.prompt_tokens]
+    prompts = {name: [ids for pair, ids in encoded if pair.split == name] for name in SPLITS}
+    for name, rows in prompts.items():
+        if not rows:
+            raise ValueError(f"translation: no prompt of {name} has at most prompt_tokens={config.prompt_tokens}")
+    # As rewards see a prompt: decoded, so that another spelling of white space or of a letter is no other prompt.
+    names = tokenizer.batch_decode([ids for _, ids in encoded], skip_special_tokens=True)
+    references = {name: pair.references for name, (pair, _) in zip(names, encoded, strict=True)}
+    responses = _responses(encoded, tokenizer, config)
+    model = initial(config, tokenizer)
+    with making.progress_bar() as bar:
+        _fit(model, responses, config, lambda total: making.line_of(bar, "translation: SFT", total))
+    model.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    stats = _stats(model, tokenizer, prompts["validation"], references, config)
+    made = {"prompts": prompts, "references": references, "responses": responses, "stats": stats}
+    (folder / "task.json").write_text(json.dumps(made))
+
+
+def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """The byte-level BPE of :func:`lm_envs.tasks.corpus.make_tokenizer`, whose texts begin without a space.
+
+    Its one special token ends responses, pads, and starts the decoder, as BART's EOS does.
+    """
+    tokenizer = corpus.make_tokenizer(texts, vocabulary)
+    inner = tokenizer.backend_tokenizer
+    inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=corpus.END,
+        pad_token=corpus.END,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model with weights drawn from the seed; the caller's global generator is left as it was."""
+    eos = tokenizer.eos_token_id
+    tokens = dict(vocab_size=len(tokenizer), eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=eos)
+    wide = 4 * config.hidden
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.architecture == "bart":
+            return BartForConditionalGeneration(
+                BartConfig(
+                    **tokens,
+                    d_model=config.hidden,
+                    encoder_layers=config.layers,
+                    decoder_layers=config.layers,
+                    encoder_attention_heads=config.heads,
+                    decoder_attention_heads=config.heads,
+                    encoder_ffn_dim=wide,
+                    decoder_ffn_dim=wide,
+                    max_position_embeddings=max(config.prompt_tokens, config.max_new_tokens),
+                    activation_function="relu",
+                    dropout=0.0,
+                    forced_eos_token_id=None,
+                )
+            ).eval()
+        return T5ForConditionalGeneration(
+            T5Config(
+                **tokens,
+                d_model=config.hidden,
+                d_kv=config.hidden // config.heads,
+                d_ff=wide,
+                num_layers=config.layers,
+                num_heads=config.heads,
+                dropout_rate=0.0,
+            )
+        ).eval()
+
+
+Response = tuple[list[int], list[int]]
+Line = Callable[[int], Callable[[int, float], None]]
+
+
+def _responses(
+    encoded: Sequence[tuple[Pair, list[int]]], tokenizer: PreTrainedTokenizerBase, config: TranslationConfig
+) -> list[Response]:
+    """Prompt and first reference of the training pairs, which ends in EOS."""
+    rows = [(pair, ids) for pair, ids in encoded if pair.split == "train"]
+    targets = tokenizer([pair.references[0] for pair, _ in rows])["input_ids"]
+    made = [(ids, [*target, tokenizer.eos_token_id]) for (_, ids), target in zip(rows, targets, strict=True)]
+    found = [(prompt, target) for prompt, target in made if len(target) <= config.max_new_tokens]
+    if not found:
+        raise ValueError(f"translation: no reference has at most max_new_tokens={config.max_new_tokens} tokens")
+    return found
+
+
+def _bundles(responses: Sequence[Response], tokens: int) -> list[list[int]]:
+    """Indices of pairs of nearly one length together, with about as many target tokens in each."""
+    bundles: list[list[int]] = [[]]
+    for i in sorted(range(len(responses)), key=lambda i: (len(responses[i][1]), len(responses[i][0]))):
+        if bundles[-1] and (len(bundles[-1]) + 1) * len(responses[i][1]) > tokens:
+            bundles.append([])
+        bundles[-1].append(i)
+    return bundles
+
+
+def _fit(model: PreTrainedModel, responses: Sequence[Response], config: TranslationConfig, line: Line) -> None:
+    bundles = _bundles(responses, config.sft_batch)
+    steps = config.sft_epochs * len(bundles)
+
+    def loss(chosen: NDArray[np.int64]) -> Tensor:
+        rows = [responses[i] for bundle in chosen for i in bundles[bundle]]
+        prompt = torch.from_numpy(left_pad([p for p, _ in rows], max(len(p) for p, _ in rows)))
+        target = right_pad([t for _, t in rows])
+        logits, _ = response_logits(model, prompt, target)
+        present = target >= 0
+        return F.cross_entropy(logits[present], target[present], label_smoothing=config.label_smoothing)
+
+    supervised.fit(
+        model,
+        loss,
+        examples=len(bundles),
+        steps=steps,
+        batch_size=1,
+        learning_rate=config.sft_learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        progress=line(steps),
+    )
+
+
+def _stats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    references: Mapping[str, Sequence[str]],
+    config: TranslationConfig,
+) -> dict[str, float]:
+    """Corpus BLEU and chrF of greedy translations of the validation prompts."""
+    found = greedy(model, prompts, tokenizer.eos_token_id, max_new_tokens=config.max_new_tokens)
+    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    known = [references[name] for name in tokenizer.batch_decode(prompts, skip_special_tokens=True)]
+    return {
+        "sft_validation_bleu": SentenceBLEU().corpus(texts, known),
+        "sft_validation_chrf": SentenceChrF().corpus(texts, known),
+    }

@@ -1,0 +1,105 @@
+"""Data on disk teach what the same data in memory teach."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from lm_envs.algos.dpo import DPO, DPOConfig
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.preferences import Comparisons
+from lm_envs.algos.sft import SFT, SFTConfig, from_responses
+from lm_envs.algos.stored import StoredData
+from lm_envs.data import Data
+from lm_envs.packed import Packed, pack
+from lm_envs.tokenising import tokenise
+from tests.lm_envs import byo
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byo.byte_level_bpe()
+
+
+@pytest.fixture
+def packed(tokenizer, tmp_path) -> Packed:
+    rows = [
+        {"prompt": text[: 5 + i], "completions": [" a fish .", " hid", " saw"][:k], "ranks": [1, 0, 2][:k]}
+        for i, text in enumerate(byo.TEXTS)
+        for k in [2 + i % 2]
+    ]
+    data = Data(byo.write_jsonl(tmp_path / "p.jsonl", rows))
+    pack(tokenise(data, tokenizer, data.rejected), tmp_path / "packed", dict)
+    return Packed(tmp_path / "packed")
+
+
+def in_memory(packed: Packed):
+    prompts, responses = zip(*map(packed.read, range(len(packed))), strict=True)
+    traj = from_responses(prompts, responses, max(map(len, prompts)), packed.column("group").tolist())
+    traj.rank = torch.from_numpy(packed.column("rank").copy())
+    return traj
+
+
+def policy(tokenizer) -> LMPolicy:
+    return LMPolicy(byo.llama(len(tokenizer)), tokenizer.eos_token_id, 24, 12)
+
+
+def weights(agent) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
+
+
+def learned(agent, iterations: int = 3) -> torch.Tensor:
+    for _ in range(iterations):
+        agent.iteration()
+    return weights(agent)
+
+
+def test_rows_are_those_of_memory(packed):
+    stored, memory = StoredData(packed, np.arange(len(packed)), True), in_memory(packed)
+    index = torch.tensor([5, 0, 17])
+    mine, theirs = stored.select(index), memory.select(index).trim(prompt=True)
+    for name in ("actions", "mask", "prompt", "response", "obs", "group", "rank", "terminated"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    assert stored.longest == (int((memory.prompt >= 0).sum(1).max()), int(memory.lengths.max()))
+    batches = [Comparisons("x", data).batches(4, 0, 0) for data in (stored, memory)]
+    for _ in range(4):
+        mine, theirs = map(next, batches)
+        assert torch.equal(mine.group, theirs.group) and torch.equal(mine.rank, theirs.rank)
+        assert torch.equal(mine.response, theirs.trim().response)
+
+
+def test_sft_learns_the_same(packed, tokenizer):
+    ends = []
+    for data in (StoredData(packed, np.arange(len(packed)), False), in_memory(packed)):
+        ends.append(learned(SFT(policy(tokenizer), SFTConfig(episodes=8), data)))
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(ends[0], weights(SFT(policy(tokenizer), None, in_memory(packed))), atol=1e-5)
+
+
+def test_dpo_learns_the_same_and_keeps_its_reference_on_disk(packed, tokenizer):
+    config = DPOConfig(episodes=4, micro_batch=5)
+    stored = DPO(policy(tokenizer), config, StoredData(packed, np.arange(len(packed)), True))
+    memory = DPO(policy(tokenizer), config, in_memory(packed))
+    reference = memory._comparisons.data
+    index = torch.tensor([3, 20, 1])
+    found, expected = stored._comparisons.data.select(index), reference.select(index).trim(prompt=True)
+    torch.testing.assert_close(found.ref_logprob, torch.where(expected.mask, expected.ref_logprob, 0.0))
+    torch.testing.assert_close(learned(stored), learned(memory), atol=1e-6, rtol=1e-5)
+    assert "extra.ref_logprob" not in stored.checkpoint()[0] and "extra.ref_logprob" in memory.checkpoint()[0]
+
+
+def test_the_reference_is_the_policy_as_it_started_when_training_goes_on(packed, tokenizer):
+    def data():
+        return StoredData(packed, np.arange(len(packed)), True)
+
+    config = DPOConfig(episodes=4, learning_rate=1e-2)
+    whole = learned(DPO(policy(tokenizer), config, data()), 4)
+    first = DPO(policy(tokenizer), config, data())
+    learned(first, 2)
+    state = copy.deepcopy(first.checkpoint())
+    moved = DPO(first.policy, config, data())  # made with weights that have moved: the file says what the start was
+    moved.restore(*state)
+    assert torch.equal(learned(moved, 2), whole)

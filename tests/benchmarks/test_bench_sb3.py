@@ -1,0 +1,66 @@
+"""The Stable-Baselines3 benchmark: a small run from end to end, equal work on both sides, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+pytest.importorskip("stable_baselines3")
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.benchmarks import bench_sb3, throughput_work
+from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.throughput_work import Shape, Size, Work
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(throughput_work.SHAPES, "small", Shape(1, 16, 2, 50))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_small_run(tmp_path, capsys):
+    out, words = tmp_path / "t.csv", ["--shapes", "small", "--rows", "4", "--new-tokens", "6", "--rounds", "2"]
+    main(["bench", "sb3", *words, "--out", str(out)])
+    rows = {row["way"]: row for row in csv.DictReader(out.open())}
+    assert list(rows) == ["our ppo", "sb3 ppo", "sb3 ppo, 4 minibatches"] and float(rows["our ppo"]["times_ours"]) == 1
+    for row in rows.values():
+        assert float(row["tokens_per_s"]) == pytest.approx(24 / float(row["seconds"]), rel=0.05)
+        assert row["date"] and row["torch"] and row["stable-baselines3"]
+    assert "x ours" in capsys.readouterr().out
+
+
+def test_both_sides_read_each_text_once_an_epoch(monkeypatch):
+    work, read, original = Work(Size("small", rows=4, prompt_length=3, new_tokens=5)), [], LMPolicy.__init__
+
+    def watched(self, *given, **more):
+        original(self, *given, **more)
+        self.model.register_forward_pre_hook(
+            lambda _, __, named: read.append(len(named["input_ids"])) if torch.is_grad_enabled() else None,
+            with_kwargs=True,
+        )
+
+    monkeypatch.setattr(LMPolicy, "__init__", watched)
+    for run in (work.ppo(2), bench_sb3.sb3(work, 2, 1)):
+        read.clear()
+        run()
+        assert read == [4, 4]
+    read.clear()
+    bench_sb3.sb3(work, 2, 4)()
+    assert len(read) == 8 and sum(read) > 8  # minibatches repeat
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shapes": ("huge",)}, "no shape huge"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"rows": 5, "new_tokens": 5}, "5 x 5 tokens do not divide into 4 minibatches"),
+    ],
+)
+def test_what_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        bench_sb3.Settings(**given)

@@ -1,0 +1,285 @@
+"""From a folder with a model, demonstrations, preferences and prompts to tuned models, by commands alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lm_envs import models
+from lm_envs.benchmarks import runs
+from lm_envs.benchmarks.cli import main
+from lm_envs.decoding import Decoder
+from lm_envs.observations import left_pad
+from lm_envs.reward_start import reward_start
+from tests.lm_envs import byo
+
+SUBJECTS, VERBS = ["old cat", "grey cat", "small bird"], ["saw", "ate", "hid"]
+
+
+def make(root: Path, rows: int) -> Path:
+    """What a user brings: a model, and three files."""
+    tokenizer = byo.byte_level_bpe()
+    byo.llama(len(tokenizer)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    rng = random.Random(0)
+    prompts = [f"the {rng.choice(SUBJECTS)} {rng.choice(VERBS)} {i}" for i in range(rows)]
+    wanted = [rng.choice([" a small fish .", " a fish ."]) for _ in prompts]
+    byo.write_jsonl(
+        root / "demonstrations.jsonl",
+        [{"prompt": p, "completion": rng.choice([w, " the bird ."])} for p, w in zip(prompts, wanted, strict=True)],
+    )
+    byo.write_jsonl(
+        root / "preferences.jsonl",
+        [{"prompt": p, "chosen": w, "rejected": " the bird ."} for p, w in zip(prompts, wanted, strict=True)],
+    )
+    byo.write_jsonl(root / "prompts.jsonl", [{"prompt": p} for p in prompts[: rows // 2]])
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("brought"), 48)
+
+
+def run(*arguments: object) -> int:
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert run(*arguments, "--threads", 1) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lm-envs: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def learn(command: str, model: Path, data: Path, out: Path, *more: object) -> dict:
+    settings = ("--learning-rate", 1e-2, "--epochs", 2, "--threads", 1)
+    assert run(command, "--model", model, "--data", data, "--out", out, *settings, *more) == 0
+    return json.loads((out / "result.json").read_text())
+
+
+def before(out: Path) -> dict:
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(out / "model").state_dict())
+
+
+def greedy_by_transformers(folder: Path, prompts: list[str], most: int) -> list[str]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=most, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def greedy_by_us(folder: Path, prompts: list[str], most: int) -> list[str]:
+    """All rows in one batch, through our own cached decoding."""
+    model, tokenizer = models.load_policy(folder), models.load_tokenizer(folder)
+    rows = tokenizer(prompts)["input_ids"]
+    width = max(map(len, rows))
+    obs = torch.cat([torch.from_numpy(left_pad(rows, width)), torch.full((len(rows), most), -1)], dim=1)
+    decoder, going = Decoder(model), torch.ones(len(rows), dtype=torch.bool)
+    for t in range(most):
+        tokens = decoder(obs).argmax(dim=1)
+        obs[going, width + t] = tokens[going]
+        going &= tokens != tokenizer.eos_token_id
+    return tokenizer.batch_decode([row[row >= 0] for row in obs[:, width:]], skip_special_tokens=True)
+
+
+def same_greedy_text(model: Path, prompts: list[str], most: int) -> list[str]:
+    texts = greedy_by_us(model, prompts, most)
+    assert texts == greedy_by_transformers(model, prompts, most)
+    return texts
+
+
+def pipeline(root: Path, out: Path, quick: bool) -> None:
+    epochs, iterations = (4, 2) if quick else (8, 30)
+    fast = ("--learning-rate", 1e-2, "--threads", 1)
+    sft = ("sft", "--model", root / "model", "--data", root / "demonstrations.jsonl", "--out", out / "sft")
+    tuned = out / "sft" / "model"
+    preferences = ("--model", tuned, "--data", root / "preferences.jsonl")
+    assert run(*sft, "--epochs", epochs, *fast) == 0
+    assert run("reward-model", *preferences, "--out", out / "rm", "--epochs", epochs, *fast) == 0
+    dpo = ("--epochs", epochs, "--learning-rate", 1e-3, "--threads", 1)
+    assert run("dpo", *preferences, "--out", out / "dpo", *dpo) == 0
+    parts = ("--policy", tuned, "--reward-model", out / "rm" / "model", "--prompts", root / "prompts.jsonl")
+    settings = ("--iterations", iterations, "--set", "episodes=16", "--set", "learning_rate=3e-3")
+    rest = ("--env", "max_new_tokens=12", "--validate-every", 0, "--threads", 1)
+    assert run("train", *parts, "--algorithm", "ppo", "--out", out / "ppo", *settings, *rest) == 0
+
+
+def check_pipeline(root: Path, out: Path) -> dict[str, list[str]]:
+    """What every run of it must give; the greedy texts of each model."""
+    prompts = ["the old cat saw", "the grey cat ate 3", "the small bird hid", "the"]
+    final = out / "ppo" / "custom" / "ppo" / "seed-0" / "model"
+    folders = {"base": root / "model", "sft": out / "sft/model", "dpo": out / "dpo/model", "ppo": final}
+    texts = {name: same_greedy_text(folder, prompts, 12) for name, folder in folders.items()}
+    result = json.loads((out / "sft/result.json").read_text())
+    assert result["held_out_loss"] < before(out / "sft")["validation_loss"] - 0.5
+    assert result["held_out_perplexity"] == pytest.approx(np.exp(result["held_out_loss"]))
+    assert before(out / "dpo")["validation_loss"] == pytest.approx(np.log(2), abs=1e-5)  # the policy is the reference
+    result = json.loads((out / "dpo/result.json").read_text())
+    assert result["held_out_loss"] < 0.68 and result["held_out_accuracy"] == 1
+    assert json.loads((out / "rm/result.json").read_text())["held_out_accuracy"] == 1
+    # the reward model in plain transformers, in one padded batch
+    reward = AutoModelForSequenceClassification.from_pretrained(out / "rm/model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "rm/model")
+    pair = ["the old cat saw a small fish .", "the old cat saw the bird ."]
+    batch = tokenizer([text + tokenizer.eos_token for text in pair], return_tensors="pt", padding=True)
+    scores = reward.eval()(**batch).logits[:, 0]
+    assert reward.num_labels == 1 and scores[0] > scores[1]
+    ours = models.load_reward_model(out / "rm/model")([pair[0][:15]] * 2, [text[15:] for text in pair])
+    np.testing.assert_allclose(ours, scores.detach(), atol=1e-5)
+    return texts
+
+
+def test_the_pipeline_by_commands(folder, tmp_path, capsys):
+    pipeline(folder, tmp_path, quick=True)
+    texts = check_pipeline(folder, tmp_path)
+    assert len({tuple(found) for found in texts.values()}) > 1
+    printed = capsys.readouterr().out
+    for place in ("sft/model", "rm/model", "dpo/model", "ppo/custom/ppo/seed-0/model"):
+        assert str(tmp_path / place) in printed.replace("\n", "")
+
+
+@pytest.mark.slow
+def test_the_pipeline_learns_what_is_wanted(tmp_path):
+    """A thousand rows: SFT writes as demonstrated, and DPO and PPO write what is preferred."""
+    make(tmp_path, 1000)
+    pipeline(tmp_path, tmp_path / "runs", quick=False)
+    texts = check_pipeline(tmp_path, tmp_path / "runs")
+    assert not any("fish" in text for text in texts["base"])
+    for name in ("dpo", "ppo"):  # the last of the four prompts is unlike any that was trained on
+        assert sum("fish" in text and "bird" not in text for text in texts[name]) >= 3, texts[name]
+    results = json.loads((tmp_path / "runs/ppo/custom/ppo/seed-0/result.json").read_text())
+    assert results["proxy"] > 0.5
+
+
+# One stage
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch, capsys):
+    """Law 10, for each command; what was tokenised is not tokenised again."""
+    for command, data in (("sft", "demonstrations"), ("dpo", "preferences")):
+        arguments = (command, folder / "model", folder / f"{data}.jsonl")
+        whole = tmp_path / command / "whole"
+        learn(*arguments, whole, "--checkpoint-every", 1)
+        record, seen = runs._Run._record, []
+
+        def dies(self, problem, tracker, metrics, record=record, seen=seen):
+            seen.append(metrics["iteration"])
+            if seen[-1] == 2:
+                raise MemoryError("killed")
+            record(self, problem, tracker, metrics)
+
+        cut = tmp_path / command / "cut"
+        with monkeypatch.context() as patch:
+            patch.setattr(runs._Run, "_record", dies)
+            with pytest.raises(MemoryError):
+                learn(*arguments, cut, "--checkpoint-every", 1)
+        packed = (cut / "data" / "tokens.bin").stat().st_mtime_ns
+        assert "--resume continues it" in refused(
+            capsys, command, "--model", folder / "model", "--data", folder / f"{data}.jsonl", "--out", cut
+        )
+        learn(*arguments, cut, "--checkpoint-every", 1, "--resume")
+        assert (cut / "data" / "tokens.bin").stat().st_mtime_ns == packed
+        ends = weights(whole), weights(cut)
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+        assert (whole / "metrics.jsonl").read_text().count("\n") == (cut / "metrics.jsonl").read_text().count("\n")
+
+
+def test_held_out_rows_are_not_trained_on(folder, tmp_path):
+    """What is learned does not depend on what the held-out rows say, and what is measured does."""
+    rows = [{"prompt": f"the cat {i}", "completion": " hid", "split": "train"} for i in range(8)]
+    ends, losses = [], []
+    for name, said in (("a", " saw"), ("b", " a fish .")):
+        held = [{"prompt": f"the bird {i}", "completion": said, "split": "validation"} for i in range(4)]
+        path = byo.write_jsonl(tmp_path / f"{name}.jsonl", rows + held)
+        losses.append(learn("sft", folder / "model", path, tmp_path / name)["held_out_loss"])
+        ends.append(weights(tmp_path / name))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0]) and losses[0] != losses[1]
+
+
+def test_bad_rows_stop_or_are_listed(folder, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "cut\n' + (folder / "preferences.jsonl").read_text())
+    arguments = ("dpo", "--model", folder / "model", "--data", path, "--out", tmp_path / "out")
+    assert f"{path}, line 1: not JSON" in refused(capsys, *arguments)
+    assert not (tmp_path / "out" / "config.json").exists()
+    learn("dpo", folder / "model", path, tmp_path / "out", "--bad", "skip")
+    assert re.search(r"1 bad rows? skipped:\n +line 1: not JSON", capsys.readouterr().err)
+    info = json.loads((tmp_path / "out" / "data" / "info.json").read_text())
+    assert info["skipped"] == 1 and info["skipped_rows"][0][0] == "line 1" and info["examples"] == 48
+
+
+def test_part_of_a_model_is_trained(folder, tmp_path):
+    """Frozen layers stay; a reward model's adapters are added to its weights, beside its new head."""
+    learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "frozen", "--freeze-layers", 1)
+    start, end = models.load_policy(folder / "model").state_dict(), weights(tmp_path / "frozen")
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved and not any("layers.0." in name or "embed" in name for name in moved)
+    pytest.importorskip("peft")
+    out = tmp_path / "lora"
+    result = learn("reward-model", folder / "model", folder / "preferences.jsonl", out, "--lora-rank", 2)
+    scorer = AutoModelForSequenceClassification.from_pretrained(out / "model").state_dict()
+    fresh = reward_start(folder / "model")[0].state_dict()
+    assert set(scorer) == set(fresh) and not torch.equal(scorer["score.weight"], fresh["score.weight"])
+    assert not torch.equal(scorer["model.layers.1.mlp.up_proj.weight"], fresh["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(scorer["model.embed_tokens.weight"], fresh["model.embed_tokens.weight"])
+    assert result["held_out_loss"] < before(out)["validation_loss"]
+
+
+def test_a_reward_model_starts_from_a_trunk_an_encoder_or_a_reward_model(folder, tmp_path):
+    model, tokenizer = reward_start(folder / "model", seed=3)
+    expected = torch.nn.Linear(16, 1, bias=False)
+    expected.weight.data.normal_(std=17**-0.5, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(model.score.weight, expected.weight)
+    trunk = models.load_policy(folder / "model").model.state_dict()
+    assert all(torch.equal(trunk[name], value) for name, value in model.model.state_dict().items())
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id
+    brought = byo.make(tmp_path / "parts")
+    encoder, _ = reward_start(brought.root / "reward_model")
+    start = models.load_reward_model(brought.root / "reward_model").model
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), start.parameters(), strict=True))
+    with pytest.raises(ValueError, match="has 2 labels"):
+        reward_start(brought.root / "judge")
+    result = learn("reward-model", brought.root / "reward_model", folder / "preferences.jsonl", tmp_path / "encoder")
+    assert result["held_out_accuracy"] == 1
+
+
+def test_what_does_not_fit_is_refused_before_training(folder, tmp_path, capsys):
+    data, model = folder / "demonstrations.jsonl", folder / "model"
+    out = ("--out", tmp_path / "out")
+    said = refused(capsys, "dpo", "--model", model, "--data", data, *out)
+    assert "holds demonstrations (prompt/completion), and preferences are wanted" in said
+    assert "no such file" in refused(capsys, "sft", "--model", model, "--data", tmp_path / "none.jsonl", *out)
+    assert "no such folder" in refused(capsys, "sft", "--model", tmp_path / "none", "--data", data, *out)
+    assert "--epochs must be positive" in refused(capsys, "sft", "--model", model, "--data", data, *out, "--epochs", 0)
+    said = refused(capsys, "sft", "--model", model, "--data", data, *out, "--set", "betta=1")
+    assert "sft has no setting 'betta'" in said
+    said = refused(capsys, "sft", "--model", model, "--data", data, *out, "--max-length", 5)
+    assert "line 1: " in said and "more than the 5 that fit" in said
+    learn("sft", model, data, tmp_path / "done")
+    other = ("sft", "--model", model, "--data", data, "--out", tmp_path / "done", "--resume", "--seed", 1)
+    assert "seed: 0 before, 1 now" in refused(capsys, *other)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    assert "'mine.txt'" in refused(capsys, "sft", "--model", model, "--data", data, *out)
+    assert "say what to train on" in refused(capsys, "train", "--algorithm", "ppo", *out)

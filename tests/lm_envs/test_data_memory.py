@@ -1,0 +1,95 @@
+"""A file of 100,000 preferences is read, tokenised and learned from without holding it in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.lm_envs import byo
+
+ROWS, BROKEN = 100_000, 50_001
+WORDS = " the old cat saw a small fish and the grey cat ate a bird ."
+
+MEASURE = """
+import itertools, json, resource, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from lm_envs.algos.preferences import Comparisons
+from lm_envs.algos.stored import StoredData
+from lm_envs.data import Data
+from lm_envs.packed import Packed, pack
+from lm_envs.tokenising import tokenise
+
+folder, on_bad = Path(sys.argv[1]), sys.argv[2]
+tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+def packed(name, **options):
+    data = Data(folder / "preferences.jsonl", **options)
+    pack(tokenise(data, tokenizer, data.rejected), folder / name, dict)
+    return data
+
+found = {}
+packed("warm", max_rows=2000)
+found["start"] = peak()
+data = packed(on_bad, on_bad=on_bad)
+found["tokenised"] = peak()
+rows = Packed(folder / on_bad)
+train, held = rows.divide(0.05)
+comparisons = Comparisons("test", StoredData(rows, train, True))
+tokens = 0
+for batch in itertools.islice(comparisons.batches(64, 0, 0), 300):
+    tokens += int(batch.mask.sum())
+found["learned"] = peak()
+kept = list(tokenise(Data(folder / "preferences.jsonl", max_rows=20_000), tokenizer, data.rejected))  # the other way
+found["kept"] = peak()
+found |= {"read": data.read, "rows": len(rows), "tokens": tokens, "length": int(rows.rows[0, :2].sum())}
+found["bad"] = [[bad.where, bad.reason] for bad in data.rejected.rows]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("large")
+    byo.byte_level_bpe().save_pretrained(root / "model")
+    with open(root / "preferences.jsonl", "w") as file:
+        for number in range(1, ROWS + 1):
+            if number == BROKEN:
+                file.write('{"prompt": "cut off\n')
+                continue
+            prompt = f"{number}:" + WORDS * 10
+            row = {"prompt": prompt, "chosen": WORDS * 10 + " fish", "rejected": WORDS * 10 + " bird"}
+            file.write(json.dumps(row) + "\n")
+    return root
+
+
+def measure(folder, on_bad: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", MEASURE, folder, on_bad], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_and_the_broken_row_is_passed_over(folder):
+    done = measure(folder, "skip")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print(found)
+    assert found["length"] > 280 and found["read"] == ROWS and found["rows"] == 2 * (ROWS - 1)
+    assert found["bad"] == [[f"line {BROKEN}", "not JSON: Unterminated string starting at column 12"]]
+    tokens = (folder / "skip" / "tokens.bin").stat().st_size / 2**20  # MiB
+    assert tokens > 200
+    assert found["tokenised"] - found["start"] < 24  # what it wrote is ten times that
+    assert found["learned"] - found["start"] < 96  # the table of rows: six numbers each, some of them more than once
+    assert found["kept"] - found["learned"] > 100  # the measure sees what does not stream
+
+
+@pytest.mark.slow
+def test_the_broken_row_is_fatal_where_it_is_to_be(folder):
+    done = measure(folder, "raise")
+    assert done.returncode == 1 and f"preferences.jsonl, line {BROKEN}: not JSON" in done.stderr
+    assert not (folder / "raise" / "info.json").exists()

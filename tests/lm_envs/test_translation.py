@@ -1,0 +1,242 @@
+"""The translation task: reading pairs, BLEU against references, how it is made, and that algorithms learn on it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sacrebleu.metrics import BLEU
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from lm_envs.algos.adaptation import adapted
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.registry import make_agent
+from lm_envs.algos.sft import demonstrations_of
+from lm_envs.benchmarks import evaluation
+from lm_envs.benchmarks import greedy as greedy_figures
+from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.evaluation import evaluation_env
+from lm_envs.decoding import greedy
+from lm_envs.tasks import load
+from lm_envs.tasks.parallel_text import AgainstReferences, CorpusBLEU, _bleu, read_pairs
+from lm_envs.tasks.translation import TranslationConfig, initial, make_tokenizer
+from lm_envs.text_metrics import SentenceBLEU
+from lm_envs.vector_env import TextVectorEnv
+
+WORDS = {"one": "eins", "two": "zwei", "red": "rot", "blue": "blau", "dog": "Hund", "cat": "Katze", "sees": "sieht"}
+SMALL = dict(vocabulary=300, hidden=32, layers=1, heads=2, sft_epochs=10, sft_batch=128, prompt_tokens=24)
+SMALL |= dict(max_new_tokens=24, sft_learning_rate=1e-2)
+
+
+def sentences(count):
+    """A language whose translation is word by word, in the opposite order."""
+    generator = np.random.default_rng(0)
+    rows = {tuple(generator.choice(list(WORDS), size=generator.integers(2, 5))) for _ in range(count)}
+    return [(" ".join(row), " ".join(WORDS[word] for word in reversed(row))) for row in sorted(rows)]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = sentences(400)
+    file.write_text("".join(json.dumps({"prompt": a, "reference": b}) + "\n" for a, b in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def task(path, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LM_ENVS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield load("translation", path=str(path), **SMALL)
+
+
+# Pairs
+
+
+def write(tmp_path, *rows):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_prompt_that_comes_again_has_several_references(tmp_path):
+    rows = [{"prompt": f"text {i}", "reference": f"Text {i}"} for i in range(9)]
+    more = [{"prompt": "text  3 ", "reference": ["Text 3", "der Text 3"]}]
+    pairs = {pair.prompt: pair for pair in read_pairs(write(tmp_path, *rows, *more))}
+    assert len(pairs) == 9 and pairs["text 3"].references == ("Text 3", "der Text 3")
+    assert {pair.split for pair in pairs.values()} == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"reference": "b"}, "line 2: 'prompt' must be a string, not None"),
+        ({"prompt": "a"}, "line 2: 'reference' must be a string, not None"),
+        ({"prompt": "a", "reference": ["b", 3]}, "line 2: 'reference' must be a string, not 3"),
+        ({"prompt": "a", "reference": "  "}, "line 2: 'reference' is empty"),
+        ({"prompt": "a", "reference": "b", "split": "test"}, "line 2: a 'split' here"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        read_pairs(write(tmp_path, {"prompt": "x", "reference": "y"}, row))
+
+
+def test_too_few_pairs(tmp_path):
+    with pytest.raises(ValueError, match="1 different prompts leave none for train"):
+        read_pairs(write(tmp_path, {"prompt": "x", "reference": "y"}))
+
+
+# Rewards and figures
+
+REFERENCES = {"a": ["der Hund sieht die Katze"], "b": ["zwei rote Hunde", "zwei Hunde , rot"], "c": ["ein Text"]}
+OURS = ["der Hund sieht die Katze", "zwei Hunde rot", "der Text"]
+THEIRS = ["der Hund sah eine Katze", "drei rote Hunde", "ein Text"]
+
+
+def test_the_reward_finds_the_references_by_the_prompt():
+    reward = AgainstReferences(SentenceBLEU(), REFERENCES, scale=100.0)
+    bleu = BLEU(effective_order=True)
+    expected = [bleu.sentence_score(text, REFERENCES[p]).score for p, text in zip("cba", reversed(OURS), strict=True)]
+    assert reward(prompts=list("cba"), completions=OURS[::-1]) == pytest.approx(expected)
+    assert expected[2] == pytest.approx(100) and 0 < expected[1] < 100
+    with pytest.raises(ValueError, match="no reference for the prompt 'd'"):
+        reward(prompts=["d"], completions=["x"])
+
+
+def test_the_gain_and_its_error_are_those_of_resampled_test_sets():
+    """The counts of sentences add up to sacreBLEU's corpus score, so resampling them is resampling sentences."""
+    metric = CorpusBLEU(SentenceBLEU(), REFERENCES)
+    prompts, ours, theirs = list("abc") * 5, OURS * 5, THEIRS * 5
+    gain, error = metric.gain(prompts, ours, theirs, samples=200, seed=3)
+    assert gain == pytest.approx(metric.corpus(prompts, ours) - metric.corpus(prompts, theirs))
+    assert _bleu(metric._counts(prompts, ours).sum(axis=0)) == pytest.approx(metric.corpus(prompts, ours))
+    generator, gains = np.random.default_rng(3), []
+    for _ in range(200):
+        rows = generator.integers(15, size=15)
+        drawn = [[texts[i] for i in rows] for texts in (prompts, ours, theirs)]
+        gains.append(metric.corpus(drawn[0], drawn[1]) - metric.corpus(drawn[0], drawn[2]))
+    assert error == pytest.approx(np.std(gains, ddof=1)) and error > 0
+    assert metric.gain(prompts, ours, ours) == (0.0, 0.0)
+
+
+def test_texts_begin_without_a_space():
+    tokenizer = make_tokenizer(["ein roter Hund", "zwei Katzen"], 300)
+    for text in ("ein roter Hund", "zwei Bären , nah"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+# The task
+
+
+def test_it_is_made_once_and_holds_its_parts(task, path, monkeypatch):
+    monkeypatch.setattr("lm_envs.tasks.translation.build", lambda *_: pytest.fail("made again"))
+    from lm_envs.tasks.translation import load as again
+
+    other = again(path, **SMALL)
+    assert other.prompts == task.prompts and other.stats == task.stats
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.reference.parameters(), task.reference.parameters(), strict=True)
+    )
+    assert not (set(map(tuple, task.prompts["train"])) & set(map(tuple, task.prompts["test"])))
+    assert len(task.responses) == len(task.prompts["train"])
+    assert all(response[-1] == task.eos_token_id for _, response in task.responses)
+
+
+def test_maximum_likelihood_learned_something(task):
+    fresh = initial(TranslationConfig(**SMALL), task.tokenizer)
+    names = task.tokenizer.batch_decode(task.prompts["test"], skip_special_tokens=True)
+    figures = []
+    for model in (fresh, task.reference):
+        found = greedy(model, task.prompts["test"], task.eos_token_id, max_new_tokens=24)
+        texts = task.tokenizer.batch_decode(found, skip_special_tokens=True)
+        figures.append(task.corpus_metric.corpus(names, texts))
+    assert figures[0] < 1 and figures[1] > 5
+
+
+def test_demonstrations_are_the_pairs_whatever_the_prompts_length(task):
+    data = demonstrations_of(task)
+    assert len(data) == len(task.responses) and data.prompt.shape[1] == task.prompt_length
+    for row in (0, len(data) - 1):
+        prompt, response = task.responses[row]
+        assert data.prompt[row][data.prompt[row] >= 0].tolist() == prompt
+        assert data.response[row][data.response[row] >= 0].tolist() == response
+
+
+def test_greedy_is_what_transformers_generates_from_what_is_saved(task, tmp_path):
+    task.reference.save_pretrained(tmp_path)
+    task.tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    prompts = task.prompts["test"][:8]
+    ours = task.tokenizer.batch_decode(
+        greedy(task.reference, prompts, task.eos_token_id, max_new_tokens=24), skip_special_tokens=True
+    )
+    inputs = tokenizer(task.tokenizer.batch_decode(prompts), return_tensors="pt", padding=True)
+    theirs = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=24, do_sample=False
+    )
+    assert tokenizer.batch_decode(theirs, skip_special_tokens=True) == ours
+
+
+def test_reinforce_with_the_references_likelihood_raises_the_reward_and_the_judges_score(task):
+    env, test = TextVectorEnv(task, group_size=4), evaluation_env(task, "test")
+    policy = LMPolicy.for_mdp(env.mdp, adapted(task.reference))
+    before = evaluation.sample_policy(test, policy, None, 0)
+    settings = dict(iterations=20, episodes=64, alpha=1.0, demonstrations=16, learning_rate=3e-3, group_size=4)
+    agent = make_agent("reinforce", policy, task, **settings)
+    losses = [agent.iteration(env)[1]["demonstration_nll"] for _ in range(20)]
+    assert losses[-1] < losses[0]
+    after = evaluation.sample_policy(test, policy, None, 0)
+    for name in ("proxy", "gold"):
+        gains = getattr(after, name) - getattr(before, name)
+        assert gains.mean() > 2 * evaluation.standard_error(gains)
+    found = greedy_figures.measure(test.mdp, policy, None)
+    still = greedy_figures.measure(test.mdp, LMPolicy.for_mdp(env.mdp, task.reference), None)
+    assert still["corpus"] + found["corpus_gain"] == pytest.approx(found["corpus"]) and still["corpus_gain"] == 0
+    assert found["corpus_gain_se"] > 0 and len(found["greedy"]) == 8
+
+
+def test_the_command(path, tmp_path, monkeypatch, capsys):
+    """Compare makes the task, trains on it, reports BLEU, and saves a model that transformers loads."""
+    out = tmp_path / "out"
+    monkeypatch.setenv("LM_ENVS_CACHE", str(tmp_path / "cache"))
+    suite = tmp_path / "suite.toml"
+    options = ", ".join(f"{name} = {value}" for name, value in {**SMALL, "sft_epochs": 1}.items())
+    suite.write_text(f"""
+        name = "quick"
+        tasks = ["translation"]
+        algorithms = ["sft", "best-of-2", "reinforce"]
+        budget = {{ iterations = 2 }}
+        evaluation = {{ test_prompts = 8, validation_prompts = 4 }}
+        [task.translation]
+        options = {{ {options} }}
+        [algorithm.reinforce]
+        episodes = 8
+        alpha = 1.0
+        """)
+    main(f"compare --suite {suite} --parallel {path} --out {out}".split())
+    lines = (out / "results.csv").read_text().splitlines()
+    assert lines[0].endswith("corpus,corpus_gain,corpus_gain_se")
+    cells = {line.split(",")[1]: line.split(",")[-3:] for line in lines[1:]}
+    assert cells["sft"][1:] == ["0", "0"] and cells["best-of-2"] == ["", "", ""] and float(cells["reinforce"][0]) >= 0
+    assert "greedy" in capsys.readouterr().out
+    saved = next(out.glob("translation/reinforce/seed-0/model"))
+    assert AutoModelForSeq2SeqLM.from_pretrained(saved).config.model_type == "t5"
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give path=FILE.jsonl"):
+        load("translation")
+    with pytest.raises(ValueError, match="did you mean hidden"):
+        load("translation", path="x", hiden=3)
+    for changes, message in (
+        (dict(architecture="lstm"), "one of t5, bart"),
+        (dict(hidden=30), "multiple of heads"),
+        (dict(sft_epochs=0), "sft_epochs must be positive"),
+        (dict(vocabulary=100), "at least 257"),
+        (dict(label_smoothing=1.0), "label_smoothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TranslationConfig(**changes)
+    bart = initial(TranslationConfig(architecture="bart", **SMALL), make_tokenizer(["ein Hund"], 300))
+    assert bart.config.model_type == "bart" and bart.config.decoder_start_token_id == 0
