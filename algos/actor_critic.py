@@ -41,6 +41,7 @@ class LMActorCritic(nn.Module):
     def __init__(self, model: PreTrainedModel, mdp: TextMDP, num_envs: int) -> None:
         super().__init__()
         self.policy = LMPolicy.for_mdp(mdp, model)
+        self.policy.value_steps()
         self.num_envs = num_envs
 
     @property

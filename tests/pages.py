@@ -2,7 +2,7 @@
 
 A comment that the rendered page does not show, on lines of its own, says what a block alone does not:
 
-    <!-- setup                            code that is run first
+    <!-- setup                            code that is run here: what a fragment needs, what must hold by now
     import gymnasium
     -->
     <!-- shorten: 40 => 2; 5120 => 64     texts that the next block has other values for in a test
