@@ -39,7 +39,7 @@ class BenchThroughput:
     peaks: bool = True
     """Also measure memory, each way in a process of its own."""
     add: bool = False
-    """Keep the result's lines that are not measured anew."""
+    """Keep what stands in the result and is not measured anew, so that it can be made piece by piece."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
     """The result; benchmarks/results/throughput-DEVICE.csv if not given."""
 

@@ -25,6 +25,7 @@ import torch
 
 from lm_envs.benchmarks.bench_kernels import RESULTS, _peak, machine
 from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
+from lm_envs.benchmarks.throughput_targets import table as verdict_table
 from lm_envs.benchmarks.throughput_work import SHAPES, WAYS, Size, Work
 
 FOREIGN = 0.1  # share of the machine's time that others may take in a round
@@ -67,7 +68,7 @@ class Settings:
         threads: torch's.
         device: where.
         peaks: measure memory.
-        add: keep the lines of the result that are not measured anew.
+        add: keep the lines of the result that are not measured anew, and of those that are the memory if that is not.
     """
 
     shapes: tuple[str, ...] = ("small", "larger")
@@ -268,8 +269,12 @@ def run(settings: Settings, out: Path | None = None) -> Path:
         with out.open(newline="", encoding="utf-8") as stream:
             everything = list(csv.DictReader(stream))
     for several in lines(settings):
-        new = {_key(line) for line in several}
-        everything = [line for line in everything if _key(line) not in new] + several
+        old = {_key(line): line for line in everything}
+        for line in several:
+            known = old.pop(_key(line), None)
+            if known is not None and not settings.peaks:  # other load changes times, and not memory
+                line["peak_MB"] = known["peak_MB"]
+        everything = [*old.values(), *several]
         for line in several:
             floor = f", {line['times_floor']} x its floor" if line["times_floor"] else ""
             rival = f", {line['of_peer']} x {RIVALS[line['way']]}" if line["of_peer"] != "" else ""
@@ -283,7 +288,7 @@ def run(settings: Settings, out: Path | None = None) -> Path:
             writer = csv.DictWriter(stream, list(several[0]), lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(everything)
-    print(out)
+    print(f"\n{verdict_table(everything)}\n\n{out}")
     return out
 
 

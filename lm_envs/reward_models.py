@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lm_envs.fused import fuse
 from lm_envs.observations import accepted
+from lm_envs.scoring import rows_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ class LearnedReward:
             log-odds of the second are); of one with more, ``label`` says which.
         tokenizer: the model's own.
         normalise: ``(mean, std)``: the reward is ``(score - mean) / std``.
-        batch_size: texts per forward; texts of similar length go together.
+        batch_size: texts per forward, at the most; texts of similar length go together.
         name: what messages and results call it.
         label: whose score it is, a number from 0 or a name of the config's ``id2label``, such as ``"POSITIVE"``.
         output: ``"log_odds"``, ``"logit"`` or ``"probability"``, see :func:`score_of`.
@@ -240,8 +241,11 @@ class LearnedReward:
         pad = self.tokenizer.pad_token_id
         scores = np.zeros(len(rows))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), self.batch_size):
+        start = 0
+        while start < len(order):
             chosen = order[start : start + self.batch_size]
+            chosen = chosen[: rows_at_once(len(rows[chosen[-1]]), self.model.device)]
+            start += len(chosen)
             ids = right_pad([rows[i] for i in chosen]).to(self.model.device)
             found = raw_scores(self.model, ids, pad if pad is not None else 0, self.label, self.output)
             scores[chosen] = found.double().cpu().numpy()

@@ -12,7 +12,14 @@ from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.observations import EosIds, accepted, head_inputs, model_inputs
 
-LOGITS = {False: 2**23, True: 2**28}  # scored at a time, by whether it is CUDA: small ones stay in memory once mapped
+# Scored at a time, by whether it is CUDA. More is no faster on a CPU, and takes memory that must be mapped first.
+LOGITS = {False: 2**22, True: 2**28}
+TOKENS = {False: 2**10, True: 2**17}
+
+
+def rows_at_once(width: int, device: torch.device) -> int:
+    """How many texts of ``width`` tokens one forward without gradients should read."""
+    return max(1, TOKENS[device.type == "cuda"] // max(width, 1))
 
 
 def response_logits(
@@ -102,6 +109,7 @@ def response_logprob(
     if batch_size is None:
         row = response.shape[1] * model.get_output_embeddings().weight.shape[0]
         batch_size = max(1, LOGITS[response.device.type == "cuda"] // row)
+        batch_size = min(batch_size, rows_at_once(prompt.shape[1] + response.shape[1], response.device))
     for rows in order.split(batch_size):
         width = max(int(lengths[rows].max()), 1)
         texts, given = _without_empty_columns(prompt[rows]), response[rows, :width]

@@ -79,7 +79,11 @@ def test_what_is_not_measured_anew_stays(stands_in, tmp_path, monkeypatch):
 
     try:
         assert measured("bare forward") == ["generate", "bare forward"]
+        text = out.read_text()
+        out.write_text(text.replace(",,0.", ",12.5,0."))  # as if memory had been measured
         assert measured("our forwards", add=True) == ["bare forward", "generate", "our forwards"]
+        kept = {row["way"]: row["peak_MB"] for row in csv.DictReader(out.open())}
+        assert kept == {"bare forward": "12.5", "generate": "12.5", "our forwards": ""}
         assert measured("bare forward") == ["generate", "bare forward"]
     finally:
         torch.set_num_threads(before)
