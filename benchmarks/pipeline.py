@@ -13,7 +13,6 @@ from rich.table import Table
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.options import Adapt
 from lm_envs.benchmarks.overrides import parse_settings
-from lm_envs.benchmarks.progress import display
 from lm_envs.benchmarks.suites import Plan
 
 _SHOWN = 10  # skipped rows on the screen; all are in data/info.json
@@ -145,6 +144,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     from lm_envs.benchmarks.compare import check_writable
     from lm_envs.benchmarks.data_problem import DataProblem
     from lm_envs.benchmarks.overrides import check_overrides
+    from lm_envs.benchmarks.progress import display
     from lm_envs.benchmarks.runs import execute
     from lm_envs.benchmarks.workers import StopRequest
 
