@@ -136,9 +136,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a chat gets a BOS that its template does not write",
-        "lm_envs/endings.py",
-        "add_special_tokens=not rendered",
-        "add_special_tokens=True",
+        "lm_envs/tokenising.py",
+        "rendered = iter(tokenizer(chats, add_special_tokens=False, ",
+        "rendered = iter(tokenizer(chats, add_special_tokens=True, ",
         f"{ENDINGS}::test_one_bos",
     ),
     Mutation(
@@ -245,8 +245,8 @@ MUTATIONS = [
     Mutation(
         "the reward model's critic is read one token late",
         "algos/critics.py",
-        "score = logits[..., 0] if",
-        "logits = logits.roll(-1, 1)\n        score = logits[..., 0] if",
+        "self.model.score(hidden), self.label",
+        "self.model.score(hidden.roll(-1, 1)), self.label",
         CRITICS,
     ),
     Mutation(

@@ -140,8 +140,8 @@ def load(**options: Any) -> TextTask:
     conversational = any(not isinstance(prompt.text, str) for prompt in texts)
     tokenizer = models.load_tokenizer(config.policy)
     policy, reference = _policy_and_reference(config, tokenizer)
-    eos = eos_tokens(policy, tokenizer, chat=conversational)
     prompts = encode_prompts(texts, tokenizer, config, [policy, reference])
+    eos = eos_tokens(policy, tokenizer, chat=conversational)
     columns = columns_of(texts, prompts)
 
     @functools.cache
@@ -301,7 +301,15 @@ def encode_prompts(
     """
     encoded: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
     keep_eos = any(map(is_encoder_decoder, readers))
-    rows = prompt_ids(tokenizer, [p.text for p in prompts], keep_eos=keep_eos)
+    try:
+        rows = prompt_ids(tokenizer, [prompt.text for prompt in prompts], keep_eos=keep_eos)
+    except ValueError:
+        for prompt in prompts:  # which one it was
+            try:
+                prompt_ids(tokenizer, [prompt.text])
+            except ValueError as error:
+                raise ValueError(f"{prompt.where}: {error}") from error
+        raise
     for prompt, ids in zip(prompts, rows, strict=True):
         if not ids:
             raise ValueError(f"{prompt.where}: the prompt is empty: the policy's tokenizer makes no tokens of it")

@@ -9,10 +9,11 @@ import torch
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.decoding import forbid_early_eos
-from lm_envs.endings import end_of_turn, eos_tokens, prompt_ids
+from lm_envs.endings import end_of_turn, eos_tokens
 from lm_envs.exact import Exact
 from lm_envs.rollout import collect, rollout
 from lm_envs.tasks import load
+from lm_envs.tokenising import prompt_ids
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv, cut_after_eos
 from tests import tiny
 from tests.lm_envs import byo
@@ -79,17 +80,17 @@ def test_one_bos():
     bos = made.bos_token_id
     plain, twice = prompt_ids(made, ["the cat", "<s>the cat"])
     assert plain == twice and plain.count(bos) == 1 and plain[0] == bos
-    text = made.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    (rendered,) = prompt_ids(made, [text], rendered=True)
+    (rendered,) = prompt_ids(made, [CHAT])
     known = made.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     assert rendered == known and rendered.count(bos) == 1
     made.chat_template = CHATML  # a template without a BOS means it
-    (rendered,) = prompt_ids(made, [made.apply_chat_template(CHAT, tokenize=False)], rendered=True)
-    assert bos not in rendered
-    made.chat_template = WITH_EOS  # the end of a turn that a template writes stays: it is not ours
-    text = made.apply_chat_template([*CHAT, {"role": "assistant", "content": "hid"}, *CHAT], tokenize=False)
-    assert 1 in prompt_ids(made, [text + "</s>"], rendered=True)[0][-1:]
+    assert bos not in prompt_ids(made, [CHAT])[0]
+    made.chat_template = WITH_EOS  # the end that a template writes stays: it is not ours
+    turns = [*CHAT, {"role": "assistant", "content": "hid"}, *CHAT]
+    known = made.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    assert prompt_ids(made, [turns]) == [known] and made.eos_token_id in known
     assert prompt_ids(made, ["the cat</s>"]) == [plain] and prompt_ids(made, []) == []
+    assert prompt_ids(made, ["the cat</s>"], keep_eos=True) == [[*plain, made.eos_token_id]]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_a_task_of_messages(folders):
     prompts = chats(
         folders,
         {"prompt": CHAT},
-        {"messages": [system, *CHAT]},
+        {"prompt": [system, *CHAT]},
         {"prompt": [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]},
         {"prompt": "as text"},
     )
@@ -137,10 +138,10 @@ def test_a_task_of_messages(folders):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": []}, "and there are none"),
-        ({"messages": [*CHAT, {"role": "assistant", "content": "x"}]}, "the last one is the assistant's"),
-        ({"prompt": ["hello"]}, "a message needs 'role' and 'content', not 'hello'"),
-        ({"prompt": [{"role": "user"}]}, "a message needs 'role' and 'content'"),
+        ({"prompt": []}, "must be a list of messages, not []"),
+        ({"prompt": [*CHAT, {"role": "assistant", "content": "x"}]}, "ends in a message of the assistant's"),
+        ({"prompt": ["hello"]}, "must be {'role': ..., 'content': ...}, not 'hello'"),
+        ({"prompt": [{"role": "user"}]}, "'content' must be a string"),
     ],
 )
 def test_bad_messages_name_file_and_line(folders, row, message):
@@ -151,14 +152,14 @@ def test_bad_messages_name_file_and_line(folders, row, message):
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [(None, "has no chat template"), (STRICT, "cannot render these messages: no system role")]
+    ("template", "message"), [(None, "has no chat template"), (STRICT, "refuses the conversation: no system role")]
 )
 def test_templates_that_cannot(folders, tmp_path, template, message):
     byo.make(tmp_path)
     made = tokenizer(template)
     byo.llama(len(made)).save_pretrained(tmp_path / "policy")
     made.save_pretrained(tmp_path / "policy")
-    path = chats(folders, {"prompt": [{"role": "system", "content": "x"}, *CHAT]})
+    path = chats(folders, *({"prompt": [{"role": "system", "content": text}, *CHAT]} for text in "xyz"))
     with pytest.raises(ValueError) as caught:
         load("custom", **{**folders.options, "policy": str(tmp_path / "policy"), "prompts": path})
     assert f"{path}, line 1" in str(caught.value) and message in str(caught.value)

@@ -155,11 +155,11 @@ def test_prompts_of_a_task_may_be_messages_of_a_csv_file(chat, plain, tmp_path):
     path.write_text(f'prompt,split\n"{cell}",train\nthe cat,validation\na fish,test\n')
     prompts = read_prompts(path)
     config = CustomConfig("", "", "", max_new_tokens=4)
-    found = encode_prompts(prompts, chat, config, None)
+    found = encode_prompts(prompts, chat, config, [])
     assert found["train"] == [chat("user\nthe old cat</s>\n<s>assistant\n")["input_ids"]]
     assert found["test"] == [chat("a fish")["input_ids"]]
     with pytest.raises(ValueError, match="no chat template"):
-        encode_prompts(prompts, plain, config, None)
+        encode_prompts(prompts, plain, config, [])
 
 
 # On disk
