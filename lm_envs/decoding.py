@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -94,10 +94,10 @@ def keep_top(logits: Tensor, k: int) -> Tensor:
 def step_threads(model: PreTrainedModel, rows: int) -> int:
     """How many threads pay off when a model reads one token a row: by its size alone, so that the same run is computed
     the same way each time. On other devices than a CPU it does not matter."""
-    body = sum(p.numel() for p in model.parameters() if p.ndim > 1) - model.get_input_embeddings().weight.numel()
-    if model.config.get_text_config().tie_word_embeddings:
-        body += model.get_output_embeddings().weight.numel()
-    return max(1, body * rows // WORTH)
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings().weight  # often an embedding too, and multiplied by all the same
+    weights = {id(p): p for p in model.parameters() if p.ndim > 1 and id(p) not in looked_up} | {id(head): head}
+    return max(1, sum(p.numel() for p in weights.values()) * rows // WORTH)
 
 
 class Decoder:

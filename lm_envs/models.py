@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Placement",
+    "context_of",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
@@ -177,6 +178,11 @@ def load_reward_model(
 def vocabulary_of(model: PreTrainedModel) -> int:
     """How many tokens a causal language model's output has."""
     return int(model.get_output_embeddings().weight.shape[0])
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """The most tokens a model reads, None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: str) -> None:

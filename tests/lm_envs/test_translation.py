@@ -193,7 +193,10 @@ def test_reinforce_with_the_references_likelihood_raises_bleu_on_test_prompts(ta
     assert gains.mean() > 2 * evaluation.standard_error(gains)
     found = greedy_figures.measure(test.mdp, policy, None)
     still = greedy_figures.measure(test.mdp, LMPolicy.for_mdp(env.mdp, task.reference), None)
-    assert still["corpus"] + found["corpus_gain"] == pytest.approx(found["corpus"]) and still["corpus_gain"] == 0
+    assert (
+        still["corpus_greedy"] + found["corpus_gain"] == pytest.approx(found["corpus_greedy"])
+        and still["corpus_gain"] == 0
+    )
     assert found["corpus_gain_se"] > 0 and len(found["greedy"]) == 8
 
 
@@ -217,7 +220,7 @@ def test_the_command(path, tmp_path, monkeypatch, capsys):
         """)
     main(f"compare --suite {suite} --parallel {path} --out {out}".split())
     lines = (out / "results.csv").read_text().splitlines()
-    assert lines[0].endswith("corpus,corpus_gain,corpus_gain_se")
+    assert lines[0].endswith("corpus_greedy,corpus_gain,corpus_gain_se")
     cells = {line.split(",")[1]: line.split(",")[-3:] for line in lines[1:]}
     assert cells["sft"][1:] == ["0", "0"] and cells["best-of-2"] == ["", "", ""] and float(cells["reinforce"][0]) >= 0
     assert "greedy" in capsys.readouterr().out
