@@ -219,7 +219,8 @@ def generate(
     logprob = logprob.to(prompts.device)
     rows = rows_of(model, max_new_tokens)
     active = torch.arange(count, device=prompts.device)
-    with head_inputs(model) as hidden, at_most(step_threads(model, count)):
+    watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if observe is None else head_inputs(model)
+    with watched as hidden, at_most(step_threads(model, count)):
         logits = _next_logits(model, prompts) if rows is None else rows.prefill(prompts)
         for t in range(max_new_tokens):
             if observe is not None:

@@ -116,8 +116,8 @@ def test_blocks_give_the_tokens_of_the_plain_search(vocabulary):
 
 
 def test_threads_of_a_step_go_by_the_work_alone(monkeypatch):
-    model = gpt2()  # 2 layers of 12 * 16 ** 2 weights, positions of 64 x 16, a tied head of 10 x 16
-    work = 2 * 12 * 16**2 + 64 * 16 + 10 * 16
+    model = gpt2()  # 2 layers of 12 * 16 ** 2 weights, a tied head of 10 x 16; positions are looked up
+    work = 2 * 12 * 16**2 + 10 * 16
     monkeypatch.setattr("lm_envs.decoding.WORTH", work)
     assert [step_threads(model, rows) for rows in (1, 2, 5)] == [1, 2, 5]
     monkeypatch.setattr("lm_envs.decoding.WORTH", work + 1)
