@@ -29,7 +29,7 @@ INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 
 # What tasks of one's own are compared like where nothing else is said.
-_LIKE = {("corpus",): "demo-real", ("translation",): "translation"}
+_LIKE: dict[tuple[str, ...], str] = {("corpus",): "demo-real", ("translation",): "translation"}
 
 
 @dataclass(frozen=True)
