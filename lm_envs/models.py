@@ -227,6 +227,8 @@ def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not Path(place).is_dir():
+            raise ValueError(_no_folder(place, what, error)) from error
         raise ValueError(f"{what} {place!r}: its tokenizer cannot be read ({_first_line(error)}); {advice}") from error
 
 
@@ -318,6 +320,10 @@ def _place(name: str | Path, what: str) -> str:
     ):
         raise ValueError(f"{what} {text!r}: there is no such folder")
     return text
+
+
+def _no_folder(place: str, what: str, error: BaseException) -> str:
+    return f"{what} {place!r}: there is no such folder here, and as a name on the hub it gave {_first_line(error)!r}"
 
 
 def _first_line(error: BaseException) -> str:

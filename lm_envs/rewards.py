@@ -18,6 +18,7 @@ import functools
 import inspect
 import os
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -130,9 +131,7 @@ def _call(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDArray[np.f
     """As :func:`call_reward`; a sample that the reward does not apply to is NaN (in a dense reward, its whole row)."""
     name, completion_ids = reward_name(reward), given["completion_ids"]
     count = len(given["completions"])
-    raw = reward(**_accepted(reward, given))
-    if inspect.isawaitable(raw):
-        raw = _finished(raw)
+    raw = _asked(reward, name, _accepted(reward, given))
     if isinstance(raw, Tensor):
         raw = raw.detach().cpu().double().numpy()
     try:
@@ -174,6 +173,20 @@ def _call(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDArray[np.f
         else:
             result[i] = values
     return result
+
+
+def _asked(reward: AnyReward, name: str, given: Mapping[str, Any]) -> Any:
+    """What the reward gives; an error in a function of the user's own says so, and where."""
+    try:
+        raw = reward(**given)
+        return _finished(raw) if inspect.isawaitable(raw) else raw
+    except Exception as error:
+        ours = getattr(reward, "__module__", None) or type(reward).__module__
+        if ours.split(".")[0] == "lm_envs":
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename}, line {last.lineno}"
+        raise ValueError(f"reward {name!r} raised {type(error).__name__}: {error} ({where})") from error
 
 
 def _accepted(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:

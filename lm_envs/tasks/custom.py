@@ -21,10 +21,11 @@ from lm_envs.endings import eos_tokens
 from lm_envs.model_check import check_model
 from lm_envs.reward_building import build_reward
 from lm_envs.reward_specs import is_spec, parse_reward
-from lm_envs.rewards import RESERVED, LearnedReward, Standardise, reward_name
+from lm_envs.rewards import RESERVED, LearnedReward, Standardise, leaves, reward_name
 from lm_envs.tasks import making
 from lm_envs.tasks.splits import SPLITS, divide
 from lm_envs.tasks.task import TextTask
+from lm_envs.text_metrics import TextMetric
 from lm_envs.tokenising import prompt_ids
 
 if TYPE_CHECKING:
@@ -179,6 +180,8 @@ def load(**options: Any) -> TextTask:
         judge = build(judge_spec, what="judge")
     elif config.judge is not None:
         judge = models.load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
+    for found in (reward, judge):
+        _check_references(found, texts)
     if config.normalise or (config.normalise is None and reward_spec is None):
         reward = making.in_units_of(reward, samples())
     stats: dict[str, float] = {}
@@ -282,6 +285,24 @@ def read_prompts(source: str | Path) -> list[Prompt]:
                 )
             raise ValueError(f"{source}: {len(divided)} different prompts leave none for {name}: give at least 3")
     return [replace(rows[key], split=split) for key, split in divided.items()]
+
+
+def _check_references(reward: Any, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError, with file and line, where a text metric would find no reference to compare with."""
+    parts = [] if reward is None else list(leaves(reward))
+    for metric in (part for part in parts if isinstance(part, TextMetric)):
+        if not any(metric.column in prompt.columns for prompt in prompts):
+            continue  # the metric itself says that there is no such column
+        for prompt in prompts:
+            given = prompt.columns.get(metric.column)
+            texts = [given] if isinstance(given, str) else given
+            if given is None and len(parts) > 1:
+                continue  # the other parts are the reward there
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"{prompt.where}: {metric.column!r}, which {metric.__name__!r} compares with, must be a text or a "
+                    f"list of texts, not {given!r}"
+                )
 
 
 def encode_prompts(

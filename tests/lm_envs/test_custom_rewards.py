@@ -129,11 +129,29 @@ def test_a_row_without_a_column_has_none_there(folders, tmp_path):
     task = custom(folders, "bleu", "MINE:letters", prompts=str(path))
     assert {v for columns in task.columns.values() for v in columns["reference"]} == {None, "x"}
     sampled(task, 16)  # where there is no reference, the other part alone counts
-    with pytest.raises(ValueError, match="reward 'bleu' returned None for sample"):
-        sampled(custom(folders, "bleu", prompts=str(path)), 16)
+    with pytest.raises(ValueError, match="line 1: 'reference'"):  # alone it would have nothing to say
+        custom(folders, "bleu", prompts=str(path))
 
 
 def test_a_column_with_a_name_that_rewards_use_is_refused(folders, tmp_path):
     path = byo.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"a {i}", "completion_ids": 1} for i in range(4)])
     with pytest.raises(ValueError, match="line 1: rewards get something else as 'completion_ids'"):
         custom(folders, "MINE:letters", prompts=str(path))
+
+
+@pytest.mark.parametrize("given", [None, 3, [], ["the cat", 4]])
+def test_a_missing_or_broken_reference_is_found_at_once_with_its_line(folders, given, tmp_path):
+    rows = [{"prompt": text[:-2], "reference": text} for text in byo.TEXTS]
+    rows[2]["reference"] = given
+    path = str(byo.write_jsonl(tmp_path / "prompts.jsonl", rows))
+    with pytest.raises(ValueError, match="line 3: 'reference', which 'bleu' compares with, must be a text"):
+        custom(folders, "bleu", prompts=path)
+    if given is None:  # where another part is the reward
+        custom(folders, "bleu", "MINE:letters", prompts=path)
+
+
+def test_a_function_that_fails_is_named_with_its_line(folders, tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("def boom(completions, **columns):\n    return [1 / 0 for _ in completions]\n")
+    with pytest.raises(ValueError, match=r"reward '\S*boom' raised ZeroDivisionError: .*bad\.py, line 2\)"):
+        sampled(custom(folders, f"{path}:boom"))
