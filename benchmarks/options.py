@@ -70,7 +70,9 @@ class Own:
         names = ("judge", "reference", "dtype", "device", "device_map", "recompute")
         more = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
         if more or any(value is not None for value in custom.values()):
-            missing = [f"--{name.replace('_', '-')}" for name, value in custom.items() if value is None]
+            flags = {name: f"--{name.replace('_', '-')}" for name in custom}
+            flags["reward_model"] = "--reward-model or --reward"
+            missing = [flags[name] for name, value in custom.items() if value is None]
             if missing:
                 raise UserError(
                     "a task of your own needs --policy, --reward-model or --reward, and --prompts; "

@@ -316,6 +316,7 @@ def _place(name: str | Path, what: str) -> str:
         or Path(text).exists()
         or text.startswith((".", os.sep))
         or text.count("/") > 1
+        or (text.count("/") == 1 and Path(text).parent.is_dir())  # runs/x, where there is runs: no owner on the hub
         or not text
     ):
         raise ValueError(f"{what} {text!r}: there is no such folder")

@@ -127,7 +127,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
         (["--task", "reviews", "--algorithms", "ppo", "--iterations", "0"], "at least 1"),
         (["--suite", "demo-real"], "task 'corpus' needs --corpus FILE.jsonl"),
         (["--suite", "demo-real", "--corpus", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
-        (["--policy", "here", "--algorithms", "ppo"], "missing: --prompts, --reward-model"),
+        (["--policy", "here", "--algorithms", "ppo"], "missing: --prompts, --reward-model or --reward"),
         (["--task", "nomodule:load", "--algorithms", "ppo"], "no module 'nomodule'"),
         (["--task", "tests.tiny:nope", "--algorithms", "ppo"], "no function 'nope'"),
         (["--task", f"{NAME}-bandit", "--algorithms", "sft"], "no bandit face"),

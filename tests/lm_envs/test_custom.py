@@ -259,6 +259,13 @@ def test_hub_names_go_through_the_same_code(monkeypatch):
         assert "some-owner/no-such-model" in message and "\n" not in message
 
 
+def test_a_name_in_a_folder_that_is_there_is_no_hub_name(monkeypatch, tmp_path):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for read in (load_policy, load_tokenizer, load_reward_model):
+        assert "there is no such folder" in _message(lambda read=read: read("runs/nope"))
+
+
 def _message(call) -> str:
     with pytest.raises(ValueError) as caught:
         call()
