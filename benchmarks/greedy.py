@@ -33,7 +33,7 @@ def measure(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, Any]:
 
     def answers(model: Any) -> list[str]:
         found = greedy(
-            model, rows, mdp.eos_token_id, max_new_tokens=mdp.max_new_tokens, min_new_tokens=mdp.min_new_tokens
+            model, rows, mdp.eos_token_ids, max_new_tokens=mdp.max_new_tokens, min_new_tokens=mdp.min_new_tokens
         )
         return mdp.task.tokenizer.batch_decode(found, skip_special_tokens=True)
 

@@ -250,7 +250,7 @@ def generate(
 def greedy(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    eos_token_id: int,
+    eos_token_id: EosIds,
     *,
     max_new_tokens: int,
     min_new_tokens: int = 0,

@@ -247,7 +247,7 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
                 "(trust_remote_code stays false): use a family that transformers has itself"
             ) from error
         raise ValueError(f"{what} {place!r} cannot be read: {_first_line(error)}") from error
-    if auto is AutoModelForCausalLM:
+    if auto is not AutoModelForSequenceClassification:
         refuse_config(config, f"{what} {place!r}")
     _check_head(config, heads, place, what, expected)
     try:

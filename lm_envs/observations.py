@@ -103,8 +103,3 @@ def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
         if len(row):
             out[i, width - len(row) :] = row
     return out
-
-
-def response_mask(response: Tensor) -> Tensor:
-    """``(B, T)`` bool, True on response tokens, the EOS included."""
-    return response >= 0
