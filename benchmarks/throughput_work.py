@@ -25,8 +25,6 @@ from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.rloo import RLOO, RLOOConfig
-from lm_envs.decoding import step_threads
-from lm_envs.kernels.threads import at_most
 from lm_envs.rewards import LearnedReward
 from lm_envs.rollout import collect, rollout
 from lm_envs.row_cache import RowCache
@@ -176,15 +174,14 @@ class Work:
 
     def our_forwards(self) -> Callable[[], object]:
         """The same forwards as the policy's decoder does them: what a step costs without what stands around it."""
-        policy, rows = self._policy(), self.size.rows
+        policy = self._policy()
 
         @torch.no_grad()
         def run() -> None:
-            with at_most(step_threads(policy.model, rows)):
-                cache = RowCache(policy.model, room=self.size.new_tokens)
-                cache.prefill(self.text[:, : self.size.prompt_length])
-                for t in range(self.size.prompt_length, self.text.shape[1] - 1):
-                    cache.advance(self.text[:, t])
+            cache = RowCache(policy.model, room=self.size.new_tokens)
+            cache.prefill(self.text[:, : self.size.prompt_length])
+            for t in range(self.size.prompt_length, self.text.shape[1] - 1):
+                cache.advance(self.text[:, t])
 
         return run
 

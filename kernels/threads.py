@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
-WORTH = 2**26  # multiplications, at least, that a forward must give each thread: waking one takes as long as many do
 
 
 @contextmanager

@@ -6,18 +6,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lm_envs.cross_cache import rows_of
 from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.kernels.threads import WORTH, at_most
+from lm_envs.kernels.threads import at_most
 from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, left_pad, model_inputs, right_align
 from lm_envs.row_cache import RowCache
 
 GREEDY = 1e-6  # a temperature that leaves one token; of tokens equally likely, to rounding, any
+SHARED = 2**19  # logits for each thread, at least: fewer are done before another thread is awake
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
 
 
@@ -32,15 +33,19 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[
     Returns:
         tokens ``(N,)`` int64 and their log-probabilities ``(N,)``.
     """
-    x = scaled(logits, temperature)
+    with at_most(max(1, logits.numel() // SHARED)):
+        return _sample(scaled(logits, temperature), uniforms)
+
+
+def _sample(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     count, vocabulary = x.shape
     highest = x.amax(dim=-1, keepdim=True)
     weight = x.new_empty(count, -(-vocabulary // BLOCK), BLOCK)
     flat = weight.view(count, -1)
     torch.sub(x, highest, out=flat[:, :vocabulary]).exp_()
     flat[:, vocabulary:] = 0
-    # float64: the rounding of a float32 sum would starve late tokens.
-    blocks = weight.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    # float64: the rounding of a float32 sum would starve late tokens. A block's own sum is short.
+    blocks = weight.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     total = blocks[:, -1:]
     block, rest = _search(blocks, uniforms.unsqueeze(-1) * total)
     inner = weight.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
@@ -92,15 +97,6 @@ def keep_top(logits: Tensor, k: int) -> Tensor:
     return logits
 
 
-def step_threads(model: PreTrainedModel, rows: int) -> int:
-    """How many threads pay off when a model reads one token a row: by its size alone, so that the same run is computed
-    the same way each time. On other devices than a CPU it does not matter."""
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings().weight  # often an embedding too, and multiplied by all the same
-    weights = {id(p): p for p in model.parameters() if p.ndim > 1 and id(p) not in looked_up} | {id(head): head}
-    return max(1, sum(p.numel() for p in weights.values()) * rows // WORTH)
-
-
 class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
@@ -149,10 +145,8 @@ class Decoder:
     def _next(self, obs: Tensor) -> tuple[Tensor, ...]:
         known, last_seen, rows = self._obs, self._last, self._rows
         if known is None or last_seen is None or rows is None or known.shape != obs.shape:
-            self._threads = step_threads(self.model, len(obs))
             return self._restart(obs)
-        with at_most(self._threads):
-            return self._step(obs, known, last_seen, rows)
+        return self._step(obs, known, last_seen, rows)
 
     def _step(self, obs: Tensor, known: Tensor, last_seen: tuple[Tensor, ...], rows: RowCache) -> tuple[Tensor, ...]:
         change = known != obs
@@ -221,7 +215,7 @@ def generate(
     rows = rows_of(model, max_new_tokens)
     active = torch.arange(count, device=prompts.device)
     watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if observe is None else head_inputs(model)
-    with watched as hidden, at_most(step_threads(model, count)):
+    with watched as hidden:
         logits = _next_logits(model, prompts) if rows is None else rows.prefill(prompts)
         for t in range(max_new_tokens):
             if observe is not None:

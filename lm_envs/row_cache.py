@@ -7,6 +7,7 @@ mask there is hides columns to the left.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from lm_envs.observations import accepted, model_inputs, names_argument, right_align
+from lm_envs.step_threads import StepThreads
 
 RECOMPUTE = "_lm_envs_recompute"  # the attribute of a model that is to be used without a cache
 ROOM = 16  # columns, at least, that a buffer has left when it is made
@@ -60,10 +62,11 @@ class GrowingLayer(DynamicLayer):
 
     def _grow(self, key_states: Tensor, value_states: Tensor, count: int) -> None:
         held, old = self._end - self._begin, self._buffers
-        room = self._room if old is None else max(self._room, held)
+        # The first columns are a prompt's, whose forward needs memory itself: room for more is made once that is done.
+        room = count if old is None else max(count, self._room, held)
         made = []
         for i, new in enumerate((key_states, value_states)):
-            buffer = new.new_empty(*new.shape[:2], held + count + room, new.shape[-1])
+            buffer = new.new_empty(*new.shape[:2], held + room, new.shape[-1])
             if old is not None:
                 buffer[:, :, :held] = old[i][:, :, self._begin : self._end]
             made.append(buffer)
@@ -268,6 +271,10 @@ class RowCache:
         self._find_padding()
         return self._forward(**model_inputs(obs), logits_to_keep=1)
 
+    @cached_property
+    def _threads(self) -> StepThreads:
+        return StepThreads(self.model)
+
     def _new_cache(self) -> Cache:
         return Cache(layers=[kind(self._room) if issubclass(kind, GrowingLayer) else kind() for kind in self._types])
 
@@ -305,9 +312,10 @@ class RowCache:
         if self._padded and self._masked:
             begin = self.columns - 1 - self.lengths
             mask = torch.arange(self.columns, device=tokens.device) >= begin.unsqueeze(1)
-        logits = self._forward(
-            input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=self.lengths.unsqueeze(1)
-        )
+        with self._threads.use(len(tokens)):
+            logits = self._forward(
+                input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=self.lengths.unsqueeze(1)
+            )
         self.lengths = self.lengths + 1
         if standing is not None:
             for layer in self.cache.layers:

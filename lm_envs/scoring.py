@@ -120,6 +120,7 @@ def response_logprob(
         logits = logits if top_k is None else keep_top(logits, top_k)
         found = logprob_kl(logits, None, given.clamp(min=0), temperature=temperature, mask=mask).logprob
         result[rows, :width] = found.to(result.dtype)
+        del logits  # or they stay while the next ones are made
     return result
 
 

@@ -4,7 +4,7 @@ uncached one, whatever the caller does to its rows (law 4), is in test_families.
 import pytest
 import torch
 
-from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample, step_threads
+from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.observations import left_pad, model_inputs
 from lm_envs.row_cache import RowCache
@@ -113,25 +113,3 @@ def test_blocks_give_the_tokens_of_the_plain_search(vocabulary):
     torch.testing.assert_close(logprob, p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log(), rtol=0, atol=1e-12)
     single, _ = sample(logits.float(), uniforms, 0.7)
     assert (single == tokens).float().mean() > 0.95
-
-
-def test_threads_of_a_step_go_by_the_work_alone(monkeypatch):
-    model = gpt2()  # 2 layers of 12 * 16 ** 2 weights, a tied head of 10 x 16; positions are looked up
-    work = 2 * 12 * 16**2 + 10 * 16
-    monkeypatch.setattr("lm_envs.decoding.WORTH", work)
-    assert [step_threads(model, rows) for rows in (1, 2, 5)] == [1, 2, 5]
-    monkeypatch.setattr("lm_envs.decoding.WORTH", work + 1)
-    assert [step_threads(model, rows) for rows in (1, 2, 3)] == [1, 1, 2]
-    before, seen = torch.get_num_threads(), []
-    model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
-    prompts, uniforms = torch.tensor([[1, 2], [3, 4]]), torch.full((2, 3), 0.5, dtype=torch.float64)
-    torch.set_num_threads(2)
-    try:
-        generate(model, prompts, uniforms, EOS, max_new_tokens=3, min_new_tokens=3)
-        decoder = Decoder(model)
-        decoder(torch.tensor([[1, 2, -1], [3, 4, -1]]))
-        decoder(torch.tensor([[1, 2, 5], [3, 4, 6]]))
-        assert seen == [1, 1, 1, 2, 1]  # the decoder reads a whole text by all there are
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,53 @@
+"""How many threads share a forward of one token a row: waking one takes as long as a small operation does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+WORTH = 2**25  # multiplications that a layer, or the head, must have for each thread
+
+
+class StepThreads:
+    """How many threads pay off when ``model`` reads one token a row: for its layers, and for its head.
+
+    A layer has a dozen operations, each of which wakes all threads, and its products are small; the head has one, that
+    can be large. Their sizes decide and no timing, so that the same run is computed the same way each time. On other
+    devices than a CPU it does not matter.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._head: nn.Module = model.get_output_embeddings()
+        weight = self._head.weight
+        # What is looked up is not multiplied, though the head often is such a table too.
+        apart = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(weight)}
+        weights = {id(p): p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in apart}
+        layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 1)
+        self._works = sum(weights.values()) // max(layers, 1), weight.numel()  # multiplications for one token
+
+    def of(self, rows: int) -> tuple[int, int]:
+        """For a layer and for the head."""
+        layer, head = (max(1, work * rows // WORTH) for work in self._works)
+        return layer, head
+
+    @contextmanager
+    def use(self, rows: int) -> Iterator[None]:
+        """Forwards within read ``rows`` tokens; never more threads than torch uses already."""
+        every = torch.get_num_threads()
+        layer, head = (min(count, every) for count in self.of(rows))
+        if layer == head == every:
+            yield
+            return
+        before = self._head.register_forward_pre_hook(lambda *_: torch.set_num_threads(head))
+        after = self._head.register_forward_hook(lambda *_: torch.set_num_threads(layer))
+        torch.set_num_threads(layer)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(every)
+            before.remove()
+            after.remove()
