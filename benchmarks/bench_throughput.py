@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from lm_envs.benchmarks.bench_kernels import RESULTS, _peak, machine
+from lm_envs.benchmarks.bench_kernels import RESULTS, machine
+from lm_envs.benchmarks.live_memory import LiveMemory
 from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
 from lm_envs.benchmarks.throughput_targets import table as verdict_table
 from lm_envs.benchmarks.throughput_work import SHAPES, WAYS, Size, Work
@@ -203,7 +204,7 @@ def _ratio(base: list[float] | None, own: list[float]) -> float | None:
 
 
 def peak(size: Size, name: str, settings: Settings) -> int:
-    """Bytes above what the models take, at the most, of the second call in a process of its own; -1 if unknown."""
+    """Bytes that tensors take beyond the models', at the most, in the second call in a process of its own."""
     if name in PEERS:
         with closing(Peer(name, size, settings.device, settings.threads, ENVIRONMENT)) as peer:
             return int(peer.ask("peak"))
@@ -226,7 +227,10 @@ def _be_child(job: dict[str, Any]) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() - before
-    return _peak(lambda: call())
+    memory = LiveMemory()
+    memory.start()
+    call()
+    return memory.stop()
 
 
 def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
