@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from lm_envs.cross_cache import rows_of
 from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.kernels.threads import at_most
+from lm_envs.kernels.threads import at_most, waking_is_slow
 from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, left_pad, model_inputs, right_align
 from lm_envs.row_cache import RowCache
 
 GREEDY = 1e-6  # a temperature that leaves one token; of tokens equally likely, to rounding, any
-SHARED = 2**19  # logits for each thread, at least: fewer are done before another thread is awake
+SHARED = {True: 2**19, False: 2**15}  # logits for each thread, at least, if waking one is slow
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
 
 
@@ -33,7 +33,7 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[
     Returns:
         tokens ``(N,)`` int64 and their log-probabilities ``(N,)``.
     """
-    with at_most(max(1, logits.numel() // SHARED)):
+    with at_most(max(1, logits.numel() // SHARED[waking_is_slow()])):
         return _sample(scaled(logits, temperature), uniforms)
 
 
