@@ -19,6 +19,7 @@ from lm_envs.row_cache import RowCache
 
 GREEDY = 1e-6  # a temperature that leaves one token; of tokens equally likely, to rounding, any
 SHARED = {True: 2**19, False: 2**15}  # logits for each thread, at least, if waking one is slow
+WHOLE = 2**11  # tokens up to which one cumulative sum and search are faster than two
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
 
 
@@ -40,28 +41,34 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[
 def _sample(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     count, vocabulary = x.shape
     highest = x.amax(dim=-1, keepdim=True)
-    weight = x.new_empty(count, -(-vocabulary // BLOCK), BLOCK)
-    flat = weight.view(count, -1)
-    torch.sub(x, highest, out=flat[:, :vocabulary]).exp_()
-    flat[:, vocabulary:] = 0
-    # float64: the rounding of a float32 sum would starve late tokens. A block's own sum is short.
-    blocks = weight.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    total = blocks[:, -1:]
-    block, rest = _search(blocks, uniforms.unsqueeze(-1) * total)
-    inner = weight.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
-    place, _ = _search(inner, rest)
-    tokens = block * BLOCK + place
+    # float64 in all that is summed up: the rounding of a float32 sum would starve late tokens.
+    if vocabulary <= WHOLE:
+        cdf = (x - highest).exp_().cumsum(dim=-1, dtype=torch.float64)
+        total = cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, _below(uniforms.unsqueeze(-1) * total, total), right=True)
+    else:
+        weight = x.new_empty(count, -(-vocabulary // BLOCK), BLOCK)
+        flat = weight.view(count, -1)
+        torch.sub(x, highest, out=flat[:, :vocabulary]).exp_()
+        flat[:, vocabulary:] = 0
+        blocks = weight.sum(dim=-1).cumsum(
+            dim=-1, dtype=torch.float64
+        )  # of a block alone, a float32 sum is exact enough
+        total = blocks[:, -1:]
+        target = _below(uniforms.unsqueeze(-1) * total, total)
+        block = torch.searchsorted(blocks, target, right=True)
+        rest = target - blocks.gather(-1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
+        inner = (
+            weight.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
+        )
+        tokens = block * BLOCK + torch.searchsorted(inner, _below(rest, inner[:, -1:]), right=True)
     logprob = (x.gather(-1, tokens) - highest).squeeze(-1) - total.log().squeeze(-1).to(x.dtype)
     return tokens.squeeze(-1), logprob
 
 
-def _search(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """``(N, 1)`` index of the interval of ``cdf (N, K)`` that holds the target, and how far into it that lies."""
-    total = cdf[:, -1:]
-    # Strictly below the total, so that an interval of no length cannot be hit.
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(cdf, target, right=True)
-    return found, target - cdf.gather(-1, (found - 1).clamp(min=0)).masked_fill(found == 0, 0.0)
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    """Less than the total, so that an interval of no length at the end cannot be hit."""
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def forbid_early_eos(
