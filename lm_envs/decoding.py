@@ -127,6 +127,8 @@ class Decoder:
         self._rows: RowCache | None = None
         self._obs: Tensor | None = None
         self._last: tuple[Tensor, ...] | None = None
+        self._ends: Tensor | None = None  # (B, 1) the places of the last tokens, where all rows grew in the last call
+        self._furthest = 0  # of those
 
     @property
     def hidden(self) -> Tensor:
@@ -153,7 +155,19 @@ class Decoder:
         known, last_seen, rows = self._obs, self._last, self._rows
         if known is None or last_seen is None or rows is None or known.shape != obs.shape:
             return self._restart(obs)
-        return self._step(obs, known, last_seen, rows)
+        return self._grow(obs, known, rows) or self._step(obs, known, last_seen, rows)
+
+    def _grow(self, obs: Tensor, known: Tensor, rows: RowCache) -> tuple[Tensor, ...] | None:
+        """The usual case, told with few operations: all rows grew by a token once more. None if they did not."""
+        if self._ends is None or self._furthest + 1 >= obs.shape[1]:
+            return None
+        place = self._ends + 1
+        last = obs.gather(1, place)
+        expected = known.scatter(1, place, last)
+        if not (torch.equal(expected, obs) and bool((last >= 0).all())):
+            return None
+        self._obs, self._ends, self._furthest = expected, place, self._furthest + 1
+        return self._forward(rows.advance, last.squeeze(1))
 
     def _step(self, obs: Tensor, known: Tensor, last_seen: tuple[Tensor, ...], rows: RowCache) -> tuple[Tensor, ...]:
         change = known != obs
@@ -164,8 +178,10 @@ class Decoder:
         end = ((obs >= 0) * torch.arange(obs.shape[1], device=obs.device)).amax(dim=1, keepdim=True)
         grown = (known.gather(1, place) < 0) & (place == end) & (obs.gather(1, (place - 1).clamp(min=0)) >= 0)
         grew = moved & (change.sum(dim=1) == 1) & (grown & (place > 0)).squeeze(1)
+        self._ends = None
         if bool(grew.all()):
             found = self._forward(rows.advance, last.squeeze(1))
+            self._ends, self._furthest = end, int(end.max())
         else:
             other = moved & ~grew
             if bool(other.all()):
@@ -182,6 +198,7 @@ class Decoder:
         return found
 
     def _restart(self, obs: Tensor) -> tuple[Tensor, ...]:
+        self._ends = None
         held = int((obs >= 0).sum(dim=1).max())
         self._rows = rows_of(self.model, obs.shape[1] - held, self._places)
         if self._rows is None:
