@@ -222,12 +222,7 @@ def _be_child(job: dict[str, Any]) -> int:
     call = Work(Size(**job["size"]), job["device"]).way(job["way"])
     call()
     gc.collect()
-    if job["device"] == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    memory = LiveMemory()
+    memory = LiveMemory(job["device"])
     memory.start()
     call()
     return memory.stop()
@@ -266,7 +261,8 @@ def run(settings: Settings, out: Path | None = None) -> Path:
         ValueError: a shape, a way or a device that is not there.
     """
     torch.set_num_threads(settings.threads)
-    out = out or RESULTS / f"throughput-{settings.device}.csv"
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()  # of idle threads; what is measured depends on it
+    out = out or RESULTS / f"throughput-{settings.device}{policy and f'-{policy}'}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     everything: list[dict[str, Any]] = []
     if settings.add and out.exists():

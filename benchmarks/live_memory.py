@@ -9,19 +9,33 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
 class LiveMemory:
-    """From :meth:`start` to :meth:`stop`. What was allocated before does not count, whether or not it is freed."""
+    """From :meth:`start` to :meth:`stop`. What was allocated before does not count, whether or not it is freed.
+
+    Args:
+        device: "cpu" or "cuda": where the tensors lie.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
 
     def start(self) -> None:
         """Begin to count."""
+        if self._device == "cuda":
+            self._before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 
     def stop(self) -> int:
-        """Bytes that tensors on the CPU, made since :meth:`start`, held at the most."""
+        """Bytes that tensors made since :meth:`start` held at the most."""
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated() - self._before
         self._profile.stop()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"

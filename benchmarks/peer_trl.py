@@ -34,11 +34,11 @@ ENDLESS = 10**6  # iterations: whoever asks decides how many there are
 class Turns(TrainerCallback):
     """Holds the trainer between two iterations until it is asked for one."""
 
-    def __init__(self, answers: TextIO) -> None:
+    def __init__(self, answers: TextIO, device: str) -> None:
         self.answers = answers
         self._asked = ""
         self._start = 0.0
-        self._memory = LiveMemory()
+        self._memory = LiveMemory(device)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Answers, and waits for the next request."""
@@ -168,7 +168,7 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         make = ppo if job["trainer"] == "ppo" else grouped
-        make(job, folder, Turns(answers)).train()
+        make(job, folder, Turns(answers, job["device"])).train()
 
 
 if __name__ == "__main__":
