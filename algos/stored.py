@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lm_envs.algos.batching import Before
 from lm_envs.algos.sft import from_responses
+from lm_envs.atomic import replacing
 from lm_envs.packed import Packed
 from lm_envs.trajectories import Trajectories
 
@@ -79,15 +80,11 @@ class StoredData:
 
     def _write_reference(self, policy: Any, rows: int, path: Path) -> None:
         whole = StoredData(self.packed, np.arange(len(self.packed)), preferences=False)
-        temporary = path.with_name(f".tmp-{path.name}")
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             for start in range(0, len(whole), rows):
                 traj = whole.select(slice(start, start + rows))
                 logprob = Before(policy, traj.to(policy.model.device), rows).logprob.float().cpu()
                 file.write(logprob[traj.mask].numpy().tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
     def _read_reference(self, row: int) -> NDArray[np.float32]:
         assert self._starts is not None

@@ -7,7 +7,6 @@ the first shape, shows what minibatches smaller than the buffer cost: single ste
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from stable_baselines3 import PPO
 from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.benchmarks.bench_kernels import RESULTS, machine
 from lm_envs.benchmarks.bench_throughput import Load, timed
+from lm_envs.benchmarks.storage import write_lines
 from lm_envs.benchmarks.throughput_work import SHAPES, Size, Work
 from lm_envs.vector_env import TextVectorEnv
 
@@ -120,9 +120,6 @@ def run(settings: Settings, out: Path | None = None) -> Path:
         everything += several
         for line in several:
             print(f"{line['shape']}  {line['way']}: {line['seconds']} s, {line['times_ours']} x ours", flush=True)
-        with out.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(everything[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(everything)
+        write_lines(out, everything, list(everything[0]))
     print(out)
     return out

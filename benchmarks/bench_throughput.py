@@ -25,6 +25,7 @@ import torch
 
 from lm_envs.benchmarks.bench_kernels import RESULTS, machine
 from lm_envs.benchmarks.live_memory import LiveMemory
+from lm_envs.benchmarks.storage import write_lines
 from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
 from lm_envs.benchmarks.throughput_targets import table as verdict_table
 from lm_envs.benchmarks.throughput_work import SHAPES, WAYS, Size, Work
@@ -284,10 +285,7 @@ def run(settings: Settings, out: Path | None = None) -> Path:
                 f"{line['way']}: {line['seconds']:.4g} s, {line['of_generate']} x generate{rival}{floor}{marked}",
                 flush=True,
             )
-        with out.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(several[0]), lineterminator="\n", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(everything)
+        write_lines(out, everything, list(several[0]))
     print(f"\n{verdict_table(everything)}\n\n{out}")
     return out
 

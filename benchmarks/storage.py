@@ -1,16 +1,18 @@
-"""Files that survive a kill: atomic writes, append-only records that a resumed run cuts back, and checkpoints without
-pickle.
+"""Files that survive a kill: JSON and CSV replaced whole, append-only records that a resumed run cuts back, and
+checkpoints without pickle.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,41 +21,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from lm_envs.atomic import TEMPORARY, sync_folder, write_atomic, write_synced
 from lm_envs.benchmarks.errors import UserError
-
-TEMPORARY = ".tmp-"  # files and folders of this prefix are unfinished and never read
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace a file in one step: whoever reads it, now or after a crash, sees the old content or the new, never a
-    part.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{path.name}"
-    try:
-        write_synced(temporary, data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    sync_folder(path.parent)
 
 
 def jsonable(value: Any) -> Any:
@@ -70,6 +39,15 @@ def jsonable(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """An indented JSON file, written atomically."""
     write_atomic(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """A CSV of these columns of some lines, written atomically; a line that lacks one has an empty cell there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomic(path, text.getvalue())
 
 
 def read_json(path: Path) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_envs.atomic import sync_file
 from lm_envs.tasks.splits import SPLITS, share
 from lm_envs.tokenising import Encoded
 
@@ -56,8 +57,7 @@ def pack(encoded: Iterable[Encoded], folder: Path, info: Callable[[], Mapping[st
                 rows = []
         index.write(np.asarray(rows, dtype=np.int64).tobytes())
         for file in (tokens, index):
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
     (folder / "info.json").write_text(json.dumps(dict(info()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

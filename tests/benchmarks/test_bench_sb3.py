@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 
 import pytest
 import torch
@@ -31,6 +32,22 @@ def test_a_small_run(tmp_path, capsys):
         assert float(row["tokens_per_s"]) == pytest.approx(24 / float(row["seconds"]), rel=0.05)
         assert row["date"] and row["torch"] and row["stable-baselines3"]
     assert "x ours" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
+    out, line = tmp_path / "t.csv", {"shape": "small", "way": "a", "seconds": 1.0, "times_ours": 1.0}
+    monkeypatch.setattr(bench_sb3, "lines", lambda settings: iter([[line]]))
+    bench_sb3.run(bench_sb3.Settings(), out)
+    old = out.read_text()
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr(bench_sb3, "lines", lambda settings: iter([[line | {"seconds": 2.0}]]))
+    with pytest.raises(OSError, match="No space left"):
+        bench_sb3.run(bench_sb3.Settings(), out)
+    assert out.read_text() == old
 
 
 def test_both_sides_read_each_text_once_an_epoch(monkeypatch):

@@ -1,4 +1,4 @@
-"""What is on disk is whole: atomic files, records cut back, checkpoints that fall back when one is damaged."""
+"""What is on disk is whole: JSON and CSV, records cut back, checkpoints that fall back when one is damaged."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import os
 import pytest
 import torch
 
+from lm_envs.atomic import write_atomic
 from lm_envs.benchmarks import storage
 from lm_envs.benchmarks.errors import UserError, explain
-from lm_envs.benchmarks.storage import Checkpoints, Records, write_atomic, write_json
+from lm_envs.benchmarks.storage import Checkpoints, Records, write_json, write_lines
 
 
 @pytest.fixture
@@ -24,13 +25,6 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(storage.os, "fsync", fsync)
 
 
-def test_atomic_write_replaces_whole_and_leaves_nothing_behind(tmp_path):
-    write_atomic(tmp_path / "a", "old")
-    write_atomic(tmp_path / "a", "new")
-    assert (tmp_path / "a").read_text() == "new"
-    assert os.listdir(tmp_path) == ["a"]
-
-
 def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
     (tmp_path / "a").write_text("old")
     with pytest.raises(OSError) as caught:
@@ -39,6 +33,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
     assert os.listdir(tmp_path) == ["a"]
     message = explain(caught.value)
     assert "No space left" in message and str(tmp_path / "a") in message and "free some space" in message
+
+
+def test_a_csv_has_the_columns_asked_for(tmp_path):
+    write_lines(tmp_path / "a.csv", [{"x": 1, "y": "one, two"}, {"x": 2, "z": 3}], ["y", "x"])
+    assert (tmp_path / "a.csv").read_text() == 'y,x\n"one, two",1\n,2\n'
 
 
 def test_json_has_no_nan(tmp_path):
