@@ -8,20 +8,16 @@ happens on first use and is cached under the content of the file and every setti
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
-import transformers
 from numpy.typing import NDArray
-from tokenizers import decoders, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -33,15 +29,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import cache, counted, decoding, jsonl, observations, reward_models, rewards, supervised
+from lm_envs import counted, decoding, observations, reward_models, rewards, supervised
 from lm_envs.kernels import logprob_kl
 from lm_envs.rewards import LearnedReward, raw_scores, right_pad
-from lm_envs.tasks import gold_judge, labelled_text, making, splits
+from lm_envs.tasks import gold_judge, labelled_text, making, own_text
 from lm_envs.tasks.gold_judge import TextJudge, require_sklearn
 from lm_envs.tasks.labelled_text import LabelledText, openings, read_labelled, training_half
+from lm_envs.tasks.own_text import Line
 from lm_envs.tasks.task import TextTask
-
-END = "<|end|>"
 
 
 @dataclass(frozen=True)
@@ -92,14 +87,7 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError where a field is out of range."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("seed", "kl_coef", "weight_decay", "min_new_tokens") and not value > 0:
-                raise ValueError(f"corpus: {field.name} must be positive, got {value}")
-        if self.vocabulary < 257:
-            raise ValueError(
-                f"corpus: vocabulary must hold the 256 bytes and the end, so at least 257, got {self.vocabulary}"
-            )
+        own_text.check_config("corpus", self, free=("seed", "kl_coef", "weight_decay", "min_new_tokens"))
         if self.prompt_tokens + self.max_new_tokens > self.max_tokens:
             raise ValueError(
                 f"corpus: prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} are together "
@@ -110,8 +98,6 @@ class CorpusConfig:
                 f"corpus: min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, "
                 f"got {self.min_new_tokens}"
             )
-        if self.hidden % self.heads:
-            raise ValueError(f"corpus: hidden={self.hidden} must be a multiple of heads={self.heads}")
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
@@ -139,17 +125,14 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     import sklearn
 
     path = Path(path)
-    with path.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
-    ours = [counted, decoding, jsonl, logprob_kl, observations, reward_models, rewards, supervised]
-    ours += [gold_judge, labelled_text, making, splits]
-    parts = {
-        "content": content,
-        "config": asdict(config),
-        "code": cache.code_hash([__file__, *(str(module.__file__) for module in ours)]),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, np, sklearn)},
-    }
-    folder = cache.cached("corpus", parts, lambda folder: build(read_labelled(path), config, folder))
+    folder = own_text.cached(
+        "corpus",
+        path,
+        config,
+        lambda folder: build(read_labelled(path), config, folder),
+        [__file__, counted, decoding, logprob_kl, reward_models, rewards, gold_judge, labelled_text],
+        [sklearn],
+    )
     return read(folder, config, path.name)
 
 
@@ -185,7 +168,7 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
     """Make tokenizer, language model, reward model and judge, measure them on held-out texts, and save them."""
     train = [row for row in rows if row.split == "train"]
     held_out = [row for row in rows if row.split != "train"]
-    tokenizer = make_tokenizer([row.text for row in train], config.vocabulary)
+    tokenizer = own_text.make_tokenizer([row.text for row in train], config.vocabulary)
     prompts = _prompts(rows, tokenizer, config)
     demonstrations = encode(tokenizer, train, config.max_tokens)
     judge_half = training_half(rows, 1)
@@ -230,32 +213,6 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
     (folder / "task.json").write_text(json.dumps(made))
 
 
-def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on texts. Its one special token, id 0, ends texts and pads.
-
-    Words carry the space before them, the first one too, so that texts join and round-trip.
-    """
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    inner.decoder = decoders.ByteLevel()
-    inner.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=[END],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        eos_token=END,
-        pad_token=END,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[LabelledText], max_tokens: int) -> list[list[int]]:
     """Texts as token ids that end in EOS, cut to ``max_tokens`` (then without it)."""
     eos = tokenizer.eos_token_id
@@ -283,42 +240,19 @@ def _bundles(texts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _token_bundles(texts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """The same with about as many tokens in each, so that a step's mean over tokens does not favour short texts."""
-    bundles: list[list[int]] = [[]]
-    for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
-        if bundles[-1] and (len(bundles[-1]) + 1) * len(texts[i]) > tokens:
-            bundles.append([])
-        bundles[-1].append(i)
-    return bundles
-
-
-Line = Callable[[int], Callable[[int, float], None]]
-
-
 def _fit_language_model(
     policy: PreTrainedModel, texts: Sequence[Sequence[int]], config: CorpusConfig, line: Line
 ) -> None:
-    bundles = _token_bundles(texts, config.lm_batch)
-    steps = min(config.lm_steps, config.lm_epochs * len(bundles))
+    bundles = own_text.token_bundles([(len(text),) for text in texts], config.lm_batch)
 
-    def loss(chosen: NDArray[np.int64]) -> Tensor:
-        ids = right_pad([texts[i] for bundle in chosen for i in bundles[bundle]])
+    def loss(rows: list[int]) -> Tensor:
+        ids = right_pad([texts[i] for i in rows])
         return supervised.next_token_loss(
             policy(**observations.model_inputs(ids[:, :-1]), use_cache=False).logits, ids[:, 1:]
         )
 
-    supervised.fit(
-        policy,
-        loss,
-        examples=len(bundles),
-        steps=steps,
-        batch_size=1,
-        learning_rate=config.lm_learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        progress=line(steps),
-    )
+    steps = min(config.lm_steps, config.lm_epochs * len(bundles))
+    own_text.fit(policy, loss, bundles, config, line, steps=steps, learning_rate=config.lm_learning_rate)
 
 
 def prefix_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
@@ -346,26 +280,19 @@ def prefix_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def _fit_reward_model(
-    model: PreTrainedModel, texts: Sequence[Sequence[int]], labels: NDArray[np.int64], config: CorpusConfig, line: Line
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    labels: NDArray[np.int64],
+    config: CorpusConfig,
+    line: Line,
 ) -> None:
     bundles = _bundles(texts, config.rm_batch)
-    steps = min(config.rm_steps, config.rm_epochs * len(bundles))
 
-    def loss(chosen: NDArray[np.int64]) -> Tensor:
-        rows = [i for bundle in chosen for i in bundles[bundle]]
+    def loss(rows: list[int]) -> Tensor:
         return prefix_loss(model, right_pad([texts[i] for i in rows]), torch.from_numpy(labels[rows]))
 
-    supervised.fit(
-        model,
-        loss,
-        examples=len(bundles),
-        steps=steps,
-        batch_size=1,
-        learning_rate=config.rm_learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        progress=line(steps),
-    )
+    steps = min(config.rm_steps, config.rm_epochs * len(bundles))
+    own_text.fit(model, loss, bundles, config, line, steps=steps, learning_rate=config.rm_learning_rate)
 
 
 @torch.no_grad()

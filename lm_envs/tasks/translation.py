@@ -8,18 +8,13 @@ the content of the file and every setting.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import tokenizers
 import torch
-import transformers
-from numpy.typing import NDArray
 from tokenizers import decoders
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,12 +27,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lm_envs import cache, cross_cache, decoding, encoder_decoder, jsonl, observations, row_cache, scoring, supervised
+from lm_envs import cross_cache, decoding, encoder_decoder, row_cache, scoring
 from lm_envs.decoding import greedy
 from lm_envs.observations import left_pad
 from lm_envs.rewards import right_pad
 from lm_envs.scoring import response_logits
-from lm_envs.tasks import corpus, making, parallel_text, splits
+from lm_envs.tasks import making, own_text, parallel_text
+from lm_envs.tasks.own_text import Line
 from lm_envs.tasks.parallel_text import AgainstReferences, CorpusBLEU, Pair, read_pairs
 from lm_envs.tasks.splits import SPLITS
 from lm_envs.tasks.task import TextTask
@@ -87,20 +83,11 @@ class TranslationConfig:
     def __post_init__(self) -> None:
         """Raise ValueError where a field is out of range."""
         free = ("seed", "architecture", "kl_coef", "weight_decay", "label_smoothing")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in free and not value > 0:
-                raise ValueError(f"translation: {field.name} must be positive, got {value}")
+        own_text.check_config("translation", self, free)
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"translation: architecture must be one of {', '.join(ARCHITECTURES)}")
-        if self.vocabulary < 257:
-            raise ValueError(
-                f"translation: vocabulary must hold the 256 bytes and the end, so at least 257, got {self.vocabulary}"
-            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"translation: label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if self.hidden % self.heads:
-            raise ValueError(f"translation: hidden={self.hidden} must be a multiple of heads={self.heads}")
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
@@ -124,17 +111,13 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     config = TranslationConfig(**options)
     SentenceBLEU()  # says what is missing before anything is trained
     path = Path(path)
-    with path.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
-    ours = [corpus, cross_cache, decoding, encoder_decoder, jsonl, making, observations, parallel_text, row_cache]
-    ours += [scoring, splits, supervised]
-    parts = {
-        "content": content,
-        "config": asdict(config),
-        "code": cache.code_hash([__file__, *(str(module.__file__) for module in ours)]),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, np)},
-    }
-    folder = cache.cached("translation", parts, lambda folder: build(read_pairs(path), config, folder))
+    folder = own_text.cached(
+        "translation",
+        path,
+        config,
+        lambda folder: build(read_pairs(path), config, folder),
+        [__file__, cross_cache, decoding, encoder_decoder, parallel_text, row_cache, scoring],
+    )
     return read(folder, config, path.name)
 
 
@@ -186,20 +169,13 @@ def build(pairs: Sequence[Pair], config: TranslationConfig, folder: Path) -> Non
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """The byte-level BPE of :func:`lm_envs.tasks.corpus.make_tokenizer`, whose texts begin without a space.
+    """The byte-level BPE of :func:`lm_envs.tasks.own_text.make_tokenizer`, whose texts begin without a space.
 
     Its one special token ends responses, pads, and starts the decoder, as BART's EOS does.
     """
-    tokenizer = corpus.make_tokenizer(texts, vocabulary)
-    inner = tokenizer.backend_tokenizer
+    inner = own_text.make_tokenizer(texts, vocabulary).backend_tokenizer
     inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        eos_token=corpus.END,
-        pad_token=corpus.END,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )
+    return own_text.fast(inner, padding_side="right")
 
 
 def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -243,7 +219,6 @@ def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 Response = tuple[list[int], list[int]]
-Line = Callable[[int], Callable[[int, float], None]]
 
 
 def _responses(
@@ -259,39 +234,18 @@ def _responses(
     return found
 
 
-def _bundles(responses: Sequence[Response], tokens: int) -> list[list[int]]:
-    """Indices of pairs of nearly one length together, with about as many target tokens in each."""
-    bundles: list[list[int]] = [[]]
-    for i in sorted(range(len(responses)), key=lambda i: (len(responses[i][1]), len(responses[i][0]))):
-        if bundles[-1] and (len(bundles[-1]) + 1) * len(responses[i][1]) > tokens:
-            bundles.append([])
-        bundles[-1].append(i)
-    return bundles
-
-
 def _fit(model: PreTrainedModel, responses: Sequence[Response], config: TranslationConfig, line: Line) -> None:
-    bundles = _bundles(responses, config.sft_batch)
-    steps = config.sft_epochs * len(bundles)
+    bundles = own_text.token_bundles([(len(target), len(prompt)) for prompt, target in responses], config.sft_batch)
 
-    def loss(chosen: NDArray[np.int64]) -> Tensor:
-        rows = [responses[i] for bundle in chosen for i in bundles[bundle]]
-        prompt = torch.from_numpy(left_pad([p for p, _ in rows], max(len(p) for p, _ in rows)))
-        target = right_pad([t for _, t in rows])
-        logits, _ = response_logits(model, prompt, target)
+    def loss(rows: list[int]) -> Tensor:
+        prompts = [responses[i][0] for i in rows]
+        target = right_pad([responses[i][1] for i in rows])
+        logits, _ = response_logits(model, torch.from_numpy(left_pad(prompts, max(map(len, prompts)))), target)
         present = target >= 0
         return F.cross_entropy(logits[present], target[present], label_smoothing=config.label_smoothing)
 
-    supervised.fit(
-        model,
-        loss,
-        examples=len(bundles),
-        steps=steps,
-        batch_size=1,
-        learning_rate=config.sft_learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        progress=line(steps),
-    )
+    steps = config.sft_epochs * len(bundles)
+    own_text.fit(model, loss, bundles, config, line, steps=steps, learning_rate=config.sft_learning_rate)
 
 
 def _stats(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.rewards import raw_scores, right_pad
 from lm_envs.rollout import rollout
-from lm_envs.tasks import corpus, load
+from lm_envs.tasks import corpus, load, own_text
 from lm_envs.tasks.gold_judge import TextJudge
 from lm_envs.tasks.labelled_text import openings, read_labelled, training_half
 from lm_envs.vector_env import TextVectorEnv
@@ -233,7 +233,7 @@ def test_each_learns_from_the_labels_of_its_own_half(flipped, task, source, cach
 
 def test_long_texts_are_cut(source):
     rows = read_labelled(source)
-    tokenizer = corpus.make_tokenizer([row.text for row in rows], 300)
+    tokenizer = own_text.make_tokenizer([row.text for row in rows], 300)
     whole, cut = (corpus.encode(tokenizer, rows, limit) for limit in (1000, 10))
     assert all(ids[-1] == tokenizer.eos_token_id for ids in whole)
     assert cut == [ids[:10] for ids in whole] and len(tokenizer) == 300
@@ -244,7 +244,7 @@ def test_long_texts_are_cut(source):
 
 def test_prefix_loss_is_the_loss_of_every_prefix():
     config = corpus.CorpusConfig(**SMALL)
-    tokenizer = corpus.make_tokenizer(["a b c d"], 257)
+    tokenizer = own_text.make_tokenizer(["a b c d"], 257)
     model = corpus._initial(corpus.GPT2ForSequenceClassification, config, tokenizer)
     with torch.no_grad():
         model.score.weight.normal_(generator=torch.Generator().manual_seed(1))

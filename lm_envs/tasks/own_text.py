@@ -1,0 +1,155 @@
+"""What the tasks made of a file of the user's own share: checks of their settings, the cache under the file's content,
+a byte-level tokenizer, and training on bundles of texts of nearly one length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from numpy.typing import NDArray
+from tokenizers import decoders, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from lm_envs import cache, jsonl, observations, supervised
+from lm_envs.tasks import making, splits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+END = "<|end|>"
+Line = Callable[[int], Callable[[int, float], None]]
+
+
+def check_config(task: str, config: Any, free: Collection[str]) -> None:
+    """Raise ValueError where a field that is not ``free`` is not positive, or where vocabulary or heads do not fit."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in free and not value > 0:
+            raise ValueError(f"{task}: {field.name} must be positive, got {value}")
+    if config.vocabulary < 257:
+        raise ValueError(
+            f"{task}: vocabulary must hold the 256 bytes and the end, so at least 257, got {config.vocabulary}"
+        )
+    if config.hidden % config.heads:
+        raise ValueError(f"{task}: hidden={config.hidden} must be a multiple of heads={config.heads}")
+
+
+def cached(
+    task: str,
+    path: Path,
+    config: Any,
+    build: Callable[[Path], None],
+    code: Iterable[str | ModuleType],
+    libraries: Iterable[ModuleType] = (),
+) -> Path:
+    """The folder that ``build`` fills, kept under the file's content, every setting and what makes it.
+
+    Args:
+        code: the source file of the task, and the modules of ours that it uses beyond this one's.
+        libraries: those that it uses beyond torch, transformers, tokenizers and NumPy.
+
+    Raises:
+        FileNotFoundError: there is no file at ``path``.
+        lm_envs.cache.CacheError: the cache folder cannot be written.
+    """
+    with path.open("rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    sources = [*code, __file__, jsonl, making, observations, splits, supervised]
+    parts = {
+        "content": content,
+        "config": asdict(config),
+        "code": cache.code_hash([source if isinstance(source, str) else str(source.__file__) for source in sources]),
+        "versions": {one.__name__: one.__version__ for one in (torch, transformers, tokenizers, np, *libraries)},
+    }
+    return cache.cached(task, parts, build)
+
+
+def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on texts. Its one special token, id 0, ends texts and pads.
+
+    Words carry the space before them, the first one too, so that texts join and round-trip.
+    """
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return fast(inner, padding_side="left")
+
+
+def fast(inner: tokenizers.Tokenizer, padding_side: str) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers has them."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=END,
+        pad_token=END,
+        padding_side=padding_side,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def token_bundles(sizes: Sequence[tuple[int, ...]], tokens: int) -> list[list[int]]:
+    """Indices of texts of nearly one size together, with about as many tokens in each bundle.
+
+    So a step's mean over tokens does not favour short texts.
+
+    Args:
+        sizes: of each text what it is sorted by; the first number is its tokens.
+        tokens: in a bundle.
+    """
+    bundles: list[list[int]] = [[]]
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if bundles[-1] and (len(bundles[-1]) + 1) * sizes[i][0] > tokens:
+            bundles.append([])
+        bundles[-1].append(i)
+    return bundles
+
+
+def fit(
+    model: PreTrainedModel,
+    loss: Callable[[list[int]], Tensor],
+    bundles: Sequence[Sequence[int]],
+    config: Any,
+    line: Line,
+    *,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Train on a bundle per step, with the config's ``weight_decay`` and ``seed``.
+
+    Args:
+        loss: of the texts with these indices.
+        line: from the number of steps to what is called after each.
+    """
+
+    def of_bundles(chosen: NDArray[np.int64]) -> Tensor:
+        return loss([i for bundle in chosen for i in bundles[bundle]])
+
+    supervised.fit(
+        model,
+        of_bundles,
+        examples=len(bundles),
+        steps=steps,
+        batch_size=1,
+        learning_rate=learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        progress=line(steps),
+    )
