@@ -207,12 +207,6 @@ class Exact:
         return self._soft[0]
 
     @property
-    def soft_q(self) -> Tensor:
-        """``(X, S, V)``, what follows an action under the optimum, its own KL not included: ``r`` where it ends the
-        response, else ``V*`` of the next prefix."""
-        return self._soft[1]
-
-    @property
     def optimal_value(self) -> Tensor:
         """``J*``, a scalar."""
         return self.soft_value[:, 0].mean()
