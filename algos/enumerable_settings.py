@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lm_envs.algos.policies import Face, LMPolicy
+from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policy import Face
 from lm_envs.tasks.enumerable import EnumerableConfig
 from lm_envs.text_mdp import TextMDP
 

@@ -1,19 +1,20 @@
-"""Policies: what acts in an environment and is re-evaluated on what it did. Here the one made of a language model."""
+"""The policy that is made of a language model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lm_envs.algos.policy import Evaluation, Face, Policy
+from lm_envs.algos.recomputing import checkpointing as _checkpointing
+from lm_envs.algos.recomputing import recomputable as _layers
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.fused import fuse
@@ -23,111 +24,10 @@ from lm_envs.scoring import response_logits
 from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 
-Face = Literal["mdp", "bandit"]
-
 NO_TRUNCATION = (
     "top_k and top_p cannot be used in training: the support they leave moves with the policy, so a sampled token can "
     "have log-probability -inf after an update. Train with temperature and min_new_tokens; truncate in evaluation only"
 )
-
-
-@dataclass
-class Evaluation:
-    """A policy's view of trajectories; one teacher-forced forward.
-
-    Attributes:
-        logprob: ``(B, T)`` of the actions taken, nats; 0 where the mask is False.
-        entropy: ``(B, T)`` of the distribution the action was drawn from, nats; 0 where the mask is False.
-        value: ``(B, T + 1)``; 0 at and after termination; at a truncated row's length the value of ``final_obs``.
-        full: computes the whole distribution when it is asked for.
-        q: computes the value of every action when it is asked for.
-    """
-
-    logprob: Tensor
-    entropy: Tensor
-    value: Tensor
-    full: Callable[[], Tensor] | None = None
-    q: Callable[[], Tensor] | None = None
-
-    def log_probs(self) -> Tensor:
-        """``(B, T, V)`` log-probabilities of every action.
-
-        Raises:
-            RuntimeError: the policy has no such thing (the bandit face: there are V**T responses).
-        """
-        if self.full is None:
-            raise RuntimeError("this policy cannot enumerate its actions: use the MDP face for the full distribution")
-        return self.full()
-
-    def q_values(self) -> Tensor:
-        """``(B, T, V)`` value of every action, of a policy with a Q critic; ``value`` is then its mean under the
-        policy.
-
-        Raises:
-            RuntimeError: the policy has none.
-        """
-        if self.q is None:
-            raise RuntimeError("this policy has no Q critic: call its use_q_critic() before training")
-        return self.q()
-
-
-class Policy(nn.Module):
-    """What algorithms need of a policy.
-
-    Attributes:
-        sequence_obs: one observation row holds the whole episode (text); otherwise observations come per step.
-        uniforms_per_action: how many uniform numbers one action takes.
-    """
-
-    sequence_obs: bool = False
-    uniforms_per_action: int = 1
-
-    def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Actions and their log-probabilities ``(N,)`` for observations ``(N, ...)``.
-
-        Args:
-            uniforms: ``(N,)``, or ``(N, uniforms_per_action)`` where that is more than one; float64 in [0, 1).
-        """
-        raise NotImplementedError
-
-    def evaluate(self, traj: Trajectories) -> Evaluation:
-        """Log-probability, entropy and value of what was done; differentiable."""
-        raise NotImplementedError
-
-    def use_q_critic(self) -> None:
-        """Learn the value of every action, ``Q(s, .)``, instead of ``V(s)``; call before making the agent."""
-        raise ValueError(f"{type(self).__name__} has no Q critic")
-
-
-def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-@contextmanager
-def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Forwards within keep each layer's input alone.
-
-    transformers does that for layers in train mode: the layers themselves are put there and not what is inside them,
-    so that dropout stays off; so does that which a layer applies by its own flag (BART, OPT).
-    """
-    layers = _layers(model)
-    rates = [(layer, name, rate) for layer in layers for name, rate in vars(layer).items()]
-    rates = [found for found in rates if "dropout" in found[1] and isinstance(found[2], float)]
-    # transformers renames these two methods on the way to its version 6.
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    for layer, name, _ in rates:
-        setattr(layer, name, 0.0)
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-        for layer, name, rate in rates:
-            setattr(layer, name, rate)
-        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 class LMPolicy(Policy):

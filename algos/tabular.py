@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm_envs.algos.policies import Evaluation, Face, Policy
+from lm_envs.algos.policy import Evaluation, Face, Policy
 from lm_envs.algos.reward_tokens import without_tokens
 from lm_envs.decoding import sample
 from lm_envs.exact import Exact
