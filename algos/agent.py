@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lm_envs.algos.adaptation import frozen_hash, learned_state, load_learned_state
+from lm_envs.algos.adaptation import frozen_hash
 from lm_envs.algos.batching import (
     Before,
     cost_of_a_forward,
@@ -27,12 +27,13 @@ from lm_envs.algos.batching import (
     select,
     units,
 )
+from lm_envs.algos.checkpoints import take_back, tensors_of
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, controller
 from lm_envs.algos.losses import explained_variance
 from lm_envs.algos.metrics import Averages, Metric, describe
 from lm_envs.algos.mixing import add_nll_gradient
-from lm_envs.algos.optimizer import MASTER, make_adam
+from lm_envs.algos.optimizer import make_adam
 from lm_envs.kl import set_kl_coef, text_envs
 from lm_envs.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories
@@ -363,10 +364,6 @@ class Agent(Generic[C]):
         from it, so the two stay equal.
         """
         self._collector = None
-        tensors = {f"policy.{n}": t.cpu().clone() for n, t in learned_state(self.policy).items()}
-        for name, parameter in self._parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value.detach().cpu().clone()
         counters: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
         counters["kl_coef"] = None if self._kl is None else self._kl.coef
         if self._frozen is None:  # once: frozen parameters do not change
@@ -374,7 +371,7 @@ class Agent(Generic[C]):
         if self._frozen is not None:
             counters["frozen_sha256"] = self._frozen
         more, counters["extra"] = self.extra_state()
-        return tensors | {f"extra.{name}": t.detach().cpu().clone() for name, t in more.items()}, counters
+        return tensors_of(self.policy, self._parameters, self.optimizer, more), counters
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Takes back a :meth:`checkpoint`; the agent then continues as the one that made it would have.
@@ -387,26 +384,15 @@ class Agent(Generic[C]):
                 f"{self.name}: the checkpoint is of a policy with other frozen weights: start from the model it was "
                 f"trained on, with the same freeze_layers and lora_rank"
             )
-        saved = {name.removeprefix("policy."): t for name, t in tensors.items() if name.startswith("policy.")}
         try:
-            load_learned_state(self.policy, saved)
+            more = take_back(self.policy, self._parameters, self.optimizer, tensors)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        self.optimizer.state.clear()
-        for name, parameter in self._parameters.items():
-            state = {
-                key: tensors[f"adam.{key}.{name}"].to(parameter.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq", MASTER)
-                if f"adam.{key}.{name}" in tensors
-            }
-            if state:
-                self.optimizer.state[parameter] = state
         for name in _COUNTERS:
             setattr(self, name, counters[name])
         coef, config = counters["kl_coef"], self.config
         self._kl = None if coef is None else controller(coef, config.kl_target, config.kl_horizon)
         self._collector = self._data = None
-        more = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
         self.restore_extra(more, counters["extra"])
 
 
