@@ -599,7 +599,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sb3: the wrong log-probability is reported",
-        "algos/sb3.py",
+        "algos/sb3_env.py",
         "self.report(told)",
         "self.report(told * 0)",
         SB3 + "test_the_exact_penalty_is_charged_and_without_the_report_it_is_not",
@@ -620,14 +620,14 @@ MUTATIONS = [
     ),
     Mutation(
         "sb3: the terminal observation is the first of the next text",
-        "algos/sb3.py",
+        "algos/sb3_env.py",
         "final_obs[row],",
         "obs[row],",
         SB3 + "test_infos_go_to_the_rows_that_ended",
     ),
     Mutation(
         "sb3: a truncation is not told",
-        "algos/sb3.py",
+        "algos/sb3_env.py",
         "bool(truncated[row] and not terminated[row])",
         "False",
         SB3 + "test_truncation_is_told_and_bootstraps",
