@@ -595,7 +595,7 @@ MUTATIONS = [
         "algos/prefix_chains.py",
         ">= end[order[:-1], None]",
         ">= end[order[:-1], None] - 1",
-        SB3 + "test_prefix_chains_by_hand",
+        "tests/algos/test_prefix_chains.py::test_prefix_chains_by_hand",
     ),
     Mutation(
         "sb3: the wrong log-probability is reported",
@@ -609,7 +609,7 @@ MUTATIONS = [
         "algos/sb3.py",
         "return _mask(logits, masks), lm.value_head",
         "return logits, lm.value_head",
-        SB3 + "test_the_mask_is_the_references_top_k_in_action_report_and_penalty",
+        "tests/algos/test_sb3_masked.py::test_the_mask_is_the_references_top_k_in_action_report_and_penalty",
     ),
     Mutation(
         "sb3: values are of the token before",
@@ -623,14 +623,14 @@ MUTATIONS = [
         "algos/sb3_env.py",
         "final_obs[row],",
         "obs[row],",
-        SB3 + "test_infos_go_to_the_rows_that_ended",
+        "tests/algos/test_sb3_env.py::test_infos_go_to_the_rows_that_ended",
     ),
     Mutation(
         "sb3: a truncation is not told",
         "algos/sb3_env.py",
         "bool(truncated[row] and not terminated[row])",
         "False",
-        SB3 + "test_truncation_is_told_and_bootstraps",
+        "tests/algos/test_sb3_env.py::test_truncation_is_told_and_bootstraps",
     ),
     Mutation(
         "sb3: the hidden states of refilled rows stay the old ones",
@@ -644,7 +644,7 @@ MUTATIONS = [
         "lm_envs/decoding.py",
         "values.topk(k).indices",
         "(-values).topk(k).indices",
-        SB3 + "test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
+        "tests/algos/test_sb3_masked.py::test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
     ),
     # A network for other libraries
     Mutation(
