@@ -10,17 +10,11 @@ import torch
 
 pytest.importorskip("stable_baselines3")
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.benchmarks import bench_sb3, throughput_work
+from lm_envs.benchmarks import bench_sb3
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.throughput_work import Shape, Size, Work
+from lm_envs.benchmarks.throughput_work import Size, Work
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(throughput_work.SHAPES, "small", Shape(1, 16, 2, 50))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("tiny_shape")
 
 
 def test_a_small_run(tmp_path, capsys):

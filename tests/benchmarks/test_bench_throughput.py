@@ -6,21 +6,14 @@ import csv
 import time
 
 import pytest
-import torch
 
 from lm_envs.benchmarks import bench_throughput as bench
 from lm_envs.benchmarks import throughput_targets as targets
 from lm_envs.benchmarks import throughput_work
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.throughput_work import Shape, Size, Work
+from lm_envs.benchmarks.throughput_work import Size, Work
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(throughput_work.SHAPES, "small", Shape(1, 16, 2, 50))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("tiny_shape")
 
 
 def test_a_small_run(tmp_path, capsys):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lm_envs.benchmarks import bench_throughput as bench
-from lm_envs.benchmarks import throughput_peers, throughput_work
+from lm_envs.benchmarks import throughput_peers
 from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
-from lm_envs.benchmarks.throughput_work import WAYS, Shape, Size
+from lm_envs.benchmarks.throughput_work import WAYS, Size
 
 STANDS_IN = """
 import json, sys, time
@@ -68,25 +68,22 @@ def test_rivals_are_ways_and_ratios_are_within_a_round(stands_in, monkeypatch):
     assert found["grpo"]["of_generate"] is None
 
 
-def test_what_is_not_measured_anew_stays(stands_in, tmp_path, monkeypatch):
-    monkeypatch.setitem(throughput_work.SHAPES, "small", Shape(1, 16, 2, 50))
-    out, before = tmp_path / "t.csv", torch.get_num_threads()
+@pytest.mark.usefixtures("tiny_shape")
+def test_what_is_not_measured_anew_stays(stands_in, tmp_path):
+    out = tmp_path / "t.csv"
 
     def measured(*ways, **more):
         chosen = dict(shapes=("small",), tables=("fixed work",), rounds=1, threads=1, peaks=False)
         bench.run(bench.Settings(ways=ways, **{**chosen, **more}), out)
         return [row["way"] for row in csv.DictReader(out.open())]
 
-    try:
-        assert measured("bare forward") == ["generate", "bare forward"]
-        text = out.read_text()
-        out.write_text(text.replace(",,0.", ",12.5,0."))  # as if memory had been measured
-        assert measured("our forwards", add=True) == ["bare forward", "generate", "our forwards"]
-        kept = {row["way"]: row["peak_MB"] for row in csv.DictReader(out.open())}
-        assert kept == {"bare forward": "12.5", "generate": "12.5", "our forwards": ""}
-        assert measured("bare forward") == ["generate", "bare forward"]
-    finally:
-        torch.set_num_threads(before)
+    assert measured("bare forward") == ["generate", "bare forward"]
+    text = out.read_text()
+    out.write_text(text.replace(",,0.", ",12.5,0."))  # as if memory had been measured
+    assert measured("our forwards", add=True) == ["bare forward", "generate", "our forwards"]
+    kept = {row["way"]: row["peak_MB"] for row in csv.DictReader(out.open())}
+    assert kept == {"bare forward": "12.5", "generate": "12.5", "our forwards": ""}
+    assert measured("bare forward") == ["generate", "bare forward"]
 
 
 def test_peers_that_are_not_there_are_refused(monkeypatch, tmp_path):
@@ -97,11 +94,11 @@ def test_peers_that_are_not_there_are_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tiny_shape")
 @pytest.mark.parametrize("way", PEERS)
-def test_trl_does_the_work(way, monkeypatch):
+def test_trl_does_the_work(way):
     if way not in installed():
         pytest.skip("`make peers` installs it")
-    monkeypatch.setitem(throughput_work.SHAPES, "small", Shape(1, 16, 2, 50))
     peer = Peer(way, Size("small", rows=4, prompt_length=3, new_tokens=5), "cpu", 1)
     assert peer.ask("go") > 0 and peer.ask("peak") > 0
     peer.close()
