@@ -67,7 +67,7 @@ class Sampled:
         tokens: N lists of response token ids, without the EOS.
         seconds: what sampling took.
         corpus: of the first text metric in the judge or the reward, the score of all responses together, out of 100;
-            NaN where there is none.
+            NaN where there is none, or where the task has a metric for greedy responses.
     """
 
     prompt: list[str]
@@ -126,6 +126,7 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
     if mdp.task.judge is not None:
         gold = call_reward(mdp.task.judge, *texts, ids, reasons, **columns)
         gold = gold.sum(axis=1) if gold.ndim == 2 else gold
+    scorers = [] if mdp.task.corpus_metric is not None else [mdp.task.judge, mdp.task.reward]
     return Sampled(
         prompt=texts[0],
         response=texts[1],
@@ -136,7 +137,7 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
         length=traj.response_lengths.numpy(),
         tokens=[[token for token in row if token not in mdp.eos_token_ids] for row in ids],
         seconds=seconds,
-        corpus=corpus_score([mdp.task.judge, mdp.task.reward], texts[1], columns),
+        corpus=corpus_score(scorers, texts[1], columns),
     )
 
 

@@ -37,14 +37,15 @@ def measure(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, Any]:
         )
         return mdp.task.tokenizer.batch_decode(found, skip_special_tokens=True)
 
+    references = mdp.task.columns_of(rows)[metric.column]
     theirs = answers(mdp.reference)
     if policy.model is mdp.reference:
-        return {"corpus_greedy": metric.corpus(prompts, theirs), "corpus_gain": 0.0, "corpus_gain_se": 0.0}
+        return {"corpus_greedy": metric.corpus(theirs, references), "corpus_gain": 0.0, "corpus_gain_se": 0.0}
     ours = answers(policy.model)
     texts = list(zip(prompts, theirs, ours, strict=True))
-    gain, error = metric.gain(prompts, ours, theirs)
+    gain, error = metric.gain(ours, theirs, references)
     return {
-        "corpus_greedy": metric.corpus(prompts, ours),
+        "corpus_greedy": metric.corpus(ours, references),
         "corpus_gain": gain,
         "corpus_gain_se": error,
         "greedy": [dict(zip(("prompt", "sft", "response"), row, strict=True)) for row in texts[:8]],

@@ -1,8 +1,8 @@
-"""Parallel text of the user's own: reading it, dividing it, and measuring responses against its references."""
+"""Parallel text of the user's own: reading it, dividing it, and the BLEU of a whole corpus of responses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lm_envs.jsonl import read_jsonl
 from lm_envs.tasks.splits import SPLITS, SplitColumn, divide
-from lm_envs.text_metrics import TextMetric
+from lm_envs.text_metrics import SentenceBLEU
 
 
 @dataclass(frozen=True)
@@ -65,68 +65,34 @@ def _text(value: Any, name: str, where: str) -> str:
     return text
 
 
-class AgainstReferences:
-    """A reward: a text metric, with the references found by the prompt's text.
-
-    Args:
-        metric: scores a completion against references, in [0, 1].
-        references: by prompt, as the task's tokenizer decodes it.
-        scale: multiplies the score.
-    """
-
-    def __init__(self, metric: TextMetric, references: Mapping[str, Sequence[str]], scale: float = 1.0) -> None:
-        self.metric, self.references, self.scale = metric, references, scale
-        self.__name__ = metric.__name__
-
-    def of(self, prompts: Sequence[str]) -> list[Sequence[str]]:
-        """The references of each prompt.
-
-        Raises:
-            ValueError: a prompt has none.
-        """
-        for prompt in prompts:
-            if prompt not in self.references:
-                raise ValueError(f"reward {self.__name__!r}: there is no reference for the prompt {prompt!r}")
-        return [self.references[prompt] for prompt in prompts]
-
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-        """A score per completion, in [0, scale]."""
-        found = self.metric(completions, **{self.metric.column: self.of(prompts)})
-        return [self.scale * score for score in found if score is not None]
-
-
-class CorpusBLEU(AgainstReferences):
-    """Corpus BLEU as papers report it, out of 100, and whether one system's is higher than another's."""
-
-    name = "BLEU"
-
-    def corpus(self, prompts: Sequence[str], completions: Sequence[str]) -> float:
-        """Of all completions together; sacreBLEU's standard settings."""
-        return self.metric.corpus(completions, self.of(prompts))
+class CorpusBLEU(SentenceBLEU):
+    """BLEU of whole corpora as papers report it, out of 100, and whether one system's is higher than another's."""
 
     def gain(
-        self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str], samples: int = 1000, seed: int = 0
+        self,
+        ours: Sequence[str],
+        theirs: Sequence[str],
+        references: Sequence[Sequence[str]],
+        samples: int = 1000,
+        seed: int = 0,
     ) -> tuple[float, float]:
         """How much higher ours is, and the standard error of that by paired bootstrap (Koehn 2004).
 
         Corpus BLEU is a function of counts that are summed over sentences, so a resampled test set costs a sum.
         """
-        counts = [self._counts(prompts, texts) for texts in (ours, theirs)]
+        counts = [self._counts(texts, references) for texts in (ours, theirs)]
         generator = np.random.default_rng(seed)
         gains = []
         for _ in range(samples):
-            drawn = np.bincount(generator.integers(len(prompts), size=len(prompts)), minlength=len(prompts))
+            drawn = np.bincount(generator.integers(len(ours), size=len(ours)), minlength=len(ours))
             gains.append(_bleu(drawn @ counts[0]) - _bleu(drawn @ counts[1]))
-        return self.corpus(prompts, ours) - self.corpus(prompts, theirs), float(np.std(gains, ddof=1))
+        return self.corpus(ours, references) - self.corpus(theirs, references), float(np.std(gains, ddof=1))
 
-    def _counts(self, prompts: Sequence[str], completions: Sequence[str]) -> NDArray[np.int64]:
+    def _counts(self, completions: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.int64]:
         """``(N, 10)``: matched and all n-grams of orders 1 to 4, lengths of completion and of reference."""
-        from sacrebleu.metrics import BLEU
-
-        bleu = BLEU(effective_order=True)
         rows = [
-            bleu.sentence_score(text, list(references))
-            for text, references in zip(completions, self.of(prompts), strict=True)
+            self._sentence.sentence_score(text, list(known))
+            for text, known in zip(completions, references, strict=True)
         ]
         return np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows])
 

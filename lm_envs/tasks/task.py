@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class CorpusMetric(Protocol):
-    """What all responses together are worth."""
+    """What all responses together are worth, measured against a column of the prompts' data."""
 
-    name: str
+    column: str
 
-    def corpus(self, prompts: Sequence[str], completions: Sequence[str]) -> float:
+    def corpus(self, completions: Sequence[str], references: Sequence[Any]) -> float:
         """The figure, higher is better."""
         ...
 
-    def gain(self, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> tuple[float, float]:
+    def gain(self, ours: Sequence[str], theirs: Sequence[str], references: Sequence[Any]) -> tuple[float, float]:
         """By how much ours is higher, and the standard error of that."""
         ...
 

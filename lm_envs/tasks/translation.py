@@ -9,7 +9,7 @@ the content of the file and every setting.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,11 @@ from transformers import (
 from lm_envs import cross_cache, decoding, encoder_decoder, row_cache, scoring
 from lm_envs.decoding import greedy
 from lm_envs.observations import left_pad
-from lm_envs.rewards import right_pad
+from lm_envs.rewards import WeightedSum, right_pad
 from lm_envs.scoring import response_logits
 from lm_envs.tasks import making, own_text, parallel_text
 from lm_envs.tasks.own_text import Line
-from lm_envs.tasks.parallel_text import AgainstReferences, CorpusBLEU, Pair, read_pairs
+from lm_envs.tasks.parallel_text import CorpusBLEU, Pair, read_pairs
 from lm_envs.tasks.splits import SPLITS
 from lm_envs.tasks.task import TextTask
 from lm_envs.text_metrics import SentenceBLEU, SentenceChrF
@@ -125,21 +125,21 @@ def read(folder: Path, config: TranslationConfig, source: str) -> TextTask:
     """The task that :func:`build` left in a folder; ``source`` is what its description calls the text."""
     made = json.loads((folder / "task.json").read_text())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
-    references = made["references"]
     return TextTask(
         name="translation",
         tokenizer=tokenizer,
         reference=AutoModelForSeq2SeqLM.from_pretrained(folder / "policy", dtype=torch.float32),
         prompts=made["prompts"],
-        reward=AgainstReferences(SentenceBLEU(), references, scale=100.0),
-        judge=AgainstReferences(SentenceChrF(), references, scale=100.0),
+        reward=WeightedSum([(100.0, SentenceBLEU())]),
+        judge=WeightedSum([(100.0, SentenceChrF())]),
         eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=config.max_new_tokens,
         kl_coef=config.kl_coef,
         temperature=config.temperature,
         description=f"translate {source}; the reward is sentence BLEU, the judge chrF",
         responses=[(prompt, response) for prompt, response in made["responses"]],
-        corpus_metric=CorpusBLEU(SentenceBLEU(), references),
+        corpus_metric=CorpusBLEU(),
+        columns={split: {"reference": texts} for split, texts in made["references"].items()},
         stats=made["stats"],
     )
 
@@ -154,16 +154,14 @@ def build(pairs: Sequence[Pair], config: TranslationConfig, folder: Path) -> Non
     for name, rows in prompts.items():
         if not rows:
             raise ValueError(f"translation: no prompt of {name} has at most prompt_tokens={config.prompt_tokens}")
-    # As rewards see a prompt: decoded, so that another spelling of white space or of a letter is no other prompt.
-    names = tokenizer.batch_decode([ids for _, ids in encoded], skip_special_tokens=True)
-    references = {name: pair.references for name, (pair, _) in zip(names, encoded, strict=True)}
+    references = {name: [pair.references for pair, _ in encoded if pair.split == name] for name in SPLITS}
     responses = _responses(encoded, tokenizer, config)
     model = initial(config, tokenizer)
     with making.progress_bar() as bar:
         _fit(model, responses, config, lambda total: making.line_of(bar, "translation: SFT", total))
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    stats = _stats(model, tokenizer, prompts["validation"], references, config)
+    stats = _stats(model, tokenizer, prompts["validation"], references["validation"], config)
     made = {"prompts": prompts, "references": references, "responses": responses, "stats": stats}
     (folder / "task.json").write_text(json.dumps(made))
 
@@ -252,14 +250,13 @@ def _stats(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    references: Mapping[str, Sequence[str]],
+    references: Sequence[Sequence[str]],
     config: TranslationConfig,
 ) -> dict[str, float]:
     """Corpus BLEU and chrF of greedy translations of the validation prompts."""
     found = greedy(model, prompts, tokenizer.eos_token_id, max_new_tokens=config.max_new_tokens)
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-    known = [references[name] for name in tokenizer.batch_decode(prompts, skip_special_tokens=True)]
     return {
-        "sft_validation_bleu": SentenceBLEU().corpus(texts, known),
-        "sft_validation_chrf": SentenceChrF().corpus(texts, known),
+        "sft_validation_bleu": SentenceBLEU().corpus(texts, references),
+        "sft_validation_chrf": SentenceChrF().corpus(texts, references),
     }

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lm_envs.algos.adaptation import adapted
@@ -18,10 +18,10 @@ from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.evaluation import evaluation_env
 from lm_envs.cross_cache import rows_of
 from lm_envs.decoding import greedy
+from lm_envs.rewards import call_reward
 from lm_envs.tasks import load
-from lm_envs.tasks.parallel_text import AgainstReferences, CorpusBLEU, _bleu, read_pairs
+from lm_envs.tasks.parallel_text import CorpusBLEU, _bleu, read_pairs
 from lm_envs.tasks.translation import TranslationConfig, initial, make_tokenizer
-from lm_envs.text_metrics import SentenceBLEU
 from lm_envs.vector_env import TextVectorEnv
 
 WORDS = {"one": "eins", "two": "zwei", "red": "rot", "blue": "blau", "dog": "Hund", "cat": "Katze", "sees": "sieht"}
@@ -91,35 +91,43 @@ def test_too_few_pairs(tmp_path):
 
 # Rewards and figures
 
-REFERENCES = {"a": ["der Hund sieht die Katze"], "b": ["zwei rote Hunde", "zwei Hunde , rot"], "c": ["ein Text"]}
+REFERENCES = [["der Hund sieht die Katze"], ["zwei rote Hunde", "zwei Hunde , rot"], ["ein Text"]]
 OURS = ["der Hund sieht die Katze", "zwei Hunde rot", "der Text"]
 THEIRS = ["der Hund sah eine Katze", "drei rote Hunde", "ein Text"]
 
 
-def test_the_reward_finds_the_references_by_the_prompt():
-    reward = AgainstReferences(SentenceBLEU(), REFERENCES, scale=100.0)
-    bleu = BLEU(effective_order=True)
-    expected = [bleu.sentence_score(text, REFERENCES[p]).score for p, text in zip("cba", reversed(OURS), strict=True)]
-    assert reward(prompts=list("cba"), completions=OURS[::-1]) == pytest.approx(expected)
-    assert expected[2] == pytest.approx(100) and 0 < expected[1] < 100
-    with pytest.raises(ValueError, match="no reference for the prompt 'd'"):
-        reward(prompts=["d"], completions=["x"])
+def test_the_reward_is_sentence_bleu_against_the_prompts_own_references(task, path):
+    """Out of 100, and the judge chrF; every split's references stand beside its prompts."""
+    known = {pair.prompt: list(pair.references) for pair in read_pairs(path)}
+    for split, prompts in task.prompts.items():
+        names = task.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        assert task.columns_of(prompts) == {"reference": [known[name] for name in names]} == task.columns[split]
+    prompts = task.prompts["test"][:3]
+    references = task.columns_of(prompts)["reference"]
+    texts = [references[0][0], "Hund rot", references[2][0] + " eins"]
+    given = (task.tokenizer.batch_decode(prompts), texts, [[1]] * 3, ["stop"] * 3)
+    for reward, metric in ((task.reward, BLEU(effective_order=True)), (task.judge, CHRF())):
+        expected = [metric.sentence_score(text, row).score for text, row in zip(texts, references, strict=True)]
+        assert call_reward(reward, *given, reference=references).tolist() == pytest.approx(expected)
+        assert expected[0] == pytest.approx(100) and 0 < expected[2] < 100
+    with pytest.raises(ValueError, match="is none of them"):
+        task.columns_of([[1, 2, 3]])
 
 
 def test_the_gain_and_its_error_are_those_of_resampled_test_sets():
     """The counts of sentences add up to sacreBLEU's corpus score, so resampling them is resampling sentences."""
-    metric = CorpusBLEU(SentenceBLEU(), REFERENCES)
-    prompts, ours, theirs = list("abc") * 5, OURS * 5, THEIRS * 5
-    gain, error = metric.gain(prompts, ours, theirs, samples=200, seed=3)
-    assert gain == pytest.approx(metric.corpus(prompts, ours) - metric.corpus(prompts, theirs))
-    assert _bleu(metric._counts(prompts, ours).sum(axis=0)) == pytest.approx(metric.corpus(prompts, ours))
+    metric = CorpusBLEU()
+    references, ours, theirs = REFERENCES * 5, OURS * 5, THEIRS * 5
+    gain, error = metric.gain(ours, theirs, references, samples=200, seed=3)
+    assert gain == pytest.approx(metric.corpus(ours, references) - metric.corpus(theirs, references))
+    assert _bleu(metric._counts(ours, references).sum(axis=0)) == pytest.approx(metric.corpus(ours, references))
     generator, gains = np.random.default_rng(3), []
     for _ in range(200):
         rows = generator.integers(15, size=15)
-        drawn = [[texts[i] for i in rows] for texts in (prompts, ours, theirs)]
-        gains.append(metric.corpus(drawn[0], drawn[1]) - metric.corpus(drawn[0], drawn[2]))
+        drawn = [[texts[i] for i in rows] for texts in (references, ours, theirs)]
+        gains.append(metric.corpus(drawn[1], drawn[0]) - metric.corpus(drawn[2], drawn[0]))
     assert error == pytest.approx(np.std(gains, ddof=1)) and error > 0
-    assert metric.gain(prompts, ours, ours) == (0.0, 0.0)
+    assert metric.gain(ours, ours, references) == (0.0, 0.0)
 
 
 def test_texts_begin_without_a_space():
@@ -147,12 +155,12 @@ def test_it_is_made_once_and_holds_its_parts(task, path, monkeypatch):
 
 def test_maximum_likelihood_learned_something(task):
     fresh = initial(TranslationConfig(**SMALL), task.tokenizer)
-    names = task.tokenizer.batch_decode(task.prompts["test"], skip_special_tokens=True)
+    references = task.columns_of(task.prompts["test"])["reference"]
     figures = []
     for model in (fresh, task.reference):
         found = greedy(model, task.prompts["test"], task.eos_token_id, max_new_tokens=24)
         texts = task.tokenizer.batch_decode(found, skip_special_tokens=True)
-        figures.append(task.corpus_metric.corpus(names, texts))
+        figures.append(task.corpus_metric.corpus(texts, references))
     assert figures[0] < 1 and figures[1] > 5
 
 
@@ -184,6 +192,7 @@ def test_reinforce_with_the_references_likelihood_raises_bleu_on_test_prompts(ta
     env, test = TextVectorEnv(task, group_size=4), evaluation_env(task, "test")
     policy = LMPolicy.for_mdp(env.mdp, adapted(task.reference))
     before = evaluation.sample_policy(test, policy, None, 0)
+    assert np.isnan(before.corpus)  # the task has a metric, of greedy responses
     settings = dict(iterations=20, episodes=64, alpha=1.0, demonstrations=16, learning_rate=2e-3, group_size=4)
     agent = make_agent("reinforce", policy, task, **settings)
     for _ in range(20):
