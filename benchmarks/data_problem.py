@@ -57,6 +57,7 @@ class DataSpec:
         on_bad: "raise" or "skip".
         max_length: tokens of prompt and completion together; None is what the model reads.
         max_rows: read no more of the data; None is all.
+        dtype, device: of the model, see :class:`~lm_envs.models.Placement`; None is float32 and the CPU.
     """
 
     algorithm: str
@@ -71,6 +72,8 @@ class DataSpec:
     on_bad: str = "raise"
     max_length: int | None = None
     max_rows: int | None = None
+    dtype: str | None = None
+    device: str | None = None
 
     folder = ""  # of its own, not one in a comparison's
 
@@ -108,12 +111,13 @@ class DataProblem:
         self.spec, self.folder, self._progress = spec, out / "data", progress
         overrides = {**DEFAULTS[spec.algorithm], **spec.overrides}
         checked = check_overrides(spec.algorithm, overrides)
+        placement = models.Placement(spec.dtype or "float32", spec.device)
         self._rewarding = spec.algorithm == "reward-modelling"
         if self._rewarding:
-            self.model, self.tokenizer = reward_start(spec.model, spec.seed)
+            self.model, self.tokenizer = reward_start(spec.model, spec.seed, placement)
         else:
             self.tokenizer = models.load_tokenizer(spec.model, "model")
-            self.model = models.load_policy(spec.model, "model")
+            self.model = models.load_policy(spec.model, "model", placement)
             models.check_fits(self.tokenizer, models.vocabulary_of(self.model), f"model {spec.model!r}")
         self.info = self._packed(models.context_of(self.model))
         packed, preferences = Packed(self.folder), KINDS[spec.algorithm] == "preferences"
@@ -136,7 +140,7 @@ class DataProblem:
     def _packed(self, context: int | None) -> dict[str, Any]:
         """Tokenise the data into the run's folder, unless it holds them; what is known of them."""
         limits = [limit for limit in (self.spec.max_length, context) if limit is not None]
-        names = ("algorithm", "model", "data", "on_bad", "max_rows")
+        names = ("algorithm", "model", "data", "on_bad", "max_rows", "dtype")  # DPO's reference goes by the last
         made_from = {name: getattr(self.spec, name) for name in names} | {"max_length": min(limits, default=None)}
         found = info_of(self.folder)
         if found is not None and found.get("made_from") == made_from:

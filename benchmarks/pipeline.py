@@ -48,6 +48,10 @@ class _Learn:
     """Share of the prompts that is measured on and not trained on, where the data have no column "split"."""
     seed: int = 0
     """Decides the order of the data, and new weights."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The model's precision: float32 (the default), bfloat16, float64, or auto."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Where the model goes, as in cuda:1; the CPU if not given."""
     validate_every: int = Plan.validate_every
     """Iterations between measurements on held-out rows, 0 for none."""
     checkpoint_every: int = 100
@@ -90,6 +94,8 @@ class _Learn:
             on_bad=self.bad,
             max_length=self.max_length,
             max_rows=self.max_rows,
+            dtype=self.dtype,
+            device=self.device,
         )
         learn_from_data(spec, self.out, resume=self.resume, threads=self.threads, console=console)
 

@@ -84,6 +84,11 @@ class Placement:
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(f"device {self.device!r} cannot be used: {_first_line(error)}") from error
 
+    @property
+    def torch_dtype(self) -> Any:
+        """As ``from_pretrained`` takes it: torch's, or "auto"."""
+        return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+
 
 HOST = Placement()  # float32 on the CPU
 
@@ -256,7 +261,7 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
             model, info = auto.from_pretrained(
                 place,
                 config=config,
-                dtype=placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype),
+                dtype=placement.torch_dtype,
                 device_map=placement.device_map,
                 use_safetensors=True,
                 trust_remote_code=False,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lm_envs import models
@@ -243,6 +244,23 @@ def test_part_of_a_model_is_trained(folder, tmp_path):
     assert not torch.equal(scorer["model.layers.1.mlp.up_proj.weight"], fresh["model.layers.1.mlp.up_proj.weight"])
     assert torch.equal(scorer["model.embed_tokens.weight"], fresh["model.embed_tokens.weight"])
     assert result["held_out_loss"] < before(out)["validation_loss"]
+
+
+def test_each_stage_is_trained_in_the_precision_and_on_the_device_that_are_asked_for(folder, tmp_path, capsys):
+    data = {"sft": "demonstrations", "reward-model": "preferences", "dpo": "preferences"}
+    for command, name in data.items():
+        given = (command, folder / "model", folder / f"{name}.jsonl")
+        out = tmp_path / command
+        result = learn(*given, out, "--dtype", "bfloat16", "--device", "cpu:0")
+        with safe_open(out / "model" / "model.safetensors", "pt") as file:
+            assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}
+        settings = json.loads((out / "config.json").read_text())["run"]
+        assert (settings["dtype"], settings["device"]) == ("bfloat16", "cpu:0")
+        assert result["held_out_loss"] < before(out)["validation_loss"]
+        common = (command, "--model", given[1], "--data", given[2], "--out", tmp_path / "wrong")
+        assert "dtype must be one of float32" in refused(capsys, *common, "--dtype", "int4")
+        assert "device 'nowhere' cannot be used" in refused(capsys, *common, "--device", "nowhere")
+        assert "float16, where gradients" in refused(capsys, *common, "--dtype", "float16")
 
 
 def test_a_reward_model_starts_from_a_trunk_an_encoder_or_a_reward_model(folder, tmp_path):
