@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -331,12 +332,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"lm-envs {lm_envs.__version__}")
         return
+    warnings.formatwarning, format_of_python = _format_warning, warnings.formatwarning
     try:
         _run(words, debug)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    finally:
+        warnings.formatwarning = format_of_python
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What we tell the user, without the line of code that told it."""
+    told = f"{category.__name__}: " if category is not UserWarning else ""
+    return f"warning: {told}{message}\n"
 
 
 def _run(words: list[str], debug: bool) -> None:

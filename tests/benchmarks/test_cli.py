@@ -323,9 +323,13 @@ def test_how_models_are_loaded_is_said_on_the_command_line_and_in_suites(tmp_pat
     folders = byo.make(tmp_path)
     given = [part for name, value in folders.options.items() for part in (f"--{name.replace('_', '-')}", value)]
     common = ["compare", *given, *SMALL, "--algorithms", "sft", "--env", "max_new_tokens=4"]
-    assert run(capsys, *common, "--out", tmp_path / "out", "--dtype", "bfloat16", "--device-map", "cpu")[0] == 0
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "cut\n' + (tmp_path / "prompts.jsonl").read_text())
+    assert "prompts.jsonl, line 1: not JSON" in refused(capsys, *common, "--out", tmp_path / "bad")
+    common += ["--bad", "skip"]
+    with pytest.warns(UserWarning, match=r"prompts.jsonl: 1 bad row was passed over \(line 1: not JSON"):
+        assert run(capsys, *common, "--out", tmp_path / "out", "--dtype", "bfloat16", "--device-map", "cpu")[0] == 0
     settings = json.loads((tmp_path / "out/custom/sft/seed-0/config.json").read_text())["run"]["options"]
-    assert settings == {**folders.options, "dtype": "bfloat16", "device_map": "cpu"}
+    assert settings == {**folders.options, "dtype": "bfloat16", "device_map": "cpu", "bad": "skip"}
     for wrong, message in (
         (["--dtype", "int4"], "dtype must be one of float32"),
         (["--device", "cpu", "--device-map", "cpu"], "exclude each other"),
@@ -333,6 +337,8 @@ def test_how_models_are_loaded_is_said_on_the_command_line_and_in_suites(tmp_pat
     ):
         assert message in refused(capsys, *common, "--out", tmp_path / "wrong", *wrong)
     options = ", ".join(f'{name} = "{value}"' for name, value in folders.options.items())
-    text = f'tasks = ["custom"]\nalgorithms = ["sft"]\n[task.custom]\noptions = {{{options}, dtype = "bfloat16"}}'
+    options += ', dtype = "bfloat16", bad = "skip"'
+    text = f'tasks = ["custom"]\nalgorithms = ["sft"]\n[task.custom]\noptions = {{{options}}}'
     suite = parse_suite(text, "x")
-    assert load_task("custom", suite.runs()[0].options).reference.dtype == torch.bfloat16
+    with pytest.warns(UserWarning, match="1 bad row was passed over"):
+        assert load_task("custom", suite.runs()[0].options).reference.dtype == torch.bfloat16
