@@ -43,7 +43,8 @@ def reward_start(
         ValueError: there is no such folder or model, it cannot score texts, has several labels, or no fitting
             tokenizer.
     """
-    what, place = "reward model", str(name)
+    what = "reward model"
+    place = models._place(name, what)
     tokenizer = models._read_tokenizer(name, what)
     try:
         config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False)
