@@ -15,6 +15,7 @@ from lm_envs.benchmarks.options import Adapt
 from lm_envs.benchmarks.overrides import parse_settings
 from lm_envs.benchmarks.suites import Plan
 
+_EARLY = (".lock", "data", ".tmp-data")  # what is in a folder before its config.json
 _SHOWN = 10  # skipped rows on the screen; all are in data/info.json
 
 
@@ -147,7 +148,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from lm_envs.benchmarks.compare import check_writable
+    from lm_envs.benchmarks.compare import gone_if_refused
     from lm_envs.benchmarks.data_problem import DataProblem
     from lm_envs.benchmarks.overrides import check_overrides
     from lm_envs.benchmarks.progress import display
@@ -156,11 +157,10 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
 
     disable_progress_bar()
     check_overrides(spec.algorithm, spec.overrides)
-    check_writable(out)
-    _check_free(out, resume)
     opened: list[DataProblem] = []
 
-    with display(console, 1) as shown:
+    with gone_if_refused(out, *_EARLY), display(console, 1) as shown:
+        _check_free(out, resume)
 
         def opener(spec: Any) -> DataProblem:
             def progress(done: int) -> None:
@@ -196,8 +196,7 @@ def _check_free(out: Path, resume: bool) -> None:
         if not resume:
             raise UserError(f"{out} holds a run already: --resume continues it, another --out starts anew")
         return
-    ours = {".lock", ".gitignore", "data", ".tmp-data"}  # what a run that was killed early leaves
-    strange = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    strange = sorted(path.name for path in out.iterdir() if path.name not in {*_EARLY, ".gitignore"})
     if strange:
         raise UserError(f"{out} is not empty (it holds {strange[0]!r}): choose another folder with --out")
 

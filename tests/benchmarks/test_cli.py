@@ -137,8 +137,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
 def test_a_bad_request_is_one_line_and_leaves_no_run(tmp_path, capsys, arguments, message):
     said = refused(capsys, "compare", *arguments, "--out", tmp_path / "out")
     assert re.search(message, said)
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
-    assert not list(tmp_path.glob("out/*/*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_malformed_toml_names_file_and_line(tmp_path, capsys):
@@ -325,6 +324,7 @@ def test_how_models_are_loaded_is_said_on_the_command_line_and_in_suites(tmp_pat
     common = ["compare", *given, *SMALL, "--algorithms", "sft", "--env", "max_new_tokens=4"]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "cut\n' + (tmp_path / "prompts.jsonl").read_text())
     assert "prompts.jsonl, line 1: not JSON" in refused(capsys, *common, "--out", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
     common += ["--bad", "skip"]
     with pytest.warns(UserWarning, match=r"prompts.jsonl: 1 bad row was passed over \(line 1: not JSON"):
         assert run(capsys, *common, "--out", tmp_path / "out", "--dtype", "bfloat16", "--device-map", "cpu")[0] == 0

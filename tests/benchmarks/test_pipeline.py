@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +221,7 @@ def test_bad_rows_stop_or_are_listed(folder, tmp_path, capsys):
     path.write_text('{"prompt": "cut\n' + (folder / "preferences.jsonl").read_text())
     arguments = ("dpo", "--model", folder / "model", "--data", path, "--out", tmp_path / "out")
     assert f"{path}, line 1: not JSON" in refused(capsys, *arguments)
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
     learn("dpo", folder / "model", path, tmp_path / "out", "--bad", "skip")
     assert re.search(r"1 bad rows? skipped:\n +line 1: not JSON", capsys.readouterr().err)
     info = json.loads((tmp_path / "out" / "data" / "info.json").read_text())
@@ -261,6 +260,7 @@ def test_each_stage_is_trained_in_the_precision_and_on_the_device_that_are_asked
         assert "dtype must be one of float32" in refused(capsys, *common, "--dtype", "int4")
         assert "device 'nowhere' cannot be used" in refused(capsys, *common, "--device", "nowhere")
         assert "float16, where gradients" in refused(capsys, *common, "--dtype", "float16")
+        assert not (tmp_path / "wrong").exists()  # although data were tokenised into it
 
 
 def test_a_reward_model_starts_from_a_trunk_an_encoder_or_a_reward_model(folder, tmp_path):
@@ -289,6 +289,9 @@ def test_what_does_not_fit_is_refused_before_training(folder, tmp_path, capsys):
     assert "no such file" in refused(capsys, "sft", "--model", model, "--data", tmp_path / "none.jsonl", *out)
     assert "no such folder" in refused(capsys, "sft", "--model", tmp_path / "none", "--data", data, *out)
     assert "--epochs must be positive" in refused(capsys, "sft", "--model", model, "--data", data, *out, "--epochs", 0)
+    deep = tmp_path / "a" / "b"
+    assert "no such folder" in refused(capsys, "sft", "--model", "./none", "--data", data, "--out", deep)
+    assert not (tmp_path / "a").exists()
     said = refused(capsys, "sft", "--model", model, "--data", data, *out, "--set", "betta=1")
     assert "sft has no setting 'betta'" in said
     said = refused(capsys, "sft", "--model", model, "--data", data, *out, "--max-length", 5)
@@ -296,8 +299,9 @@ def test_what_does_not_fit_is_refused_before_training(folder, tmp_path, capsys):
     learn("sft", model, data, tmp_path / "done")
     other = ("sft", "--model", model, "--data", data, "--out", tmp_path / "done", "--resume", "--seed", 1)
     assert "seed: 0 before, 1 now" in refused(capsys, *other)
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
+    assert "no such folder" in refused(capsys, "sft", "--model", tmp_path / "none", "--data", data, *out)
     (tmp_path / "out" / "mine.txt").write_text("x")
     assert "'mine.txt'" in refused(capsys, "sft", "--model", model, "--data", data, *out)
     assert "say what to train on" in refused(capsys, "train", "--algorithm", "ppo", *out)
