@@ -107,6 +107,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
         (["--task", "reviews", "--algorithms", "poo"], "no algorithm 'poo': did you mean 'ppo'"),
         (["--task", "CartPol-v1", "--algorithms", "ppo"], "CartPol"),
         (["--task", "reviews-bandit"], "say which --algorithms"),
+        (["--task", "reviews", "--algorithms", "bestof-4"], "did you mean 'best-of-4'"),
         (["--task", "reviews", "--algorithms", "best-of-0"], "needs a whole number n of at least 1"),
         (
             ["--task", "reviews", "--algorithms", "sft", "--set", "ppo.clip=0.1"],
