@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ import lm_envs
 from lm_envs.benchmarks.bench import Bench
 from lm_envs.benchmarks.data_cli import DataCommand
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
+from lm_envs.benchmarks.help_text import subcommands
 from lm_envs.benchmarks.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.options import Adapt, Own
 from lm_envs.benchmarks.overoptimise_cli import Overoptimise
@@ -136,11 +137,11 @@ class Train:
     OUT holds what a comparison's folder does, for one run: runs/ppo/reviews/ppo/seed-0/, and the tuned model in it.
     """
 
-    algorithm: str
-    """An algorithm."""
+    algorithm: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    """An algorithm (`lm-envs tasks` lists them)."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
-    task: str | None = None
+    task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions; may be left out
     where the options below make one.
     """
@@ -307,7 +308,7 @@ def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
     return suite
 
 
-_COMMANDS: dict[str, Callable[..., Any]] = {
+_COMMANDS: dict[str, type[Any]] = {
     "compare": Compare,
     "train": Train,
     "sft": Sft,
@@ -353,8 +354,8 @@ def _format_warning(
 
 def _run(words: list[str], debug: bool) -> None:
     console = Console(stderr=True)
-    command = tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS,
+    command = tyro.cli(
+        subcommands(_COMMANDS, words),
         config=(tyro.conf.FlagCreatePairsOff,),
         prog="lm-envs",
         description=(

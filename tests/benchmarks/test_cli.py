@@ -304,6 +304,24 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert process.wait() == 1 and said == b""
 
 
+def test_help_breaks_lines_where_the_terminal_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def told(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        return capsys.readouterr().out
+
+    for command in ("compare", "train", "overoptimise"):
+        text = told(command)
+        assert '"label" (0 or 1), and "split" if you like.' in text and "default: None" not in text
+        assert "\n  lm-envs " in text and "\n\n\n" not in text
+    assert "`lm-envs data check` says what it holds." in told("sft") and "(default: 0.05)" in told("sft")
+    assert "usage: lm-envs data check [-h]" in told("data", "check")
+    whole = told()
+    assert "--suite demo --out runs/demo" not in whole.partition("subcommands")[2] and "plots and a report." in whole
+
+
 def test_env_options_reach_text_tasks_and_algorithms_count_once():
     asked = Compare(out=Path("out"), task=("reviews", "CartPole-v1"), algorithms=("ppo", "ppo"), env=("kl_coef=0.2",))
     runs = asked.to_suite().runs()
