@@ -316,6 +316,11 @@ def _place(name: str | Path, what: str) -> str:
     """
     text = os.path.expanduser(str(name))
     if Path(text).is_dir():
+        if is_adapter(text):
+            raise ValueError(
+                f"{what} {text!r} holds adapters of {base_of(text, what)!r} and no model, and what is wanted here is a "
+                "whole one: train with --lora-merge, which saves that, or add them to it by peft's merge_and_unload"
+            )
         if not (Path(text) / "config.json").is_file():
             raise ValueError(f"{what} {text!r}: the folder holds no config.json; expected one saved by save_pretrained")
         return text

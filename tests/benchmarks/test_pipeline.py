@@ -243,6 +243,10 @@ def test_part_of_a_model_is_trained(folder, tmp_path):
     assert not torch.equal(scorer["model.layers.1.mlp.up_proj.weight"], fresh["model.layers.1.mlp.up_proj.weight"])
     assert torch.equal(scorer["model.embed_tokens.weight"], fresh["model.embed_tokens.weight"])
     assert result["held_out_loss"] < before(out)["validation_loss"]
+    learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "sft", "--lora-rank", 2)
+    for read in (reward_start, models.load_reward_model):
+        with pytest.raises(ValueError, match=f"adapters of '{folder}/model' and no model.* --lora-merge"):
+            read(tmp_path / "sft" / "model")
 
 
 def test_each_stage_is_trained_in_the_precision_and_on_the_device_that_are_asked_for(folder, tmp_path, capsys):
