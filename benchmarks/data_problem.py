@@ -184,8 +184,7 @@ class DataProblem:
     def _iterations(self, size: int) -> int:
         if self.spec.plan.iterations is not None:
             return self.spec.plan.iterations
-        examples = len(self._train) if self._train.group is None else len(torch.unique(self._train.group))
-        return max(1, math.ceil(self.spec.epochs * examples / size))
+        return max(1, math.ceil(self.spec.epochs * _examples(self._train) / size))
 
     # ---- model ----
 
@@ -203,6 +202,15 @@ class DataProblem:
         return LMPolicy(self.model, self.tokenizer.eos_token_id, prompt, response)
 
     # ---- what runs ask for ----
+
+    def plan(self) -> str:
+        """What is trained on, for how long, in a line."""
+        held = 0 if self._held is None else _examples(self._held)
+        config = self.agent.config
+        return (
+            f"{_examples(self._train):,} to train on, {held:,} held out; {config.iterations:,} "
+            f"iteration{'s' * (config.iterations > 1)} of {config.episodes:,}"
+        )
 
     def settings(self) -> dict[str, Any]:
         """What ``config.json`` says beyond the spec."""
@@ -253,3 +261,8 @@ class DataProblem:
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """None: nothing is sampled."""
         return []
+
+
+def _examples(data: StoredData) -> int:
+    """How many there are: texts, or groups of ranked ones."""
+    return len(data) if data.group is None else len(torch.unique(data.group))

@@ -168,7 +168,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
                     shown.say(f"{done:,} examples tokenised")
 
             opened.append(DataProblem(spec, out, progress))
-            for line in _about(opened[0].info, out):
+            for line in [*_about(opened[0].info, out), opened[0].plan()]:
                 shown.say(line)
             return opened[0]
 

@@ -223,7 +223,11 @@ def test_bad_rows_stop_or_are_listed(folder, tmp_path, capsys):
     assert f"{path}, line 1: not JSON" in refused(capsys, *arguments)
     assert not (tmp_path / "out").exists()
     learn("dpo", folder / "model", path, tmp_path / "out", "--bad", "skip")
-    assert re.search(r"1 bad rows? skipped:\n +line 1: not JSON", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(r"1 bad rows? skipped:\n +line 1: not JSON", said)
+    assert "46 to train on, 2 held out; 3 iterations of 32\n" in said
+    assert "dpo: iteration 0/3  held-out loss 0.69" in said
+    assert re.search(r"dpo: iteration 3/3  loss 0\.\d\d  held-out loss 0\.\d\d  held-out accuracy ", said)
     info = json.loads((tmp_path / "out" / "data" / "info.json").read_text())
     assert info["skipped"] == 1 and info["skipped_rows"][0][0] == "line 1" and info["examples"] == 48
 
