@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 
 @functools.cache
@@ -20,7 +20,7 @@ def place_of(name: str) -> str:
     if constants.HF_HUB_OFFLINE:  # in which the libraries do not wait either
         return name
     try:
-        _ask(hf_hub_url(name, "config.json"))
+        _ask(name, "config.json")
     except ConnectionError:
         try:
             return snapshot_download(name, local_files_only=True)
@@ -33,14 +33,16 @@ def place_of(name: str) -> str:
 def check_data_set(name: str) -> None:
     """Raises ConnectionError where the hub does not answer."""
     if not constants.HF_HUB_OFFLINE:
-        _ask(hf_hub_url(name, "README.md", repo_type="dataset"))
+        _ask(name, "README.md", "dataset")
 
 
-def _ask(url: str) -> None:
-    """One request, which is not repeated; any answer will do, also that there is no such file."""
+def _ask(name: str, file: str, kind: str = "model") -> None:
+    """One request, which is not repeated; any answer will do, also that there is no such file. None for a name that
+    cannot be one of the hub's, which the libraries refuse by themselves.
+    """
     try:
-        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError:
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):
         return
     # A network fails in the types of whichever client the hub's library is made of.
     except Exception as error:

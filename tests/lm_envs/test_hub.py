@@ -57,6 +57,12 @@ def test_what_cannot_be_reached_is_refused_after_one_request(asked, read):
     assert asked == [b"HEAD /some-owner/some-name/resolve/main/config.json HTTP/1.1"]
 
 
+def test_names_that_the_hub_cannot_have_are_not_asked_for(asked):
+    with pytest.raises(ValueError, match="'no name! of the hub'"):
+        models.load_policy("no name! of the hub")
+    assert asked == []
+
+
 def test_data_sets_too(asked):
     pytest.importorskip("datasets")
     with pytest.raises(ValueError, match="no such file or folder here, and the hub .* cannot be reached: .*give a fil"):
