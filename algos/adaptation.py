@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lm_envs.adapters import adapter_parameters, has_adapters, sharing
+from lm_envs.adapters import adapter_parameters, has_adapters, quiet_layout, sharing
 from lm_envs.encoder_decoder import is_encoder_decoder
 
 
@@ -222,7 +222,7 @@ def _add_lora(model: Any, adaptation: Adaptation, targets: list[str], seed: int)
         fan_in_fan_out=kinds == {Conv1D},
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_layout():
         torch.manual_seed(seed)
         try:
             model.add_adapter(config)

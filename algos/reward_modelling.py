@@ -52,7 +52,8 @@ class RewardPolicy(nn.Module):
         if traj.obs is None:
             raise ValueError("RewardPolicy.evaluate needs Trajectories.obs, (B, P + T) token ids with -1 for none")
         ids = right_pad([row[row >= 0].tolist() for row in traj.obs]).to(self.model.device)
-        return Scores(raw_scores(self.model, ids))
+        scores = raw_scores(self.model, ids)
+        return Scores(scores.to(torch.promote_types(scores.dtype, torch.float32)))  # differences need the digits
 
 
 @dataclass

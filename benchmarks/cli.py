@@ -6,7 +6,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import lm_envs
 from lm_envs.benchmarks.bench import Bench
 from lm_envs.benchmarks.data_cli import DataCommand
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
+from lm_envs.benchmarks.help_text import subcommands
 from lm_envs.benchmarks.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.options import Adapt, Own
 from lm_envs.benchmarks.overoptimise_cli import Overoptimise
@@ -135,11 +137,11 @@ class Train:
     OUT holds what a comparison's folder does, for one run: runs/ppo/reviews/ppo/seed-0/, and the tuned model in it.
     """
 
-    algorithm: str
-    """An algorithm."""
+    algorithm: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    """An algorithm (`lm-envs tasks` lists them)."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
-    task: str | None = None
+    task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions; may be left out
     where the options below make one.
     """
@@ -306,7 +308,7 @@ def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
     return suite
 
 
-_COMMANDS: dict[str, Callable[..., Any]] = {
+_COMMANDS: dict[str, type[Any]] = {
     "compare": Compare,
     "train": Train,
     "sft": Sft,
@@ -331,18 +333,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"lm-envs {lm_envs.__version__}")
         return
+    warnings.formatwarning, format_of_python = _format_warning, warnings.formatwarning
     try:
         _run(words, debug)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    finally:
+        warnings.formatwarning = format_of_python
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What we tell the user, without the line of code that told it."""
+    told = f"{category.__name__}: " if category is not UserWarning else ""
+    return f"warning: {told}{message}\n"
 
 
 def _run(words: list[str], debug: bool) -> None:
     console = Console(stderr=True)
-    command = tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS,
+    command = tyro.cli(
+        subcommands(_COMMANDS, words),
         config=(tyro.conf.FlagCreatePairsOff,),
         prog="lm-envs",
         description=(

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,28 @@ def check_writable(out: Path) -> None:
         raise UserError(
             f"cannot write results to {out}: {error.strerror}; choose another folder with --out, or put that right"
         ) from error
+
+
+@contextmanager
+def gone_if_refused(out: Path, *ours: str) -> Iterator[None]:
+    """Make ``out``, and take away again what was made if what is inside the block raises before there is a run in it.
+
+    Args:
+        ours: files and folders in it that may go with it; with anything else it stays, as it does if it was there.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        check_writable(out)
+        yield
+    except Exception:
+        if made and not (out / "config.json").exists():
+            with suppress(OSError):
+                for name in ours:
+                    shutil.rmtree(out / name, ignore_errors=True)
+                    (out / name).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+        raise
 
 
 def check_folder(out: Path, suite: Suite, resume: bool) -> None:
@@ -136,16 +160,16 @@ def compare(
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     runs = suite.runs()
     check_runs(runs)
-    check_writable(out)
-    check_folder(out, suite, resume)
-    if threads is None:
-        import torch
+    with gone_if_refused(out):
+        check_folder(out, suite, resume)
+        if threads is None:
+            import torch
 
-        threads = max(1, torch.get_num_threads() // jobs)
-    open_runs = [run for run in runs if not (out / run.label / "result.json").exists()]
-    if open_runs:
-        console.print(_heading(suite, runs, open_runs), highlight=False)
-        prepare(open_runs)  # what takes long in it, making a task on first use, shows a bar of its own
+            threads = max(1, torch.get_num_threads() // jobs)
+        open_runs = [run for run in runs if not (out / run.label / "result.json").exists()]
+        if open_runs:
+            console.print(_heading(suite, runs, open_runs), highlight=False)
+            prepare(open_runs)  # what takes long in it, making a task on first use, shows a bar of its own
     # From here on the folder is this comparison's; what was refused before leaves it as it was.
     write_json(out / COMPARISON, _merged(out, suite))
     write_results(out)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text as Styled
 
-from lm_envs.data import LISTED, Data, Item
+from lm_envs.data import Data, Item
 from lm_envs.data_formats import Kind, Text
 from lm_envs.tokenising import prompt_ids, tokenise
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _PERCENTILES = (0, 50, 95, 99, 100)
 _DUPLICATES = 10  # shown
+_BAD = 10  # shown, where not all are asked for
 
 
 @dataclass
@@ -136,8 +137,8 @@ def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
 
 
-def render(report: Report) -> RenderableType:
-    """The report as the terminal shows it."""
+def render(report: Report, all_bad: bool = False) -> RenderableType:
+    """The report as the terminal shows it; of bad rows the first :data:`_BAD`, or all that are kept."""
     data, bad = report.data, report.data.rejected
     head = Table.grid(padding=(0, 2))
     other = [name for name in data.columns if name not in data.convention.columns]
@@ -167,9 +168,11 @@ def render(report: Report) -> RenderableType:
         parts += ["", table]
     if bad.count:
         parts += ["", _reasons(report)]
-        parts += [Styled(f"  {one.where}: {one.reason}") for one in bad.rows]
-        if bad.count > len(bad.rows):
-            parts.append(Styled(f"  ... and {bad.count - LISTED:,} more"))
+        listed = bad.rows if all_bad else bad.rows[:_BAD]
+        parts += [Styled(f"  {one.where}: {one.reason}") for one in listed]
+        if bad.count > len(listed):
+            how = "" if all_bad else " (--all-bad lists them)"
+            parts.append(Styled(f"  ... and {bad.count - len(listed):,} more{how}"))
     return Group(*parts)
 
 
@@ -182,9 +185,9 @@ def _reasons(report: Report) -> str:
     return "bad rows: " + ", ".join(f"{count:,} {name}" for name, count in found.most_common())
 
 
-def show(report: Report) -> None:
+def show(report: Report, *, all_bad: bool = False) -> None:
     """Print it."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160, soft_wrap=True)
-    console.print(render(report), highlight=False)
+    console.print(render(report, all_bad), highlight=False)

@@ -12,17 +12,15 @@ from lm_envs.benchmarks.errors import UserError
 
 
 @dataclass(frozen=True)
-class DataCommand:
+class DataCheck:
     """Say what a file of prompts, demonstrations or preferences holds, and what is wrong with it.
 
       lm-envs data check preferences.jsonl --tokenizer DIR
 
-    Its convention and columns, how many rows are usable and how long they are, duplicates, and every bad row with its
-    line and the reason. Exits with 1 if no row is usable.
+    Its convention and columns, how many rows are usable and how long they are, duplicates, and the bad rows with
+    their line and the reason. Exits with 1 if no row is usable.
     """
 
-    what: Annotated[Literal["check"], tyro.conf.Positional]
-    """What to do with it."""
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """JSONL, CSV, Parquet, a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -33,6 +31,8 @@ class DataCommand:
     """Rows with more tokens are bad."""
     max_rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Look at no more rows."""
+    all_bad: bool = False
+    """List all bad rows, not the first ten."""
 
     def run(self, console: Console) -> None:
         """Check it."""
@@ -49,6 +49,21 @@ class DataCommand:
 
             tokenizer = load_tokenizer(self.tokenizer, "tokenizer")
         report = check(self.file, tokenizer, kind=self.use, max_rows=self.max_rows, max_length=self.max_length)
-        show(report)
+        show(report, all_bad=self.all_bad)
         if not report.usable:
             raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class DataCommand:
+    """Say what a file of data holds, and what is wrong with it: `lm-envs data check FILE`."""
+
+    what: Annotated[
+        Annotated[DataCheck, tyro.conf.subcommand("check", prefix_name=False)] | Annotated[None, tyro.conf.Suppress],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self, console: Console) -> None:
+        """Do it."""
+        assert self.what is not None
+        self.what.run(console)

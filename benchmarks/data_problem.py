@@ -57,6 +57,7 @@ class DataSpec:
         on_bad: "raise" or "skip".
         max_length: tokens of prompt and completion together; None is what the model reads.
         max_rows: read no more of the data; None is all.
+        dtype, device: of the model, see :class:`~lm_envs.models.Placement`; None is float32 and the CPU.
     """
 
     algorithm: str
@@ -71,6 +72,8 @@ class DataSpec:
     on_bad: str = "raise"
     max_length: int | None = None
     max_rows: int | None = None
+    dtype: str | None = None
+    device: str | None = None
 
     folder = ""  # of its own, not one in a comparison's
 
@@ -108,12 +111,13 @@ class DataProblem:
         self.spec, self.folder, self._progress = spec, out / "data", progress
         overrides = {**DEFAULTS[spec.algorithm], **spec.overrides}
         checked = check_overrides(spec.algorithm, overrides)
+        placement = models.Placement(spec.dtype or "float32", spec.device)
         self._rewarding = spec.algorithm == "reward-modelling"
         if self._rewarding:
-            self.model, self.tokenizer = reward_start(spec.model, spec.seed)
+            self.model, self.tokenizer = reward_start(spec.model, spec.seed, placement)
         else:
             self.tokenizer = models.load_tokenizer(spec.model, "model")
-            self.model = models.load_policy(spec.model, "model")
+            self.model = models.load_policy(spec.model, "model", placement)
             models.check_fits(self.tokenizer, models.vocabulary_of(self.model), f"model {spec.model!r}")
         self.info = self._packed(models.context_of(self.model))
         packed, preferences = Packed(self.folder), KINDS[spec.algorithm] == "preferences"
@@ -136,7 +140,7 @@ class DataProblem:
     def _packed(self, context: int | None) -> dict[str, Any]:
         """Tokenise the data into the run's folder, unless it holds them; what is known of them."""
         limits = [limit for limit in (self.spec.max_length, context) if limit is not None]
-        names = ("algorithm", "model", "data", "on_bad", "max_rows")
+        names = ("algorithm", "model", "data", "on_bad", "max_rows", "dtype")  # DPO's reference goes by the last
         made_from = {name: getattr(self.spec, name) for name in names} | {"max_length": min(limits, default=None)}
         found = info_of(self.folder)
         if found is not None and found.get("made_from") == made_from:
@@ -180,8 +184,7 @@ class DataProblem:
     def _iterations(self, size: int) -> int:
         if self.spec.plan.iterations is not None:
             return self.spec.plan.iterations
-        examples = len(self._train) if self._train.group is None else len(torch.unique(self._train.group))
-        return max(1, math.ceil(self.spec.epochs * examples / size))
+        return max(1, math.ceil(self.spec.epochs * _examples(self._train) / size))
 
     # ---- model ----
 
@@ -199,6 +202,15 @@ class DataProblem:
         return LMPolicy(self.model, self.tokenizer.eos_token_id, prompt, response)
 
     # ---- what runs ask for ----
+
+    def plan(self) -> str:
+        """What is trained on, for how long, in a line."""
+        held = 0 if self._held is None else _examples(self._held)
+        config = self.agent.config
+        return (
+            f"{_examples(self._train):,} to train on, {held:,} held out; {config.iterations:,} "
+            f"iteration{'s' * (config.iterations > 1)} of {config.episodes:,}"
+        )
 
     def settings(self) -> dict[str, Any]:
         """What ``config.json`` says beyond the spec."""
@@ -249,3 +261,8 @@ class DataProblem:
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """None: nothing is sampled."""
         return []
+
+
+def _examples(data: StoredData) -> int:
+    """How many there are: texts, or groups of ranked ones."""
+    return len(data) if data.group is None else len(torch.unique(data.group))

@@ -96,6 +96,8 @@ def check_algorithm(name: str) -> None:
 
     if name == "sft" or best_of(name) is not None:
         return
+    if meant := re.fullmatch(r"(?:best[-_ ]?of|bo)[-_ ]?n?[-_= ]?([1-9]\d*)", name, re.IGNORECASE):
+        raise UserError(f"no algorithm {name!r}: did you mean 'best-of-{meant[1]}'?")
     if re.fullmatch(r"best-of-.*", name):
         raise UserError(f"no algorithm {name!r}: best-of-n needs a whole number n of at least 1, as in best-of-16")
     if name not in trainable():

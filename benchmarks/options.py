@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -41,6 +41,8 @@ class Own:
     """Of "custom": JSONL, CSV or Parquet with a "prompt" a row (text or chat messages), and "split" (train, validation,
     test) if you like; or a data set of the hub. `lm-envs data check FILE` says what it holds.
     """
+    bad: Literal["raise", "skip"] = "raise"
+    """Of "custom": what a bad row of prompts does: stop everything before any training, or be passed over and told."""
     judge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Of "custom": another reward model or reward, which decides win-rates; without one there are none."""
     reference: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -67,8 +69,8 @@ class Own:
         if self.parallel is not None:
             found["translation"] = {"path": str(self.parallel)}
         custom: dict[str, Any] = {"policy": self.policy, "prompts": self.prompts, **self._rewards()}
-        names = ("judge", "reference", "dtype", "device", "device_map", "recompute")
-        more = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
+        names = ("judge", "reference", "dtype", "device", "device_map", "recompute", "bad")
+        more = {name: value for name in names if (value := getattr(self, name)) not in (None, False, "raise")}
         if more or any(value is not None for value in custom.values()):
             flags = {name: f"--{name.replace('_', '-')}" for name in custom}
             flags["reward_model"] = "--reward-model or --reward"

@@ -15,6 +15,7 @@ from lm_envs.benchmarks.options import Adapt
 from lm_envs.benchmarks.overrides import parse_settings
 from lm_envs.benchmarks.suites import Plan
 
+_EARLY = (".lock", "data", ".tmp-data")  # what is in a folder before its config.json
 _SHOWN = 10  # skipped rows on the screen; all are in data/info.json
 
 
@@ -48,6 +49,10 @@ class _Learn:
     """Share of the prompts that is measured on and not trained on, where the data have no column "split"."""
     seed: int = 0
     """Decides the order of the data, and new weights."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The model's precision: float32 (the default), bfloat16, float64, or auto."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Where the model goes, as in cuda:1; the CPU if not given."""
     validate_every: int = Plan.validate_every
     """Iterations between measurements on held-out rows, 0 for none."""
     checkpoint_every: int = 100
@@ -90,6 +95,8 @@ class _Learn:
             on_bad=self.bad,
             max_length=self.max_length,
             max_rows=self.max_rows,
+            dtype=self.dtype,
+            device=self.device,
         )
         learn_from_data(spec, self.out, resume=self.resume, threads=self.threads, console=console)
 
@@ -141,7 +148,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from lm_envs.benchmarks.compare import check_writable
+    from lm_envs.benchmarks.compare import gone_if_refused
     from lm_envs.benchmarks.data_problem import DataProblem
     from lm_envs.benchmarks.overrides import check_overrides
     from lm_envs.benchmarks.progress import display
@@ -150,11 +157,10 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
 
     disable_progress_bar()
     check_overrides(spec.algorithm, spec.overrides)
-    check_writable(out)
-    _check_free(out, resume)
     opened: list[DataProblem] = []
 
-    with display(console, 1) as shown:
+    with gone_if_refused(out, *_EARLY), display(console, 1) as shown:
+        _check_free(out, resume)
 
         def opener(spec: Any) -> DataProblem:
             def progress(done: int) -> None:
@@ -162,7 +168,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
                     shown.say(f"{done:,} examples tokenised")
 
             opened.append(DataProblem(spec, out, progress))
-            for line in _about(opened[0].info, out):
+            for line in [*_about(opened[0].info, out), opened[0].plan()]:
                 shown.say(line)
             return opened[0]
 
@@ -190,8 +196,7 @@ def _check_free(out: Path, resume: bool) -> None:
         if not resume:
             raise UserError(f"{out} holds a run already: --resume continues it, another --out starts anew")
         return
-    ours = {".lock", ".gitignore", "data", ".tmp-data"}  # what a run that was killed early leaves
-    strange = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    strange = sorted(path.name for path in out.iterdir() if path.name not in {*_EARLY, ".gitignore"})
     if strange:
         raise UserError(f"{out} is not empty (it holds {strange[0]!r}): choose another folder with --out")
 

@@ -33,6 +33,9 @@ def figures(metrics: dict[str, Any]) -> str:
         ("gold", ("validation_gold",)),
         ("proxy", ("score", "validation_proxy")),
         ("KL", ("kl", "validation_kl")),
+        ("loss", ("nll", "ranking_loss", "dpo_loss")),
+        ("held-out loss", ("validation_loss",)),
+        ("held-out accuracy", ("validation_accuracy",)),
     )
     for title, keys in names:
         value = next((metrics[key] for key in keys if metrics.get(key) is not None), None)
@@ -53,7 +56,7 @@ def final_figures(result: dict[str, Any]) -> str:
 
 
 class Lines:
-    """Plain lines: a start, a line now and then, an end."""
+    """Plain lines: a start, a line now and then and for the last iteration, an end."""
 
     def __init__(self, console: Console, total: int, every_s: float = 15.0) -> None:
         self.console, self.total, self.every_s = console, total, every_s
@@ -80,7 +83,8 @@ class Lines:
             known = self._known.setdefault(run, {})
             known.update(event["metrics"])
             now = time.monotonic()
-            if now - self._last.get(run, 0.0) >= self.every_s:
+            last = event["metrics"]["iteration"] == event["of"]
+            if last or now - self._last.get(run, -self.every_s) >= self.every_s:
                 self._last[run] = now
                 self.say(f"{run}: iteration {event['metrics']['iteration']}/{event['of']}  {figures(known)}")
         elif kind == "done":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
         raise ImportError(f"{what} {str(place)!r} holds adapters, which need peft: pip install 'lm-envs[lora]'")
     model: Any = sharing(base, base.parameters())
     try:
-        found = model.load_adapter(str(place), use_safetensors=True)
+        with quiet_layout():
+            found = model.load_adapter(str(place), use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}: {lines[0]}") from error
@@ -81,6 +84,16 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
             f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}; they differ in {names}"
         )
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def quiet_layout() -> Iterator[None]:
+    """peft tells of each map whose weight lies the other way round, as GPT-2's do, than the one setting for all says;
+    it goes by the map itself.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        yield
 
 
 def sharing(model: PreTrainedModel, shared: Iterable[nn.Parameter]) -> Any:

@@ -140,8 +140,18 @@ def _dataset(source: str) -> Iterator[Row]:
     _need("datasets", "data sets of the hub and of folders")
     import datasets
 
+    from lm_envs.hub import check_data_set
+
     datasets.disable_progress_bars()
     name, config, split = _parts(source)
+    if not Path(name).is_dir():
+        try:
+            check_data_set(name)
+        except ConnectionError as error:
+            raise ValueError(
+                f"{source!r}: there is no such file or folder here, and {error}; give a file (.jsonl, .csv, .parquet) "
+                "or a folder of them, or try again with a network"
+            ) from error
     number, reading = 0, ""
     try:
         found: Any = datasets.load_dataset(name, config, split=split, streaming=True)

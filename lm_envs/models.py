@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lm_envs.adapters import base_of, is_adapter, with_adapters
 from lm_envs.cross_cache import rows_of
+from lm_envs.hub import place_of
 from lm_envs.model_check import refuse_config
 from lm_envs.reward_models import LearnedReward, Output
 from lm_envs.row_cache import RECOMPUTE, no_rows
@@ -84,6 +85,11 @@ class Placement:
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(f"device {self.device!r} cannot be used: {_first_line(error)}") from error
 
+    @property
+    def torch_dtype(self) -> Any:
+        """As ``from_pretrained`` takes it: torch's, or "auto"."""
+        return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+
 
 HOST = Placement()  # float32 on the CPU
 
@@ -107,7 +113,7 @@ def load_policy(
     if is_adapter(place):
         base = load_policy(base_of(place, what), f"the base of {what}", placement, recompute=recompute)
         return with_adapters(base, place, what)
-    if _has_encoder(place):
+    if _has_encoder(_place(name, what)):
         # BART and its kin are in both lists; with their encoder they are saved as what they are.
         kind, heads, called = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder-decoder"
     else:
@@ -205,10 +211,10 @@ def same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel, names: 
         )
 
 
-def _has_encoder(name: str | Path) -> bool:
+def _has_encoder(place: str) -> bool:
     """Whether the config is of an encoder-decoder with its language-model head; False where it cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(os.path.expanduser(str(name)), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError):
         return False
     saved = getattr(config, "architectures", None) or []
@@ -256,7 +262,7 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
             model, info = auto.from_pretrained(
                 place,
                 config=config,
-                dtype=placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype),
+                dtype=placement.torch_dtype,
                 device_map=placement.device_map,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -280,6 +286,8 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
         )
     if placement.device is not None:
         model = model.to(placement.device)
+    if not Path(os.path.expanduser(str(name))).is_dir():
+        model.name_or_path = str(name)  # also where it came from the cache
     return model.eval()
 
 
@@ -301,13 +309,18 @@ def _check_head(config: Any, heads: Any, place: str, what: str, expected: str) -
 
 
 def _place(name: str | Path, what: str) -> str:
-    """A folder's path, or a hub name as it is.
+    """A folder's path, or a hub name as it is; where the hub cannot be reached, the model's folder in the cache.
 
     Raises:
-        ValueError: it looks like a folder and is none, or holds no model.
+        ValueError: it looks like a folder and is none, or holds no model; or the hub cannot be reached.
     """
     text = os.path.expanduser(str(name))
     if Path(text).is_dir():
+        if is_adapter(text):
+            raise ValueError(
+                f"{what} {text!r} holds adapters of {base_of(text, what)!r} and no model, and what is wanted here is a "
+                "whole one: train with --lora-merge, which saves that, or add them to it by peft's merge_and_unload"
+            )
         if not (Path(text) / "config.json").is_file():
             raise ValueError(f"{what} {text!r}: the folder holds no config.json; expected one saved by save_pretrained")
         return text
@@ -320,7 +333,13 @@ def _place(name: str | Path, what: str) -> str:
         or not text
     ):
         raise ValueError(f"{what} {text!r}: there is no such folder")
-    return text
+    try:
+        return place_of(text)
+    except ConnectionError as error:
+        raise ValueError(
+            f"{what} {text!r}: there is no such folder here, and {error}; give a folder of save_pretrained, or try "
+            "again with a network"
+        ) from error
 
 
 def _no_folder(place: str, what: str, error: BaseException) -> str:

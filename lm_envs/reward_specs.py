@@ -40,6 +40,7 @@ _SETTINGS = re.compile(r"(?P<place>.*?)\s*\[(?P<settings>[^\[\]]*=[^\[\]]*)\]", 
 _FUNCTION = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _NUMBERS = {"clip": (2,), "standardise": (0, 2), "chat": (0,)}
+_ALONE = "a + stands between two rewards, as in 'bleu + chrf'"
 _EXPECTED = (
     "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function, module:function or one of "
     + ", ".join(METRICS)
@@ -83,11 +84,10 @@ def is_spec(text: str) -> bool:
     return bool(
         text.startswith(("model:", "judge:", "("))
         or _CALL.fullmatch(text)
-        or _TIMES.fullmatch(text)
-        or _WEIGHTED.fullmatch(text)
+        or "*" in text
         or " + " in text
         or re.search(r":[A-Za-z_]\w*(\[.*\])?$", text)
-        or re.sub(r"\[.*", "", text) in METRICS
+        or any(re.sub(r"\[.*", "", part).strip() in METRICS for part in (text, *text.split("+")))
     )
 
 
@@ -105,7 +105,10 @@ def parse_reward(texts: str | Sequence[str]) -> Spec:
 
 
 def _terms(text: str) -> list[tuple[float, Spec]]:
-    return [_term(part) for part in _split(text, " + ")]
+    parts = _split(text, " + ")
+    if len(parts) > 1 and not all(part.strip() for part in parts):
+        raise ValueError(f"reward {text!r}: {_ALONE}")
+    return [_term(part) for part in parts]
 
 
 def _term(text: str) -> tuple[float, Spec]:
@@ -170,6 +173,8 @@ def _source(text: str) -> Source:
     if place.startswith("model:"):
         if not place[6:]:
             raise ValueError(f"reward {text!r}: name the model's folder, as in model:DIR")
+        if ("*" in place or "+" in place) and not Path(place[6:]).expanduser().exists() and (why := _slip(text)):
+            raise ValueError(f"reward {text!r}: {why}")
         return Source("model", place[6:], settings=settings)
     if place.startswith("judge:"):
         return _judge(place[6:], settings, text)
@@ -179,12 +184,38 @@ def _source(text: str) -> Source:
         return Source("file", function["place"], function["name"], settings)
     if function and _MODULE.fullmatch(function["place"]):
         return Source("module", function["place"], function["name"], settings)
+    if why := _slip(text):
+        raise ValueError(f"reward {text!r}: {why}")
     if place.endswith(".py"):
         raise ValueError(f"reward {text!r}: say which function of the file, as in {place}:function")
     if place and Path(place).is_dir():
         raise ValueError(f"reward {text!r}: a model's folder is written model:{place}")
     near = difflib.get_close_matches(place, METRICS, n=1)
     raise ValueError(f"reward {text!r}: " + (f"did you mean {near[0]!r}?" if near else _EXPECTED))
+
+
+def _slip(text: str) -> str | None:
+    """What is wrong with a sum or a product that could not be read as one."""
+    terms = [term.strip().replace("\0", "+") for term in _split(text.replace("chrf++", "chrf\0\0"), "+")]
+    if len(terms) > 1:
+        if not all(terms):
+            return _ALONE
+        return f"the + of a sum stands between spaces: {' + '.join(terms)!r}"
+    words = [word.strip() for word in _split(text, "*")]
+    if len(words) > 1:
+        if not all(words):
+            where = "behind" if not words[-1] else "before"
+            return f"nothing stands {where} the *; a weight is written 'bleu*0.5'"
+        wrong = [word for word in words if _number(word) is None and not is_spec(word)] or words[-1:]
+        return f"{wrong[0]!r} is no number; a weight is one, as in 'bleu*0.5'"
+    before, minus, after = text.partition(" - ")
+    if minus:
+        return f"rewards are added; what counts against has a negative weight: '{before.strip()} + {after.strip()}*-1'"
+    call = re.match(r"(\w+)\s*\(", text)
+    if call and call[1] not in _NUMBERS:
+        near = difflib.get_close_matches(call[1], _NUMBERS, n=1)
+        return f"there is no {call[1]!r}; " + (f"did you mean {near[0]!r}?" if near else f"only {', '.join(_NUMBERS)}")
+    return None
 
 
 def _judge(place: str, settings: dict[str, Any], text: str) -> Source:

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 _HEADS = ("score.", "classifier.", "classification_head.", "pooler.", "pre_classifier.")
 
 
-def reward_start(name: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence-classification model with one label, in float32 and ``eval`` mode, and its tokenizer.
+def reward_start(
+    name: str | Path, seed: int = 0, placement: models.Placement = models.HOST
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification model with one label, in ``eval`` mode, and its tokenizer.
 
     Args:
         name: a folder saved by ``save_pretrained``, or a hub name: of a language model or of a bare trunk, which gets a
             fresh head (a linear ``score`` has standard deviation ``1 / sqrt(d + 1)``, Stiennon et al. 2020); or of a
             sequence classifier with one label, which is trained on.
         seed: of the head.
+        placement: its precision and device.
 
     Returns:
         the model and the tokenizer. The pad id of both differs from the EOS where the vocabulary has another special
@@ -40,7 +43,8 @@ def reward_start(name: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreT
         ValueError: there is no such folder or model, it cannot score texts, has several labels, or no fitting
             tokenizer.
     """
-    what, place = "reward model", str(name)
+    what = "reward model"
+    place = models._place(name, what)
     tokenizer = models._read_tokenizer(name, what)
     try:
         config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False)
@@ -58,7 +62,8 @@ def reward_start(name: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreT
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 place,
                 num_labels=1,
-                dtype=torch.float32,
+                dtype=placement.torch_dtype,
+                device_map=placement.device_map,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -72,7 +77,7 @@ def reward_start(name: str | Path, seed: int = 0) -> tuple[PreTrainedModel, PreT
         initialise_reward_head(model.score, torch.Generator().manual_seed(seed))
     models.check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {place!r}")
     _tell_pad_from_eos(model, tokenizer)
-    return model.eval(), tokenizer
+    return (model if placement.device is None else model.to(placement.device)).eval(), tokenizer
 
 
 @contextmanager

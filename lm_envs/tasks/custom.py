@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_envs import models
 from lm_envs.adapters import base_of, is_adapter, with_adapters
-from lm_envs.data import Data
-from lm_envs.data_formats import Text
-from lm_envs.encoder_decoder import is_encoder_decoder, room_for
+from lm_envs.data import OnBad, Rejected
 from lm_envs.endings import eos_tokens
 from lm_envs.model_check import check_model
 from lm_envs.reward_building import build_reward
 from lm_envs.reward_specs import is_spec, parse_reward
-from lm_envs.rewards import RESERVED, LearnedReward, Standardise, leaves, reward_name
+from lm_envs.rewards import LearnedReward, Standardise, reward_name
 from lm_envs.tasks import making
-from lm_envs.tasks.splits import SPLITS, divide
+from lm_envs.tasks.custom_prompts import (
+    by_split,
+    check_references,
+    columns_of,
+    encode_prompts,
+    passed_over,
+    read_prompts,
+)
 from lm_envs.tasks.task import TextTask
-from lm_envs.text_metrics import TextMetric
-from lm_envs.tokenising import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +64,8 @@ class CustomConfig:
         reward_dtype: of the reward models and the judge, likewise.
         device, device_map: where all models go; see :class:`~lm_envs.models.Placement`.
         recompute: accept a policy whose cache cannot be kept row by row.
+        bad: what a row of prompts does that cannot be read, is empty or too long: "raise" stops everything, "skip"
+            passes it over.
     """
 
     policy: str
@@ -82,6 +87,7 @@ class CustomConfig:
     device: str | None = None
     device_map: str | dict[str, Any] | None = None
     recompute: bool = False
+    bad: OnBad = "raise"
 
     def __post_init__(self) -> None:
         """Raise ValueError where a field is out of range, or where there is not one reward."""
@@ -100,6 +106,8 @@ class CustomConfig:
                 f"custom: min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, "
                 f"got {self.min_new_tokens}"
             )
+        if self.bad not in ("raise", "skip"):
+            raise ValueError(f"custom: bad must be 'raise' or 'skip', got {self.bad!r}")
         self.placement(self.dtype), self.placement(self.reward_dtype)
 
     def placement(self, dtype: str) -> models.Placement:
@@ -137,13 +145,17 @@ def load(**options: Any) -> TextTask:
     # What is quick to check comes first: models can take minutes to load.
     reward_spec = None if config.reward is None else parse_reward(config.reward)
     judge_spec = None if config.judge is None or not is_spec(config.judge) else parse_reward(config.judge)
-    texts = read_prompts(config.prompts)
+    rejected = Rejected(config.prompts, config.bad)
+    texts = read_prompts(config.prompts, rejected)
     conversational = any(not isinstance(prompt.text, str) for prompt in texts)
     tokenizer = models.load_tokenizer(config.policy)
     policy, reference = _policy_and_reference(config, tokenizer)
-    prompts = encode_prompts(texts, tokenizer, config, [policy, reference])
+    encoded = encode_prompts(texts, tokenizer, config.max_new_tokens, [policy, reference], rejected)
+    prompts = by_split(encoded)
+    if rejected.count:
+        warnings.warn(f"{config.prompts}: {passed_over(rejected)}", stacklevel=2)
     eos = eos_tokens(policy, tokenizer, chat=conversational)
-    columns = columns_of(texts, prompts)
+    columns = columns_of(encoded)
 
     @functools.cache
     def samples() -> making.Samples:
@@ -181,13 +193,13 @@ def load(**options: Any) -> TextTask:
     elif config.judge is not None:
         judge = models.load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
     for found in (reward, judge):
-        _check_references(found, texts)
+        check_references(found, [prompt for prompt, _ in encoded])
     if config.normalise or (config.normalise is None and reward_spec is None):
         reward = making.in_units_of(reward, samples())
-    stats: dict[str, float] = {}
+    stats: dict[str, float] = {"bad_prompts": rejected.count} if rejected.count else {}
     if isinstance(reward, (LearnedReward, Standardise)):
         mean, std = reward.normalise if isinstance(reward, LearnedReward) else (reward.mean, reward.std)
-        stats = {} if (mean, std) == (0.0, 1.0) else {"reward_mean": mean, "reward_std": std}
+        stats |= {} if (mean, std) == (0.0, 1.0) else {"reward_mean": mean, "reward_std": std}
     return TextTask(
         name="custom",
         tokenizer=tokenizer,
@@ -235,154 +247,3 @@ def _policy_and_reference(
     models.same_vocabulary(policy, reference, (config.policy, config.reference))
     check_model(reference, f"reference {config.reference!r}", recompute=recompute)
     return policy, reference
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the file has it, text or chat messages, and its row's other columns; ``where`` names file and
-    line."""
-
-    text: Text
-    split: str
-    where: str
-    columns: Mapping[str, Any] = field(default_factory=dict)
-
-
-def read_prompts(source: str | Path) -> list[Prompt]:
-    """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.tasks.splits.divide` says.
-
-    Args:
-        source: a file, a folder or a name on the hub, in any convention that has prompts; see
-            :class:`~lm_envs.data.Data`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a malformed row or an empty prompt (the message names file and line), or a split without prompts.
-    """
-    rows: dict[str, Prompt] = {}
-    found: list[tuple[str, str]] = []
-    differ: list[str] = []
-    for item in Data(source, "prompts"):
-        key, split = item.example.key, item.split or "train"
-        found.append((key, split))
-        prompt = Prompt(item.example.prompt, split, f"{source}, {item.where}", item.columns)
-        kept = rows.setdefault(key, prompt)
-        if kept.columns != prompt.columns:
-            differ.append(prompt.where)
-    if differ:
-        warnings.warn(
-            f"{differ[0]}: a prompt that was there before, with other columns: the first row's count (so for "
-            f"{len(differ)} rows); several references of a prompt belong into one row, as a list",
-            stacklevel=2,
-        )
-    divided = divide(found)
-    for name in SPLITS:
-        if name not in divided.values():
-            if any(split != "train" for _, split in found):
-                raise ValueError(
-                    f"{source}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different "
-                    f"ones into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
-                )
-            raise ValueError(f"{source}: {len(divided)} different prompts leave none for {name}: give at least 3")
-    return [replace(rows[key], split=split) for key, split in divided.items()]
-
-
-def _check_references(reward: Any, prompts: Sequence[Prompt]) -> None:
-    """Raise ValueError, with file and line, where a text metric would find no reference to compare with."""
-    parts = [] if reward is None else list(leaves(reward))
-    for metric in (part for part in parts if isinstance(part, TextMetric)):
-        if not any(metric.column in prompt.columns for prompt in prompts):
-            continue  # the metric itself says that there is no such column
-        for prompt in prompts:
-            given = prompt.columns.get(metric.column)
-            texts = [given] if isinstance(given, str) else given
-            if given is None and len(parts) > 1:
-                continue  # the other parts are the reward there
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(
-                    f"{prompt.where}: {metric.column!r}, which {metric.__name__!r} compares with, must be a text or a "
-                    f"list of texts, not {given!r}"
-                )
-
-
-def encode_prompts(
-    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: CustomConfig, readers: Sequence[PreTrainedModel]
-) -> dict[str, list[list[int]]]:
-    """Prompts as token ids by split, as the tokenizer wraps them but without an EOS at the end, or as its chat template
-    writes them.
-
-    An encoder-decoder keeps that EOS: its encoder was trained on texts that have it.
-
-    Args:
-        readers: the models that read the prompts.
-
-    Raises:
-        ValueError: messages without a chat template, a prompt that has no tokens, or leaves no room for the response in
-            the model's context; with file and line.
-    """
-    encoded: dict[str, list[list[int]]] = {name: [] for name in SPLITS}
-    keep_eos = any(map(is_encoder_decoder, readers))
-    try:
-        rows = prompt_ids(tokenizer, [prompt.text for prompt in prompts], keep_eos=keep_eos)
-    except ValueError:
-        for prompt in prompts:  # which one it was
-            try:
-                prompt_ids(tokenizer, [prompt.text])
-            except ValueError as error:
-                raise ValueError(f"{prompt.where}: {error}") from error
-        raise
-    for prompt, ids in zip(prompts, rows, strict=True):
-        if not ids:
-            raise ValueError(f"{prompt.where}: the prompt is empty: the policy's tokenizer makes no tokens of it")
-        needed = [room_for(model, len(ids), config.max_new_tokens) for model in readers]
-        context = min((has for wants, has in needed if has is not None and wants > has), default=None)
-        if context is not None:
-            raise ValueError(
-                f"{prompt.where}: the prompt has {len(ids)} tokens and responses up to {config.max_new_tokens}, "
-                f"together more than the model's context of {context}: shorten it or lower max_new_tokens"
-            )
-        encoded[prompt.split].append(ids)
-    return encoded
-
-
-def columns_of(
-    prompts: list[Prompt], encoded: Mapping[str, Sequence[Sequence[int]]]
-) -> dict[str, dict[str, list[Any]]]:
-    """The columns that the prompts' rows hold beside them, by split and name, in the order of ``encoded``; None where a
-    row lacks one. Of chat prompts the column ``messages`` holds the messages.
-
-    Of prompts with the same tokens the first row counts; where others differ, one warning says so.
-
-    Raises:
-        ValueError: a column is called as something else that rewards get; with file and line.
-    """
-    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
-    for name in RESERVED:
-        if name in names:
-            where = next(prompt.where for prompt in prompts if name in prompt.columns)
-            raise ValueError(f"{where}: rewards get something else as {name!r}: rename that column")
-    rows = [{name: prompt.columns.get(name) for name in names} for prompt in prompts]
-    if any(not isinstance(prompt.text, str) for prompt in prompts):
-        names.append("messages")
-        for row, prompt in zip(rows, prompts, strict=True):
-            text = prompt.text
-            row["messages"] = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    if not names:
-        return {}
-    found: dict[str, dict[str, list[Any]]] = {split: {name: [] for name in names} for split in SPLITS}
-    first: dict[tuple[int, ...], dict[str, Any]] = {}
-    differ: dict[str, str] = {}
-    places = {split: iter(ids) for split, ids in encoded.items()}
-    for row, prompt in zip(rows, prompts, strict=True):
-        kept = first.setdefault(tuple(next(places[prompt.split])), row)
-        for name in names:
-            if kept[name] != row[name]:
-                differ.setdefault(name, prompt.where)
-            found[prompt.split][name].append(kept[name])
-    if differ:
-        warnings.warn(
-            f"{next(iter(differ.values()))}: the policy reads this prompt as an earlier one, and their "
-            f"{', '.join(differ)} differ: the first row's count",
-            stacklevel=3,
-        )
-    return found

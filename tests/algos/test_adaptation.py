@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import (
     OPTConfig,
 )
 
+from lm_envs.adapters import with_adapters
 from lm_envs.algos.adaptation import Adaptation, adapted, decoder_layers, frozen_hash, learned_state, parameters_below
 from lm_envs.algos.agent import learn
 from lm_envs.algos.policies import LMPolicy
@@ -186,6 +189,21 @@ def test_the_seed_decides_the_adapters_and_no_generator_is_moved():
     first, again, other = (learned_state(adapted(start, LORA, seed)) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert batches.same(first, again) and not batches.same(first, other)
+
+
+def test_the_layout_of_gpt2s_weights_is_nothing_to_warn_of(tmp_path):
+    """Neither where adapters are made nor where a folder has peft's default, which is about linear maps."""
+    start = model("gpt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = adapted(start, LORA)
+        assert made.peft_config["default"].fan_in_fan_out
+        made.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": False}))
+        read = with_adapters(start, tmp_path)
+    ids = torch.arange(6)[None]
+    assert torch.equal(read(ids).logits, made(ids).logits)
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS.values(), ids=ADAPTATIONS)

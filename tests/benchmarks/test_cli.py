@@ -107,6 +107,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
         (["--task", "reviews", "--algorithms", "poo"], "no algorithm 'poo': did you mean 'ppo'"),
         (["--task", "CartPol-v1", "--algorithms", "ppo"], "CartPol"),
         (["--task", "reviews-bandit"], "say which --algorithms"),
+        (["--task", "reviews", "--algorithms", "bestof-4"], "did you mean 'best-of-4'"),
         (["--task", "reviews", "--algorithms", "best-of-0"], "needs a whole number n of at least 1"),
         (
             ["--task", "reviews", "--algorithms", "sft", "--set", "ppo.clip=0.1"],
@@ -137,8 +138,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
 def test_a_bad_request_is_one_line_and_leaves_no_run(tmp_path, capsys, arguments, message):
     said = refused(capsys, "compare", *arguments, "--out", tmp_path / "out")
     assert re.search(message, said)
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
-    assert not list(tmp_path.glob("out/*/*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_malformed_toml_names_file_and_line(tmp_path, capsys):
@@ -304,6 +304,24 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert process.wait() == 1 and said == b""
 
 
+def test_help_breaks_lines_where_the_terminal_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def told(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        return capsys.readouterr().out
+
+    for command in ("compare", "train", "overoptimise"):
+        text = told(command)
+        assert '"label" (0 or 1), and "split" if you like.' in text and "default: None" not in text
+        assert "\n  lm-envs " in text and "\n\n\n" not in text
+    assert "`lm-envs data check` says what it holds." in told("sft") and "(default: 0.05)" in told("sft")
+    assert "usage: lm-envs data check [-h]" in told("data", "check")
+    whole = told()
+    assert "--suite demo --out runs/demo" not in whole.partition("subcommands")[2] and "plots and a report." in whole
+
+
 def test_env_options_reach_text_tasks_and_algorithms_count_once():
     asked = Compare(out=Path("out"), task=("reviews", "CartPole-v1"), algorithms=("ppo", "ppo"), env=("kl_coef=0.2",))
     runs = asked.to_suite().runs()
@@ -323,9 +341,14 @@ def test_how_models_are_loaded_is_said_on_the_command_line_and_in_suites(tmp_pat
     folders = byo.make(tmp_path)
     given = [part for name, value in folders.options.items() for part in (f"--{name.replace('_', '-')}", value)]
     common = ["compare", *given, *SMALL, "--algorithms", "sft", "--env", "max_new_tokens=4"]
-    assert run(capsys, *common, "--out", tmp_path / "out", "--dtype", "bfloat16", "--device-map", "cpu")[0] == 0
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "cut\n' + (tmp_path / "prompts.jsonl").read_text())
+    assert "prompts.jsonl, line 1: not JSON" in refused(capsys, *common, "--out", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    common += ["--bad", "skip"]
+    with pytest.warns(UserWarning, match=r"prompts.jsonl: 1 bad row was passed over \(line 1: not JSON"):
+        assert run(capsys, *common, "--out", tmp_path / "out", "--dtype", "bfloat16", "--device-map", "cpu")[0] == 0
     settings = json.loads((tmp_path / "out/custom/sft/seed-0/config.json").read_text())["run"]["options"]
-    assert settings == {**folders.options, "dtype": "bfloat16", "device_map": "cpu"}
+    assert settings == {**folders.options, "dtype": "bfloat16", "device_map": "cpu", "bad": "skip"}
     for wrong, message in (
         (["--dtype", "int4"], "dtype must be one of float32"),
         (["--device", "cpu", "--device-map", "cpu"], "exclude each other"),
@@ -333,6 +356,8 @@ def test_how_models_are_loaded_is_said_on_the_command_line_and_in_suites(tmp_pat
     ):
         assert message in refused(capsys, *common, "--out", tmp_path / "wrong", *wrong)
     options = ", ".join(f'{name} = "{value}"' for name, value in folders.options.items())
-    text = f'tasks = ["custom"]\nalgorithms = ["sft"]\n[task.custom]\noptions = {{{options}, dtype = "bfloat16"}}'
+    options += ', dtype = "bfloat16", bad = "skip"'
+    text = f'tasks = ["custom"]\nalgorithms = ["sft"]\n[task.custom]\noptions = {{{options}}}'
     suite = parse_suite(text, "x")
-    assert load_task("custom", suite.runs()[0].options).reference.dtype == torch.bfloat16
+    with pytest.warns(UserWarning, match="1 bad row was passed over"):
+        assert load_task("custom", suite.runs()[0].options).reference.dtype == torch.bfloat16

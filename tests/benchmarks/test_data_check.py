@@ -68,6 +68,15 @@ def test_lengths_are_the_tokenizers(file, tmp_path, capsys):
     assert check(file, tokenizer, kind="prompts").lengths["prompt"][0] == len(ids[0])
 
 
+def test_the_first_bad_rows_are_listed_and_all_on_request(tmp_path, capsys):
+    path = byo.write_jsonl(tmp_path / "p.jsonl", [GOOD, *({"prompt": "x", "chosen": "", "rejected": "a"},) * 25])
+    text = shown(capsys, path)[1]
+    assert " line 11: 'chosen' is empty" in text and " line 12:" not in text
+    assert "... and 15 more (--all-bad lists them)" in text and "25 bad" in text
+    text = shown(capsys, path, "--all-bad")[1]
+    assert " line 26: 'chosen' is empty" in text and "more" not in text
+
+
 def test_exit_status(tmp_path, file, capsys):
     assert shown(capsys, file, "--max-rows", 1)[0] == 0
     path = tmp_path / "q.jsonl"

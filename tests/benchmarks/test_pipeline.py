@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lm_envs import models
@@ -221,9 +221,13 @@ def test_bad_rows_stop_or_are_listed(folder, tmp_path, capsys):
     path.write_text('{"prompt": "cut\n' + (folder / "preferences.jsonl").read_text())
     arguments = ("dpo", "--model", folder / "model", "--data", path, "--out", tmp_path / "out")
     assert f"{path}, line 1: not JSON" in refused(capsys, *arguments)
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
     learn("dpo", folder / "model", path, tmp_path / "out", "--bad", "skip")
-    assert re.search(r"1 bad rows? skipped:\n +line 1: not JSON", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(r"1 bad rows? skipped:\n +line 1: not JSON", said)
+    assert "46 to train on, 2 held out; 3 iterations of 32\n" in said
+    assert "dpo: iteration 0/3  held-out loss 0.69" in said
+    assert re.search(r"dpo: iteration 3/3  loss 0\.\d\d  held-out loss 0\.\d\d  held-out accuracy ", said)
     info = json.loads((tmp_path / "out" / "data" / "info.json").read_text())
     assert info["skipped"] == 1 and info["skipped_rows"][0][0] == "line 1" and info["examples"] == 48
 
@@ -243,6 +247,28 @@ def test_part_of_a_model_is_trained(folder, tmp_path):
     assert not torch.equal(scorer["model.layers.1.mlp.up_proj.weight"], fresh["model.layers.1.mlp.up_proj.weight"])
     assert torch.equal(scorer["model.embed_tokens.weight"], fresh["model.embed_tokens.weight"])
     assert result["held_out_loss"] < before(out)["validation_loss"]
+    learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "sft", "--lora-rank", 2)
+    for read in (reward_start, models.load_reward_model):
+        with pytest.raises(ValueError, match=f"adapters of '{folder}/model' and no model.* --lora-merge"):
+            read(tmp_path / "sft" / "model")
+
+
+def test_each_stage_is_trained_in_the_precision_and_on_the_device_that_are_asked_for(folder, tmp_path, capsys):
+    data = {"sft": "demonstrations", "reward-model": "preferences", "dpo": "preferences"}
+    for command, name in data.items():
+        given = (command, folder / "model", folder / f"{name}.jsonl")
+        out = tmp_path / command
+        result = learn(*given, out, "--dtype", "bfloat16", "--device", "cpu:0")
+        with safe_open(out / "model" / "model.safetensors", "pt") as file:
+            assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}
+        settings = json.loads((out / "config.json").read_text())["run"]
+        assert (settings["dtype"], settings["device"]) == ("bfloat16", "cpu:0")
+        assert result["held_out_loss"] < before(out)["validation_loss"]
+        common = (command, "--model", given[1], "--data", given[2], "--out", tmp_path / "wrong")
+        assert "dtype must be one of float32" in refused(capsys, *common, "--dtype", "int4")
+        assert "device 'nowhere' cannot be used" in refused(capsys, *common, "--device", "nowhere")
+        assert "float16, where gradients" in refused(capsys, *common, "--dtype", "float16")
+        assert not (tmp_path / "wrong").exists()  # although data were tokenised into it
 
 
 def test_a_reward_model_starts_from_a_trunk_an_encoder_or_a_reward_model(folder, tmp_path):
@@ -271,6 +297,9 @@ def test_what_does_not_fit_is_refused_before_training(folder, tmp_path, capsys):
     assert "no such file" in refused(capsys, "sft", "--model", model, "--data", tmp_path / "none.jsonl", *out)
     assert "no such folder" in refused(capsys, "sft", "--model", tmp_path / "none", "--data", data, *out)
     assert "--epochs must be positive" in refused(capsys, "sft", "--model", model, "--data", data, *out, "--epochs", 0)
+    deep = tmp_path / "a" / "b"
+    assert "no such folder" in refused(capsys, "sft", "--model", "./none", "--data", data, "--out", deep)
+    assert not (tmp_path / "a").exists()
     said = refused(capsys, "sft", "--model", model, "--data", data, *out, "--set", "betta=1")
     assert "sft has no setting 'betta'" in said
     said = refused(capsys, "sft", "--model", model, "--data", data, *out, "--max-length", 5)
@@ -278,8 +307,9 @@ def test_what_does_not_fit_is_refused_before_training(folder, tmp_path, capsys):
     learn("sft", model, data, tmp_path / "done")
     other = ("sft", "--model", model, "--data", data, "--out", tmp_path / "done", "--resume", "--seed", 1)
     assert "seed: 0 before, 1 now" in refused(capsys, *other)
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
+    assert "no such folder" in refused(capsys, "sft", "--model", tmp_path / "none", "--data", data, *out)
     (tmp_path / "out" / "mine.txt").write_text("x")
     assert "'mine.txt'" in refused(capsys, "sft", "--model", model, "--data", data, *out)
     assert "say what to train on" in refused(capsys, "train", "--algorithm", "ppo", *out)

@@ -23,7 +23,7 @@ from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.models import load_policy, load_reward_model, load_tokenizer
 from lm_envs.rollout import collect, rollout
 from lm_envs.tasks import load
-from lm_envs.tasks.custom import read_prompts
+from lm_envs.tasks.custom_prompts import read_prompts
 from lm_envs.vector_env import TextVectorEnv
 from tests.lm_envs import byo
 
@@ -165,6 +165,33 @@ def test_bad_rows_name_file_and_line(folders, tmp_path, line, expected):
     path.write_bytes(b'{"prompt": "a"}\n\n' + line.encode("utf-8", "surrogateescape") + b'\n{"prompt": "b"}\n')
     message = refused(folders, prompts=str(path))
     assert f"{path}, line 3" in message and expected in message
+
+
+def test_bad_rows_are_passed_over_where_that_is_asked_for(folders, tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": f"a cat {i}", "number": i} for i in range(20)]
+    byo.write_jsonl(path, [*rows[:10], {"prompt": " "}, {"prompt": "x" * 60, "number": -1}, *rows[10:]])
+    path.write_text(path.read_text() + '{"prompt": "cut\n')
+    with pytest.warns(
+        UserWarning, match=r"3 bad rows were passed over \(line 11: the prompt is empty; line 23: not JSON"
+    ):
+        found = load("custom", **{**folders.options, **QUICK, "prompts": str(path)}, bad="skip")
+    assert "line 11" in refused(folders, prompts=str(path))
+    assert "bad must be" in refused(folders, bad="ignore")
+    assert found.stats["bad_prompts"] == 3 and "bad_prompts" not in load("custom", **folders.options, **QUICK).stats
+    texts = [text for ids in found.prompts.values() for text in found.tokenizer.batch_decode(ids)]
+    assert sorted(texts) == sorted(f"<s>a cat {i}" for i in range(20))
+    numbers = [number for columns in found.columns.values() for number in columns["number"]]
+    assert [f"<s>a cat {number}" for number in numbers] == texts
+    only = byo.write_jsonl(
+        tmp_path / "only.jsonl",
+        [
+            {"prompt": "x" * 60, "split": "test"},
+            *({"prompt": p, "split": s} for p, s in (("a", "train"), ("b", "validation"))),
+        ],
+    )
+    message = refused(folders, prompts=str(only), bad="skip")
+    assert "no prompt is left for test; 1 bad row was passed over (line 1: the prompt has 61 tokens" in message
 
 
 def test_unknown_split_and_too_few_prompts(folders, tmp_path):

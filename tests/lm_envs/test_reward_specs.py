@@ -105,7 +105,16 @@ def test_what_a_text_means(text, expected):
         ("blue", "reward 'blue': did you mean 'bleu'"),
         ("my reward", "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function.* bleu, chrf"),
         ("", "expected model:DIR"),
-        ("bleu + ", "expected model:DIR"),
+        ("bleu + ", "a . stands between two rewards"),
+        ("bleu+chrf", "the . of a sum stands between spaces: 'bleu . chrf'"),
+        ("bleu*0.5+chrf++*2", r"'bleu\*0.5 . chrf\+\+'"),
+        ("bleu*x", r"reward 'bleu\*x': 'x' is no number; a weight is one, as in 'bleu\*0.5'"),
+        ("clip(0.5*x*chrf, 0, 1)", r"reward 'x\*chrf': 'x' is no number"),
+        ("bleu*", r"nothing stands behind the \*"),
+        ("bleu - chrf", r"negative weight: 'bleu . chrf\*-1'"),
+        ("model:a*x", "'x' is no number"),
+        ("model:a+model:b", "'model:a . model:b'"),
+        ("clipp(bleu, 0, 1)", "did you mean 'clip'"),
         ("clip(bleu, 1)", "clip takes low, high, as numbers"),
         ("clip(bleu, low, 1)", "clip takes low, high"),
         ("standardise(bleu, 1)", "standardise takes mean, std .or neither."),
@@ -141,6 +150,8 @@ def test_folders_and_files_without_what_is_needed(tmp_path, mine):
 
 def test_what_is_a_reward_and_what_a_models_name(tmp_path):
     for text in ("model:a", "judge:b.toml", "bleu", "rougeL[stem=true]", "clip(a, 0, 1)", "f.py:g", "m:g", "bleu*2"):
+        assert is_spec(text), text
+    for text in ("bleu*x", "bleu+chrf"):  # slips, which are told as such
         assert is_spec(text), text
     for text in ("some-owner/bleu", "runs/own/reward-model", str(tmp_path), "gpt2", "./x:y z"):
         assert not is_spec(text), text

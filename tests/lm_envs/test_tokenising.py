@@ -12,7 +12,7 @@ from lm_envs.data import Data, Item, Rejected
 from lm_envs.data_formats import Example
 from lm_envs.packed import Packed, info_of, pack
 from lm_envs.rewards import LearnedReward
-from lm_envs.tasks.custom import CustomConfig, encode_prompts, read_prompts
+from lm_envs.tasks.custom_prompts import by_split, encode_prompts, read_prompts
 from lm_envs.tokenising import as_read, prompt_ids, tokenise
 from tests.lm_envs import byo
 
@@ -154,12 +154,11 @@ def test_prompts_of_a_task_may_be_messages_of_a_csv_file(chat, plain, tmp_path):
     cell = json.dumps([USER]).replace('"', '""')
     path.write_text(f'prompt,split\n"{cell}",train\nthe cat,validation\na fish,test\n')
     prompts = read_prompts(path)
-    config = CustomConfig("", "", "", max_new_tokens=4)
-    found = encode_prompts(prompts, chat, config, [])
+    found = by_split(encode_prompts(prompts, chat, 4, [], Rejected(path, "raise")))
     assert found["train"] == [chat("user\nthe old cat</s>\n<s>assistant\n")["input_ids"]]
     assert found["test"] == [chat("a fish")["input_ids"]]
     with pytest.raises(ValueError, match="no chat template"):
-        encode_prompts(prompts, plain, config, [])
+        encode_prompts(prompts, plain, 4, [], Rejected(path, "skip"))
 
 
 # On disk

@@ -1,0 +1,50 @@
+"""Names on the hub: whether it answers is asked once and briefly, so that nobody waits for libraries to try again and
+again.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+
+@functools.cache
+def place_of(name: str) -> str:
+    """From where ``from_pretrained`` is to read a model: by its name, or from the cache where the hub does not answer.
+
+    Raises:
+        ConnectionError: it does not answer, and the cache does not hold the model; the message says why.
+    """
+    if constants.HF_HUB_OFFLINE:  # in which the libraries do not wait either
+        return name
+    try:
+        _ask(name, "config.json")
+    except ConnectionError:
+        try:
+            return snapshot_download(name, local_files_only=True)
+        except LocalEntryNotFoundError:
+            pass
+        raise
+    return name
+
+
+def check_data_set(name: str) -> None:
+    """Raises ConnectionError where the hub does not answer."""
+    if not constants.HF_HUB_OFFLINE:
+        _ask(name, "README.md", "dataset")
+
+
+def _ask(name: str, file: str, kind: str = "model") -> None:
+    """One request, which is not repeated; any answer will do, also that there is no such file. None for a name that
+    cannot be one of the hub's, which the libraries refuse by themselves.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):
+        return
+    # A network fails in the types of whichever client the hub's library is made of.
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(f"the hub ({constants.ENDPOINT}) cannot be reached: {why}") from error

@@ -1,0 +1,216 @@
+"""The prompts of a task of one's own: read from any source, divided, and made token ids of; bad rows are refused with
+their line, or passed over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_envs.data import Data, Rejected
+from lm_envs.data_formats import Text
+from lm_envs.encoder_decoder import is_encoder_decoder, room_for
+from lm_envs.rewards import RESERVED, leaves
+from lm_envs.tasks.splits import SPLITS, divide
+from lm_envs.text_metrics import TextMetric
+from lm_envs.tokenising import prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NAMED = 3  # bad rows in the warning about them
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the file has it, text or chat messages, where it stands, and its row's other columns."""
+
+    text: Text
+    split: str
+    source: str
+    where: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """File and line."""
+        return f"{self.source}, {self.where}"
+
+
+def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[Prompt]:
+    """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.tasks.splits.divide` says.
+
+    Args:
+        source: a file, a folder or a name on the hub, in any convention that has prompts; see
+            :class:`~lm_envs.data.Data`.
+        rejected: gets malformed rows and empty prompts; without it they raise.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a bad row that is to raise (the message names file and line), or a split without prompts.
+    """
+    rows: dict[str, Prompt] = {}
+    found: list[tuple[str, str]] = []
+    differ: list[str] = []
+    data = Data(source, "prompts")
+    data.rejected = rejected = rejected or data.rejected
+    for item in data:
+        key, split = item.example.key, item.split or "train"
+        found.append((key, split))
+        prompt = Prompt(item.example.prompt, split, str(source), item.where, item.columns)
+        kept = rows.setdefault(key, prompt)
+        if kept.columns != prompt.columns:
+            differ.append(prompt.place)
+    if differ:
+        warnings.warn(
+            f"{differ[0]}: a prompt that was there before, with other columns: the first row's count (so for "
+            f"{len(differ)} rows); several references of a prompt belong into one row, as a list",
+            stacklevel=2,
+        )
+    divided = divide(found)
+    for name in SPLITS:
+        if name not in divided.values():
+            if any(split != "train" for _, split in found):
+                raise ValueError(
+                    f"{source}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different "
+                    f"ones into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
+                )
+            bad = f"; {passed_over(rejected)}" if rejected.count else ""
+            raise ValueError(f"{source}: {len(divided)} different prompts leave none for {name}: give at least 3{bad}")
+    return [replace(rows[key], split=split) for key, split in divided.items()]
+
+
+def check_references(reward: Any, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError, with file and line, where a text metric would find no reference to compare with."""
+    parts = [] if reward is None else list(leaves(reward))
+    for metric in (part for part in parts if isinstance(part, TextMetric)):
+        if not any(metric.column in prompt.columns for prompt in prompts):
+            continue  # the metric itself says that there is no such column
+        for prompt in prompts:
+            given = prompt.columns.get(metric.column)
+            texts = [given] if isinstance(given, str) else given
+            if given is None and len(parts) > 1:
+                continue  # the other parts are the reward there
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"{prompt.place}: {metric.column!r}, which {metric.__name__!r} compares with, must be a text or a "
+                    f"list of texts, not {given!r}"
+                )
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    readers: Sequence[PreTrainedModel],
+    rejected: Rejected,
+) -> list[tuple[Prompt, list[int]]]:
+    """Prompts and their token ids, as the tokenizer wraps them but without an EOS at the end, or as its chat template
+    writes them.
+
+    An encoder-decoder keeps that EOS: its encoder was trained on texts that have it.
+
+    Args:
+        max_new_tokens: for which there must be room.
+        readers: the models that read the prompts.
+        rejected: gets prompts that have no tokens, leave no room for the response in the model's context, or are
+            refused by the chat template.
+
+    Raises:
+        ValueError: a bad prompt that is to raise, with file and line; messages without a chat template; or no prompt is
+            left for a split.
+    """
+    keep_eos = any(map(is_encoder_decoder, readers))
+    found: list[tuple[Prompt, list[int]]] = []
+    for prompt, ids in _tokens(prompts, tokenizer, keep_eos, rejected):
+        needed = [room_for(model, len(ids), max_new_tokens) for model in readers]
+        context = min((has for wants, has in needed if has is not None and wants > has), default=None)
+        if not ids:
+            rejected.add(prompt.where, "the prompt is empty: the policy's tokenizer makes no tokens of it")
+        elif context is not None:
+            rejected.add(
+                prompt.where,
+                f"the prompt has {len(ids)} tokens and responses up to {max_new_tokens}, together more than the "
+                f"model's context of {context}: shorten it or lower max_new_tokens",
+            )
+        else:
+            found.append((prompt, ids))
+    for name in SPLITS:
+        if rejected.count and not any(prompt.split == name for prompt, _ in found):
+            raise ValueError(f"{rejected.source}: no prompt is left for {name}; {passed_over(rejected)}")
+    return found
+
+
+def _tokens(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, keep_eos: bool, rejected: Rejected
+) -> Iterator[tuple[Prompt, list[int]]]:
+    try:
+        rows = prompt_ids(tokenizer, [prompt.text for prompt in prompts], keep_eos=keep_eos)
+    except ValueError:
+        rows = None  # one by one: which it was
+    for number, prompt in enumerate(prompts):
+        try:
+            ids = rows[number] if rows else prompt_ids(tokenizer, [prompt.text], keep_eos=keep_eos)[0]
+        except ValueError as error:
+            if not getattr(tokenizer, "chat_template", None):  # no chat can be read then
+                raise ValueError(f"{prompt.place}: {error}") from error
+            rejected.add(prompt.where, str(error))
+        else:
+            yield prompt, ids
+
+
+def passed_over(rejected: Rejected) -> str:
+    """How many rows were bad, and the first of them."""
+    first = "; ".join(f"{bad.where}: {bad.reason}" for bad in rejected.rows[:_NAMED])
+    rows = "1 bad row was" if rejected.count == 1 else f"{rejected.count:,} bad rows were"
+    more = "; ..." if rejected.count > _NAMED else ""
+    return f"{rows} passed over ({first}{more})"
+
+
+def by_split(encoded: Sequence[tuple[Prompt, list[int]]]) -> dict[str, list[list[int]]]:
+    """Token ids by split."""
+    return {name: [ids for prompt, ids in encoded if prompt.split == name] for name in SPLITS}
+
+
+def columns_of(encoded: Sequence[tuple[Prompt, list[int]]]) -> dict[str, dict[str, list[Any]]]:
+    """The columns that the prompts' rows hold beside them, by split and name, in the order of :func:`by_split`; None
+    where a row lacks one. Of chat prompts the column ``messages`` holds the messages.
+
+    Of prompts with the same tokens the first row counts; where others differ, one warning says so.
+
+    Raises:
+        ValueError: a column is called as something else that rewards get; with file and line.
+    """
+    prompts = [prompt for prompt, _ in encoded]
+    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    for name in RESERVED:
+        if name in names:
+            where = next(prompt.place for prompt in prompts if name in prompt.columns)
+            raise ValueError(f"{where}: rewards get something else as {name!r}: rename that column")
+    rows = [{name: prompt.columns.get(name) for name in names} for prompt in prompts]
+    if any(not isinstance(prompt.text, str) for prompt in prompts):
+        names.append("messages")
+        for row, prompt in zip(rows, prompts, strict=True):
+            text = prompt.text
+            row["messages"] = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    if not names:
+        return {}
+    found: dict[str, dict[str, list[Any]]] = {split: {name: [] for name in names} for split in SPLITS}
+    first: dict[tuple[int, ...], dict[str, Any]] = {}
+    differ: dict[str, str] = {}
+    for row, (prompt, ids) in zip(rows, encoded, strict=True):
+        kept = first.setdefault(tuple(ids), row)
+        for name in names:
+            if kept[name] != row[name]:
+                differ.setdefault(name, prompt.place)
+            found[prompt.split][name].append(kept[name])
+    if differ:
+        warnings.warn(
+            f"{next(iter(differ.values()))}: the policy reads this prompt as an earlier one, and their "
+            f"{', '.join(differ)} differ: the first row's count",
+            stacklevel=3,
+        )
+    return found
