@@ -210,7 +210,7 @@ def check_compilable(model: PreTrainedModel) -> None:
         )
     if model.get_output_embeddings() not in model.children():
         raise ValueError(f"{what}: its head lies inside another module; {_INSTEAD}")
-    _check_tools(model.device.type)
+    check_tools(model.device.type)
     try:
         error = _deviation(model)
     except _FAILURES as problem:  # torch.compile's own are RuntimeErrors
@@ -223,7 +223,12 @@ def check_compilable(model: PreTrainedModel) -> None:
         )
 
 
-def _check_tools(device: str) -> None:
+def check_tools(device: str) -> None:
+    """What programs for this type of device are compiled with.
+
+    Raises:
+        ValueError: it is not there.
+    """
     if device == "cuda":
         if find_spec("triton") is None:
             raise ValueError(f"compiling for CUDA needs Triton, which is not there: pip install triton, or {_INSTEAD}")

@@ -30,7 +30,7 @@ REFUSED |= {"Qwen3Next", "Gemma3n", "Gemma4", "GPTNeo"}
 
 def compiler():
     try:
-        compiled._check_tools("cpu")
+        compiled.check_tools("cpu")
     except ValueError:
         return False
     return True
@@ -127,7 +127,7 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("family", [*FAMILIES, *WIDER])
 def test_every_family_agrees_or_is_refused(family, monkeypatch):
     monkeypatch.setattr(compiled, "TRIED", None)
-    monkeypatch.setattr(compiled, "_check_tools", lambda device: None)
+    monkeypatch.setattr(compiled, "check_tools", lambda device: None)
     if family in REFUSED:
         with pytest.raises(ValueError, match=r"cannot be compiled: .*--compile on the command line"):
             check_compilable(build(family))
@@ -154,7 +154,7 @@ def test_what_cannot_be_compiled_is_refused_before_anything_runs(monkeypatch):
         refused(tiny.gpt2(), r"needs a C\+\+ compiler, and none was found.*apt install g\+\+")
     if find_spec("triton") is None:
         with pytest.raises(ValueError, match="needs Triton"):
-            compiled._check_tools("cuda")
+            compiled.check_tools("cuda")
 
 
 def env_and_policy(dtype=torch.float64, **options):
