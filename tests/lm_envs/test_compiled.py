@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lm_envs import compiled
+from lm_envs.algos.adaptation import Adaptation, adapted
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.compiled import FixedRows, check_compilable, rounded
@@ -185,6 +186,38 @@ def test_the_bulk_path_is_the_step_path():
         assert max(ratios) < 1e-9  # law 7: also once the weights have changed under the program
         after.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     torch.testing.assert_close(*after, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("adaptation", [dict(lora_rank=2), dict(freeze_layers=1)], ids=["lora", "frozen"])
+def test_adapters_are_read_where_they_are_trained(adaptation):
+    if "lora_rank" in adaptation:
+        pytest.importorskip("peft")
+    model = adapted(tiny.gpt2(), Adaptation(**adaptation), 0)
+    fixed = FixedRows(model, NEW, "eager")
+    prompts = torch.as_tensor(left_pad(PROMPTS, PLACES))
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(len(PROMPTS), NEW, dtype=torch.float64, generator=generator)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight += 0.2 * torch.randn(weight.shape, generator=generator)
+        found, expected = sampled(model, prompts, uniforms, fixed=fixed), sampled(model, prompts, uniforms)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+
+
+def test_reward_tokens_may_be_added_to_a_policy_that_has_programs():
+    _, policy = env_and_policy()
+    prompts, uniforms = torch.as_tensor(left_pad(PROMPTS, PLACES)), torch.rand(9, 6, dtype=torch.float64)
+    plain = in_fixed_shapes(policy, "eager").respond(prompts, uniforms)
+    policy.add_reward_tokens(2)
+    policy.condition_on(1)
+    found = policy.respond(prompts, uniforms)
+    policy._fixed = None
+    expected = policy.respond(prompts, uniforms)
+    assert torch.equal(found[0], expected[0]) and not torch.equal(found[1], plain[1])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
 
 
 def test_lower_precision_is_that_of_autocast():
