@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lm_envs.algos.adaptation import frozen_hash, learned_state, load_learned_state
-from lm_envs.algos.batching import Before, flatten_fixed, gap, micro_batches, minibatches, select, units
+from lm_envs.algos.batching import (
+    Before,
+    cost_of_a_forward,
+    flatten_fixed,
+    gap,
+    micro_batches,
+    minibatches,
+    select,
+    units,
+)
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, controller
 from lm_envs.algos.losses import explained_variance
@@ -66,6 +75,7 @@ class Agent(Generic[C]):
         self._kl: FixedKL | AdaptiveKL | None = None
         self._sampled: Trajectories | None = None  # by the weights as they are
         self._watch_gap = False
+        self._forward = cost_of_a_forward(policy)
         self._collector: Collector | None = None
         self._collected: Any = None  # the env that the collector steps
         self._frozen: str | None = None  # the hash of the policy's frozen parameters
@@ -182,7 +192,7 @@ class Agent(Generic[C]):
             traj, fixed = select(traj, fixed, index)
         self.optimizer.zero_grad(set_to_none=True)
         whole, mine = units(traj, self.unit), Averages()
-        for rows in micro_batches(traj, self.unit, self.config.micro_batch):
+        for rows in micro_batches(traj, self.unit, self.config.micro_batch, self._forward):
             part, held = (traj, fixed) if rows is None else select(traj, fixed, rows)
             count = whole if rows is None else units(part, self.unit)
             now = self.policy.evaluate(part)

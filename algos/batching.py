@@ -18,6 +18,8 @@ from lm_envs.algos.advantages import masked
 from lm_envs.trajectories import Trajectories
 
 UNITS = ("token", "sequence", "group")
+PARTS = (1, 2, 3, 4, 6, 8)  # that a minibatch may be cut into by length; the first is taken where several are as good
+START = 2**23  # multiplications of a token that take as long as starting the operations of a weight, on a CPU
 
 
 def rewards(traj: Trajectories) -> Tensor:
@@ -169,16 +171,21 @@ def gap(logprob: Tensor, traj: Trajectories) -> Tensor:
     return masked((traj.logprob - logprob).abs(), traj.mask).max()
 
 
-def micro_batches(traj: Trajectories, unit: str, most: int | None) -> list[Tensor | None]:
+def micro_batches(traj: Trajectories, unit: str, most: int | None, forward: float | None = None) -> list[Tensor | None]:
     """Row indices of each forward within a minibatch, ``most`` rows or fewer; a single None is all at once.
 
-    Rows of like length go together, so that little is padded: the sum of the parts is the same in any order. With unit
-    "group" groups stay whole, so one that is larger than ``most`` makes a larger forward.
+    Rows of like length go together, so that little is padded: the sum of the parts is the same in any order. With
+    ``forward``, how many tokens cost as much as one more forward and backward (:func:`cost_of_a_forward`), texts are
+    cut without ``most`` too, where that saves padding worth more. With unit "group" groups stay whole, so one that is
+    larger than ``most`` makes a larger forward.
     """
+    is_text = traj.prompt is not None and unit != "group"
+    if most is None and is_text and forward is not None:
+        most = _rows_worth_a_forward(traj, forward)
     if most is None or most >= len(traj):
         return [None]
     rows = torch.arange(len(traj), device=traj.mask.device)
-    if traj.prompt is not None and unit != "group":
+    if is_text:
         rows = traj.response_lengths.argsort(stable=True)
     if unit != "group":
         return list(rows.split(most))
@@ -190,6 +197,29 @@ def micro_batches(traj: Trajectories, unit: str, most: int | None) -> list[Tenso
             chunks.append([])
         chunks[-1].append(members)
     return [torch.cat(chunk) for chunk in chunks]
+
+
+def cost_of_a_forward(module: nn.Module) -> float | None:
+    """Tokens that take as long as what a forward and backward cost apart from their tokens; None where it is not known.
+
+    Each weight has operations of its own to start, and a token's multiplications go by the weights' sizes.
+    """
+    sizes = [p.numel() for p in module.parameters()]
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    return START * len(sizes) / sum(sizes) if on_cpu else None
+
+
+def _rows_worth_a_forward(traj: Trajectories, forward: float) -> int:
+    """In how many equal parts, by length, a batch of texts takes the fewest tokens, padding and forwards included."""
+    assert traj.prompt is not None
+    order = traj.response_lengths.argsort(stable=True)
+    response, prompt = traj.response_lengths[order], (traj.prompt >= 0).sum(dim=1)[order]
+
+    def tokens(rows: int) -> float:
+        parts = zip(response.split(rows), prompt.split(rows), strict=True)
+        return sum(forward + len(r) * int(r.max() + p.max()) for r, p in parts)
+
+    return min((-(-len(traj) // parts) for parts in PARTS), key=tokens)
 
 
 def stream(count: int, size: int, seed: int, start: int = 0) -> Iterator[NDArray[np.int64]]:

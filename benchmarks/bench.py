@@ -41,7 +41,7 @@ class BenchThroughput:
     add: bool = False
     """Keep what stands in the result and is not measured anew, so that it can be made piece by piece."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
-    """The result; benchmarks/results/throughput-DEVICE.csv if not given."""
+    """The result; if not given, benchmarks/results/throughput-DEVICE.csv, or DEVICE-POLICY with an OMP_WAIT_POLICY."""
 
     def run(self, console: Console) -> None:
         """Measure."""

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from lm_envs.benchmarks.bench_kernels import RESULTS, _peak, machine
+from lm_envs.benchmarks.bench_kernels import RESULTS, machine
+from lm_envs.benchmarks.live_memory import LiveMemory
 from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
 from lm_envs.benchmarks.throughput_targets import table as verdict_table
 from lm_envs.benchmarks.throughput_work import COMPILED, SHAPES, WAYS, Size, Work
@@ -218,7 +219,7 @@ def _ratio(base: list[float] | None, own: list[float]) -> float | None:
 
 
 def peak(size: Size, name: str, settings: Settings) -> int:
-    """Bytes above what the models take, at the most, of the second call in a process of its own; -1 if unknown."""
+    """Bytes that tensors take beyond the models', at the most, in the second call in a process of its own."""
     if name in PEERS:
         with closing(Peer(name, size, settings.device, settings.threads, ENVIRONMENT)) as peer:
             return int(peer.ask("peak"))
@@ -236,12 +237,10 @@ def _be_child(job: dict[str, Any]) -> int:
     call = Work(Size(**job["size"]), job["device"]).way(job["way"])
     call()
     gc.collect()
-    if job["device"] == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    return _peak(lambda: call())
+    memory = LiveMemory(job["device"])
+    memory.start()
+    call()
+    return memory.stop()
 
 
 def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
@@ -277,7 +276,8 @@ def run(settings: Settings, out: Path | None = None) -> Path:
         ValueError: a shape, a way or a device that is not there.
     """
     torch.set_num_threads(settings.threads)
-    out = out or RESULTS / f"throughput-{settings.device}.csv"
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()  # of idle threads; what is measured depends on it
+    out = out or RESULTS / f"throughput-{settings.device}{policy and f'-{policy}'}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     everything: list[dict[str, Any]] = []
     if settings.add and out.exists():

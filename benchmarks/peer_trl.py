@@ -2,7 +2,7 @@
 
 Called with a job as JSON: ``trainer`` (ppo, grpo or rloo), ``epochs``, ``threads`` and the size. The trainer's own loop
 runs; between its iterations it waits for a line on standard input. To ``go`` it answers with the seconds of one
-iteration, to ``peak`` with the bytes that one took at the most beyond what was there.
+iteration, to ``peak`` with the bytes that its tensors held at the most beyond what was there.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from datasets import Dataset
+from live_memory import LiveMemory  # the module beside this one, which runs as a script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -34,16 +34,16 @@ ENDLESS = 10**6  # iterations: whoever asks decides how many there are
 class Turns(TrainerCallback):
     """Holds the trainer between two iterations until it is asked for one."""
 
-    def __init__(self, answers: TextIO) -> None:
+    def __init__(self, answers: TextIO, device: str) -> None:
         self.answers = answers
         self._asked = ""
         self._start = 0.0
-        self._before = 0
+        self._memory = LiveMemory(device)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Answers, and waits for the next request."""
         if self._asked:
-            value = time.perf_counter() - self._start if self._asked == "go" else _resident("VmHWM") - self._before
+            value = time.perf_counter() - self._start if self._asked == "go" else self._memory.stop()
             print(value, file=self.answers, flush=True)
         else:  # the first iteration allocates and fills caches
             print("ready", file=self.answers, flush=True)
@@ -52,14 +52,8 @@ class Turns(TrainerCallback):
             raise SystemExit(0)
         if self._asked == "peak":
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")
-            self._before = _resident("VmRSS")
+            self._memory.start()
         self._start = time.perf_counter()
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def config(job: dict[str, Any], **more: Any) -> GPT2Config:
@@ -174,7 +168,7 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         make = ppo if job["trainer"] == "ppo" else grouped
-        make(job, folder, Turns(answers)).train()
+        make(job, folder, Turns(answers, job["device"])).train()
 
 
 if __name__ == "__main__":

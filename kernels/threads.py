@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,12 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
+
+
+def waking_is_slow() -> bool:
+    """Whether idle threads sleep (``OMP_WAIT_POLICY=passive``): waking one takes as long as a million multiplications
+    do. Else they wait busily and start at once, as long as no other program uses their processors."""
+    return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
 
 
 @contextmanager

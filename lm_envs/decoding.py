@@ -14,12 +14,13 @@ from lm_envs.compiled import FixedRows
 from lm_envs.cross_cache import rows_of
 from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.kernels.threads import at_most
+from lm_envs.kernels.threads import at_most, waking_is_slow
 from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, left_pad, model_inputs, right_align
 from lm_envs.row_cache import RowCache
 
 GREEDY = 1e-6  # a temperature that leaves one token; of tokens equally likely, to rounding, any
-SHARED = 2**19  # logits for each thread, at least: fewer are done before another thread is awake
+SHARED = {True: 2**19, False: 2**15}  # logits for each thread, at least, if waking one is slow
+WHOLE = 2**11  # tokens up to which one cumulative sum and search are faster than two
 BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
 
 
@@ -34,35 +35,41 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[
     Returns:
         tokens ``(N,)`` int64 and their log-probabilities ``(N,)``.
     """
-    with at_most(max(1, logits.numel() // SHARED)):
+    with at_most(max(1, logits.numel() // SHARED[waking_is_slow()])):
         return _sample(scaled(logits, temperature), uniforms)
 
 
 def _sample(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     count, vocabulary = x.shape
     highest = x.amax(dim=-1, keepdim=True)
-    weight = x.new_empty(count, -(-vocabulary // BLOCK), BLOCK)
-    flat = weight.view(count, -1)
-    torch.sub(x, highest, out=flat[:, :vocabulary]).exp_()
-    flat[:, vocabulary:] = 0
-    # float64: the rounding of a float32 sum would starve late tokens. A block's own sum is short.
-    blocks = weight.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    total = blocks[:, -1:]
-    block, rest = _search(blocks, uniforms.unsqueeze(-1) * total)
-    inner = weight.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
-    place, _ = _search(inner, rest)
-    tokens = block * BLOCK + place
+    # float64 in all that is summed up: the rounding of a float32 sum would starve late tokens.
+    if vocabulary <= WHOLE:
+        cdf = (x - highest).exp_().cumsum(dim=-1, dtype=torch.float64)
+        total = cdf[:, -1:]
+        tokens = torch.searchsorted(cdf, _below(uniforms.unsqueeze(-1) * total, total), right=True)
+    else:
+        weight = x.new_empty(count, -(-vocabulary // BLOCK), BLOCK)
+        flat = weight.view(count, -1)
+        torch.sub(x, highest, out=flat[:, :vocabulary]).exp_()
+        flat[:, vocabulary:] = 0
+        blocks = weight.sum(dim=-1).cumsum(
+            dim=-1, dtype=torch.float64
+        )  # of a block alone, a float32 sum is exact enough
+        total = blocks[:, -1:]
+        target = _below(uniforms.unsqueeze(-1) * total, total)
+        block = torch.searchsorted(blocks, target, right=True)
+        rest = target - blocks.gather(-1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
+        inner = (
+            weight.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
+        )
+        tokens = block * BLOCK + torch.searchsorted(inner, _below(rest, inner[:, -1:]), right=True)
     logprob = (x.gather(-1, tokens) - highest).squeeze(-1) - total.log().squeeze(-1).to(x.dtype)
     return tokens.squeeze(-1), logprob
 
 
-def _search(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """``(N, 1)`` index of the interval of ``cdf (N, K)`` that holds the target, and how far into it that lies."""
-    total = cdf[:, -1:]
-    # Strictly below the total, so that an interval of no length cannot be hit.
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(cdf, target, right=True)
-    return found, target - cdf.gather(-1, (found - 1).clamp(min=0)).masked_fill(found == 0, 0.0)
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    """Less than the total, so that an interval of no length at the end cannot be hit."""
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def forbid_early_eos(
@@ -121,6 +128,8 @@ class Decoder:
         self._rows: RowCache | None = None
         self._obs: Tensor | None = None
         self._last: tuple[Tensor, ...] | None = None
+        self._ends: Tensor | None = None  # (B, 1) the places of the last tokens, where all rows grew in the last call
+        self._furthest = 0  # of those
 
     @property
     def hidden(self) -> Tensor:
@@ -147,7 +156,19 @@ class Decoder:
         known, last_seen, rows = self._obs, self._last, self._rows
         if known is None or last_seen is None or rows is None or known.shape != obs.shape:
             return self._restart(obs)
-        return self._step(obs, known, last_seen, rows)
+        return self._grow(obs, known, rows) or self._step(obs, known, last_seen, rows)
+
+    def _grow(self, obs: Tensor, known: Tensor, rows: RowCache) -> tuple[Tensor, ...] | None:
+        """The usual case, told with few operations: all rows grew by a token once more. None if they did not."""
+        if self._ends is None or self._furthest + 1 >= obs.shape[1]:
+            return None
+        place = self._ends + 1
+        last = obs.gather(1, place)
+        expected = known.scatter(1, place, last)
+        if not (torch.equal(expected, obs) and bool((last >= 0).all())):
+            return None
+        self._obs, self._ends, self._furthest = expected, place, self._furthest + 1
+        return self._forward(rows.advance, last.squeeze(1))
 
     def _step(self, obs: Tensor, known: Tensor, last_seen: tuple[Tensor, ...], rows: RowCache) -> tuple[Tensor, ...]:
         change = known != obs
@@ -158,8 +179,10 @@ class Decoder:
         end = ((obs >= 0) * torch.arange(obs.shape[1], device=obs.device)).amax(dim=1, keepdim=True)
         grown = (known.gather(1, place) < 0) & (place == end) & (obs.gather(1, (place - 1).clamp(min=0)) >= 0)
         grew = moved & (change.sum(dim=1) == 1) & (grown & (place > 0)).squeeze(1)
+        self._ends = None
         if bool(grew.all()):
             found = self._forward(rows.advance, last.squeeze(1))
+            self._ends, self._furthest = end, int(end.max())
         else:
             other = moved & ~grew
             if bool(other.all()):
@@ -176,6 +199,7 @@ class Decoder:
         return found
 
     def _restart(self, obs: Tensor) -> tuple[Tensor, ...]:
+        self._ends = None
         held = int((obs >= 0).sum(dim=1).max())
         self._rows = rows_of(self.model, obs.shape[1] - held, self._places)
         if self._rows is None:

@@ -1,4 +1,4 @@
-"""How many threads share a forward of one token a row: waking one takes as long as a small operation does."""
+"""How many threads share a forward of one token a row: starting them may take longer than a small operation does."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-WORTH = 2**25  # multiplications that a layer, or the head, must have for each thread
+from lm_envs.kernels.threads import waking_is_slow
+
+WORTH = {
+    True: 2**25,
+    False: 2**21,
+}  # multiplications a layer, or the head, must have for each thread, if waking is slow
 
 
 class StepThreads:
     """How many threads pay off when ``model`` reads one token a row: for its layers, and for its head.
 
-    A layer has a dozen operations, each of which wakes all threads, and its products are small; the head has one, that
-    can be large. Their sizes decide and no timing, so that the same run is computed the same way each time. On other
-    devices than a CPU it does not matter.
+    A layer has a dozen operations, each of which starts all threads, and its products are small; the head has one, that
+    can be large. Their sizes decide, and whether idle threads sleep, and no timing, so that the same run is computed
+    the same way each time. On other devices than a CPU it does not matter.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -31,7 +36,7 @@ class StepThreads:
 
     def of(self, rows: int) -> tuple[int, int]:
         """For a layer and for the head."""
-        layer, head = (max(1, work * rows // WORTH) for work in self._works)
+        layer, head = (max(1, work * rows // WORTH[waking_is_slow()]) for work in self._works)
         return layer, head
 
     @contextmanager

@@ -6,10 +6,11 @@ import copy
 import pytest
 import torch
 
-from lm_envs.algos.batching import Before, micro_batches, select
+from lm_envs.algos.batching import Before, cost_of_a_forward, micro_batches, select
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.rollout import rollout
+from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 from tests.algos import batches
@@ -78,6 +79,50 @@ def test_micro_batches_go_by_length():
     lengths = [traj.lengths[rows].tolist() for rows in parts]
     assert sum(lengths, []) == sorted(traj.lengths.tolist())
     assert sorted(torch.cat(parts).tolist()) == list(range(len(traj)))
+
+
+def test_texts_are_cut_by_length_where_that_is_worth_a_forward():
+    traj = batches.text_batch()
+    free, dear = (micro_batches(traj, "token", None, forward) for forward in (0.0, 1e9))
+    assert dear == [None] == micro_batches(traj, "token", None) == micro_batches(traj, "group", None, 0.0)
+    assert len(free) > 1 and sorted(torch.cat(free).tolist()) == list(range(len(traj)))
+    alike = traj.select(torch.zeros(16, dtype=torch.int64))
+    assert micro_batches(alike, "token", None, 0.0) == [None]  # nothing is padded
+    # By hand: 2 rows of 1 token and 2 of 9 to prompts of 1 are 40 tokens whole, and 4 + 20 and a forward in halves.
+    prompt, length = torch.ones(4, 1, dtype=torch.int64), torch.tensor([9, 1, 9, 1])
+    mask = torch.arange(9) < length.unsqueeze(1)
+    ended = torch.ones(4, dtype=torch.bool)
+    small = Trajectories(actions=mask.long(), mask=mask, terminated=ended, truncated=~ended)
+    small.prompt, small.response = prompt, torch.where(mask, 1, -1)
+    for forward, parts in ((15.9, 2), (16.1, 1)):
+        assert len(micro_batches(small, "token", None, forward)) == parts
+
+
+@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "sft"])
+def test_law_8_cutting_by_length_does_not_change_the_gradient(name, monkeypatch):
+    traj, found = batches.batch_for(name), []
+    for forward in (1e9, 0.0):
+        agent = batches.learner(name, epochs=1, minibatches=1, max_grad_norm=1e9)
+        agent._forward, sizes, evaluate = forward, [], agent.policy.evaluate
+
+        def spy(part, sizes=sizes, evaluate=evaluate):
+            sizes.append(len(part) if torch.is_grad_enabled() else 0)
+            return evaluate(part)
+
+        monkeypatch.setattr(agent.policy, "evaluate", spy)
+        monkeypatch.setattr(agent.optimizer, "step", lambda a=agent: found.append(batches.gradients(a.policy)))
+        agent.update(traj)
+        assert sum(sizes) == len(traj) and (max(sizes) < len(traj)) == (forward == 0.0)
+    assert max(float((found[0][n] - found[1][n]).abs().max()) for n in found[0]) < 1e-9
+
+
+def test_what_a_forward_costs_goes_by_the_number_of_weights_and_their_size():
+    small, large = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(8, 8, bias=False)
+    assert cost_of_a_forward(small) == 4 * cost_of_a_forward(large)
+    assert cost_of_a_forward(torch.nn.Sequential(small, small, torch.nn.Linear(4, 4, bias=False))) == cost_of_a_forward(
+        small
+    )
+    assert cost_of_a_forward(torch.nn.Linear(4, 4, device="meta")) is None
 
 
 @pytest.mark.parametrize("option", [dict(gradient_checkpointing=True), dict(autocast=torch.bfloat16)])

@@ -39,6 +39,44 @@ def test_a_decoder_that_trusts_its_cache_is_caught(monkeypatch):
         torch.testing.assert_close(decoder(obs)[1], alone(model, obs[1]), rtol=0, atol=1e-9)
 
 
+def test_what_only_looks_like_one_more_token_is_seen():
+    """After steps in which all rows grew: a row that stands, is swapped, changed behind its end, or emptied."""
+    model = gpt2()
+    start = torch.tensor([[1, 2, -1, -1, -1, -1], [-1, 5, -1, -1, -1, -1]])
+    grown = [start, start.clone(), start.clone()]
+    grown[1][:, 2] = torch.tensor([3, 6])
+    grown[2][:, 2:4] = torch.tensor([[3, 4], [6, 7]])
+    for last in (
+        [[1, 2, 3, 4, 8, -1], [-1, 5, 6, 7, 9, -1]],
+        [[1, 2, 3, 4, 8, -1], [-1, 5, 6, 7, -1, -1]],
+        [[1, 2, 3, 4, 8, -1], [-1, 5, 2, 7, 9, -1]],
+        [[1, 2, 3, 4, 8, -1], [6, 5, 6, 7, 9, -1]],
+        [[1, 2, 3, 4, 8, 9], [-1, 5, 6, 7, 9, -1]],
+        [[1, 2, 3, 4, 8, -1], [-1, 7, -1, -1, -1, -1]],
+        [[1, 2, 3, 4, -1, -1], [-1, 5, 6, 7, -1, -1]],
+    ):
+        decoder = Decoder(model)
+        for obs in (*grown, torch.tensor(last)):
+            given = obs.clone()
+            found = decoder(given)
+            given.fill_(-7)  # the caller may use its own array again
+            for row, logits in zip(obs, found, strict=True):
+                torch.testing.assert_close(logits, alone(model, row), rtol=0, atol=1e-9)
+
+
+def test_steps_in_which_all_rows_grow_go_on_to_the_last_place(monkeypatch):
+    model = gpt2()
+    decoder, slow = Decoder(model), []
+    original = Decoder._step
+    monkeypatch.setattr(Decoder, "_step", lambda self, *given: slow.append(1) or original(self, *given))
+    text = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [-1, 2, 3, 9, 8, 7, 6]])
+    for end in range(2, 8):
+        obs = torch.where(torch.arange(7) < end, text, -1)
+        for row, logits in zip(obs, decoder(obs), strict=True):
+            torch.testing.assert_close(logits, alone(model, row), rtol=0, atol=1e-9)
+    assert len(slow) == 1  # the first; the others were told at once
+
+
 def test_wrong_positions_are_caught():
     """Negative control of law 4: positions counted from the padding give other logits."""
     model = gpt2()
@@ -96,7 +134,7 @@ def test_the_ends_of_the_unit_interval_hit_possible_tokens():
     assert tokens.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("vocabulary", [63, 64, 65, 1000, 50_257])
+@pytest.mark.parametrize("vocabulary", [63, 1000, 2048, 2049, 2112, 50_257])
 def test_blocks_give_the_tokens_of_the_plain_search(vocabulary):
     """The sum by blocks is the cumulative sum of the whole; a token without probability is never hit."""
     generator = torch.Generator().manual_seed(vocabulary)

@@ -13,10 +13,12 @@ LAYER, HEAD = 12 * 16**2, 10 * 16  # weights of each of the two layers, and of t
 
 def test_the_work_alone_decides(monkeypatch):
     threads = StepThreads(gpt2())
-    monkeypatch.setattr(step_threads, "WORTH", LAYER)
+    monkeypatch.setattr(step_threads, "WORTH", {True: LAYER, False: HEAD + 1})
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     assert [threads.of(rows) for rows in (1, 2, 5)] == [(1, 1), (2, 1), (5, 1)]
-    monkeypatch.setattr(step_threads, "WORTH", HEAD + 1)
-    assert [threads.of(rows)[1] for rows in (1, 2, 3)] == [1, 1, 2]
+    for other in ("active", ""):
+        monkeypatch.setenv("OMP_WAIT_POLICY", other)
+        assert [threads.of(rows)[1] for rows in (1, 2, 3)] == [1, 1, 2]
 
 
 def test_layers_and_head_have_their_own(monkeypatch):
