@@ -16,6 +16,7 @@ from lm_envs.algos.policy import Evaluation, Face, Policy
 from lm_envs.algos.recomputing import checkpointing as _checkpointing
 from lm_envs.algos.recomputing import recomputable as _layers
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
+from lm_envs.compiled import FixedRows, check_compilable
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.fused import fuse
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
@@ -50,6 +51,8 @@ class LMPolicy(Policy):
             and optimizer keep theirs, and log-probabilities are then recomputed before an update.
         gradient_checkpointing: keep each layer's input alone for backward, and compute the layer again there: less
             memory for a third more time.
+        compile: decode whole responses in fixed shapes by a program of ``torch.compile`` for each number of rows, which
+            takes it seconds to minutes to make; see docs/throughput.md for when that pays.
         top_k, top_p: refused, because the truncated support depends on the policy: a token that was sampled can have
             probability 0 after an update.
     """
@@ -69,6 +72,7 @@ class LMPolicy(Policy):
         face: Face = "mdp",
         autocast: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> None:
@@ -89,6 +93,9 @@ class LMPolicy(Policy):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing and not _layers(model):
             raise ValueError(f"a {type(model).__name__} has no layers that gradient checkpointing could recompute")
+        if compile:
+            check_compilable(self.model)
+        self._fixed = FixedRows(self.model, max_new_tokens) if compile else None
         self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
         self.uniforms_per_response = max_new_tokens
         width = model.get_output_embeddings().weight.shape[1]  # not always the model's own (OPT projects first)
@@ -246,6 +253,7 @@ class LMPolicy(Policy):
                 temperature=self.temperature,
                 min_new_tokens=self.min_new_tokens,
                 observe=observe,
+                fixed=self._fixed,
             )
 
     @property

@@ -28,7 +28,8 @@ from lm_envs.benchmarks.live_memory import LiveMemory
 from lm_envs.benchmarks.storage import write_lines
 from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
 from lm_envs.benchmarks.throughput_targets import table as verdict_table
-from lm_envs.benchmarks.throughput_work import SHAPES, WAYS, Size, Work
+from lm_envs.benchmarks.throughput_work import COMPILED, SHAPES, WAYS, Size, Work
+from lm_envs.compiled import check_tools
 
 FOREIGN = 0.1  # share of the machine's time that others may take in a round
 RETRIES = 2
@@ -64,7 +65,7 @@ class Settings:
     Attributes:
         shapes: names of :data:`~lm_envs.benchmarks.throughput_work.SHAPES`.
         ways: names of :data:`~lm_envs.benchmarks.throughput_work.WAYS`, or of
-            :data:`~lm_envs.benchmarks.throughput_peers.PEERS` that are installed; none for all.
+            :data:`~lm_envs.benchmarks.throughput_peers.PEERS` that are installed; none for all that this machine can.
         tables: names of :data:`TABLES`: the fixed work, and the first shape over response lengths, rows, vocabularies.
         rounds: how often each way runs.
         threads: torch's.
@@ -103,7 +104,7 @@ class Settings:
 
 def sizes(settings: Settings) -> Iterator[tuple[str, Size, tuple[str, ...]]]:
     """Table, size and ways of everything that is measured."""
-    ways = settings.ways or (*WAYS, *installed())
+    ways = settings.ways or (*(way for way in WAYS if way not in COMPILED or _compiles(settings.device)), *installed())
     chosen = tuple(way for way in SCALING if way in ways)
     first = settings.shapes[0]
     every = {
@@ -115,6 +116,15 @@ def sizes(settings: Settings) -> Iterator[tuple[str, Size, tuple[str, ...]]]:
     for table in settings.tables:
         for size in every[table]:
             yield table, size, ways if table == "fixed work" else chosen
+
+
+def _compiles(device: str) -> bool:
+    try:
+        check_tools(device)
+    except ValueError as missing:
+        print(f"without {' and '.join(COMPILED)}: {missing}", flush=True)
+        return False
+    return True
 
 
 class Load:
@@ -162,8 +172,8 @@ def _wait(device: str) -> None:
 
 
 def measure(size: Size, names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    """By way: ``seconds`` (the median), ``foreign`` (the largest share in any round that counted), ``of_generate`` and
-    ``of_peer`` (the median over rounds of generate's, or the rival's, time by its own).
+    """By way: ``seconds`` (the median), ``first`` (of the first call), ``foreign`` (the largest share in any round that
+    counted), ``of_generate`` and ``of_peer`` (the median over rounds of generate's, or the rival's, time by its own).
     """
     with ExitStack() as stack:
         peers = {name: Peer(name, size, settings.device, settings.threads) for name in names if name in PEERS}
@@ -174,8 +184,12 @@ def measure(size: Size, names: Sequence[str], settings: Settings) -> dict[str, d
 
 def _measure(work: Work, peers: dict[str, Peer], names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
     ways = {name: peers[name] if name in peers else work.way(name) for name in names}
-    for call in ways.values():
-        call()  # first calls allocate, compile kernels and fill caches
+    first = {}  # first calls allocate, compile kernels and fill caches
+    for name, call in ways.items():
+        start = time.perf_counter()
+        call()
+        _wait(settings.device)
+        first[name] = time.perf_counter() - start
     times: dict[str, list[float]] = {name: [] for name in names}
     worst = 0.0
     for turn in range(settings.rounds):
@@ -193,6 +207,7 @@ def _measure(work: Work, peers: dict[str, Peer], names: Sequence[str], settings:
     for name in names:
         result[name] = {
             "seconds": statistics.median(times[name]),
+            "first": first[name],
             "foreign": worst,
             "of_generate": _ratio(times.get("generate"), times[name]),
             "of_peer": _ratio(times.get(RIVALS.get(name, "")), times[name]),
@@ -245,7 +260,7 @@ def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
             line = {"table": table, "shape": size.shape, "vocabulary": shape.vocabulary, "rows": size.rows}
             line |= {"prompt": size.prompt_length, "new_tokens": size.new_tokens, "way": name}
             line |= {"seconds": round(one["seconds"], 5), "tokens_per_s": round(size.tokens / one["seconds"], 1)}
-            line |= {"of_generate": round(one["of_generate"], 3)}
+            line |= {"of_generate": round(one["of_generate"], 3), "first_s": round(one["first"], 3)}
             line |= {"of_peer": "" if one["of_peer"] is None else round(one["of_peer"], 3)}
             line |= {"times_floor": round(one["seconds"] / floor, 3) if floor else ""}
             line |= {"peak_MB": "", "foreign_load": round(one["foreign"], 3)}
@@ -279,7 +294,8 @@ def run(settings: Settings, out: Path | None = None) -> Path:
         for line in several:
             floor = f", {line['times_floor']} x its floor" if line["times_floor"] else ""
             rival = f", {line['of_peer']} x {RIVALS[line['way']]}" if line["of_peer"] != "" else ""
-            marked = " [other load]" if line["foreign_load"] > FOREIGN else ""
+            first = f", the first call {float(line['first_s']):.3g} s" if line["way"] in COMPILED else ""
+            marked = first + (" [other load]" if line["foreign_load"] > FOREIGN else "")
             print(
                 f"{line['table']}: {line['shape']} V={line['vocabulary']} {line['rows']}x{line['new_tokens']}  "
                 f"{line['way']}: {line['seconds']:.4g} s, {line['of_generate']} x generate{rival}{floor}{marked}",

@@ -77,6 +77,10 @@ class Compare:
     """Runs at a time, each in a process of its own. With small models, as many as there are cores."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads per run; shared out evenly if not given. Results may differ in their last bits with it."""
+    compile: bool = False
+    """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
+    (docs/throughput.md).
+    """
     adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
@@ -118,6 +122,7 @@ class Compare:
             if name not in running:
                 raise UserError(f"--set {name}.{next(iter(values))}: {name!r} is not run here: {near(name, running)}")
             suite = replace(suite, overrides={**suite.overrides, name: {**suite.overrides.get(name, {}), **values}})
+        suite = replace(suite, compile=suite.compile or self.compile)
         return self.adapt.apply(_with_own(_with_env(suite, self.env), own))
 
     def run(self, console: Console) -> None:
@@ -163,6 +168,10 @@ class Train:
     """Continue what OUT holds."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads."""
+    compile: bool = False
+    """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
+    (docs/throughput.md).
+    """
     adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
@@ -178,7 +187,9 @@ class Train:
         task = self.task or (next(iter(own)) if len(own) == 1 else None)
         if task is None:
             raise UserError("say what to train on: --task NAME, or --policy, --prompts and --reward-model or --reward")
-        suite = Suite("training", (TaskSettings(task),), (self.algorithm,), (self.seed,), plan, overrides)
+        suite = Suite(
+            "training", (TaskSettings(task),), (self.algorithm,), (self.seed,), plan, overrides, compile=self.compile
+        )
         suite = self.adapt.apply(_with_own(_with_env(suite, self.env), own))
         carry_out(suite, self.out, resume=self.resume, threads=self.threads, console=console)
         model = self.out / suite.runs()[0].label / "model"

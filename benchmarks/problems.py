@@ -93,10 +93,10 @@ class TextProblem:
             overrides = check_overrides(spec.algorithm, spec.overrides)
             if self.exact is None:
                 model = adapted(self.task.start, Adaptation(**spec.adaptation), spec.seed)
-                self.policy = LMPolicy.for_mdp(mdp, model, face=face)  # type: ignore[arg-type]
+                self.policy = LMPolicy.for_mdp(mdp, model, face=face, compile=spec.compile)  # type: ignore[arg-type]
             else:
-                if spec.adaptation:
-                    raise UserError(f"{spec.label}: the policy is a table, with no layers to freeze or to adapt")
+                if spec.adaptation or spec.compile:
+                    raise UserError(f"{spec.label}: the policy is a table, with no layers to freeze, adapt or compile")
                 table = self.exact.table(self.task.start)
                 self.policy = TabularPolicy(self.exact, table, face, VALUE_SCALE)  # type: ignore[arg-type]
                 overrides = {**TABULAR.get(spec.algorithm, {}), **overrides}

@@ -6,6 +6,7 @@
     tasks = ["reviews", "reviews-bandit"]         # -bandit: a whole response is one action
     algorithms = ["sft", "best-of-16", "ppo"]
     seeds = [0, 1, 2]
+    compile = false                               # let torch.compile make programs that sample; docs/throughput.md
 
     [budget]
     episodes = 10_000                             # of training, per run; or: iterations = 80
@@ -104,6 +105,7 @@ class RunSpec:
     options: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     adaptation: dict[str, Any] = field(default_factory=dict)
+    compile: bool = False
 
     @property
     def label(self) -> str:
@@ -116,10 +118,11 @@ class RunSpec:
         return self.label
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as nested dictionaries; what is adapted only where something is."""
+        """The settings as nested dictionaries; what is adapted, and compiled, only where something is."""
         found = asdict(self)
-        if not self.adaptation:
-            del found["adaptation"]
+        for name in ("adaptation", "compile"):
+            if not found[name]:
+                del found[name]
         return found
 
     @classmethod
@@ -134,6 +137,7 @@ class Suite:
 
     Attributes:
         adaptation: which part of the language models is trained, see :class:`lm_envs.algos.adaptation.Adaptation`.
+        compile: let the language models that are trained sample by programs, see :mod:`lm_envs.compiled`.
     """
 
     name: str
@@ -144,6 +148,7 @@ class Suite:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     description: str = ""
     adaptation: dict[str, Any] = field(default_factory=dict)
+    compile: bool = False
 
     def runs(self) -> list[RunSpec]:
         """The cells: for each task all algorithms with the first seed, then with the next, so that early results say
@@ -154,9 +159,19 @@ class Suite:
             for seed in self.seeds:
                 for algorithm in task.algorithms or self.algorithms:
                     overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
-                    adaptation = {} if is_control(task.name) else self.adaptation
+                    text = not is_control(task.name)
                     found.append(
-                        RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides, adaptation)
+                        RunSpec(
+                            task.name,
+                            algorithm,
+                            seed,
+                            self.plan,
+                            task.env,
+                            task.options,
+                            overrides,
+                            adaptation=self.adaptation if text else {},
+                            compile=self.compile and text,
+                        )
                     )
         return found
 
@@ -312,6 +327,7 @@ class _Reader:
             "tasks",
             "algorithms",
             "seeds",
+            "compile",
             "budget",
             "evaluation",
             "checkpoints",
@@ -328,6 +344,8 @@ class _Reader:
         seeds = data.get("seeds", [0])
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
             raise self.fail("seeds", f"'seeds' must be a list of whole numbers of at least 0, not {seeds!r}")
+        if not isinstance(data.get("compile", False), bool):
+            raise self.fail("compile", f"'compile' must be true or false, not {data['compile']!r}")
         settings, overrides = self.tables(data, "task"), self.tables(data, "algorithm")
         for name in settings:
             if name not in tasks:
@@ -341,6 +359,7 @@ class _Reader:
             plan=self.plan(data),
             overrides=overrides,
             adaptation=self.adaptation(data),
+            compile=data.get("compile", False),
         )
         used = {run.algorithm for run in suite.runs()}
         for name in [*overrides, *(name for task in suite.tasks for name in task.overrides)]:

@@ -25,6 +25,7 @@ from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.rloo import RLOO, RLOOConfig
+from lm_envs.compiled import FixedRows
 from lm_envs.rewards import LearnedReward
 from lm_envs.rollout import collect, rollout
 from lm_envs.row_cache import RowCache
@@ -143,8 +144,8 @@ class Work:
     def _env(self, **changes: Any) -> TextVectorEnv:
         return TextVectorEnv(self.task, self.size.rows, **changes)
 
-    def _policy(self) -> LMPolicy:
-        return LMPolicy.for_mdp(self._env().mdp, copy.deepcopy(self.reference).requires_grad_(True))
+    def _policy(self, **options: Any) -> LMPolicy:
+        return LMPolicy.for_mdp(self._env().mdp, copy.deepcopy(self.reference).requires_grad_(True), **options)
 
     # the ways
 
@@ -172,13 +173,14 @@ class Work:
 
         return run
 
-    def our_forwards(self) -> Callable[[], object]:
+    def our_forwards(self, compile: bool = False) -> Callable[[], object]:
         """The same forwards as the policy's decoder does them: what a step costs without what stands around it."""
-        policy = self._policy()
+        model, room = self._policy(compile=compile).model, self.size.new_tokens
+        fixed = FixedRows(model, room) if compile else None
 
         @torch.no_grad()
         def run() -> None:
-            cache = RowCache(policy.model, room=self.size.new_tokens)
+            cache = RowCache(model, room) if fixed is None else fixed
             cache.prefill(self.text[:, : self.size.prompt_length])
             for t in range(self.size.prompt_length, self.text.shape[1] - 1):
                 cache.advance(self.text[:, t])
@@ -217,9 +219,9 @@ class Work:
 
         return run
 
-    def bulk(self) -> Callable[[], object]:
+    def bulk(self, compile: bool = False) -> Callable[[], object]:
         """The fast path: generation, reference and reward model."""
-        env, policy = self._env(), self._policy()
+        env, policy = self._env(), self._policy(compile=compile)
 
         def run() -> None:
             traj = rollout(env, policy, episodes=self.size.rows)
@@ -256,12 +258,14 @@ WAYS: dict[str, Callable[[Work], Callable[[], object]]] = {
     "generate": Work.generate,
     "bare forwards": Work.forwards,
     "our forwards": Work.our_forwards,
+    "our forwards, compiled": lambda work: work.our_forwards(compile=True),
     "bare forward": Work.forward,
     "bare forward+backward": Work.forward_backward,
     "step": Work.step,
     "step + reference": lambda work: work.step(kl_coef=0.05),
     "step + reference + reward": lambda work: work.step(kl_coef=0.05, reward=None),
     "bulk + reference + reward": Work.bulk,
+    "bulk + reference + reward, compiled": lambda work: work.bulk(compile=True),
     "ppo 1 epoch": lambda work: work.ppo(1),
     "ppo 4 epochs": lambda work: work.ppo(4),
     "ppo 1 epoch, own critic": lambda work: work.ppo(1, critic=True),
@@ -269,3 +273,4 @@ WAYS: dict[str, Callable[[Work], Callable[[], object]]] = {
     "grpo": lambda work: work.grouped(GRPO, GRPOConfig),
     "rloo": lambda work: work.grouped(RLOO, RLOOConfig),
 }
+COMPILED = tuple(name for name in WAYS if name.endswith(", compiled"))  # need a C++ compiler, or Triton

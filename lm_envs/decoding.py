@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lm_envs.compiled import FixedRows
 from lm_envs.cross_cache import rows_of
 from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
@@ -218,6 +219,7 @@ def generate(
     temperature: float = 1.0,
     min_new_tokens: int = 0,
     observe: Callable[[int, Tensor, Tensor], object] | None = None,
+    fixed: FixedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a response per row until EOS or the length limit; finished rows leave the batch.
 
@@ -227,6 +229,7 @@ def generate(
         eos_token_id: or several, any of which ends a response.
         observe: called before token t is sampled with t, the rows ``(n,)`` that still run, and the hidden states ``(n,
             d)`` that their logits are made from.
+        fixed: decode in fixed shapes, by these rows; else by some that are made for this call.
 
     Returns:
         response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob of the same shape, 0
@@ -236,14 +239,14 @@ def generate(
     response = prompts.new_full((count, max_new_tokens), -1)
     logprob = torch.zeros(count, max_new_tokens, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32)
     logprob = logprob.to(prompts.device)
-    rows = rows_of(model, max_new_tokens)
+    rows = fixed if fixed is not None else rows_of(model, max_new_tokens)
     active = torch.arange(count, device=prompts.device)
     watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if observe is None else head_inputs(model)
     with watched as hidden:
         logits = _next_logits(model, prompts) if rows is None else rows.prefill(prompts)
         for t in range(max_new_tokens):
             if observe is not None:
-                observe(t, active, hidden[-1][:, -1])
+                observe(t, active, fixed.hidden if fixed is not None and t else hidden[-1][:, -1])
             hidden.clear()
             logits = forbid_early_eos(logits, t, eos_token_id, min_new_tokens, in_place=True)
             tokens, token_logprob = sample(logits, uniforms[active, t], temperature)

@@ -38,6 +38,7 @@ def test_a_small_run(tmp_path, capsys):
     assert float(rows["generate"]["of_generate"]) == 1
     for row in rows.values():
         seconds = float(row["seconds"])
+        assert float(row["first_s"]) > 0
         assert float(row["tokens_per_s"]) == pytest.approx(32 * 48 / seconds, rel=0.02) and row["torch"] and row["date"]
     floor = float(rows["bare forwards"]["seconds"]) + 2 * float(rows["bare forward"]["seconds"])
     bulk = rows["bulk + reference + reward"]
@@ -46,8 +47,25 @@ def test_a_small_run(tmp_path, capsys):
     assert "x generate" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("way", throughput_work.WAYS)
+def without_compiling(names):
+    """As they are, but for those that take a compiler, in the slow tests."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in throughput_work.COMPILED else n for n in names]
+
+
+def test_without_a_compiler_the_other_ways_are_measured(capsys):
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        (_, _, ways), *_ = bench.sizes(bench.Settings(shapes=("small",), tables=("fixed work",)))
+    assert set(ways) & set(throughput_work.WAYS) == set(throughput_work.WAYS) - set(throughput_work.COMPILED)
+    said = capsys.readouterr().out
+    assert "without our forwards, compiled and bulk + reference + reward, compiled" in said and "g++" in said
+
+
+@pytest.mark.parametrize("way", without_compiling(throughput_work.WAYS))
 def test_every_way_does_the_work(way):
+    if way in throughput_work.COMPILED and not bench._compiles("cpu"):
+        pytest.skip("no C++ compiler")
     work = Work(Size("small", rows=4, prompt_length=3, new_tokens=5))
     call = work.way(way)
     call()
