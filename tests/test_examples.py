@@ -56,6 +56,7 @@ def test_it_learns_on_control(awr, env_id, iterations, gain):
 
 
 def test_it_learns_on_reviews(awr, capsys):
-    awr.train("lm_envs/Reviews-v0", 6, episodes=64)
+    awr.train("lm_envs/Reviews-v0", 10, episodes=64)
     returns = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
-    assert returns[-1] > returns[0] + 0.4
+    # The task's models are trained where the test runs, so that processors of two makers have tasks that differ a little.
+    assert sum(returns[-3:]) / 3 > sum(returns[:3]) / 3 + 0.4
