@@ -55,7 +55,6 @@ SCALING = (
 )
 TABLES = ("fixed work", "response length", "rows", "vocabulary")
 KEY = ("table", "shape", "vocabulary", "rows", "prompt", "new_tokens", "way")  # what a line is of
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives freed tensors back: the mark shows what is held
 
 
 @dataclass(frozen=True)
@@ -222,11 +221,11 @@ def _ratio(base: list[float] | None, own: list[float]) -> float | None:
 def peak(size: Size, name: str, settings: Settings) -> int:
     """Bytes that tensors take beyond the models', at the most, in the second call in a process of its own."""
     if name in PEERS:
-        with closing(Peer(name, size, settings.device, settings.threads, ENVIRONMENT)) as peer:
+        with closing(Peer(name, size, settings.device, settings.threads)) as peer:
             return int(peer.ask("peak"))
     job = {"size": asdict(size), "way": name, "device": settings.device, "threads": settings.threads}
     command = [sys.executable, "-m", "lm_envs.benchmarks.bench_throughput", json.dumps(job)]
-    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(settings.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"measuring the memory of {name!r} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")

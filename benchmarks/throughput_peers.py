@@ -31,7 +31,9 @@ RIVALS = {
     "ppo 4 epochs": "trl-1.12 ppo 4 epochs",
     "ppo 1 epoch, own critic": "trl-1.12 ppo 1 epoch",
     "ppo 4 epochs, own critic": "trl-1.12 ppo 4 epochs",
+    "ppo 1 epoch, compiled": "trl-1.12 ppo 1 epoch",
     "grpo": "trl-1.16 grpo",
+    "grpo, compiled": "trl-1.16 grpo",
     "rloo": "trl-1.16 rloo",
 }
 
@@ -53,15 +55,12 @@ class Peer:
         size: the work.
         device: "cpu" or "cuda".
         threads: torch's.
-        environment: variables for the process beside this one's.
 
     Raises:
         RuntimeError: it did not start, or ended by itself; the message holds its last words.
     """
 
-    def __init__(
-        self, way: str, size: Size, device: str, threads: int, environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, way: str, size: Size, device: str, threads: int) -> None:
         where, told = PEERS[way]
         shape = size.model
         job = told | {"layers": shape.layers, "width": shape.width, "heads": shape.heads}
@@ -77,7 +76,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
-            env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **more, **(environment or {})},
+            env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **more},
         )
         self._answer()
 

@@ -11,11 +11,14 @@ SPEEDS: list[tuple[str, str, dict[str, float]]] = [
     ("step", "of_generate", {"small": 0.9, "larger": 0.9}),
     ("step + reference", "of_generate", {"small": 0.6, "larger": 0.6}),
     ("bulk + reference + reward", "of_generate", {"small": 1.2, "larger": 1.2}),
+    ("bulk + reference + reward, compiled", "of_generate", {"small": 1.2, "larger": 1.2}),
     ("ppo 1 epoch, own critic", "of_peer", {"small": 1.9, "larger": 1.4}),
     ("ppo 4 epochs, own critic", "of_peer", {"small": 1.5, "larger": 1.1}),
     ("ppo 1 epoch", "of_peer", {"small": 3.0, "larger": 2.0}),
     ("ppo 4 epochs", "of_peer", {"small": 2.5, "larger": 1.8}),
-    ("grpo", "of_peer", {"small": 1.6, "larger": 1.6}),
+    ("ppo 1 epoch, compiled", "of_peer", {"small": 3.0, "larger": 2.0}),
+    ("grpo", "of_peer", {"small": 1.35, "larger": 1.35}),
+    ("grpo, compiled", "of_peer", {"small": 1.6, "larger": 1.6}),
 ]
 FLOOR = 1.3  # a PPO iteration over bare forwards and forwards with backward of the same tokens, at most
 FLAT = 1.5  # the step path's own time per token at the longest response over that at the shortest, at most

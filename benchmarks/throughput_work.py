@@ -229,18 +229,18 @@ class Work:
 
         return run
 
-    def ppo(self, epochs: int, critic: bool = False) -> Callable[[], object]:
+    def ppo(self, epochs: int, critic: bool = False, compile: bool = False) -> Callable[[], object]:
         """A whole iteration; ``critic`` is a model of the policy's size besides, as TRL's."""
-        policy = self._policy()
+        policy = self._policy(compile=compile)
         if critic:
             value_from_reward_model(policy, self.task)
         settings: dict[str, Any] = dict(episodes=self.size.rows, epochs=epochs, minibatches=1, learning_rate=1e-5)
         return self._iteration(PPO(policy, PPOConfig(**settings)), self._env())
 
-    def grouped(self, agent: Any, config: Any, **settings: Any) -> Callable[[], object]:
+    def grouped(self, agent: Any, config: Any, compile: bool = False, **settings: Any) -> Callable[[], object]:
         """A whole iteration of an algorithm that compares the responses of a prompt."""
         chosen = config(episodes=self.size.rows, group_size=GROUP, minibatches=1, learning_rate=1e-5, **settings)
-        return self._iteration(agent(self._policy(), chosen), self._env(group_size=GROUP))
+        return self._iteration(agent(self._policy(compile=compile), chosen), self._env(group_size=GROUP))
 
     def _iteration(self, agent: Any, env: TextVectorEnv) -> Callable[[], object]:
         def run() -> None:
@@ -270,7 +270,9 @@ WAYS: dict[str, Callable[[Work], Callable[[], object]]] = {
     "ppo 4 epochs": lambda work: work.ppo(4),
     "ppo 1 epoch, own critic": lambda work: work.ppo(1, critic=True),
     "ppo 4 epochs, own critic": lambda work: work.ppo(4, critic=True),
+    "ppo 1 epoch, compiled": lambda work: work.ppo(1, compile=True),
     "grpo": lambda work: work.grouped(GRPO, GRPOConfig),
+    "grpo, compiled": lambda work: work.grouped(GRPO, GRPOConfig, compile=True),
     "rloo": lambda work: work.grouped(RLOO, RLOOConfig),
 }
 COMPILED = tuple(name for name in WAYS if name.endswith(", compiled"))  # need a C++ compiler, or Triton

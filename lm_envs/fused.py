@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 M = TypeVar("M", bound=nn.Module)
 
 _TANH_GELU = (NewGELUActivation, FastGELUActivation, AccurateGELUActivation)
+_TWICE = 2 * math.sqrt(2 / math.pi)
 WORTH = 2**20  # multiplications below which handing a product over costs more than it gains
 
 
@@ -32,8 +34,27 @@ def fuse_activations(model: M) -> M:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, _TANH_GELU):
-                setattr(module, name, nn.GELU(approximate="tanh"))
+                setattr(module, name, TanhGELU())
     return model
+
+
+class TanhGELU(nn.GELU):
+    """``nn.GELU(approximate="tanh")``; where no gradient is kept and on a CPU as ``x * sigmoid(2 u)``, which takes
+    about half the time.
+
+    With u = sqrt(2 / pi) (x + 0.044715 x^3) that is the same function, as tanh(u) = 2 sigmoid(2 u) - 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise, of any shape."""
+        x, learns = input, torch.is_grad_enabled() and input.requires_grad
+        if learns or x.dtype is not torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        gate = torch.addcmul(x.new_tensor(_TWICE), x, x, value=_TWICE * 0.044715)
+        return gate.mul_(x).sigmoid_().mul_(x)
 
 
 def fuse_linears(model: M) -> M:

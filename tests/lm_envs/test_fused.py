@@ -129,3 +129,26 @@ def test_where_it_is_taken(monkeypatch, about, expected):
 def test_elsewhere_nothing_changes(monkeypatch):
     monkeypatch.setattr(fused, "onednn_is_faster", lambda: False)
     assert type(fused.fuse_linears(nn.Sequential(nn.Linear(2, 2)))[0]) is nn.Linear
+
+
+def test_the_activation_is_torchs_with_gradients_and_without():
+    x = torch.linspace(-12, 12, 4001)
+    for given in (x, x.double(), x.bfloat16(), torch.tensor([0.0, -0.0, 1e-30, 60.0, -60.0])):
+        exact = nn.functional.gelu(given.double(), approximate="tanh")
+        usual = nn.functional.gelu(given, approximate="tanh")
+        ours = fused.TanhGELU()(given)
+        assert ours.dtype == given.dtype
+        assert (ours - exact).abs().max() <= 2 * (usual - exact).abs().max() + 1e-6
+        learns = given.clone().requires_grad_()
+        fused.TanhGELU()(learns).sum().backward()
+        plain = given.clone().requires_grad_()
+        nn.functional.gelu(plain, approximate="tanh").sum().backward()
+        assert torch.equal(learns.grad, plain.grad)
+
+
+def test_the_activation_leaves_its_input_alone():
+    x = torch.randn(3, 5, 40)
+    before = x.clone()
+    with torch.no_grad():
+        fused.TanhGELU()(x)
+    assert torch.equal(x, before)
