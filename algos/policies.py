@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lm_envs.algos.policy import Evaluation, Face, Policy
-from lm_envs.algos.recomputing import checkpointing as _checkpointing
-from lm_envs.algos.recomputing import recomputable as _layers
+from lm_envs.algos.recomputing import checkpointing, recomputable
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.compiled import FixedRows, check_compilable
 from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
@@ -91,7 +90,7 @@ class LMPolicy(Policy):
         self.face = face
         self.autocast = autocast
         self.gradient_checkpointing = gradient_checkpointing
-        if gradient_checkpointing and not _layers(model):
+        if gradient_checkpointing and not recomputable(model):
             raise ValueError(f"a {type(model).__name__} has no layers that gradient checkpointing could recompute")
         if compile:
             check_compilable(self.model)
@@ -287,7 +286,7 @@ class LMPolicy(Policy):
         prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
         prompt, mask = self._conditioned(prompt), response >= 0
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        with self._precision(), _checkpointing(self.model) if recompute else nullcontext():
+        with self._precision(), checkpointing(self.model) if recompute else nullcontext():
             logits, states = response_logits(self.model, prompt, response, hidden=True)
         assert states is not None
         states = states.to(self.value_head.weight.dtype)

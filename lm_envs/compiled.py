@@ -155,6 +155,10 @@ class FixedRows:
         self.model, self._room, self._backend = model, room, backend
         self._programs: dict[tuple[int, int], _Program] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FixedRows:
+        """Of the copied model; without the programs, which read the weights of the one they were made of."""
+        return FixedRows(copy.deepcopy(self.model, memo), self._room, self._backend)
+
     @torch.no_grad()
     def prefill(self, prompts: Tensor) -> Tensor:
         """Start all rows anew. ``prompts`` is ``(n, P)``, left-padded with -1; logits ``(n, V)``."""

@@ -15,7 +15,7 @@ from lm_envs.compiled import FixedRows, check_compilable, rounded
 from lm_envs.decoding import generate
 from lm_envs.observations import left_pad
 from lm_envs.rollout import collect, rollout
-from lm_envs.row_cache import RECOMPUTE
+from lm_envs.row_cache import RECOMPUTE, RowCache
 from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.families import FAMILIES, SINGLE, WIDER, build
@@ -115,6 +115,21 @@ def test_what_is_not_a_number_does_not_stay():
         layer.values.fill_(torch.nan)
     fixed.prefill(prompts)
     assert torch.equal(fixed.advance(torch.tensor([4, 5])), expected)
+
+
+def test_a_copy_reads_its_own_weights():
+    model, prompts = tiny.gpt2(), torch.tensor([[1, 2], [-1, 3]])
+    held = {"model": model, "fixed": FixedRows(model, 4, None)}
+    before = held["fixed"].prefill(prompts), held["fixed"].advance(torch.tensor([1, 2]))
+    other = copy.deepcopy(held)
+    assert other["fixed"].model is other["model"] is not model
+    with torch.no_grad():
+        for weight in other["model"].parameters():
+            weight += 0.1
+    for rows, expected in ((other["fixed"], RowCache(other["model"])), (held["fixed"], RowCache(model))):
+        for found in (lambda r: r.prefill(prompts), lambda r: r.advance(torch.tensor([1, 2]))):
+            torch.testing.assert_close(found(rows), found(expected), rtol=0, atol=1e-9)
+    assert (other["fixed"].advance(torch.tensor([1, 2])) - before[1]).abs().max() > 1e-3
 
 
 def test_the_model_is_left_as_it_was():
