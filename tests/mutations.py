@@ -646,6 +646,35 @@ MUTATIONS = [
         "(-values).topk(k).indices",
         "tests/algos/test_sb3_masked.py::test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
     ),
+    # Decoding at speed
+    Mutation(
+        "a decoder takes any change for one more token",
+        "lm_envs/decoding.py",
+        "if not (torch.equal(expected, obs) and bool((last >= 0).all())):",
+        "if not bool((last >= 0).all()):",
+        "tests/lm_envs/test_decoding.py",
+    ),
+    Mutation(
+        "a uniform number next to 1 hits a token without probability",
+        "lm_envs/decoding.py",
+        "return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))",
+        "return target",
+        "tests/lm_envs/test_decoding.py",
+    ),
+    Mutation(
+        "a program's buffers keep the places of the last prompts",
+        "lm_envs/compiled.py",
+        "self.positions[:count, 0] = prompts.lengths",
+        "pass",
+        "tests/lm_envs/test_compiled.py::test_fixed_shapes_sample_what_growing_ones_do",
+    ),
+    Mutation(
+        "a minibatch that is cut by length loses its longest rows",
+        "algos/batching.py",
+        "return list(rows.split(most))",
+        "return list(rows[:-1].split(most))",
+        "tests/algos/test_spared.py",
+    ),
     # A network for other libraries
     Mutation(
         "a state is read before its last token",
