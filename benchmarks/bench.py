@@ -37,7 +37,7 @@ class BenchThroughput:
     )
     """The fixed work, and the first model over response length, rows and vocabulary."""
     peaks: bool = True
-    """Also measure memory, each way in a process of its own."""
+    """Do not measure memory, which is done for each way in a process of its own."""
     add: bool = False
     """Keep what stands in the result and is not measured anew, so that it can be made piece by piece."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
