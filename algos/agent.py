@@ -76,7 +76,7 @@ class Agent(Generic[C]):
         self._kl: FixedKL | AdaptiveKL | None = None
         self._sampled: Trajectories | None = None  # by the weights as they are
         self._watch_gap = False
-        self._forward = cost_of_a_forward(policy)
+        self.forward_cost = cost_of_a_forward(policy)
         self._collector: Collector | None = None
         self._collected: Any = None  # the env that the collector steps
         self._frozen: str | None = None  # the hash of the policy's frozen parameters
@@ -193,7 +193,7 @@ class Agent(Generic[C]):
             traj, fixed = select(traj, fixed, index)
         self.optimizer.zero_grad(set_to_none=True)
         whole, mine = units(traj, self.unit), Averages()
-        for rows in micro_batches(traj, self.unit, self.config.micro_batch, self._forward):
+        for rows in micro_batches(traj, self.unit, self.config.micro_batch, self.forward_cost):
             part, held = (traj, fixed) if rows is None else select(traj, fixed, rows)
             count = whole if rows is None else units(part, self.unit)
             now = self.policy.evaluate(part)

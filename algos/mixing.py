@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.batching import cost_of_a_forward, micro_batches, select, stream, units
+from lm_envs.algos.batching import micro_batches, select, stream, units
 from lm_envs.algos.losses import masked_mean, nll, sequence_mean
 from lm_envs.trajectories import Trajectories
 
@@ -65,7 +65,7 @@ def add_nll_gradient(agent: Any, weight: float, data: Trajectories) -> Tensor:
     unit = "token" if agent.unit == "token" else "sequence"
     mean = masked_mean if unit == "token" else sequence_mean
     whole, total = units(data, unit), torch.zeros((), device=parameter.device)
-    for rows in micro_batches(data, unit, agent.config.micro_batch, cost_of_a_forward(agent.policy)):
+    for rows in micro_batches(data, unit, agent.config.micro_batch, agent.forward_cost):
         part = data if rows is None else select(data, {}, rows)[0]
         share = units(part, unit) / whole
         loss = mean(nll(agent.policy.evaluate(part).logprob, part.mask), part.mask)

@@ -14,8 +14,8 @@ Item = TypeVar("Item")
 
 
 def waking_is_slow() -> bool:
-    """Whether idle threads sleep (``OMP_WAIT_POLICY=passive``): waking one takes as long as a million multiplications
-    do. Else they wait busily and start at once, as long as no other program uses their processors."""
+    """Whether idle threads sleep (``OMP_WAIT_POLICY=passive``): waking one takes as long as some million
+    multiplications. Else they wait busily and start at once, as long as no other program uses their processors."""
     return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
 
 

@@ -52,16 +52,14 @@ def _sample(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         flat = weight.view(count, -1)
         torch.sub(x, highest, out=flat[:, :vocabulary]).exp_()
         flat[:, vocabulary:] = 0
-        blocks = weight.sum(dim=-1).cumsum(
-            dim=-1, dtype=torch.float64
-        )  # of a block alone, a float32 sum is exact enough
+        # Of a block alone, a float32 sum is exact enough.
+        blocks = weight.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         total = blocks[:, -1:]
         target = _below(uniforms.unsqueeze(-1) * total, total)
         block = torch.searchsorted(blocks, target, right=True)
         rest = target - blocks.gather(-1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
-        inner = (
-            weight.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
-        )
+        chosen = weight.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)
+        inner = chosen.cumsum(dim=-1, dtype=torch.float64)
         tokens = block * BLOCK + torch.searchsorted(inner, _below(rest, inner[:, -1:]), right=True)
     logprob = (x.gather(-1, tokens) - highest).squeeze(-1) - total.log().squeeze(-1).to(x.dtype)
     return tokens.squeeze(-1), logprob
@@ -229,7 +227,7 @@ def generate(
         eos_token_id: or several, any of which ends a response.
         observe: called before token t is sampled with t, the rows ``(n,)`` that still run, and the hidden states ``(n,
             d)`` that their logits are made from.
-        fixed: decode in fixed shapes, by these rows; else by some that are made for this call.
+        fixed: decode in fixed shapes, by these rows; else in shapes that grow.
 
     Returns:
         response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob of the same shape, 0

@@ -11,10 +11,8 @@ from transformers import PreTrainedModel
 
 from lm_envs.kernels.threads import waking_is_slow
 
-WORTH = {
-    True: 2**25,
-    False: 2**21,
-}  # multiplications a layer, or the head, must have for each thread, if waking is slow
+# Multiplications that a layer, or the head, must have for each thread, by whether waking one is slow.
+WORTH = {True: 2**25, False: 2**21}
 
 
 class StepThreads:

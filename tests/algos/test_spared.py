@@ -103,7 +103,7 @@ def test_law_8_cutting_by_length_does_not_change_the_gradient(name, monkeypatch)
     traj, found = batches.batch_for(name), []
     for forward in (1e9, 0.0):
         agent = batches.learner(name, epochs=1, minibatches=1, max_grad_norm=1e9)
-        agent._forward, sizes, evaluate = forward, [], agent.policy.evaluate
+        agent.forward_cost, sizes, evaluate = forward, [], agent.policy.evaluate
 
         def spy(part, sizes=sizes, evaluate=evaluate):
             sizes.append(len(part) if torch.is_grad_enabled() else 0)
