@@ -59,7 +59,7 @@ def test_without_a_compiler_the_other_ways_are_measured(capsys):
         (_, _, ways), *_ = bench.sizes(bench.Settings(shapes=("small",), tables=("fixed work",)))
     assert set(ways) & set(throughput_work.WAYS) == set(throughput_work.WAYS) - set(throughput_work.COMPILED)
     said = capsys.readouterr().out
-    assert "without our forwards, compiled and bulk + reference + reward, compiled" in said and "g++" in said
+    assert "without the compiled ways" in said and "g++" in said
 
 
 @pytest.mark.parametrize("way", without_compiling(throughput_work.WAYS))
