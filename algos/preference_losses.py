@@ -1,5 +1,5 @@
 """Losses of rankings: pure functions on a line of scores and a line of ranks per group. Bradley-Terry's is
-:func:`lm_envs.supervised.bradley_terry_loss`.
+:func:`lm_envs.training.bradley_terry_loss`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lm_envs.algos.advantages import masked
-from lm_envs.supervised import bradley_terry_loss
+from lm_envs.training import bradley_terry_loss
 
 
 def plackett_luce_loss(scores: Tensor, rank: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lm_envs import counted, supervised
+from lm_envs import rng, training
 from lm_envs.observations import left_pad
 from lm_envs.rewards import LearnedReward, raw_scores, right_pad
 from lm_envs.tasks import making
@@ -44,14 +44,14 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
     A function of the policy and the other arguments; training never draws the same random numbers.
     """
     pair = np.arange(first, first + count)
-    index = counted.integers(seed, counted.PROMPT, making.SAMPLE_EPISODES + pair, len(mdp.prompts))
+    index = rng.integers(seed, rng.PROMPT, making.SAMPLE_EPISODES + pair, len(mdp.prompts))
     prompt = left_pad([mdp.prompts[i] for i in np.repeat(index, 2).tolist()], mdp.prompt_length)
     row = making.SAMPLE_EPISODES + 2 * first + np.arange(2 * count)
     places = np.arange(policy.uniforms_per_response)
     parts = []
     for start in range(0, 2 * count, _ROWS):
         rows = slice(start, start + _ROWS)
-        uniforms = counted.uniform(seed, counted.TOKEN, row[rows, None], places)
+        uniforms = rng.uniform(seed, rng.TOKEN, row[rows, None], places)
         parts.append(policy.respond(torch.as_tensor(prompt[rows]), torch.as_tensor(uniforms))[0].cpu())
     response = torch.cat(parts).numpy()
     ids = [r[r >= 0].tolist() for r in response]
@@ -92,11 +92,11 @@ def make_reward_model(
         texts: N pairs of token ids.
         first_is_better: ``(N,)``.
         start: "fresh" draws the first weights from the seed.
-        steps, batch_size, learning_rate, weight_decay: as for :func:`lm_envs.supervised.fit`.
+        steps, batch_size, learning_rate, weight_decay: as for :func:`lm_envs.training.fit`.
         seed: of the first weights and of the order of the pairs.
     """
     made = fresh(model, seed) if start == "fresh" else copy.deepcopy(model).eval().requires_grad_(True)
-    supervised.fit_reward_model(
+    training.fit_reward_model(
         made,
         texts,
         np.stack([~first_is_better, first_is_better], axis=1).astype(np.int64),
@@ -116,7 +116,7 @@ def fresh(model: Any, seed: int) -> Any:
         made = type(model)(model.config).to(dtype=model.dtype, device=model.device).eval()
     head = getattr(made, "score", None)
     if isinstance(head, nn.Linear):
-        supervised.initialise_reward_head(head, torch.Generator().manual_seed(seed))
+        training.initialise_reward_head(head, torch.Generator().manual_seed(seed))
     return made
 
 

@@ -15,7 +15,7 @@ from lm_envs.algos.metrics import Metric
 from lm_envs.algos.preference_losses import plackett_luce_loss
 from lm_envs.algos.preferences import Comparisons, by_group
 from lm_envs.rewards import raw_scores, right_pad
-from lm_envs.supervised import bradley_terry_loss
+from lm_envs.training import bradley_terry_loss
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:

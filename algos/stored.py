@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lm_envs.algos.batching import Before
 from lm_envs.algos.sft import from_responses
-from lm_envs.atomic import replacing
+from lm_envs.files import replacing
 from lm_envs.packed import Packed
 from lm_envs.trajectories import Trajectories
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from lm_envs.atomic import TEMPORARY, sync_folder, write_atomic, write_synced
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.files import TEMPORARY, sync_folder, write_atomic, write_synced
 
 
 def jsonable(value: Any) -> Any:

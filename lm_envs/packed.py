@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_envs.atomic import sync_file
+from lm_envs.files import sync_file
 from lm_envs.tasks.splits import SPLITS, share
 from lm_envs.tokenising import Encoded
 

@@ -18,8 +18,8 @@ from math import exp, isfinite
 from pathlib import Path
 from typing import Any
 
-from lm_envs.cache import cache_root
 from lm_envs.chat_endpoint import ChatEndpoint, EndpointError
+from lm_envs.files import cache_root
 
 __all__ = ["DEFAULT_PROMPT", "RemoteJudge", "load_judge", "make_judge"]
 

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_envs import counted
+from lm_envs import rng
 from lm_envs.kl import report, text_envs
 from lm_envs.trajectories import Trajectories
 
@@ -133,9 +133,7 @@ class Collector:
         if self.policy.uniforms_per_action == 1:
             uniforms = self._next_uniforms(numbers)
         else:
-            uniforms = counted.uniform(
-                self._seed, counted.TOKEN, numbers[:, None], np.arange(self.policy.uniforms_per_action)
-            )
+            uniforms = rng.uniform(self._seed, rng.TOKEN, numbers[:, None], np.arange(self.policy.uniforms_per_action))
         actions, logprob = self.policy.act(self._obs, uniforms)
         if self._text:
             report(self.env, logprob)
@@ -182,7 +180,7 @@ class Collector:
         stale = ((self._drawn_for[0] != numbers) | (self._drawn_for[1] != block)).nonzero()[0]
         if len(stale):
             positions = block[stale, None] * AHEAD + np.arange(AHEAD)
-            self._drawn[stale] = counted.uniform(self._seed, counted.TOKEN, numbers[stale, None], positions)
+            self._drawn[stale] = rng.uniform(self._seed, rng.TOKEN, numbers[stale, None], positions)
             self._drawn_for[0][stale], self._drawn_for[1][stale] = numbers[stale], block[stale]
         return self._drawn[np.arange(len(numbers)), place]
 
@@ -231,7 +229,7 @@ class Collector:
 
 
 def _derived_seed(seed: int, first_episode: int) -> int:
-    return int(counted.integers(seed, counted.RESET, first_episode, 2**31))
+    return int(rng.integers(seed, rng.RESET, first_episode, 2**31))
 
 
 def collect(
@@ -296,7 +294,7 @@ def rollout(
         raise ValueError("rollout generates without asking the reference, which reference_top_k needs: step the env")
     numbers = np.arange(first_episode, first_episode + episodes)
     prompt = mdp.start(seed, numbers)
-    uniforms = counted.uniform(seed, counted.TOKEN, numbers[:, None], np.arange(policy.uniforms_per_response))
+    uniforms = rng.uniform(seed, rng.TOKEN, numbers[:, None], np.arange(policy.uniforms_per_response))
     value = None
     with_value = getattr(policy, "respond_with_value", None)
     if with_value is None:

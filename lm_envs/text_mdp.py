@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_envs import counted
+from lm_envs import rng
 from lm_envs.decoding import forbid_early_eos, keep_top
 from lm_envs.encoder_decoder import room_for
 from lm_envs.observations import is_eos, left_pad
@@ -124,7 +124,7 @@ class TextMDP:
 
     def prompt_index(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which prompt each episode starts from: a function of the seed and the episode's group alone."""
-        return counted.integers(seed, counted.PROMPT, episodes // self.group_size, len(self.prompts))
+        return rng.integers(seed, rng.PROMPT, episodes // self.group_size, len(self.prompts))
 
     def start(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """The prompts of these episodes, ``(N, P)`` int64, left-padded with -1."""

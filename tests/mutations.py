@@ -527,17 +527,17 @@ MUTATIONS = [
     ),
     Mutation(
         "pairs of a large group count for more",
-        "lm_envs/supervised.py",
+        "lm_envs/training.py",
         "weights = 1.0 / pairs[group].to(losses.dtype)",
         "weights = torch.ones_like(losses)",
-        f"{PREFERENCES} tests/lm_envs/test_supervised.py",
+        f"{PREFERENCES} tests/lm_envs/test_training.py",
     ),
     Mutation(
         "the reward head starts with another standard deviation",
-        "lm_envs/supervised.py",
+        "lm_envs/training.py",
         "head.weight.normal_(std=(head.in_features + 1) ** -0.5,",
         "head.weight.normal_(std=0.02,",
-        "tests/lm_envs/test_supervised.py",
+        "tests/lm_envs/test_training.py",
     ),
     Mutation(
         "Binary FeedME imitates losers",

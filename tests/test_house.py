@@ -70,7 +70,7 @@ def test_imports_go_one_way():
     ("where", "code", "breach"),
     [
         ("kernels/k.py", "import lm_envs", True),
-        ("kernels/k.py", "from lm_envs import counted", True),
+        ("kernels/k.py", "from lm_envs import rng", True),
         ("kernels/k.py", "from lm_envs.kernels import other", False),
         ("kernels/k.py", "import torch\nfrom transformers import kernels", False),
         ("lm_envs/e.py", "from lm_envs.kernels.logprob_kl import logprob_kl", False),
@@ -89,7 +89,7 @@ def test_imports_go_one_way():
         ("benchmarks/b.py", "from lm_envs.algos import ppo", False),
         ("benchmarks/b.py", "import algos.ppo", True),
         ("benchmarks/b.py", "from kernels import logprob_kl", True),
-        ("benchmarks/b.py", "import lm_envs.lm_envs.counted", True),
+        ("benchmarks/b.py", "import lm_envs.lm_envs.rng", True),
     ],
 )
 def test_a_breach_is_found(tmp_path, where, code, breach):

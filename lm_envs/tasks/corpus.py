@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import counted, decoding, observations, reward_models, rewards, supervised
+from lm_envs import decoding, observations, reward_models, rewards, rng, training
 from lm_envs.kernels import logprob_kl
 from lm_envs.rewards import LearnedReward, raw_scores, right_pad
 from lm_envs.tasks import gold_judge, labelled_text, making, own_text
@@ -113,7 +113,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
             out of range.
         FileNotFoundError: there is no such file.
         ImportError: scikit-learn is missing; the message says what to install.
-        lm_envs.cache.CacheError: the cache folder cannot be written.
+        lm_envs.files.CacheError: the cache folder cannot be written.
     """
     if path is None:
         raise ValueError(
@@ -130,7 +130,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         path,
         config,
         lambda folder: build(read_labelled(path), config, folder),
-        [__file__, counted, decoding, logprob_kl, reward_models, rewards, gold_judge, labelled_text],
+        [__file__, rng, decoding, logprob_kl, reward_models, rewards, gold_judge, labelled_text],
         [sklearn],
     )
     return read(folder, config, path.name)
@@ -180,7 +180,7 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
         )
         reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
         reward_model.transformer.load_state_dict(policy.transformer.state_dict())
-        supervised.initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
+        training.initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
         reward_half = training_half(rows, 0)
         _fit_reward_model(
             reward_model,
@@ -247,7 +247,7 @@ def _fit_language_model(
 
     def loss(rows: list[int]) -> Tensor:
         ids = right_pad([texts[i] for i in rows])
-        return supervised.next_token_loss(
+        return training.next_token_loss(
             policy(**observations.model_inputs(ids[:, :-1]), use_cache=False).logits, ids[:, 1:]
         )
 
@@ -318,7 +318,7 @@ def _stats(
         batch = right_pad([ids[i] for i in chosen])
         logits = policy(**observations.model_inputs(batch[:, :-1]), use_cache=False).logits
         count = int((batch[:, 1:] >= 0).sum())
-        nats += float(supervised.next_token_loss(logits, batch[:, 1:])) * count
+        nats += float(training.next_token_loss(logits, batch[:, 1:])) * count
         tokens += count
         scores[chosen] = raw_scores(reward.model, batch).double().numpy()
     words = sum(len(text.split()) + 1 for text in tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from lm_envs import counted
+from lm_envs import rng
 from lm_envs.prefix_tree import PrefixTree
 from lm_envs.tasks.making import check_options
 from lm_envs.tasks.splits import SPLITS
@@ -126,7 +126,7 @@ def load(logits: ArrayLike | None = None, rewards: ArrayLike | None = None, **op
 
 def _normal(seed: int, table: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Standard normal numbers, counted: those of a place depend on the seed, the table and the place alone."""
-    uniform = counted.uniform(seed, counted.TABLE, table, np.arange(math.prod(shape)))
+    uniform = rng.uniform(seed, rng.TABLE, table, np.arange(math.prod(shape)))
     # Half a step up: the numbers lie in [0, 1), and 0 would be -inf.
     return torch.special.ndtri(torch.as_tensor(uniform + 2.0**-54)).numpy().reshape(shape)
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lm_envs import counted
+from lm_envs import rng
 from lm_envs.decoding import generate
 from lm_envs.observations import EosIds, eos_ids, left_pad
 from lm_envs.rewards import LearnedReward, Standardise, call_reward
@@ -99,7 +99,7 @@ def sample(
     for start in range(0, count, batch_size):
         batch = chosen[start : start + batch_size]
         episodes = SAMPLE_EPISODES + first + start + np.arange(len(batch))
-        uniforms = counted.uniform(seed, counted.TOKEN, episodes[:, None], np.arange(max_new_tokens))
+        uniforms = rng.uniform(seed, rng.TOKEN, episodes[:, None], np.arange(max_new_tokens))
         response, _ = generate(
             model,
             torch.from_numpy(left_pad(batch, max(map(len, batch)))).to(model.device),

@@ -20,7 +20,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lm_envs import cache, jsonl, observations, supervised
+from lm_envs import files, jsonl, observations, training
 from lm_envs.tasks import making, splits
 
 if TYPE_CHECKING:
@@ -60,18 +60,18 @@ def cached(
 
     Raises:
         FileNotFoundError: there is no file at ``path``.
-        lm_envs.cache.CacheError: the cache folder cannot be written.
+        lm_envs.files.CacheError: the cache folder cannot be written.
     """
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
-    sources = [*code, __file__, jsonl, making, observations, splits, supervised]
+    sources = [*code, __file__, jsonl, making, observations, splits, training]
     parts = {
         "content": content,
         "config": asdict(config),
-        "code": cache.code_hash([source if isinstance(source, str) else str(source.__file__) for source in sources]),
+        "code": files.code_hash([source if isinstance(source, str) else str(source.__file__) for source in sources]),
         "versions": {one.__name__: one.__version__ for one in (torch, transformers, tokenizers, np, *libraries)},
     }
-    return cache.cached(task, parts, build)
+    return files.cached(task, parts, build)
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -142,7 +142,7 @@ def fit(
     def of_bundles(chosen: NDArray[np.int64]) -> Tensor:
         return loss([i for bundle in chosen for i in bundles[bundle]])
 
-    supervised.fit(
+    training.fit(
         model,
         of_bundles,
         examples=len(bundles),

@@ -14,7 +14,7 @@ from math import tanh
 
 import numpy as np
 
-from lm_envs import counted
+from lm_envs import rng
 
 EOS = "<eos>"
 UNKNOWN = "<unk>"
@@ -162,7 +162,7 @@ def corpus(seed: int, size: int, first: int = 0) -> list[list[str]]:
         if not len(left):
             return [found[n] for n in numbers.tolist()]
         places = np.arange(attempt * _NUMBERS, (attempt + 1) * _NUMBERS)
-        drawn = counted.uniform(seed, counted.CORPUS, left[:, None], places)
+        drawn = rng.uniform(seed, rng.CORPUS, left[:, None], places)
         for number, row in zip(left.tolist(), drawn.tolist(), strict=True):
             words = review(row[1:], SENTIMENTS[int(row[0] * len(SENTIMENTS))])
             if MIN_TOKENS <= len(words) <= MAX_TOKENS:

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import cache, counted, decoding, observations, reward_models, rewards, supervised
+from lm_envs import decoding, files, observations, reward_models, rewards, rng, training
 from lm_envs.kernels import logprob_kl
 from lm_envs.rewards import LearnedReward
 from lm_envs.tasks import making, review_grammar
@@ -144,8 +144,8 @@ def annotate(first: NDArray[np.float64], second: NDArray[np.float64], *, flip: f
         ``(N,)`` bool.
     """
     pair = np.arange(len(first))
-    choice = counted.uniform(seed, counted.ANNOTATOR, pair, 0) < 1 / (1 + np.exp(second - first))
-    return choice ^ (counted.uniform(seed, counted.ANNOTATOR, pair, 1) < flip)
+    choice = rng.uniform(seed, rng.ANNOTATOR, pair, 0) < 1 / (1 + np.exp(second - first))
+    return choice ^ (rng.uniform(seed, rng.ANNOTATOR, pair, 1) < flip)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -184,18 +184,18 @@ def load(**options: Any) -> TextTask:
 
     Raises:
         ValueError: an option that does not exist (the message names the near ones) or is out of range.
-        lm_envs.cache.CacheError: the cache folder cannot be written.
+        lm_envs.files.CacheError: the cache folder cannot be written.
     """
     check_options("reviews", ReviewsConfig, options)
     config = ReviewsConfig(**options)
-    modules = [review_grammar, making, supervised, rewards, reward_models, decoding, observations, counted, logprob_kl]
+    modules = [review_grammar, making, training, rewards, reward_models, decoding, observations, rng, logprob_kl]
     sources = [__file__, *(str(module.__file__) for module in modules)]
     parts = {
         "config": asdict(config),
-        "code": cache.code_hash(sources),
+        "code": files.code_hash(sources),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, np)},
     }
-    folder = cache.cached("reviews", parts, lambda folder: build(config, folder))
+    folder = files.cached("reviews", parts, lambda folder: build(config, folder))
     return read(folder, config)
 
 
@@ -231,7 +231,7 @@ def build(config: ReviewsConfig, folder: Path) -> None:
     prompts, demonstrations = split(config, tokenizer)
     with progress_bar() as bar:
         policy = initial(GPT2LMHeadModel, tokenizer, config.hidden, config.layers, config.heads, config.seed)
-        sft_losses = supervised.fit_language_model(
+        sft_losses = training.fit_language_model(
             policy,
             demonstrations,
             steps=config.sft_steps,
@@ -250,8 +250,8 @@ def build(config: ReviewsConfig, folder: Path) -> None:
         model = initial(
             GPT2ForSequenceClassification, tokenizer, config.rm_hidden, config.rm_layers, config.rm_heads, config.seed
         )
-        supervised.initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
-        rm_losses = supervised.fit_reward_model(
+        training.initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
+        rm_losses = training.fit_reward_model(
             model,
             compared.texts,
             np.stack([~preferred, preferred], axis=1).astype(np.int64),

@@ -103,7 +103,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
             of range.
         FileNotFoundError: there is no such file.
         ImportError: sacreBLEU is missing; the message says what to install.
-        lm_envs.cache.CacheError: the cache folder cannot be written.
+        lm_envs.files.CacheError: the cache folder cannot be written.
     """
     if path is None:
         raise ValueError("translation is made of a file of your own: give path=FILE.jsonl, rows with prompt, reference")

@@ -4,7 +4,6 @@ import importlib.util
 import re
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from lm_envs.rollout import collect
 from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.algos.sb3_pieces import WHOLE, Recorder, env, mean_return, policy
+from tests.house import CHECKOUT
 
 
 def steps_of(traj, prompt_length):
@@ -244,7 +244,7 @@ def test_they_learn_on_a_tiny_task_and_the_reference_stays(algorithm, settings):
 
 
 def example():
-    file = Path(__file__).resolve().parents[2] / "examples" / "sb3_reviews.py"
+    file = CHECKOUT / "examples" / "sb3_reviews.py"
     spec = importlib.util.spec_from_file_location("example_sb3", file)
     sys.modules["example_sb3"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -258,7 +258,7 @@ def test_the_example_runs_shortened(capsys):
 
 
 def test_what_the_page_shows_runs(capsys):
-    page = (Path(__file__).resolve().parents[2] / "docs" / "stable_baselines3.md").read_text(encoding="utf-8")
+    page = (CHECKOUT / "docs" / "stable_baselines3.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     for block in blocks:
         exec(compile(block, "docs/stable_baselines3.md", "exec"), {"__name__": "page"})

@@ -20,6 +20,7 @@ from lm_envs.benchmarks.results import COLUMNS
 from lm_envs.benchmarks.storage import Records
 from lm_envs.benchmarks.suites import load_suite, parse_suite
 from tests.benchmarks.fake_task import NAME
+from tests.house import CHECKOUT
 from tests.lm_envs import byo
 
 SMALL = ["--test-prompts", "6", "--threads", "1"]
@@ -274,7 +275,7 @@ def test_help_and_listing_are_worth_reading(capsys):
 
 def test_help_is_quick_and_needs_no_torch():
     code = "import sys; from lm_envs.benchmarks import cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT).returncode == 0
 
 
 @pytest.mark.slow

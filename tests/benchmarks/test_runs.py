@@ -18,8 +18,8 @@ from lm_envs.benchmarks.runs import execute
 from lm_envs.benchmarks.storage import Checkpoints, Records
 from lm_envs.benchmarks.suites import Plan, RunSpec, load_suite
 from tests.benchmarks.fake_task import NAME
+from tests.house import CHECKOUT
 
-ROOT = Path(__file__).resolve().parents[2]
 PLAN = Plan(iterations=8, test_prompts=8, validation_prompts=8, validate_every=2, checkpoint_every=2)
 # A steered coefficient, value clipping and several epochs: much state that a checkpoint could forget.
 SETTINGS = {"episodes": 16, "epochs": 2, "minibatches": 2, "kl_target": 0.5, "kl_horizon": 100, "learning_rate": 1e-2}
@@ -80,7 +80,7 @@ def start(suite: Path, out: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "lm_envs.benchmarks.cli", "compare", "--suite", str(suite), "--out", str(out)]
     return subprocess.Popen(
         [*command, "--threads", "1", *more],
-        cwd=ROOT,
+        cwd=CHECKOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -9,10 +9,10 @@ import os
 import pytest
 import torch
 
-from lm_envs.atomic import write_atomic
 from lm_envs.benchmarks import storage
 from lm_envs.benchmarks.errors import UserError, explain
 from lm_envs.benchmarks.storage import Checkpoints, Records, write_json, write_lines
+from lm_envs.files import write_atomic
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from lm_envs.scoring import response_logits, response_logprob
 from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.families import FAMILIES, WIDER, build, close, tolerance
+from tests.house import CHECKOUT
 from tests.tiny import EOS
 
 TEMPERATURE = 0.8
@@ -149,7 +149,7 @@ def test_stepping_is_bulk_and_ppo_trains_it(family):
 
 
 def test_the_documentation_names_every_family():
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    text = (CHECKOUT / "docs" / "models.md").read_text()
     table = text[text.index("## Families") : text.index("## What is refused")]
     named = set(re.findall(r"\w+", table))
     assert not {family.partition(",")[0] for family in [*FAMILIES, *WIDER]} - named

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lm_envs import cache, rewards, tasks
+from lm_envs import files as cache
+from lm_envs import rewards, tasks
 from lm_envs.rewards import call_reward
 from lm_envs.tasks import making, reviews
 from lm_envs.tasks.reviews import GoldReview, ReviewsConfig, annotate, make_tokenizer, ranking_accuracy

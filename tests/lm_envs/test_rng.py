@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_envs import counted
+from lm_envs import rng
 
 
 @pytest.mark.parametrize(
@@ -15,19 +15,19 @@ from lm_envs import counted
     ],
 )
 def test_known_answers(counter, key, answer):
-    assert counted.philox4x32(np.array(counter, dtype=np.uint64), key).tolist() == list(answer)
+    assert rng.philox4x32(np.array(counter, dtype=np.uint64), key).tolist() == list(answer)
 
 
 def test_uniforms_are_a_function_of_their_place():
-    whole = counted.uniform(7, counted.TOKEN, np.arange(50)[:, None], np.arange(9))
-    assert whole[31, 4] == counted.uniform(7, counted.TOKEN, 31, 4)
+    whole = rng.uniform(7, rng.TOKEN, np.arange(50)[:, None], np.arange(9))
+    assert whole[31, 4] == rng.uniform(7, rng.TOKEN, 31, 4)
     assert np.unique(whole).size == whole.size
-    for other in (counted.uniform(8, counted.TOKEN, 31, 4), counted.uniform(7, counted.PROMPT, 31, 4)):
+    for other in (rng.uniform(8, rng.TOKEN, 31, 4), rng.uniform(7, rng.PROMPT, 31, 4)):
         assert other != whole[31, 4]
 
 
 def test_uniforms_are_uniform_and_uncorrelated():
-    numbers = counted.uniform(3, counted.TOKEN, np.arange(2000)[:, None], np.arange(10))
+    numbers = rng.uniform(3, rng.TOKEN, np.arange(2000)[:, None], np.arange(10))
     assert stats.kstest(numbers.ravel(), "uniform").pvalue > 0.01
     for axis in (0, 1):
         a, b = np.split(numbers.T if axis else numbers, 2)
@@ -35,10 +35,10 @@ def test_uniforms_are_uniform_and_uncorrelated():
 
 
 def test_integers_stay_below_high_and_hit_everything():
-    drawn = counted.integers(0, counted.PROMPT, np.arange(1000), 7)
+    drawn = rng.integers(0, rng.PROMPT, np.arange(1000), 7)
     assert sorted(set(drawn.tolist())) == list(range(7))
 
 
 def test_a_seed_out_of_range_is_refused():
     with pytest.raises(ValueError, match="seed"):
-        counted.uniform(-1, 0, 0)
+        rng.uniform(-1, 0, 0)

@@ -1,4 +1,4 @@
-"""The cache: what its keys depend on, that entries are whole, and what it says where it cannot write."""
+"""Files are replaced whole or not at all; cache keys, whole entries, and what is said where none can be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lm_envs import cache
+from lm_envs import files
+from lm_envs.files import replacing, write_atomic
 
 
 @pytest.fixture(autouse=True)
@@ -39,24 +40,24 @@ def content(entry: Path) -> str:
 
 
 def test_the_root_is_the_variable_else_the_users_cache(monkeypatch, tmp_path, root):
-    assert cache.cache_root() == root
+    assert files.cache_root() == root
     monkeypatch.delenv("LM_ENVS_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.cache_root() == tmp_path / "xdg" / "lm-envs"
+    assert files.cache_root() == tmp_path / "xdg" / "lm-envs"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_root() == Path.home() / ".cache" / "lm-envs"
+    assert files.cache_root() == Path.home() / ".cache" / "lm-envs"
 
 
 def test_an_entry_is_built_once_per_content_of_its_key():
     build = Builder()
-    first = cache.cached("things", {"a": 1, "b": [2]}, build)
+    first = files.cached("things", {"a": 1, "b": [2]}, build)
     assert content(first) == "made" and build.calls == 1
-    assert cache.cached("things", {"b": [2], "a": 1}, build) == first and build.calls == 1
+    assert files.cached("things", {"b": [2], "a": 1}, build) == first and build.calls == 1
     others = [
-        cache.cached("things", {"a": 1, "b": [3]}, build),
-        cache.cached("things", {"a": "1", "b": [2]}, build),
-        cache.cached("others", {"a": 1, "b": [2]}, build),
+        files.cached("things", {"a": 1, "b": [3]}, build),
+        files.cached("things", {"a": "1", "b": [2]}, build),
+        files.cached("others", {"a": 1, "b": [2]}, build),
     ]
     assert len({first, *others}) == 4 and build.calls == 4
 
@@ -65,16 +66,16 @@ def test_the_code_hash_sees_content_and_order_of_files(tmp_path):
     one, two = tmp_path / "one.py", tmp_path / "two.py"
     one.write_text("x = 1\n")
     two.write_text("y = 1\n")
-    before = cache.code_hash([one, two])
-    assert before == cache.code_hash([one, two])
+    before = files.code_hash([one, two])
+    assert before == files.code_hash([one, two])
     one.write_text("x = 2\n")
-    assert cache.code_hash([one, two]) != before
+    assert files.code_hash([one, two]) != before
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest"])
 def test_a_damaged_entry_is_made_again(damage, caplog):
     build = Builder()
-    entry = cache.cached("things", {}, build)
+    entry = files.cached("things", {}, build)
     victim = entry / "sub" / "content.txt"
     if damage == "flip":
         victim.write_text("mode")  # the same size
@@ -83,11 +84,11 @@ def test_a_damaged_entry_is_made_again(damage, caplog):
     elif damage == "remove":
         victim.unlink()
     elif damage == "manifest":
-        (entry / cache.MANIFEST).write_text('{"files": ')
+        (entry / files.MANIFEST).write_text('{"files": ')
     else:
-        (entry / cache.MANIFEST).unlink()
-    assert not cache.is_intact(entry)
-    assert cache.cached("things", {}, build) == entry
+        (entry / files.MANIFEST).unlink()
+    assert not files.is_intact(entry)
+    assert files.cached("things", {}, build) == entry
     assert content(entry) == "made" and build.calls == 2
     assert "damaged" in caplog.text
 
@@ -98,16 +99,16 @@ def test_a_build_that_fails_leaves_nothing(root):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.cached("things", {}, build)
+        files.cached("things", {}, build)
     assert [path.suffix for path in (root / "things").iterdir()] == [".lock"]
-    assert content(cache.cached("things", {}, Builder())) == "made"
+    assert content(files.cached("things", {}, Builder())) == "made"
 
 
 def test_what_a_killed_build_left_is_cleared_away(root):
-    entry = cache.cached("things", {}, Builder())
+    entry = files.cached("things", {}, Builder())
     stale = entry.with_name(entry.name + ".tmp12345")
     entry.rename(stale)
-    assert cache.cached("things", {}, Builder("again")) == entry
+    assert files.cached("things", {}, Builder("again")) == entry
     assert content(entry) == "again" and not stale.exists()
 
 
@@ -128,7 +129,7 @@ print((cache.cached("things", {}, build) / "content.txt").read_text())
 
 def test_of_processes_that_ask_at_once_one_builds(tmp_path):
     log = tmp_path / "log"
-    checkout = Path(cache.__file__).parent.parent
+    checkout = Path(files.__file__).parent.parent
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(log)], stdout=subprocess.PIPE, text=True, cwd=checkout, env=os.environ
@@ -143,22 +144,22 @@ def test_an_entry_is_not_there_before_it_is_whole(tmp_path):
     seen = []
 
     def build(folder):
-        seen.append(cache.is_intact(cache.cache_root() / "things" / cache.key_of({})))
-        seen.append(folder.parent == cache.cache_root() / "things")  # the rename stays within one file system
+        seen.append(files.is_intact(files.cache_root() / "things" / files.key_of({})))
+        seen.append(folder.parent == files.cache_root() / "things")  # the rename stays within one file system
         Builder()(folder)
 
-    assert cache.is_intact(cache.cached("things", {}, build))
+    assert files.is_intact(files.cached("things", {}, build))
     assert seen == [False, True]
 
 
 def test_a_cache_that_may_only_be_read_still_serves(monkeypatch):
-    entry = cache.cached("things", {}, Builder())
+    entry = files.cached("things", {}, Builder())
 
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert cache.cached("things", {}, Builder()) == entry
+    assert files.cached("things", {}, Builder()) == entry
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
@@ -166,16 +167,16 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_ENVS_CACHE", str(tmp_path / "file" / "cache"))
     build = Builder()
     with pytest.raises(
-        cache.CacheError, match=r"cannot write the cache folder .*file/cache: Not a directory; .*LM_ENVS_CACHE"
+        files.CacheError, match=r"cannot write the cache folder .*file/cache: Not a directory; .*LM_ENVS_CACHE"
     ) as found:
-        cache.cached("things", {}, build)
+        files.cached("things", {}, build)
     assert build.calls == 0 and "\n" not in str(found.value)
 
 
 def test_a_full_disk_is_noticed_before_building():
     build = Builder()
-    with pytest.raises(cache.CacheError, match="No space left on device"):
-        cache.cached("things", {}, build, needs_bytes=1 << 62)
+    with pytest.raises(files.CacheError, match="No space left on device"):
+        files.cached("things", {}, build, needs_bytes=1 << 62)
     assert build.calls == 0
 
 
@@ -184,8 +185,8 @@ def test_a_disk_that_fills_up_while_building(root):
         (folder / "half").write_text("x")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(cache.CacheError, match="No space left on device"):
-        cache.cached("things", {}, build)
+    with pytest.raises(files.CacheError, match="No space left on device"):
+        files.cached("things", {}, build)
     assert not list((root / "things").glob("*.tmp*"))
 
 
@@ -194,17 +195,17 @@ def test_an_error_of_the_build_itself_stays_what_it_is():
         (folder / "absent").read_text()
 
     with pytest.raises(FileNotFoundError, match="absent"):
-        cache.cached("things", {}, build)
+        files.cached("things", {}, build)
 
 
 def test_the_manifest_says_what_an_entry_was_made_from():
-    entry = cache.cached("things", {"seed": 3}, Builder())
-    manifest = json.loads((entry / cache.MANIFEST).read_text())
+    entry = files.cached("things", {"seed": 3}, Builder())
+    manifest = json.loads((entry / files.MANIFEST).read_text())
     assert manifest["made_from"] == {"seed": 3} and list(manifest["files"]) == [str(Path("sub", "content.txt"))]
 
 
 def test_a_waiting_process_says_so(caplog):
-    entry = cache.cache_root() / "things" / cache.key_of({})
+    entry = files.cache_root() / "things" / files.key_of({})
     entry.parent.mkdir(parents=True)
     code = (
         "import sys, time\nfrom filelock import FileLock\n"
@@ -213,7 +214,37 @@ def test_a_waiting_process_says_so(caplog):
     holder = subprocess.Popen([sys.executable, "-c", code, f"{entry}.lock"], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     started = time.monotonic()
-    assert content(cache.cached("things", {}, Builder())) == "made"
+    assert content(files.cached("things", {}, Builder())) == "made"
     assert "waiting for another process" in caplog.text and time.monotonic() - started > 0.2
     assert holder.wait(timeout=30) == 0
     holder.stdout.close()
+
+
+def test_a_file_is_replaced_whole_and_nothing_is_left_behind(tmp_path):
+    write_atomic(tmp_path / "a", "old")
+    write_atomic(tmp_path / "a", "new, später")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "new, später"
+    write_atomic(tmp_path / "a", b"\x00")
+    assert (tmp_path / "a").read_bytes() == b"\x00" and os.listdir(tmp_path) == ["a"]
+
+
+def test_the_old_content_stays_until_all_is_written(tmp_path):
+    path = tmp_path / "folder" / "a"
+    write_atomic(path, "old")
+    with replacing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("nan"), KeyboardInterrupt()])
+def test_what_fails_halfway_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(type(error)) as caught, replacing(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+    if isinstance(error, OSError):
+        assert str(path) in str(caught.value)

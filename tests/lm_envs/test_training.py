@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import GPT2ForSequenceClassification
 
-from lm_envs import supervised
-from lm_envs.supervised import bradley_terry_loss, next_token_loss
+from lm_envs import training
+from lm_envs.training import bradley_terry_loss, next_token_loss
 from tests.tiny import gpt2
 
 
@@ -74,7 +74,7 @@ def test_ties_and_absent_samples_make_no_pair():
 
 def test_batches_visit_every_example_once_an_epoch_and_depend_on_the_seed_alone():
     def first(count, seed):
-        found = supervised.batches(10, 3, seed)
+        found = training.batches(10, 3, seed)
         return [next(found).tolist() for _ in range(count)]
 
     epochs = first(6, 0)
@@ -82,14 +82,14 @@ def test_batches_visit_every_example_once_an_epoch_and_depend_on_the_seed_alone(
         assert len({i for batch in epoch for i in batch}) == 9
     assert epochs[:3] != epochs[3:]
     assert first(6, 0) == epochs and first(6, 1) != epochs
-    assert sorted(next(supervised.batches(2, 5, 0)).tolist()) == [0, 1]
+    assert sorted(next(training.batches(2, 5, 0)).tolist()) == [0, 1]
 
 
 def quadratic(steps, **options):
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     seen = []
-    losses = supervised.fit(
+    losses = training.fit(
         model,
         lambda chosen: ((model.weight - 1.0) ** 2).sum(),
         examples=4,
@@ -127,7 +127,7 @@ def test_bad_settings_and_divergence_are_refused():
         quadratic(0, learning_rate=0.1)
     model = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="loss is nan at step 1: try a lower learning rate"):
-        supervised.fit(
+        training.fit(
             model,
             lambda chosen: model.weight.sum() * float("nan"),
             examples=1,
@@ -142,7 +142,7 @@ TEXTS = [[1, 2, 3, 0], [4, 5, 6, 7, 8, 0], [9, 1, 0], [2, 2, 2, 2, 0]]
 
 def trained():
     model = gpt2(dtype=torch.float32).requires_grad_(True)
-    losses = supervised.fit_language_model(model, TEXTS, steps=40, batch_size=4, learning_rate=1e-2, seed=0)
+    losses = training.fit_language_model(model, TEXTS, steps=40, batch_size=4, learning_rate=1e-2, seed=0)
     return model, losses
 
 
@@ -163,14 +163,14 @@ def test_a_reward_model_learns_an_order_that_only_the_last_token_tells():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2ForSequenceClassification(config)
-    supervised.initialise_reward_head(model.score, torch.Generator().manual_seed(0))
+    training.initialise_reward_head(model.score, torch.Generator().manual_seed(0))
     groups = [[text, text[:-1]] for text in TEXTS]
     rank = np.array([[0, 1]] * len(TEXTS))
-    losses = supervised.fit_reward_model(model, groups, rank, steps=40, batch_size=4, learning_rate=1e-2, seed=0)
+    losses = training.fit_reward_model(model, groups, rank, steps=40, batch_size=4, learning_rate=1e-2, seed=0)
     assert losses[-1] < 0.1
 
 
 def test_the_heads_initial_weights():
     head = nn.Linear(399, 50)
-    supervised.initialise_reward_head(head, torch.Generator().manual_seed(0))
+    training.initialise_reward_head(head, torch.Generator().manual_seed(0))
     assert head.weight.std().item() == pytest.approx(1 / 20, rel=0.03) and not head.bias.any()

@@ -1,6 +1,8 @@
-"""A cache of built folders: keyed by everything that determines them, written whole or not at all, checked
-when read.
+"""Files that are replaced in one step, and a cache of folders that are built once.
 
+A reader sees the old content of a file or the new one, during a write and after a crash, and never a part.
+
+A cached folder is keyed by everything that determines it, written whole or not at all, and checked when it is read.
 The root is ``$LM_ENVS_CACHE``, else ``lm-envs`` in the user's cache folder. An entry is
 ``<root>/<kind>/<key>/`` with a ``manifest.json`` that holds the size and SHA-256 of each of its files; it is
 built in a temporary folder beside it, under a lock, and renamed into place.
@@ -18,12 +20,64 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-__all__ = ["CacheError", "cache_root", "cached", "code_hash", "key_of"]
+TEMPORARY = ".tmp-"  # files and folders of this prefix are unfinished and never read
+
+
+def sync_file(file: IO[bytes]) -> None:
+    """Wait until the disk has what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable, where the system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        sync_file(file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` when the block ends, and is dropped if it fails.
+
+    Raises:
+        OSError: the disk is full or cannot be written; it names ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{path.name}"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            sync_file(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace a file by these bytes, or by this text in UTF-8."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+# ---- folders that are built once ----
 
 MANIFEST = "manifest.json"
 # What the place is to blame for, not the code that writes there.
