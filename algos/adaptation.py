@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lm_envs.adapters import adapter_parameters, has_adapters, quiet_layout, sharing
-from lm_envs.encoder_decoder import is_encoder_decoder
+from lm_envs.model.adapters import adapter_parameters, has_adapters, quiet_layout, sharing
+from lm_envs.model.encoder_decoder import is_encoder_decoder
 
 
 @dataclass(frozen=True)

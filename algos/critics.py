@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lm_envs.observations import accepted, model_inputs
+from lm_envs.model.tokens import accepted, model_inputs
 from lm_envs.reward_models import LearnedReward, has_independent_labels, pools_last_token, score_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lm_envs import rng, training
-from lm_envs.observations import left_pad
+from lm_envs.model.tokens import left_pad
 from lm_envs.rewards import LearnedReward, raw_scores, right_pad
 from lm_envs.tasks import making
 from lm_envs.tasks.reviews import ranking_accuracy

@@ -24,9 +24,9 @@ from torch import Tensor
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.prefix_chains import prefix_chains
 from lm_envs.algos.sb3_env import TextSpace, TextSpec, TextVecEnv, ToldActions
-from lm_envs.decoding import forbid_early_eos, sample
 from lm_envs.kernels.logprob_kl import logprob_kl, scaled
-from lm_envs.scoring import picked_logits
+from lm_envs.model.decoding import forbid_early_eos, sample
+from lm_envs.model.forwards import picked_logits
 
 __all__ = ["CausalLMActorCriticPolicy", "LMActorCritic", "TextSpace", "TextSpec", "TextVecEnv", "ToldActions"]
 

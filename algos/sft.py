@@ -14,7 +14,7 @@ from lm_envs.algos.batching import stream
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import masked_mean, nll
 from lm_envs.algos.metrics import Metric
-from lm_envs.observations import left_pad
+from lm_envs.model.tokens import left_pad
 from lm_envs.rewards import right_pad
 from lm_envs.trajectories import Rows, Trajectories
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lm_envs.algos.policy import Evaluation, Face, Policy
 from lm_envs.algos.reward_tokens import without_tokens
-from lm_envs.decoding import sample
 from lm_envs.exact import Exact
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
+from lm_envs.model.decoding import sample
 from lm_envs.trajectories import Trajectories
 
 

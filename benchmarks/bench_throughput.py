@@ -29,7 +29,7 @@ from lm_envs.benchmarks.storage import write_lines
 from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
 from lm_envs.benchmarks.throughput_targets import table as verdict_table
 from lm_envs.benchmarks.throughput_work import COMPILED, SHAPES, WAYS, Size, Work
-from lm_envs.compiled import check_tools
+from lm_envs.model.compiled import check_tools
 
 FOREIGN = 0.1  # share of the machine's time that others may take in a round
 RETRIES = 2

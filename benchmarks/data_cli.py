@@ -45,7 +45,7 @@ class DataCheck:
             raise UserError("--max-length counts tokens: give --tokenizer too")
         tokenizer = None
         if self.tokenizer is not None:
-            from lm_envs.models import load_tokenizer
+            from lm_envs.model.loading import load_tokenizer
 
             tokenizer = load_tokenizer(self.tokenizer, "tokenizer")
         report = check(self.file, tokenizer, kind=self.use, max_rows=self.max_rows, max_length=self.max_length)

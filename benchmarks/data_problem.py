@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm_envs import models
 from lm_envs.algos.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.batching import units
 from lm_envs.algos.metrics import Averages
@@ -27,6 +26,7 @@ from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.suites import Plan
 from lm_envs.data import Data
 from lm_envs.data_formats import Kind
+from lm_envs.model import loading
 from lm_envs.packed import Packed, info_of, pack
 from lm_envs.reward_start import reward_start
 from lm_envs.rewards import pools_last_token
@@ -57,7 +57,7 @@ class DataSpec:
         on_bad: "raise" or "skip".
         max_length: tokens of prompt and completion together; None is what the model reads.
         max_rows: read no more of the data; None is all.
-        dtype, device: of the model, see :class:`~lm_envs.models.Placement`; None is float32 and the CPU.
+        dtype, device: of the model, see :class:`~lm_envs.model.loading.Placement`; None is float32 and the CPU.
     """
 
     algorithm: str
@@ -111,15 +111,15 @@ class DataProblem:
         self.spec, self.folder, self._progress = spec, out / "data", progress
         overrides = {**DEFAULTS[spec.algorithm], **spec.overrides}
         checked = check_overrides(spec.algorithm, overrides)
-        placement = models.Placement(spec.dtype or "float32", spec.device)
+        placement = loading.Placement(spec.dtype or "float32", spec.device)
         self._rewarding = spec.algorithm == "reward-modelling"
         if self._rewarding:
             self.model, self.tokenizer = reward_start(spec.model, spec.seed, placement)
         else:
-            self.tokenizer = models.load_tokenizer(spec.model, "model")
-            self.model = models.load_policy(spec.model, "model", placement)
-            models.check_fits(self.tokenizer, models.vocabulary_of(self.model), f"model {spec.model!r}")
-        self.info = self._packed(models.context_of(self.model))
+            self.tokenizer = loading.load_tokenizer(spec.model, "model")
+            self.model = loading.load_policy(spec.model, "model", placement)
+            loading.check_fits(self.tokenizer, loading.vocabulary_of(self.model), f"model {spec.model!r}")
+        self.info = self._packed(loading.context_of(self.model))
         packed, preferences = Packed(self.folder), KINDS[spec.algorithm] == "preferences"
         train, held = packed.divide(spec.held_out)
         if not len(train):

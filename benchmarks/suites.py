@@ -137,7 +137,7 @@ class Suite:
 
     Attributes:
         adaptation: which part of the language models is trained, see :class:`lm_envs.algos.adaptation.Adaptation`.
-        compile: let the language models that are trained sample by programs, see :mod:`lm_envs.compiled`.
+        compile: let the language models that are trained sample by programs, see :mod:`lm_envs.model.compiled`.
     """
 
     name: str

@@ -140,7 +140,7 @@ def _dataset(source: str) -> Iterator[Row]:
     _need("datasets", "data sets of the hub and of folders")
     import datasets
 
-    from lm_envs.hub import check_data_set
+    from lm_envs.model.hub import check_data_set
 
     datasets.disable_progress_bars()
     name, config, split = _parts(source)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lm_envs.models import HOST, Placement, load_reward_model
+from lm_envs.model.loading import HOST, Placement, load_reward_model
 from lm_envs.remote_judge import load_judge, make_judge
 from lm_envs.reward_models import LearnedReward
 from lm_envs.reward_specs import Source, Spec

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lm_envs.fused import fuse
-from lm_envs.observations import accepted
-from lm_envs.scoring import rows_at_once
+from lm_envs.model.fast_layers import fuse
+from lm_envs.model.forwards import rows_at_once
+from lm_envs.model.tokens import accepted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

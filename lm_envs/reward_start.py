@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
-from lm_envs import models
+from lm_envs.model import loading
 from lm_envs.training import initialise_reward_head
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _HEADS = ("score.", "classifier.", "classification_head.", "pooler.", "pre_class
 
 
 def reward_start(
-    name: str | Path, seed: int = 0, placement: models.Placement = models.HOST
+    name: str | Path, seed: int = 0, placement: loading.Placement = loading.HOST
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sequence-classification model with one label, in ``eval`` mode, and its tokenizer.
 
@@ -44,12 +44,12 @@ def reward_start(
             tokenizer.
     """
     what = "reward model"
-    place = models._place(name, what)
-    tokenizer = models._read_tokenizer(name, what)
+    place = loading._place(name, what)
+    tokenizer = loading._read_tokenizer(name, what)
     try:
         config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{what} {place!r} cannot be read: {models._first_line(error)}") from error
+        raise ValueError(f"{what} {place!r} cannot be read: {loading._first_line(error)}") from error
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if config.model_type not in known:
         raise ValueError(f"{what} {place!r}: transformers has no {config.model_type!r} that scores texts")
@@ -69,13 +69,13 @@ def reward_start(
                 output_loading_info=True,
             )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{what} {place!r} cannot be read: {models._first_line(error)}") from error
+        raise ValueError(f"{what} {place!r} cannot be read: {loading._first_line(error)}") from error
     lacking = sorted(info["missing_keys"])
     if any(not (key.startswith(_HEADS) or ".pooler." in key) or scores for key in lacking):
         raise ValueError(f"{what} {place!r} cannot be trained on: its weights lack {', '.join(lacking[:3])}")
     if lacking and isinstance(getattr(model, "score", None), nn.Linear):
         initialise_reward_head(model.score, torch.Generator().manual_seed(seed))
-    models.check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {place!r}")
+    loading.check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {place!r}")
     _tell_pad_from_eos(model, tokenizer)
     return (model if placement.device is None else model.to(placement.device)).eval(), tokenizer
 

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from lm_envs.observations import NO_TOKEN
+from lm_envs.model.tokens import NO_TOKEN
 from lm_envs.rendering import render_text
 from lm_envs.tasks.task import TextTask
 from lm_envs.text_mdp import TextMDP, check_kl_coef

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lm_envs.observations import model_inputs
+from lm_envs.model.tokens import model_inputs
 from lm_envs.rewards import raw_scores, right_pad
 
 __all__ = [

@@ -8,9 +8,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from lm_envs.decoding import Decoder
 from lm_envs.kernels.logprob_kl import logprob_kl
-from lm_envs.observations import NO_TOKEN, EosIds, is_eos
+from lm_envs.model.decoding import Decoder
+from lm_envs.model.tokens import NO_TOKEN, EosIds, is_eos
 from lm_envs.tasks.task import TextTask
 from lm_envs.text_rows import TextRows
 

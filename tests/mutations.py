@@ -41,8 +41,8 @@ AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py
 GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
 ACTOR_CRITIC = "tests/algos/test_actor_critic.py"
 ADAPTATION = "tests/algos/test_adaptation.py"
-FAMILIES, MODELS = "tests/lm_envs/test_families.py", "tests/lm_envs/test_models.py"
-ENDINGS = "tests/lm_envs/test_endings.py"
+FAMILIES, MODELS = "tests/lm_envs/model/test_families.py", "tests/lm_envs/model/test_loading.py"
+ENDINGS = "tests/lm_envs/model/test_endings.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/test_reward_tokens.py", "tests/algos/test_preferences.py"
 SB3 = "tests/algos/test_sb3.py::"
@@ -114,7 +114,7 @@ MUTATIONS = [
     ),
     Mutation(
         "left padding counts positions from the first column",
-        "lm_envs/observations.py",
+        "lm_envs/model/tokens.py",
         '"position_ids": (present.cumsum(dim=1) - 1).clamp(min=0),',
         '"position_ids": (present * 0 + 1).cumsum(dim=1) - 1,',
         f"{ROLLOUT} {FAMILIES}::test_law_4_padding_changes_no_logprob",
@@ -122,14 +122,14 @@ MUTATIONS = [
     # Models of one's own
     Mutation(
         "only the first of several EOS ends a response",
-        "lm_envs/observations.py",
+        "lm_envs/model/tokens.py",
         "found = found | (tokens == other)",
         "found = found | (tokens == first)",
         ENDINGS,
     ),
     Mutation(
         "only the first of several EOS is masked early",
-        "lm_envs/decoding.py",
+        "lm_envs/model/decoding.py",
         "for token in eos_ids(eos_token_id):",
         "for token in eos_ids(eos_token_id)[:1]:",
         ENDINGS,
@@ -143,21 +143,21 @@ MUTATIONS = [
     ),
     Mutation(
         "the end of a chat's turn is not asked for",
-        "lm_envs/endings.py",
+        "lm_envs/model/endings.py",
         "end_of_turn(tokenizer) if chat else None",
         "None",
         f"{ENDINGS}::test_eos_are_the_tokenizers_the_turns_and_the_configs",
     ),
     Mutation(
         "a layer with a state and keys moves only its keys to another row",
-        "lm_envs/row_cache.py",
+        "lm_envs/model/kv_cache.py",
         "        GrowingLayer.put(self, rows, other)\n        StateLayer.put(self, rows, other)",
         "        GrowingLayer.put(self, rows, other)",
         f"{FAMILIES}::test_the_decoder_under_any_use_is_the_model",
     ),
     Mutation(
         "adapters come with a base of their own",
-        "lm_envs/adapters.py",
+        "lm_envs/model/adapters.py",
         "model: Any = sharing(base, base.parameters())",
         "model: Any = copy.deepcopy(base)",
         f"{MODELS}::test_adapters_are_the_policy_and_share_their_base",
@@ -178,10 +178,10 @@ MUTATIONS = [
     ),
     Mutation(
         "a model that reads padding passes the trial",
-        "lm_envs/model_check.py",
+        "lm_envs/model/checking.py",
         "gap = max(_padding(model, texts, expected))",
         "gap = 0.0",
-        "tests/lm_envs/test_model_check.py::test_recurrences_that_read_padding_are_refused",
+        "tests/lm_envs/model/test_checking.py::test_recurrences_that_read_padding_are_refused",
     ),
     # Advantages
     Mutation(
@@ -230,7 +230,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the value is read one token late",
-        "lm_envs/scoring.py",
+        "lm_envs/model/forwards.py",
         "seen[0][:, -steps:]",
         "seen[0][:, -steps:].roll(-1, 1)",
         ROLLOUT,
@@ -364,7 +364,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the reference forgets the temperature",
-        "lm_envs/scoring.py",
+        "lm_envs/model/forwards.py",
         "given.clamp(min=0), temperature=temperature, mask=mask",
         "given.clamp(min=0), temperature=1.0, mask=mask",
         ROLLOUT,
@@ -556,7 +556,7 @@ MUTATIONS = [
     # Adapting a language model
     Mutation(
         "frozen weights are copied, not shared",
-        "lm_envs/adapters.py",
+        "lm_envs/model/adapters.py",
         "return copy.deepcopy(model, {id(p): p for p in shared})",
         "return copy.deepcopy(model)",
         ADAPTATION,
@@ -613,7 +613,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sb3: values are of the token before",
-        "lm_envs/scoring.py",
+        "lm_envs/model/forwards.py",
         "[row, position])",
         "[row, (position - 1).clamp(min=0)])",
         SB3 + "test_evaluate_actions_is_our_policys_evaluation_gradients_too",
@@ -634,14 +634,14 @@ MUTATIONS = [
     ),
     Mutation(
         "sb3: the hidden states of refilled rows stay the old ones",
-        "lm_envs/decoding.py",
+        "lm_envs/model/decoding.py",
         "found = tuple(x.index_copy(0, index, f) for f, x in zip(fresh, found, strict=True))",
         "found = (found[0].index_copy(0, index, fresh[0]), *found[1:])",
         SB3 + "test_cached_steps_are_teacher_forced_ones_whatever_happens_to_rows",
     ),
     Mutation(
         "the mask holds the least likely tokens of the reference",
-        "lm_envs/decoding.py",
+        "lm_envs/model/decoding.py",
         "values.topk(k).indices",
         "(-values).topk(k).indices",
         "tests/algos/test_sb3_masked.py::test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
@@ -649,24 +649,24 @@ MUTATIONS = [
     # Decoding at speed
     Mutation(
         "a decoder takes any change for one more token",
-        "lm_envs/decoding.py",
+        "lm_envs/model/decoding.py",
         "if not (torch.equal(expected, obs) and bool((last >= 0).all())):",
         "if not bool((last >= 0).all()):",
-        "tests/lm_envs/test_decoding.py",
+        "tests/lm_envs/model/test_decoding.py",
     ),
     Mutation(
         "a uniform number next to 1 hits a token without probability",
-        "lm_envs/decoding.py",
+        "lm_envs/model/decoding.py",
         "return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))",
         "return target",
-        "tests/lm_envs/test_decoding.py",
+        "tests/lm_envs/model/test_decoding.py",
     ),
     Mutation(
         "a program's buffers keep the places of the last prompts",
-        "lm_envs/compiled.py",
+        "lm_envs/model/compiled.py",
         "self.positions[:count, 0] = prompts.lengths",
         "pass",
-        "tests/lm_envs/test_compiled.py::test_fixed_shapes_sample_what_growing_ones_do",
+        "tests/lm_envs/model/test_compiled.py::test_fixed_shapes_sample_what_growing_ones_do",
     ),
     Mutation(
         "a minibatch that is cut by length loses its longest rows",

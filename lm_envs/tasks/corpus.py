@@ -29,8 +29,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import decoding, observations, reward_models, rewards, rng, training
+from lm_envs import reward_models, rewards, rng, training
 from lm_envs.kernels import logprob_kl
+from lm_envs.model import decoding
+from lm_envs.model import tokens as observations
 from lm_envs.rewards import LearnedReward, raw_scores, right_pad
 from lm_envs.tasks import gold_judge, labelled_text, making, own_text
 from lm_envs.tasks.gold_judge import TextJudge, require_sklearn

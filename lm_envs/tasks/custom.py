@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_envs import models
-from lm_envs.adapters import base_of, is_adapter, with_adapters
 from lm_envs.data import OnBad, Rejected
-from lm_envs.endings import eos_tokens
-from lm_envs.model_check import check_model
+from lm_envs.model import loading
+from lm_envs.model.adapters import base_of, is_adapter, with_adapters
+from lm_envs.model.checking import check_model
+from lm_envs.model.endings import eos_tokens
 from lm_envs.reward_building import build_reward
 from lm_envs.reward_specs import is_spec, parse_reward
 from lm_envs.rewards import LearnedReward, Standardise, reward_name
@@ -62,7 +62,7 @@ class CustomConfig:
         seed: of the samples.
         dtype: of the policy and the reference: "float32", "bfloat16", "float64", or "auto" for what they were saved in.
         reward_dtype: of the reward models and the judge, likewise.
-        device, device_map: where all models go; see :class:`~lm_envs.models.Placement`.
+        device, device_map: where all models go; see :class:`~lm_envs.model.loading.Placement`.
         recompute: accept a policy whose cache cannot be kept row by row.
         bad: what a row of prompts does that cannot be read, is empty or too long: "raise" stops everything, "skip"
             passes it over.
@@ -110,10 +110,10 @@ class CustomConfig:
             raise ValueError(f"custom: bad must be 'raise' or 'skip', got {self.bad!r}")
         self.placement(self.dtype), self.placement(self.reward_dtype)
 
-    def placement(self, dtype: str) -> models.Placement:
+    def placement(self, dtype: str) -> loading.Placement:
         """Where models of this precision go."""
         try:
-            return models.Placement(dtype, self.device, self.device_map)
+            return loading.Placement(dtype, self.device, self.device_map)
         except ValueError as error:
             raise ValueError(f"custom: {error}") from error
 
@@ -148,7 +148,7 @@ def load(**options: Any) -> TextTask:
     rejected = Rejected(config.prompts, config.bad)
     texts = read_prompts(config.prompts, rejected)
     conversational = any(not isinstance(prompt.text, str) for prompt in texts)
-    tokenizer = models.load_tokenizer(config.policy)
+    tokenizer = loading.load_tokenizer(config.policy)
     policy, reference = _policy_and_reference(config, tokenizer)
     encoded = encode_prompts(texts, tokenizer, config.max_new_tokens, [policy, reference], rejected)
     prompts = by_split(encoded)
@@ -184,14 +184,14 @@ def load(**options: Any) -> TextTask:
     )
     reward: Any
     if reward_spec is None:
-        reward = models.load_reward_model(str(config.reward_model), placement=place, batch_size=config.batch_size)
+        reward = loading.load_reward_model(str(config.reward_model), placement=place, batch_size=config.batch_size)
     else:
         reward = build(reward_spec)
     judge: Any = None
     if judge_spec is not None:
         judge = build(judge_spec, what="judge")
     elif config.judge is not None:
-        judge = models.load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
+        judge = loading.load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
     for found in (reward, judge):
         check_references(found, [prompt for prompt, _ in encoded])
     if config.normalise or (config.normalise is None and reward_spec is None):
@@ -228,11 +228,11 @@ def _policy_and_reference(
     base = None
     if is_adapter(Path(config.policy).expanduser()):
         place = Path(config.policy).expanduser()
-        base = models.load_policy(base_of(place), "the base of policy", placement, recompute=recompute)
+        base = loading.load_policy(base_of(place), "the base of policy", placement, recompute=recompute)
         policy = with_adapters(base, place)
     else:
-        policy = models.load_policy(config.policy, "policy", placement, recompute=recompute)
-    models.check_fits(tokenizer, models.vocabulary_of(policy), f"policy {config.policy!r}")
+        policy = loading.load_policy(config.policy, "policy", placement, recompute=recompute)
+    loading.check_fits(tokenizer, loading.vocabulary_of(policy), f"policy {config.policy!r}")
     check_model(policy, f"policy {config.policy!r}", recompute=recompute)
     if config.reference is None:
         return policy, policy
@@ -243,7 +243,7 @@ def _policy_and_reference(
                 "none: leave reference out, or give a folder (./base, if it is called so)"
             )
         return policy, base
-    reference = models.load_policy(config.reference, "reference", placement, recompute=recompute)
-    models.same_vocabulary(policy, reference, (config.policy, config.reference))
+    reference = loading.load_policy(config.reference, "reference", placement, recompute=recompute)
+    loading.same_vocabulary(policy, reference, (config.policy, config.reference))
     check_model(reference, f"reference {config.reference!r}", recompute=recompute)
     return policy, reference

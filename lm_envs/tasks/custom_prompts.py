@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_envs.data import Data, Rejected
 from lm_envs.data_formats import Text
-from lm_envs.encoder_decoder import is_encoder_decoder, room_for
+from lm_envs.model.encoder_decoder import is_encoder_decoder, room_for
 from lm_envs.rewards import RESERVED, leaves
 from lm_envs.tasks.splits import SPLITS, divide
 from lm_envs.text_metrics import TextMetric

@@ -240,7 +240,7 @@ class TableLM(PreTrainedModel):
 
     config_class = TableLMConfig
     main_input_name = "input_ids"
-    _lm_envs_recompute = True  # lm_envs.row_cache.RECOMPUTE: looking a row up anew costs nothing
+    _lm_envs_recompute = True  # lm_envs.model.kv_cache.RECOMPUTE: looking a row up anew costs nothing
 
     def __init__(self, config: TableLMConfig) -> None:
         super().__init__(config)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lm_envs import rng
-from lm_envs.decoding import generate
-from lm_envs.observations import EosIds, eos_ids, left_pad
+from lm_envs.model.decoding import generate
+from lm_envs.model.tokens import EosIds, eos_ids, left_pad
 from lm_envs.rewards import LearnedReward, Standardise, call_reward
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lm_envs import files, jsonl, observations, training
+from lm_envs import files, jsonl, training
+from lm_envs.model import tokens as observations
 from lm_envs.tasks import making, splits
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import decoding, files, observations, reward_models, rewards, rng, training
+from lm_envs import files, reward_models, rewards, rng, training
 from lm_envs.kernels import logprob_kl
+from lm_envs.model import decoding, tokens
 from lm_envs.rewards import LearnedReward
 from lm_envs.tasks import making, review_grammar
 from lm_envs.tasks.making import check_options, line_of, progress_bar
@@ -188,7 +189,7 @@ def load(**options: Any) -> TextTask:
     """
     check_options("reviews", ReviewsConfig, options)
     config = ReviewsConfig(**options)
-    modules = [review_grammar, making, training, rewards, reward_models, decoding, observations, rng, logprob_kl]
+    modules = [review_grammar, making, training, rewards, reward_models, decoding, tokens, rng, logprob_kl]
     sources = [__file__, *(str(module.__file__) for module in modules)]
     parts = {
         "config": asdict(config),

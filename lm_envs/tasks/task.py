@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lm_envs.cross_cache import rows_of
-from lm_envs.fused import fuse
+from lm_envs.model.fast_layers import fuse
+from lm_envs.model.kv_cache import RECOMPUTE, no_rows
+from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.rewards import RESERVED
-from lm_envs.row_cache import RECOMPUTE, no_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -27,11 +27,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lm_envs import cross_cache, decoding, encoder_decoder, row_cache, scoring
-from lm_envs.decoding import greedy
-from lm_envs.observations import left_pad
+from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
+from lm_envs.model.decoding import greedy
+from lm_envs.model.forwards import response_logits
+from lm_envs.model.tokens import left_pad
 from lm_envs.rewards import WeightedSum, right_pad
-from lm_envs.scoring import response_logits
 from lm_envs.tasks import making, own_text, parallel_text
 from lm_envs.tasks.own_text import Line
 from lm_envs.tasks.parallel_text import CorpusBLEU, Pair, read_pairs
@@ -116,7 +116,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         path,
         config,
         lambda folder: build(read_pairs(path), config, folder),
-        [__file__, cross_cache, decoding, encoder_decoder, parallel_text, row_cache, scoring],
+        [__file__, kv_cache_cross, decoding, encoder_decoder, parallel_text, kv_cache, forwards],
     )
     return read(folder, config, path.name)
 

@@ -20,11 +20,11 @@ from transformers import (
     OPTConfig,
 )
 
-from lm_envs.adapters import with_adapters
 from lm_envs.algos.adaptation import Adaptation, adapted, decoder_layers, frozen_hash, learned_state, parameters_below
 from lm_envs.algos.agent import learn
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
+from lm_envs.model.adapters import with_adapters
 from lm_envs.rollout import rollout
 from lm_envs.vector_env import TextVectorEnv
 from tests import tiny

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lm_envs import compiled
 from lm_envs.algos import policies
 from lm_envs.benchmarks.bench_throughput import _compiles
 from lm_envs.benchmarks.cli import Compare, main
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.problems import open_problem
 from lm_envs.benchmarks.suites import Plan, RunSpec, parse_suite
+from lm_envs.model import compiled
 from tests.benchmarks.fake_task import NAME
 
 

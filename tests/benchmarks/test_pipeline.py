@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lm_envs import models
 from lm_envs.benchmarks import runs
 from lm_envs.benchmarks.cli import main
-from lm_envs.decoding import Decoder
-from lm_envs.observations import left_pad
+from lm_envs.model import loading
+from lm_envs.model.decoding import Decoder
+from lm_envs.model.tokens import left_pad
 from lm_envs.reward_start import reward_start
 from tests.lm_envs import byo
 
@@ -90,7 +90,7 @@ def greedy_by_transformers(folder: Path, prompts: list[str], most: int) -> list[
 
 def greedy_by_us(folder: Path, prompts: list[str], most: int) -> list[str]:
     """All rows in one batch, through our own cached decoding."""
-    model, tokenizer = models.load_policy(folder), models.load_tokenizer(folder)
+    model, tokenizer = loading.load_policy(folder), loading.load_tokenizer(folder)
     rows = tokenizer(prompts)["input_ids"]
     width = max(map(len, rows))
     obs = torch.cat([torch.from_numpy(left_pad(rows, width)), torch.full((len(rows), most), -1)], dim=1)
@@ -144,7 +144,7 @@ def check_pipeline(root: Path, out: Path) -> dict[str, list[str]]:
     batch = tokenizer([text + tokenizer.eos_token for text in pair], return_tensors="pt", padding=True)
     scores = reward.eval()(**batch).logits[:, 0]
     assert reward.num_labels == 1 and scores[0] > scores[1]
-    ours = models.load_reward_model(out / "rm/model")([pair[0][:15]] * 2, [text[15:] for text in pair])
+    ours = loading.load_reward_model(out / "rm/model")([pair[0][:15]] * 2, [text[15:] for text in pair])
     np.testing.assert_allclose(ours, scores.detach(), atol=1e-5)
     return texts
 
@@ -235,7 +235,7 @@ def test_bad_rows_stop_or_are_listed(folder, tmp_path, capsys):
 def test_part_of_a_model_is_trained(folder, tmp_path):
     """Frozen layers stay; a reward model's adapters are added to its weights, beside its new head."""
     learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "frozen", "--freeze-layers", 1)
-    start, end = models.load_policy(folder / "model").state_dict(), weights(tmp_path / "frozen")
+    start, end = loading.load_policy(folder / "model").state_dict(), weights(tmp_path / "frozen")
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert moved and not any("layers.0." in name or "embed" in name for name in moved)
     pytest.importorskip("peft")
@@ -248,7 +248,7 @@ def test_part_of_a_model_is_trained(folder, tmp_path):
     assert torch.equal(scorer["model.embed_tokens.weight"], fresh["model.embed_tokens.weight"])
     assert result["held_out_loss"] < before(out)["validation_loss"]
     learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "sft", "--lora-rank", 2)
-    for read in (reward_start, models.load_reward_model):
+    for read in (reward_start, loading.load_reward_model):
         with pytest.raises(ValueError, match=f"adapters of '{folder}/model' and no model.* --lora-merge"):
             read(tmp_path / "sft" / "model")
 
@@ -276,12 +276,12 @@ def test_a_reward_model_starts_from_a_trunk_an_encoder_or_a_reward_model(folder,
     expected = torch.nn.Linear(16, 1, bias=False)
     expected.weight.data.normal_(std=17**-0.5, generator=torch.Generator().manual_seed(3))
     assert torch.equal(model.score.weight, expected.weight)
-    trunk = models.load_policy(folder / "model").model.state_dict()
+    trunk = loading.load_policy(folder / "model").model.state_dict()
     assert all(torch.equal(trunk[name], value) for name, value in model.model.state_dict().items())
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id
     brought = byo.make(tmp_path / "parts")
     encoder, _ = reward_start(brought.root / "reward_model")
-    start = models.load_reward_model(brought.root / "reward_model").model
+    start = loading.load_reward_model(brought.root / "reward_model").model
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), start.parameters(), strict=True))
     with pytest.raises(ValueError, match="has 2 labels"):
         reward_start(brought.root / "judge")

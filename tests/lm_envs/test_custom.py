@@ -20,7 +20,7 @@ from transformers import (
 
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
-from lm_envs.models import load_policy, load_reward_model, load_tokenizer
+from lm_envs.model.loading import load_policy, load_reward_model, load_tokenizer
 from lm_envs.rollout import collect, rollout
 from lm_envs.tasks import load
 from lm_envs.tasks.custom_prompts import read_prompts

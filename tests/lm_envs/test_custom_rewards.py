@@ -91,7 +91,7 @@ def test_the_shorthand_says_the_same_as_its_long_form(folders):
 
 
 def test_what_cannot_be_is_said_before_models_are_loaded(folders, monkeypatch):
-    monkeypatch.setattr("lm_envs.models.load_policy", lambda *a: pytest.fail("too late"))
+    monkeypatch.setattr("lm_envs.model.loading.load_policy", lambda *a: pytest.fail("too late"))
     with pytest.raises(ValueError, match="did you mean 'bleu'"):
         custom(folders, "blue")
     with pytest.raises(ValueError, match="judge is judge:URL#MODEL"):

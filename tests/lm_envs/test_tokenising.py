@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from lm_envs.chat import render_messages, split_answer
 from lm_envs.data import Data, Item, Rejected
 from lm_envs.data_formats import Example
+from lm_envs.model.chat import render_messages, split_answer
 from lm_envs.packed import Packed, info_of, pack
 from lm_envs.rewards import LearnedReward
 from lm_envs.tasks.custom_prompts import by_split, encode_prompts, read_prompts

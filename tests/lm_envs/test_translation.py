@@ -16,8 +16,8 @@ from lm_envs.benchmarks import evaluation
 from lm_envs.benchmarks import greedy as greedy_figures
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.evaluation import evaluation_env
-from lm_envs.cross_cache import rows_of
-from lm_envs.decoding import greedy
+from lm_envs.model.decoding import greedy
+from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.rewards import call_reward
 from lm_envs.tasks import load
 from lm_envs.tasks.parallel_text import CorpusBLEU, _bleu, read_pairs

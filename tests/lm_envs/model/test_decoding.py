@@ -4,11 +4,11 @@ uncached one, whatever the caller does to its rows (law 4), is in test_families.
 import pytest
 import torch
 
-from lm_envs.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.kernels.logprob_kl import log_softmax
-from lm_envs.observations import left_pad, model_inputs
-from lm_envs.row_cache import RowCache
-from lm_envs.scoring import response_logprob
+from lm_envs.model.decoding import Decoder, forbid_early_eos, generate, sample
+from lm_envs.model.forwards import response_logprob
+from lm_envs.model.kv_cache import RowCache
+from lm_envs.model.tokens import left_pad, model_inputs
 from tests.tiny import EOS, gpt2
 
 

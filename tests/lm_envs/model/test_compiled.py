@@ -7,19 +7,19 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lm_envs import compiled
 from lm_envs.algos.adaptation import Adaptation, adapted
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.compiled import FixedRows, check_compilable, rounded
-from lm_envs.decoding import generate
-from lm_envs.observations import left_pad
+from lm_envs.model import compiled
+from lm_envs.model.compiled import FixedRows, check_compilable, rounded
+from lm_envs.model.decoding import generate
+from lm_envs.model.kv_cache import RECOMPUTE, RowCache
+from lm_envs.model.tokens import left_pad
 from lm_envs.rollout import collect, rollout
-from lm_envs.row_cache import RECOMPUTE, RowCache
 from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.families import FAMILIES, SINGLE, WIDER, build
-from tests.lm_envs.test_encoder_decoder import build as encoder_decoder
+from tests.lm_envs.model.test_encoder_decoder import build as encoder_decoder
 from tests.tiny import EOS
 
 PLACES, NEW = 4, 9

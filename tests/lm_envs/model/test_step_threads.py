@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lm_envs import step_threads
-from lm_envs.decoding import Decoder, generate
-from lm_envs.step_threads import StepThreads
-from tests.lm_envs.test_decoding import EOS, gpt2
+from lm_envs.model import step_threads
+from lm_envs.model.decoding import Decoder, generate
+from lm_envs.model.step_threads import StepThreads
+from tests.lm_envs.model.test_decoding import EOS, gpt2
 
 LAYER, HEAD = 12 * 16**2, 10 * 16  # weights of each of the two layers, and of the tied head; positions are looked up
 

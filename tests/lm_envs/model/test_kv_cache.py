@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lm_envs.decoding import Decoder
-from lm_envs.fused import TanhGELU, fuse_activations
-from lm_envs.row_cache import GrowingLayer, RowCache, can_cache
+from lm_envs.model.decoding import Decoder
+from lm_envs.model.fast_layers import TanhGELU, fuse_activations
+from lm_envs.model.kv_cache import GrowingLayer, RowCache, can_cache
 from tests.families import GROUPED, random_model
 from tests.tiny import gpt2
 

@@ -10,12 +10,12 @@ from lm_envs.algos.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.reinforce import REINFORCE, ReinforceConfig
-from lm_envs.cross_cache import CrossRowCache, rows_of
-from lm_envs.decoding import Decoder, generate
-from lm_envs.encoder_decoder import decoder_prefix, encoder_inputs
-from lm_envs.observations import left_pad
+from lm_envs.model.decoding import Decoder, generate
+from lm_envs.model.encoder_decoder import decoder_prefix, encoder_inputs
+from lm_envs.model.forwards import response_logits, response_logprob
+from lm_envs.model.kv_cache_cross import CrossRowCache, rows_of
+from lm_envs.model.tokens import left_pad
 from lm_envs.rollout import collect, rollout
-from lm_envs.scoring import response_logits, response_logprob
 from lm_envs.text_env import TextBanditEnv
 from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
@@ -156,8 +156,8 @@ def test_a_careless_refill_is_caught(broken, monkeypatch):
     right = plain(model, [7], [8, EOS])[-1]
     torch.testing.assert_close(refilled(model), right, rtol=0, atol=1e-9)
     if broken == "places":
-        monkeypatch.setattr("lm_envs.cross_cache._position_table", lambda model: None)
-        monkeypatch.setattr("lm_envs.cross_cache._can_place", lambda model: True)
+        monkeypatch.setattr("lm_envs.model.kv_cache_cross._position_table", lambda model: None)
+        monkeypatch.setattr("lm_envs.model.kv_cache_cross._can_place", lambda model: True)
     else:
         put = CrossRowCache._put
 

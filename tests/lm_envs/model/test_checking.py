@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from lm_envs.decoding import Decoder
-from lm_envs.model_check import check_model
-from lm_envs.row_cache import RowCache, can_cache
+from lm_envs.model.checking import check_model
+from lm_envs.model.decoding import Decoder
+from lm_envs.model.kv_cache import RowCache, can_cache
 from tests import tiny
 from tests.families import BASE, FAMILIES, GROUPED, WIDER, build, random_model
 

@@ -14,8 +14,8 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from lm_envs.encoder_decoder import decoder_tokens, encoder_inputs, is_encoder_decoder
-from lm_envs.row_cache import RECOMPUTE, ROOM, GrowingLayer, RowCache, can_cache
+from lm_envs.model.encoder_decoder import decoder_tokens, encoder_inputs, is_encoder_decoder
+from lm_envs.model.kv_cache import RECOMPUTE, ROOM, GrowingLayer, RowCache, can_cache
 
 
 def rows_of(model: PreTrainedModel, room: int = ROOM, response_places: int = 0) -> RowCache | None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lm_envs.decoding import forbid_early_eos, keep_top
-from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import logprob_kl
-from lm_envs.observations import EosIds, accepted, head_inputs, model_inputs
+from lm_envs.model.decoding import forbid_early_eos, keep_top
+from lm_envs.model.encoder_decoder import is_encoder_decoder, teacher_forced
+from lm_envs.model.tokens import EosIds, accepted, head_inputs, model_inputs
 
 # Scored at a time, by whether it is CUDA. More is no faster on a CPU, and takes memory that must be mapped first.
 LOGITS = {False: 2**22, True: 2**28}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lm_envs import hub, models
 from lm_envs.data import Data
+from lm_envs.model import hub, loading
 from lm_envs.reward_start import reward_start
 from tests.lm_envs import byo
 
@@ -49,7 +49,7 @@ def keep(folder: Path, name: str) -> None:
     (place / "refs" / "main").write_text("0123")
 
 
-@pytest.mark.parametrize("read", [models.load_policy, models.load_tokenizer, models.load_reward_model, reward_start])
+@pytest.mark.parametrize("read", [loading.load_policy, loading.load_tokenizer, loading.load_reward_model, reward_start])
 def test_what_cannot_be_reached_is_refused_after_one_request(asked, read):
     with pytest.raises(ValueError, match="no such folder here, and the hub .* cannot be reached: .*give a folder") as e:
         read("some-owner/some-name")
@@ -59,7 +59,7 @@ def test_what_cannot_be_reached_is_refused_after_one_request(asked, read):
 
 def test_names_that_the_hub_cannot_have_are_not_asked_for(asked):
     with pytest.raises(ValueError, match="'no name! of the hub'"):
-        models.load_policy("no name! of the hub")
+        loading.load_policy("no name! of the hub")
     assert asked == []
 
 
@@ -75,8 +75,8 @@ def test_what_is_in_the_cache_is_read_from_it_after_one_request(asked, tmp_path)
     byo.llama(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     keep(tmp_path / "model", "some-owner/kept")
-    found = models.load_policy("some-owner/kept")
+    found = loading.load_policy("some-owner/kept")
     assert found.name_or_path == "some-owner/kept"
-    assert models.load_tokenizer("some-owner/kept").get_vocab() == tokenizer.get_vocab()
+    assert loading.load_tokenizer("some-owner/kept").get_vocab() == tokenizer.get_vocab()
     reward_start("some-owner/kept")
     assert len(asked) == 1

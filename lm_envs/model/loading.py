@@ -30,12 +30,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from lm_envs.adapters import base_of, is_adapter, with_adapters
-from lm_envs.cross_cache import rows_of
-from lm_envs.hub import place_of
-from lm_envs.model_check import refuse_config
+from lm_envs.model.adapters import base_of, is_adapter, with_adapters
+from lm_envs.model.checking import refuse_config
+from lm_envs.model.hub import place_of
+from lm_envs.model.kv_cache import RECOMPUTE, no_rows
+from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.reward_models import LearnedReward, Output
-from lm_envs.row_cache import RECOMPUTE, no_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,11 +103,12 @@ def load_policy(
         name: a folder saved by ``save_pretrained``, or a hub name.
         what: how messages call it.
         placement: its precision and device.
-        recompute: accept a model whose cache cannot be kept row by row; see :func:`~lm_envs.model_check.check_model`.
+        recompute: accept a model whose cache cannot be kept row by row; see
+        :func:`~lm_envs.model.checking.check_model`.
 
     Raises:
         ValueError: there is no such folder or model, it holds no safetensors, it is not a language model, or one that
-            cannot be used (:func:`~lm_envs.model_check.refuse_config`).
+            cannot be used (:func:`~lm_envs.model.checking.refuse_config`).
     """
     place = os.path.expanduser(str(name))
     if is_adapter(place):

@@ -3,7 +3,7 @@ response.
 
 What the rest of the project asks of a language model is the same for both kinds: logits before every response token,
 and a cache by rows. This file turns prompts and responses into an encoder-decoder's inputs; its rows are in
-:mod:`lm_envs.cross_cache`.
+:mod:`lm_envs.model.kv_cache_cross`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_envs.observations import names_argument
+from lm_envs.model.tokens import names_argument
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-from lm_envs.encoder_decoder import is_encoder_decoder
 from lm_envs.kernels.threads import at_most
-from lm_envs.observations import names_argument
-from lm_envs.row_cache import GrowingLayer, RowCache, can_cache, layer_types, no_rows
-from lm_envs.step_threads import StepThreads
+from lm_envs.model.encoder_decoder import is_encoder_decoder
+from lm_envs.model.kv_cache import GrowingLayer, RowCache, can_cache, layer_types, no_rows
+from lm_envs.model.step_threads import StepThreads
+from lm_envs.model.tokens import names_argument
 
 Backend = Literal["inductor", "eager", None]  # "eager" traces and compiles nothing, None does not even trace
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,7 +36,7 @@ _FAILURES = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 class FixedLayer(StaticLayer):
     """Keys and values of one layer in buffers that stay where they are and as large.
 
-    Windows are left to the model's mask, as in a :class:`~lm_envs.row_cache.GrowingLayer`.
+    Windows are left to the model's mask, as in a :class:`~lm_envs.model.kv_cache.GrowingLayer`.
 
     Args:
         like: a layer of the same model that holds something.
@@ -137,8 +137,8 @@ def _watched(model: PreTrainedModel, seen: list[Tensor]) -> PreTrainedModel:
 
 
 class FixedRows:
-    """Rows of text that grow by a token a step, in fixed shapes: what :func:`~lm_envs.decoding.generate` needs of a
-    :class:`~lm_envs.row_cache.RowCache`.
+    """Rows of text that grow by a token a step, in fixed shapes: what :func:`~lm_envs.model.decoding.generate` needs
+    of a :class:`~lm_envs.model.kv_cache.RowCache`.
 
     Made once and used again and again: programs read the model's weights where they lie, and see every change in place.
     One is compiled for each number of rows, rounded up by :func:`rounded`, and of columns, by :data:`COLUMNS`.

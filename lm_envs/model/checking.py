@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lm_envs.cross_cache import rows_of
-from lm_envs.decoding import Decoder
-from lm_envs.observations import NO_TOKEN, left_pad
-from lm_envs.row_cache import RECOMPUTE, no_rows
-from lm_envs.scoring import response_logits
+from lm_envs.model.decoding import Decoder
+from lm_envs.model.forwards import response_logits
+from lm_envs.model.kv_cache import RECOMPUTE, no_rows
+from lm_envs.model.kv_cache_cross import rows_of
+from lm_envs.model.tokens import NO_TOKEN, left_pad
 
 LENGTHS = ((3, 7), (1, 9), (5, 4))  # tokens of prompt and response of the texts that are tried
 PLACES = 5, 9  # the longest of each

@@ -8,9 +8,9 @@ import torch
 
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
-from lm_envs.decoding import forbid_early_eos
-from lm_envs.endings import end_of_turn, eos_tokens
 from lm_envs.exact import Exact
+from lm_envs.model.decoding import forbid_early_eos
+from lm_envs.model.endings import end_of_turn, eos_tokens
 from lm_envs.rollout import collect, rollout
 from lm_envs.tasks import load
 from lm_envs.tokenising import prompt_ids

@@ -22,8 +22,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from lm_envs.observations import accepted, model_inputs, names_argument, right_align
-from lm_envs.step_threads import StepThreads
+from lm_envs.model.step_threads import StepThreads
+from lm_envs.model.tokens import accepted, model_inputs, names_argument, right_align
 
 RECOMPUTE = "_lm_envs_recompute"  # the attribute of a model that is to be used without a cache
 ROOM = 16  # columns, at least, that a buffer has left when it is made

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lm_envs.compiled import FixedRows
-from lm_envs.cross_cache import rows_of
-from lm_envs.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.kernels.logprob_kl import scaled
 from lm_envs.kernels.threads import at_most, waking_is_slow
-from lm_envs.observations import EosIds, accepted, eos_ids, head_inputs, is_eos, left_pad, model_inputs, right_align
-from lm_envs.row_cache import RowCache
+from lm_envs.model.compiled import FixedRows
+from lm_envs.model.encoder_decoder import is_encoder_decoder, teacher_forced
+from lm_envs.model.kv_cache import RowCache
+from lm_envs.model.kv_cache_cross import rows_of
+from lm_envs.model.tokens import EosIds, accepted, eos_ids, head_inputs, is_eos, left_pad, model_inputs, right_align
 
 GREEDY = 1e-6  # a temperature that leaves one token; of tokens equally likely, to rounding, any
 SHARED = {True: 2**19, False: 2**15}  # logits for each thread, at least, if waking one is slow
@@ -108,7 +108,7 @@ class Decoder:
 
     It compares each observation with the last one it saw: rows that grew by one token take one cached step together,
     all others are computed anew. Callers never manage a cache and cannot get a stale answer. A model whose cache has no
-    rows that can be exchanged (:func:`~lm_envs.cross_cache.rows_of`) is computed in full each time.
+    rows that can be exchanged (:func:`~lm_envs.model.kv_cache_cross.rows_of`) is computed in full each time.
 
     Args:
         model: causal or encoder-decoder.

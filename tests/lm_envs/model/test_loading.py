@@ -12,16 +12,16 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lm_envs.adapters import adapter_parameters, has_adapters
 from lm_envs.algos.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.models import Placement, load_policy, load_reward_model, load_tokenizer
+from lm_envs.model.adapters import adapter_parameters, has_adapters
+from lm_envs.model.loading import Placement, load_policy, load_reward_model, load_tokenizer
 from lm_envs.tasks import load
 from lm_envs.vector_env import TextVectorEnv
 from tests.families import BASE, GROUPED, random_model
 from tests.lm_envs import byo
-from tests.lm_envs.test_model_check import CHUNKED, RECURRENT
+from tests.lm_envs.model.test_checking import CHUNKED, RECURRENT
 
 QUICK = {"max_new_tokens": 6, "samples": 8}
 
@@ -98,7 +98,7 @@ def test_a_model_in_pieces_is_refused(folders, tmp_path):
 
 
 def test_accelerate_is_asked_for(monkeypatch):
-    monkeypatch.setattr("lm_envs.models.find_spec", lambda name: None)
+    monkeypatch.setattr("lm_envs.model.loading.find_spec", lambda name: None)
     assert "pip install 'lm-envs[accelerate]'" in refused(lambda: Placement(device_map="auto"))
 
 

@@ -1,0 +1,1 @@
+"""Language models: loading and checking them, tokens and chat, decoding with caches, and forwards that score."""
