@@ -13,14 +13,14 @@ from torch import Tensor
 
 from lm_envs.algos.batching import Before
 from lm_envs.algos.sft import from_responses
+from lm_envs.data.packed import Packed
 from lm_envs.files import replacing
-from lm_envs.packed import Packed
 from lm_envs.trajectories import Trajectories
 
 
 class StoredData:
-    """Some rows of a :class:`~lm_envs.packed.Packed` folder, read like Trajectories: ``len``, ``select``, ``group``,
-    ``rank``.
+    """Some rows of a :class:`~lm_envs.data.packed.Packed` folder, read like Trajectories: ``len``, ``select``,
+    ``group``, ``rank``.
 
     Args:
         packed: the folder.

@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text as Styled
 
-from lm_envs.data import Data, Item
-from lm_envs.data_formats import Kind, Text
-from lm_envs.tokenising import prompt_ids, tokenise
+from lm_envs.data.conventions import Kind, Text
+from lm_envs.data.dataset import Data, Item
+from lm_envs.data.tokenizing import prompt_ids, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ def check(
         max_length: tokens of prompt and completion; longer rows are bad.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as :class:`~lm_envs.data.Data`; never for a bad row.
+        FileNotFoundError, ImportError, ValueError: as :class:`~lm_envs.data.dataset.Data`; never for a bad row.
     """
     data = Data(source, kind, "skip", max_rows)
     report = Report(data, "characters" if tokenizer is None else "tokens")

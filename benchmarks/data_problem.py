@@ -24,13 +24,13 @@ from lm_envs.algos.stored import StoredData
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.suites import Plan
-from lm_envs.data import Data
-from lm_envs.data_formats import Kind
+from lm_envs.data.conventions import Kind
+from lm_envs.data.dataset import Data
+from lm_envs.data.packed import Packed, info_of, pack
+from lm_envs.data.tokenizing import as_read, tokenise
 from lm_envs.model import loading
-from lm_envs.packed import Packed, info_of, pack
 from lm_envs.reward_start import reward_start
 from lm_envs.rewards import pools_last_token
-from lm_envs.tokenising import as_read, tokenise
 from lm_envs.trajectories import Trajectories
 
 KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
@@ -51,7 +51,7 @@ class DataSpec:
     Attributes:
         algorithm: a key of :data:`KINDS`.
         model: what it starts from, a folder or a hub name.
-        data: a source, see :func:`lm_envs.data_sources.read_rows`.
+        data: a source, see :func:`lm_envs.data.sources.read_rows`.
         epochs: passes over the data, where the plan has no number of iterations.
         held_out: share of the prompts that is not trained on.
         on_bad: "raise" or "skip".

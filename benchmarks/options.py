@@ -10,7 +10,7 @@ import tyro
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.suites import Suite, check_adaptation
-from lm_envs.data_sources import format_of
+from lm_envs.data.sources import format_of
 from lm_envs.reward_specs import is_spec, parse_reward
 
 

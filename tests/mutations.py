@@ -136,7 +136,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a chat gets a BOS that its template does not write",
-        "lm_envs/tokenising.py",
+        "lm_envs/data/tokenizing.py",
         "rendered = iter(tokenizer(chats, add_special_tokens=False, ",
         "rendered = iter(tokenizer(chats, add_special_tokens=True, ",
         f"{ENDINGS}::test_one_bos",

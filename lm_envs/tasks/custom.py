@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.data import OnBad, Rejected
+from lm_envs.data.dataset import OnBad, Rejected
 from lm_envs.model import loading
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
 from lm_envs.model.checking import check_model
@@ -47,7 +47,7 @@ class CustomConfig:
             ``model:PLACE``, put in units of the reference.
         reward: what trains, as :mod:`lm_envs.reward_specs` reads it; several texts are summed.
         prompts: a file, folder or hub name with ``prompt`` (text or chat messages) and perhaps ``split`` (train,
-            validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.Data`.
+            validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.dataset.Data`.
         reference: what the KL penalty is measured from, None for the policy as it starts; "base" for the model under
             its adapters, where the policy is a folder of those.
         judge: what decides win-rates: another reward model's place, or a reward as text; None for no win-rates.

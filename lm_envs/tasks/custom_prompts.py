@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.data import Data, Rejected
-from lm_envs.data_formats import Text
+from lm_envs.data.conventions import Text
+from lm_envs.data.dataset import Data, Rejected
+from lm_envs.data.splits import SPLITS, divide
+from lm_envs.data.tokenizing import prompt_ids
 from lm_envs.model.encoder_decoder import is_encoder_decoder, room_for
 from lm_envs.rewards import RESERVED, leaves
-from lm_envs.tasks.splits import SPLITS, divide
 from lm_envs.text_metrics import TextMetric
-from lm_envs.tokenising import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,11 +41,11 @@ class Prompt:
 
 
 def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[Prompt]:
-    """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.tasks.splits.divide` says.
+    """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.data.splits.divide` says.
 
     Args:
         source: a file, a folder or a name on the hub, in any convention that has prompts; see
-            :class:`~lm_envs.data.Data`.
+            :class:`~lm_envs.data.dataset.Data`.
         rejected: gets malformed rows and empty prompts; without it they raise.
 
     Raises:

@@ -24,9 +24,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.modeling_outputs import CausalLMOutput
 
 from lm_envs import rng
+from lm_envs.data.splits import SPLITS
 from lm_envs.prefix_tree import PrefixTree
 from lm_envs.tasks.making import check_options
-from lm_envs.tasks.splits import SPLITS
 from lm_envs.tasks.task import TextTask
 
 EOS = "<eos>"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_envs.jsonl import read_jsonl
-from lm_envs.tasks.splits import SPLITS, SplitColumn, divide, share
+from lm_envs.data.jsonl import read_jsonl
+from lm_envs.data.splits import SPLITS, SplitColumn, divide, share
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def read_labelled(path: str | Path) -> list[LabelledText]:
     """Read a JSONL file of rows with ``text``, ``label`` (0 or 1) and perhaps ``split``.
 
     A text that occurs again counts once, with its first label. Texts without ``split`` are divided by
-    :func:`~lm_envs.tasks.splits.divide`.
+    :func:`~lm_envs.data.splits.divide`.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -20,9 +20,10 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lm_envs import files, jsonl, training
+from lm_envs import files, training
+from lm_envs.data.dataset import jsonl, splits
 from lm_envs.model import tokens as observations
-from lm_envs.tasks import making, splits
+from lm_envs.tasks import making
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

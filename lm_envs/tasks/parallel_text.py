@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_envs.jsonl import read_jsonl
-from lm_envs.tasks.splits import SPLITS, SplitColumn, divide
+from lm_envs.data.jsonl import read_jsonl
+from lm_envs.data.splits import SPLITS, SplitColumn, divide
 from lm_envs.text_metrics import SentenceBLEU
 
 
@@ -34,7 +34,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     """Read a JSONL file of rows with ``prompt``, ``reference`` (a text, or a list of them) and perhaps ``split``.
 
     A prompt that occurs again counts once, with all its references. Splits that no row names are divided off by
-    :func:`~lm_envs.tasks.splits.divide`.
+    :func:`~lm_envs.data.splits.divide`.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -27,6 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lm_envs.data.splits import SPLITS
 from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
 from lm_envs.model.decoding import greedy
 from lm_envs.model.forwards import response_logits
@@ -35,7 +36,6 @@ from lm_envs.rewards import WeightedSum, right_pad
 from lm_envs.tasks import making, own_text, parallel_text
 from lm_envs.tasks.own_text import Line
 from lm_envs.tasks.parallel_text import CorpusBLEU, Pair, read_pairs
-from lm_envs.tasks.splits import SPLITS
 from lm_envs.tasks.task import TextTask
 from lm_envs.text_metrics import SentenceBLEU, SentenceChrF
 

@@ -13,9 +13,9 @@ from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.preferences import Comparisons
 from lm_envs.algos.sft import SFT, SFTConfig, from_responses
 from lm_envs.algos.stored import StoredData
-from lm_envs.data import Data
-from lm_envs.packed import Packed, pack
-from lm_envs.tokenising import tokenise
+from lm_envs.data.dataset import Data
+from lm_envs.data.packed import Packed, pack
+from lm_envs.data.tokenizing import tokenise
 from tests.lm_envs import byo
 
 

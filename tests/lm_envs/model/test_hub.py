@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lm_envs.data import Data
+from lm_envs.data.dataset import Data
 from lm_envs.model import hub, loading
 from lm_envs.reward_start import reward_start
 from tests.lm_envs import byo

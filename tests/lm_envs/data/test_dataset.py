@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lm_envs.data import Data
-from lm_envs.data_formats import CONVENTIONS, Example, recognise
+from lm_envs.data.conventions import CONVENTIONS, Example, recognise
+from lm_envs.data.dataset import Data
 from tests.lm_envs import byo
 
 USER, SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}

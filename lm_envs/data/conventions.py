@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lm_envs.jsonl import short
+from lm_envs.data.jsonl import short
 
 Kind = Literal["prompts", "demonstrations", "preferences"]
 Message = dict[str, Any]

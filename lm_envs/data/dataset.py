@@ -1,7 +1,7 @@
 """Data of the user's own: prompts, demonstrations and preferences, from any source in any of the field's conventions.
 
-:class:`Data` reads a source in a stream and says what its rows mean; :mod:`lm_envs.tokenising` makes token ids of them.
-Bad rows stop everything with file and line, or are passed over, counted and listed.
+:class:`Data` reads a source in a stream and says what its rows mean; :mod:`lm_envs.data.tokenizing` makes token ids of
+them. Bad rows stop everything with file and line, or are passed over, counted and listed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_envs.data_formats import (
+from lm_envs.data.conventions import (
     CONVENTIONS,
     BadRow,
     Convention,
@@ -23,8 +23,8 @@ from lm_envs.data_formats import (
     decode_cells,
     recognise,
 )
-from lm_envs.data_sources import Row, format_of, read_rows
-from lm_envs.tasks.splits import SplitColumn
+from lm_envs.data.sources import Row, format_of, read_rows
+from lm_envs.data.splits import SplitColumn
 
 OnBad = Literal["raise", "skip"]
 
@@ -97,9 +97,9 @@ class Data:
     """A source's usable rows, in a stream: iterating reads it from the start.
 
     Args:
-        source: a file, a folder, or a name on the hub; see :func:`~lm_envs.data_sources.read_rows`.
-        kind: what its rows are wanted as, see :func:`~lm_envs.data_formats.as_kind`; None takes them as what they are.
-        on_bad: "raise" stops at the first bad row, "skip" passes over it.
+        source: a file, a folder, or a name on the hub; see :func:`~lm_envs.data.sources.read_rows`.
+        kind: what its rows are wanted as, see :func:`~lm_envs.data.conventions.as_kind`; None takes them as what they
+        are. on_bad: "raise" stops at the first bad row, "skip" passes over it.
         max_rows: read no more than the first of them.
 
     Attributes:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_envs.data.splits import SPLITS, share
+from lm_envs.data.tokenizing import Encoded
 from lm_envs.files import sync_file
-from lm_envs.tasks.splits import SPLITS, share
-from lm_envs.tokenising import Encoded
 
 COLUMNS = ("prompt", "response", "group", "rank", "split", "share")
 """Tokens of the prompt and of the response, the number of the example, the response's rank in it (0 the best), the

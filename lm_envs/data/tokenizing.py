@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lm_envs.data import Item, Rejected
-from lm_envs.data_formats import BadRow, Example, Text
+from lm_envs.data.conventions import BadRow, Example, Text
+from lm_envs.data.dataset import Item, Rejected
 from lm_envs.model.chat import render_messages, split_answer
 from lm_envs.rewards import encode_text
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lm_envs.jsonl import open_bytes, scan_jsonl
+from lm_envs.data.jsonl import open_bytes, scan_jsonl
 
 FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSONL", ".csv": "CSV", ".parquet": "Parquet"}
 _CELL = 2**24  # characters; more in one cell of a CSV file means a quote that is never closed

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from lm_envs.data import Data, Item, Rejected
-from lm_envs.data_formats import Example
+from lm_envs.data.conventions import Example
+from lm_envs.data.dataset import Data, Item, Rejected
+from lm_envs.data.packed import Packed, info_of, pack
+from lm_envs.data.tokenizing import as_read, prompt_ids, tokenise
 from lm_envs.model.chat import render_messages, split_answer
-from lm_envs.packed import Packed, info_of, pack
 from lm_envs.rewards import LearnedReward
 from lm_envs.tasks.custom_prompts import by_split, encode_prompts, read_prompts
-from lm_envs.tokenising import as_read, prompt_ids, tokenise
 from tests.lm_envs import byo
 
 # As ChatML, with the tokenizer's EOS where a turn ends.

@@ -19,9 +19,9 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from lm_envs.algos.preferences import Comparisons
 from lm_envs.algos.stored import StoredData
-from lm_envs.data import Data
-from lm_envs.packed import Packed, pack
-from lm_envs.tokenising import tokenise
+from lm_envs.data.dataset import Data
+from lm_envs.data.packed import Packed, pack
+from lm_envs.data.tokenizing import tokenise
 
 folder, on_bad = Path(sys.argv[1]), sys.argv[2]
 tokenizer = AutoTokenizer.from_pretrained(folder / "model")

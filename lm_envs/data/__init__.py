@@ -1,0 +1,1 @@
+"""Data that users bring: sources, column conventions, tokenizing, packed rows and splits."""
