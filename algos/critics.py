@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_envs.model.tokens import accepted, model_inputs
-from lm_envs.reward_models import LearnedReward, has_independent_labels, pools_last_token, score_of
+from lm_envs.reward.learned import LearnedReward, has_independent_labels, pools_last_token, score_of
 
 if TYPE_CHECKING:
     from lm_envs.tasks.task import TextTask

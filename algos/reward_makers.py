@@ -14,7 +14,7 @@ from torch import nn
 
 from lm_envs import rng, training
 from lm_envs.model.tokens import left_pad
-from lm_envs.rewards import LearnedReward, raw_scores, right_pad
+from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
 from lm_envs.tasks import making
 from lm_envs.tasks.reviews import ranking_accuracy
 from lm_envs.text_mdp import TextMDP

@@ -15,7 +15,7 @@ from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import masked_mean, nll
 from lm_envs.algos.metrics import Metric
 from lm_envs.model.tokens import left_pad
-from lm_envs.rewards import right_pad
+from lm_envs.reward.base import right_pad
 from lm_envs.trajectories import Rows, Trajectories
 
 if TYPE_CHECKING:

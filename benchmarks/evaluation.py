@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from lm_envs.algos.best_of_n import BestOfN, kl_bound
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.rewards import call_reward, leaves
+from lm_envs.reward.base import call_reward, leaves
+from lm_envs.reward.metrics import TextMetric
 from lm_envs.rollout import RespondingPolicy, rollout
 from lm_envs.tasks.task import TextTask
 from lm_envs.text_mdp import TextMDP
-from lm_envs.text_metrics import TextMetric
 from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextVectorEnv
 

@@ -11,7 +11,7 @@ import tyro
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.suites import Suite, check_adaptation
 from lm_envs.data.sources import format_of
-from lm_envs.reward_specs import is_spec, parse_reward
+from lm_envs.reward.specs import is_spec, parse_reward
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from lm_envs.benchmarks.names import load_task
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.plots import STYLE, as_png
 from lm_envs.benchmarks.storage import write_json
-from lm_envs.rewards import LearnedReward, call_reward
+from lm_envs.reward.base import LearnedReward, call_reward
 from lm_envs.rollout import rollout
 from lm_envs.tasks.reviews import annotate
 from lm_envs.tasks.task import TextTask

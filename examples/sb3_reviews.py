@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.algos.sb3_masked import MaskableCausalLMActorCriticPolicy
-from lm_envs.rewards import call_reward
+from lm_envs.reward.base import call_reward
 
 ROWS = 64  # texts written at once
 STEPS = 24  # tokens of each row per update: as many as a review has at most

@@ -19,7 +19,7 @@ from lm_envs.model.decoding import forbid_early_eos, keep_top
 from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.forwards import response_logprob
 from lm_envs.model.tokens import is_eos, left_pad
-from lm_envs.rewards import call_reward
+from lm_envs.reward.base import call_reward
 from lm_envs.tasks import load
 from lm_envs.tasks.task import TextTask
 

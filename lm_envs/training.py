@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lm_envs.model.tokens import model_inputs
-from lm_envs.rewards import raw_scores, right_pad
+from lm_envs.reward.base import raw_scores, right_pad
 
 __all__ = [
     "bradley_terry_loss",

@@ -35,7 +35,7 @@ from lm_envs.model.checking import refuse_config
 from lm_envs.model.hub import place_of
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
-from lm_envs.reward_models import LearnedReward, Output
+from lm_envs.reward.learned import LearnedReward, Output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,7 +160,7 @@ def load_reward_model(
         name: a folder saved by ``save_pretrained`` (model and tokenizer), or a hub name.
         what: how messages call it.
         placement: its precision and device.
-        normalise, batch_size, label, output, template: as for :class:`~lm_envs.reward_models.LearnedReward`.
+        normalise, batch_size, label, output, template: as for :class:`~lm_envs.reward.learned.LearnedReward`.
 
     Raises:
         ValueError: there is no such folder or model, it holds no safetensors, it is no sequence classifier (a

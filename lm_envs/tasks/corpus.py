@@ -29,11 +29,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import reward_models, rewards, rng, training
+from lm_envs import rng, training
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding
 from lm_envs.model import tokens as observations
-from lm_envs.rewards import LearnedReward, raw_scores, right_pad
+from lm_envs.reward import base, learned
+from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
 from lm_envs.tasks import gold_judge, labelled_text, making, own_text
 from lm_envs.tasks.gold_judge import TextJudge, require_sklearn
 from lm_envs.tasks.labelled_text import LabelledText, openings, read_labelled, training_half
@@ -132,7 +133,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         path,
         config,
         lambda folder: build(read_labelled(path), config, folder),
-        [__file__, rng, decoding, logprob_kl, reward_models, rewards, gold_judge, labelled_text],
+        [__file__, rng, decoding, logprob_kl, learned, base, gold_judge, labelled_text],
         [sklearn],
     )
     return read(folder, config, path.name)

@@ -17,9 +17,9 @@ from lm_envs.model import loading
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
 from lm_envs.model.checking import check_model
 from lm_envs.model.endings import eos_tokens
-from lm_envs.reward_building import build_reward
-from lm_envs.reward_specs import is_spec, parse_reward
-from lm_envs.rewards import LearnedReward, Standardise, reward_name
+from lm_envs.reward.base import LearnedReward, Standardise, reward_name
+from lm_envs.reward.building import build_reward
+from lm_envs.reward.specs import is_spec, parse_reward
 from lm_envs.tasks import making
 from lm_envs.tasks.custom_prompts import (
     by_split,
@@ -45,7 +45,7 @@ class CustomConfig:
         policy: the model to tune and its tokenizer: a folder of ``save_pretrained``, or a hub name.
         reward_model: a sequence classifier with its own tokenizer, likewise; short for a ``reward`` of
             ``model:PLACE``, put in units of the reference.
-        reward: what trains, as :mod:`lm_envs.reward_specs` reads it; several texts are summed.
+        reward: what trains, as :mod:`lm_envs.reward.specs` reads it; several texts are summed.
         prompts: a file, folder or hub name with ``prompt`` (text or chat messages) and perhaps ``split`` (train,
             validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.dataset.Data`.
         reference: what the KL penalty is measured from, None for the policy as it starts; "base" for the model under

@@ -15,8 +15,8 @@ from lm_envs.data.dataset import Data, Rejected
 from lm_envs.data.splits import SPLITS, divide
 from lm_envs.data.tokenizing import prompt_ids
 from lm_envs.model.encoder_decoder import is_encoder_decoder, room_for
-from lm_envs.rewards import RESERVED, leaves
-from lm_envs.text_metrics import TextMetric
+from lm_envs.reward.base import RESERVED, leaves
+from lm_envs.reward.metrics import TextMetric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lm_envs import rng
 from lm_envs.model.decoding import generate
 from lm_envs.model.tokens import EosIds, eos_ids, left_pad
-from lm_envs.rewards import LearnedReward, Standardise, call_reward
+from lm_envs.reward.base import LearnedReward, Standardise, call_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,7 +123,7 @@ def sample(
 
 def in_units_of(reward: Any, samples: Samples) -> Any:
     """The same reward with mean 0 and (population) standard deviation 1 on these samples: a learned one with other
-    moments, any other one in a :class:`~lm_envs.rewards.Standardise`.
+    moments, any other one in a :class:`~lm_envs.reward.base.Standardise`.
 
     Raises:
         ValueError: it gives all of them the same score, or it is dense.

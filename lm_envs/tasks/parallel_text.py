@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lm_envs.data.jsonl import read_jsonl
 from lm_envs.data.splits import SPLITS, SplitColumn, divide
-from lm_envs.text_metrics import SentenceBLEU
+from lm_envs.reward.metrics import SentenceBLEU
 
 
 @dataclass(frozen=True)

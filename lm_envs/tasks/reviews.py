@@ -29,10 +29,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs import files, reward_models, rewards, rng, training
+from lm_envs import files, rng, training
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding, tokens
-from lm_envs.rewards import LearnedReward
+from lm_envs.reward import base, learned
+from lm_envs.reward.base import LearnedReward
 from lm_envs.tasks import making, review_grammar
 from lm_envs.tasks.making import check_options, line_of, progress_bar
 from lm_envs.tasks.review_grammar import EOS, UNKNOWN, WORDS, corpus, gold_reward
@@ -112,7 +113,8 @@ class ReviewsConfig:
 
 
 class GoldReview:
-    """The gold reward as a :class:`~lm_envs.rewards.Reward`; see :func:`lm_envs.tasks.review_grammar.gold_reward`."""
+    """The gold reward as a :class:`~lm_envs.reward.base.Reward`; see
+    :func:`lm_envs.tasks.review_grammar.gold_reward`."""
 
     __name__ = "gold"
 
@@ -189,7 +191,7 @@ def load(**options: Any) -> TextTask:
     """
     check_options("reviews", ReviewsConfig, options)
     config = ReviewsConfig(**options)
-    modules = [review_grammar, making, training, rewards, reward_models, decoding, tokens, rng, logprob_kl]
+    modules = [review_grammar, making, training, base, learned, decoding, tokens, rng, logprob_kl]
     sources = [__file__, *(str(module.__file__) for module in modules)]
     parts = {
         "config": asdict(config),

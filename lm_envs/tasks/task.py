@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lm_envs.model.fast_layers import fuse
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
-from lm_envs.rewards import RESERVED
+from lm_envs.reward.base import RESERVED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_envs.rewards import Reward
+    from lm_envs.reward.base import Reward
 
 
 class CorpusMetric(Protocol):

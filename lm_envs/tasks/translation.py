@@ -32,12 +32,12 @@ from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cach
 from lm_envs.model.decoding import greedy
 from lm_envs.model.forwards import response_logits
 from lm_envs.model.tokens import left_pad
-from lm_envs.rewards import WeightedSum, right_pad
+from lm_envs.reward.base import WeightedSum, right_pad
+from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
 from lm_envs.tasks import making, own_text, parallel_text
 from lm_envs.tasks.own_text import Line
 from lm_envs.tasks.parallel_text import CorpusBLEU, Pair, read_pairs
 from lm_envs.tasks.task import TextTask
-from lm_envs.text_metrics import SentenceBLEU, SentenceChrF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ import torch
 
 from lm_envs.algos.agent import learn
 from lm_envs.algos.reward_makers import accuracy, compare
-from lm_envs.rewards import LearnedReward
+from lm_envs.reward.base import LearnedReward
 from lm_envs.rollout import rollout
 from tests import tiny
 from tests.algos import batches

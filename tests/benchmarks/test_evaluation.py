@@ -20,8 +20,8 @@ from lm_envs.benchmarks.evaluation import (
     summarise,
     wins,
 )
-from lm_envs.rewards import Clip, WeightedSum
-from lm_envs.text_metrics import Rouge, SentenceBLEU
+from lm_envs.reward.base import Clip, WeightedSum
+from lm_envs.reward.metrics import Rouge, SentenceBLEU
 from tests import tiny
 from tests.benchmarks.fake_task import gold, load
 

@@ -18,7 +18,7 @@ from lm_envs.benchmarks.cli import main
 from lm_envs.model import loading
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import left_pad
-from lm_envs.reward_start import reward_start
+from lm_envs.reward.initial import reward_start
 from tests.lm_envs import byo
 
 SUBJECTS, VERBS = ["old cat", "grey cat", "small bird"], ["saw", "ate", "hid"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.rewards import raw_scores, right_pad
+from lm_envs.reward.base import raw_scores, right_pad
 from lm_envs.rollout import rollout
 from lm_envs.tasks import corpus, load, own_text
 from lm_envs.tasks.gold_judge import TextJudge

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.reward_models import LearnedReward
-from lm_envs.rewards import Standardise
+from lm_envs.reward.base import Standardise
+from lm_envs.reward.learned import LearnedReward
 from lm_envs.rollout import rollout
 from lm_envs.tasks import load
 from lm_envs.vector_env import TextVectorEnv

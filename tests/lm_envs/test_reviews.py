@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lm_envs import files as cache
-from lm_envs import rewards, tasks
-from lm_envs.rewards import call_reward
+from lm_envs import tasks
+from lm_envs.reward import base as rewards
+from lm_envs.reward.base import call_reward
 from lm_envs.tasks import making, reviews
 from lm_envs.tasks.reviews import GoldReview, ReviewsConfig, annotate, make_tokenizer, ranking_accuracy
 

@@ -18,7 +18,7 @@ from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.evaluation import evaluation_env
 from lm_envs.model.decoding import greedy
 from lm_envs.model.kv_cache_cross import rows_of
-from lm_envs.rewards import call_reward
+from lm_envs.reward.base import call_reward
 from lm_envs.tasks import load
 from lm_envs.tasks.parallel_text import CorpusBLEU, _bleu, read_pairs
 from lm_envs.tasks.translation import TranslationConfig, initial, make_tokenizer

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from lm_envs.data.dataset import Data
 from lm_envs.model import hub, loading
-from lm_envs.reward_start import reward_start
+from lm_envs.reward.initial import reward_start
 from tests.lm_envs import byo
 
 

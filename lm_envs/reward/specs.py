@@ -28,7 +28,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lm_envs.text_metrics import METRICS
+from lm_envs.reward.metrics import METRICS
 
 __all__ = ["Combined", "Source", "Spec", "is_spec", "parse_reward"]
 

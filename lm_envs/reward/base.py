@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_envs.reward_models import LearnedReward, encode_text, pools_last_token, raw_scores, right_pad
+from lm_envs.reward.learned import LearnedReward, encode_text, pools_last_token, raw_scores, right_pad
 
 __all__ = [
     "RESERVED",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lm_envs.reward_building import build_reward
-from lm_envs.reward_models import LearnedReward
-from lm_envs.reward_specs import Combined, Source, is_spec, parse_reward
-from lm_envs.rewards import Conversational, Standardise, call_reward, leaves
+from lm_envs.reward.base import Conversational, Standardise, call_reward, leaves
+from lm_envs.reward.building import build_reward
+from lm_envs.reward.learned import LearnedReward
+from lm_envs.reward.specs import Combined, Source, is_spec, parse_reward
 from lm_envs.tasks.making import Samples
 from tests.lm_envs import byo
 

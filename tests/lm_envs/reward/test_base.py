@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm_envs.rewards import Clip, Conversational, Standardise, WeightedSum, call_reward, leaves, reward_name
+from lm_envs.reward.base import Clip, Conversational, Standardise, WeightedSum, call_reward, leaves, reward_name
 
 PROMPTS, COMPLETIONS = ["a b", "c"], [" d", " e e"]
 IDS, REASONS = [[4, 0], [5, 5, 0]], ["stop", "stop"]

@@ -7,8 +7,8 @@ from math import exp
 
 import pytest
 
-from lm_envs.rewards import call_reward
-from lm_envs.text_metrics import METRICS, Rouge, SentenceBLEU, SentenceChrF, make_metric
+from lm_envs.reward.base import call_reward
+from lm_envs.reward.metrics import METRICS, Rouge, SentenceBLEU, SentenceChrF, make_metric
 
 pytest.importorskip("sacrebleu", reason="sacreBLEU is not installed: pip install 'lm-envs[metrics]'")
 pytest.importorskip("rouge_score", reason="rouge-score is not installed: pip install 'lm-envs[metrics]'")

@@ -17,9 +17,9 @@ from math import log
 
 import pytest
 
-from lm_envs.chat_endpoint import ChatEndpoint, EndpointError, _seconds
-from lm_envs.remote_judge import RemoteJudge, load_judge, make_judge
-from lm_envs.rewards import WeightedSum, call_reward
+from lm_envs.reward.base import WeightedSum, call_reward
+from lm_envs.reward.chat_endpoint import ChatEndpoint, EndpointError, _seconds
+from lm_envs.reward.judge import RemoteJudge, load_judge, make_judge
 
 KEY = "sk-very-secret"
 
@@ -308,7 +308,7 @@ def test_a_killed_run_keeps_its_answers(serve, tmp_path):
     release = threading.Event()
     server = serve(lambda number, body: (number < 3 or release.wait(20)) and chat("6"))
     code = (
-        "from lm_envs.remote_judge import make_judge\n"
+        "from lm_envs.reward.judge import make_judge\n"
         f"made = make_judge({server.url!r}, 'tiny', cache={str(tmp_path)!r}, workers=1)\n"
         "made(['p'] * 4, ['a', 'b', 'c', 'd'])\n"
     )

@@ -18,8 +18,8 @@ from math import exp, isfinite
 from pathlib import Path
 from typing import Any
 
-from lm_envs.chat_endpoint import ChatEndpoint, EndpointError
 from lm_envs.files import cache_root
+from lm_envs.reward.chat_endpoint import ChatEndpoint, EndpointError
 
 __all__ = ["DEFAULT_PROMPT", "RemoteJudge", "load_judge", "make_judge"]
 
@@ -232,7 +232,7 @@ def make_judge(url: str, model: str, *, cache: str | Path | bool = True, **setti
     """A judge from plain values.
 
     Args:
-        url, model: of :class:`~lm_envs.chat_endpoint.ChatEndpoint`.
+        url, model: of :class:`~lm_envs.reward.chat_endpoint.ChatEndpoint`.
         cache: a folder for answers; True takes ``judge`` in the cache folder, False keeps none.
         settings: other arguments of the endpoint and of :class:`RemoteJudge`.
 

@@ -18,9 +18,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_envs.chat_endpoint import EndpointError
-from lm_envs.remote_judge import make_judge
-from lm_envs.rewards import call_reward
+from lm_envs.reward.base import call_reward
+from lm_envs.reward.chat_endpoint import EndpointError
+from lm_envs.reward.judge import make_judge
 
 WANTED = ("fastapi", "uvicorn", "openai", "accelerate")
 MISSING = [name for name in WANTED if find_spec(name) is None]

@@ -1,4 +1,4 @@
-"""Rewards made from what :mod:`lm_envs.reward_specs` reads: loads their models, runs their files, composes them."""
+"""Rewards made from what :mod:`lm_envs.reward.specs` reads: loads their models, runs their files, composes them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lm_envs.model.loading import HOST, Placement, load_reward_model
-from lm_envs.remote_judge import load_judge, make_judge
-from lm_envs.reward_models import LearnedReward
-from lm_envs.reward_specs import Source, Spec
-from lm_envs.rewards import AnyReward, Clip, Conversational, Standardise, WeightedSum
-from lm_envs.text_metrics import make_metric
+from lm_envs.reward.base import AnyReward, Clip, Conversational, Standardise, WeightedSum
+from lm_envs.reward.judge import load_judge, make_judge
+from lm_envs.reward.learned import LearnedReward
+from lm_envs.reward.metrics import make_metric
+from lm_envs.reward.specs import Source, Spec
 
 if TYPE_CHECKING:
     from lm_envs.tasks.making import Samples
@@ -40,7 +40,7 @@ def build_reward(
     """The reward that a text says: loads its models and runs its files.
 
     Args:
-        spec: of :func:`~lm_envs.reward_specs.parse_reward`.
+        spec: of :func:`~lm_envs.reward.specs.parse_reward`.
         samples: gives samples of the reference, for ``standardise`` without numbers; called once, if at all.
         batch_size: texts per forward of a learned model.
         conversational: the prompts are chat messages, so functions of one's own get messages, as from TRL.
