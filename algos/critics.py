@@ -12,7 +12,7 @@ from lm_envs.model.tokens import accepted, model_inputs
 from lm_envs.reward.learned import LearnedReward, has_independent_labels, pools_last_token, score_of
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 ValueFrom = Literal["policy", "reward_model"]
 

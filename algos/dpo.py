@@ -18,7 +18,7 @@ from lm_envs.algos.stored import StoredData
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 _ROWS = 256  # a forward of the reference's
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from lm_envs.algos.batching import stream
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.sft import demonstrations, from_responses
-from lm_envs.tasks import making
+from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 
 @dataclass
@@ -138,7 +138,7 @@ def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Traje
         seed: of the responses and of the annotators.
     """
     chosen = [task.prompts["train"][i // 2 % len(task.prompts["train"])] for i in range(2 * pairs)]
-    samples = making.sample(
+    samples = sampling.sample(
         task.reference,
         task.tokenizer,
         chosen,

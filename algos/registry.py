@@ -11,7 +11,7 @@ from lm_envs.algos.critics import value_from_reward_model
 
 if TYPE_CHECKING:
     from lm_envs.algos.agent import Agent
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 ALGORITHMS: dict[str, str] = {
     "sft": "lm_envs.algos.sft:SFT",

@@ -18,7 +18,7 @@ from lm_envs.algos.sft import demonstrations_of
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 Baseline = Literal["none", "constant", "running_mean", "batch_mean", "leave_one_out", "value"]
 

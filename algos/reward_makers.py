@@ -15,7 +15,7 @@ from torch import nn
 from lm_envs import rng, training
 from lm_envs.model.tokens import left_pad
 from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
-from lm_envs.tasks import making
+from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import ranking_accuracy
 from lm_envs.text_mdp import TextMDP
 
@@ -33,7 +33,7 @@ class Compared:
         tokens: how many were generated.
     """
 
-    samples: making.Samples
+    samples: sampling.Samples
     gold: NDArray[np.float64]
     tokens: int
 
@@ -44,9 +44,9 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
     A function of the policy and the other arguments; training never draws the same random numbers.
     """
     pair = np.arange(first, first + count)
-    index = rng.integers(seed, rng.PROMPT, making.SAMPLE_EPISODES + pair, len(mdp.prompts))
+    index = rng.integers(seed, rng.PROMPT, sampling.SAMPLE_EPISODES + pair, len(mdp.prompts))
     prompt = left_pad([mdp.prompts[i] for i in np.repeat(index, 2).tolist()], mdp.prompt_length)
-    row = making.SAMPLE_EPISODES + 2 * first + np.arange(2 * count)
+    row = sampling.SAMPLE_EPISODES + 2 * first + np.arange(2 * count)
     places = np.arange(policy.uniforms_per_response)
     parts = []
     for start in range(0, 2 * count, _ROWS):
@@ -56,11 +56,11 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
     response = torch.cat(parts).numpy()
     ids = [r[r >= 0].tolist() for r in response]
     texts, reasons = (mdp.texts(prompt), mdp.texts(response)), mdp.finish_reasons(response)
-    samples = making.Samples(*texts, ids, reasons, mdp.columns(prompt))
+    samples = sampling.Samples(*texts, ids, reasons, mdp.columns(prompt))
     return Compared(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
 
 
-def as_read(reward: LearnedReward, samples: making.Samples) -> list[list[list[int]]]:
+def as_read(reward: LearnedReward, samples: sampling.Samples) -> list[list[list[int]]]:
     """The texts of pairs as a reward model reads them."""
     texts = zip(samples.prompts, samples.completions, samples.finish_reasons, strict=True)
     rows = [reward.encode(prompt + completion, reason == "stop") for prompt, completion, reason in texts]

@@ -21,7 +21,7 @@ from lm_envs.trajectories import Trajectories
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 
 @dataclass

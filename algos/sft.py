@@ -19,7 +19,7 @@ from lm_envs.reward.base import right_pad
 from lm_envs.trajectories import Rows, Trajectories
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 
 @dataclass

@@ -22,7 +22,7 @@ from lm_envs.algos.policies import LMPolicy
 from lm_envs.reward.base import call_reward, leaves
 from lm_envs.reward.metrics import TextMetric
 from lm_envs.rollout import RespondingPolicy, rollout
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
 from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextVectorEnv

@@ -13,8 +13,8 @@ from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.exact_gradients import sampled_cosine
 from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.exact import Exact
+from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.enumerable import TableLM
-from lm_envs.tasks.task import TextTask
 
 _POINTS = 60  # of the optimal frontier
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lm_envs.benchmarks.errors import UserError, near
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 _BEST_OF = re.compile(r"best-of-([1-9]\d*)")
 _BANDIT = "-bandit"
@@ -39,7 +39,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
         ValueError: from the task's loader.
     """
     from lm_envs.tasks import TASKS, load
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
     name = base_task(name)[0]
     if ":" in name and name not in TASKS:
@@ -57,7 +57,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
         TASKS[name] = name
     made = load(name, **options)
     if not isinstance(made, TextTask):
-        raise UserError(f"task {name!r} gave a {type(made).__name__}, and has to give a lm_envs.tasks.task.TextTask")
+        raise UserError(f"task {name!r} gave a {type(made).__name__}, and has to give a lm_envs.tasks.base.TextTask")
     return made
 
 

@@ -38,8 +38,8 @@ from lm_envs.benchmarks.plots import STYLE, as_png
 from lm_envs.benchmarks.storage import write_json
 from lm_envs.reward.base import LearnedReward, call_reward
 from lm_envs.rollout import rollout
+from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
-from lm_envs.tasks.task import TextTask
 from lm_envs.trajectories import Trajectories
 from lm_envs.vector_env import TextVectorEnv
 

@@ -29,7 +29,7 @@ from lm_envs.model.compiled import FixedRows
 from lm_envs.model.kv_cache import RowCache
 from lm_envs.reward.base import LearnedReward
 from lm_envs.rollout import collect, rollout
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
 from lm_envs.vector_env import TextVectorEnv
 
 EOS = 0

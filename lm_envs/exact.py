@@ -12,7 +12,7 @@ with its masks; so what is solved is the environment as it is. With beta the KL 
 
 all averaged over the prompts. A policy is given as what it is (anything with ``evaluate``, or a transformers model), as
 a table of log-probabilities ``(X, S, V)`` over X prompts, S prefixes and V tokens, or, where only whole responses
-matter, as log-probabilities ``(X, L)`` of the L sequences; numbers as in :mod:`lm_envs.prefix_tree`.
+matter, as log-probabilities ``(X, L)`` of the L sequences; numbers as in :mod:`lm_envs.tasks.prefix_tree`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.forwards import response_logits
 from lm_envs.model.tokens import left_pad
-from lm_envs.prefix_tree import PrefixTree
+from lm_envs.tasks.prefix_tree import PrefixTree
 from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import ArrayLike, NDArray
 
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
 from lm_envs.text_mdp import TextMDP
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 

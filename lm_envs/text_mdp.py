@@ -21,7 +21,7 @@ from lm_envs.model.forwards import response_logprob
 from lm_envs.model.tokens import is_eos, left_pad
 from lm_envs.reward.base import call_reward
 from lm_envs.tasks import load
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
 
 MISSING_EOS_MODES = ("replace", "subtract")
 
@@ -30,7 +30,7 @@ class TextMDP:
     """The Markov decision process of a task.
 
     Args:
-        task: a :class:`~lm_envs.tasks.task.TextTask`, or the name of a registered one.
+        task: a :class:`~lm_envs.tasks.base.TextTask`, or the name of a registered one.
         split: which prompts, a key of ``task.prompts``.
         kl_coef: beta, the weight of the KL penalty, in score units per nat; None takes the task's.
         temperature: of the policy and of the reference alike; None takes the task's.

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lm_envs.model.tokens import NO_TOKEN
 from lm_envs.rendering import render_text
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
 from lm_envs.text_mdp import TextMDP, check_kl_coef
 
 _UNREPORTED = (

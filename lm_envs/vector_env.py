@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import NO_TOKEN, EosIds, is_eos
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
 from lm_envs.text_rows import TextRows
 
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
 
 WORDS = ["<eos>", "a", "b", "c", "d", "e", "f", "g", "h", "i"]
 EOS = 0

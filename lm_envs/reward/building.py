@@ -23,7 +23,7 @@ from lm_envs.reward.metrics import make_metric
 from lm_envs.reward.specs import Source, Spec
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.making import Samples
+    from lm_envs.tasks.sampling import Samples
 
 __all__ = ["build_reward"]
 
@@ -77,7 +77,7 @@ class _Builder:
         return self.standardised(parts[0], spec.numbers)
 
     def standardised(self, reward: AnyReward, numbers: tuple[float, ...]) -> AnyReward:
-        from lm_envs.tasks.making import in_units_of
+        from lm_envs.tasks.sampling import in_units_of
 
         if numbers:
             if isinstance(reward, LearnedReward):

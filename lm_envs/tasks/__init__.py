@@ -1,7 +1,7 @@
 """The registry of text tasks: names and where their loaders live, as strings, so that importing it is light.
 
 One file and one line here add a task: a module with a function that returns a
-:class:`~lm_envs.tasks.task.TextTask`.
+:class:`~lm_envs.tasks.base.TextTask`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.task import TextTask
+    from lm_envs.tasks.base import TextTask
 
 __all__ = ["TASKS", "load"]
 

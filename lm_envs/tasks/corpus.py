@@ -35,11 +35,11 @@ from lm_envs.model import decoding
 from lm_envs.model import tokens as observations
 from lm_envs.reward import base, learned
 from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
-from lm_envs.tasks import gold_judge, labelled_text, making, own_text
-from lm_envs.tasks.gold_judge import TextJudge, require_sklearn
-from lm_envs.tasks.labelled_text import LabelledText, openings, read_labelled, training_half
+from lm_envs.tasks import corpus_judge, corpus_text, own_text, sampling
+from lm_envs.tasks.base import TextTask
+from lm_envs.tasks.corpus_judge import TextJudge, require_sklearn
+from lm_envs.tasks.corpus_text import LabelledText, openings, read_labelled, training_half
 from lm_envs.tasks.own_text import Line
-from lm_envs.tasks.task import TextTask
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     cache afterwards.
 
     Args:
-        path: the file, see :func:`~lm_envs.tasks.labelled_text.read_labelled`.
+        path: the file, see :func:`~lm_envs.tasks.corpus_text.read_labelled`.
         options: fields of :class:`CorpusConfig`.
 
     Raises:
@@ -122,7 +122,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         raise ValueError(
             "corpus is made of a file of your own: give path=FILE.jsonl, rows with 'text' and 'label' (0 or 1)"
         )
-    making.check_options("corpus", CorpusConfig, options)
+    sampling.check_options("corpus", CorpusConfig, options)
     config = CorpusConfig(**options)
     require_sklearn()
     import sklearn
@@ -133,7 +133,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         path,
         config,
         lambda folder: build(read_labelled(path), config, folder),
-        [__file__, rng, decoding, logprob_kl, learned, base, gold_judge, labelled_text],
+        [__file__, rng, decoding, logprob_kl, learned, base, corpus_judge, corpus_text],
         [sklearn],
     )
     return read(folder, config, path.name)
@@ -176,10 +176,10 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
     demonstrations = encode(tokenizer, train, config.max_tokens)
     judge_half = training_half(rows, 1)
     judge = TextJudge.fit([row.text for row in judge_half], [row.label for row in judge_half])
-    with making.progress_bar() as bar:
+    with sampling.progress_bar() as bar:
         policy = _initial(GPT2LMHeadModel, config, tokenizer)
         _fit_language_model(
-            policy, demonstrations, config, lambda total: making.line_of(bar, "corpus: language model", total)
+            policy, demonstrations, config, lambda total: sampling.line_of(bar, "corpus: language model", total)
         )
         reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
         reward_model.transformer.load_state_dict(policy.transformer.state_dict())
@@ -190,9 +190,9 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
             encode(tokenizer, reward_half, config.max_tokens),
             np.array([row.label for row in reward_half]),
             config,
-            lambda total: making.line_of(bar, "corpus: reward model", total),
+            lambda total: sampling.line_of(bar, "corpus: reward model", total),
         )
-        samples = making.sample(
+        samples = sampling.sample(
             policy,
             tokenizer,
             prompts["validation"],
@@ -203,9 +203,9 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
             temperature=config.temperature,
             seed=config.seed,
             batch_size=256,
-            progress=making.line_of(bar, "corpus: samples to normalise by", config.samples),
+            progress=sampling.line_of(bar, "corpus: samples to normalise by", config.samples),
         )
-    reward = making.in_units_of(LearnedReward(reward_model, tokenizer, batch_size=256), samples)
+    reward = sampling.in_units_of(LearnedReward(reward_model, tokenizer, batch_size=256), samples)
     stats = _stats(policy, reward, judge, tokenizer, held_out, samples, config)
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
@@ -305,7 +305,7 @@ def _stats(
     judge: TextJudge,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Sequence[LabelledText],
-    samples: making.Samples,
+    samples: sampling.Samples,
     config: CorpusConfig,
 ) -> dict[str, float]:
     """Figures on held-out texts, and of the reference's samples of validation prompts.

@@ -20,7 +20,8 @@ from lm_envs.model.endings import eos_tokens
 from lm_envs.reward.base import LearnedReward, Standardise, reward_name
 from lm_envs.reward.building import build_reward
 from lm_envs.reward.specs import is_spec, parse_reward
-from lm_envs.tasks import making
+from lm_envs.tasks import sampling
+from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.custom_prompts import (
     by_split,
     check_references,
@@ -29,7 +30,6 @@ from lm_envs.tasks.custom_prompts import (
     passed_over,
     read_prompts,
 )
-from lm_envs.tasks.task import TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,7 +132,7 @@ def load(**options: Any) -> TextTask:
             malformed row or an empty or too long prompt (with file and line), a reward that cannot be made, or that
             gives every sample the same score where it is to be in units of the reference.
     """
-    making.check_options("custom", CustomConfig, options)
+    sampling.check_options("custom", CustomConfig, options)
     missing = [name for name in _NEEDED if options.get(name) is None]
     if "reward_model" in missing and options.get("reward") is not None:
         missing.remove("reward_model")
@@ -158,9 +158,9 @@ def load(**options: Any) -> TextTask:
     columns = columns_of(encoded)
 
     @functools.cache
-    def samples() -> making.Samples:
-        with making.progress_bar() as bar:
-            return making.sample(
+    def samples() -> sampling.Samples:
+        with sampling.progress_bar() as bar:
+            return sampling.sample(
                 reference,
                 tokenizer,
                 prompts["train"],
@@ -170,7 +170,7 @@ def load(**options: Any) -> TextTask:
                 min_new_tokens=config.min_new_tokens,
                 temperature=config.temperature,
                 seed=config.seed,
-                progress=making.line_of(bar, "custom: samples to standardise by", config.samples),
+                progress=sampling.line_of(bar, "custom: samples to standardise by", config.samples),
                 columns=columns.get("train"),
             )
 
@@ -195,7 +195,7 @@ def load(**options: Any) -> TextTask:
     for found in (reward, judge):
         check_references(found, [prompt for prompt, _ in encoded])
     if config.normalise or (config.normalise is None and reward_spec is None):
-        reward = making.in_units_of(reward, samples())
+        reward = sampling.in_units_of(reward, samples())
     stats: dict[str, float] = {"bad_prompts": rejected.count} if rejected.count else {}
     if isinstance(reward, (LearnedReward, Standardise)):
         mean, std = reward.normalise if isinstance(reward, LearnedReward) else (reward.mean, reward.std)

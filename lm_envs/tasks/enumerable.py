@@ -25,9 +25,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lm_envs import rng
 from lm_envs.data.splits import SPLITS
-from lm_envs.prefix_tree import PrefixTree
-from lm_envs.tasks.making import check_options
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
+from lm_envs.tasks.prefix_tree import PrefixTree
+from lm_envs.tasks.sampling import check_options
 
 EOS = "<eos>"
 _NOISE = 0.5  # standard deviation of the part of a reward that its tokens do not explain, before scaling
@@ -82,7 +82,7 @@ def load(logits: ArrayLike | None = None, rewards: ArrayLike | None = None, **op
 
     Args:
         logits: ``(prompts, prefixes, tokens + 1)`` of the reference, finite, EOS last; prefixes as
-            :class:`~lm_envs.prefix_tree.PrefixTree` numbers them. None draws standard normal ones.
+            :class:`~lm_envs.tasks.prefix_tree.PrefixTree` numbers them. None draws standard normal ones.
         rewards: ``(prompts, sequences)``, finite. None draws them: for each prompt a standard normal weight per token
             (EOS included), summed over the sequence, plus noise; see :func:`draw_rewards`.
         options: fields of :class:`EnumerableConfig`.

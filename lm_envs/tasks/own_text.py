@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from lm_envs import files, training
 from lm_envs.data.dataset import jsonl, splits
 from lm_envs.model import tokens as observations
-from lm_envs.tasks import making
+from lm_envs.tasks import sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def cached(
     """
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
-    sources = [*code, __file__, jsonl, making, observations, splits, training]
+    sources = [*code, __file__, jsonl, sampling, observations, splits, training]
     parts = {
         "content": content,
         "config": asdict(config),

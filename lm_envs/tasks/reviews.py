@@ -2,7 +2,7 @@
 
 A reward model learned from noisy simulated annotators scores them; the gold reward that they follow stays known. It
 mirrors sentiment continuation on IMDB and needs no download: a grammar makes the corpus
-(:mod:`lm_envs.tasks.review_grammar`), supervised fine-tuning on it makes the reference, annotators compare pairs of
+(:mod:`lm_envs.tasks.reviews_grammar`), supervised fine-tuning on it makes the reference, annotators compare pairs of
 its samples, and a reward model is trained on their choices. All of it happens on first use and is cached.
 """
 
@@ -34,10 +34,10 @@ from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding, tokens
 from lm_envs.reward import base, learned
 from lm_envs.reward.base import LearnedReward
-from lm_envs.tasks import making, review_grammar
-from lm_envs.tasks.making import check_options, line_of, progress_bar
-from lm_envs.tasks.review_grammar import EOS, UNKNOWN, WORDS, corpus, gold_reward
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks import reviews_grammar, sampling
+from lm_envs.tasks.base import TextTask
+from lm_envs.tasks.reviews_grammar import EOS, UNKNOWN, WORDS, corpus, gold_reward
+from lm_envs.tasks.sampling import check_options, line_of, progress_bar
 
 PROMPT_LENGTH = 8
 CONTEXT = 64  # positions of both models
@@ -114,7 +114,7 @@ class ReviewsConfig:
 
 class GoldReview:
     """The gold reward as a :class:`~lm_envs.reward.base.Reward`; see
-    :func:`lm_envs.tasks.review_grammar.gold_reward`."""
+    :func:`lm_envs.tasks.reviews_grammar.gold_reward`."""
 
     __name__ = "gold"
 
@@ -191,7 +191,7 @@ def load(**options: Any) -> TextTask:
     """
     check_options("reviews", ReviewsConfig, options)
     config = ReviewsConfig(**options)
-    modules = [review_grammar, making, training, base, learned, decoding, tokens, rng, logprob_kl]
+    modules = [reviews_grammar, sampling, training, base, learned, decoding, tokens, rng, logprob_kl]
     sources = [__file__, *(str(module.__file__) for module in modules)]
     parts = {
         "config": asdict(config),
@@ -265,7 +265,7 @@ def build(config: ReviewsConfig, folder: Path) -> None:
             seed=config.seed,
             progress=line_of(bar, "reviews: training the reward model", config.rm_steps),
         )
-    reward = making.in_units_of(LearnedReward(model, tokenizer, batch_size=256), held_out.samples)
+    reward = sampling.in_units_of(LearnedReward(model, tokenizer, batch_size=256), held_out.samples)
     scores = held_out.samples.score(reward).reshape(-1, 2)
     stats = {
         "sft_loss": _mean_of_last(sft_losses, 0.1),
@@ -331,7 +331,7 @@ class Pairs:
         gold: ``(N, 2)`` float64.
     """
 
-    samples: making.Samples
+    samples: sampling.Samples
     texts: list[list[list[int]]]
     gold: NDArray[np.float64]
 
@@ -347,7 +347,7 @@ class Pairs:
     ) -> Pairs:
         """``count`` pairs from the policy, numbered from ``first``; the prompts take turns."""
         chosen = [prompts[i // 2 % len(prompts)] for i in range(2 * count)]
-        samples = making.sample(
+        samples = sampling.sample(
             policy,
             tokenizer,
             chosen,

@@ -34,10 +34,10 @@ from lm_envs.model.forwards import response_logits
 from lm_envs.model.tokens import left_pad
 from lm_envs.reward.base import WeightedSum, right_pad
 from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
-from lm_envs.tasks import making, own_text, parallel_text
+from lm_envs.tasks import own_text, sampling, translation_text
+from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.own_text import Line
-from lm_envs.tasks.parallel_text import CorpusBLEU, Pair, read_pairs
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.translation_text import CorpusBLEU, Pair, read_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     afterwards.
 
     Args:
-        path: the file, see :func:`~lm_envs.tasks.parallel_text.read_pairs`.
+        path: the file, see :func:`~lm_envs.tasks.translation_text.read_pairs`.
         options: fields of :class:`TranslationConfig`.
 
     Raises:
@@ -107,7 +107,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     """
     if path is None:
         raise ValueError("translation is made of a file of your own: give path=FILE.jsonl, rows with prompt, reference")
-    making.check_options("translation", TranslationConfig, options)
+    sampling.check_options("translation", TranslationConfig, options)
     config = TranslationConfig(**options)
     SentenceBLEU()  # says what is missing before anything is trained
     path = Path(path)
@@ -116,7 +116,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         path,
         config,
         lambda folder: build(read_pairs(path), config, folder),
-        [__file__, kv_cache_cross, decoding, encoder_decoder, parallel_text, kv_cache, forwards],
+        [__file__, kv_cache_cross, decoding, encoder_decoder, translation_text, kv_cache, forwards],
     )
     return read(folder, config, path.name)
 
@@ -157,8 +157,8 @@ def build(pairs: Sequence[Pair], config: TranslationConfig, folder: Path) -> Non
     references = {name: [pair.references for pair, _ in encoded if pair.split == name] for name in SPLITS}
     responses = _responses(encoded, tokenizer, config)
     model = initial(config, tokenizer)
-    with making.progress_bar() as bar:
-        _fit(model, responses, config, lambda total: making.line_of(bar, "translation: SFT", total))
+    with sampling.progress_bar() as bar:
+        _fit(model, responses, config, lambda total: sampling.line_of(bar, "translation: SFT", total))
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     stats = _stats(model, tokenizer, prompts["validation"], references["validation"], config)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lm_envs.tasks.task import TextTask
+from lm_envs.tasks.base import TextTask
 from tests.tiny import count_b_minus_c, task
 
 NAME = "tests.benchmarks.fake_task:load"

@@ -10,7 +10,7 @@ from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.preferences import annotated_pairs
 from lm_envs.benchmarks import evaluation
 from lm_envs.rollout import collect, rollout
-from lm_envs.tasks import making
+from lm_envs.tasks import sampling
 from lm_envs.text_env import TextEnv
 from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
@@ -68,7 +68,9 @@ def test_the_judge_and_simulated_annotators_get_them():
 def test_samples_carry_them():
     made = task()
     options = dict(eos_token_id=tiny.EOS, max_new_tokens=2, batch_size=4)
-    found = making.sample(made.reference, made.tokenizer, made.prompts["train"], 7, **options, columns=COLUMNS["train"])
+    found = sampling.sample(
+        made.reference, made.tokenizer, made.prompts["train"], 7, **options, columns=COLUMNS["train"]
+    )
     assert found.columns == {"bonus": [10.0, 20.0, 30.0, 40.0, 50.0, 10.0, 20.0]}
     assert found.score(pays_bonus).tolist() == found.columns["bonus"]
 

@@ -14,7 +14,7 @@ from lm_envs import files as cache
 from lm_envs import tasks
 from lm_envs.reward import base as rewards
 from lm_envs.reward.base import call_reward
-from lm_envs.tasks import making, reviews
+from lm_envs.tasks import reviews, sampling
 from lm_envs.tasks.reviews import GoldReview, ReviewsConfig, annotate, make_tokenizer, ranking_accuracy
 
 TINY = dict(
@@ -278,7 +278,7 @@ def test_the_figures_of_the_real_task(monkeypatch):
     assert task.stats["sft_gold"] == pytest.approx(-0.1, abs=0.08)
     assert 0.75 < task.stats["rm_accuracy"] < 0.85
     assert 0.57 < task.stats["annotator_accuracy"] < 0.63
-    samples = making.sample(
+    samples = sampling.sample(
         task.reference,
         task.tokenizer,
         task.prompts["test"],

@@ -20,8 +20,8 @@ from lm_envs.model.decoding import greedy
 from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.reward.base import call_reward
 from lm_envs.tasks import load
-from lm_envs.tasks.parallel_text import CorpusBLEU, _bleu, read_pairs
 from lm_envs.tasks.translation import TranslationConfig, initial, make_tokenizer
+from lm_envs.tasks.translation_text import CorpusBLEU, _bleu, read_pairs
 from lm_envs.vector_env import TextVectorEnv
 
 WORDS = {"one": "eins", "two": "zwei", "red": "rot", "blue": "blau", "dog": "Hund", "cat": "Katze", "sees": "sieht"}

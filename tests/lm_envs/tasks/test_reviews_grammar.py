@@ -9,8 +9,8 @@ from math import tanh
 import numpy as np
 import pytest
 
-from lm_envs.tasks import review_grammar as grammar
-from lm_envs.tasks.review_grammar import EOS, corpus, gold_reward, grammatical
+from lm_envs.tasks import reviews_grammar as grammar
+from lm_envs.tasks.reviews_grammar import EOS, corpus, gold_reward, grammatical
 
 
 @pytest.fixture(scope="module")
