@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.prefix_chains import shared_texts
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.report import text_envs
 from lm_envs.kernels.logprob_kl import scaled
-from lm_envs.kl import text_envs
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.forwards import picked_logits
 from lm_envs.model.tokens import NO_TOKEN
-from lm_envs.text_mdp import TextMDP
 
 
 class LMActorCritic(nn.Module):

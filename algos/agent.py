@@ -34,8 +34,8 @@ from lm_envs.algos.losses import explained_variance
 from lm_envs.algos.metrics import Averages, Metric, describe
 from lm_envs.algos.mixing import add_nll_gradient
 from lm_envs.algos.optimizer import make_adam
-from lm_envs.kl import set_kl_coef, text_envs
-from lm_envs.rollout import Collector, rollout
+from lm_envs.env.report import set_kl_coef, text_envs
+from lm_envs.env.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories
 
 _COUNTERS = ("iterations_done", "episodes_done", "tokens_done", "steps_done", "reward_calls")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.text_mdp import TextMDP
+from lm_envs.env.mdp import TextMDP
 
 
 class BestOfN:

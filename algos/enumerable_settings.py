@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.policy import Face
+from lm_envs.env.mdp import TextMDP
 from lm_envs.tasks.enumerable import EnumerableConfig
-from lm_envs.text_mdp import TextMDP
 
 EPISODES = 100_000
 """The budget that the settings were tuned for."""

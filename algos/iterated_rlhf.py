@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.reward_makers import accuracy, as_read, compare, in_units_of, make_reward_model
-from lm_envs.kl import text_envs
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.report import text_envs
 from lm_envs.reward.base import LearnedReward, right_pad
 from lm_envs.tasks.reviews import annotate
-from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 
 _NAME = "iterated_reward_model"

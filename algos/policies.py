@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from lm_envs.algos.policy import Evaluation, Face, Policy
 from lm_envs.algos.recomputing import checkpointing, recomputable
 from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
+from lm_envs.env.mdp import TextMDP
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.model.compiled import FixedRows, check_compilable
 from lm_envs.model.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.model.fast_layers import fuse
 from lm_envs.model.forwards import response_logits
 from lm_envs.model.tokens import EosIds, eos_ids
-from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 
 NO_TRUNCATION = (

@@ -11,7 +11,7 @@ from torch import Tensor
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.losses import KLEstimator, kl_estimate
-from lm_envs.kl import text_envs
+from lm_envs.env.report import text_envs
 from lm_envs.trajectories import Trajectories
 
 

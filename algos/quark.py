@@ -17,7 +17,7 @@ from lm_envs.algos.losses import kl_estimate, masked_mean, nll
 from lm_envs.algos.metrics import Metric
 from lm_envs.algos.policy_gradient import reference_policy
 from lm_envs.algos.reward_tokens import prepend, without_tokens
-from lm_envs.kl import text_envs
+from lm_envs.env.report import text_envs
 from lm_envs.trajectories import Trajectories
 
 _DRAW = 2**31  # keeps the draw from the pool apart from the order of minibatches

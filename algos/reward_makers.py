@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lm_envs import rng, training
+from lm_envs.env.mdp import TextMDP
 from lm_envs.model.tokens import left_pad
 from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import ranking_accuracy
-from lm_envs.text_mdp import TextMDP
 
 _ROWS = 512  # texts per forward
 Pairs = Sequence[Sequence[Sequence[int]]]

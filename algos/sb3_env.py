@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lm_envs.kl import report, text_envs
+from lm_envs.env.report import report, text_envs
 
 
 @dataclass(frozen=True)

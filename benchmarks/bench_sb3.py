@@ -22,7 +22,7 @@ from lm_envs.benchmarks.bench_kernels import RESULTS, machine
 from lm_envs.benchmarks.bench_throughput import Load, timed
 from lm_envs.benchmarks.storage import write_lines
 from lm_envs.benchmarks.throughput_work import SHAPES, Size, Work
-from lm_envs.vector_env import TextVectorEnv
+from lm_envs.env.vector import TextVectorEnv
 
 OURS = "our ppo"
 

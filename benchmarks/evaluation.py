@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from lm_envs.algos.best_of_n import BestOfN, kl_bound
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.rollout import RespondingPolicy, rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.reward.base import call_reward, leaves
 from lm_envs.reward.metrics import TextMetric
-from lm_envs.rollout import RespondingPolicy, rollout
 from lm_envs.tasks.base import TextTask
-from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
-from lm_envs.vector_env import TextVectorEnv
 
 # Far from the seeds people train with, and from each other: the SFT side of a comparison is an independent sample, so
 # SFT compared with itself is near one half, and not exactly there by sharing its random numbers.
@@ -46,7 +46,7 @@ def evaluation_env(task: TextTask, split: str, **options: Any) -> TextVectorEnv:
     """An environment for going through a split once, a prompt per episode.
 
     Args:
-        options: of :class:`~lm_envs.text_mdp.TextMDP`, such as ``temperature``.
+        options: of :class:`~lm_envs.env.mdp.TextMDP`, such as ``temperature``.
     """
     env = TextVectorEnv(task, split=split, **options)
     env.mdp = EachPrompt(task, split=split, **options)

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.env.mdp import TextMDP
 from lm_envs.model.decoding import greedy
-from lm_envs.text_mdp import TextMDP
 
 COLUMNS = ("corpus_greedy", "corpus_gain", "corpus_gain_se")
 

@@ -36,12 +36,12 @@ from lm_envs.benchmarks.names import load_task
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.plots import STYLE, as_png
 from lm_envs.benchmarks.storage import write_json
+from lm_envs.env.rollout import rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.reward.base import LearnedReward, call_reward
-from lm_envs.rollout import rollout
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories
-from lm_envs.vector_env import TextVectorEnv
 
 _COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 _SAMPLES_SEED = 1 << 42  # of best-of-n's samples; training draws others

@@ -22,9 +22,9 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.names import base_task, best_of, is_control, load_task
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.suites import RunSpec
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact import Exact
 from lm_envs.trajectories import Trajectories
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 
 
 def open_problem(spec: RunSpec) -> TextProblem | ControlProblem:
@@ -246,7 +246,7 @@ class ControlProblem:
         }
 
     def _returns(self, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        from lm_envs.rollout import collect
+        from lm_envs.env.rollout import collect
 
         with torch.no_grad():
             traj = collect(self._test_env, self.policy, episodes=episodes, seed=seed)

@@ -25,12 +25,12 @@ from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.rloo import RLOO, RLOOConfig
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.compiled import FixedRows
 from lm_envs.model.kv_cache import RowCache
 from lm_envs.reward.base import LearnedReward
-from lm_envs.rollout import collect, rollout
 from lm_envs.tasks.base import TextTask
-from lm_envs.vector_env import TextVectorEnv
 
 EOS = 0
 GROUP = 4  # episodes per prompt where an algorithm compares them

@@ -92,7 +92,7 @@ def main(args: Args) -> dict[str, float]:
     """Train; the figures of the last update, and on text those of the test prompts."""
     torch.manual_seed(args.seed)
     envs = RecordEpisodeStatistics(gymnasium.make_vec(args.env_id, num_envs=args.num_envs))
-    text = bool(lm_envs.kl.text_envs(envs))
+    text = bool(lm_envs.env.report.text_envs(envs))
     network = LMActorCritic.for_env(envs) if text else MLPActorCritic(envs)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=1e-5)
     # In this mode the step after an episode's end only brings the next one's first observation.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 if TYPE_CHECKING:
-    from lm_envs.kl import report, set_kl_coef
+    from lm_envs.env.report import report, set_kl_coef
 
 __all__ = ["report", "set_kl_coef"]
 __version__ = "0.1.0"
@@ -28,21 +28,21 @@ _TEXT_ENVS = {"Reviews": "reviews", "Enumerable": "enumerable"}
 for _name, _task in _TEXT_ENVS.items():
     gymnasium.register(
         id=f"lm_envs/{_name}-v0",
-        entry_point="lm_envs.text_env:TextEnv",
-        vector_entry_point="lm_envs.vector_env:TextVectorEnv",
+        entry_point="lm_envs.env.single:TextEnv",
+        vector_entry_point="lm_envs.env.vector:TextVectorEnv",
         kwargs={"task": _task},
     )
     gymnasium.register(
         id=f"lm_envs/{_name}Bandit-v0",
-        entry_point="lm_envs.text_env:TextBanditEnv",
-        vector_entry_point="lm_envs.vector_env:TextBanditVectorEnv",
+        entry_point="lm_envs.env.single:TextBanditEnv",
+        vector_entry_point="lm_envs.env.vector:TextBanditVectorEnv",
         kwargs={"task": _task},
     )
-gymnasium.register(id="lm_envs/Cat-v0", entry_point="lm_envs.tasks.cat:CatEnv", max_episode_steps=100)
+gymnasium.register(id="lm_envs/Cat-v0", entry_point="lm_envs.env.cat:CatEnv", max_episode_steps=100)
 
 
 def __getattr__(name: str) -> Any:
     # report and set_kl_coef need numpy only, but their module pulls the environments' checks: load it when asked.
     if name in __all__:
-        return getattr(import_module("lm_envs.kl"), name)
+        return getattr(import_module("lm_envs.env.report"), name)
     raise AttributeError(f"module 'lm_envs' has no attribute {name!r}")

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lm_envs.env.mdp import TextMDP
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.forwards import response_logits
 from lm_envs.model.tokens import left_pad
 from lm_envs.tasks.prefix_tree import PrefixTree
-from lm_envs.text_mdp import TextMDP
 from lm_envs.trajectories import Trajectories
 
 AnyPolicy = Any

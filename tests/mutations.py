@@ -35,7 +35,7 @@ class Mutation:
     tests: str
 
 
-ROLLOUT, TEXT_ENV = "tests/lm_envs/test_rollout.py", "tests/lm_envs/test_text_env.py"
+ROLLOUT, TEXT_ENV = "tests/lm_envs/env/test_rollout.py", "tests/lm_envs/env/test_text_env.py"
 LOSSES, ADVANTAGES = "tests/algos/test_losses.py", "tests/algos/test_advantages.py"
 AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py"
 GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
@@ -51,28 +51,28 @@ MUTATIONS = [
     # Rewards and masks
     Mutation(
         "the KL penalty is clamped at 0, step path",
-        "lm_envs/vector_env.py",
+        "lm_envs/env/vector.py",
         "rewards[rows] += self.kl_coef * (reference - np.nan_to_num(reported[rows], nan=0.0))",
         "rewards[rows] += self.kl_coef * np.minimum(reference - np.nan_to_num(reported[rows], nan=0.0), 0)",
         TEXT_ENV,
     ),
     Mutation(
         "the KL penalty is clamped at 0, bulk path",
-        "lm_envs/rollout.py",
+        "lm_envs/env/rollout.py",
         "reward = score + kl_coef * (ref_logprob - logprob)",
         "reward = score + kl_coef * (ref_logprob - logprob).clamp(max=0)",
         ROLLOUT,
     ),
     Mutation(
         "the KL penalty has the other sign",
-        "lm_envs/rollout.py",
+        "lm_envs/env/rollout.py",
         "reward = score + kl_coef * (ref_logprob - logprob)",
         "reward = score + kl_coef * (logprob - ref_logprob)",
         ROLLOUT,
     ),
     Mutation(
         "the score lands one action early",
-        "lm_envs/text_mdp.py",
+        "lm_envs/env/mdp.py",
         "per_token[rows, lengths - 1] = raw",
         "per_token[rows, np.maximum(lengths - 2, 0)] = raw",
         f"{TEXT_ENV} {ROLLOUT}",
@@ -86,21 +86,21 @@ MUTATIONS = [
     ),
     Mutation(
         "a missing EOS pays instead of costing",
-        "lm_envs/text_mdp.py",
+        "lm_envs/env/mdp.py",
         "per_token[rows[cut], lengths[cut] - 1] -= amount",
         "per_token[rows[cut], lengths[cut] - 1] += amount",
         TEXT_ENV,
     ),
     Mutation(
         "replacing the score of a missing EOS adds to it",
-        "lm_envs/text_mdp.py",
+        "lm_envs/env/mdp.py",
         "per_token[cut] = 0.0\n                per_token[rows[cut], lengths[cut] - 1] = amount",
         "per_token[rows[cut], lengths[cut] - 1] += amount",
         TEXT_ENV,
     ),
     Mutation(
         "the response loses its EOS before it is scored",
-        "lm_envs/vector_env.py",
+        "lm_envs/env/vector.py",
         "behind = np.cumsum(ends, axis=1) - ends > 0",
         "behind = np.cumsum(ends, axis=1) > 0",
         f"{TEXT_ENV} {ROLLOUT}",

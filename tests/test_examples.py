@@ -9,7 +9,7 @@ import torch
 
 from lm_envs.algos.mlp_policy import MLPPolicy
 from lm_envs.algos.registry import ALGORITHMS
-from lm_envs.rollout import collect
+from lm_envs.env.rollout import collect
 from tests.algos import batches
 
 FILE = Path(__file__).resolve().parent.parent / "examples" / "awr.py"

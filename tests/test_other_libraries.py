@@ -20,7 +20,7 @@ from torch.distributions import Categorical
 
 import lm_envs
 from lm_envs.algos.actor_critic import LMActorCritic
-from lm_envs.vector_env import TextVectorEnv
+from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
 from tests.house import CHECKOUT
 
@@ -49,8 +49,8 @@ def tiny_ids():
     for name, task in made.items():
         gymnasium.register(
             name,
-            entry_point="lm_envs.text_env:TextEnv",
-            vector_entry_point="lm_envs.vector_env:TextVectorEnv",
+            entry_point="lm_envs.env.single:TextEnv",
+            vector_entry_point="lm_envs.env.vector:TextVectorEnv",
             kwargs={"task": task},
         )
     yield
@@ -98,7 +98,7 @@ def test_an_example_charges_the_exact_penalty(name, tiny_ids, rewards, monkeypat
         run(name, "lm_envs/TinyPenalty-v0", 1, learning_rate=0.0)
     assert np.mean(rewards) < -1
     rewards.clear()
-    monkeypatch.setattr(lm_envs, "report", lambda env, logprobs: lm_envs.kl.report(env, np.roll(logprobs, 1)))
+    monkeypatch.setattr(lm_envs, "report", lambda env, logprobs: lm_envs.env.report.report(env, np.roll(logprobs, 1)))
     run(name, "lm_envs/TinyPenalty-v0", 1, learning_rate=0.0)
     assert np.abs(rewards).max() > 0.1
 

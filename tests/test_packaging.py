@@ -132,7 +132,7 @@ def test_pip_install(built, tmp_path, how):
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     pip = ("-m", "pip", "--python", str(own), "install", "-q", "--no-deps", "--no-build-isolation")
     python(*pip, *how, cwd=tree)
-    code = "import lm_envs.algos.ppo, lm_envs.kernels.logprob_kl as k, lm_envs.tasks.cat; print(k.__file__)"
+    code = "import lm_envs.algos.ppo, lm_envs.kernels.logprob_kl as k, lm_envs.env.cat; print(k.__file__)"
     where = subprocess.run([own, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
     at = tree / "kernels" if "--editable" in how else packages / "lm_envs" / "kernels"
     assert Path(where) == at / "logprob_kl.py"

@@ -100,7 +100,7 @@ def response_logprob(
     """Log-probability of every response token under a frozen model, ``(B, T)``, 0 beyond the end.
 
     ``top_k`` restricts the model to its own likeliest tokens, as
-    :attr:`~lm_envs.text_mdp.TextMDP.reference_top_k` does: others have -inf.
+    :attr:`~lm_envs.env.mdp.TextMDP.reference_top_k` does: others have -inf.
     Rows of like length are scored together, ``batch_size`` at a time; None takes as many as keep the logits small.
     """
     lengths = (response >= 0).sum(dim=1)

@@ -9,7 +9,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv
-from lm_envs.vector_env import TextVectorEnv
+from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
 
 WHOLE = dict(n_steps=12, batch_size=96, gamma=1.0, gae_lambda=0.95, device="cpu")  # of 8 rows

@@ -11,9 +11,9 @@ import lm_envs
 from lm_envs.algos.actor_critic import LMActorCritic
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.prefix_chains import shared_texts
-from lm_envs.rollout import rollout
-from lm_envs.text_env import TextEnv
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+from lm_envs.env.rollout import rollout
+from lm_envs.env.single import TextEnv
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 
 ROWS = 4

@@ -24,9 +24,9 @@ from lm_envs.algos.adaptation import Adaptation, adapted, decoder_layers, frozen
 from lm_envs.algos.agent import learn
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
+from lm_envs.env.rollout import rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.adapters import with_adapters
-from lm_envs.rollout import rollout
-from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.algos import batches
 
@@ -292,7 +292,7 @@ def test_a_checkpoint_on_another_base_is_refused():
 @pytest.mark.parametrize("adaptation", ADAPTATIONS.values(), ids=ADAPTATIONS)
 def test_both_paths_sample_the_same(adaptation):
     """Cached decoding, generation and teacher forcing all see the adapters."""
-    from lm_envs.rollout import collect
+    from lm_envs.env.rollout import collect
 
     _, env, policy = setting("llama", adaptation)
     with torch.no_grad():

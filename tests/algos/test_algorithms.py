@@ -11,7 +11,7 @@ from lm_envs.algos.batching import Before
 from lm_envs.algos.expert_iteration import best_of_groups
 from lm_envs.algos.preferences import by_group, preferences
 from lm_envs.algos.sft import demonstrations
-from lm_envs.rollout import rollout
+from lm_envs.env.rollout import rollout
 from tests import tiny
 from tests.algos import batches
 

@@ -6,8 +6,8 @@ import torch
 from lm_envs.algos.control_settings import ROWS, control_settings
 from lm_envs.algos.mlp_policy import MLPPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.rollout import collect
-from lm_envs.tasks.cat import CatEnv, expected_return, value_iteration
+from lm_envs.env.cat import CatEnv, expected_return, value_iteration
+from lm_envs.env.rollout import collect
 from lm_envs.trajectories import Trajectories
 from tests.algos import batches
 

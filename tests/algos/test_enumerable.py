@@ -12,9 +12,9 @@ from lm_envs.algos.enumerable_settings import (
 )
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.tabular import TabularPolicy
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact import Exact
 from lm_envs.tasks.enumerable import load
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 
 
 def regret_after(name, seed, episodes=EPISODES, *, transformer=False, env_class=TextVectorEnv, **overrides):

@@ -12,10 +12,10 @@ from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.losses import k1, k2, k3, sequence_mean
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.tabular import TabularPolicy
+from lm_envs.env.mdp import TextMDP
 from lm_envs.exact import Exact, cosine, relative_bias
 from lm_envs.stationary import no_penalty, reverse_state_kl, state_kl, unreported
 from lm_envs.tasks.enumerable import load
-from lm_envs.text_mdp import TextMDP
 
 BASE = {"episodes": 8, "group_size": 1, "kl_coef": 0.3}
 

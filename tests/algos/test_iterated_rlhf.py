@@ -5,8 +5,8 @@ import torch
 
 from lm_envs.algos.agent import learn
 from lm_envs.algos.reward_makers import accuracy, compare
+from lm_envs.env.rollout import rollout
 from lm_envs.reward.base import LearnedReward
-from lm_envs.rollout import rollout
 from tests import tiny
 from tests.algos import batches
 

@@ -15,9 +15,9 @@ from lm_envs.algos.optimizer import MASTER, MasterAdam, make_adam
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.registry import make_agent
-from lm_envs.kl import report
-from lm_envs.rollout import rollout
-from lm_envs.vector_env import TextVectorEnv
+from lm_envs.env.report import report
+from lm_envs.env.rollout import rollout
+from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
 from tests.algos import batches
 from tests.families import build

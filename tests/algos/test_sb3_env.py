@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import lm_envs
 from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv
-from lm_envs.text_env import TextBanditEnv, TextEnv
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+from lm_envs.env.single import TextBanditEnv, TextEnv
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 from tests.algos.sb3_pieces import env
 

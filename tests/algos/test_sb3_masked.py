@@ -12,9 +12,9 @@ import lm_envs
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.sb3 import TextVecEnv
 from lm_envs.algos.sb3_masked import MaskableCausalLMActorCriticPolicy
-from lm_envs.rollout import rollout
-from lm_envs.text_env import TextEnv
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+from lm_envs.env.rollout import rollout
+from lm_envs.env.single import TextEnv
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 from tests.algos.sb3_pieces import WHOLE, Recorder, env, mean_return, policy
 

@@ -9,9 +9,9 @@ import torch
 from lm_envs.algos.batching import Before, cost_of_a_forward, micro_batches, select
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.rollout import rollout
+from lm_envs.env.rollout import rollout
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.trajectories import Trajectories
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 from tests.algos import batches
 

@@ -8,11 +8,11 @@ from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.reward_tokens import prepend
 from lm_envs.algos.tabular import TabularPolicy
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact import Exact
-from lm_envs.rollout import collect, rollout
 from lm_envs.tasks.enumerable import load
-from lm_envs.text_mdp import TextMDP
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 
 FACES = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}

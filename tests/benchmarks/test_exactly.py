@@ -15,9 +15,9 @@ from lm_envs.benchmarks.plots import frontier
 from lm_envs.benchmarks.problems import TextProblem
 from lm_envs.benchmarks.results import collect_results, table
 from lm_envs.benchmarks.suites import Plan, RunSpec, load_suite
+from lm_envs.env.mdp import TextMDP
 from lm_envs.exact import Exact
 from lm_envs.tasks.enumerable import load
-from lm_envs.text_mdp import TextMDP
 from tests import tiny
 
 SMALL = {"tokens": 2, "horizon": 3, "prompts": 2}

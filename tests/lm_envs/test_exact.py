@@ -8,11 +8,11 @@ import torch
 
 from lm_envs.algos.best_of_n import BestOfN, kl_bound
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.exact import Exact, cosine, relative_bias
-from lm_envs.rollout import collect, rollout
 from lm_envs.tasks.enumerable import load
-from lm_envs.text_mdp import TextMDP
-from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 
 OPTIONS = dict(temperature=1.4, min_new_tokens=1, missing_eos=("subtract", 0.8))

@@ -10,13 +10,13 @@ import torch
 from lm_envs.algos.adaptation import Adaptation, adapted
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model import compiled
 from lm_envs.model.compiled import FixedRows, check_compilable, rounded
 from lm_envs.model.decoding import generate
 from lm_envs.model.kv_cache import RECOMPUTE, RowCache
 from lm_envs.model.tokens import left_pad
-from lm_envs.rollout import collect, rollout
-from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.families import FAMILIES, SINGLE, WIDER, build
 from tests.lm_envs.model.test_encoder_decoder import build as encoder_decoder

@@ -10,14 +10,14 @@ from lm_envs.algos.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.reinforce import REINFORCE, ReinforceConfig
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.single import TextBanditEnv
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.decoding import Decoder, generate
 from lm_envs.model.encoder_decoder import decoder_prefix, encoder_inputs
 from lm_envs.model.forwards import response_logits, response_logprob
 from lm_envs.model.kv_cache_cross import CrossRowCache, rows_of
 from lm_envs.model.tokens import left_pad
-from lm_envs.rollout import collect, rollout
-from lm_envs.text_env import TextBanditEnv
-from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.tiny import EOS
 

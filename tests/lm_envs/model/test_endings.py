@@ -9,12 +9,12 @@ import torch
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.data.tokenizing import prompt_ids
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv, cut_after_eos
 from lm_envs.exact import Exact
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.endings import end_of_turn, eos_tokens
-from lm_envs.rollout import collect, rollout
 from lm_envs.tasks import load
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv, cut_after_eos
 from tests import tiny
 from tests.lm_envs import byo
 

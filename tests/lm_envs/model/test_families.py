@@ -12,12 +12,12 @@ import torch
 
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.decoding import Decoder, generate
 from lm_envs.model.forwards import response_logits, response_logprob
 from lm_envs.model.kv_cache import GrowingLayer, can_cache
 from lm_envs.model.tokens import left_pad
-from lm_envs.rollout import collect, rollout
-from lm_envs.vector_env import TextVectorEnv
 from tests import tiny
 from tests.families import FAMILIES, WIDER, build, close, tolerance
 from tests.house import CHECKOUT

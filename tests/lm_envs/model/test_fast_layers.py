@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model import fast_layers
-from lm_envs.rollout import collect, rollout
-from lm_envs.vector_env import TextVectorEnv
 from tests.tiny import gpt2, task
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")

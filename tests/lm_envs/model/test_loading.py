@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from lm_envs.algos.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.registry import make_agent
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.adapters import adapter_parameters, has_adapters
 from lm_envs.model.loading import Placement, load_policy, load_reward_model, load_tokenizer
 from lm_envs.tasks import load
-from lm_envs.vector_env import TextVectorEnv
 from tests.families import BASE, GROUPED, random_model
 from tests.lm_envs import byo
 from tests.lm_envs.model.test_checking import CHUNKED, RECURRENT

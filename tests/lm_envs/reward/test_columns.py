@@ -9,10 +9,10 @@ import torch
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.preferences import annotated_pairs
 from lm_envs.benchmarks import evaluation
-from lm_envs.rollout import collect, rollout
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.single import TextEnv
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.tasks import sampling
-from lm_envs.text_env import TextEnv
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 
 COLUMNS = {"train": {"bonus": [10.0, 20.0, 30.0, 40.0, 50.0]}, "test": {"bonus": [60.0, 70.0]}}

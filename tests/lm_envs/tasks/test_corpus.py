@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.env.rollout import rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.reward.base import raw_scores, right_pad
-from lm_envs.rollout import rollout
 from lm_envs.tasks import corpus, load, own_text
 from lm_envs.tasks.corpus_judge import TextJudge
 from lm_envs.tasks.corpus_text import openings, read_labelled, training_half
-from lm_envs.vector_env import TextVectorEnv
 
 GOOD, BAD = ("wonderful", "moving", "funny", "warm"), ("dull", "tired", "awful", "empty")
 NOUNS, PLACES = ("film", "story", "cast", "script"), ("boston", "paris", "rome", "delhi", "lima")

@@ -20,11 +20,11 @@ from transformers import (
 
 from lm_envs.algos.policies import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.loading import load_policy, load_reward_model, load_tokenizer
-from lm_envs.rollout import collect, rollout
 from lm_envs.tasks import load
 from lm_envs.tasks.custom_prompts import read_prompts
-from lm_envs.vector_env import TextVectorEnv
 from tests.lm_envs import byo
 
 QUICK = {"max_new_tokens": 6, "samples": 8}

@@ -8,11 +8,11 @@ import shutil
 import pytest
 
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.env.rollout import rollout
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.reward.base import Standardise
 from lm_envs.reward.learned import LearnedReward
-from lm_envs.rollout import rollout
 from lm_envs.tasks import load
-from lm_envs.vector_env import TextVectorEnv
 from tests.lm_envs import byo
 
 pytest.importorskip("sacrebleu", reason="sacreBLEU is not installed: pip install 'lm-envs[metrics]'")

@@ -10,14 +10,14 @@ import torch
 import lm_envs
 from lm_envs import tasks
 from lm_envs.algos.policies import LMPolicy
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.rollout import collect, rollout
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.model.forwards import response_logprob
 from lm_envs.model.kv_cache import can_cache
 from lm_envs.model.tokens import model_inputs
-from lm_envs.rollout import collect, rollout
 from lm_envs.tasks.enumerable import EnumerableConfig, TableLM, TableLMConfig, encode_prompt, load
 from lm_envs.tasks.prefix_tree import PrefixTree
-from lm_envs.text_mdp import TextMDP
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 
 SMALL = dict(tokens=2, horizon=3, prompts=3)
 

@@ -9,9 +9,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import ArrayLike, NDArray
 
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.tasks.base import TextTask
-from lm_envs.text_mdp import TextMDP
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
 
 
 class _SingleRow(gymnasium.Env):
@@ -35,7 +35,7 @@ class _SingleRow(gymnasium.Env):
 
     @property
     def mdp(self) -> TextMDP:
-        """The :class:`~lm_envs.text_mdp.TextMDP` that is played."""
+        """The :class:`~lm_envs.env.mdp.TextMDP` that is played."""
         return self._vector.mdp
 
     @property
@@ -72,7 +72,7 @@ class _SingleRow(gymnasium.Env):
         return obs[0], _first(infos)
 
     def step(self, action: Any) -> tuple[NDArray[np.int64], float, bool, bool, dict[str, Any]]:
-        """Take one action; see :class:`~lm_envs.vector_env.TextVectorEnv`."""
+        """Take one action; see :class:`~lm_envs.env.vector.TextVectorEnv`."""
         obs, reward, terminated, truncated, infos = self._vector.step(np.asarray(action, dtype=np.int64)[None])
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(infos)
 
@@ -96,12 +96,12 @@ def _row0(value: Any) -> Any:
 
 
 class TextEnv(_SingleRow):
-    """A token per step; see :class:`~lm_envs.vector_env.TextVectorEnv` for the spaces, the reward and the options."""
+    """A token per step; see :class:`~lm_envs.env.vector.TextVectorEnv` for the spaces, the reward and the options."""
 
     _vector_class = TextVectorEnv
 
 
 class TextBanditEnv(_SingleRow):
-    """A response per step; see :class:`~lm_envs.vector_env.TextBanditVectorEnv`."""
+    """A response per step; see :class:`~lm_envs.env.vector.TextBanditVectorEnv`."""
 
     _vector_class = TextBanditVectorEnv

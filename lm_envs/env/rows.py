@@ -11,10 +11,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from lm_envs.env.mdp import TextMDP, check_kl_coef
+from lm_envs.env.rendering import render_text
 from lm_envs.model.tokens import NO_TOKEN
-from lm_envs.rendering import render_text
 from lm_envs.tasks.base import TextTask
-from lm_envs.text_mdp import TextMDP, check_kl_coef
 
 _UNREPORTED = (
     "kl_coef > 0, but the agent did not report its log-probabilities: only the reference's half of the KL penalty, "

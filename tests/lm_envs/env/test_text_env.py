@@ -9,8 +9,8 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import lm_envs
-from lm_envs.text_env import TextBanditEnv, TextEnv
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+from lm_envs.env.single import TextBanditEnv, TextEnv
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 
 

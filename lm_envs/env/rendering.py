@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from lm_envs.text_mdp import TextMDP
+    from lm_envs.env.mdp import TextMDP
 
 _FULL_SCALE = 3.0  # nats: a token this much likelier (or less likely) than under the reference has the strongest colour
 _LIKELIER = (224, 218, 212, 206)  # 256-colour palette, pale to strong: the policy says it more than the reference

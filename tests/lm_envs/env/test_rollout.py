@@ -8,9 +8,9 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from lm_envs.algos.policies import LMPolicy
-from lm_envs.rollout import Collector, collect, rollout
-from lm_envs.text_env import TextBanditEnv, TextEnv
-from lm_envs.vector_env import TextBanditVectorEnv, TextVectorEnv
+from lm_envs.env.rollout import Collector, collect, rollout
+from lm_envs.env.single import TextBanditEnv, TextEnv
+from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
 
 OPTIONS = dict(kl_coef=0.3, temperature=1.3, min_new_tokens=1, missing_eos=("subtract", 0.7), group_size=2)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import rng
-from lm_envs.kl import report, text_envs
+from lm_envs.env.report import report, text_envs
 from lm_envs.trajectories import Trajectories
 
 AHEAD = 32  # uniform numbers drawn at a time

@@ -8,11 +8,11 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from lm_envs.env.rows import TextRows
 from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import NO_TOKEN, EosIds, is_eos
 from lm_envs.tasks.base import TextTask
-from lm_envs.text_rows import TextRows
 
 
 class TextVectorEnv(TextRows):
@@ -26,7 +26,7 @@ class TextVectorEnv(TextRows):
         num_envs: rows.
         autoreset_mode: "SameStep" (default), "NextStep" or "Disabled", as Gymnasium defines them.
         render_mode: None or "ansi".
-        options: of :class:`~lm_envs.text_mdp.TextMDP`: ``split``, ``kl_coef``, ``temperature``, ``max_new_tokens``,
+        options: of :class:`~lm_envs.env.mdp.TextMDP`: ``split``, ``kl_coef``, ``temperature``, ``max_new_tokens``,
             ``min_new_tokens``, ``missing_eos``, ``group_size``, ``reference_top_k``.
     """
 

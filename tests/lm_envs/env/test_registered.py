@@ -11,7 +11,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import lm_envs
-from lm_envs.text_env import TextEnv
+from lm_envs.env.single import TextEnv
 
 IDS = sorted(name for name in gymnasium.registry if name.startswith("lm_envs/"))
 TEXT = [name for name in IDS if "Cat" not in name]

@@ -8,7 +8,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import lm_envs  # noqa: F401  (registers the ids)
-from lm_envs.tasks.cat import CatEnv, check_map, dynamics, expected_return, value_iteration
+from lm_envs.env.cat import CatEnv, check_map, dynamics, expected_return, value_iteration
 
 UP, RIGHT, DOWN, LEFT = range(4)
 ROOM = ["S.B", ".TM"]  # cells 0 1 2 / 3 4 5
