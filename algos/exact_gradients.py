@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import Before, units
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 from lm_envs.trajectories import Trajectories
 
 MAX_BATCHES = 20_000
@@ -29,8 +29,8 @@ def expected_gradient(
     The batches are all tuples of ``batch`` episodes, each with its probability under the agent's policy; every one
     goes through the agent's own ``prepare`` and ``loss``. A loss that is a mean over tokens counts by its tokens per
     episode: a mean over a fixed number of them, as over a large batch, and not over those of this batch. So an
-    unbiased algorithm gives the exact policy gradient, :meth:`lm_envs.exact.Exact.gradient`, for the policy's own
-    parameters (a critic's loss adds its own gradient for the critic's).
+    unbiased algorithm gives the exact policy gradient, :meth:`lm_envs.exact.solver.Exact.gradient`, for the policy's
+    own parameters (a critic's loss adds its own gradient for the critic's).
 
     Args:
         agent: its policy on the MDP face; its state (such as a running mean) is the same for every batch.

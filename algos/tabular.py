@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lm_envs.algos.policy import Evaluation, Face, Policy
 from lm_envs.algos.reward_tokens import without_tokens
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.model.decoding import sample
 from lm_envs.trajectories import Trajectories
@@ -82,7 +82,7 @@ class TabularPolicy(Policy):
         return torch.cat([plain, added.flatten(0, 1)])
 
     def log_probs(self) -> Tensor:
-        """``(X, S, V)``, the table that :class:`~lm_envs.exact.Exact` reads; differentiable."""
+        """``(X, S, V)``, the table that :class:`~lm_envs.exact.solver.Exact` reads; differentiable."""
         block = 0 if self.condition is None else int(self.condition) + 1
         table = self._masked().unflatten(0, (-1, len(self.logits)))[block]
         return table.log_softmax(dim=1).unflatten(0, (len(self.prompts), -1))

@@ -12,7 +12,7 @@ from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.exact_gradients import sampled_cosine
 from lm_envs.algos.tabular import TabularPolicy
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.enumerable import TableLM
 
@@ -34,7 +34,7 @@ def measure(exact: Exact, policy: Any) -> dict[str, Any]:
 
     Returns:
         ``win_rate`` against the reference, ``gold``, ``proxy``, ``kl`` and ``length``, and ``regret`` and
-        ``frontier_gap`` of :class:`~lm_envs.exact.Exact`.
+        ``frontier_gap`` of :class:`~lm_envs.exact.solver.Exact`.
     """
     if isinstance(policy, BestOfN):
         log_p = exact.best_of_n(policy.policy.model, policy.n)

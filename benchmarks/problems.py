@@ -23,7 +23,7 @@ from lm_envs.benchmarks.names import base_task, best_of, is_control, load_task
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.suites import RunSpec
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 from lm_envs.trajectories import Trajectories
 
 

@@ -2,8 +2,8 @@
 
 Five tokens and EOS, a horizon of five, four prompts: 781 prefixes and 3,906 sequences per prompt. The reference is a
 table of logits per prompt and prefix, the reward a table per prompt and sequence; both are given, or drawn from the
-seed. :class:`lm_envs.exact.Exact` solves it. It is a text environment like any other: its reference is a transformers
-model in float64, its prompts and responses are texts.
+seed. :class:`lm_envs.exact.solver.Exact` solves it. It is a text environment like any other: its reference is a
+transformers model in float64, its prompts and responses are texts.
 """
 
 from __future__ import annotations

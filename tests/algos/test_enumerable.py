@@ -13,7 +13,7 @@ from lm_envs.algos.enumerable_settings import (
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 from lm_envs.tasks.enumerable import load
 
 

@@ -11,7 +11,7 @@ from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 from lm_envs.tasks.enumerable import load
 from tests import tiny
 

@@ -16,7 +16,7 @@ from lm_envs.benchmarks.problems import TextProblem
 from lm_envs.benchmarks.results import collect_results, table
 from lm_envs.benchmarks.suites import Plan, RunSpec, load_suite
 from lm_envs.env.mdp import TextMDP
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 from lm_envs.tasks.enumerable import load
 from tests import tiny
 

@@ -11,7 +11,7 @@ from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.data.tokenizing import prompt_ids
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv, cut_after_eos
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.endings import end_of_turn, eos_tokens
 from lm_envs.tasks import load

@@ -15,7 +15,7 @@ half (not reported)                     the response with the most ``r + beta lo
 half, and an entropy bonus c            ``pi ∝ e^{(Q + beta log ref)/c}``, Q the score and later ``beta log ref``
 =====================================  =============================================================
 
-Compare :meth:`lm_envs.exact.Exact.optimal_policy`, where Q also holds the KL that follows. All return tables
+Compare :meth:`lm_envs.exact.solver.Exact.optimal_policy`, where Q also holds the KL that follows. All return tables
 ``(X, S, V)`` of log-probabilities.
 """
 
@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lm_envs.exact import Exact
+from lm_envs.exact.solver import Exact
 
 _STEPS = 200  # of the bisection for lambda
 
