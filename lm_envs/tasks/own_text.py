@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lm_envs import files, training
-from lm_envs.data.dataset import jsonl, splits
+from lm_envs.data import jsonl, splits
 from lm_envs.model import tokens as observations
 from lm_envs.tasks import sampling
 
