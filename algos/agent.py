@@ -29,10 +29,10 @@ from lm_envs.algos.batching import (
 )
 from lm_envs.algos.checkpoints import take_back, tensors_of
 from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, controller
-from lm_envs.algos.losses import explained_variance
 from lm_envs.algos.metrics import Averages, Metric, describe
 from lm_envs.algos.mixing import add_nll_gradient
+from lm_envs.algos.ops.kl_control import AdaptiveKL, FixedKL, controller
+from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.optimizer import make_adam
 from lm_envs.env.report import set_kl_coef, text_envs
 from lm_envs.env.rollout import Collector, rollout

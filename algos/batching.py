@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm_envs.algos.advantages import masked
+from lm_envs.algos.ops.advantages import masked
 from lm_envs.trajectories import Trajectories
 
 UNITS = ("token", "sequence", "group")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lm_envs.algos.advantages import masked
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import Before
 from lm_envs.algos.metrics import Metric
-from lm_envs.algos.preference_losses import dpo_loss
+from lm_envs.algos.ops.advantages import masked
+from lm_envs.algos.ops.preference_losses import dpo_loss
 from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs, by_group
 from lm_envs.algos.stored import StoredData
 from lm_envs.trajectories import Trajectories
@@ -107,7 +107,7 @@ def check_beta(beta: float) -> None:
 
 
 def preference_loss(traj: Trajectories, now: Any, beta: float) -> tuple[Tensor, dict[str, Metric]]:
-    """:func:`~lm_envs.algos.preference_losses.dpo_loss` of a batch of whole groups, and its metrics."""
+    """:func:`~lm_envs.algos.ops.preference_losses.dpo_loss` of a batch of whole groups, and its metrics."""
     assert traj.group is not None and traj.rank is not None and traj.ref_logprob is not None
     moved = masked(now.logprob, traj.mask) - masked(traj.ref_logprob, traj.mask).to(now.logprob.dtype)
     ratio, _ = by_group(moved.sum(dim=1), traj.group, 0.0)

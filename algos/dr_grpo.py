@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lm_envs.algos import advantages as adv
 from lm_envs.algos.grpo import GRPO, GRPOConfig
-from lm_envs.algos.losses import KLEstimator, sequence_mean
+from lm_envs.algos.ops import advantages as adv
+from lm_envs.algos.ops.losses import KLEstimator, sequence_mean
 
 
 @dataclass

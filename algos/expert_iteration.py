@@ -13,8 +13,8 @@ from lm_envs.algos.adaptation import learned_state, load_learned_state
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import episode_value
 from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.losses import masked_mean, nll
 from lm_envs.algos.metrics import Metric
+from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.trajectories import Trajectories
 
 

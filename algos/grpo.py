@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lm_envs.algos import advantages as adv
 from lm_envs.algos.batching import Before, rewards
-from lm_envs.algos.losses import KLEstimator, ppo_clip_loss, ratio_metrics, row_mean, tally
 from lm_envs.algos.metrics import Metric
+from lm_envs.algos.ops import advantages as adv
+from lm_envs.algos.ops.losses import KLEstimator, ppo_clip_loss, ratio_metrics, row_mean, tally
 from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.trajectories import Trajectories
 
@@ -50,7 +50,7 @@ class GRPO(PolicyGradient[GRPOConfig]):
     two): the standard deviation (population, here) weighs prompts with nearly equal returns up; ``1/|o|``
     makes a token of a long response count less, so long bad responses are punished less and long good ones earn
     less; the mean counts the episode itself, which shrinks the gradient by (K-1)/K; and k3 in the loss pulls
-    towards the reference along ``KL(ref || pi)`` (see :func:`~lm_envs.algos.losses.kl_estimate`).
+    towards the reference along ``KL(ref || pi)`` (see :func:`~lm_envs.algos.ops.losses.kl_estimate`).
     ``dr-grpo`` drops the first two. Where there is no prompt (control) the group is the batch.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lm_envs.algos.advantages import masked
+from lm_envs.algos.ops.advantages import masked
 from lm_envs.trajectories import Trajectories
 
 Metric = Tensor | tuple[Tensor, Tensor]

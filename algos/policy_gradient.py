@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.losses import KLEstimator, kl_estimate
+from lm_envs.algos.ops.losses import KLEstimator, kl_estimate
 from lm_envs.env.report import text_envs
 from lm_envs.trajectories import Trajectories
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.metrics import Metric
-from lm_envs.algos.preference_losses import plackett_luce_loss
+from lm_envs.algos.ops.preference_losses import plackett_luce_loss
 from lm_envs.algos.preferences import Comparisons, by_group
 from lm_envs.reward.base import raw_scores, right_pad
 from lm_envs.training import bradley_terry_loss

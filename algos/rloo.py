@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lm_envs.algos import advantages as adv
 from lm_envs.algos.batching import Before, rewards
-from lm_envs.algos.losses import policy_gradient_loss, sequence_mean, tally
 from lm_envs.algos.metrics import Metric
+from lm_envs.algos.ops import advantages as adv
+from lm_envs.algos.ops.losses import policy_gradient_loss, sequence_mean, tally
 from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.trajectories import Trajectories
 

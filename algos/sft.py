@@ -12,8 +12,8 @@ from torch import Tensor
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.batching import stream
 from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.losses import masked_mean, nll
 from lm_envs.algos.metrics import Metric
+from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.model.tokens import left_pad
 from lm_envs.reward.base import right_pad
 from lm_envs.trajectories import Rows, Trajectories

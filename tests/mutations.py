@@ -36,9 +36,9 @@ class Mutation:
 
 
 ROLLOUT, TEXT_ENV = "tests/lm_envs/env/test_rollout.py", "tests/lm_envs/env/test_text_env.py"
-LOSSES, ADVANTAGES = "tests/algos/test_losses.py", "tests/algos/test_advantages.py"
+LOSSES, ADVANTAGES = "tests/algos/ops/test_losses.py", "tests/algos/ops/test_advantages.py"
 AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py"
-GROUPS, GRADIENT = "tests/algos/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
+GROUPS, GRADIENT = "tests/algos/ops/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
 ACTOR_CRITIC = "tests/algos/test_actor_critic.py"
 ADAPTATION = "tests/algos/test_adaptation.py"
 FAMILIES, MODELS = "tests/lm_envs/model/test_families.py", "tests/lm_envs/model/test_loading.py"
@@ -107,7 +107,7 @@ MUTATIONS = [
     ),
     Mutation(
         "padding is cleaned by a product, which keeps NaN",
-        "algos/advantages.py",
+        "algos/ops/advantages.py",
         "return torch.where(mask, x, torch.full_like(x, fill))",
         "return x * mask + fill * ~mask",
         f"{LOSSES} {ADVANTAGES}",
@@ -186,14 +186,14 @@ MUTATIONS = [
     # Advantages
     Mutation(
         "whitening counts padding",
-        "algos/advantages.py",
+        "algos/ops/advantages.py",
         "count = mask.sum().clamp(min=1)\n    mean",
         "count = torch.tensor(mask.numel())\n    mean",
         ADVANTAGES,
     ),
     Mutation(
         "whitening divides by the sample variance",
-        "algos/advantages.py",
+        "algos/ops/advantages.py",
         "(centred**2).sum() / count + _EPS",
         "(centred**2).sum() / (count - 1) + _EPS",
         ADVANTAGES,
@@ -209,14 +209,14 @@ MUTATIONS = [
     ),
     Mutation(
         "GAE forgets lambda",
-        "algos/advantages.py",
+        "algos/ops/advantages.py",
         "return discounted_returns(delta, mask, gamma * lam)",
         "return discounted_returns(delta, mask, gamma)",
         ADVANTAGES,
     ),
     Mutation(
         "truncation is worth nothing",
-        "algos/advantages.py",
+        "algos/ops/advantages.py",
         "return value.gather(1, mask.sum(dim=1, keepdim=True)).squeeze(1)",
         "return torch.zeros_like(value[:, 0])",
         ADVANTAGES,
@@ -258,7 +258,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the group's baseline includes the episode itself",
-        "algos/advantages.py",
+        "algos/ops/advantages.py",
         "return (sums - x) / (sizes - 1)",
         "return sums / sizes",
         ADVANTAGES,
@@ -279,28 +279,28 @@ MUTATIONS = [
     # Losses and the update
     Mutation(
         "advantages lose their sign",
-        "algos/losses.py",
+        "algos/ops/losses.py",
         "return -masked(advantage, mask) * masked(logprob, mask)",
         "return -masked(advantage, mask).abs() * masked(logprob, mask)",
         LOSSES,
     ),
     Mutation(
         "PPO takes the better of the two",
-        "algos/losses.py",
+        "algos/ops/losses.py",
         "return torch.maximum(-advantage * ratio,",
         "return torch.minimum(-advantage * ratio,",
         LOSSES,
     ),
     Mutation(
         "PPO's clip is wider above",
-        "algos/losses.py",
+        "algos/ops/losses.py",
         "-advantage * ratio.clamp(1 - clip, 1 + clip)",
         "-advantage * ratio.clamp(1 - clip, 1 + 2 * clip)",
         LOSSES,
     ),
     Mutation(
         "the clipped value loss takes the better of the two",
-        "algos/losses.py",
+        "algos/ops/losses.py",
         "error = torch.maximum(error,",
         "error = torch.minimum(error,",
         LOSSES,
@@ -314,14 +314,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the early stop never stops",
-        "algos/kl_control.py",
+        "algos/ops/kl_control.py",
         "return limit is not None and approx_kl > limit",
         "return False",
-        f"tests/algos/test_kl_control.py {AGENT}::test_kl_stop_leaves_the_batch_before_the_step",
+        f"tests/algos/ops/test_kl_control.py {AGENT}::test_kl_stop_leaves_the_batch_before_the_step",
     ),
     Mutation(
         "PPO-KLPEN penalises the other direction",
-        "algos/losses.py",
+        "algos/ops/losses.py",
         "coef * k3(old_logprob, logprob, mask)",
         "coef * k3(logprob, old_logprob, mask)",
         VARIANTS,
@@ -406,10 +406,10 @@ MUTATIONS = [
     ),
     Mutation(
         "the adaptive controller's error is not clipped",
-        "algos/kl_control.py",
+        "algos/ops/kl_control.py",
         "error = min(max(kl / self.target - 1, -self.limit), self.limit)",
         "error = kl / self.target - 1",
-        "tests/algos/test_kl_control.py",
+        "tests/algos/ops/test_kl_control.py",
     ),
     Mutation(
         "the demonstrations' weight is ignored",
@@ -428,14 +428,14 @@ MUTATIONS = [
     # KL in the loss
     Mutation(
         "k2 forgets the half",
-        "algos/losses.py",
+        "algos/ops/losses.py",
         "return 0.5 * k1(logprob, ref_logprob, mask) ** 2",
         "return k1(logprob, ref_logprob, mask) ** 2",
         LOSSES,
     ),
     Mutation(
         "k3 is of the other ratio",
-        "algos/losses.py",
+        "algos/ops/losses.py",
         "return torch.expm1(-log_ratio) + log_ratio",
         "return torch.expm1(log_ratio) - log_ratio",
         LOSSES,
@@ -457,7 +457,7 @@ MUTATIONS = [
     ),
     Mutation(
         "GRPO does not divide by the length",
-        "algos/losses.py",
+        "algos/ops/losses.py",
         "return (masked(x, mask).sum(dim=1) / mask.sum(dim=1)).mean()",
         "return masked(x, mask).sum(dim=1).mean()",
         GROUPS,
@@ -513,7 +513,7 @@ MUTATIONS = [
     ),
     Mutation(
         "DPO forgets beta",
-        "algos/preference_losses.py",
+        "algos/ops/preference_losses.py",
         "return bradley_terry_loss(beta * log_ratio, rank)",
         "return bradley_terry_loss(log_ratio, rank)",
         PREFERENCES,

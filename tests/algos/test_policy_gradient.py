@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from lm_envs.algos import losses, registry
+from lm_envs.algos import registry
 from lm_envs.algos.agent import learn
+from lm_envs.algos.ops import losses
 from tests.algos import batches
 
 KINDS = ("k1", "k2", "k3", "full")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lm_envs.algos import losses
-from lm_envs.algos.advantages import masked
+from lm_envs.algos.ops import losses
+from lm_envs.algos.ops.advantages import masked
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, True], [True, False, False]])

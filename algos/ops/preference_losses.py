@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_envs.algos.advantages import masked
+from lm_envs.algos.ops.advantages import masked
 from lm_envs.training import bradley_terry_loss
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lm_envs.algos import advantages as adv
+from lm_envs.algos.ops import advantages as adv
 
 NAN = float("nan")
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lm_envs.algos.kl_control import AdaptiveKL, FixedKL, exceeds
+from lm_envs.algos.ops.kl_control import AdaptiveKL, FixedKL, exceeds
 
 
 def test_adaptive_coefficient_by_hand():

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lm_envs.algos.advantages import masked
+from lm_envs.algos.ops.advantages import masked
 from lm_envs.kernels.logprob_kl import logprob_kl
 
 KLEstimator = Literal["k1", "k2", "k3", "full"]

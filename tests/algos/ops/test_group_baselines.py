@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lm_envs.algos import losses
 from lm_envs.algos.batching import Before
+from lm_envs.algos.ops import losses
 from tests.algos import batches
 
 PLAIN = {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9}
