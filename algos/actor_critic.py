@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.prefix_chains import shared_texts
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.report import text_envs

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lm_envs.algos.adaptation import frozen_hash
 from lm_envs.algos.batching import (
     Before,
     cost_of_a_forward,
@@ -34,6 +33,7 @@ from lm_envs.algos.mixing import add_nll_gradient
 from lm_envs.algos.ops.kl_control import AdaptiveKL, FixedKL, controller
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.optimizer import make_adam
+from lm_envs.algos.policies.adaptation import frozen_hash
 from lm_envs.env.report import set_kl_coef, text_envs
 from lm_envs.env.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lm_envs.algos.adaptation import learned_state, load_learned_state
 from lm_envs.algos.optimizer import MASTER
+from lm_envs.algos.policies.adaptation import learned_state, load_learned_state
 
 _ADAM = ("step", "exp_avg", "exp_avg_sq", MASTER)
 

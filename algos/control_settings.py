@@ -1,6 +1,6 @@
 """Settings for control environments, where the algorithms' own defaults, made for a small language model, do not fit.
 
-Tuned with an :class:`~lm_envs.algos.mlp_policy.MLPPolicy` of its default size on eight rows. Two things differ from
+Tuned with an :class:`~lm_envs.algos.policies.mlp.MLPPolicy` of its default size on eight rows. Two things differ from
 text: returns are far from 1, so values are not clipped by distance; and there is one episode per start, so the baseline
 is a learned value. On CartPole the gradient's norm is clipped low: without, single seeds collapsed late. A batch of the
 cat's may hold a reward of 100 or none, and there clipping would weigh the two alike.

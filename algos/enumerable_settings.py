@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lm_envs.algos.policies import LMPolicy
-from lm_envs.algos.policy import Face
+from lm_envs.algos.policies.base import Face
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.tasks.enumerable import EnumerableConfig
 
@@ -56,7 +56,7 @@ TABULAR: dict[str, dict[str, Any]] = {
     "binary-feedme": {**_PAIRS, "episodes": 500},
     "reward-conditioning": {**_PAIRS, "episodes": 1000},
 }
-"""For a :class:`~lm_envs.algos.tabular.TabularPolicy` with :data:`VALUE_SCALE`, by algorithm."""
+"""For a :class:`~lm_envs.algos.policies.tabular.TabularPolicy` with :data:`VALUE_SCALE`, by algorithm."""
 
 TRANSFORMER: dict[str, dict[str, Any]] = {
     "ppo": {**_PPO, "epochs": 8, "minibatches": 4, "learning_rate": 2e-3},

@@ -81,7 +81,7 @@ class PolicyGradient(Agent[C]):
 
 def reference_policy(env: Any) -> Any:
     """The frozen reference of a text env, as a policy that evaluates trajectories."""
-    from lm_envs.algos.policies import LMPolicy  # here, because control needs no transformers
+    from lm_envs.algos.policies.language_model import LMPolicy  # here, because control needs no transformers
 
     mdp = text_envs(env)[0].mdp
     return LMPolicy.for_mdp(mdp, mdp.reference)

@@ -15,8 +15,8 @@ from lm_envs.algos.batching import episode_value
 from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.metrics import Metric
 from lm_envs.algos.ops.losses import kl_estimate, masked_mean, nll
+from lm_envs.algos.policies.reward_tokens import prepend, without_tokens
 from lm_envs.algos.policy_gradient import reference_policy
-from lm_envs.algos.reward_tokens import prepend, without_tokens
 from lm_envs.env.report import text_envs
 from lm_envs.trajectories import Trajectories
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.algos.critics import value_from_reward_model
+from lm_envs.algos.policies.critics import value_from_reward_model
 
 if TYPE_CHECKING:
     from lm_envs.algos.agent import Agent

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_envs.algos.policies.reward_tokens import prepend
 from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs
-from lm_envs.algos.reward_tokens import prepend
 from lm_envs.algos.sft import SFT
 from lm_envs.trajectories import Trajectories
 
@@ -30,8 +30,8 @@ class RewardConditioning(SFT):
     """``-log pi(y_w|+, x)`` and ``-log pi(y_l|-, x)``, the mean over tokens of both; samples on ``+`` (Dubois et al.
     2023, AlpacaFarm, section 3.2; the binary form of Keskar et al. 2019 and Lu et al. 2022).
 
-    The two signs are reward tokens before the prompt (:mod:`lm_envs.algos.reward_tokens`). Until its first update
-    the policy is its start, without a token.
+    The two signs are reward tokens before the prompt (:mod:`lm_envs.algos.policies.reward_tokens`). Until its first
+    update the policy is its start, without a token.
 
     Args:
         policy: what learns: a language model.

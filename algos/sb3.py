@@ -21,7 +21,7 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.prefix_chains import prefix_chains
 from lm_envs.algos.sb3_env import TextSpace, TextSpec, TextVecEnv, ToldActions
 from lm_envs.kernels.logprob_kl import logprob_kl, scaled
@@ -55,7 +55,8 @@ class _SampledTokens(Tensor):
 class LMActorCritic:
     """A causal language model with a value head as an actor-critic of Stable-Baselines3; mixed into its classes.
 
-    ``lm`` is the :class:`~lm_envs.algos.policies.LMPolicy` that is trained, a copy of the task's model. Stepping keeps
+    ``lm`` is the :class:`~lm_envs.algos.policies.language_model.LMPolicy` that is trained, a copy of the task's model.
+    Stepping keeps
     its KV caches; :meth:`evaluate_actions` reads the texts that hold all the given steps once each. Minibatches of the
     whole buffer (``batch_size = n_steps * n_envs``) so cost one forward of each episode. Smaller ones, which the
     library draws at random from single steps, repeat the prefixes that their steps share with steps elsewhere.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.model.decoding import greedy
 

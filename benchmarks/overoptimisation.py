@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from lm_envs.algos import reward_makers
 from lm_envs.algos.best_of_n import kl_bound
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.names import load_task

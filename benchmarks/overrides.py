@@ -50,7 +50,7 @@ def check_overrides(algorithm: str, overrides: Mapping[str, Any]) -> dict[str, A
     Raises:
         UserError: no such setting, with the near names, or a value of the wrong type or out of range.
     """
-    from lm_envs.algos.policies import NO_TRUNCATION
+    from lm_envs.algos.policies.language_model import NO_TRUNCATION
     from lm_envs.algos.registry import load, make_config
 
     config = load(algorithm).Config

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm_envs.algos.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.enumerable_settings import TABULAR, VALUE_SCALE
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
+from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.benchmarks import evaluation, exactly, greedy
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.names import base_task, best_of, is_control, load_task
@@ -211,7 +211,7 @@ class ControlProblem:
         import gymnasium
 
         from lm_envs.algos.control_settings import ROWS, control_settings
-        from lm_envs.algos.mlp_policy import MLPPolicy
+        from lm_envs.algos.policies.mlp import MLPPolicy
 
         if spec.algorithm == "sft" or best_of(spec.algorithm) is not None:
             raise UserError(

@@ -136,7 +136,8 @@ class Suite:
     """A comparison: tasks x algorithms x seeds, how much to train, and what differs from the defaults.
 
     Attributes:
-        adaptation: which part of the language models is trained, see :class:`lm_envs.algos.adaptation.Adaptation`.
+        adaptation: which part of the language models is trained, see
+        :class:`lm_envs.algos.policies.adaptation.Adaptation`.
         compile: let the language models that are trained sample by programs, see :mod:`lm_envs.model.compiled`.
     """
 
@@ -185,10 +186,11 @@ class Suite:
 
 
 def check_adaptation(settings: Mapping[str, Any]) -> None:
-    """Raises UserError unless these make an :class:`~lm_envs.algos.adaptation.Adaptation` that can be carried out."""
+    """Raises UserError unless these make an :class:`~lm_envs.algos.policies.adaptation.Adaptation` that can be carried
+    out."""
     if not settings:
         return
-    from lm_envs.algos.adaptation import Adaptation
+    from lm_envs.algos.policies.adaptation import Adaptation
 
     try:
         adaptation = Adaptation(**settings)

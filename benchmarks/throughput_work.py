@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_envs.algos.critics import value_from_reward_model
 from lm_envs.algos.grpo import GRPO, GRPOConfig
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.critics import value_from_reward_model
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.rloo import RLOO, RLOOConfig
 from lm_envs.env.rollout import collect, rollout

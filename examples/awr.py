@@ -16,10 +16,10 @@ import gymnasium
 from lm_envs.algos.agent import Agent, learn
 from lm_envs.algos.batching import rewards
 from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.mlp_policy import MLPPolicy
 from lm_envs.algos.ops.advantages import gae
 from lm_envs.algos.ops.losses import masked_mean, nll, value_loss
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.registry import ALGORITHMS, make_agent
 
 

@@ -40,11 +40,11 @@ LOSSES, ADVANTAGES = "tests/algos/ops/test_losses.py", "tests/algos/ops/test_adv
 AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py"
 GROUPS, GRADIENT = "tests/algos/ops/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
 ACTOR_CRITIC = "tests/algos/test_actor_critic.py"
-ADAPTATION = "tests/algos/test_adaptation.py"
+ADAPTATION = "tests/algos/policies/test_adaptation.py"
 FAMILIES, MODELS = "tests/lm_envs/model/test_families.py", "tests/lm_envs/model/test_loading.py"
 ENDINGS = "tests/lm_envs/model/test_endings.py"
-VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/test_critics.py"
-TOKENS, PREFERENCES = "tests/algos/test_reward_tokens.py", "tests/algos/test_preferences.py"
+VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
+TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/test_preferences.py"
 SB3 = "tests/algos/test_sb3.py::"
 
 MUTATIONS = [
@@ -79,7 +79,7 @@ MUTATIONS = [
     ),
     Mutation(
         "EOS is no action of the policy",
-        "algos/policies.py",
+        "algos/policies/language_model.py",
         "prompt, mask = self._conditioned(prompt), response >= 0",
         "prompt, mask = self._conditioned(prompt), (response >= 0) & (response != self.eos_token_id)",
         f"{ROLLOUT} {AGENT}::test_law_7_the_ratio_is_one_and_the_sampled_logprob_is_the_policys",
@@ -164,7 +164,7 @@ MUTATIONS = [
     ),
     Mutation(
         "further training trains the base of the adapters too",
-        "algos/adaptation.py",
+        "algos/policies/adaptation.py",
         "model.requires_grad_(False)\n    for parameter in adapter_parameters(model):",
         "model.requires_grad_(True)\n    for parameter in adapter_parameters(model):",
         f"{MODELS}::test_adapters_are_trained_further_and_the_base_is_not",
@@ -223,10 +223,10 @@ MUTATIONS = [
     ),
     Mutation(
         "termination bootstraps",
-        "algos/mlp_policy.py",
+        "algos/policies/mlp.py",
         "cut = traj.truncated\n",
         "cut = torch.ones_like(traj.truncated)\n",
-        "tests/algos/test_mlp_policy.py",
+        "tests/algos/policies/test_mlp.py",
     ),
     Mutation(
         "the value is read one token late",
@@ -237,21 +237,21 @@ MUTATIONS = [
     ),
     Mutation(
         "the value head starts anywhere",
-        "algos/policies.py",
+        "algos/policies/language_model.py",
         "nn.init.zeros_(self.value_head.weight)",
         "nn.init.ones_(self.value_head.weight)",
         CRITICS,
     ),
     Mutation(
         "the reward model's critic is read one token late",
-        "algos/critics.py",
+        "algos/policies/critics.py",
         "self.model.score(hidden), self.label",
         "self.model.score(hidden.roll(-1, 1)), self.label",
         CRITICS,
     ),
     Mutation(
         "the reward model's critic is in other units",
-        "algos/critics.py",
+        "algos/policies/critics.py",
         "return (score - mean) / std",
         "return score",
         CRITICS,
@@ -349,14 +349,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the update forgets the temperature",
-        "algos/policies.py",
+        "algos/policies/language_model.py",
         "response.clamp(min=0), temperature=self.temperature, mask=mask",
         "response.clamp(min=0), temperature=1.0, mask=mask",
         ROLLOUT,
     ),
     Mutation(
         "the update forgets the action mask",
-        "algos/policies.py",
+        "algos/policies/language_model.py",
         "logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)\n"
         "        found",
         "found",
@@ -371,7 +371,7 @@ MUTATIONS = [
     ),
     Mutation(
         "dropout is on while training",
-        "algos/policies.py",
+        "algos/policies/language_model.py",
         "return super().train(False)",
         "return super().train(mode)",
         AGENT + "::test_dropout_stays_off_in_every_forward",
@@ -499,7 +499,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Quark's reference reads the reward token's place",
-        "algos/reward_tokens.py",
+        "algos/policies/reward_tokens.py",
         "return prompt.masked_fill(prompt >= vocabulary, -1)",
         "return prompt.masked_fill(prompt >= vocabulary, 0)",
         TOKENS,
@@ -563,21 +563,21 @@ MUTATIONS = [
     ),
     Mutation(
         "freezing layers forgets the embeddings",
-        "algos/adaptation.py",
+        "algos/policies/adaptation.py",
         "below.add(id(node.variable))",
         "pass",
         ADAPTATION,
     ),
     Mutation(
         "a shared weight is trained",
-        "algos/adaptation.py",
+        "algos/policies/adaptation.py",
         "parameter.requires_grad_(id(parameter) not in shared)",
         "parameter.requires_grad_(True)",
         ADAPTATION,
     ),
     Mutation(
         "LoRA is scaled by the root of its rank",
-        "algos/adaptation.py",
+        "algos/policies/adaptation.py",
         "        r=adaptation.lora_rank,",
         "        r=adaptation.lora_rank, use_rslora=True,",
         ADAPTATION,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm_envs.algos.mlp_policy import MLPPolicy
+from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.registry import ALGORITHMS
 from lm_envs.env.rollout import collect
 from tests.algos import batches

@@ -271,7 +271,7 @@ def rollout(
 
     Args:
         env: a text environment, single or vector, either face.
-        policy: see :class:`RespondingPolicy`; :class:`lm_envs.algos.policies.LMPolicy` is one.
+        policy: see :class:`RespondingPolicy`; :class:`lm_envs.algos.policies.language_model.LMPolicy` is one.
         episodes: how many.
         first_episode: their numbers are ``first_episode .. first_episode + episodes - 1``.
         seed: of prompts and tokens.

@@ -235,7 +235,7 @@ class TableLM(PreTrainedModel):
     """A causal language model that is a table: a row of logits per prompt and prefix, float64.
 
     It is linear in one-hot features of (prompt, prefix), which are its hidden states; so a linear head on them, such
-    as :class:`~lm_envs.algos.policies.LMPolicy`'s value head, is a table too. It keeps no cache.
+    as :class:`~lm_envs.algos.policies.language_model.LMPolicy`'s value head, is a table too. It keeps no cache.
     """
 
     config_class = TableLMConfig

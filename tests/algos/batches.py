@@ -8,8 +8,8 @@ import gymnasium
 import torch
 from gymnasium.vector import AutoresetMode
 
-from lm_envs.algos.mlp_policy import MLPPolicy
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.preferences import preferences
 from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load, make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy

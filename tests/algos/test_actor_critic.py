@@ -9,7 +9,7 @@ import torch
 
 import lm_envs
 from lm_envs.algos.actor_critic import LMActorCritic
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.prefix_chains import shared_texts
 from lm_envs.env.rollout import rollout
 from lm_envs.env.single import TextEnv

@@ -10,8 +10,8 @@ from lm_envs.algos.enumerable_settings import (
     enumerable_settings,
     small_transformer,
 )
+from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact.solver import Exact
 from lm_envs.tasks.enumerable import load

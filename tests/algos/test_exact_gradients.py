@@ -10,8 +10,8 @@ from lm_envs.algos.batching import Before
 from lm_envs.algos.exact_gradients import expected_gradient, jackknifed_cosine, sampled_cosine
 from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.ops.losses import k1, k2, k3, sequence_mean
+from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.exact.solver import Exact, cosine, relative_bias
 from lm_envs.exact.stationary import no_penalty, reverse_state_kl, state_kl, unreported

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from lm_envs.algos.adaptation import Adaptation, adapted
 from lm_envs.algos.agent import learn
 from lm_envs.algos.optimizer import MASTER, MasterAdam, make_adam
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.adaptation import Adaptation, adapted
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.report import report

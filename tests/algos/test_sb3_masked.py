@@ -9,7 +9,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 import lm_envs
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.sb3 import TextVecEnv
 from lm_envs.algos.sb3_masked import MaskableCausalLMActorCriticPolicy
 from lm_envs.env.rollout import rollout

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm_envs.algos.batching import Before, cost_of_a_forward, micro_batches, select
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv

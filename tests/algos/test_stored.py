@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lm_envs.algos.dpo import DPO, DPOConfig
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.preferences import Comparisons
 from lm_envs.algos.sft import SFT, SFTConfig, from_responses
 from lm_envs.algos.stored import StoredData

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("stable_baselines3")
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.benchmarks import bench_sb3
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.throughput_work import Size, Work

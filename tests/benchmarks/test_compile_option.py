@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_envs.algos import policies
+from lm_envs.algos.policies import language_model
 from lm_envs.benchmarks.bench_throughput import _compiles
 from lm_envs.benchmarks.cli import Compare, main
 from lm_envs.benchmarks.errors import UserError
@@ -35,7 +35,7 @@ def spec(**changes) -> RunSpec:
 
 def test_the_policy_that_is_trained_is_compiled(monkeypatch):
     checked = []
-    monkeypatch.setattr(policies, "check_compilable", checked.append)
+    monkeypatch.setattr(language_model, "check_compilable", checked.append)
     problem = open_problem(spec(compile=True))
     assert checked == [problem.policy.model] and isinstance(problem.policy._fixed, compiled.FixedRows)
     assert open_problem(spec()).policy._fixed is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lm_envs.algos.best_of_n import BestOfN
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.benchmarks.evaluation import (
     corpus_score,
     distinct_2,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lm_envs.algos.best_of_n import BestOfN
-from lm_envs.algos.policies import LMPolicy
-from lm_envs.algos.tabular import TabularPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.benchmarks import evaluation, exactly
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.history import gather, styles

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import Collector, collect, rollout
 from lm_envs.env.single import TextBanditEnv, TextEnv
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv

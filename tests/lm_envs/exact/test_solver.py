@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm_envs.algos.best_of_n import BestOfN, kl_bound
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextVectorEnv

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lm_envs.algos.adaptation import Adaptation, adapted
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.adaptation import Adaptation, adapted
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextVectorEnv

@@ -6,8 +6,8 @@ import torch
 import transformers
 from transformers import AutoModelForSeq2SeqLM
 
-from lm_envs.algos.adaptation import Adaptation, adapted, save_model
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.reinforce import REINFORCE, ReinforceConfig
 from lm_envs.env.rollout import collect, rollout

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.data.tokenizing import prompt_ids
 from lm_envs.env.rollout import collect, rollout

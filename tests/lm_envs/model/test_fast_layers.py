@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model import fast_layers

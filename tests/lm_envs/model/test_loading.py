@@ -12,8 +12,8 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lm_envs.algos.adaptation import Adaptation, adapted, save_model
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.adapters import adapter_parameters, has_adapters

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.preferences import annotated_pairs
 from lm_envs.benchmarks import evaluation
 from lm_envs.env.rollout import collect, rollout

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.reward.base import raw_scores, right_pad

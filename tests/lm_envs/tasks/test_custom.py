@@ -18,7 +18,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextVectorEnv

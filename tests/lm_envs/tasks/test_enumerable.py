@@ -9,7 +9,7 @@ import torch
 
 import lm_envs
 from lm_envs import tasks
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv

@@ -8,8 +8,8 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lm_envs.algos.adaptation import adapted
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.adaptation import adapted
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.sft import demonstrations_of
 from lm_envs.benchmarks import evaluation

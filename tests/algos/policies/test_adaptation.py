@@ -20,9 +20,16 @@ from transformers import (
     OPTConfig,
 )
 
-from lm_envs.algos.adaptation import Adaptation, adapted, decoder_layers, frozen_hash, learned_state, parameters_below
 from lm_envs.algos.agent import learn
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.adaptation import (
+    Adaptation,
+    adapted,
+    decoder_layers,
+    frozen_hash,
+    learned_state,
+    parameters_below,
+)
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv

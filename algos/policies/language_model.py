@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_envs.algos.policy import Evaluation, Face, Policy
-from lm_envs.algos.recomputing import checkpointing, recomputable
-from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend
+from lm_envs.algos.policies.base import Evaluation, Face, Policy
+from lm_envs.algos.policies.recomputing import checkpointing, recomputable
+from lm_envs.algos.policies.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.env.mdp import TextMDP
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.model.compiled import FixedRows, check_compilable
@@ -151,7 +151,8 @@ class LMPolicy(Policy):
             nn.init.zeros_(self.q_head.bias)
 
     def add_reward_tokens(self, count: int) -> None:
-        """Let prompts begin with one of ``count`` reward tokens, ids V and up; see :mod:`lm_envs.algos.reward_tokens`.
+        """Let prompts begin with one of ``count`` reward tokens, ids V and up; see
+        :mod:`lm_envs.algos.policies.reward_tokens`.
 
         The policy is as it was until :meth:`condition_on` says which token it answers to.
         """

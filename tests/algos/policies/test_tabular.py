@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lm_envs.algos.enumerable_settings import TABULAR, enumerable_settings
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.policies.reward_tokens import prepend
+from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.algos.reward_tokens import prepend
-from lm_envs.algos.tabular import TabularPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv

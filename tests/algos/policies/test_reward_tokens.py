@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lm_envs.algos.agent import learn
+from lm_envs.algos.policies.reward_tokens import ExtendedEmbedding, prepend, without_tokens
 from lm_envs.algos.quark import Quark, quantiles
 from lm_envs.algos.reward_conditioning import BETTER, signed
-from lm_envs.algos.reward_tokens import ExtendedEmbedding, prepend, without_tokens
 from lm_envs.env.rollout import collect, rollout
 from tests import tiny
 from tests.algos import batches

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm_envs.algos.policy import Evaluation, Face, Policy
-from lm_envs.algos.reward_tokens import without_tokens
+from lm_envs.algos.policies.base import Evaluation, Face, Policy
+from lm_envs.algos.policies.reward_tokens import without_tokens
 from lm_envs.exact.solver import Exact
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.model.decoding import sample
@@ -58,7 +58,8 @@ class TabularPolicy(Policy):
 
     def add_reward_tokens(self, count: int) -> None:
         """Let prompts begin with one of ``count`` reward tokens, ids V and up, each with a table of its own that starts
-        as the policy is (see :mod:`lm_envs.algos.reward_tokens`). The values are those of the prompt without it.
+        as the policy is (see :mod:`lm_envs.algos.policies.reward_tokens`). The values are those of the prompt without
+        it.
         """
         self.token_logits = nn.Parameter(self.logits.detach().repeat(count, 1))
         self.condition = torch.tensor(-1)
@@ -118,7 +119,8 @@ class TabularPolicy(Policy):
 
     @torch.no_grad()
     def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole responses; arguments and results as of :meth:`~lm_envs.algos.policies.LMPolicy.respond`, float64."""
+        """Whole responses; arguments and results as of
+        :meth:`~lm_envs.algos.policies.language_model.LMPolicy.respond`, float64."""
         count, steps = len(prompts), self.tree.horizon
         table, first = self._masked(), self._first_row(prompts.to(self.logits.device))
         response = torch.full((count, steps), -1, device=first.device)

@@ -7,9 +7,9 @@ import torch
 
 from lm_envs.algos import registry
 from lm_envs.algos.batching import Before
-from lm_envs.algos.critics import RewardCritic, value_from_reward_model
 from lm_envs.algos.ops import advantages as adv
-from lm_envs.algos.policies import LMPolicy
+from lm_envs.algos.policies.critics import RewardCritic, value_from_reward_model
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
 from tests import tiny
 from tests.algos import batches

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from lm_envs.algos.policy import Evaluation, Policy
+from lm_envs.algos.policies.base import Evaluation, Policy
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
 from lm_envs.trajectories import Trajectories
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from lm_envs.algos.mlp_policy import MLPPolicy
+from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.trajectories import Trajectories
 from tests.algos import batches
 
