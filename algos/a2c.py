@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lm_envs.algos.batching import Before, rewards
-from lm_envs.algos.metrics import Metric
+from lm_envs.algos.engine.batching import Before, rewards
+from lm_envs.algos.engine.metrics import Metric
+from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import masked_mean, policy_gradient_loss, value_loss
 from lm_envs.algos.policies.critics import ValueFrom, check_value_from
-from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.trajectories import Trajectories
 
 

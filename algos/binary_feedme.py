@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs, winners
+from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs, winners
 from lm_envs.algos.sft import SFT
 from lm_envs.trajectories import Trajectories
 

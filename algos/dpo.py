@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import Before
-from lm_envs.algos.metrics import Metric
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.batching import Before
+from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs, by_group
+from lm_envs.algos.engine.metrics import Metric
+from lm_envs.algos.engine.stored import StoredData
 from lm_envs.algos.ops.advantages import masked
 from lm_envs.algos.ops.preference_losses import dpo_loss
-from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs, by_group
-from lm_envs.algos.stored import StoredData
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import episode_value
-from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.metrics import Metric
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.batching import episode_value
+from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.algos.policies.adaptation import learned_state, load_learned_state
 from lm_envs.trajectories import Trajectories

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lm_envs.algos.batching import Before, rewards
-from lm_envs.algos.metrics import Metric
+from lm_envs.algos.engine.batching import Before, rewards
+from lm_envs.algos.engine.metrics import Metric
+from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import KLEstimator, ppo_clip_loss, ratio_metrics, row_mean, tally
-from lm_envs.algos.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.trajectories import Trajectories
 
 _EPS = 1e-8  # of the standard deviation: a group of equal returns has advantage 0

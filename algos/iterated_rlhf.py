@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lm_envs.algos.engine.judged_pairs import accuracy, as_read, compare, in_units_of, make_reward_model
 from lm_envs.algos.ppo import PPO, PPOConfig
-from lm_envs.algos.reward_makers import accuracy, as_read, compare, in_units_of, make_reward_model
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.report import text_envs
 from lm_envs.reward.base import LearnedReward, right_pad

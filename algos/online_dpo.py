@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import episode_value, groups
-from lm_envs.algos.config import AgentConfig
 from lm_envs.algos.dpo import check_beta, preference_loss
-from lm_envs.algos.metrics import Metric
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.batching import episode_value, groups
+from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.metrics import Metric
 from lm_envs.trajectories import Trajectories
 
 

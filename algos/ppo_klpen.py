@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.batching import Before
+from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.ops.losses import k3, masked_mean, ppo_penalty_loss
 from lm_envs.algos.ppo import Proximal, ProximalConfig
 from lm_envs.trajectories import Trajectories

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import episode_value
-from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.metrics import Metric
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.batching import episode_value
+from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.metrics import Metric
+from lm_envs.algos.engine.policy_gradient import reference_policy
 from lm_envs.algos.ops.losses import kl_estimate, masked_mean, nll
 from lm_envs.algos.policies.reward_tokens import prepend, without_tokens
-from lm_envs.algos.policy_gradient import reference_policy
 from lm_envs.env.report import text_envs
 from lm_envs.trajectories import Trajectories
 

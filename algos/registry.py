@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lm_envs.algos.policies.critics import value_from_reward_model
 
 if TYPE_CHECKING:
-    from lm_envs.algos.agent import Agent
+    from lm_envs.algos.engine.agent import Agent
     from lm_envs.tasks.base import TextTask
 
 ALGORITHMS: dict[str, str] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs
 from lm_envs.algos.policies.reward_tokens import prepend
-from lm_envs.algos.preferences import Comparisons, PreferenceConfig, annotated_pairs
 from lm_envs.algos.sft import SFT
 from lm_envs.trajectories import Trajectories
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lm_envs.algos.agent import Agent
-from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.metrics import Metric
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.comparisons import Comparisons, by_group
+from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.preference_losses import plackett_luce_loss
-from lm_envs.algos.preferences import Comparisons, by_group
 from lm_envs.reward.base import raw_scores, right_pad
 from lm_envs.training import bradley_terry_loss
 from lm_envs.trajectories import Trajectories
@@ -83,7 +83,7 @@ class RewardModelling(Agent[RewardModellingConfig]):
     Args:
         policy: something whose ``evaluate`` gives a ``score (B,)``: :class:`RewardPolicy`.
         config: settings.
-        data: groups of texts with a ``rank``, 0 the best; see :func:`lm_envs.algos.preferences.preferences`.
+        data: groups of texts with a ``rank``, 0 the best; see :func:`lm_envs.algos.engine.comparisons.preferences`.
 
     Raises:
         ValueError: no data, no ranks, a group in which all ranks are equal, or with "plackett-luce"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import stream
-from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.metrics import Metric
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.batching import stream
+from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.model.tokens import left_pad
 from lm_envs.reward.base import right_pad

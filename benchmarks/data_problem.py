@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm_envs.algos.batching import units
-from lm_envs.algos.metrics import Averages
+from lm_envs.algos.engine.batching import units
+from lm_envs.algos.engine.metrics import Averages
+from lm_envs.algos.engine.stored import StoredData
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
-from lm_envs.algos.stored import StoredData
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.suites import Plan

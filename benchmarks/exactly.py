@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
-from lm_envs.algos.exact_gradients import sampled_cosine
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.exact_gradients import sampled_cosine
 from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.exact.solver import Exact
 from lm_envs.tasks.base import TextTask

@@ -27,8 +27,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lm_envs.algos import reward_makers
 from lm_envs.algos.best_of_n import kl_bound
+from lm_envs.algos.engine import judged_pairs
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
@@ -58,7 +58,7 @@ class Settings:
         flip: probability that an annotator's choice is recorded the wrong way round.
         algorithm, overrides, iterations: what optimises each reward model, a registered algorithm that samples.
         prompts, samples: of best-of-n: test prompts, and responses to each, of which n are a subset.
-        reward_model: options of :func:`lm_envs.algos.reward_makers.make_reward_model`.
+        reward_model: options of :func:`lm_envs.algos.engine.judged_pairs.make_reward_model`.
         seed: decides everything.
     """
 
@@ -173,20 +173,20 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
     start = LMPolicy.for_mdp(env.mdp, task.start)
     say("sampling pairs to compare")
     most = max(settings.pairs)
-    compared = reward_makers.compare(env.mdp, start, 0, most, settings.seed)
-    held = reward_makers.compare(env.mdp, start, most, settings.held_out, settings.seed)
-    texts, units = (reward_makers.as_read(template, x.samples) for x in (compared, held))
+    compared = judged_pairs.compare(env.mdp, start, 0, most, settings.seed)
+    held = judged_pairs.compare(env.mdp, start, most, settings.held_out, settings.seed)
+    texts, units = (judged_pairs.as_read(template, x.samples) for x in (compared, held))
     chosen = annotate(compared.gold[:, 0], compared.gold[:, 1], flip=settings.flip, seed=settings.seed)
     moments = float(held.gold.mean()), max(float(held.gold.std()), 1e-12)
     many = _many(task, start, settings)
     curves = []
     for pairs in sorted(settings.pairs):
         say(f"a reward model on {pairs} pairs")
-        model = reward_makers.make_reward_model(
+        model = judged_pairs.make_reward_model(
             template.model, texts[:pairs], chosen[:pairs], seed=settings.seed, **settings.reward_model
         )
-        reward = reward_makers.in_units_of(template, model, units, f"reward_model_{pairs}")
-        accuracy = reward_makers.accuracy(held, reward)
+        reward = judged_pairs.in_units_of(template, model, units, f"reward_model_{pairs}")
+        accuracy = judged_pairs.accuracy(held, reward)
         with_it = replace(task, reward=reward)
         curves.append(_best_of_n(with_it, many, moments, Curve(pairs, accuracy, "best-of-n", [], [], [])))
         say(f"{settings.algorithm} against it")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm_envs.algos.agent import Agent
 from lm_envs.algos.best_of_n import BestOfN
-from lm_envs.algos.enumerable_settings import TABULAR, VALUE_SCALE
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.settings_enumerable import TABULAR, VALUE_SCALE
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.tabular import TabularPolicy
@@ -210,7 +210,7 @@ class ControlProblem:
     def __init__(self, spec: RunSpec) -> None:
         import gymnasium
 
-        from lm_envs.algos.control_settings import ROWS, control_settings
+        from lm_envs.algos.engine.settings_control import ROWS, control_settings
         from lm_envs.algos.policies.mlp import MLPPolicy
 
         if spec.algorithm == "sft" or best_of(spec.algorithm) is not None:

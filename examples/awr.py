@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import gymnasium
 
-from lm_envs.algos.agent import Agent, learn
-from lm_envs.algos.batching import rewards
-from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.engine.agent import Agent, learn
+from lm_envs.algos.engine.batching import rewards
+from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.ops.advantages import gae
 from lm_envs.algos.ops.losses import masked_mean, nll, value_loss
 from lm_envs.algos.policies.language_model import LMPolicy

@@ -37,14 +37,14 @@ class Mutation:
 
 ROLLOUT, TEXT_ENV = "tests/lm_envs/env/test_rollout.py", "tests/lm_envs/env/test_text_env.py"
 LOSSES, ADVANTAGES = "tests/algos/ops/test_losses.py", "tests/algos/ops/test_advantages.py"
-AGENT, ALGORITHMS = "tests/algos/test_agent.py", "tests/algos/test_algorithms.py"
-GROUPS, GRADIENT = "tests/algos/ops/test_group_baselines.py", "tests/algos/test_policy_gradient.py"
+AGENT, ALGORITHMS = "tests/algos/engine/test_agent.py", "tests/algos/test_algorithms.py"
+GROUPS, GRADIENT = "tests/algos/ops/test_group_baselines.py", "tests/algos/engine/test_policy_gradient.py"
 ACTOR_CRITIC = "tests/algos/test_actor_critic.py"
 ADAPTATION = "tests/algos/policies/test_adaptation.py"
 FAMILIES, MODELS = "tests/lm_envs/model/test_families.py", "tests/lm_envs/model/test_loading.py"
 ENDINGS = "tests/lm_envs/model/test_endings.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
-TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/test_preferences.py"
+TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 SB3 = "tests/algos/test_sb3.py::"
 
 MUTATIONS = [
@@ -171,10 +171,10 @@ MUTATIONS = [
     ),
     Mutation(
         "a step is taken on the bfloat16 weight",
-        "algos/optimizer.py",
+        "algos/engine/optimizer.py",
         "master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))",
         "master.copy_(p.float())",
-        "tests/algos/test_optimizer.py::test_small_steps_add_up",
+        "tests/algos/engine/test_optimizer.py::test_small_steps_add_up",
     ),
     Mutation(
         "a model that reads padding passes the trial",
@@ -335,14 +335,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a batch's loss is a mean of means",
-        "algos/agent.py",
+        "algos/engine/agent.py",
         "(loss * (count / whole)).backward()",
         "(loss * (len(part) / len(traj))).backward()",
         AGENT + "::test_law_8_the_micro_batch_size_does_not_change_the_gradient",
     ),
     Mutation(
         "a minibatch splits groups",
-        "algos/batching.py",
+        "algos/engine/batching.py",
         "parts = [np.flatnonzero(np.isin(inverse.cpu().numpy(), chosen)) for chosen in order]",
         "parts = np.array_split(rng.permutation(len(traj)), count)",
         AGENT + "::test_minibatches_cover_every_row_once_and_keep_groups_whole",
@@ -378,28 +378,28 @@ MUTATIONS = [
     ),
     Mutation(
         "the learning rate does not fall",
-        "algos/agent.py",
+        "algos/engine/agent.py",
         "left = 1 - self.iterations_done / self.config.iterations if self.config.anneal else 1.0",
         "left = 1.0",
         AGENT + "::test_learning_rate_falls_to_zero_over_the_iterations",
     ),
     Mutation(
         "Adam's epsilon is PyTorch's",
-        "algos/agent.py",
+        "algos/engine/agent.py",
         "self.config.learning_rate, self.config.adam_eps)",
         "self.config.learning_rate, 1e-8)",
         ALGORITHMS + "::test_no_setting_is_dead",
     ),
     Mutation(
         "gradients are not clipped",
-        "algos/agent.py",
+        "algos/engine/agent.py",
         "nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)",
         "nn.utils.clip_grad_norm_(self._parameters.values(), 1e9)",
         ALGORITHMS + "::test_no_setting_is_dead",
     ),
     Mutation(
         "the adaptive controller counts nats per token",
-        "algos/agent.py",
+        "algos/engine/agent.py",
         'self._kl.update(metrics["kl"], len(traj))',
         'self._kl.update(metrics["kl"] / metrics["length"], len(traj))',
         AGENT + "::test_the_controllers_kl_is_in_nats_per_sequence",
@@ -413,17 +413,17 @@ MUTATIONS = [
     ),
     Mutation(
         "the demonstrations' weight is ignored",
-        "algos/mixing.py",
+        "algos/engine/demonstrations.py",
         "(weight * share * loss).backward()",
         "(share * loss).backward()",
-        "tests/algos/test_mixing.py",
+        "tests/algos/engine/test_demonstrations.py",
     ),
     Mutation(
         "REINFORCE's likelihood term is a mean over tokens",
-        "algos/mixing.py",
+        "algos/engine/demonstrations.py",
         'mean = masked_mean if unit == "token" else sequence_mean',
         "mean = masked_mean",
-        "tests/algos/test_mixing.py",
+        "tests/algos/engine/test_demonstrations.py",
     ),
     # KL in the loss
     Mutation(
@@ -442,7 +442,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the penalty is charged in the reward and in the loss",
-        "algos/policy_gradient.py",
+        "algos/engine/policy_gradient.py",
         "return self.config.kl_loss is None",
         "return True",
         GRADIENT,
@@ -541,7 +541,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Binary FeedME imitates losers",
-        "algos/preferences.py",
+        "algos/engine/comparisons.py",
         "best = data.select(data.rank == 0)",
         "best = data.select(data.rank != 0)",
         PREFERENCES,
@@ -584,7 +584,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a checkpoint goes on upon any base",
-        "algos/agent.py",
+        "algos/engine/agent.py",
         'if counters.get("frozen_sha256") != frozen_hash(self.policy):',
         "if False:",
         ADAPTATION,
@@ -670,10 +670,10 @@ MUTATIONS = [
     ),
     Mutation(
         "a minibatch that is cut by length loses its longest rows",
-        "algos/batching.py",
+        "algos/engine/batching.py",
         "return list(rows.split(most))",
         "return list(rows[:-1].split(most))",
-        "tests/algos/test_spared.py",
+        "tests/algos/engine/test_spared.py",
     ),
     # A network for other libraries
     Mutation(

@@ -8,9 +8,9 @@ import gymnasium
 import torch
 from gymnasium.vector import AutoresetMode
 
+from lm_envs.algos.engine.comparisons import preferences
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.mlp import MLPPolicy
-from lm_envs.algos.preferences import preferences
 from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load, make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.algos.sft import demonstrations

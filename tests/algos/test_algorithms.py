@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lm_envs.algos import registry
-from lm_envs.algos.agent import learn
-from lm_envs.algos.batching import Before
+from lm_envs.algos.engine.agent import learn
+from lm_envs.algos.engine.batching import Before
+from lm_envs.algos.engine.comparisons import by_group, preferences
 from lm_envs.algos.expert_iteration import best_of_groups
-from lm_envs.algos.preferences import by_group, preferences
 from lm_envs.algos.sft import demonstrations
 from lm_envs.env.rollout import rollout
 from tests import tiny

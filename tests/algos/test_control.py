@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_envs.algos.control_settings import ROWS, control_settings
+from lm_envs.algos.engine.settings_control import ROWS, control_settings
 from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.cat import CatEnv, expected_return, value_iteration

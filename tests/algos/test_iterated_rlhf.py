@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lm_envs.algos.agent import learn
-from lm_envs.algos.reward_makers import accuracy, compare
+from lm_envs.algos.engine.agent import learn
+from lm_envs.algos.engine.judged_pairs import accuracy, compare
 from lm_envs.env.rollout import rollout
 from lm_envs.reward.base import LearnedReward
 from tests import tiny

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lm_envs.algos.batching import Before
+from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.ops import losses
 from lm_envs.algos.ops.advantages import gae, whiten
 from lm_envs.algos.ppo_klpen import adapted

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_envs.algos.batching import Before
+from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.ops import losses
 from tests.algos import batches
 

@@ -20,7 +20,7 @@ from transformers import (
     OPTConfig,
 )
 
-from lm_envs.algos.agent import learn
+from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.policies.adaptation import (
     Adaptation,
     adapted,

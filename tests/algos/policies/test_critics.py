@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm_envs.algos import registry
-from lm_envs.algos.batching import Before
+from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.policies.critics import RewardCritic, value_from_reward_model
 from lm_envs.algos.policies.language_model import LMPolicy

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_envs.algos.agent import learn
+from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.policies.reward_tokens import ExtendedEmbedding, prepend, without_tokens
 from lm_envs.algos.quark import Quark, quantiles
 from lm_envs.algos.reward_conditioning import BETTER, signed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_envs.algos.enumerable_settings import TABULAR, enumerable_settings
+from lm_envs.algos.engine.settings_enumerable import TABULAR, enumerable_settings
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.reward_tokens import prepend
 from lm_envs.algos.policies.tabular import TabularPolicy

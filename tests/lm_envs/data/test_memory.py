@@ -17,8 +17,8 @@ MEASURE = """
 import itertools, json, resource, sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from lm_envs.algos.preferences import Comparisons
-from lm_envs.algos.stored import StoredData
+from lm_envs.algos.engine.comparisons import Comparisons
+from lm_envs.algos.engine.stored import StoredData
 from lm_envs.data.dataset import Data
 from lm_envs.data.packed import Packed, pack
 from lm_envs.data.tokenizing import tokenise

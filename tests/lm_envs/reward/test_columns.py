@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from lm_envs.algos.engine.comparisons import annotated_pairs
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.algos.preferences import annotated_pairs
 from lm_envs.benchmarks import evaluation
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.single import TextEnv

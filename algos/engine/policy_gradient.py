@@ -8,8 +8,8 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from lm_envs.algos.agent import Agent
-from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.ops.losses import KLEstimator, kl_estimate
 from lm_envs.env.report import text_envs
 from lm_envs.trajectories import Trajectories

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from lm_envs.algos.batching import Before, cost_of_a_forward, micro_batches, select
+from lm_envs.algos.engine.batching import Before, cost_of_a_forward, micro_batches, select
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.rollout import rollout

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lm_envs.algos.enumerable_settings import (
+from lm_envs.algos.engine.settings_enumerable import (
     EPISODES,
     TABULAR,
     TRANSFORMER,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lm_envs.algos.agent import learn
-from lm_envs.algos.optimizer import MASTER, MasterAdam, make_adam
+from lm_envs.algos.engine.agent import learn
+from lm_envs.algos.engine.optimizer import MASTER, MasterAdam, make_adam
 from lm_envs.algos.policies.adaptation import Adaptation, adapted
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.agent import Agent
-from lm_envs.algos.batching import Before, units
+from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.batching import Before, units
 from lm_envs.exact.solver import Exact
 from lm_envs.trajectories import Trajectories
 

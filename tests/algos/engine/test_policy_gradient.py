@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm_envs.algos import registry
-from lm_envs.algos.agent import learn
+from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.ops import losses
 from tests.algos import batches
 

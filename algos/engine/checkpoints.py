@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lm_envs.algos.optimizer import MASTER
+from lm_envs.algos.engine.optimizer import MASTER
 from lm_envs.algos.policies.adaptation import learned_state, load_learned_state
 
 _ADAM = ("step", "exp_avg", "exp_avg_sq", MASTER)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lm_envs.algos import agent as agent_module
-from lm_envs.algos.agent import learn
-from lm_envs.algos.batching import Before, flatten_fixed, micro_batches, minibatches, stream, units
-from lm_envs.algos.metrics import Averages, describe
+from lm_envs.algos.engine import agent as agent_module
+from lm_envs.algos.engine.agent import learn
+from lm_envs.algos.engine.batching import Before, flatten_fixed, micro_batches, minibatches, stream, units
+from lm_envs.algos.engine.metrics import Averages, describe
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.sft import demonstrations
 from tests import tiny

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lm_envs.algos.dpo import DPO, DPOConfig
+from lm_envs.algos.engine.comparisons import Comparisons
+from lm_envs.algos.engine.stored import StoredData
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.algos.preferences import Comparisons
 from lm_envs.algos.sft import SFT, SFTConfig, from_responses
-from lm_envs.algos.stored import StoredData
 from lm_envs.data.dataset import Data
 from lm_envs.data.packed import Packed, pack
 from lm_envs.data.tokenizing import tokenise

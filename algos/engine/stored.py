@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_envs.algos.batching import Before
+from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.sft import from_responses
 from lm_envs.data.packed import Packed
 from lm_envs.files import replacing

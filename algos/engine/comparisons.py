@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm_envs.algos.batching import stream
-from lm_envs.algos.config import AgentConfig
+from lm_envs.algos.engine.batching import stream
+from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.sft import demonstrations, from_responses
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import annotate

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from lm_envs.algos.batching import Before
-from lm_envs.algos.exact_gradients import expected_gradient, jackknifed_cosine, sampled_cosine
+from lm_envs.algos.engine.batching import Before
+from lm_envs.algos.engine.exact_gradients import expected_gradient, jackknifed_cosine, sampled_cosine
 from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.ops.losses import k1, k2, k3, sequence_mean
 from lm_envs.algos.policies.tabular import TabularPolicy

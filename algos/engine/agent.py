@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lm_envs.algos.batching import (
+from lm_envs.algos.engine.batching import (
     Before,
     cost_of_a_forward,
     flatten_fixed,
@@ -26,13 +26,13 @@ from lm_envs.algos.batching import (
     select,
     units,
 )
-from lm_envs.algos.checkpoints import take_back, tensors_of
-from lm_envs.algos.config import AgentConfig
-from lm_envs.algos.metrics import Averages, Metric, describe
-from lm_envs.algos.mixing import add_nll_gradient
+from lm_envs.algos.engine.checkpoints import take_back, tensors_of
+from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.demonstrations import add_nll_gradient
+from lm_envs.algos.engine.metrics import Averages, Metric, describe
+from lm_envs.algos.engine.optimizer import make_adam
 from lm_envs.algos.ops.kl_control import AdaptiveKL, FixedKL, controller
 from lm_envs.algos.ops.losses import explained_variance
-from lm_envs.algos.optimizer import make_adam
 from lm_envs.algos.policies.adaptation import frozen_hash
 from lm_envs.env.report import set_kl_coef, text_envs
 from lm_envs.env.rollout import Collector, rollout

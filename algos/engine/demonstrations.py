@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.batching import micro_batches, select, stream, units
+from lm_envs.algos.engine.batching import micro_batches, select, stream, units
 from lm_envs.algos.ops.losses import masked_mean, nll, sequence_mean
 from lm_envs.trajectories import Trajectories
 

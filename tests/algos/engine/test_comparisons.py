@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lm_envs.algos import registry
-from lm_envs.algos.agent import learn
+from lm_envs.algos.engine.agent import learn
+from lm_envs.algos.engine.comparisons import annotated_pairs, preferences, ranks_of, winners
 from lm_envs.algos.online_dpo import extremes
 from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.algos.ops.preference_losses import dpo_loss, plackett_luce_loss
-from lm_envs.algos.preferences import annotated_pairs, preferences, ranks_of, winners
 from lm_envs.training import bradley_terry_loss
 from tests import tiny
 from tests.algos import batches
