@@ -17,7 +17,7 @@ import stable_baselines3
 import torch
 from stable_baselines3 import PPO
 
-from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv
+from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.benchmarks.bench_kernels import RESULTS, machine
 from lm_envs.benchmarks.bench_throughput import Load, timed
 from lm_envs.benchmarks.storage import write_lines

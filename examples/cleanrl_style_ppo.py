@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 import lm_envs
-from lm_envs.algos.actor_critic import LMActorCritic
+from lm_envs.algos.other_libraries.network import LMActorCritic
 from lm_envs.benchmarks.evaluation import measure
 
 

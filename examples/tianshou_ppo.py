@@ -32,7 +32,7 @@ from tianshou.utils.net.common import ActionReprNet
 from torch import nn
 
 import lm_envs
-from lm_envs.algos.actor_critic import LMActorCritic
+from lm_envs.algos.other_libraries.network import LMActorCritic
 from lm_envs.benchmarks.evaluation import measure
 
 

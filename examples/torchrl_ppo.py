@@ -29,7 +29,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 import lm_envs
-from lm_envs.algos.actor_critic import LMActorCritic
+from lm_envs.algos.other_libraries.network import LMActorCritic
 from lm_envs.benchmarks.evaluation import measure
 
 

@@ -39,13 +39,13 @@ ROLLOUT, TEXT_ENV = "tests/lm_envs/env/test_rollout.py", "tests/lm_envs/env/test
 LOSSES, ADVANTAGES = "tests/algos/ops/test_losses.py", "tests/algos/ops/test_advantages.py"
 AGENT, ALGORITHMS = "tests/algos/engine/test_agent.py", "tests/algos/test_algorithms.py"
 GROUPS, GRADIENT = "tests/algos/ops/test_group_baselines.py", "tests/algos/engine/test_policy_gradient.py"
-ACTOR_CRITIC = "tests/algos/test_actor_critic.py"
+ACTOR_CRITIC = "tests/algos/other_libraries/test_network.py"
 ADAPTATION = "tests/algos/policies/test_adaptation.py"
 FAMILIES, MODELS = "tests/lm_envs/model/test_families.py", "tests/lm_envs/model/test_loading.py"
 ENDINGS = "tests/lm_envs/model/test_endings.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
-SB3 = "tests/algos/test_sb3.py::"
+SB3 = "tests/algos/other_libraries/test_sb3.py::"
 
 MUTATIONS = [
     # Rewards and masks
@@ -592,24 +592,24 @@ MUTATIONS = [
     # Stable-Baselines3
     Mutation(
         "sb3: a text is taken for the prefix of one with another action",
-        "algos/prefix_chains.py",
+        "algos/other_libraries/prefix_chains.py",
         ">= end[order[:-1], None]",
         ">= end[order[:-1], None] - 1",
-        "tests/algos/test_prefix_chains.py::test_prefix_chains_by_hand",
+        "tests/algos/other_libraries/test_prefix_chains.py::test_prefix_chains_by_hand",
     ),
     Mutation(
         "sb3: the wrong log-probability is reported",
-        "algos/sb3_env.py",
+        "algos/other_libraries/sb3_env.py",
         "self.report(told)",
         "self.report(told * 0)",
         SB3 + "test_the_exact_penalty_is_charged_and_without_the_report_it_is_not",
     ),
     Mutation(
         "sb3: re-evaluation reads no mask",
-        "algos/sb3.py",
+        "algos/other_libraries/sb3.py",
         "return _mask(logits, masks), lm.value_head",
         "return logits, lm.value_head",
-        "tests/algos/test_sb3_masked.py::test_the_mask_is_the_references_top_k_in_action_report_and_penalty",
+        "tests/algos/other_libraries/test_sb3_masked.py::test_the_mask_is_the_references_top_k_in_action_report_and_penalty",
     ),
     Mutation(
         "sb3: values are of the token before",
@@ -620,17 +620,17 @@ MUTATIONS = [
     ),
     Mutation(
         "sb3: the terminal observation is the first of the next text",
-        "algos/sb3_env.py",
+        "algos/other_libraries/sb3_env.py",
         "final_obs[row],",
         "obs[row],",
-        "tests/algos/test_sb3_env.py::test_infos_go_to_the_rows_that_ended",
+        "tests/algos/other_libraries/test_sb3_env.py::test_infos_go_to_the_rows_that_ended",
     ),
     Mutation(
         "sb3: a truncation is not told",
-        "algos/sb3_env.py",
+        "algos/other_libraries/sb3_env.py",
         "bool(truncated[row] and not terminated[row])",
         "False",
-        "tests/algos/test_sb3_env.py::test_truncation_is_told_and_bootstraps",
+        "tests/algos/other_libraries/test_sb3_env.py::test_truncation_is_told_and_bootstraps",
     ),
     Mutation(
         "sb3: the hidden states of refilled rows stay the old ones",
@@ -644,7 +644,7 @@ MUTATIONS = [
         "lm_envs/model/decoding.py",
         "values.topk(k).indices",
         "(-values).topk(k).indices",
-        "tests/algos/test_sb3_masked.py::test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
+        "tests/algos/other_libraries/test_sb3_masked.py::test_the_mask_belongs_to_the_state_in_every_autoreset_mode",
     ),
     # Decoding at speed
     Mutation(
@@ -678,21 +678,21 @@ MUTATIONS = [
     # A network for other libraries
     Mutation(
         "a state is read before its last token",
-        "algos/actor_critic.py",
+        "algos/other_libraries/network.py",
         "picked_logits(policy.model, prompt, response, row, position)",
         "picked_logits(policy.model, prompt, response, row, (position - 1).clamp(min=0))",
         ACTOR_CRITIC,
     ),
     Mutation(
         "a shorter prompt counts as the beginning of a longer one",
-        "algos/prefix_chains.py",
+        "algos/other_libraries/prefix_chains.py",
         "((ordered[:-1] == ordered[1:]) | behind)",
         "((ordered[:-1] == ordered[1:]) | behind | (ordered[:-1] < 0))",
         ACTOR_CRITIC,
     ),
     Mutation(
         "logits are not divided by the temperature",
-        "algos/actor_critic.py",
+        "algos/other_libraries/network.py",
         "logits = scaled(logits, self.policy.temperature)",
         "logits = scaled(logits)",
         ACTOR_CRITIC,

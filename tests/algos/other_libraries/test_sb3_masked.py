@@ -9,14 +9,14 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 import lm_envs
+from lm_envs.algos.other_libraries.sb3 import TextVecEnv
+from lm_envs.algos.other_libraries.sb3_masked import MaskableCausalLMActorCriticPolicy
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.algos.sb3 import TextVecEnv
-from lm_envs.algos.sb3_masked import MaskableCausalLMActorCriticPolicy
 from lm_envs.env.rollout import rollout
 from lm_envs.env.single import TextEnv
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
-from tests.algos.sb3_pieces import WHOLE, Recorder, env, mean_return, policy
+from tests.algos.other_libraries.sb3_pieces import WHOLE, Recorder, env, mean_return, policy
 
 
 def top_k_of_the_reference(mdp, obs, k):

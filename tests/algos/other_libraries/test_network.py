@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lm_envs
-from lm_envs.algos.actor_critic import LMActorCritic
+from lm_envs.algos.other_libraries.network import LMActorCritic
+from lm_envs.algos.other_libraries.prefix_chains import shared_texts
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.algos.prefix_chains import shared_texts
 from lm_envs.env.rollout import rollout
 from lm_envs.env.single import TextEnv
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 import lm_envs
-from lm_envs.algos.actor_critic import LMActorCritic
+from lm_envs.algos.other_libraries.network import LMActorCritic
 from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
 from tests.house import CHECKOUT

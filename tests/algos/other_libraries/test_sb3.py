@@ -15,11 +15,11 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecMonitor
 
-from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv, ToldActions
+from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv, ToldActions
 from lm_envs.env.rollout import collect
 from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
-from tests.algos.sb3_pieces import WHOLE, Recorder, env, mean_return, policy
+from tests.algos.other_libraries.sb3_pieces import WHOLE, Recorder, env, mean_return, policy
 from tests.house import CHECKOUT
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lm_envs.algos.other_libraries.prefix_chains import shared_texts
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.algos.prefix_chains import shared_texts
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.report import text_envs
 from lm_envs.kernels.logprob_kl import scaled

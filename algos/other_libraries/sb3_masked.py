@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 
-from lm_envs.algos.sb3 import LMActorCritic
+from lm_envs.algos.other_libraries.sb3 import LMActorCritic
 
 
 class MaskableCausalLMActorCriticPolicy(LMActorCritic, MaskableActorCriticPolicy):  # type: ignore[misc]  # `self: Any`
-    """The policy of ``MaskablePPO``; see :class:`~lm_envs.algos.sb3.LMActorCritic`.
+    """The policy of ``MaskablePPO``; see :class:`~lm_envs.algos.other_libraries.sb3.LMActorCritic`.
 
     The buffer of sb3-contrib keeps a float32 mask of the whole vocabulary for every step: 4 V bytes a token.
     """

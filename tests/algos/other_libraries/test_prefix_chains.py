@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lm_envs.algos.prefix_chains import prefix_chains
+from lm_envs.algos.other_libraries.prefix_chains import prefix_chains
 
 
 def test_prefix_chains_by_hand():

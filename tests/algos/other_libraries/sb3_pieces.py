@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv
+from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
 

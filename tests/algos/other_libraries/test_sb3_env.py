@@ -13,11 +13,11 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import lm_envs
-from lm_envs.algos.sb3 import CausalLMActorCriticPolicy, TextVecEnv
+from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.env.single import TextBanditEnv, TextEnv
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
-from tests.algos.sb3_pieces import env
+from tests.algos.other_libraries.sb3_pieces import env
 
 
 def test_the_librarys_checker_passes_on_the_single_env():

@@ -21,9 +21,9 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
+from lm_envs.algos.other_libraries.prefix_chains import prefix_chains
+from lm_envs.algos.other_libraries.sb3_env import TextSpace, TextSpec, TextVecEnv, ToldActions
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.algos.prefix_chains import prefix_chains
-from lm_envs.algos.sb3_env import TextSpace, TextSpec, TextVecEnv, ToldActions
 from lm_envs.kernels.logprob_kl import logprob_kl, scaled
 from lm_envs.model.decoding import forbid_early_eos, sample
 from lm_envs.model.forwards import picked_logits
@@ -77,7 +77,8 @@ class LMActorCritic:
         if text.reference_top_k is not None and not self.takes_masks:
             raise ValueError(
                 f"reference_top_k={text.reference_top_k} masks actions, which this algorithm does not read: use "
-                "sb3-contrib's MaskablePPO with lm_envs.algos.sb3_masked.MaskableCausalLMActorCriticPolicy"
+                "sb3-contrib's MaskablePPO with "
+                "lm_envs.algos.other_libraries.sb3_masked.MaskableCausalLMActorCriticPolicy"
             )
         # What the library would build between features and heads has no place here.
         super().__init__(observation_space, action_space, lr_schedule, **options | {"net_arch": []})  # type: ignore[call-arg]

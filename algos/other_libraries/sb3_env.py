@@ -1,5 +1,5 @@
 """A native text environment as Stable-Baselines3 takes environments, the library unmodified; see
-:mod:`lm_envs.algos.sb3`.
+:mod:`lm_envs.algos.other_libraries.sb3`.
 """
 
 from __future__ import annotations
