@@ -17,8 +17,8 @@ from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.benchmarks import evaluation, exactly, greedy
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.measure import exact, greedy, samples
 from lm_envs.benchmarks.names import base_task, best_of, is_control, load_task
 from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.suites import RunSpec
@@ -79,7 +79,7 @@ class TextProblem:
         self.agent: Agent[Any] | None = None
         self.env: TextVectorEnv | TextBanditVectorEnv | None = None
         start = LMPolicy.for_mdp(mdp, self.task.start)
-        self.exact = Exact(mdp) if exactly.is_table(self.task) else None
+        self.exact = Exact(mdp) if exact.is_table(self.task) else None
         self.policy: Any = start
         n = best_of(spec.algorithm)
         trained = n is None and spec.algorithm != "sft"
@@ -106,20 +106,20 @@ class TextProblem:
 
     def _agent(self, policy: Any, overrides: dict[str, Any]) -> Agent[Any]:
         agent = make_agent(self.spec.algorithm, policy, self.task, **{"seed": self.spec.seed, **overrides})
-        return _fit(agent if self.exact is None else exactly.prepared(agent, self.exact), self.spec)
+        return _fit(agent if self.exact is None else exact.prepared(agent, self.exact), self.spec)
 
     def _gradient(self) -> dict[str, float]:
         """How the algorithm's direction compares with the exact gradient; nothing where it does not sample."""
         if self.agent is None or self.agent.needs_data or self.exact is None or self.exact.kl_coef == 0:
             return {}
         face = self.policy.face
-        policy = TabularPolicy(self.exact, exactly.half_way(self.exact), face, VALUE_SCALE)
+        policy = TabularPolicy(self.exact, exact.half_way(self.exact), face, VALUE_SCALE)
         fresh = self._agent(policy, asdict(self.agent.config))
-        return exactly.gradient(fresh, self.exact, bandit=face == "bandit", seed=self.spec.seed)
+        return exact.gradient(fresh, self.exact, bandit=face == "bandit", seed=self.spec.seed)
 
     def _measure(self, split: str) -> TextVectorEnv:
         if split not in self._measures:
-            self._measures[split] = evaluation.evaluation_env(self.task, split, **self._options)
+            self._measures[split] = samples.evaluation_env(self.task, split, **self._options)
         return self._measures[split]
 
     def settings(self) -> dict[str, Any]:
@@ -138,27 +138,27 @@ class TextProblem:
         shows here.
         """
         for split in ("train", "validation", "test"):
-            evaluation.sample_reference(self._measure(split), self._reference, 2)
+            samples.sample_reference(self._measure(split), self._reference, 2)
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """A point of the learning curve, on validation prompts with the same random numbers each time, and some
         samples.
         """
-        found = evaluation.sample_policy(self._measure("validation"), self.policy, self.spec.plan.validation_prompts, 0)
+        found = samples.sample_policy(self._measure("validation"), self.policy, self.spec.plan.validation_prompts, 0)
         metrics = {name: float(np.mean(getattr(found, name))) for name in self.tracked}
         if self.exact is not None:
-            metrics |= exactly.measure(self.exact, self.policy)
+            metrics |= exact.measure(self.exact, self.policy)
         return metrics, found.records(4)
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The result on test prompts, and the samples it is the mean of."""
         env, count = self._measure("test"), self.spec.plan.test_prompts
-        reference = evaluation.sample_reference(env, self._reference, count)
-        found = evaluation.sample_policy(env, self.policy, count, self.spec.seed)
-        measured = evaluation.summarise(found, reference, self.policy, self.task.stats)
+        reference = samples.sample_reference(env, self._reference, count)
+        found = samples.sample_policy(env, self.policy, count, self.spec.seed)
+        measured = samples.summarise(found, reference, self.policy, self.task.stats)
         measured |= greedy.measure(env.mdp, self.policy, count)
         if self.exact is not None:
-            measured |= exactly.result(self.exact, self.policy) | self._gradient()
+            measured |= exact.result(self.exact, self.policy) | self._gradient()
         return measured, found.records()
 
     def save_model(self, folder: Path) -> None:
@@ -266,7 +266,7 @@ class ControlProblem:
         return {
             **measured,
             "proxy": float(returns.mean()),
-            "proxy_se": evaluation.standard_error(returns),
+            "proxy_se": samples.standard_error(returns),
             "length": float(lengths.mean()),
             "inference_tokens": int(lengths.sum()),
             "inference_reward_calls": 0,

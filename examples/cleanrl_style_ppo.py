@@ -29,7 +29,7 @@ from torch.distributions import Categorical
 
 import lm_envs
 from lm_envs.algos.other_libraries.network import LMActorCritic
-from lm_envs.benchmarks.evaluation import measure
+from lm_envs.benchmarks.measure.samples import measure
 
 
 @dataclass

@@ -33,7 +33,7 @@ from torch import nn
 
 import lm_envs
 from lm_envs.algos.other_libraries.network import LMActorCritic
-from lm_envs.benchmarks.evaluation import measure
+from lm_envs.benchmarks.measure.samples import measure
 
 
 @dataclass
@@ -129,7 +129,7 @@ class ReportingPolicy(DiscreteActorPolicy):
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train; what :func:`lm_envs.benchmarks.evaluation.measure` says of the language model."""
+    """Train; what :func:`lm_envs.benchmarks.measure.samples.measure` says of the language model."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)  # noqa: NPY002 - Tianshou shuffles with the global generator
     envs = gymnasium.make_vec(args.env_id, num_envs=args.num_envs, autoreset_mode="Disabled")

@@ -30,7 +30,7 @@ from torchrl.objectives.value import GAE
 
 import lm_envs
 from lm_envs.algos.other_libraries.network import LMActorCritic
-from lm_envs.benchmarks.evaluation import measure
+from lm_envs.benchmarks.measure.samples import measure
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Args:
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train; what :func:`lm_envs.benchmarks.evaluation.measure` says of the language model."""
+    """Train; what :func:`lm_envs.benchmarks.measure.samples.measure` says of the language model."""
     torch.manual_seed(args.seed)
     envs = gymnasium.make_vec(args.env_id, num_envs=args.num_envs, kl_coef=0.0)
     env = GymWrapper(envs, categorical_action_encoding=True)  # takes random steps, which nobody reports,

@@ -228,7 +228,7 @@ def test_bugs_keep_their_traceback(tmp_path, monkeypatch):
     def bug(*arguments, **options):
         raise ValueError("from inside a library")
 
-    monkeypatch.setattr("lm_envs.benchmarks.evaluation.rollout", bug)
+    monkeypatch.setattr("lm_envs.benchmarks.measure.samples.rollout", bug)
     with pytest.raises(ValueError, match="from inside a library"):
         main(["compare", "--task", NAME, "--algorithms", "ppo", "--out", str(tmp_path / "out")])
 

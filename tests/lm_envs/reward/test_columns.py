@@ -8,7 +8,7 @@ import torch
 
 from lm_envs.algos.engine.comparisons import annotated_pairs
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.benchmarks import evaluation
+from lm_envs.benchmarks.measure import samples
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.single import TextEnv
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
@@ -52,8 +52,8 @@ def test_stepped_bulk_and_bandit_rewards_get_the_prompts_own_row():
 
 def test_the_judge_and_simulated_annotators_get_them():
     made = task()
-    env = evaluation.evaluation_env(made, "test")
-    sampled = evaluation.sample(env, LMPolicy.for_mdp(env.mdp, made.reference), None, seed=0)
+    env = samples.evaluation_env(made, "test")
+    sampled = samples.sample(env, LMPolicy.for_mdp(env.mdp, made.reference), None, seed=0)
     assert sampled.gold.tolist() == sampled.proxy.tolist() == [60.0, 70.0]
     seen = []
 

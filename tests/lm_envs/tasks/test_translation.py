@@ -12,10 +12,10 @@ from lm_envs.algos.policies.adaptation import adapted
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.sft import demonstrations_of
-from lm_envs.benchmarks import evaluation
-from lm_envs.benchmarks import greedy as greedy_figures
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.evaluation import evaluation_env
+from lm_envs.benchmarks.measure import greedy as greedy_figures
+from lm_envs.benchmarks.measure import samples
+from lm_envs.benchmarks.measure.samples import evaluation_env
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.decoding import greedy
 from lm_envs.model.kv_cache_cross import rows_of
@@ -191,15 +191,15 @@ def test_greedy_is_what_transformers_generates_from_what_is_saved(task, tmp_path
 def test_reinforce_with_the_references_likelihood_raises_bleu_on_test_prompts(task):
     env, test = TextVectorEnv(task, group_size=4), evaluation_env(task, "test")
     policy = LMPolicy.for_mdp(env.mdp, adapted(task.reference))
-    before = evaluation.sample_policy(test, policy, None, 0)
+    before = samples.sample_policy(test, policy, None, 0)
     assert np.isnan(before.corpus)  # the task has a metric, of greedy responses
     settings = dict(iterations=20, episodes=64, alpha=1.0, demonstrations=16, learning_rate=2e-3, group_size=4)
     agent = make_agent("reinforce", policy, task, **settings)
     for _ in range(20):
         assert agent.iteration(env)[1]["demonstration_nll"] > 0
-    after = evaluation.sample_policy(test, policy, None, 0)
+    after = samples.sample_policy(test, policy, None, 0)
     gains = after.proxy - before.proxy
-    assert gains.mean() > 2 * evaluation.standard_error(gains)
+    assert gains.mean() > 2 * samples.standard_error(gains)
     found = greedy_figures.measure(test.mdp, policy, None)
     still = greedy_figures.measure(test.mdp, LMPolicy.for_mdp(env.mdp, task.reference), None)
     assert (

@@ -8,9 +8,9 @@ import torch
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.tabular import TabularPolicy
-from lm_envs.benchmarks import evaluation, exactly
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.history import gather, styles
+from lm_envs.benchmarks.measure import exact, samples
 from lm_envs.benchmarks.plots import frontier
 from lm_envs.benchmarks.problems import TextProblem
 from lm_envs.benchmarks.results import collect_results, table
@@ -84,16 +84,16 @@ def test_measures_agree_with_samples():
         TabularPolicy(solver, solver.log_ref + noise),
         BestOfN(LMPolicy.for_mdp(solver.mdp, solver.mdp.reference), solver.mdp, 3),
     ):
-        found = exactly.measure(solver, policy)
-        env = evaluation.evaluation_env(solver.mdp.task, "test", group_size=4000)
-        sampled = evaluation.rollout(env, policy, episodes=16_000, seed=5)
+        found = exact.measure(solver, policy)
+        env = samples.evaluation_env(solver.mdp.task, "test", group_size=4000)
+        sampled = samples.rollout(env, policy, episodes=16_000, seed=5)
         for name, values in (("proxy", sampled.score), ("length", sampled.response_lengths.double())):
             error = float(values.std()) / 16_000**0.5
             assert abs(float(values.mean()) - found[name]) < 4 * error
 
 
 def test_only_a_table_gets_a_table():
-    assert exactly.is_table(load()) and not exactly.is_table(tiny.task())
+    assert exact.is_table(load()) and not exact.is_table(tiny.task())
     run = RunSpec(task="enumerable", algorithm="a2c", seed=0, plan=Plan(iterations=1), options=SMALL)
     problem = TextProblem(run)
     assert isinstance(problem.policy, TabularPolicy) and problem.agent.config.learning_rate == 0.05

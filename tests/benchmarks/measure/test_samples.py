@@ -10,7 +10,7 @@ import torch
 
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.benchmarks.evaluation import (
+from lm_envs.benchmarks.measure.samples import (
     corpus_score,
     distinct_2,
     evaluation_env,
