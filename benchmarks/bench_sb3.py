@@ -20,7 +20,7 @@ from stable_baselines3 import PPO
 from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.benchmarks.bench_kernels import RESULTS, machine
 from lm_envs.benchmarks.bench_throughput import Load, timed
-from lm_envs.benchmarks.storage import write_lines
+from lm_envs.benchmarks.run.storage import write_lines
 from lm_envs.benchmarks.throughput_work import SHAPES, Size, Work
 from lm_envs.env.vector import TextVectorEnv
 

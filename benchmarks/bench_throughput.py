@@ -25,7 +25,7 @@ import torch
 
 from lm_envs.benchmarks.bench_kernels import RESULTS, machine
 from lm_envs.benchmarks.live_memory import LiveMemory
-from lm_envs.benchmarks.storage import write_lines
+from lm_envs.benchmarks.run.storage import write_lines
 from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
 from lm_envs.benchmarks.throughput_targets import table as verdict_table
 from lm_envs.benchmarks.throughput_work import COMPILED, SHAPES, WAYS, Size, Work

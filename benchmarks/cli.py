@@ -20,12 +20,12 @@ from lm_envs.benchmarks.bench import Bench
 from lm_envs.benchmarks.data_cli import DataCommand
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
 from lm_envs.benchmarks.help_text import subcommands
-from lm_envs.benchmarks.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.options import Adapt, Own
 from lm_envs.benchmarks.overoptimise_cli import Overoptimise
-from lm_envs.benchmarks.overrides import parse_settings
 from lm_envs.benchmarks.pipeline import Dpo, RewardModel, Sft
-from lm_envs.benchmarks.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, load_suite
+from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
+from lm_envs.benchmarks.run.overrides import parse_settings
+from lm_envs.benchmarks.run.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, load_suite
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
@@ -225,7 +225,7 @@ class Report:
 
 def carry_out(suite: Suite, out: Path, **options: Any) -> None:
     """Run a comparison and show what it found; where some runs failed, what the others found."""
-    from lm_envs.benchmarks.compare import compare
+    from lm_envs.benchmarks.run.compare import compare
 
     try:
         compare(suite, out, **options)
@@ -238,9 +238,9 @@ def carry_out(suite: Suite, out: Path, **options: Any) -> None:
 
 def show(out: Path) -> None:
     """Write the report of a folder, and print its table."""
-    from lm_envs.benchmarks.compare import write_results
     from lm_envs.benchmarks.report import write_report
-    from lm_envs.benchmarks.results import rich_table, table
+    from lm_envs.benchmarks.run.compare import write_results
+    from lm_envs.benchmarks.run.results import rich_table, table
 
     rows = write_results(out)
     path = write_report(out, rows)

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.names import base_task, best_of, folder_name
-from lm_envs.benchmarks.results import COLUMNS, number
-from lm_envs.benchmarks.storage import Records, read_json
+from lm_envs.benchmarks.run.names import base_task, best_of, folder_name
+from lm_envs.benchmarks.run.results import COLUMNS, number
+from lm_envs.benchmarks.run.storage import Records, read_json
 
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart; yellow is left out, it vanishes
 # on white.

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lm_envs.benchmarks.names import trainable
-from lm_envs.benchmarks.suites import BUILT_IN, load_suite
+from lm_envs.benchmarks.run.names import trainable
+from lm_envs.benchmarks.run.suites import BUILT_IN, load_suite
 
 
 def _first_line(documented: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.suites import Suite, check_adaptation
+from lm_envs.benchmarks.run.suites import Suite, check_adaptation
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
 

@@ -10,9 +10,9 @@ import tyro
 from rich.console import Console
 
 from lm_envs.benchmarks.errors import UserError, near
-from lm_envs.benchmarks.names import base_task
 from lm_envs.benchmarks.options import Own
-from lm_envs.benchmarks.overrides import parse_settings
+from lm_envs.benchmarks.run.names import base_task
+from lm_envs.benchmarks.run.overrides import parse_settings
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Overoptimise:
 
     def run(self, console: Console) -> None:
         """Carry it out."""
-        from lm_envs.benchmarks.names import trainable
-        from lm_envs.benchmarks.overoptimisation import Settings, overoptimise
+        from lm_envs.benchmarks.run.names import trainable
+        from lm_envs.benchmarks.run.overoptimization import Settings, overoptimise
 
         if self.algorithm not in trainable():
             raise UserError(f"no algorithm {self.algorithm!r}: {near(self.algorithm, trainable())}")

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.options import Adapt
-from lm_envs.benchmarks.overrides import parse_settings
-from lm_envs.benchmarks.suites import Plan
+from lm_envs.benchmarks.run.overrides import parse_settings
+from lm_envs.benchmarks.run.suites import Plan
 
 _EARLY = (".lock", "data", ".tmp-data")  # what is in a folder before its config.json
 _SHOWN = 10  # skipped rows on the screen; all are in data/info.json
@@ -67,7 +67,7 @@ class _Learn:
 
     def run(self, console: Console) -> None:
         """Carry it out."""
-        from lm_envs.benchmarks.data_problem import DataSpec
+        from lm_envs.benchmarks.run.data_problem import DataSpec
 
         for name in ("epochs", "iterations", "batch_size", "learning_rate", "max_length", "max_rows"):
             value = getattr(self, name)
@@ -139,7 +139,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     """Carry out a stage in ``out``, or what is left of it, and print what it found.
 
     Args:
-        spec: a :class:`~lm_envs.benchmarks.data_problem.DataSpec`.
+        spec: a :class:`~lm_envs.benchmarks.run.data_problem.DataSpec`.
 
     Raises:
         UserError: something is wrong that the user can put right.
@@ -148,12 +148,12 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from lm_envs.benchmarks.compare import gone_if_refused
-    from lm_envs.benchmarks.data_problem import DataProblem
-    from lm_envs.benchmarks.overrides import check_overrides
-    from lm_envs.benchmarks.progress import display
-    from lm_envs.benchmarks.runs import execute
-    from lm_envs.benchmarks.workers import StopRequest
+    from lm_envs.benchmarks.run.compare import gone_if_refused
+    from lm_envs.benchmarks.run.data_problem import DataProblem
+    from lm_envs.benchmarks.run.one_run import execute
+    from lm_envs.benchmarks.run.overrides import check_overrides
+    from lm_envs.benchmarks.run.progress import display
+    from lm_envs.benchmarks.run.workers import StopRequest
 
     disable_progress_bar()
     check_overrides(spec.algorithm, spec.overrides)
@@ -213,7 +213,7 @@ def _about(info: dict[str, Any], out: Path) -> list[str]:
 
 def _show(out: Path, result: dict[str, Any]) -> None:
     """The figures on held-out rows before and after, and where the model is."""
-    from lm_envs.benchmarks.storage import Records
+    from lm_envs.benchmarks.run.storage import Records
 
     before = next(iter(Records(out / "metrics.jsonl").read()), {})
     names = [name.removeprefix("held_out_") for name in result if name.startswith("held_out_")]

@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from lm_envs.benchmarks.history import Series, styles
-from lm_envs.benchmarks.results import number, table
+from lm_envs.benchmarks.run.results import number, table
 
 STYLE = {
     "font.size": 11,
@@ -309,6 +309,6 @@ def as_png(figure: Figure) -> bytes:
 
 def png_path(out: Path, task: str, kind: str) -> Path:
     """Where a figure lies beside the report."""
-    from lm_envs.benchmarks.names import folder_name
+    from lm_envs.benchmarks.run.names import folder_name
 
     return out / "plots" / f"{folder_name(task)}-{kind}.png"

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm_envs.benchmarks import errors, storage
+from lm_envs.benchmarks import errors
 from lm_envs.benchmarks.cli import Compare, Own, main
-from lm_envs.benchmarks.names import load_task
-from lm_envs.benchmarks.results import COLUMNS
-from lm_envs.benchmarks.storage import Records
-from lm_envs.benchmarks.suites import load_suite, parse_suite
+from lm_envs.benchmarks.run import storage
+from lm_envs.benchmarks.run.names import load_task
+from lm_envs.benchmarks.run.results import COLUMNS
+from lm_envs.benchmarks.run.storage import Records
+from lm_envs.benchmarks.run.suites import load_suite, parse_suite
 from tests.benchmarks.fake_task import NAME
 from tests.house import CHECKOUT
 from tests.lm_envs import byo
@@ -150,7 +151,7 @@ def test_malformed_toml_names_file_and_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("where", ["file", "file/inside", "/proc/nowhere"])
 def test_an_unwritable_folder_is_found_before_anything_trains(tmp_path, capsys, monkeypatch, where):
-    monkeypatch.setattr("lm_envs.benchmarks.compare.prepare", lambda runs: pytest.fail("too late"))
+    monkeypatch.setattr("lm_envs.benchmarks.run.compare.prepare", lambda runs: pytest.fail("too late"))
     (tmp_path / "file").touch()
     said = refused(capsys, "compare", "--task", NAME, "--algorithms", "ppo", "--out", tmp_path / where)
     assert "cannot write results to" in said and "--out" in said
@@ -330,7 +331,7 @@ def test_env_options_reach_text_tasks_and_algorithms_count_once():
 
 
 def test_a_round_is_no_larger_than_the_budget():
-    from lm_envs.benchmarks.problems import open_problem
+    from lm_envs.benchmarks.run.problems import open_problem
 
     asked = Compare(out=Path("out"), task=(NAME,), algorithms=("ppo", "expert-iteration"), episodes=20)
     for run in asked.to_suite().runs():

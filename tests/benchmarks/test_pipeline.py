@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lm_envs.benchmarks import runs
 from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.run import one_run
 from lm_envs.model import loading
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import left_pad
@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch,
         arguments = (command, folder / "model", folder / f"{data}.jsonl")
         whole = tmp_path / command / "whole"
         learn(*arguments, whole, "--checkpoint-every", 1)
-        record, seen = runs._Run._record, []
+        record, seen = one_run._Run._record, []
 
         def dies(self, problem, tracker, metrics, record=record, seen=seen):
             seen.append(metrics["iteration"])
@@ -190,7 +190,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch,
 
         cut = tmp_path / command / "cut"
         with monkeypatch.context() as patch:
-            patch.setattr(runs._Run, "_record", dies)
+            patch.setattr(one_run._Run, "_record", dies)
             with pytest.raises(MemoryError):
                 learn(*arguments, cut, "--checkpoint-every", 1)
         packed = (cut / "data" / "tokens.bin").stat().st_mtime_ns

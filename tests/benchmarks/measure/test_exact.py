@@ -12,9 +12,9 @@ from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.history import gather, styles
 from lm_envs.benchmarks.measure import exact, samples
 from lm_envs.benchmarks.plots import frontier
-from lm_envs.benchmarks.problems import TextProblem
-from lm_envs.benchmarks.results import collect_results, table
-from lm_envs.benchmarks.suites import Plan, RunSpec, load_suite
+from lm_envs.benchmarks.run.problems import TextProblem
+from lm_envs.benchmarks.run.results import collect_results, table
+from lm_envs.benchmarks.run.suites import Plan, RunSpec, load_suite
 from lm_envs.env.mdp import TextMDP
 from lm_envs.exact.solver import Exact
 from lm_envs.tasks.enumerable import load

@@ -1,6 +1,7 @@
 """Runs in processes of their own, several at a time: for many cores and small models.
 
-A worker (``python -m lm_envs.benchmarks.workers``) reads a job per line from its standard input and writes an event per
+A worker (``python -m lm_envs.benchmarks.run.workers``) reads a job per line from its standard input and writes an
+event per
 line to its standard output, both JSON, so it pays for its imports and its task once. When the parent is gone it stops
 at its next event.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, UserError, explain
-from lm_envs.benchmarks.suites import RunSpec
+from lm_envs.benchmarks.run.suites import RunSpec
 
 Notify = Callable[[dict[str, Any]], None]
 
@@ -87,7 +88,7 @@ class _Worker:
         root = str(Path(lm_envs.__file__).resolve().parent.parent)
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lm_envs.benchmarks.workers"],
+            [sys.executable, "-m", "lm_envs.benchmarks.run.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -190,7 +191,7 @@ def main() -> None:
             spec = RunSpec.from_json(job["run"])
 
             def run(spec: RunSpec = spec, job: dict[str, Any] = job) -> dict[str, Any]:
-                from lm_envs.benchmarks.runs import execute
+                from lm_envs.benchmarks.run.one_run import execute
 
                 return execute(spec, Path(job["out"]), threads=job["threads"], notify=send, should_stop=stop)
 

@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_envs.benchmarks.errors import UserError, near, one_line
-from lm_envs.benchmarks.names import base_task, check_algorithm, check_task, expanded, folder_name, is_control
+from lm_envs.benchmarks.run.names import base_task, check_algorithm, check_task, expanded, folder_name, is_control
 
 BUILT_IN = Path(__file__).resolve().parent / "suites"
 ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.compare import write_results
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.history import gather, styles
-from lm_envs.benchmarks.names import folder_name
 from lm_envs.benchmarks.plots import figures
 from lm_envs.benchmarks.report import chosen_prompts, headline, write_report
-from lm_envs.benchmarks.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table, title
+from lm_envs.benchmarks.run.compare import write_results
+from lm_envs.benchmarks.run.names import folder_name
+from lm_envs.benchmarks.run.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table, title
 
 NASTY = '<script>alert("x")</script> & <img src=http://example.com/a.png>'
 
@@ -245,7 +245,7 @@ def test_the_title_says_on_how_many_prompts(tmp_path):
 
 def test_all_algorithms_together_can_be_told_apart():
     from lm_envs.benchmarks.history import Series, styles
-    from lm_envs.benchmarks.names import expanded
+    from lm_envs.benchmarks.run.names import expanded
 
     found = styles([Series("reviews", name, (), ()) for name in expanded(["all"])])
     assert len(found) == len(set(found.values())) > 10

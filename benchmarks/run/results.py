@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lm_envs.benchmarks.measure import greedy
-from lm_envs.benchmarks.names import is_control
-from lm_envs.benchmarks.storage import read_json
+from lm_envs.benchmarks.run.names import is_control
+from lm_envs.benchmarks.run.storage import read_json
 from lm_envs.files import write_atomic
 
 COLUMNS = (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.names import base_task, best_of, check_algorithm, check_task
-from lm_envs.benchmarks.suites import BUILT_IN, RunSpec, load_suite, parse_suite
+from lm_envs.benchmarks.run.names import base_task, best_of, check_algorithm, check_task
+from lm_envs.benchmarks.run.suites import BUILT_IN, RunSpec, load_suite, parse_suite
 
 GOOD = """
 name = "mine"
@@ -42,7 +42,7 @@ clip = 0.1
 
 @pytest.mark.parametrize("path", sorted(BUILT_IN.glob("*.toml")), ids=lambda path: path.stem)
 def test_built_in_suites_parse_and_their_settings_exist(path):
-    from lm_envs.benchmarks.compare import check_runs
+    from lm_envs.benchmarks.run.compare import check_runs
 
     suite = load_suite(path.stem)
     assert suite == load_suite(path)
@@ -123,7 +123,7 @@ def test_names():
 
 def test_all_are_all_that_train_a_policy_and_the_two_that_need_no_training():
     from lm_envs.benchmarks.cli import Compare
-    from lm_envs.benchmarks.names import expanded, trainable
+    from lm_envs.benchmarks.run.names import expanded, trainable
 
     suite = load_suite("all")
     assert suite.algorithms == ("sft", "best-of-16", *trainable()) and suite.seeds == (0, 1, 2)

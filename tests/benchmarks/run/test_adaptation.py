@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_envs.benchmarks.cli import Adapt, Compare
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.problems import TextProblem
-from lm_envs.benchmarks.runs import execute, settings_of
-from lm_envs.benchmarks.storage import Checkpoints, Records
-from lm_envs.benchmarks.suites import Plan, RunSpec, parse_suite
+from lm_envs.benchmarks.run.one_run import execute, settings_of
+from lm_envs.benchmarks.run.problems import TextProblem
+from lm_envs.benchmarks.run.storage import Checkpoints, Records
+from lm_envs.benchmarks.run.suites import Plan, RunSpec, parse_suite
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
 
@@ -98,7 +98,7 @@ def test_suites_and_command_lines_say_what_is_adapted():
 
 
 def test_lora_without_peft_is_told_before_anything_trains(monkeypatch):
-    from lm_envs.benchmarks import suites
+    from lm_envs.benchmarks.run import suites
 
     monkeypatch.setattr(suites, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'lm-envs\[lora\]'"):
@@ -107,7 +107,7 @@ def test_lora_without_peft_is_told_before_anything_trains(monkeypatch):
 
 @pytest.mark.parametrize(("task", "message"), [("enumerable", "is a table"), ("CartPole-v1", "for language models")])
 def test_what_has_no_layers_is_refused(task, message):
-    from lm_envs.benchmarks.problems import open_problem
+    from lm_envs.benchmarks.run.problems import open_problem
 
     with pytest.raises(UserError, match=message):
         open_problem(spec(FROZEN, task=task, overrides={}))

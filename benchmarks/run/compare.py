@@ -17,13 +17,13 @@ from typing import Any
 from rich.console import Console
 
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
-from lm_envs.benchmarks.names import best_of, check_algorithm, check_task
-from lm_envs.benchmarks.overrides import check_overrides
-from lm_envs.benchmarks.progress import Display, display
-from lm_envs.benchmarks.results import collect_results, in_order, write_csv
-from lm_envs.benchmarks.storage import read_json, write_json
-from lm_envs.benchmarks.suites import RunSpec, Suite
-from lm_envs.benchmarks.workers import StopRequest, attempt, run_in_workers
+from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
+from lm_envs.benchmarks.run.overrides import check_overrides
+from lm_envs.benchmarks.run.progress import Display, display
+from lm_envs.benchmarks.run.results import collect_results, in_order, write_csv
+from lm_envs.benchmarks.run.storage import read_json, write_json
+from lm_envs.benchmarks.run.suites import RunSpec, Suite
+from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
 
 COMPARISON = "comparison.json"
 
@@ -73,7 +73,7 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
         UserError: it holds a comparison and ``resume`` was not asked for, or one with other settings, or somebody's
         files.
     """
-    from lm_envs.benchmarks.runs import check_same
+    from lm_envs.benchmarks.run.one_run import check_same
 
     held = out / COMPARISON
     if held.exists():
@@ -114,7 +114,7 @@ def prepare(runs: Sequence[RunSpec]) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from lm_envs.benchmarks.problems import TextProblem, open_problem
+    from lm_envs.benchmarks.run.problems import TextProblem, open_problem
 
     disable_progress_bar()  # of reading and writing files: ours show what takes time
     seen: set[tuple[str, ...]] = set()
@@ -236,7 +236,7 @@ def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, cons
 def _one_by_one(
     runs: Sequence[RunSpec], out: Path, threads: int, notify: Any, stop: StopRequest, shown: Display
 ) -> None:
-    from lm_envs.benchmarks.runs import execute
+    from lm_envs.benchmarks.run.one_run import execute
 
     for run in runs:
         event = attempt(

@@ -9,9 +9,9 @@ import os
 import pytest
 import torch
 
-from lm_envs.benchmarks import storage
 from lm_envs.benchmarks.errors import UserError, explain
-from lm_envs.benchmarks.storage import Checkpoints, Records, write_json, write_lines
+from lm_envs.benchmarks.run import storage
+from lm_envs.benchmarks.run.storage import Checkpoints, Records, write_json, write_lines
 from lm_envs.files import write_atomic
 
 

@@ -32,10 +32,10 @@ from lm_envs.algos.engine import judged_pairs
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.names import load_task
-from lm_envs.benchmarks.overrides import check_overrides
 from lm_envs.benchmarks.plots import STYLE, as_png
-from lm_envs.benchmarks.storage import write_json
+from lm_envs.benchmarks.run.names import load_task
+from lm_envs.benchmarks.run.overrides import check_overrides
+from lm_envs.benchmarks.run.storage import write_json
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.reward.base import LearnedReward, call_reward

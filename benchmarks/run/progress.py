@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lm_envs.benchmarks.results import number, plain
+from lm_envs.benchmarks.run.results import number, plain
 
 
 class Display(Protocol):
-    """Follows the events of :mod:`lm_envs.benchmarks.runs`."""
+    """Follows the events of :mod:`lm_envs.benchmarks.run.one_run`."""
 
     def __enter__(self) -> Display: ...
 

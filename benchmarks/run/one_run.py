@@ -26,13 +26,13 @@ from filelock import FileLock, Timeout
 
 import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.problems import ControlProblem, TextProblem, open_problem
-from lm_envs.benchmarks.storage import Checkpoints, Records, read_json, write_json
-from lm_envs.benchmarks.suites import RunSpec
-from lm_envs.benchmarks.tracking import Tracker
+from lm_envs.benchmarks.run.problems import ControlProblem, TextProblem, open_problem
+from lm_envs.benchmarks.run.storage import Checkpoints, Records, read_json, write_json
+from lm_envs.benchmarks.run.suites import RunSpec
+from lm_envs.benchmarks.run.tracking import Tracker
 
 if TYPE_CHECKING:
-    from lm_envs.benchmarks.data_problem import DataProblem, DataSpec
+    from lm_envs.benchmarks.run.data_problem import DataProblem, DataSpec
 
 AnySpec: TypeAlias = "RunSpec | DataSpec"
 Problem: TypeAlias = "TextProblem | ControlProblem | DataProblem"

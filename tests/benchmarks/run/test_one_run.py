@@ -14,9 +14,9 @@ import pytest
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.runs import execute
-from lm_envs.benchmarks.storage import Checkpoints, Records
-from lm_envs.benchmarks.suites import Plan, RunSpec, load_suite
+from lm_envs.benchmarks.run.one_run import execute
+from lm_envs.benchmarks.run.storage import Checkpoints, Records
+from lm_envs.benchmarks.run.suites import Plan, RunSpec, load_suite
 from tests.benchmarks.fake_task import NAME
 from tests.house import CHECKOUT
 

@@ -22,8 +22,8 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.overrides import check_overrides
-from lm_envs.benchmarks.suites import Plan
+from lm_envs.benchmarks.run.overrides import check_overrides
+from lm_envs.benchmarks.run.suites import Plan
 from lm_envs.data.conventions import Kind
 from lm_envs.data.dataset import Data
 from lm_envs.data.packed import Packed, info_of, pack
