@@ -238,7 +238,7 @@ def carry_out(suite: Suite, out: Path, **options: Any) -> None:
 
 def show(out: Path) -> None:
     """Write the report of a folder, and print its table."""
-    from lm_envs.benchmarks.report import write_report
+    from lm_envs.benchmarks.report.html import write_report
     from lm_envs.benchmarks.run.compare import write_results
     from lm_envs.benchmarks.run.results import rich_table, table
 

@@ -32,7 +32,7 @@ from lm_envs.algos.engine import judged_pairs
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.plots import STYLE, as_png
+from lm_envs.benchmarks.report.plots import STYLE, as_png
 from lm_envs.benchmarks.run.names import load_task
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.storage import write_json

@@ -9,9 +9,9 @@ from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.history import gather, styles
 from lm_envs.benchmarks.measure import exact, samples
-from lm_envs.benchmarks.plots import frontier
+from lm_envs.benchmarks.report.plots import frontier
+from lm_envs.benchmarks.report.series import gather, styles
 from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.results import collect_results, table
 from lm_envs.benchmarks.run.suites import Plan, RunSpec, load_suite

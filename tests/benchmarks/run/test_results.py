@@ -12,9 +12,9 @@ import pytest
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.history import gather, styles
-from lm_envs.benchmarks.plots import figures
-from lm_envs.benchmarks.report import chosen_prompts, headline, write_report
+from lm_envs.benchmarks.report.html import chosen_prompts, headline, write_report
+from lm_envs.benchmarks.report.plots import figures
+from lm_envs.benchmarks.report.series import gather, styles
 from lm_envs.benchmarks.run.compare import write_results
 from lm_envs.benchmarks.run.names import folder_name
 from lm_envs.benchmarks.run.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table, title
@@ -195,7 +195,7 @@ def test_colours_are_the_same_in_every_figure_and_never_shared(out):
 
 
 def test_unknown_algorithms_get_colours_of_their_own():
-    from lm_envs.benchmarks.history import Series
+    from lm_envs.benchmarks.report.series import Series
 
     names = ["ppo", "best-of-4", "best-of-16", "mine", "yours"]
     style = styles([Series("t", name, (), ()) for name in names])
@@ -244,7 +244,7 @@ def test_the_title_says_on_how_many_prompts(tmp_path):
 
 
 def test_all_algorithms_together_can_be_told_apart():
-    from lm_envs.benchmarks.history import Series, styles
+    from lm_envs.benchmarks.report.series import Series, styles
     from lm_envs.benchmarks.run.names import expanded
 
     found = styles([Series("reviews", name, (), ()) for name in expanded(["all"])])

@@ -20,7 +20,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from lm_envs.benchmarks.history import Series, styles
+from lm_envs.benchmarks.report.series import Series, styles
 from lm_envs.benchmarks.run.results import number, table
 
 STYLE = {

@@ -13,8 +13,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lm_envs.benchmarks.history import Series, gather, styles
-from lm_envs.benchmarks.plots import Style, as_png, as_svg, figures, png_path
+from lm_envs.benchmarks.report.plots import Style, as_png, as_svg, figures, png_path
+from lm_envs.benchmarks.report.series import Series, gather, styles
 from lm_envs.benchmarks.run.names import folder_name
 from lm_envs.benchmarks.run.results import Line, cell, footnotes, number, plain, shown, table, title
 from lm_envs.benchmarks.run.storage import read_json
