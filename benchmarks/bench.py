@@ -45,10 +45,10 @@ class BenchThroughput:
 
     def run(self, console: Console) -> None:
         """Measure."""
-        from lm_envs.benchmarks import bench_throughput
+        from lm_envs.benchmarks.speed import throughput
 
         given = {name: value for name, value in vars(self).items() if name != "out"}
-        bench_throughput.run(bench_throughput.Settings(**given), self.out)
+        throughput.run(throughput.Settings(**given), self.out)
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class BenchKernels:
 
     def run(self, console: Console) -> None:
         """Measure."""
-        from lm_envs.benchmarks import bench_kernels
+        from lm_envs.benchmarks.speed import kernels
 
-        arguments = bench_kernels.parser().parse_args([])
+        arguments = kernels.parser().parse_args([])
         for name, value in vars(self).items():
             if value is not None and value != ():
                 setattr(arguments, name, value)
-        bench_kernels.run(arguments)
+        kernels.run(arguments)
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ class BenchSB3:
 
     def run(self, console: Console) -> None:
         """Measure."""
-        from lm_envs.benchmarks import bench_sb3
+        from lm_envs.benchmarks.speed import sb3
 
         given = {name: value for name, value in vars(self).items() if name != "out"}
-        bench_sb3.run(bench_sb3.Settings(**given), self.out)
+        sb3.run(sb3.Settings(**given), self.out)
 
 
 @dataclass(frozen=True)

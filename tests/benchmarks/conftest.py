@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lm_envs.benchmarks import throughput_work
-from lm_envs.benchmarks.throughput_work import Shape
+from lm_envs.benchmarks.speed import throughput_work
+from lm_envs.benchmarks.speed.throughput_work import Shape
 
 
 @pytest.fixture

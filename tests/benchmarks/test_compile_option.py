@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from lm_envs.algos.policies import language_model
-from lm_envs.benchmarks.bench_throughput import _compiles
 from lm_envs.benchmarks.cli import Compare, main
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.problems import open_problem
 from lm_envs.benchmarks.run.suites import Plan, RunSpec, parse_suite
+from lm_envs.benchmarks.speed.throughput import _compiles
 from lm_envs.model import compiled
 from tests.benchmarks.fake_task import NAME
 

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from lm_envs.benchmarks import bench_throughput as bench
-from lm_envs.benchmarks import throughput_peers
-from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
-from lm_envs.benchmarks.throughput_work import WAYS, Size
+from lm_envs.benchmarks.speed import throughput as bench
+from lm_envs.benchmarks.speed import throughput_peers
+from lm_envs.benchmarks.speed.throughput_peers import PEERS, RIVALS, Peer, installed
+from lm_envs.benchmarks.speed.throughput_work import WAYS, Size
 
 STANDS_IN = """
 import json, sys, time

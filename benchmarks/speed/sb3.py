@@ -18,10 +18,10 @@ import torch
 from stable_baselines3 import PPO
 
 from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv
-from lm_envs.benchmarks.bench_kernels import RESULTS, machine
-from lm_envs.benchmarks.bench_throughput import Load, timed
 from lm_envs.benchmarks.run.storage import write_lines
-from lm_envs.benchmarks.throughput_work import SHAPES, Size, Work
+from lm_envs.benchmarks.speed.kernels import RESULTS, machine
+from lm_envs.benchmarks.speed.throughput import Load, timed
+from lm_envs.benchmarks.speed.throughput_work import SHAPES, Size, Work
 from lm_envs.env.vector import TextVectorEnv
 
 OURS = "our ppo"
@@ -32,7 +32,7 @@ class Settings:
     """Of one run.
 
     Attributes:
-        shapes: names of :data:`~lm_envs.benchmarks.throughput_work.SHAPES`.
+        shapes: names of :data:`~lm_envs.benchmarks.speed.throughput_work.SHAPES`.
         rows, new_tokens: texts an iteration, and their exact length.
         epochs: passes over each buffer.
         minibatches: a pass's, of the way that shows what they cost on the first shape; 1 leaves it out.

@@ -1,7 +1,7 @@
 """What the vocabulary kernels cost, against plain torch, torch.compile and other libraries, and against a roofline.
 
     lm-envs bench kernels                  the grid of the device that is there, into benchmarks/results/
-    python benchmarks/bench_kernels.py     the same where only torch and triton are installed
+    python benchmarks/speed/kernels.py     the same where only torch and triton are installed
 
 Each line of the CSV is one variant in one direction on one size, with its floor: the time in which the bytes that must
 move would move at the copy bandwidth measured in the same run (for logits), or the products that must be computed would
@@ -39,7 +39,7 @@ except ImportError:  # a machine with torch alone: the rooms are enough
 
 import torch  # noqa: E402
 
-from lm_envs.benchmarks import kernel_variants as variants  # noqa: E402
+from lm_envs.benchmarks.speed import kernel_variants as variants  # noqa: E402
 
 FORMS = ("single", "dual", "linear")
 RESULTS = Path("benchmarks") / "results"
@@ -307,7 +307,7 @@ def run(arguments: argparse.Namespace) -> None:
             writer.writerows(lines)
     print(out)
     if arguments.plot is not None:
-        from lm_envs.benchmarks.kernel_plot import draw
+        from lm_envs.benchmarks.speed.kernel_plot import draw
 
         draw(out, arguments.plot)
         print(arguments.plot)

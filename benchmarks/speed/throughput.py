@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from lm_envs.benchmarks.bench_kernels import RESULTS, machine
-from lm_envs.benchmarks.live_memory import LiveMemory
 from lm_envs.benchmarks.run.storage import write_lines
-from lm_envs.benchmarks.throughput_peers import PEERS, RIVALS, Peer, installed
-from lm_envs.benchmarks.throughput_targets import table as verdict_table
-from lm_envs.benchmarks.throughput_work import COMPILED, SHAPES, WAYS, Size, Work
+from lm_envs.benchmarks.speed.kernels import RESULTS, machine
+from lm_envs.benchmarks.speed.live_memory import LiveMemory
+from lm_envs.benchmarks.speed.throughput_peers import PEERS, RIVALS, Peer, installed
+from lm_envs.benchmarks.speed.throughput_targets import table as verdict_table
+from lm_envs.benchmarks.speed.throughput_work import COMPILED, SHAPES, WAYS, Size, Work
 from lm_envs.model.compiled import check_tools
 
 FOREIGN = 0.1  # share of the machine's time that others may take in a round
@@ -62,9 +62,10 @@ class Settings:
     """Of one run.
 
     Attributes:
-        shapes: names of :data:`~lm_envs.benchmarks.throughput_work.SHAPES`.
-        ways: names of :data:`~lm_envs.benchmarks.throughput_work.WAYS`, or of
-            :data:`~lm_envs.benchmarks.throughput_peers.PEERS` that are installed; none for all that this machine can.
+        shapes: names of :data:`~lm_envs.benchmarks.speed.throughput_work.SHAPES`.
+        ways: names of :data:`~lm_envs.benchmarks.speed.throughput_work.WAYS`, or of
+            :data:`~lm_envs.benchmarks.speed.throughput_peers.PEERS` that are installed; none for all that this machine
+        can.
         tables: names of :data:`TABLES`: the fixed work, and the first shape over response lengths, rows, vocabularies.
         rounds: how often each way runs.
         threads: torch's.
@@ -224,7 +225,7 @@ def peak(size: Size, name: str, settings: Settings) -> int:
         with closing(Peer(name, size, settings.device, settings.threads)) as peer:
             return int(peer.ask("peak"))
     job = {"size": asdict(size), "way": name, "device": settings.device, "threads": settings.threads}
-    command = [sys.executable, "-m", "lm_envs.benchmarks.bench_throughput", json.dumps(job)]
+    command = [sys.executable, "-m", "lm_envs.benchmarks.speed.throughput", json.dumps(job)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from lm_envs.benchmarks import bench_kernels
-from lm_envs.benchmarks.bench_kernels import Size
 from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.speed import kernels
+from lm_envs.benchmarks.speed.kernels import Size
 from tests.house import CHECKOUT
 
 SMALL = ["--rows", "40", "--vocabularies", "3000", "--dtypes", "float32", "--rounds", "1", "--threads", "1"]
@@ -60,7 +60,7 @@ def test_it_runs_where_only_torch_is(tmp_path):
     script = CHECKOUT / "benchmarks" / "bench_kernels.py"
     words = ["--forms", "dual", "--variants", "chunked", "--out", str(tmp_path / "k.csv")]
     command = [sys.executable, str(script), *SMALL, *words]
-    environment = {**bench_kernels.os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**kernels.os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = list(csv.DictReader((tmp_path / "k.csv").open()))
@@ -69,8 +69,8 @@ def test_it_runs_where_only_torch_is(tmp_path):
 
 def test_bad_requests():
     for words, message in ((["--variants", "magic"], "no variant magic"), (["--device", "cuda"], "sees no CUDA")):
-        if words[-1] == "cuda" and bench_kernels.torch.cuda.is_available():
+        if words[-1] == "cuda" and kernels.torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit) as error:
-            bench_kernels.main(words)
+            kernels.main(words)
         assert message in str(error.value)

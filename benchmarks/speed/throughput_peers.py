@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lm_envs.benchmarks.throughput_work import GROUP, Size
+from lm_envs.benchmarks.speed.throughput_work import GROUP, Size
 
 HOME = Path(__file__).resolve().parents[1] / ".peers"
 WORKER = Path(__file__).with_name("peer_trl.py")

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from lm_envs.benchmarks import bench_throughput as bench
-from lm_envs.benchmarks import throughput_targets as targets
-from lm_envs.benchmarks import throughput_work
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.throughput_work import Size, Work
+from lm_envs.benchmarks.speed import throughput as bench
+from lm_envs.benchmarks.speed import throughput_targets as targets
+from lm_envs.benchmarks.speed import throughput_work
+from lm_envs.benchmarks.speed.throughput_work import Size, Work
 
 pytestmark = pytest.mark.usefixtures("tiny_shape")
 

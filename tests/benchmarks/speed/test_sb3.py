@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("stable_baselines3")
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.benchmarks import bench_sb3
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.throughput_work import Size, Work
+from lm_envs.benchmarks.speed import sb3
+from lm_envs.benchmarks.speed.throughput_work import Size, Work
 
 pytestmark = pytest.mark.usefixtures("tiny_shape")
 
@@ -30,17 +30,17 @@ def test_a_small_run(tmp_path, capsys):
 
 def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
     out, line = tmp_path / "t.csv", {"shape": "small", "way": "a", "seconds": 1.0, "times_ours": 1.0}
-    monkeypatch.setattr(bench_sb3, "lines", lambda settings: iter([[line]]))
-    bench_sb3.run(bench_sb3.Settings(), out)
+    monkeypatch.setattr(sb3, "lines", lambda settings: iter([[line]]))
+    sb3.run(sb3.Settings(), out)
     old = out.read_text()
 
     def fsync(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fsync)
-    monkeypatch.setattr(bench_sb3, "lines", lambda settings: iter([[line | {"seconds": 2.0}]]))
+    monkeypatch.setattr(sb3, "lines", lambda settings: iter([[line | {"seconds": 2.0}]]))
     with pytest.raises(OSError, match="No space left"):
-        bench_sb3.run(bench_sb3.Settings(), out)
+        sb3.run(sb3.Settings(), out)
     assert out.read_text() == old
 
 
@@ -55,12 +55,12 @@ def test_both_sides_read_each_text_once_an_epoch(monkeypatch):
         )
 
     monkeypatch.setattr(LMPolicy, "__init__", watched)
-    for run in (work.ppo(2), bench_sb3.sb3(work, 2, 1)):
+    for run in (work.ppo(2), sb3.sb3(work, 2, 1)):
         read.clear()
         run()
         assert read == [4, 4]
     read.clear()
-    bench_sb3.sb3(work, 2, 4)()
+    sb3.sb3(work, 2, 4)()
     assert len(read) == 8 and sum(read) > 8  # minibatches repeat
 
 
@@ -74,4 +74,4 @@ def test_both_sides_read_each_text_once_an_epoch(monkeypatch):
 )
 def test_what_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        bench_sb3.Settings(**given)
+        sb3.Settings(**given)
