@@ -16,13 +16,13 @@ import tyro
 from rich.console import Console
 
 import lm_envs
-from lm_envs.benchmarks.bench import Bench
-from lm_envs.benchmarks.data_cli import DataCommand
+from lm_envs.benchmarks.commands.bench import Bench
+from lm_envs.benchmarks.commands.data import DataCommand
+from lm_envs.benchmarks.commands.help_text import subcommands
+from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
+from lm_envs.benchmarks.commands.options import Adapt, Own
+from lm_envs.benchmarks.commands.overoptimize import Overoptimise
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
-from lm_envs.benchmarks.help_text import subcommands
-from lm_envs.benchmarks.options import Adapt, Own
-from lm_envs.benchmarks.overoptimise_cli import Overoptimise
-from lm_envs.benchmarks.pipeline import Dpo, RewardModel, Sft
 from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.run.overrides import parse_settings
 from lm_envs.benchmarks.run.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, load_suite
@@ -203,7 +203,7 @@ class Tasks:
 
     def run(self, console: Console) -> None:
         """Show them."""
-        from lm_envs.benchmarks.listing import listing
+        from lm_envs.benchmarks.commands.tasks import listing
 
         for table in listing():
             Console().print(table)

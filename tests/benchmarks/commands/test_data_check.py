@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.data_check import check
+from lm_envs.benchmarks.commands.data_check import check
 from tests.lm_envs import byo
 
 GOOD = {"prompt": "the cat", "chosen": " hid", "rejected": " saw"}

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from lm_envs.benchmarks.commands.options import Own
 from lm_envs.benchmarks.errors import UserError, near
-from lm_envs.benchmarks.options import Own
 from lm_envs.benchmarks.run.names import base_task
 from lm_envs.benchmarks.run.overrides import parse_settings
 

@@ -36,7 +36,7 @@ class DataCheck:
 
     def run(self, console: Console) -> None:
         """Check it."""
-        from lm_envs.benchmarks.data_check import check, show
+        from lm_envs.benchmarks.commands.data_check import check, show
 
         for name in ("max_length", "max_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

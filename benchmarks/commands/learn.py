@@ -10,8 +10,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from lm_envs.benchmarks.commands.options import Adapt
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.options import Adapt
 from lm_envs.benchmarks.run.overrides import parse_settings
 from lm_envs.benchmarks.run.suites import Plan
 
