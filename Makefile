@@ -74,13 +74,11 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# mypy cannot know that the rooms beside lm_envs/ import as lm_envs.*: show it a tree in which they lie inside. Modules
-# are linked one by one, because it would take the folder benchmarks/suites/ for the module suites.
+# mypy cannot know that the rooms beside lm_envs/ import as lm_envs.*: show it a tree in which they lie inside.
 TREE := build/types/lm_envs
 types: $(READY)  ## mypy over the rooms
-	@rm -rf $(TREE) && mkdir -p $(TREE) $(addprefix $(TREE)/,algos kernels benchmarks)
-	@ln -s $(abspath $(filter-out %/__pycache__,$(wildcard lm_envs/*))) $(TREE)/
-	@for room in algos kernels benchmarks; do ln -s "$(CURDIR)/$$room"/*.py $(TREE)/$$room/; done
+	@rm -rf $(TREE) && mkdir -p $(TREE)
+	@ln -s $(abspath $(filter-out %/__pycache__,$(wildcard lm_envs/*))) $(CURDIR)/algos $(CURDIR)/kernels $(CURDIR)/benchmarks $(TREE)/
 	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p lm_envs
 
 clean:  ## remove builds and caches, keep .venv and runs

@@ -15,7 +15,8 @@ from lm_envs.algos.engine.judged_pairs import accuracy, as_read, compare, in_uni
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.report import text_envs
-from lm_envs.reward.base import LearnedReward, right_pad
+from lm_envs.model.tokens import right_pad
+from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.algos.engine.demonstrations import Demonstrations, check_mixing
+from lm_envs.algos.engine.demonstrations import Demonstrations, check_mixing, demonstrations_of
 from lm_envs.algos.ppo import PPO, PPOConfig
-from lm_envs.algos.sft import demonstrations_of
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:

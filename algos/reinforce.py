@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import Before, rewards
-from lm_envs.algos.engine.demonstrations import Demonstrations, check_mixing
+from lm_envs.algos.engine.demonstrations import Demonstrations, check_mixing, demonstrations_of
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import policy_gradient_loss, sequence_mean, tally, value_loss
-from lm_envs.algos.sft import demonstrations_of
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:

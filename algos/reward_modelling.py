@@ -14,7 +14,8 @@ from lm_envs.algos.engine.comparisons import Comparisons, by_group
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.preference_losses import plackett_luce_loss
-from lm_envs.reward.base import raw_scores, right_pad
+from lm_envs.model.tokens import right_pad
+from lm_envs.reward.learned import raw_scores
 from lm_envs.training import bradley_terry_loss
 from lm_envs.trajectories import Trajectories
 
@@ -35,7 +36,7 @@ class RewardPolicy(nn.Module):
     """A transformers sequence-classification model as something that agents train.
 
     The score is read at each text's last token **by place**, never by pad id (see
-    :func:`lm_envs.reward.base.raw_scores`).
+    :func:`lm_envs.reward.learned.raw_scores`).
 
     Args:
         model: one label (the score) or two (the log-odds).

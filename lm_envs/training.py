@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lm_envs.model.tokens import model_inputs
-from lm_envs.reward.base import raw_scores, right_pad
+from lm_envs.model.tokens import model_inputs, right_pad
+from lm_envs.reward.learned import raw_scores
 
 __all__ = [
     "bradley_terry_loss",
     "fit",
     "fit_language_model",
     "fit_reward_model",
-    "initialise_reward_head",
     "next_token_loss",
 ]
 
@@ -168,11 +167,3 @@ def fit_reward_model(
         return bradley_terry_loss(scores, torch.as_tensor(rank[chosen], device=scores.device))
 
     return fit(model, loss, examples=len(groups), **options)  # type: ignore[arg-type]
-
-
-def initialise_reward_head(head: nn.Linear, generator: torch.Generator) -> None:
-    """Normal weights of std ``1 / sqrt(d + 1)`` and zero bias (Stiennon et al. 2020), d the number of inputs."""
-    with torch.no_grad():
-        head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
-        if head.bias is not None:
-            head.bias.zero_()

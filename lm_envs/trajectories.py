@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lm_envs.model.tokens import left_pad, right_pad
+
 _PER_STEP = ("logprob", "reward", "ref_logprob")
 _PER_EPISODE = ("terminated", "truncated", "group", "score", "rank")
 _PADDING = {"prompt": -1, "response": -1, "obs": -1}  # what fills a row that is widened; zero elsewhere
@@ -210,3 +212,63 @@ class Trajectories:
             # obs holds the prompt in its first P places: rebuild it, or P would differ between rows.
             joined["obs"] = torch.cat([joined["prompt"], joined["response"]], dim=1)
         return Trajectories(**joined)
+
+
+def demonstrations(
+    texts: Sequence[Sequence[int]],
+    prompt_length: int,
+    max_new_tokens: int,
+    group: Sequence[int] | None = None,
+) -> Trajectories:
+    """Texts as Trajectories for the MDP face, with no reward.
+
+    Args:
+        texts: token ids, prompt and response in one; the EOS included where the response ended.
+        prompt_length: how many tokens of each text are its prompt.
+        max_new_tokens: longer responses are cut there.
+        group: a number per text, equal where they share a prompt.
+
+    Raises:
+        ValueError: a text has nothing after its prompt.
+    """
+    for i, text in enumerate(texts):
+        if len(text) <= prompt_length:
+            raise ValueError(
+                f"text {i} has {len(text)} tokens and its prompt {prompt_length}: nothing is left to learn"
+            )
+    return from_responses(
+        [text[:prompt_length] for text in texts],
+        [text[prompt_length : prompt_length + max_new_tokens] for text in texts],
+        prompt_length,
+        group,
+    )
+
+
+def from_responses(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    prompt_length: int,
+    group: Sequence[int] | None = None,
+) -> Trajectories:
+    """Prompts and responses as Trajectories for the MDP face, with no reward.
+
+    Args:
+        prompts: token ids, at most ``prompt_length`` each.
+        responses: token ids, at least one each; the EOS included where the response ended.
+        prompt_length: the places of the prompt.
+        group: a number per text, equal where they share a prompt.
+    """
+    prompt = torch.from_numpy(left_pad(prompts, prompt_length))
+    response = right_pad(responses)
+    mask = response >= 0
+    ended = torch.ones(len(response), dtype=torch.bool)
+    return Trajectories(
+        actions=response.clamp(min=0),
+        mask=mask,
+        terminated=ended,
+        truncated=~ended,
+        obs=torch.cat([prompt, response], dim=1),
+        prompt=prompt,
+        response=response,
+        group=None if group is None else torch.as_tensor(group, dtype=torch.int64),
+    )

@@ -8,12 +8,39 @@ import sys
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-ROOMS = ("kernels", "lm_envs", "algos", "benchmarks")  # each imports only itself and those before it
+FOLDERS = ("kernels", "lm_envs", "algos", "benchmarks")
+# The rooms and the files beside them. Each imports only itself and what stands before it.
+ORDER = (
+    "lm_envs.kernels",
+    "lm_envs",
+    "lm_envs.rng",
+    "lm_envs.files",
+    "lm_envs.model",
+    "lm_envs.trajectories",
+    "lm_envs.data",
+    "lm_envs.reward",
+    "lm_envs.training",
+    "lm_envs.tasks",
+    "lm_envs.env",
+    "lm_envs.exact",
+    "lm_envs.algos.ops",
+    "lm_envs.algos.policies",
+    "lm_envs.algos.engine",
+    "lm_envs.algos",
+    "lm_envs.algos.other_libraries",
+    "lm_envs.benchmarks.errors",
+    "lm_envs.benchmarks.measure",
+    "lm_envs.benchmarks.run",
+    "lm_envs.benchmarks.report",
+    "lm_envs.benchmarks.speed",
+    "lm_envs.benchmarks.commands",
+    "lm_envs.benchmarks",
+)
 
 
 def modules(root: Path) -> list[Path]:
     """Every module of the four rooms."""
-    return sorted(path for room in ROOMS for path in (root / room).rglob("*.py"))
+    return sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
 
 
 def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:

@@ -1,4 +1,7 @@
-"""What the pages of docs/ show runs as it stands, but for what their marks say (tests/pages.py)."""
+"""What the pages of docs/ show runs as it stands, but for what their marks say (tests/pages.py); the tree of modules is
+the one that is there."""
+
+import re
 
 import gymnasium
 import pytest
@@ -82,3 +85,28 @@ def test_nothing_is_left_out_silently(lines):
 
 def test_other_languages_are_no_python():
     assert pages.blocks(shown("```", "text", "```", "```bash", "python examples/awr.py", "```")) == []
+
+
+def test_the_tree_names_what_is_there():
+    """Every file of the annotated tree exists, and every module of the four rooms is in it."""
+    tree = (CHECKOUT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
+    room, named = "", set()
+    for line in tree.splitlines():
+        found = re.match(r"( *)([\w./-]+)", line)
+        if not found or not line.strip():
+            continue
+        indent, name = len(found[1]), found[2]
+        if indent == 0:
+            room = name if name.endswith("/") else ""
+            named.add(name)
+        else:
+            named.add(room + name)
+    missing = sorted(name for name in named if not (CHECKOUT / name).exists())
+    assert not missing
+    modules = {
+        str(path.relative_to(CHECKOUT))
+        for folder in ("kernels", "lm_envs", "algos", "benchmarks")
+        for path in (CHECKOUT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert not sorted(modules - named)

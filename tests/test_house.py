@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import CHECKOUT, ROOMS, modules, python
+from tests.house import CHECKOUT, FOLDERS, ORDER, modules, python
 
 
 def import_name(path: Path, root: Path) -> str:
@@ -21,12 +21,9 @@ def import_name(path: Path, root: Path) -> str:
 
 
 def room_of(module: str) -> str | None:
-    """The room a dotted name lies in, None for somebody else's."""
-    first, _, rest = module.partition(".")
-    if first != "lm_envs":
-        return None
-    second = rest.partition(".")[0]
-    return second if second in ROOMS else "lm_envs"
+    """The room a dotted name lies in, None for what is not ours: the longest entry of ORDER that it starts with."""
+    found = [room for room in ORDER if module == room or module.startswith(room + ".")]
+    return max(found, key=len, default=None)
 
 
 def imported(path: Path, root: Path) -> list[tuple[int, str]]:
@@ -49,14 +46,16 @@ def imported(path: Path, root: Path) -> list[tuple[int, str]]:
 
 
 def breaches(root: Path) -> list[str]:
-    """Imports that go up the list of rooms, and names that would load a second copy of a module."""
+    """Imports that go to the right in ORDER, and names that would load a second copy of a module."""
     found = []
     for path in modules(root):
-        own = ROOMS.index(room_of(import_name(path, root)))
+        own = room_of(import_name(path, root))
         for line, name in imported(path, root):
             room = room_of(name)
             second_copy = name.split(".")[0] in ("kernels", "algos", "benchmarks") or name.startswith("lm_envs.lm_envs")
-            if second_copy or (room is not None and ROOMS.index(room) > own):
+            # lm_envs/__init__.py registers ids by string, which everything may name
+            later = room is not None and own != "lm_envs" and ORDER.index(room) > ORDER.index(own)
+            if second_copy or later or (own == "lm_envs" and name.startswith(("lm_envs.algos", "lm_envs.benchmarks"))):
                 found.append(f"{path.relative_to(root)}:{line} imports {name}")
     return found
 
@@ -64,6 +63,13 @@ def breaches(root: Path) -> list[str]:
 def test_imports_go_one_way():
     assert len(modules(CHECKOUT)) > 20
     assert breaches(CHECKOUT) == []
+
+
+def test_every_module_lies_in_a_room():
+    outside = [str(path) for path in modules(CHECKOUT) if room_of(import_name(path, CHECKOUT)) == "lm_envs"]
+    assert outside == [str(CHECKOUT / "lm_envs" / "__init__.py")]
+    named = {room_of(import_name(path, CHECKOUT)) for path in modules(CHECKOUT)}
+    assert named == set(ORDER)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,19 @@ def test_imports_go_one_way():
         ("lm_envs/tasks/__init__.py", "from .task import TextTask", False),
         ("lm_envs/e.py", "NAMES = {'ppo': 'lm_envs.algos.ppo:PPO'}", True),
         ("lm_envs/e.py", "'''See lm_envs.algos.ppo.'''", False),
+        ("lm_envs/model/m.py", "from lm_envs import rng", False),
+        ("lm_envs/model/m.py", "from lm_envs.env.mdp import TextMDP", True),
+        ("lm_envs/model/m.py", "def late():\n    from lm_envs.tasks import load", True),
+        ("lm_envs/rng.py", "from lm_envs import files", True),
+        ("lm_envs/tasks/t.py", "import lm_envs.env", True),
+        ("lm_envs/env/m.py", "from lm_envs.tasks.base import TextTask", False),
+        ("algos/ops/o.py", "from lm_envs.algos.policies.base import Policy", True),
+        ("algos/engine/e.py", "from lm_envs.algos import ppo", True),
+        ("algos/engine/e.py", "from lm_envs.algos.policies import base", False),
+        ("algos/a.py", "from lm_envs.algos.other_libraries import sb3", True),
+        ("benchmarks/run/r.py", "from lm_envs.benchmarks.report import plots", True),
+        ("benchmarks/run/r.py", "from lm_envs.benchmarks import errors", False),
+        ("benchmarks/commands/c.py", "import lm_envs.benchmarks.cli", True),
         ("algos/a.py", "from lm_envs import report\nimport lm_envs.kernels.k", False),
         ("algos/a.py", "class A:\n    def late(self):\n        import lm_envs.benchmarks.cli as cli", True),
         ("algos/a.py", "from ..benchmarks.cli import main", True),
@@ -147,7 +166,7 @@ MACHINE = re.compile(r"(?<![\w.:/~}-])/(?:home|root|Users|opt|work|farm|mnt)/\w|
 def text_files() -> list[Path]:
     """What a checkout holds: its top-level files and the text in its folders, caches left out."""
     tops = [path for path in CHECKOUT.iterdir() if path.is_file()]
-    folders = (*ROOMS, "tests", "docs", "examples", ".ci")
+    folders = (*FOLDERS, "tests", "docs", "examples", ".ci")
     inside = [path for folder in folders for path in (CHECKOUT / folder).glob("**/*") if path.is_file()]
     kinds = {".py", ".toml", ".md", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".html", ".csv", ".svg", ""}
     hidden = re.compile(r"/\.(?!ci/)[^/]*/")

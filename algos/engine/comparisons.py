@@ -12,10 +12,9 @@ from torch import Tensor
 
 from lm_envs.algos.engine.batching import stream
 from lm_envs.algos.engine.config import AgentConfig
-from lm_envs.algos.sft import demonstrations, from_responses
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import annotate
-from lm_envs.trajectories import Trajectories
+from lm_envs.trajectories import Trajectories, demonstrations, from_responses
 
 if TYPE_CHECKING:
     from lm_envs.tasks.base import TextTask
@@ -115,7 +114,7 @@ def preferences(
     Args:
         groups: per prompt its texts as token ids, prompt and response in one.
         rank: per prompt the rank of each text, 0 the best.
-        prompt_length, max_new_tokens: as for :func:`lm_envs.algos.sft.demonstrations`.
+        prompt_length, max_new_tokens: as for :func:`lm_envs.trajectories.demonstrations`.
     """
     texts = [text for group in groups for text in group]
     number = [i for i, group in enumerate(groups) for _ in group]

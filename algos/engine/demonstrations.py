@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import micro_batches, select, stream, units
 from lm_envs.algos.ops.losses import masked_mean, nll, sequence_mean
-from lm_envs.trajectories import Trajectories
+from lm_envs.trajectories import Trajectories, demonstrations, from_responses
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.base import TextTask
 
 
 class Demonstrations:
@@ -29,7 +32,7 @@ class Demonstrations:
         if weight and (data is None or not len(data)):
             raise ValueError(
                 f"{agent.name} learns from demonstrations beside its samples: pass data=Trajectories, see "
-                "sft.demonstrations"
+                "lm_envs.trajectories.demonstrations"
             )
         if data is not None and not weight:
             raise ValueError(f"{agent.name} was given demonstrations and their weight is 0: it would ignore them")
@@ -72,3 +75,12 @@ def add_nll_gradient(agent: Any, weight: float, data: Trajectories) -> Tensor:
         (weight * share * loss).backward()
         total = total + share * loss.detach()
     return total
+
+
+def demonstrations_of(task: TextTask) -> Trajectories | None:
+    """A task's demonstrations: its pairs, else its texts that go on behind the longest prompt; None without any."""
+    if task.responses:
+        prompts, responses = zip(*task.responses, strict=True)
+        return from_responses(prompts, [row[: task.max_new_tokens] for row in responses], task.prompt_length)
+    texts = [text for text in task.demonstrations if len(text) > task.prompt_length]
+    return demonstrations(texts, task.prompt_length, task.max_new_tokens) if texts else None

@@ -14,8 +14,9 @@ from torch import nn
 
 from lm_envs import rng, training
 from lm_envs.env.mdp import TextMDP
-from lm_envs.model.tokens import left_pad
-from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
+from lm_envs.model.tokens import left_pad, right_pad
+from lm_envs.reward.learned import LearnedReward, initialise_reward_head, raw_scores
+from lm_envs.reward.units import Samples
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import ranking_accuracy
 
@@ -33,7 +34,7 @@ class Compared:
         tokens: how many were generated.
     """
 
-    samples: sampling.Samples
+    samples: Samples
     gold: NDArray[np.float64]
     tokens: int
 
@@ -56,11 +57,11 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
     response = torch.cat(parts).numpy()
     ids = [r[r >= 0].tolist() for r in response]
     texts, reasons = (mdp.texts(prompt), mdp.texts(response)), mdp.finish_reasons(response)
-    samples = sampling.Samples(*texts, ids, reasons, mdp.columns(prompt))
+    samples = Samples(*texts, ids, reasons, mdp.columns(prompt))
     return Compared(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
 
 
-def as_read(reward: LearnedReward, samples: sampling.Samples) -> list[list[list[int]]]:
+def as_read(reward: LearnedReward, samples: Samples) -> list[list[list[int]]]:
     """The texts of pairs as a reward model reads them."""
     texts = zip(samples.prompts, samples.completions, samples.finish_reasons, strict=True)
     rows = [reward.encode(prompt + completion, reason == "stop") for prompt, completion, reason in texts]
@@ -116,7 +117,7 @@ def fresh(model: Any, seed: int) -> Any:
         made = type(model)(model.config).to(dtype=model.dtype, device=model.device).eval()
     head = getattr(made, "score", None)
     if isinstance(head, nn.Linear):
-        training.initialise_reward_head(head, torch.Generator().manual_seed(seed))
+        initialise_reward_head(head, torch.Generator().manual_seed(seed))
     return made
 
 

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import Before
-from lm_envs.algos.sft import from_responses
 from lm_envs.data.packed import Packed
 from lm_envs.files import replacing
-from lm_envs.trajectories import Trajectories
+from lm_envs.trajectories import Trajectories, from_responses
 
 
 class StoredData:

@@ -29,8 +29,8 @@ from lm_envs.data.dataset import Data
 from lm_envs.data.packed import Packed, info_of, pack
 from lm_envs.data.tokenizing import as_read, tokenise
 from lm_envs.model import loading
-from lm_envs.reward.base import pools_last_token
 from lm_envs.reward.initial import reward_start
+from lm_envs.reward.learned import pools_last_token
 from lm_envs.trajectories import Trajectories
 
 KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}

@@ -47,7 +47,7 @@ from typing import Any
 from lm_envs.benchmarks.errors import UserError, near, one_line
 from lm_envs.benchmarks.run.names import base_task, check_algorithm, check_task, expanded, folder_name, is_control
 
-BUILT_IN = Path(__file__).resolve().parent / "suites"
+BUILT_IN = Path(__file__).resolve().parents[1] / "suites"
 ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
 ADAPTATION = ("freeze_layers", "lora_rank", "lora_alpha", "lora_targets", "lora_merge")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from lm_envs.benchmarks.speed.throughput_work import GROUP, Size
 
-HOME = Path(__file__).resolve().parents[1] / ".peers"
+HOME = Path(__file__).resolve().parents[2] / ".peers"
 WORKER = Path(__file__).with_name("peer_trl.py")
 # way: (environment, what the worker is told)
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {

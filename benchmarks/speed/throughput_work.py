@@ -29,7 +29,7 @@ from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.compiled import FixedRows
 from lm_envs.model.kv_cache import RowCache
-from lm_envs.reward.base import LearnedReward
+from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks.base import TextTask
 
 EOS = 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lm_envs.data.conventions import BadRow, Example, Text
 from lm_envs.data.dataset import Item, Rejected
 from lm_envs.model.chat import render_messages, split_answer
-from lm_envs.reward.base import encode_text
+from lm_envs.model.tokens import encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,12 +64,12 @@ def as_read(
 ) -> Iterator[Encoded]:
     """Examples as a reward model reads them: each completion is the whole text, prompt and completion in one.
 
-    Just as :class:`~lm_envs.reward.base.LearnedReward` encodes text while a policy is trained. Messages are written
+    Just as :class:`~lm_envs.reward.learned.LearnedReward` encodes text while a policy is trained. Messages are written
     out by
     the tokenizer's chat template, without its special tokens, which that reward model does not get to see either.
 
     Args:
-        append_eos: as for :func:`~lm_envs.reward.base.encode_text`.
+        append_eos: as for :func:`~lm_envs.model.tokens.encode_text`.
     """
     for item in items:
         try:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
@@ -35,7 +34,6 @@ from lm_envs.model.checking import refuse_config
 from lm_envs.model.hub import place_of
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
-from lm_envs.reward.learned import LearnedReward, Output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +42,6 @@ __all__ = [
     "Placement",
     "context_of",
     "load_policy",
-    "load_reward_model",
     "load_tokenizer",
     "same_vocabulary",
     "vocabulary_of",
@@ -141,45 +138,6 @@ def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenize
             "set tokenizer.eos_token to one of its tokens and save it again"
         )
     return tokenizer
-
-
-def load_reward_model(
-    name: str | Path,
-    what: str = "reward model",
-    placement: Placement = HOST,
-    *,
-    normalise: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 64,
-    label: int | str | None = None,
-    output: Output = "log_odds",
-    template: Literal["text", "chat"] = "text",
-) -> LearnedReward:
-    """A sequence-classification model with its own tokenizer, as a reward.
-
-    Args:
-        name: a folder saved by ``save_pretrained`` (model and tokenizer), or a hub name.
-        what: how messages call it.
-        placement: its precision and device.
-        normalise, batch_size, label, output, template: as for :class:`~lm_envs.reward.learned.LearnedReward`.
-
-    Raises:
-        ValueError: there is no such folder or model, it holds no safetensors, it is no sequence classifier (a
-            language model's folder has no reward head), it has more than two labels and none is named, or its
-            tokenizer is missing or larger than its vocabulary.
-    """
-    model = _load(
-        AutoModelForSequenceClassification,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        name,
-        what,
-        "a sequence-classification model",
-        placement,
-    )
-    tokenizer = _read_tokenizer(name, what)
-    check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {str(name)!r}")
-    return LearnedReward(
-        model, tokenizer, normalise, batch_size, name=str(name), label=label, output=output, template=template
-    )
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

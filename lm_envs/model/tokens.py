@@ -10,12 +10,15 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_TOKEN = -1
 
@@ -102,4 +105,31 @@ def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
             raise ValueError(f"row {i} has {len(row)} tokens, more than the {width} places there are")
         if len(row):
             out[i, width - len(row) :] = row
+    return out
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *, append_eos: bool = True) -> list[int]:
+    """Token ids of a text for a reward model, by its own tokenizer.
+
+    Args:
+        stopped: whether the response ended by itself.
+        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the
+            tokenizer adds to every text is taken off first). False leaves the ids as the tokenizer wraps
+            them.
+    """
+    ids: list[int] = tokenizer(text)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if append_eos and eos is not None:
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        if stopped:
+            ids = [*ids, eos]
+    return ids
+
+
+def right_pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    """``(N, longest)`` int64, each row from the left, -1 after it."""
+    out = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
     return out

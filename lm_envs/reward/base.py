@@ -26,23 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_envs.reward.learned import LearnedReward, encode_text, pools_last_token, raw_scores, right_pad
-
 __all__ = [
     "RESERVED",
     "Clip",
     "Conversational",
-    "LearnedReward",
     "Reward",
     "Standardise",
     "WeightedSum",
     "call_reward",
-    "encode_text",
     "leaves",
-    "pools_last_token",
-    "raw_scores",
     "reward_name",
-    "right_pad",
 ]
 
 RESERVED = ("prompts", "completions", "completion_ids", "finish_reasons")  # no column of the data may be called so

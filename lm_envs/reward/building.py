@@ -15,15 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lm_envs.model.loading import HOST, Placement, load_reward_model
+from lm_envs.model.loading import HOST, Placement
 from lm_envs.reward.base import AnyReward, Clip, Conversational, Standardise, WeightedSum
 from lm_envs.reward.judge import load_judge, make_judge
-from lm_envs.reward.learned import LearnedReward
+from lm_envs.reward.learned import LearnedReward, load_reward_model
 from lm_envs.reward.metrics import make_metric
 from lm_envs.reward.specs import Source, Spec
 
 if TYPE_CHECKING:
-    from lm_envs.tasks.sampling import Samples
+    from lm_envs.reward.units import Samples
 
 __all__ = ["build_reward"]
 
@@ -77,7 +77,7 @@ class _Builder:
         return self.standardised(parts[0], spec.numbers)
 
     def standardised(self, reward: AnyReward, numbers: tuple[float, ...]) -> AnyReward:
-        from lm_envs.tasks.sampling import in_units_of
+        from lm_envs.reward.units import in_units_of
 
         if numbers:
             if isinstance(reward, LearnedReward):

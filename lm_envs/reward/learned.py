@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lm_envs.model.fast_layers import fuse
 from lm_envs.model.forwards import rows_at_once
-from lm_envs.model.tokens import accepted
+from lm_envs.model.loading import HOST, Placement, _load, _read_tokenizer, check_fits
+from lm_envs.model.tokens import accepted, encode_text, right_pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LearnedReward", "Output", "encode_text", "pools_last_token", "raw_scores", "right_pad", "score_of"]
+__all__ = ["LearnedReward", "Output", "pools_last_token", "raw_scores", "score_of"]
 
 Output = Literal["log_odds", "logit", "probability"]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *, append_eos: bool = True) -> list[int]:
-    """Token ids of a text for a reward model, by its own tokenizer.
-
-    Args:
-        stopped: whether the response ended by itself.
-        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the
-            tokenizer adds to every text is taken off first). False leaves the ids as the tokenizer wraps
-            them.
-    """
-    ids: list[int] = tokenizer(text)["input_ids"]
-    eos = tokenizer.eos_token_id
-    if append_eos and eos is not None:
-        while ids and ids[-1] == eos:
-            ids = ids[:-1]
-        if stopped:
-            ids = [*ids, eos]
-    return ids
 
 
 def pools_last_token(model: nn.Module) -> bool:
@@ -276,9 +261,48 @@ def _label(config: Any, label: int | str | None, name: str) -> int | None:
     return found[0]
 
 
-def right_pad(rows: Sequence[Sequence[int]]) -> Tensor:
-    """``(N, longest)`` int64, each row from the left, -1 after it."""
-    out = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-    return out
+def load_reward_model(
+    name: str | Path,
+    what: str = "reward model",
+    placement: Placement = HOST,
+    *,
+    normalise: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 64,
+    label: int | str | None = None,
+    output: Output = "log_odds",
+    template: Literal["text", "chat"] = "text",
+) -> LearnedReward:
+    """A sequence-classification model with its own tokenizer, as a reward.
+
+    Args:
+        name: a folder saved by ``save_pretrained`` (model and tokenizer), or a hub name.
+        what: how messages call it.
+        placement: its precision and device.
+        normalise, batch_size, label, output, template: as for :class:`~lm_envs.reward.learned.LearnedReward`.
+
+    Raises:
+        ValueError: there is no such folder or model, it holds no safetensors, it is no sequence classifier (a
+            language model's folder has no reward head), it has more than two labels and none is named, or its
+            tokenizer is missing or larger than its vocabulary.
+    """
+    model = _load(
+        AutoModelForSequenceClassification,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        name,
+        what,
+        "a sequence-classification model",
+        placement,
+    )
+    tokenizer = _read_tokenizer(name, what)
+    check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {str(name)!r}")
+    return LearnedReward(
+        model, tokenizer, normalise, batch_size, name=str(name), label=label, output=output, template=template
+    )
+
+
+def initialise_reward_head(head: nn.Linear, generator: torch.Generator) -> None:
+    """Normal weights of std ``1 / sqrt(d + 1)`` and zero bias (Stiennon et al. 2020), d the number of inputs."""
+    with torch.no_grad():
+        head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
+        if head.bias is not None:
+            head.bias.zero_()

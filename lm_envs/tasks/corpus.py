@@ -33,8 +33,10 @@ from lm_envs import rng, training
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding
 from lm_envs.model import tokens as observations
+from lm_envs.model.tokens import right_pad
 from lm_envs.reward import base, learned
-from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
+from lm_envs.reward.learned import LearnedReward, initialise_reward_head, raw_scores
+from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.tasks import corpus_judge, corpus_text, own_text, sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.corpus_judge import TextJudge, require_sklearn
@@ -183,7 +185,7 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
         )
         reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
         reward_model.transformer.load_state_dict(policy.transformer.state_dict())
-        training.initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
+        initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
         reward_half = training_half(rows, 0)
         _fit_reward_model(
             reward_model,
@@ -205,7 +207,7 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
             batch_size=256,
             progress=sampling.line_of(bar, "corpus: samples to normalise by", config.samples),
         )
-    reward = sampling.in_units_of(LearnedReward(reward_model, tokenizer, batch_size=256), samples)
+    reward = in_units_of(LearnedReward(reward_model, tokenizer, batch_size=256), samples)
     stats = _stats(policy, reward, judge, tokenizer, held_out, samples, config)
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
@@ -305,7 +307,7 @@ def _stats(
     judge: TextJudge,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Sequence[LabelledText],
-    samples: sampling.Samples,
+    samples: Samples,
     config: CorpusConfig,
 ) -> dict[str, float]:
     """Figures on held-out texts, and of the reference's samples of validation prompts.

@@ -17,9 +17,11 @@ from lm_envs.model import loading
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
 from lm_envs.model.checking import check_model
 from lm_envs.model.endings import eos_tokens
-from lm_envs.reward.base import LearnedReward, Standardise, reward_name
+from lm_envs.reward.base import Standardise, reward_name
 from lm_envs.reward.building import build_reward
+from lm_envs.reward.learned import LearnedReward, load_reward_model
 from lm_envs.reward.specs import is_spec, parse_reward
+from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.tasks import sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.custom_prompts import (
@@ -158,7 +160,7 @@ def load(**options: Any) -> TextTask:
     columns = columns_of(encoded)
 
     @functools.cache
-    def samples() -> sampling.Samples:
+    def samples() -> Samples:
         with sampling.progress_bar() as bar:
             return sampling.sample(
                 reference,
@@ -184,18 +186,18 @@ def load(**options: Any) -> TextTask:
     )
     reward: Any
     if reward_spec is None:
-        reward = loading.load_reward_model(str(config.reward_model), placement=place, batch_size=config.batch_size)
+        reward = load_reward_model(str(config.reward_model), placement=place, batch_size=config.batch_size)
     else:
         reward = build(reward_spec)
     judge: Any = None
     if judge_spec is not None:
         judge = build(judge_spec, what="judge")
     elif config.judge is not None:
-        judge = loading.load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
+        judge = load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
     for found in (reward, judge):
         check_references(found, [prompt for prompt, _ in encoded])
     if config.normalise or (config.normalise is None and reward_spec is None):
-        reward = sampling.in_units_of(reward, samples())
+        reward = in_units_of(reward, samples())
     stats: dict[str, float] = {"bad_prompts": rejected.count} if rejected.count else {}
     if isinstance(reward, (LearnedReward, Standardise)):
         mean, std = reward.normalise if isinstance(reward, LearnedReward) else (reward.mean, reward.std)

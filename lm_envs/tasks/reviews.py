@@ -33,7 +33,8 @@ from lm_envs import files, rng, training
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding, tokens
 from lm_envs.reward import base, learned
-from lm_envs.reward.base import LearnedReward
+from lm_envs.reward.learned import LearnedReward, initialise_reward_head
+from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.tasks import reviews_grammar, sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews_grammar import EOS, UNKNOWN, WORDS, corpus, gold_reward
@@ -253,7 +254,7 @@ def build(config: ReviewsConfig, folder: Path) -> None:
         model = initial(
             GPT2ForSequenceClassification, tokenizer, config.rm_hidden, config.rm_layers, config.rm_heads, config.seed
         )
-        training.initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
+        initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
         rm_losses = training.fit_reward_model(
             model,
             compared.texts,
@@ -265,7 +266,7 @@ def build(config: ReviewsConfig, folder: Path) -> None:
             seed=config.seed,
             progress=line_of(bar, "reviews: training the reward model", config.rm_steps),
         )
-    reward = sampling.in_units_of(LearnedReward(model, tokenizer, batch_size=256), held_out.samples)
+    reward = in_units_of(LearnedReward(model, tokenizer, batch_size=256), held_out.samples)
     scores = held_out.samples.score(reward).reshape(-1, 2)
     stats = {
         "sft_loss": _mean_of_last(sft_losses, 0.1),
@@ -331,7 +332,7 @@ class Pairs:
         gold: ``(N, 2)`` float64.
     """
 
-    samples: sampling.Samples
+    samples: Samples
     texts: list[list[list[int]]]
     gold: NDArray[np.float64]
 

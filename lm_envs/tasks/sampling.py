@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lm_envs import rng
 from lm_envs.model.decoding import generate
 from lm_envs.model.tokens import EosIds, eos_ids, left_pad
-from lm_envs.reward.base import LearnedReward, Standardise, call_reward
+from lm_envs.reward.units import Samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,27 +47,6 @@ def line_of(bar: Progress, description: str, total: int) -> Callable[..., None]:
         bar.update(line, completed=done)
 
     return update
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Responses of a model to N prompts, as rewards take them."""
-
-    prompts: list[str]
-    completions: list[str]
-    completion_ids: list[list[int]]
-    finish_reasons: list[str]
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """All of it, as rewards take it."""
-        return {name: value for name, value in vars(self).items() if name != "columns"} | self.columns
-
-    def score(self, reward: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """``(N,)`` float64; a dense reward is summed over the response."""
-        found = call_reward(reward, **self.given)
-        return found.sum(axis=1) if found.ndim == 2 else found
 
 
 def sample(
@@ -119,23 +98,3 @@ def sample(
         finish_reasons=["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in rows],
         columns={name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},
     )
-
-
-def in_units_of(reward: Any, samples: Samples) -> Any:
-    """The same reward with mean 0 and (population) standard deviation 1 on these samples: a learned one with other
-    moments, any other one in a :class:`~lm_envs.reward.base.Standardise`.
-
-    Raises:
-        ValueError: it gives all of them the same score, or it is dense.
-    """
-    if not isinstance(reward, LearnedReward):
-        return Standardise.against(reward, **samples.given)
-    scores = samples.score(reward)
-    mean, std = reward.normalise
-    moments = (mean + std * float(scores.mean()), std * float(scores.std()))
-    if not moments[1] > 1e-6:
-        raise ValueError(
-            f"reward {reward.__name__!r} gives all {len(scores)} samples of the reference the score {moments[0]:.6g}: "
-            "it cannot tell them apart, so there is nothing to learn from it"
-        )
-    return reward.in_units(*moments)

@@ -31,8 +31,8 @@ from lm_envs.data.splits import SPLITS
 from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
 from lm_envs.model.decoding import greedy
 from lm_envs.model.forwards import response_logits
-from lm_envs.model.tokens import left_pad
-from lm_envs.reward.base import WeightedSum, right_pad
+from lm_envs.model.tokens import left_pad, right_pad
+from lm_envs.reward.base import WeightedSum
 from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
 from lm_envs.tasks import own_text, sampling, translation_text
 from lm_envs.tasks.base import TextTask

@@ -13,11 +13,10 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load, make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
-from lm_envs.algos.sft import demonstrations
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
-from lm_envs.reward.base import LearnedReward
-from lm_envs.trajectories import Trajectories
+from lm_envs.reward.learned import LearnedReward
+from lm_envs.trajectories import Trajectories, demonstrations
 from tests import tiny
 
 FACES = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}

@@ -10,8 +10,8 @@ from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.comparisons import by_group, preferences
 from lm_envs.algos.expert_iteration import best_of_groups
-from lm_envs.algos.sft import demonstrations
 from lm_envs.env.rollout import rollout
+from lm_envs.trajectories import demonstrations
 from tests import tiny
 from tests.algos import batches
 

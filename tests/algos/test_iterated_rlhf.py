@@ -6,7 +6,7 @@ import torch
 from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.engine.judged_pairs import accuracy, compare
 from lm_envs.env.rollout import rollout
-from lm_envs.reward.base import LearnedReward
+from lm_envs.reward.learned import LearnedReward
 from tests import tiny
 from tests.algos import batches
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GPT2ForSequenceClassification
 
 from lm_envs import training
+from lm_envs.reward.learned import initialise_reward_head
 from lm_envs.training import bradley_terry_loss, next_token_loss
 from tests.tiny import gpt2
 
@@ -163,7 +164,7 @@ def test_a_reward_model_learns_an_order_that_only_the_last_token_tells():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2ForSequenceClassification(config)
-    training.initialise_reward_head(model.score, torch.Generator().manual_seed(0))
+    initialise_reward_head(model.score, torch.Generator().manual_seed(0))
     groups = [[text, text[:-1]] for text in TEXTS]
     rank = np.array([[0, 1]] * len(TEXTS))
     losses = training.fit_reward_model(model, groups, rank, steps=40, batch_size=4, learning_rate=1e-2, seed=0)
@@ -172,5 +173,5 @@ def test_a_reward_model_learns_an_order_that_only_the_last_token_tells():
 
 def test_the_heads_initial_weights():
     head = nn.Linear(399, 50)
-    training.initialise_reward_head(head, torch.Generator().manual_seed(0))
+    initialise_reward_head(head, torch.Generator().manual_seed(0))
     assert head.weight.std().item() == pytest.approx(1 / 20, rel=0.03) and not head.bias.any()

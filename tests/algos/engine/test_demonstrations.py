@@ -5,7 +5,7 @@ import torch
 
 from lm_envs.algos import registry
 from lm_envs.algos.ops.losses import masked_mean, nll, sequence_mean
-from lm_envs.algos.sft import demonstrations
+from lm_envs.trajectories import demonstrations
 from tests import tiny
 from tests.algos import batches
 

@@ -12,10 +12,11 @@ from lm_envs.algos.dpo import DPO, DPOConfig
 from lm_envs.algos.engine.comparisons import Comparisons
 from lm_envs.algos.engine.stored import StoredData
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.algos.sft import SFT, SFTConfig, from_responses
+from lm_envs.algos.sft import SFT, SFTConfig
 from lm_envs.data.dataset import Data
 from lm_envs.data.packed import Packed, pack
 from lm_envs.data.tokenizing import tokenise
+from lm_envs.trajectories import from_responses
 from tests.lm_envs import byo
 
 

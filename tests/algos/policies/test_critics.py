@@ -10,7 +10,8 @@ from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.policies.critics import RewardCritic, value_from_reward_model
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.reward.base import LearnedReward, raw_scores, right_pad
+from lm_envs.model.tokens import right_pad
+from lm_envs.reward.learned import LearnedReward, raw_scores
 from tests import tiny
 from tests.algos import batches
 

@@ -19,6 +19,7 @@ from lm_envs.model import loading
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import left_pad
 from lm_envs.reward.initial import reward_start
+from lm_envs.reward.learned import load_reward_model
 from tests.lm_envs import byo
 
 SUBJECTS, VERBS = ["old cat", "grey cat", "small bird"], ["saw", "ate", "hid"]
@@ -144,7 +145,7 @@ def check_pipeline(root: Path, out: Path) -> dict[str, list[str]]:
     batch = tokenizer([text + tokenizer.eos_token for text in pair], return_tensors="pt", padding=True)
     scores = reward.eval()(**batch).logits[:, 0]
     assert reward.num_labels == 1 and scores[0] > scores[1]
-    ours = loading.load_reward_model(out / "rm/model")([pair[0][:15]] * 2, [text[15:] for text in pair])
+    ours = load_reward_model(out / "rm/model")([pair[0][:15]] * 2, [text[15:] for text in pair])
     np.testing.assert_allclose(ours, scores.detach(), atol=1e-5)
     return texts
 
@@ -248,7 +249,7 @@ def test_part_of_a_model_is_trained(folder, tmp_path):
     assert torch.equal(scorer["model.embed_tokens.weight"], fresh["model.embed_tokens.weight"])
     assert result["held_out_loss"] < before(out)["validation_loss"]
     learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "sft", "--lora-rank", 2)
-    for read in (reward_start, loading.load_reward_model):
+    for read in (reward_start, load_reward_model):
         with pytest.raises(ValueError, match=f"adapters of '{folder}/model' and no model.* --lora-merge"):
             read(tmp_path / "sft" / "model")
 
@@ -281,7 +282,7 @@ def test_a_reward_model_starts_from_a_trunk_an_encoder_or_a_reward_model(folder,
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id
     brought = byo.make(tmp_path / "parts")
     encoder, _ = reward_start(brought.root / "reward_model")
-    start = loading.load_reward_model(brought.root / "reward_model").model
+    start = load_reward_model(brought.root / "reward_model").model
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), start.parameters(), strict=True))
     with pytest.raises(ValueError, match="has 2 labels"):
         reward_start(brought.root / "judge")

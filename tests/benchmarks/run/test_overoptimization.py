@@ -10,7 +10,8 @@ import pytest
 from lm_envs.algos.best_of_n import kl_bound
 from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.overoptimization import FLOOR, Curve, Settings, best_of_subsets, fit, overoptimise
+from lm_envs.benchmarks.report.overoptimization import overoptimise
+from lm_envs.benchmarks.run.overoptimization import FLOOR, Curve, Settings, best_of_subsets, fit
 
 TASK = "tests.algos.batches:learned_task"  # words that a count judges, and a learned reward
 SMALL = Settings(

@@ -12,7 +12,7 @@ from lm_envs.data.dataset import Data, Item, Rejected
 from lm_envs.data.packed import Packed, info_of, pack
 from lm_envs.data.tokenizing import as_read, prompt_ids, tokenise
 from lm_envs.model.chat import render_messages, split_answer
-from lm_envs.reward.base import LearnedReward
+from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks.custom_prompts import by_split, encode_prompts, read_prompts
 from tests.lm_envs import byo
 

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from lm_envs.data.dataset import Data
 from lm_envs.model import hub, loading
 from lm_envs.reward.initial import reward_start
+from lm_envs.reward.learned import load_reward_model
 from tests.lm_envs import byo
 
 
@@ -49,7 +50,7 @@ def keep(folder: Path, name: str) -> None:
     (place / "refs" / "main").write_text("0123")
 
 
-@pytest.mark.parametrize("read", [loading.load_policy, loading.load_tokenizer, loading.load_reward_model, reward_start])
+@pytest.mark.parametrize("read", [loading.load_policy, loading.load_tokenizer, load_reward_model, reward_start])
 def test_what_cannot_be_reached_is_refused_after_one_request(asked, read):
     with pytest.raises(ValueError, match="no such folder here, and the hub .* cannot be reached: .*give a folder") as e:
         read("some-owner/some-name")

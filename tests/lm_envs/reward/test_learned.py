@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lm_envs.reward import learned
+from lm_envs.model.tokens import encode_text
 from lm_envs.reward.learned import LearnedReward, raw_scores
 
 WORDS = ["<eos>", "<bos>", "<unk>", *"abcdefgh"]
@@ -95,9 +95,9 @@ def test_one_text_scores_the_same_in_any_company():
 
 def test_an_eos_that_the_tokenizer_adds_itself_is_taken_off_and_bos_stays():
     tokenizer = words(template="<bos> $A <eos>", bos_token="<bos>")
-    assert learned.encode_text(tokenizer, "a b", stopped=True) == [1, 3, 4, 0]
-    assert learned.encode_text(tokenizer, "a b", stopped=False) == [1, 3, 4]
-    assert learned.encode_text(tokenizer, "a b", stopped=False, append_eos=False) == [1, 3, 4, 0]
+    assert encode_text(tokenizer, "a b", stopped=True) == [1, 3, 4, 0]
+    assert encode_text(tokenizer, "a b", stopped=False) == [1, 3, 4]
+    assert encode_text(tokenizer, "a b", stopped=False, append_eos=False) == [1, 3, 4, 0]
 
 
 def test_encoders_read_the_text_as_their_tokenizer_wraps_it():

@@ -11,7 +11,7 @@ from lm_envs.reward.base import Conversational, Standardise, call_reward, leaves
 from lm_envs.reward.building import build_reward
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.reward.specs import Combined, Source, is_spec, parse_reward
-from lm_envs.tasks.sampling import Samples
+from lm_envs.reward.units import Samples
 from tests.lm_envs import byo
 
 MINE = '''

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv
-from lm_envs.reward.base import raw_scores, right_pad
+from lm_envs.model.tokens import right_pad
+from lm_envs.reward.learned import raw_scores
 from lm_envs.tasks import corpus, load, own_text
 from lm_envs.tasks.corpus_judge import TextJudge
 from lm_envs.tasks.corpus_text import openings, read_labelled, training_half

@@ -22,7 +22,8 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextVectorEnv
-from lm_envs.model.loading import load_policy, load_reward_model, load_tokenizer
+from lm_envs.model.loading import load_policy, load_tokenizer
+from lm_envs.reward.learned import load_reward_model
 from lm_envs.tasks import load
 from lm_envs.tasks.custom_prompts import read_prompts
 from tests.lm_envs import byo

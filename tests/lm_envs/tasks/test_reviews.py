@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lm_envs import files as cache
 from lm_envs import tasks
-from lm_envs.reward import base as rewards
+from lm_envs.model.tokens import right_pad
+from lm_envs.reward import learned
 from lm_envs.reward.base import call_reward
 from lm_envs.tasks import reviews, sampling
 from lm_envs.tasks.reviews import GoldReview, ReviewsConfig, annotate, make_tokenizer, ranking_accuracy
@@ -116,7 +117,7 @@ def test_the_task_is_whole(task):
     assert task.reference.config.vocab_size == len(task.tokenizer) and not task.reference.training
     assert not any(parameter.requires_grad for parameter in task.reference.parameters())
     assert task.reference.dtype == torch.float32 and task.reference.config.pad_token_id == task.eos_token_id
-    assert isinstance(task.reward, rewards.LearnedReward) and task.judge.__name__ == "gold"
+    assert isinstance(task.reward, learned.LearnedReward) and task.judge.__name__ == "gold"
     assert set(task.stats) >= {"sft_loss", "sft_gold", "rm_accuracy", "annotator_accuracy"}
 
 
@@ -137,8 +138,8 @@ def test_the_reward_has_mean_0_and_std_1_on_samples_of_the_reference(task):
     assert scores.mean() == pytest.approx(0, abs=1e-4) and scores.std() == pytest.approx(1, abs=1e-4)
     assert held_out.gold.mean() == pytest.approx(task.stats["sft_gold"])
     # The reward model was trained on ids; what it reads through text is the same.
-    ids = rewards.right_pad([text for pair in held_out.texts for text in pair])
-    raw = rewards.raw_scores(task.reward.model, ids).detach().numpy()
+    ids = right_pad([text for pair in held_out.texts for text in pair])
+    raw = learned.raw_scores(task.reward.model, ids).detach().numpy()
     assert (raw - task.reward.normalise[0]) / task.reward.normalise[1] == pytest.approx(scores, abs=1e-4)
     # The two of a pair share their prompt, and differ.
     assert all(one[:8] == two[:8] for one, two in held_out.texts)

@@ -8,10 +8,10 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from lm_envs.algos.engine.demonstrations import demonstrations_of
 from lm_envs.algos.policies.adaptation import adapted
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.algos.sft import demonstrations_of
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.measure import greedy as greedy_figures
 from lm_envs.benchmarks.measure import samples
