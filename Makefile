@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTABLE := $(VENV)/.ready-for-tests
+DOCUMENTED := $(VENV)/.ready-for-docs
 
 CORPUS ?=
 OUT ?=
@@ -14,7 +15,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real bench-kernels bench-throughput peers test test-slow mutants lint format types clean
+.PHONY: help setup demo demo-real bench-kernels bench-throughput peers test test-slow mutants lint format types docs clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -80,6 +81,13 @@ types: $(READY)  ## mypy over the rooms
 	@rm -rf $(TREE) && mkdir -p $(TREE)
 	@ln -s $(abspath $(filter-out %/__pycache__,$(wildcard lm_envs/*))) $(CURDIR)/algos $(CURDIR)/kernels $(CURDIR)/benchmarks $(TREE)/
 	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p lm_envs
+
+$(DOCUMENTED): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
+	@touch $@
+
+docs: $(DOCUMENTED)  ## build the documentation site into build/site; broken links and references fail
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove builds and caches, keep .venv and runs
 	rm -rf build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
