@@ -204,6 +204,8 @@ def _check_free(out: Path, resume: bool) -> None:
 def _about(info: dict[str, Any], out: Path) -> list[str]:
     """What was read, and the first of the rows that were not."""
     lines = [f"{info['examples']:,} {info['kind']} of {info['rows']:,} rows ({info['convention']}, {info['format']})"]
+    if info["unwanted"]:
+        lines.append(f"{info['unwanted']:,} rows left out: their label says that the completion is not wanted")
     if info["skipped"]:
         shown = [f"  {where}: {reason}" for where, reason in info["skipped_rows"][:_SHOWN]]
         more = f"; the rest is in {out / 'data' / 'info.json'}" if info["skipped"] > len(shown) else ""

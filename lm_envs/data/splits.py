@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
-_NAMES = {name: name for name in SPLITS} | {"training": "train", "dev": "validation", "val": "validation"}
+SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "dev": "validation", "val": "validation"}
+"""What a split may be called, and which it is."""
 _HELD_OUT_SHARE = 0.1
 
 
@@ -41,9 +42,9 @@ class SplitColumn:
             )
         self._present = present
         split = row.get("split", "train")
-        if not isinstance(split, str) or split not in _NAMES:
-            raise ValueError(f"{where}: 'split' must be one of {', '.join(_NAMES)}, not {split!r}")
-        return _NAMES[split]
+        if not isinstance(split, str) or split not in SPLIT_NAMES:
+            raise ValueError(f"{where}: 'split' must be one of {', '.join(SPLIT_NAMES)}, not {split!r}")
+        return SPLIT_NAMES[split]
 
 
 def divide(found: Sequence[tuple[str, str]]) -> dict[str, str]:

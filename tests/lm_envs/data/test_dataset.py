@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from lm_envs.data.conventions import CONVENTIONS, Example, recognise
-from lm_envs.data.dataset import Data
+from lm_envs.data.dataset import Examples
 from tests.lm_envs import byo
 
 USER, SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -89,7 +89,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def bad_of(path: Path, **options) -> list[tuple[str, str]]:
-    data = Data(path, on_bad="skip", **options)
+    data = Examples(path, on_bad="skip", **options)
     for _ in data:
         pass
     return [(bad.where, bad.reason) for bad in data.rejected.rows]
@@ -99,10 +99,10 @@ def bad_of(path: Path, **options) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("number", range(len(ROWS)))
 def test_every_convention_from_every_file(tmp_path, number, end):
     name, row, expected = ROWS[number]
-    data = Data(write(tmp_path / f"rows.{end}", [row, row]))
+    data = Examples(write(tmp_path / f"rows.{end}", [row, row]))
     found = list(data)
     assert data.convention.name == name
-    assert [item.example for item in found] == [expected] * 2
+    assert [item for item in found] == [expected] * 2
     unit = "row" if end == "parquet" else "line"
     assert found[0].where == (f"{unit} 2" if end == "csv" else f"{unit} 1")
     assert data.kind == ("preferences" if expected.ranks else "demonstrations" if expected.completions else "prompts")
@@ -118,33 +118,33 @@ def test_data_sets_of_a_folder_with_their_splits(tmp_path):
     pytest.importorskip("datasets")
     write(tmp_path / "train.parquet", [{"prompt": f"p {i}", "completion": " a"} for i in range(3)])
     write(tmp_path / "test.parquet", [{"prompt": "q", "completion": " b"}])
-    items = list(Data(str(tmp_path)))
-    assert [(item.example.prompt, item.split) for item in items] == [
+    items = list(Examples(str(tmp_path)))
+    assert [(item.prompt, item.split) for item in items] == [
         *((f"p {i}", "train") for i in range(3)),
         ("q", "test"),
     ]
     assert [item.where for item in items] == ["row 1 of train", "row 2 of train", "row 3 of train", "row 1 of test"]
-    assert [item.example.prompt for item in Data(f"{tmp_path}:test")] == ["q"]
+    assert [item.prompt for item in Examples(f"{tmp_path}:test")] == ["q"]
 
 
 def test_what_is_no_data_set_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     with pytest.raises(ValueError, match="not a data set that can be read") as caught:
-        Data(f"{tmp_path}:train")
+        Examples(f"{tmp_path}:train")
     assert "\n" not in str(caught.value)
     for missing in ("nowhere.jsonl", "./nowhere", tmp_path / "a.csv"):
         with pytest.raises(FileNotFoundError):
-            Data(missing)
+            Examples(missing)
 
 
 def test_preferences_serve_as_demonstrations_and_anything_as_prompts(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "hi", "completions": [" a", " b"], "ranks": [2, 1]}])
-    assert [item.example for item in Data(path, "demonstrations")] == [Example("hi", (" b",))]
-    assert [item.example for item in Data(path, "prompts")] == [Example("hi")]
+    assert [item for item in Examples(path, "demonstrations")] == [Example("hi", (" b",))]
+    assert [item for item in Examples(path, "prompts")] == [Example("hi")]
     path = write(tmp_path / "m.jsonl", [{"messages": [USER, SAID]}])
-    assert [item.example for item in Data(path, "prompts")] == [Example([USER])]
+    assert [item for item in Examples(path, "prompts")] == [Example([USER])]
     with pytest.raises(ValueError, match="holds demonstrations .messages., and preferences are wanted"):
-        Data(path, "preferences")
+        Examples(path, "preferences")
 
 
 GOOD = {"prompt": "p", "chosen": " a", "rejected": " b"}
@@ -175,13 +175,13 @@ def test_a_bad_row_is_fatal_or_passed_over_by_its_line(tmp_path, bad, reason):
     path = tmp_path / "p.jsonl"
     lines = [json.dumps(GOOD), "", bad, json.dumps(GOOD)]
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape") + b"\n")
-    data = Data(path, on_bad="skip")
+    data = Examples(path, on_bad="skip")
     assert [item.where for item in data] == ["line 1", "line 4"]
     assert (data.read, data.rejected.count) == (3, 1)
     assert data.rejected.rows[0].where == "line 3" and reason in data.rejected.rows[0].reason
     read = []
     with pytest.raises(ValueError, match=f"{path}, line 3: ") as caught:
-        read.extend(Data(path))
+        read.extend(Examples(path))
     assert reason in str(caught.value)
     assert list(data) and data.rejected.count == 1  # another pass counts anew
 
@@ -221,11 +221,11 @@ def test_bad_rows_of_csv_and_parquet(tmp_path):
         assert reason in said
     (tmp_path / "b.csv").write_text("messages\nhello\n")
     assert bad_of(write(tmp_path / "c.csv", [{"messages": [USER, SAID]}, {"messages": "no JSON"}]))[0][0] == "line 3"
-    with pytest.raises(ValueError, match=r"b.csv, line 2: 'messages' must be JSON"):
-        Data(tmp_path / "b.csv")
+    with pytest.raises(ValueError, match=r"b.csv, line 2: 'messages' must be a list of messages, not 'hello'"):
+        list(Examples(tmp_path / "b.csv"))
     (tmp_path / "d.csv").write_text("a,a\n1,2\n")
     with pytest.raises(ValueError, match=r"d.csv, line 1: a CSV file begins with the names"):
-        Data(tmp_path / "d.csv")
+        Examples(tmp_path / "d.csv")
     rows = [{"prompt": "p"}, {"prompt": None}, {"prompt": "q"}]
     assert bad_of(write(tmp_path / "a.parquet", rows)) == [("row 2", "'prompt' must be a string, not None")]
 
@@ -233,24 +233,24 @@ def test_bad_rows_of_csv_and_parquet(tmp_path):
 def test_files_that_are_broken_as_a_whole(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(ValueError, match=r"a.parquet: not a Parquet file"):
-        Data(tmp_path / "a.parquet")
+        Examples(tmp_path / "a.parquet")
     whole = gzip.compress(b"".join(json.dumps({"prompt": f"{i * 7919}"}).encode() + b"\n" for i in range(5000)))
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"damaged gzip data after line \d\d+"):
-        list(Data(tmp_path / "a.jsonl.gz"))
+        list(Examples(tmp_path / "a.jsonl.gz"))
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="not one row"):
-        Data(tmp_path / "empty.jsonl")
+        Examples(tmp_path / "empty.jsonl")
     with pytest.raises(ValueError, match=r"line 1: the columns 'question' are in no known convention: prompt/comp"):
-        Data(write(tmp_path / "strange.jsonl", [{"question": "?"}]))
+        Examples(write(tmp_path / "strange.jsonl", [{"question": "?"}]))
     with pytest.raises(ValueError, match="on_bad must be"):
-        Data(tmp_path / "strange.jsonl", on_bad="ignore")
+        Examples(tmp_path / "strange.jsonl", on_bad="ignore")
 
 
 def test_a_first_row_that_is_broken_decides_nothing(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"text": "x"}\n{\n' + (json.dumps(GOOD) + "\n") * 3)
-    data = Data(path, on_bad="skip")
+    data = Examples(path, on_bad="skip")
     assert data.convention.name == "prompt/chosen/rejected" and len(list(data)) == 3
     assert [bad.where for bad in data.rejected.rows] == ["line 1", "line 2"]
 
@@ -259,8 +259,8 @@ def test_rows_are_read_in_a_stream(tmp_path):
     """The first is there before the last is looked at."""
     path = tmp_path / "p.jsonl"
     path.write_text((json.dumps(GOOD) + "\n") * 500 + "{\n")
-    stream = iter(Data(path))
+    stream = iter(Examples(path))
     assert next(stream).where == "line 1"
     with pytest.raises(ValueError, match="line 501"):
         list(stream)
-    assert len(list(Data(path, max_rows=400))) == 400
+    assert len(list(Examples(path, max_rows=400))) == 400
