@@ -136,9 +136,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a chat gets a BOS that its template does not write",
-        "lm_envs/data/tokenizing.py",
-        "rendered = iter(tokenizer(chats, add_special_tokens=False, ",
-        "rendered = iter(tokenizer(chats, add_special_tokens=True, ",
+        "lm_envs/model/text.py",
+        "start = before if chat else self._one_bos([*lead, *before])",
+        "start = self._one_bos([*lead, *before])",
         f"{ENDINGS}::test_one_bos",
     ),
     Mutation(

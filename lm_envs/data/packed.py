@@ -6,13 +6,15 @@
         tokens.bin          int32, prompt and completion of row after row; each completion of an example is a row
         rows.bin            int64, six numbers a row: see COLUMNS
         info.json           what it was made from, and what was found
-        ref_logprob-*.bin   float32, a reference model's log-probabilities of the completions, by a hash of the model
+        ref_logprob-*.bin   float32, a reference model's log-probabilities of the completions and their
+                            hash; named after the model's weights
         manifest.json       sizes and hashes of the first three; its presence means that the folder is whole
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -175,11 +177,28 @@ class PackedExamples:
         """
         whole = PackedExamples(self.folder)
         path = self.folder / f"ref_logprob-{key[:20]}.bin"
-        if not path.exists() or path.stat().st_size != 4 * int(whole.column("response").sum()):
+        if not _is_signed(path, 4 * int(whole.column("response").sum())):
             if logprob is None:
-                raise ValueError(f"{path} is missing: it holds the log-probabilities that training began with")
+                raise ValueError(
+                    f"{path} is missing or damaged: it holds the log-probabilities that training began with"
+                )
+            digest = hashlib.sha256()
             with replacing(path) as file:
                 for start in range(0, len(whole), rows):
                     traj = whole.select(slice(start, start + rows))
-                    file.write(logprob(traj).float().cpu()[traj.mask].numpy().tobytes())
+                    found = logprob(traj).float().cpu()[traj.mask].numpy().tobytes()
+                    digest.update(found)
+                    file.write(found)
+                file.write(digest.digest())
         self._reference = open(path, "rb", buffering=0)
+
+
+def _is_signed(path: Path, size: int) -> bool:
+    """Whether a file has that many bytes, and behind them their hash."""
+    if not path.exists() or path.stat().st_size != size + 32:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while left := size - file.tell():
+            digest.update(file.read(min(left, 1 << 20)))
+        return file.read() == digest.digest()

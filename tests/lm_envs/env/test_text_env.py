@@ -161,7 +161,7 @@ def drive(env, mode, steps=40):
                 assert (obs[row, env.mdp.prompt_length :] == -1).all()
             else:
                 final, lm = obs[row], info["lm"]
-            assert lm["response"][row] == env.mdp.texts(final[None, env.mdp.prompt_length :])[0]
+            assert lm["response"][row] == env.mdp.texts(*np.split(final[None], [env.mdp.prompt_length], axis=1))[1][0]
             finals.append(final.tolist())
         assert ((obs != before).any(axis=1) | done | waiting).all()
     return finals
