@@ -83,7 +83,7 @@ def check(
     prompts: set[int] = set()
     for example, prompt, completions in _measured(data, tokenizer, max_length):
         report.usable += 1
-        report.splits[example.split or ""] += 1
+        report.splits[example.split] += 1
         for length in completions or [0]:
             if prompt:
                 report.add_length("prompt", prompt)

@@ -43,7 +43,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """For pretrained models; the algorithms' own defaults are for the small ones of the embedded tasks."""
 _MICRO_BATCH = 16  # rows a forward, where nothing else is asked for: the gradient is the same
 _SAMPLE = 256  # held-out examples at a point of the learning curve
-_CODE = code_hash(module.__file__ for module in (sources, conventions, tokenizing, packed, text))
+_CODE = code_hash(str(module.__file__) for module in (sources, conventions, tokenizing, packed, text))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class DataProblem:
             settings["iterations"] = self._iterations(settings["episodes"])
         self.agent = make_agent(spec.algorithm, self.policy, data=self._train, **settings)
         if spec.algorithm == "dpo" and self._held is not None:
-            self._held.keep_reference(self.agent.reference_key)
+            self._held.keep_reference(self.agent.reference_key)  # type: ignore[attr-defined]
 
     # ---- data ----
 
@@ -173,9 +173,8 @@ class DataProblem:
         def info() -> dict[str, Any]:
             skipped = [[bad.where, bad.reason] for bad in data.rejected.rows]
             known = {"convention": data.convention.name, "format": data.format, "kind": kind, "rows": data.read}
-            counts = {"examples": count, "unwanted": data.unwanted}
-            counts |= {"skipped": data.rejected.count, "skipped_rows": skipped}
-            return {"made_from": made_from, **known, **counts}
+            known |= {"examples": count, "unwanted": data.unwanted, "skipped": data.rejected.count}
+            return {"made_from": made_from, **known, "skipped_rows": skipped}
 
         temporary = self.folder.with_name(".tmp-data")
         shutil.rmtree(temporary, ignore_errors=True)

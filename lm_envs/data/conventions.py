@@ -29,9 +29,9 @@ class Example:
         completions: none of a prompt alone; one of a demonstration; the ranked ones of a preference; the translations
             of a parallel text. Strings if ``prompt`` is one; else lists of one message of the assistant's.
         ranks: one per completion of a preference, 0 the best; equal ranks are ties.
-        label: 1 if the completion is wanted, 0 if it is not; None where the row does not say.
+        label: 1 if the completion is wanted, 0 if it is not, -1 where the row does not say.
         where: ``"line 3"`` of its source.
-        split: the row's column ``split``, None where there is none.
+        split: the row's column ``split``, empty where there is none.
         columns: what else the row holds beside the prompt, for rewards.
         source: the file, folder or hub name that it was read from.
     """
@@ -39,15 +39,15 @@ class Example:
     prompt: Text
     completions: tuple[Text, ...] = ()
     ranks: tuple[int, ...] = ()
-    label: int | None = None
+    label: int = -1
     where: str = field(default="", compare=False)
-    split: str | None = field(default=None, compare=False)
+    split: str = field(default="", compare=False)
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     source: str = field(default="", compare=False)
 
     @property
     def text(self) -> str:
-        """The completion of a text as a whole."""
+        """The first completion, such as a text as a whole."""
         return str(self.completions[0])
 
     @property

@@ -175,8 +175,8 @@ class Examples:
         except ValueError as error:
             raise BadExample(str(error).removeprefix(": ")) from None
         columns = {name: self._cell(value) for name, value in row.items() if name not in _SPENT}
-        split_given = split if splits.present else None
-        return replace(example, where=where, split=split_given, columns=columns, source=str(self.source))
+        split = split if splits.present else ""
+        return replace(example, where=where, split=split, columns=columns, source=str(self.source))
 
     def _cell(self, value: Any) -> Any:
         """CSV files hold lists of objects as JSON."""

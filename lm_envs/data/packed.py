@@ -54,7 +54,7 @@ def pack(encoded: Iterable[EncodedExample], folder: Path, info: Callable[[], Map
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "rows.bin", "wb") as index:
         for number, found in enumerate(encoded):
             example = found.example
-            place = -1 if example.split is None else SPLITS.index(example.split)
+            place = SPLITS.index(example.split) if example.split else -1
             part = int(share(example.key, "split") * 2**53)
             for i, ids in enumerate(found.completions):
                 tokens.write(np.asarray([*found.prompt, *ids], dtype=np.int32).tobytes())
@@ -132,7 +132,7 @@ class PackedExamples:
         """The rows of ``index`` (int64 indices or a slice), in that order, with no more padding than they need."""
         chosen = np.arange(len(self))[index if isinstance(index, slice) else index.numpy()]
         prompts, responses = zip(*(self.read(int(row)) for row in chosen), strict=True)
-        traj = from_responses(prompts, responses, max(map(len, prompts)))  # type: ignore[arg-type]
+        traj = from_responses(prompts, responses, max(map(len, prompts)))
         if self.group is not None and self.rank is not None:
             traj.group, traj.rank = self.group[index], self.rank[index]
         if self._reference is not None:

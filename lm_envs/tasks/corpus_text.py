@@ -22,7 +22,7 @@ def read_labelled(path: str | Path) -> list[Example]:
         ValueError: a malformed row (the message names file and line), or too few texts: each half of the training
             texts needs some of either label, validation and test one.
     """
-    labels: dict[str, int | None] = {}
+    labels: dict[str, int] = {}
     found = []
     for example in Examples(path, "labelled"):
         text = " ".join(example.text.split())

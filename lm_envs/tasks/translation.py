@@ -148,16 +148,17 @@ def read(folder: Path, config: TranslationConfig, source: str) -> TextTask:
 def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> None:
     """Make the tokenizer and the model, measure it on validation pairs, and save them."""
     train = [pair for pair in pairs if pair.split == "train"]
-    tokenizer = make_tokenizer(
-        [text for pair in train for text in (str(pair.prompt), *pair.completions)], config.vocabulary
-    )
+    texts = [str(text) for pair in train for text in (pair.prompt, *pair.completions)]
+    tokenizer = make_tokenizer(texts, config.vocabulary)
     encoded = list(zip(pairs, tokenizer([str(pair.prompt) for pair in pairs])["input_ids"], strict=True))
     encoded = [(pair, list(ids)) for pair, ids in encoded if len(ids) <= config.prompt_tokens]
     prompts = {name: [ids for pair, ids in encoded if pair.split == name] for name in SPLITS}
     for name, rows in prompts.items():
         if not rows:
             raise ValueError(f"translation: no prompt of {name} has at most prompt_tokens={config.prompt_tokens}")
-    references = {name: [pair.completions for pair, _ in encoded if pair.split == name] for name in SPLITS}
+    references = {
+        name: [list(map(str, pair.completions)) for pair, _ in encoded if pair.split == name] for name in SPLITS
+    }
     responses = _responses(encoded, tokenizer, config)
     model = initial(config, tokenizer)
     with sampling.progress_bar() as bar:
@@ -227,7 +228,7 @@ def _responses(
 ) -> list[Response]:
     """Prompt and first reference of the training pairs, which ends in EOS."""
     rows = [(pair, ids) for pair, ids in encoded if pair.split == "train"]
-    targets = tokenizer([pair.completions[0] for pair, _ in rows])["input_ids"]
+    targets = tokenizer([pair.text for pair, _ in rows])["input_ids"]
     made = [(ids, [*target, tokenizer.eos_token_id]) for (_, ids), target in zip(rows, targets, strict=True)]
     found = [(prompt, target) for prompt, target in made if len(target) <= config.max_new_tokens]
     if not found:

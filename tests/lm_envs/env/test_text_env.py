@@ -39,7 +39,7 @@ def test_rewards_are_score_minus_reported_kl():
     expected[-1] += 3 - 1  # three b, one c, on the EOS
     np.testing.assert_allclose(rewards, expected, atol=1e-12)
     lm = info["lm"]
-    assert lm["score"] == 2 and lm["finish_reason"] == "stop" and lm["response"] == "b c b b"
+    assert lm["score"] == 2 and lm["finish_reason"] == "stop" and lm["response"] == " b c b b"  # behind the prompt
     assert lm["kl"] == pytest.approx(np.sum(logprobs) - reference.sum())
     np.testing.assert_allclose(lm["ref_logprob"][:5], reference, atol=1e-12)
     assert set(info) == {"lm"}  # info["episode"] belongs to the wrappers
