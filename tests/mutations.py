@@ -196,8 +196,8 @@ MUTATIONS = [
     Mutation(
         "a reward model is trained on special tokens that it will not see",
         "lm_envs/data/tokenizing.py",
-        "encode_text(codec.tokenizer, prompt + text, True, append_eos=append_eos)",
-        "encode_text(codec.tokenizer, codec.tokenizer.decode(encoded.prompt) + text, True, append_eos=append_eos)",
+        'texts = map("".join, zip(*codec.decode([prompt] * len(rows), rows), strict=True))',
+        "texts = codec.tokenizer.batch_decode([prompt + row for row in rows])",
         f"{TOKENIZING} {SAME_IDS}",
     ),
     Mutation(
@@ -252,8 +252,8 @@ MUTATIONS = [
     Mutation(
         "the log-probabilities of another reference are kept",
         "lm_envs/data/packed.py",
-        'f"ref_logprob-{key[:20]}.bin"',
-        'f"ref_logprob-{len(key)}.bin"',
+        'f"reference-{key[:20]}"',
+        'f"reference-{len(key)}"',
         f"{LEARN}::test_kept_log_probabilities_are_those_of_the_references_weights",
     ),
     Mutation(

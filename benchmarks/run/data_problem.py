@@ -26,7 +26,7 @@ from lm_envs.benchmarks.run.suites import Plan
 from lm_envs.data import conventions, packed, sources, tokenizing
 from lm_envs.data.dataset import Examples
 from lm_envs.data.packed import PackedExamples, info_of, pack
-from lm_envs.data.tokenizing import tokenise, tokenise_for_reward
+from lm_envs.data.tokenizing import tokenise
 from lm_envs.files import code_hash
 from lm_envs.model import loading, text
 from lm_envs.model.text import Codec
@@ -128,7 +128,9 @@ class DataProblem:
             raise UserError(f"{spec.data}: the column 'split' leaves nothing to train on")
         self._held = held if len(held) else None
         self.model = self._to_train()
-        self.policy: Any = RewardPolicy(self.model) if self._rewarding else self._language_policy()
+        eos = self.tokenizer.eos_token_id
+        language = None if self._rewarding else LMPolicy(self.model, eos, *self._train.longest)
+        self.policy: Any = language or RewardPolicy(self.model)
         settings = {"seed": spec.seed, "micro_batch": _MICRO_BATCH, **checked}
         if "iterations" not in checked:
             settings["iterations"] = self._iterations(settings["episodes"])
@@ -142,10 +144,10 @@ class DataProblem:
         """Tokenise the data into the run's folder, unless it holds them; what is known of them."""
         limits = [limit for limit in (self.spec.max_length, context) if limit is not None]
         codec = Codec(self.tokenizer, self.model)
-        append_eos = pools_last_token(self.model) if self._rewarding else None
+        reward_eos = pools_last_token(self.model) if self._rewarding else None
         made_from = {name: getattr(self.spec, name) for name in ("algorithm", "on_bad", "max_rows")} | {
             "max_length": min(limits, default=None),
-            "append_eos": append_eos,
+            "reward_eos": reward_eos,
             "data": sources.fingerprint(self.spec.data),
             "tokenizer": codec.fingerprint,
             "code": _CODE,
@@ -156,10 +158,7 @@ class DataProblem:
         shutil.rmtree(self.folder, ignore_errors=True)
         kind = KINDS[self.spec.algorithm]
         data = Examples(self.spec.data, kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
-        if append_eos is None:
-            encoded = tokenise(data, codec, data.rejected, made_from["max_length"])
-        else:
-            encoded = tokenise_for_reward(data, codec, data.rejected, append_eos, made_from["max_length"])
+        encoded = tokenise(data, codec, data.rejected, made_from["max_length"], reward_eos)
         count = 0
 
         def counted() -> Iterator[Any]:
@@ -204,10 +203,6 @@ class DataProblem:
         if self._rewarding and head is not None:
             head.requires_grad_(True)  # adapters or not, the head is new
         return model
-
-    def _language_policy(self) -> LMPolicy:
-        prompt, response = self._train.longest
-        return LMPolicy(self.model, self.tokenizer.eos_token_id, prompt, response)
 
     # ---- what runs ask for ----
 

@@ -6,9 +6,11 @@ A convention is known by its columns. Texts are strings, or lists of chat messag
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -84,15 +86,12 @@ class Convention:
 
 def _text(row: Mapping[str, Any], name: str) -> Text:
     value = _as_messages(row.get(name), name)
-    if isinstance(value, list):
-        return _messages(value, name)
-    return _string(value, name, missing=name not in row)
+    return _messages(value, name) if isinstance(value, list) else _string(value, name)
 
 
-def _string(value: Any, name: str, missing: bool = False) -> str:
+def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        found = "and there is none" if missing else f"not {short(value)}"
-        raise BadExample(f"{name!r} must be a string, {found}")
+        raise BadExample(f"{name!r} must be a string, not {short(value)}")
     if not value.strip():
         raise BadExample("the prompt is empty" if name == "prompt" else f"{name!r} is empty")
     return value
@@ -198,12 +197,9 @@ def _aligned(prompt: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Tex
 
 def _shared(conversations: Sequence[list[Message]]) -> list[Message]:
     """The messages that all begin with, the last of none among them."""
-    count = 0
-    for together in zip(*(messages[:-1] for messages in conversations), strict=False):
-        if any(message != together[0] for message in together):
-            break
-        count += 1
-    return conversations[0][:count]
+    together = zip(*(messages[:-1] for messages in conversations), strict=False)
+    same = itertools.takewhile(lambda messages: all(message == messages[0] for message in messages), together)
+    return [messages[0] for messages in same]
 
 
 # ---- conventions ----
@@ -217,7 +213,7 @@ def _prompt(row: Mapping[str, Any]) -> Example:
 
 
 def _whole(row: Mapping[str, Any]) -> Example:
-    return Example("", (_string(row.get("text"), "text", missing="text" not in row),))
+    return Example("", (_string(row["text"], "text"),))
 
 
 def _chat(row: Mapping[str, Any]) -> Example:
@@ -349,17 +345,11 @@ def recognise(row: Mapping[str, Any]) -> Convention | None:
         if all(name in row for name in convention.columns):
             if convention.read is _judged and _truth(row["label"]) is None:
                 continue  # a label of another sort
-            if convention.name == "messages" and _ends_in_a_question(row["messages"]):
-                return replace(convention, kind="prompts")
+            if convention.read is _chat:
+                with suppress(BadExample):
+                    return convention if _chat(row).completions else replace(convention, kind="prompts")
             return convention
     return None
-
-
-def _ends_in_a_question(messages: Any) -> bool:
-    try:
-        return not _is_said(_messages(messages, "messages")[-1])
-    except BadExample:
-        return False
 
 
 def as_kind(example: Example, kind: Kind) -> Example:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lm_envs.data.conventions import ASKED_FOR, CONVENTIONS, Convention, Example, Kind, as_kind, parsed, recognise
 from lm_envs.data.sources import Read, format_of, read_rows
-from lm_envs.data.splits import SplitColumn
+from lm_envs.data.splits import SPLIT_NAMES
 from lm_envs.model.chat import BadExample
 
 OnBad = Literal["raise", "skip"]
@@ -144,13 +144,13 @@ class Examples:
         return best, seen[best]
 
     def __iter__(self) -> Iterator[Example]:
-        splits = SplitColumn()
         self.rejected.clear()
         self.read = self.unwanted = 0
+        self._divided: bool | None = None
         for where, row in self._rows():
             self.read += 1
             try:
-                example = self._example(where, row, splits)
+                example = self._example(where, row)
             except BadExample as error:
                 self.rejected.add(where, str(error))
                 continue
@@ -159,7 +159,7 @@ class Examples:
             else:
                 yield example
 
-    def _example(self, where: str, row: dict[str, Any] | str, splits: SplitColumn) -> Example:
+    def _example(self, where: str, row: dict[str, Any] | str) -> Example:
         if isinstance(row, str):
             raise BadExample(row)
         missing = [name for name in self.convention.columns if name not in row]
@@ -170,13 +170,18 @@ class Examples:
         example = self.convention.read(row)
         if self.kind not in ASKED_FOR:
             example = as_kind(example, self.kind)
-        try:
-            split = splits.read(row, "")
-        except ValueError as error:
-            raise BadExample(str(error).removeprefix(": ")) from None
+        split = self._split(row)
         columns = {name: self._cell(value) for name, value in row.items() if name not in _SPENT}
-        split = split if splits.present else ""
         return replace(example, where=where, split=split, columns=columns, source=str(self.source))
+
+    def _split(self, row: Mapping[str, Any]) -> str:
+        present = "split" in row
+        if self._divided not in (None, present):
+            raise BadExample(f"{'a' if present else 'no'} 'split' here, unlike before: all rows have one, or none")
+        self._divided = present
+        if present and row["split"] not in SPLIT_NAMES:
+            raise BadExample(f"'split' must be one of {', '.join(SPLIT_NAMES)}, not {row['split']!r}")
+        return SPLIT_NAMES[row["split"]] if present else ""
 
     def _cell(self, value: Any) -> Any:
         """CSV files hold lists of objects as JSON."""

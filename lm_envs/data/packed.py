@@ -6,15 +6,13 @@
         tokens.bin          int32, prompt and completion of row after row; each completion of an example is a row
         rows.bin            int64, six numbers a row: see COLUMNS
         info.json           what it was made from, and what was found
-        ref_logprob-*.bin   float32, a reference model's log-probabilities of the completions and their
-                            hash; named after the model's weights
+        reference-*/        float32, a reference's log-probabilities of the completions; named after its weights
         manifest.json       sizes and hashes of the first three; its presence means that the folder is whole
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +26,7 @@ from torch import Tensor
 
 from lm_envs.data.splits import SPLITS, share
 from lm_envs.data.tokenizing import EncodedExample
-from lm_envs.files import is_intact, replacing, sync_file, write_manifest
+from lm_envs.files import is_intact, sync_file, write_manifest
 from lm_envs.trajectories import Trajectories, from_responses
 
 COLUMNS = ("prompt", "response", "group", "rank", "split", "share")
@@ -175,30 +173,16 @@ class PackedExamples:
         Raises:
             ValueError: they are not kept, and there is no ``logprob``.
         """
-        whole = PackedExamples(self.folder)
-        path = self.folder / f"ref_logprob-{key[:20]}.bin"
-        if not _is_signed(path, 4 * int(whole.column("response").sum())):
+        folder = self.folder / f"reference-{key[:20]}"
+        if not is_intact(folder):
             if logprob is None:
-                raise ValueError(
-                    f"{path} is missing or damaged: it holds the log-probabilities that training began with"
-                )
-            digest = hashlib.sha256()
-            with replacing(path) as file:
+                raise ValueError(f"{folder} is missing or damaged: it holds what the reference says of the data")
+            whole = PackedExamples(self.folder)
+            folder.mkdir(exist_ok=True)
+            with open(folder / "logprob.bin", "wb") as file:
                 for start in range(0, len(whole), rows):
                     traj = whole.select(slice(start, start + rows))
-                    found = logprob(traj).float().cpu()[traj.mask].numpy().tobytes()
-                    digest.update(found)
-                    file.write(found)
-                file.write(digest.digest())
-        self._reference = open(path, "rb", buffering=0)
-
-
-def _is_signed(path: Path, size: int) -> bool:
-    """Whether a file has that many bytes, and behind them their hash."""
-    if not path.exists() or path.stat().st_size != size + 32:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while left := size - file.tell():
-            digest.update(file.read(min(left, 1 << 20)))
-        return file.read() == digest.digest()
+                    file.write(logprob(traj).float().cpu()[traj.mask].numpy().tobytes())
+                sync_file(file)
+            write_manifest(folder, {})
+        self._reference = open(folder / "logprob.bin", "rb", buffering=0)

@@ -28,55 +28,38 @@ class EncodedExample:
 
 
 def tokenise(
-    examples: Iterable[Example], codec: Codec, rejected: Rejected, max_length: int | None = None
+    examples: Iterable[Example],
+    codec: Codec,
+    rejected: Rejected,
+    max_length: int | None = None,
+    reward_eos: bool | None = None,
 ) -> Iterator[EncodedExample]:
     """Encode examples as :meth:`~lm_envs.model.text.Codec.encode` says, in a stream and in order.
 
     Args:
         examples: as :class:`~lm_envs.data.dataset.Examples` gives them.
-        codec: of the policy.
+        codec: of the model.
         rejected: gets what makes no tokens, is too long, or is refused by the chat template.
         max_length: tokens of prompt and completion together; longer ones are bad rows.
+        reward_eos: for a reward model, whether an EOS follows its texts (``append_eos`` of
+            :func:`~lm_envs.model.tokens.encode_text`). Each completion then is the whole text, as the model reads it
+            while a policy with the same tokenizer is trained: prompt and completion in one, without special tokens.
 
     Raises:
         ValueError: a bad row that is to raise, or messages without a chat template.
     """
     for example in examples:
         try:
-            prompt, completions = codec.encode(example.prompt, example.completions)
-            _check_lengths([prompt + ids for ids in completions] or [prompt], max_length)
+            prompt, rows = codec.encode(example.prompt, example.completions)
+            if reward_eos is not None:
+                texts = map("".join, zip(*codec.decode([prompt] * len(rows), rows), strict=True))
+                rows = [encode_text(codec.tokenizer, text, True, append_eos=reward_eos) for text in texts]
+                prompt = []
+            _check_lengths([prompt + ids for ids in rows] or [prompt], max_length)
         except BadExample as error:
             rejected.add(example.where, str(error))
         else:
-            yield EncodedExample(example, prompt, completions)
-
-
-def tokenise_for_reward(
-    examples: Iterable[Example],
-    codec: Codec,
-    rejected: Rejected,
-    append_eos: bool,
-    max_length: int | None = None,
-) -> Iterator[EncodedExample]:
-    """Encode examples as a reward model reads them while a policy with the same tokenizer is trained: each completion
-    is the whole text, prompt and completion in one, without the special tokens that rewards do not get to see.
-
-    Args:
-        append_eos: as for :func:`~lm_envs.model.tokens.encode_text`.
-        examples, codec, rejected, max_length: as for :func:`tokenise`.
-    """
-    for encoded in tokenise(examples, codec, rejected):
-        prompts, texts = codec.decode([encoded.prompt] * len(encoded.completions), encoded.completions)
-        rows = [
-            encode_text(codec.tokenizer, prompt + text, True, append_eos=append_eos)
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        try:
-            _check_lengths(rows, max_length)
-        except BadExample as error:
-            rejected.add(encoded.example.where, str(error))
-        else:
-            yield EncodedExample(encoded.example, [], rows)
+            yield EncodedExample(example, prompt, rows)
 
 
 def _check_lengths(rows: Sequence[Sequence[int]], max_length: int | None) -> None:

@@ -43,7 +43,7 @@ def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[E
     data = Examples(source, "prompts")
     data.rejected = rejected = rejected or data.rejected
     for prompt in data:
-        found.append((prompt.key, prompt.split or "train"))
+        found.append((prompt.key, prompt.split))
         kept = rows.setdefault(prompt.key, prompt)
         if kept.columns != prompt.columns:
             differ.append(prompt.place)
@@ -53,16 +53,7 @@ def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[E
             f"{len(differ)} rows); several references of a prompt belong into one row, as a list",
             stacklevel=2,
         )
-    divided = divide(found)
-    for name in SPLITS:
-        if name not in divided.values():
-            if any(split != "train" for _, split in found):
-                raise ValueError(
-                    f"{source}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different "
-                    f"ones into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
-                )
-            bad = f"; {passed_over(rejected)}" if rejected.count else ""
-            raise ValueError(f"{source}: {len(divided)} different prompts leave none for {name}: give at least 3{bad}")
+    divided = divide(found, source, f"; {passed_over(rejected)}" if rejected.count else "")
     return [replace(rows[key], split=split) for key, split in divided.items()]
 
 

@@ -361,7 +361,7 @@ def test_kept_log_probabilities_are_those_of_the_references_weights(folder, tmp_
         byo.llama(len(byo.byte_level_bpe()), seed=seed).save_pretrained(model)
         problem = DataProblem(spec, tmp_path / "out")
         assert problem.validate()[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
-    kept = sorted((tmp_path / "out" / "data").glob("ref_logprob-*.bin"))
+    kept = sorted((tmp_path / "out" / "data").glob("reference-*/logprob.bin"))
     assert len(kept) == 2
     for path in kept:  # of the right size, and damaged
         path.write_bytes(b"\0" * path.stat().st_size)

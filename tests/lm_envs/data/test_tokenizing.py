@@ -11,7 +11,7 @@ import pytest
 from lm_envs.data.conventions import Example
 from lm_envs.data.dataset import Examples, Rejected
 from lm_envs.data.packed import PackedExamples, info_of, pack
-from lm_envs.data.tokenizing import tokenise, tokenise_for_reward
+from lm_envs.data.tokenizing import tokenise
 from lm_envs.model.chat import render_messages, split_answer
 from lm_envs.model.text import Codec
 from lm_envs.reward.learned import LearnedReward
@@ -140,18 +140,18 @@ def test_what_the_template_refuses_is_a_bad_row():
 def test_a_reward_model_is_trained_on_what_it_will_read(plain, chat):
     """The same ids as the reward makes of prompt and completion in training."""
     reward = LearnedReward(byo.bert(len(plain)), plain)
-    (found,) = tokenise_for_reward(
-        items(Example("the old cat", (" hid", " ate"), (0, 1))), Codec(plain), rejected(), append_eos=True
+    (found,) = tokenise(
+        items(Example("the old cat", (" hid", " ate"), (0, 1))), Codec(plain), rejected(), reward_eos=True
     )
     assert found.completions == [[*plain(text)["input_ids"], 1] for text in ("the old cat hid", "the old cat ate")]
-    (found,) = tokenise_for_reward(
-        items(Example("the old cat", (" hid", " ate"), (0, 1))), Codec(plain), rejected(), append_eos=False
+    (found,) = tokenise(
+        items(Example("the old cat", (" hid", " ate"), (0, 1))), Codec(plain), rejected(), reward_eos=False
     )
     assert found.completions[0] == reward.encode("the old cat hid", stopped=True)  # an encoder's text has no EOS
     # chats: the policy's ids of prompt and response decoded without special tokens, as the env does
     (policy,) = encoded(chat, Example([USER], ([SAID],)))
     texts = chat.batch_decode([policy.prompt, policy.completions[0]], skip_special_tokens=True)
-    (found,) = tokenise_for_reward(items(Example([USER], ([SAID],))), Codec(chat), rejected(), append_eos=True)
+    (found,) = tokenise(items(Example([USER], ([SAID],))), Codec(chat), rejected(), reward_eos=True)
     assert chat.decode(found.completions[0]).rstrip("</s>").strip() == ("<s>" + "".join(texts)).strip()
 
 

@@ -85,7 +85,7 @@ def test_bad_rows_name_file_and_line(tmp_path, row, message):
 
 
 def test_too_few_pairs(tmp_path):
-    with pytest.raises(ValueError, match="1 different prompts leave none for train"):
+    with pytest.raises(ValueError, match="1 different texts leave none for train"):
         read_parallel(write(tmp_path, {"prompt": "x", "reference": "y"}))
 
 
