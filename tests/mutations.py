@@ -154,7 +154,7 @@ MUTATIONS = [
     Mutation(
         "what a response adds is cut where the prompt alone ends",
         "lm_envs/model/text.py",
-        "heads = [os.path.commonprefix([head, text]) for head, text in zip(heads, whole, strict=True)]",
+        "heads = [head if text.startswith(head) else os.path.commonprefix([head, text]) for head, text in pairs]",
         "pass",
         TEXT,
     ),
@@ -266,8 +266,8 @@ MUTATIONS = [
     Mutation(
         "a reference of another vocabulary will do if it has as many words",
         "lm_envs/tasks/custom.py",
-        "if words[0][i] != words[1][i]:",
-        "if False:",
+        "if mine[i] != other[i]):",
+        "if mine[i] is None):",
         "tests/lm_envs/tasks/test_custom.py",
     ),
     Mutation(

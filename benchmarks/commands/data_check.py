@@ -52,10 +52,6 @@ class Report:
     repeats: list[tuple[str, str]] = field(default_factory=list)
     prompts: int = 0
 
-    def add_length(self, name: str, length: int) -> None:
-        """One text more."""
-        self.lengths.setdefault(name, array("q")).append(length)
-
 
 def check(
     source: str | Path,
@@ -84,12 +80,11 @@ def check(
     for example, prompt, completions in _measured(data, tokenizer, max_length):
         report.usable += 1
         report.splits[example.split] += 1
+        names = (["prompt"] if prompt else []) + (["completion", "together"] if completions else [])
         for length in completions or [0]:
-            if prompt:
-                report.add_length("prompt", prompt)
-            if completions:
-                report.add_length("completion", length)
-                report.add_length("together", prompt + length)
+            found = {"prompt": prompt, "completion": length, "together": prompt + length}
+            for name in names:
+                report.lengths.setdefault(name, array("q")).append(found[name])
         prompts.add(_hash(example.key))
         same = _hash(repr((example.prompt, example.completions, example.ranks, example.label)))
         if same in seen:

@@ -162,11 +162,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
         _check_free(out, resume)
 
         def opener(spec: Any) -> DataProblem:
-            def progress(done: int) -> None:
-                if done % 20_000 == 0:
-                    shown.say(f"{done:,} examples tokenised")
-
-            opened.append(DataProblem(spec, out, progress))
+            opened.append(DataProblem(spec, out, lambda done: shown.say(f"{done:,} examples tokenised")))
             for line in [*_about(opened[0].info, out), opened[0].plan()]:
                 shown.say(line)
             return opened[0]

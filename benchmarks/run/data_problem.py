@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run.one_run import settings_of
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.suites import Plan
 from lm_envs.data import conventions, packed, sources, tokenizing
@@ -152,6 +153,13 @@ class DataProblem:
             "tokenizer": codec.fingerprint,
             "code": _CODE,
         }
+        before = ((settings_of(self.folder.parent) or {}).get("data") or {}).get("made_from", made_from)
+        changed = [name for name in made_from if name != "code" and before.get(name) != made_from[name]]
+        if changed:
+            raise UserError(
+                f"{self.folder.parent} was trained on other contents (of the {changed[0]}): restore them to resume, or "
+                "choose another folder with --out"
+            )
         found = info_of(self.folder)
         if found is not None and found.get("made_from") == made_from:
             return found
@@ -159,27 +167,19 @@ class DataProblem:
         kind = KINDS[self.spec.algorithm]
         data = Examples(self.spec.data, kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
         encoded = tokenise(data, codec, data.rejected, made_from["max_length"], reward_eos)
-        count = 0
-
-        def counted() -> Iterator[Any]:
-            nonlocal count
-            for example in encoded:
-                count += 1
-                yield example
-                if count % 1000 == 0:
-                    self._progress(count)
 
         def info() -> dict[str, Any]:
-            skipped = [[bad.where, bad.reason] for bad in data.rejected.rows]
             known = {"convention": data.convention.name, "format": data.format, "kind": kind, "rows": data.read}
-            known |= {"examples": count, "unwanted": data.unwanted, "skipped": data.rejected.count}
+            known |= {"unwanted": data.unwanted, "skipped": data.rejected.count}
+            known["examples"] = data.read - data.unwanted - data.rejected.count
+            skipped = [[bad.where, bad.reason] for bad in data.rejected.rows]
             return {"made_from": made_from, **known, "skipped_rows": skipped}
 
         temporary = self.folder.with_name(".tmp-data")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            pack(counted(), temporary, info)
-            if not count:
+            pack(encoded, temporary, info, self._progress)
+            if not info()["examples"]:
                 why = f"; {data.unwanted} are labelled as not wanted" if data.unwanted else ""
                 why += f"; {data.rejected.rows[0].where}: {data.rejected.rows[0].reason}" if data.rejected.rows else ""
                 raise UserError(f"{self.spec.data}: none of {data.read} rows is usable{why}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,19 @@ split by its column (-1 for none), and a number that depends on the prompt's tex
 _FLUSH = 1024  # rows
 
 
-def pack(encoded: Iterable[EncodedExample], folder: Path, info: Callable[[], Mapping[str, Any]]) -> None:
+def pack(
+    encoded: Iterable[EncodedExample],
+    folder: Path,
+    info: Callable[[], Mapping[str, Any]],
+    progress: Callable[[int], object] = lambda done: None,
+) -> None:
     """Write a folder of tokenised examples.
 
     Args:
         encoded: a stream.
         folder: empty or absent.
         info: what ``info.json`` says, in JSON's types; called when the stream has ended.
+        progress: called with how many examples there are, every 20,000 of them.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -61,6 +68,8 @@ def pack(encoded: Iterable[EncodedExample], folder: Path, info: Callable[[], Map
             if len(rows) >= _FLUSH:
                 index.write(np.asarray(rows, dtype=np.int64).tobytes())
                 rows = []
+            if (number + 1) % 20_000 == 0:
+                progress(number + 1)
         index.write(np.asarray(rows, dtype=np.int64).tobytes())
         for file in (tokens, index):
             sync_file(file)
@@ -178,7 +187,8 @@ class PackedExamples:
             if logprob is None:
                 raise ValueError(f"{folder} is missing or damaged: it holds what the reference says of the data")
             whole = PackedExamples(self.folder)
-            folder.mkdir(exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
             with open(folder / "logprob.bin", "wb") as file:
                 for start in range(0, len(whole), rows):
                     traj = whole.select(slice(start, start + rows))

@@ -21,14 +21,7 @@ from typing import IO, Any
 
 from lm_envs.data.splits import SPLIT_NAMES
 
-FILES = {
-    ".jsonl": "JSONL",
-    ".ndjson": "JSONL",
-    ".json": "JSONL",
-    ".csv": "CSV",
-    ".tsv": "TSV",
-    ".parquet": "Parquet",
-}
+FILES = dict.fromkeys((".jsonl", ".ndjson", ".json"), "JSONL") | {".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
 _CELL = 2**24  # characters; more in one cell of a CSV file means a quote that is never closed
 _ROWS = 256  # of a Parquet file, decoded at a time
 _BUFFER = 2**20  # bytes

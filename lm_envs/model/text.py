@@ -87,7 +87,8 @@ class Codec:
             return heads, self._texts(responses)
         whole = self._texts([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
         # A prompt may decode differently before more text: half a letter, or a quote that cleaning moves.
-        heads = [os.path.commonprefix([head, text]) for head, text in zip(heads, whole, strict=True)]
+        pairs = list(zip(heads, whole, strict=True))
+        heads = [head if text.startswith(head) else os.path.commonprefix([head, text]) for head, text in pairs]
         return heads, [text[len(head) :] for head, text in zip(heads, whole, strict=True)]
 
     @cached_property

@@ -254,19 +254,15 @@ def _policy_and_reference(
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, config: CustomConfig) -> None:
-    """Raise ValueError where the reference comes with a tokenizer whose words have other ids; special tokens may be
-    called differently.
-    """
+    """Raise ValueError where the reference comes with a tokenizer whose words, special tokens aside, have other ids."""
     try:
         theirs = loading.load_tokenizer(str(config.reference), "reference")
     except ValueError:
         return  # a model without a tokenizer is taken for one of the policy's
-    words = [
-        {i: word for word, i in t.get_vocab().items() if i not in t.added_tokens_decoder} for t in (tokenizer, theirs)
-    ]
-    for i in sorted(words[0].keys() & words[1].keys()):
-        if words[0][i] != words[1][i]:
-            raise ValueError(
-                f"policy {config.policy!r} and reference {config.reference!r} have different vocabularies: "
-                f"token {i} is {words[0][i]!r} and {words[1][i]!r}; the KL penalty compares them token by token"
-            )
+    both = (tokenizer, theirs)
+    mine, other = ({i: w for w, i in t.get_vocab().items() if i not in t.added_tokens_decoder} for t in both)
+    for i in sorted(i for i in mine.keys() & other.keys() if mine[i] != other[i]):
+        raise ValueError(
+            f"policy {config.policy!r} and reference {config.reference!r} have different vocabularies: token {i} is "
+            f"{mine[i]!r} and {other[i]!r}; the KL penalty compares them token by token"
+        )

@@ -353,6 +353,18 @@ def test_a_corrected_file_is_read_again(folder, tmp_path):
     assert packed_tokens(out) == ends[0][0]
 
 
+def test_a_run_is_not_resumed_on_other_contents(folder, tmp_path, capsys):
+    data, out = Path(shutil.copy(folder / "demonstrations.jsonl", tmp_path / "d.jsonl")), tmp_path / "out"
+    learn("sft", folder / "model", data, out)
+    (out / "result.json").unlink()  # as if it had been killed before
+    text, again = data.read_text(), ("sft", "--model", folder / "model", "--data", data, "--out", out, "--resume")
+    again = (*again, "--learning-rate", 1e-2, "--epochs", 2)
+    data.write_text(text.replace("bird", "fish"))
+    assert f"{out} was trained on other contents (of the data)" in refused(capsys, *again)
+    data.write_text(text)
+    assert run(*again, "--threads", 1) == 0 and (out / "result.json").exists()
+
+
 def test_kept_log_probabilities_are_those_of_the_references_weights(folder, tmp_path):
     """A model folder that was trained on in between: DPO starts at log 2 all the same."""
     model = shutil.copytree(folder / "model", tmp_path / "model")
