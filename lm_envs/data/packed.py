@@ -158,7 +158,7 @@ class PackedExamples:
         """The rows to train on and those to hold out.
 
         By the column ``split`` where there is one: validation and test are held out. Else that share of the different
-        prompts, at least one if there are two, by a hash of their text: the same whatever the order of the rows.
+        prompts, at least one if there are two and never all, by a hash of their text: the same whatever the order of the rows.
         """
         split = self.column("split")
         if (split >= 0).any():
@@ -166,7 +166,7 @@ class PackedExamples:
         else:
             shares = self.column("share")
             prompts = np.unique(shares)
-            count = max(1, round(held_out * len(prompts))) if held_out > 0 and len(prompts) > 1 else 0
+            count = min(max(1, round(held_out * len(prompts))), len(prompts) - 1) if held_out > 0 else 0
             held = np.isin(shares, prompts[:count])
         return self.rows(~held), self.rows(held)
 

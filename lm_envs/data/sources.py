@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from lm_envs.data.splits import SPLIT_NAMES
 
-FILES = dict.fromkeys((".jsonl", ".ndjson", ".json"), "JSONL") | {".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
+FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
 _CELL = 2**24  # characters; more in one cell of a CSV file means a quote that is never closed
 _ROWS = 256  # of a Parquet file, decoded at a time
 _BUFFER = 2**20  # bytes
@@ -69,7 +69,7 @@ def read_rows(source: str | Path) -> Iterator[Read]:
     path = Path(os.path.expanduser(source))
     if kind == "data set":
         return _dataset(str(source))
-    if kind == "JSONL":
+    if kind in ("JSON", "JSONL"):
         return _json(path)
     return _parquet(path) if kind == "Parquet" else _csv(path, "\t" if kind == "TSV" else ",")
 

@@ -189,16 +189,17 @@ def test_what_is_packed_is_read_back(plain, tmp_path):
 def test_held_out_rows_are_whole_prompts_and_do_not_depend_on_the_order(plain, tmp_path):
     rows = [{"prompt": f"the {i % 20}", "completion": f" cat {i}"} for i in range(60)]
 
-    def held(rows):
+    def held(rows, share=0.1):
         data = Examples(byo.write_jsonl(tmp_path / "p.jsonl", rows))
         pack(tokenise(data, Codec(plain), data.rejected), tmp_path / "packed", dict)
-        train, out = PackedExamples(tmp_path / "packed").divide(0.1)
+        train, out = PackedExamples(tmp_path / "packed").divide(share)
         parts = [part.column("group") for part in (out, train)]
         assert sorted(np.concatenate(parts)) == list(range(60))
         return tuple({rows[i]["prompt"] for i in part} for part in parts)
 
     out, train = held(rows)
     assert len(out) == 2 and not out & train
+    assert len(held(rows, 0.9999)[1]) == 1 and not held(rows, 0.0)[0]
     assert held(rows[::-1])[0] == out
     split = [row | {"split": "test" if i < 7 else "train"} for i, row in enumerate(rows)]
     assert held(split)[0] == {f"the {i}" for i in range(7)}
