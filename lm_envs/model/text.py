@@ -38,6 +38,7 @@ class Codec:
         self.tokenizer = tokenizer
         self.apart = model is not None and is_encoder_decoder(model)
         self._model = model
+        self._ends: dict[bool, tuple[int, ...]] = {}
 
     def encode(self, prompt: Text, completions: Sequence[Text] = ()) -> tuple[list[int], list[list[int]]]:
         """Return the ids of a prompt, and those of each completion as a policy that reads these ids has to write it.
@@ -70,7 +71,7 @@ class Codec:
             start, rows = whole[:first], [whole[first:]]
         if not start:
             raise BadExample("the prompt is empty: the tokenizer makes no tokens of it")
-        return start, [self._ended(row, self.ends[chat]) for row in rows]
+        return start, [self._ended(row, self.ends(chat)) for row in rows]
 
     def decode(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
@@ -91,12 +92,11 @@ class Codec:
         heads = [head if text.startswith(head) else os.path.commonprefix([head, text]) for head, text in pairs]
         return heads, [text[len(head) :] for head, text in zip(heads, whole, strict=True)]
 
-    @cached_property
-    def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens that end a response, that of most first: behind a text, and in a chat."""
-        chat = bool(getattr(self.tokenizer, "chat_template", None))
-        text = eos_tokens(self._model, self.tokenizer)
-        return text, eos_tokens(self._model, self.tokenizer, chat=True) if chat else text
+    def ends(self, chat: bool) -> tuple[int, ...]:
+        """The tokens that end a response to a text, or to a chat; the one that usually does first."""
+        if chat not in self._ends:
+            self._ends[chat] = eos_tokens(self._model, self.tokenizer, chat=chat)
+        return self._ends[chat]
 
     @property
     def fingerprint(self) -> str:
@@ -105,7 +105,7 @@ class Codec:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         made = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
         template = getattr(tokenizer, "chat_template", None)
-        parts = [type(tokenizer).__name__, made, template, tokenizer.special_tokens_map, self.apart, self.ends]
+        parts = [type(tokenizer).__name__, made, template, tokenizer.special_tokens_map, self.apart, self.ends(False)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     # ---- ids ----

@@ -157,7 +157,7 @@ def load(**options: Any) -> TextTask:
     prompts = by_split(encoded)
     if rejected.count:
         warnings.warn(f"{config.prompts}: {passed_over(rejected)}", stacklevel=2)
-    eos = codec.ends[conversational]
+    eos = codec.ends(conversational)
     columns = columns_of(encoded)
 
     @functools.cache

@@ -139,6 +139,7 @@ def test_the_end_of_a_turn_ends_a_completion():
     made.chat_template = TURNS.replace("</s>", "<eot>")
     (response,) = Codec(made).encode([USER], [[SAID]])[1]
     assert made.decode(response).endswith("hid<eot>")
+    made.chat_template = "{{ raise_exception('no chat today') }}"  # which is no matter of texts
     assert made.decode(Codec(made).encode("the old cat", [" hid"])[1][0]) == " hid</s>"
 
 
