@@ -158,8 +158,8 @@ class PackedExamples:
         """The rows to train on and those to hold out.
 
         By the column ``split`` where there is one: validation and test are held out. Else that share of the different
-        prompts, at least one if there are two and never all, by a hash of their text: the same whatever the order of the
-        rows.
+        prompts, at least one if there are two and never all, by a hash of their text: the same in any
+        order of the rows.
         """
         split = self.column("split")
         if (split >= 0).any():
