@@ -187,7 +187,7 @@ def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None])
     folder.mkdir()
     try:
         build(folder)
-        _write_manifest(folder, parts)
+        write_manifest(folder, parts)
         if entry.exists():
             shutil.rmtree(entry)
         folder.rename(entry)
@@ -195,7 +195,8 @@ def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None])
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_manifest(folder: Path, parts: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Write the sizes and hashes of a folder's files, by which :func:`is_intact` knows it again."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))

@@ -177,7 +177,7 @@ class TextProblem:
             return []
         mdp = self._measure("test").mdp
         rows = slice(count)
-        prompts, responses = mdp.texts(traj.prompt[rows].numpy()), mdp.texts(traj.response[rows].numpy())
+        prompts, responses = mdp.texts(traj.prompt[rows].numpy(), traj.response[rows].numpy())
         scores = traj.score[rows].tolist() if traj.score is not None else [math.nan] * len(prompts)
         return [f"{p} | {r}  ({s:.2f})" for p, r, s in zip(prompts, responses, scores, strict=True)]
 

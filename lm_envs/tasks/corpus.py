@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from lm_envs import rng, training
+from lm_envs.data.conventions import Example
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding
 from lm_envs.model import tokens as observations
@@ -40,7 +41,7 @@ from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.tasks import corpus_judge, corpus_text, own_text, sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.corpus_judge import TextJudge, require_sklearn
-from lm_envs.tasks.corpus_text import LabelledText, openings, read_labelled, training_half
+from lm_envs.tasks.corpus_text import openings, read_labelled, training_half
 from lm_envs.tasks.own_text import Line
 
 
@@ -169,7 +170,7 @@ def read(folder: Path, config: CorpusConfig, source: str) -> TextTask:
     )
 
 
-def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> None:
+def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> None:
     """Make tokenizer, language model, reward model and judge, measure them on held-out texts, and save them."""
     train = [row for row in rows if row.split == "train"]
     held_out = [row for row in rows if row.split != "train"]
@@ -218,14 +219,14 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
     (folder / "task.json").write_text(json.dumps(made))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[LabelledText], max_tokens: int) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_tokens: int) -> list[list[int]]:
     """Texts as token ids that end in EOS, cut to ``max_tokens`` (then without it)."""
     eos = tokenizer.eos_token_id
     return [[*ids, eos][:max_tokens] for ids in tokenizer([row.text for row in rows])["input_ids"]]
 
 
 def _prompts(
-    rows: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig
+    rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig
 ) -> dict[str, list[list[int]]]:
     prompts = {}
     for name, texts in openings(rows, config.prompt_words).items():
@@ -306,7 +307,7 @@ def _stats(
     reward: LearnedReward,
     judge: TextJudge,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Sequence[LabelledText],
+    held_out: Sequence[Example],
     samples: Samples,
     config: CorpusConfig,
 ) -> dict[str, float]:

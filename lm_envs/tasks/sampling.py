@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lm_envs import rng
 from lm_envs.model.decoding import generate
+from lm_envs.model.text import Codec
 from lm_envs.model.tokens import EosIds, eos_ids, left_pad
 from lm_envs.reward.units import Samples
 
@@ -91,9 +92,10 @@ def sample(
         rows += [row[row >= 0].tolist() for row in response]
         if progress is not None:
             progress(len(rows))
+    texts, responses = Codec(tokenizer, model).decode(chosen, rows)
     return Samples(
-        prompts=tokenizer.batch_decode(chosen, skip_special_tokens=True),
-        completions=tokenizer.batch_decode(rows, skip_special_tokens=True),
+        prompts=texts,
+        completions=responses,
         completion_ids=rows,
         finish_reasons=["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in rows],
         columns={name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},

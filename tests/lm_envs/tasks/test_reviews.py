@@ -179,7 +179,7 @@ def test_making_is_a_function_of_the_config_and_touches_no_global_generator(task
         (tmp_path / name).mkdir()
         reviews.build(ReviewsConfig(**TINY), tmp_path / name)
         torch.rand(3)
-        cache._write_manifest(tmp_path / name, {})
+        cache.write_manifest(tmp_path / name, {})
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     torch.manual_seed(123)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -197,9 +197,9 @@ def test_every_setting_makes_a_difference(name, tmp_path):
     if not (base := tmp_path.parent / "reviews_base").exists():
         base.mkdir()
         reviews.build(ReviewsConfig(**TINY), base)
-        cache._write_manifest(base, {})
+        cache.write_manifest(base, {})
     reviews.build(ReviewsConfig(**{**TINY, name: CHANGES[name]}), tmp_path)
-    cache._write_manifest(tmp_path, {})
+    cache.write_manifest(tmp_path, {})
     assert digests(tmp_path) != digests(base)
 
 
