@@ -91,10 +91,32 @@ def sample(
         rows += [row[row >= 0].tolist() for row in response]
         if progress is not None:
             progress(len(rows))
+    return as_samples(
+        tokenizer,
+        chosen,
+        rows,
+        eos_token_id,
+        {name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},
+    )
+
+
+def as_samples(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[list[int]],
+    eos_token_id: EosIds,
+    columns: dict[str, list[Any]],
+) -> Samples:
+    """Responses as rewards take them.
+
+    Args:
+        prompts, responses: N of each, token ids without padding.
+        columns: further columns of the prompts' data, N entries each.
+    """
     return Samples(
-        prompts=tokenizer.batch_decode(chosen, skip_special_tokens=True),
-        completions=tokenizer.batch_decode(rows, skip_special_tokens=True),
-        completion_ids=rows,
-        finish_reasons=["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in rows],
-        columns={name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},
+        prompts=tokenizer.batch_decode(prompts, skip_special_tokens=True),
+        completions=tokenizer.batch_decode(responses, skip_special_tokens=True),
+        completion_ids=list(responses),
+        finish_reasons=["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in responses],
+        columns=columns,
     )
