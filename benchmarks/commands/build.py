@@ -32,8 +32,11 @@ class Build:
 
     def run(self, console: Console) -> None:
         """Build it."""
+        from transformers.utils.logging import disable_progress_bar
+
         from lm_envs.tasks import reviews_build
 
+        disable_progress_bar()  # of writing files: ours show what takes time
         settings = parse_settings(self.set, example="flip=0.4")
         if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
             raise UserError(f"{self.out} is not an empty folder: name a new one with --out")

@@ -2,7 +2,7 @@
 model learned from the labels of one half of the training texts, and a judge of another kind learned from the labels
 of the other half.
 
-The same pipeline as the embedded Reviews task, with people's labels in the place of simulated annotators. All of it
+The pipeline that built the Reviews task, with people's labels in the place of simulated annotators. All of it
 happens on first use and is cached under the content of the file and every setting.
 """
 

@@ -57,17 +57,17 @@ class GoldReview:
 
 
 def annotate(first: NDArray[np.float64], second: NDArray[np.float64], *, flip: float, seed: int) -> NDArray[np.bool_]:
-    """Whether simulated annotators prefer the first of each pair.
+    """Let simulated annotators choose between the two responses of each pair.
 
-    Bradley-Terry at temperature 1, ``P(first) = sigmoid(gold(first) - gold(second))``; then each choice is
-    turned round with probability ``flip``. The numbers are counted: the choice on pair i depends on the
-    seed, i and its two gold rewards alone.
+    They follow Bradley-Terry at temperature 1, ``P(first) = sigmoid(gold(first) - gold(second))``; then each choice is
+    reversed with probability ``flip``. Random numbers are counted: the choice on pair i depends only on the seed, i and
+    the pair's two gold rewards.
 
     Args:
         first, second: ``(N,)`` gold rewards.
 
     Returns:
-        ``(N,)`` bool.
+        ``(N,)`` bool, whether the first is preferred.
     """
     pair = np.arange(len(first))
     choice = rng.uniform(seed, rng.ANNOTATOR, pair, 0) < 1 / (1 + np.exp(second - first))
@@ -75,8 +75,9 @@ def annotate(first: NDArray[np.float64], second: NDArray[np.float64], *, flip: f
 
 
 def ranking_accuracy(gold: NDArray[np.float64], difference: NDArray[np.floating[Any]]) -> float:
-    """How often a difference of two scores has the sign of the difference in gold reward; pairs of equal
-    gold do not count.
+    """Return how often a difference of two scores has the sign of the difference in gold reward.
+
+    Pairs of equal gold do not count.
 
     Args:
         gold: ``(N, 2)``.

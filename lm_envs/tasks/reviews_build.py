@@ -111,10 +111,9 @@ class ReviewsConfig:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer whose words carry the space before them, so that texts join and round-trip as
-    they are.
+    """Return a word-level tokenizer whose words carry the space before them, so that texts join and round-trip.
 
-    Pad is EOS, the only special token; an unknown word is an ordinary token.
+    The pad token is EOS, the only special token; the unknown word is an ordinary token.
     """
     vocabulary = {f" {word}": i for i, word in enumerate([*WORDS, UNKNOWN])}
     vocabulary[EOS] = len(vocabulary)
