@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -21,7 +21,6 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import (
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -39,7 +38,6 @@ from lm_envs.tasks.reviews_grammar import EOS, MAX_TOKENS, UNKNOWN, WORDS, corpu
 
 PROMPT_LENGTH = 8
 CONTEXT = 64  # positions of both models
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,10 @@ def build(folder: Path, **options: Any) -> None:
     prompts, demonstrations, held_out_reviews = split(config, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so before training
     with sampling.progress_bar() as bar:
-        policy = initial(GPT2LMHeadModel, tokenizer, config.hidden, config.layers, config.heads, config.seed)
-        sft_losses = training.fit_language_model(
+        policy = sampling.small_gpt2(
+            GPT2LMHeadModel, tokenizer, CONTEXT, config.hidden, config.layers, config.heads, config.seed
+        )
+        training.fit_language_model(
             policy,
             demonstrations,
             steps=config.sft_steps,
@@ -180,14 +180,20 @@ def build(folder: Path, **options: Any) -> None:
         )
         gold, held_out_gold = (samples.score(GoldReview()).reshape(-1, 2) for samples in (compared, held_out))
         preferred = annotate(gold[:, 0], gold[:, 1], flip=config.flip, seed=config.seed)
-        model = initial(
-            GPT2ForSequenceClassification, tokenizer, config.rm_hidden, config.rm_layers, config.rm_heads, config.seed
+        model = sampling.small_gpt2(
+            GPT2ForSequenceClassification,
+            tokenizer,
+            CONTEXT,
+            config.rm_hidden,
+            config.rm_layers,
+            config.rm_heads,
+            config.seed,
         )
         initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
         texts = [
             [*prompts["train"][i // 2 % config.train_prompts], *ids] for i, ids in enumerate(compared.completion_ids)
         ]
-        rm_losses = training.fit_reward_model(
+        training.fit_reward_model(
             model,
             [texts[i : i + 2] for i in range(0, len(texts), 2)],
             np.stack([~preferred, preferred], axis=1).astype(np.int64),
@@ -205,12 +211,10 @@ def build(folder: Path, **options: Any) -> None:
         "kl_coef": config.kl_coef,
         "normalise": reward.normalise,
         "stats": {
-            "sft_loss": _mean_of_last(sft_losses, 0.1),
             "sft_perplexity": perplexity(policy, held_out_reviews),
             "sft_gold": float(held_out_gold.mean()),
             "sft_gold_std": float(held_out_gold.std()),
             "annotator_accuracy": ranking_accuracy(gold, preferred - 0.5),
-            "rm_loss": _mean_of_last(rm_losses, 0.25),
             "rm_accuracy": ranking_accuracy(held_out_gold, scores[:, 0] - scores[:, 1]),
             "rm_gold_correlation": float(np.corrcoef(held_out_gold.ravel(), scores.ravel())[0, 1]),
         },
@@ -242,10 +246,6 @@ def build(folder: Path, **options: Any) -> None:
 def _table(rows: Sequence[Sequence[int]], eos: int, width: int) -> torch.Tensor:
     """``(N, width)`` uint8, filled up with EOS."""
     return torch.tensor([[*row, *[eos] * (width - len(row))] for row in rows], dtype=torch.uint8)
-
-
-def _mean_of_last(values: Sequence[float], share: float) -> float:
-    return float(np.mean(values[-max(1, round(share * len(values))) :]))
 
 
 @torch.no_grad()
@@ -313,27 +313,3 @@ def sample_pairs(
         batch_size=1024,
         progress=lambda done: progress(2 * first + done),
     )
-
-
-def initial(
-    kind: type[Model], tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int, heads: int, seed: int
-) -> Model:
-    """A GPT-2 with weights drawn from the seed; the caller's global generator is left as it was."""
-    architecture = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=CONTEXT,
-        n_embd=hidden,
-        n_layer=layers,
-        n_head=heads,
-        activation_function="relu",  # the cheapest on a CPU
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        num_labels=1,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return kind(architecture).eval()

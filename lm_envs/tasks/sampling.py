@@ -1,16 +1,17 @@
-"""What the makers of tasks share: checking options, progress bars, and rewards in units of a reference's samples."""
+"""What the builders of tasks share: checking options, progress bars, small models, and samples of a reference."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import GPT2Config
 
 from lm_envs import rng
 from lm_envs.model.decoding import generate
@@ -19,6 +20,8 @@ from lm_envs.reward.units import Samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Model = TypeVar("Model", bound="PreTrainedModel")
 
 # Samples that make a task take their random numbers from episodes that no training run reaches.
 SAMPLE_EPISODES = 2**40
@@ -47,6 +50,37 @@ def line_of(bar: Progress, description: str, total: int) -> Callable[..., None]:
         bar.update(line, completed=done)
 
     return update
+
+
+def small_gpt2(
+    kind: type[Model],
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    seed: int,
+) -> Model:
+    """Return a GPT-2 with weights drawn from the seed; the caller's global generator is left as it was."""
+    eos = tokenizer.eos_token_id
+    architecture = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=positions,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=heads,
+        activation_function="relu",  # the cheapest on a CPU
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        num_labels=1,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(architecture).eval()
 
 
 def sample(

@@ -14,7 +14,7 @@ from lm_envs import files, tasks
 from lm_envs.benchmarks.cli import main
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward import learned
-from lm_envs.tasks import reviews, reviews_build
+from lm_envs.tasks import reviews, reviews_build, sampling
 from lm_envs.tasks.reviews import FOLDER, GoldReview, annotate, ranking_accuracy
 from lm_envs.tasks.reviews_build import ReviewsConfig, make_tokenizer, perplexity, sample_pairs
 
@@ -101,7 +101,7 @@ def test_the_pairs_are_samples_of_the_reference_that_annotators_chose_from(task,
 
 def test_perplexity_by_hand(task):
     """Of a model without weights every token is equally likely."""
-    model = reviews_build.initial(type(task.reference), task.tokenizer, 8, 1, 2, 0)
+    model = sampling.small_gpt2(type(task.reference), task.tokenizer, 64, 8, 1, 2, 0)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert perplexity(model, [[1, 2, 3], [4, 5]]) == pytest.approx(len(task.tokenizer))
