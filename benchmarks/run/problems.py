@@ -28,7 +28,7 @@ from lm_envs.trajectories import Trajectories
 
 
 def open_problem(spec: RunSpec) -> TextProblem | ControlProblem:
-    """The problem of a run, with its task loaded (and made, on first use)."""
+    """The problem of a run, with its task loaded."""
     return ControlProblem(spec) if is_control(spec.task) else TextProblem(spec)
 
 

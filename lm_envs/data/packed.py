@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lm_envs.data.splits import SPLITS, share
 from lm_envs.data.tokenizing import EncodedExample
-from lm_envs.files import is_intact, sync_file, write_manifest
+from lm_envs.files import damaged, sync_file, write_manifest
 from lm_envs.trajectories import Trajectories, from_responses
 
 COLUMNS = ("prompt", "response", "group", "rank", "split", "share")
@@ -80,7 +80,7 @@ def pack(
 
 def info_of(folder: Path) -> dict[str, Any] | None:
     """A folder's ``info.json``; None where the folder is not whole, or no longer as it was written."""
-    return json.loads((folder / "info.json").read_text(encoding="utf-8")) if is_intact(folder) else None
+    return json.loads((folder / "info.json").read_text(encoding="utf-8")) if damaged(folder) is None else None
 
 
 class PackedExamples:
@@ -184,7 +184,7 @@ class PackedExamples:
             ValueError: they are not kept, and there is no ``logprob``.
         """
         folder = self.folder / f"reference-{key[:20]}"
-        if not is_intact(folder):
+        if damaged(folder) is not None:
             if logprob is None:
                 raise ValueError(f"{folder} is missing or damaged: it holds what the reference says of the data")
             whole = PackedExamples(self.folder)

@@ -2,7 +2,7 @@
 model learned from the labels of one half of the training texts, and a judge of another kind learned from the labels
 of the other half.
 
-The same pipeline as the embedded Reviews task, with people's labels in the place of simulated annotators. All of it
+The pipeline that built the Reviews task, with people's labels in the place of simulated annotators. All of it
 happens on first use and is cached under the content of the file and every setting.
 """
 
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -344,23 +343,7 @@ def _stats(
     }
 
 
-def _initial(kind: type[Any], config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A model with weights drawn from the seed; the caller's global generator is left as it was."""
-    architecture = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=config.max_tokens,
-        n_embd=config.hidden,
-        n_layer=config.layers,
-        n_head=config.heads,
-        activation_function="relu",  # the cheapest on a CPU
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        num_labels=1,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+def _initial(kind: type[sampling.Model], config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> sampling.Model:
+    return sampling.small_gpt2(
+        kind, tokenizer, config.max_tokens, config.hidden, config.layers, config.heads, config.seed
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return kind(architecture).eval()
