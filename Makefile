@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## six methods on the embedded task: table, plots and report under runs/demo (minutes)
+demo: $(READY)  ## six methods on the embedded task: table, plots and report under runs/demo (two minutes)
 	$(BIN)/lm-envs compare --suite benchmarks/suites/demo.toml --jobs $(JOBS) --out $(or $(OUT),runs/demo)
 
 demo-real: $(READY)  ## the same on your own labelled text: make demo-real CORPUS=file.jsonl

@@ -12,9 +12,10 @@ from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs, by_group
 from lm_envs.algos.engine.metrics import Metric
-from lm_envs.algos.engine.stored import StoredData
 from lm_envs.algos.ops.advantages import masked
 from lm_envs.algos.ops.preference_losses import dpo_loss
+from lm_envs.algos.policies.adaptation import weights_hash
+from lm_envs.data.packed import PackedExamples
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -62,13 +63,15 @@ class DPO(Agent[DPOConfig]):
     preference_data = True
 
     def __init__(
-        self, policy: Any, config: DPOConfig | None = None, data: Trajectories | StoredData | None = None
+        self, policy: Any, config: DPOConfig | None = None, data: Trajectories | PackedExamples | None = None
     ) -> None:
         super().__init__(policy, config)
         self._comparisons = Comparisons(self.name, data)
         held, rows = self._comparisons.data, self.config.micro_batch or _ROWS
-        if isinstance(held, StoredData):
-            held.keep_reference(policy, rows)
+        if isinstance(held, PackedExamples):  # which keep it on disk
+            self.reference_key = weights_hash(policy.model.named_parameters())
+            device = policy.model.device
+            held.keep_reference(self.reference_key, lambda traj: Before(policy, traj.to(device), rows).logprob, rows)
             return
         reference = Before(policy, held, rows).logprob.to(held.mask.device)
         self._comparisons.data = replace(held, ref_logprob=reference)
@@ -90,14 +93,17 @@ class DPO(Agent[DPOConfig]):
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         held = self._comparisons.data
-        if isinstance(held, StoredData):  # which keeps it on disk
-            return {}, {}
+        if isinstance(held, PackedExamples):
+            return {}, {"reference": self.reference_key}
         assert held.ref_logprob is not None
         return {"ref_logprob": held.ref_logprob}, {}
 
     def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        if not isinstance(self._comparisons.data, StoredData):
-            self._comparisons.data.ref_logprob = tensors["ref_logprob"].clone()
+        held = self._comparisons.data
+        if isinstance(held, PackedExamples):
+            held.keep_reference(values["reference"])
+        else:
+            held.ref_logprob = tensors["ref_logprob"].clone()
 
 
 def check_beta(beta: float) -> None:

@@ -1,4 +1,4 @@
-"""The command line, ``lm-envs``: compare, train, sft, reward-model, dpo, data, overoptimise, tasks, report, bench."""
+"""The command line, ``lm-envs``: its main commands, and where the others are found."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 import lm_envs
 from lm_envs.benchmarks.commands.bench import Bench
+from lm_envs.benchmarks.commands.build import Build
 from lm_envs.benchmarks.commands.data import DataCommand
 from lm_envs.benchmarks.commands.help_text import subcommands
 from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
@@ -329,6 +330,7 @@ _COMMANDS: dict[str, type[Any]] = {
     "overoptimise": Overoptimise,
     "tasks": Tasks,
     "report": Report,
+    "build": Build,
     "bench": Bench,
 }
 

@@ -1,19 +1,13 @@
 """logprob_kl in C for float32 and bfloat16 logits on a CPU: one pass over the logits each way, rows over threads.
 
-The C file beside this one is compiled when first used, with ``$CC`` or the first of cc, gcc, clang, and kept under
-``$LM_ENVS_CACHE`` (else the user's cache folder). Where that fails, :func:`unable` says why and "auto" takes "chunked".
+The C file beside this one is compiled when first used (see :mod:`~lm_envs.kernels.native_library`). Where that fails,
+:func:`unable` says why and "auto" takes "chunked".
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lm_envs.kernels.memory import empty_gradient
+from lm_envs.kernels.native_library import Unavailable, load
 from lm_envs.kernels.threads import share
 
 if TYPE_CHECKING:
@@ -32,10 +27,6 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BLOCK = 2**19  # logits of a thread's turn: enough to forget the turn's cost, few enough to share rows out evenly
-
-
-class Unavailable(Exception):
-    """The library cannot be made here; the message says why."""
 
 
 def unable(logits: Tensor, ref_logits: Tensor | None, options: Options) -> str | None:
@@ -123,8 +114,8 @@ def _function(direction: str, dtype: torch.dtype) -> Any:
 @functools.lru_cache(maxsize=1)
 def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        library = ctypes.CDLL(str(build(_cache())))
-    except (Unavailable, OSError) as error:
+        library = load(SOURCE, FLAGS)
+    except Unavailable as error:
         return None, f"cannot be compiled here ({error})"
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     common = [pointer] * 4 + [integer] * 5 + [pointer, number]
@@ -133,56 +124,3 @@ def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
         getattr(library, f"backward_{name}").argtypes = [*common, pointer, pointer, pointer]
         getattr(library, f"forward_{name}").restype = getattr(library, f"backward_{name}").restype = None
     return library, None
-
-
-def _cache() -> Path:
-    root = os.environ.get("LM_ENVS_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm-envs"
-    folder = base.expanduser().absolute() / "native"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="lm-envs-native-"))
-
-
-def build(folder: Path) -> Path:
-    """Compile the C file for this machine's processor, unless ``folder`` holds it; the library's path.
-
-    Raises:
-        Unavailable: no compiler, or it fails.
-    """
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise Unavailable("no C compiler: none of cc, gcc and clang is there, and CC is not set")
-    made_for = "\n".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor()])
-    path = folder / f"logprob_kl-{hashlib.sha256(made_for.encode()).hexdigest()[:20]}.so"
-    if path.exists():
-        return path
-    errors = ""
-    for tuning in (["-march=native"], ["-mcpu=native"], []):  # not every compiler knows the first
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        command = [*compiler.split(), *FLAGS, *tuning, "-o", temporary, str(SOURCE), "-lm"]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            os.unlink(temporary)
-            raise Unavailable(f"{compiler}: {error}") from None
-        if run.returncode == 0:
-            os.replace(temporary, path)  # whole or not at all, whoever else compiles at the same time
-            return path
-        os.unlink(temporary)
-        errors = run.stderr.strip().splitlines()[0] if run.stderr.strip() else f"exit status {run.returncode}"
-    raise Unavailable(f"{compiler}: {errors}")
-
-
-def _processor() -> str:
-    """What tells processors with different instructions apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())

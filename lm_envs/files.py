@@ -138,14 +138,14 @@ def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *
     """
     root = cache_root()
     entry = root / kind / key_of(parts)
-    if is_intact(entry):
+    if damaged(entry) is None:
         return entry  # needs no lock, so a cache that may only be read still serves
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(entry.parent).free < needs_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with _locked(entry):
-            if not is_intact(entry):
+            if damaged(entry) is not None:
                 _build(entry, parts, build)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
@@ -187,7 +187,7 @@ def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None])
     folder.mkdir()
     try:
         build(folder)
-        _write_manifest(folder, parts)
+        write_manifest(folder, parts)
         if entry.exists():
             shutil.rmtree(entry)
         folder.rename(entry)
@@ -195,7 +195,8 @@ def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None])
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_manifest(folder: Path, parts: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Record the size and SHA-256 of every file in a folder, and what they were made from."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -204,16 +205,16 @@ def _write_manifest(folder: Path, parts: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps({"made_from": dict(parts), "files": files}, indent=1))
 
 
-def is_intact(entry: Path) -> bool:
-    """Whether an entry is there with every file its manifest lists, to the byte."""
+def damaged(folder: Path) -> str | None:
+    """The first file that is missing or differs from the folder's manifest, None if all are there to the byte."""
+    name = MANIFEST
     try:
-        files = json.loads((entry / MANIFEST).read_text())["files"]
-        return all(
-            (entry / name).stat().st_size == facts["bytes"] and _sha256(entry / name) == facts["sha256"]
-            for name, facts in files.items()
-        )
+        for name, facts in json.loads((folder / MANIFEST).read_text())["files"].items():
+            if (folder / name).stat().st_size != facts["bytes"] or _sha256(folder / name) != facts["sha256"]:
+                return name
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return name
+    return None
 
 
 def _sha256(path: Path) -> str:

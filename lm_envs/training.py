@@ -1,6 +1,6 @@
 """Supervised learning in a few lines: the two losses, and a deterministic loop budgeted in steps.
 
-It makes the embedded tasks' models. Agents that learn from Trajectories use the same losses.
+It builds the tasks' models. Agents that learn from Trajectories use the same losses.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-# Trained task models are kept between runs, here and not in the user's cache; their keys notice changed code.
+# What is built once (the C kernels) is kept between runs, here and not in the user's cache.
 os.environ["LM_ENVS_CACHE"] = str(CHECKOUT / ".cache" / "tests")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"

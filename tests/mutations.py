@@ -42,7 +42,9 @@ GROUPS, GRADIENT = "tests/algos/ops/test_group_baselines.py", "tests/algos/engin
 ACTOR_CRITIC = "tests/algos/other_libraries/test_network.py"
 ADAPTATION = "tests/algos/policies/test_adaptation.py"
 FAMILIES, MODELS = "tests/lm_envs/model/test_families.py", "tests/lm_envs/model/test_loading.py"
-ENDINGS = "tests/lm_envs/model/test_endings.py"
+ENDINGS, TEXT = "tests/lm_envs/model/test_endings.py", "tests/lm_envs/model/test_text.py"
+DATASET, TOKENIZING = "tests/lm_envs/data/test_dataset.py", "tests/lm_envs/data/test_tokenizing.py"
+LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/run/test_same_ids.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 SB3 = "tests/algos/other_libraries/test_sb3.py::"
@@ -136,10 +138,137 @@ MUTATIONS = [
     ),
     Mutation(
         "a chat gets a BOS that its template does not write",
-        "lm_envs/data/tokenizing.py",
-        "rendered = iter(tokenizer(chats, add_special_tokens=False, ",
-        "rendered = iter(tokenizer(chats, add_special_tokens=True, ",
+        "lm_envs/model/text.py",
+        "start = before if chat else self._one_bos([*lead, *before])",
+        "start = self._one_bos([*lead, *before])",
         f"{ENDINGS}::test_one_bos",
+    ),
+    # Text and ids, and the user's data
+    Mutation(
+        "a response is decoded without its prompt",
+        "lm_envs/model/text.py",
+        "        if self.apart:\n            return heads",
+        "        if heads:\n            return heads",
+        TEXT,
+    ),
+    Mutation(
+        "what a response adds is cut where the prompt alone ends",
+        "lm_envs/model/text.py",
+        "heads = [head if text.startswith(head) else os.path.commonprefix([head, text]) for head, text in pairs]",
+        "pass",
+        TEXT,
+    ),
+    Mutation(
+        "a completion that a token joins to its prompt is encoded alone",
+        "lm_envs/model/text.py",
+        "for anchor in _ANCHORS:",
+        "for anchor in ():",
+        TEXT,
+    ),
+    Mutation(
+        "what a template writes behind a turn is learned",
+        "lm_envs/model/text.py",
+        "return [*row[:stop], *(row[stop : stop + 1] or ends[:1])]",
+        "return [*row, *ends[:1]]",
+        f"{TEXT} {TOKENIZING}",
+    ),
+    Mutation(
+        "a text that spells out its BOS gets two",
+        "lm_envs/model/text.py",
+        "while bos is not None and ids[:2] == [bos, bos]:",
+        "while False:",
+        TEXT,
+    ),
+    Mutation(
+        "an encoder gets its text without the EOS",
+        "lm_envs/model/text.py",
+        "if self.apart and start[-1:] != behind[-1:]:",
+        "if False:",
+        TEXT,
+    ),
+    Mutation(
+        "a chat's answer is learned behind another prompt than is given",
+        "lm_envs/model/chat.py",
+        "head = render_messages(tokenizer, prompt, add_generation_prompt=True)",
+        "head = render_messages(tokenizer, prompt, add_generation_prompt=False)",
+        f"{TEXT} {SAME_IDS}",
+    ),
+    Mutation(
+        "a reward model is trained on special tokens that it will not see",
+        "lm_envs/data/tokenizing.py",
+        'texts = map("".join, zip(*codec.decode([prompt] * len(rows), rows), strict=True))',
+        "texts = codec.tokenizer.batch_decode([prompt + row for row in rows])",
+        f"{TOKENIZING} {SAME_IDS}",
+    ),
+    Mutation(
+        "a completion that is labelled false is imitated",
+        "lm_envs/data/dataset.py",
+        'if example.label == 0 and self.kind == "demonstrations":',
+        "if False:",
+        DATASET,
+    ),
+    Mutation(
+        "half a surrogate pair is a letter",
+        "lm_envs/data/dataset.py",
+        "        _check_letters(row)\n",
+        "",
+        DATASET,
+    ),
+    Mutation(
+        "messages that are written as text are prompts as they stand",
+        "lm_envs/data/conventions.py",
+        'if start[:1] not in ("[", "{"):',
+        "if True:",
+        DATASET,
+    ),
+    Mutation(
+        "the cells of a CSV file in a folder are numbers and gaps",
+        "lm_envs/data/sources.py",
+        'if hasattr(builder.config, "keep_default_na"):',
+        "if False:",
+        DATASET,
+    ),
+    Mutation(
+        "a line separator in a text ends its line",
+        "lm_envs/data/sources.py",
+        "for number, raw in enumerate(stream, 1):",
+        'for number, raw in enumerate(map(str.encode, stream.read().decode(errors="replace").splitlines()), 1):',
+        DATASET,
+    ),
+    Mutation(
+        "a line separator in a sample ends its record",
+        "benchmarks/run/storage.py",
+        'errors="replace").split("\\n")',
+        'errors="replace").splitlines()',
+        "tests/benchmarks/run/test_storage.py",
+    ),
+    Mutation(
+        "a file is known by its name",
+        "benchmarks/run/data_problem.py",
+        "sources.fingerprint(self.spec.data)",
+        "self.spec.data",
+        f"{LEARN}::test_a_corrected_file_is_read_again",
+    ),
+    Mutation(
+        "the log-probabilities of another reference are kept",
+        "lm_envs/data/packed.py",
+        'f"reference-{key[:20]}"',
+        'f"reference-{len(key)}"',
+        f"{LEARN}::test_kept_log_probabilities_are_those_of_the_references_weights",
+    ),
+    Mutation(
+        "which prompts are held out depends on their order",
+        "lm_envs/data/packed.py",
+        "held = np.isin(shares, prompts[:count])",
+        "held = np.arange(len(shares)) < count",
+        TOKENIZING,
+    ),
+    Mutation(
+        "a reference of another vocabulary will do if it has as many words",
+        "lm_envs/tasks/custom.py",
+        "if mine[i] != other[i]):",
+        "if mine[i] is None):",
+        "tests/lm_envs/tasks/test_custom.py",
     ),
     Mutation(
         "the end of a chat's turn is not asked for",

@@ -165,7 +165,7 @@ MACHINE = re.compile(r"(?<![\w.:/~}-])/(?:home|root|Users|opt|work|farm|mnt)/\w|
 
 def text_files() -> list[Path]:
     """What a checkout holds: its top-level files and the text in its folders, caches left out."""
-    tops = [path for path in CHECKOUT.iterdir() if path.is_file()]
+    tops = [path for path in CHECKOUT.iterdir() if path.is_file() and path.name != ".git"]  # a file in a worktree
     folders = (*FOLDERS, "tests", "docs", "examples", ".ci")
     inside = [path for folder in folders for path in (CHECKOUT / folder).glob("**/*") if path.is_file()]
     kinds = {".py", ".toml", ".md", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".html", ".csv", ".svg", ""}

@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lm_envs import files
 from tests.house import CHECKOUT, modules, python
 
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
@@ -41,9 +42,10 @@ def built(tmp_path_factory) -> dict[str, Path]:
 
 
 def expected_in_wheel(root: Path) -> set[str]:
-    """Every module under its import name, the suites, the C source and the type marker."""
+    """Every module under its import name, the suites, the C source, the task's files and the type marker."""
     files = [*modules(root), *(root / "benchmarks" / "suites").glob("*.toml"), root / "lm_envs" / "py.typed"]
     files += (root / "kernels").glob("*.c")
+    files += (path for path in (root / "lm_envs/tasks/reviews_v0").rglob("*") if path.is_file())
     names = (path.relative_to(root) for path in files)
     return {str(name if name.parts[0] == "lm_envs" else Path("lm_envs") / name) for name in names}
 
@@ -58,6 +60,11 @@ def test_the_wheel_holds_the_tree_and_nothing_else(built):
     extra.write_text("")
     assert names != expected_in_wheel(built["tree"])
     shutil.rmtree(extra.parent)
+
+
+def test_the_wheel_is_small_and_its_task_whole(built, site):
+    assert built["wheel"].stat().st_size < 10e6
+    assert files.damaged(site / "lm_envs" / "tasks" / "reviews_v0") is None
 
 
 def test_the_sdist_can_be_built_and_tested(built):

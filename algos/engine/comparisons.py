@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lm_envs.algos.engine.batching import stream
 from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.model.text import Codec
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories, demonstrations, from_responses
@@ -128,28 +129,34 @@ def preferences(
 def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Trajectories:
     """Pairs of the reference's responses to training prompts, ranked by simulated annotators.
 
-    They follow the task's judge, or its reward where it has none, by
+    The annotators follow the task's judge, or its reward where it has none, by
     :func:`lm_envs.tasks.reviews.annotate`. A function of its arguments.
 
     Args:
-        pairs: how many; the prompts take turns.
+        pairs: how many: the task's first ones; if it comes with fewer, responses are sampled, the prompts taking turns.
         flip: probability that a choice is recorded the wrong way round.
-        seed: of the responses and of the annotators.
+        seed: of the annotators, and of the responses where they are sampled.
     """
-    chosen = [task.prompts["train"][i // 2 % len(task.prompts["train"])] for i in range(2 * pairs)]
-    samples = sampling.sample(
-        task.reference,
-        task.tokenizer,
-        chosen,
-        len(chosen),
-        eos_token_id=task.eos_token_ids,
-        max_new_tokens=task.max_new_tokens,
-        min_new_tokens=task.min_new_tokens,
-        temperature=task.temperature,
-        seed=seed,
-        batch_size=512,
-        columns=task.columns_of(chosen),
-    )
+    if pairs <= len(task.pairs):
+        chosen = [prompt for prompt, _, _ in task.pairs[:pairs] for _ in range(2)]
+        responses = [response for _, *both in task.pairs[:pairs] for response in both]
+        codec = Codec(task.tokenizer, task.reference)
+        samples = sampling.as_samples(codec, chosen, responses, task.eos_token_ids, task.columns_of(chosen))
+    else:
+        chosen = [task.prompts["train"][i // 2 % len(task.prompts["train"])] for i in range(2 * pairs)]
+        samples = sampling.sample(
+            task.reference,
+            task.tokenizer,
+            chosen,
+            len(chosen),
+            eos_token_id=task.eos_token_ids,
+            max_new_tokens=task.max_new_tokens,
+            min_new_tokens=task.min_new_tokens,
+            temperature=task.temperature,
+            seed=seed,
+            batch_size=512,
+            columns=task.columns_of(chosen),
+        )
     gold = samples.score(task.judge or task.reward).reshape(-1, 2)
     group = np.repeat(np.arange(pairs), 2).tolist()
     traj = from_responses(chosen, samples.completion_ids, task.prompt_length, group)

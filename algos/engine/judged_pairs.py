@@ -56,7 +56,7 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
         parts.append(policy.respond(torch.as_tensor(prompt[rows]), torch.as_tensor(uniforms))[0].cpu())
     response = torch.cat(parts).numpy()
     ids = [r[r >= 0].tolist() for r in response]
-    texts, reasons = (mdp.texts(prompt), mdp.texts(response)), mdp.finish_reasons(response)
+    texts, reasons = mdp.texts(prompt, response), mdp.finish_reasons(response)
     samples = Samples(*texts, ids, reasons, mdp.columns(prompt))
     return Compared(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
 

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -309,10 +309,13 @@ def load_learned_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def frozen_hash(module: nn.Module) -> str | None:
     """A hash of the frozen parameters, by which a checkpoint knows what it belongs to; None if there are none."""
     frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
-    if not frozen:
-        return None
+    return weights_hash(frozen) if frozen else None
+
+
+def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of parameters with their names."""
     digest = hashlib.sha256()
-    for name, parameter in frozen:
+    for name, parameter in named:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -16,9 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text as Styled
 
-from lm_envs.data.conventions import Kind, Text
-from lm_envs.data.dataset import Data, Item
-from lm_envs.data.tokenizing import prompt_ids, tokenise
+from lm_envs.data.conventions import Example, Kind
+from lm_envs.data.dataset import Examples
+from lm_envs.data.tokenizing import tokenise
+from lm_envs.model.chat import Text
+from lm_envs.model.text import Codec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +43,7 @@ class Report:
         prompts: different ones.
     """
 
-    data: Data
+    data: Examples
     unit: str = "characters"
     usable: int = 0
     lengths: dict[str, array[int]] = field(default_factory=dict)
@@ -49,10 +51,6 @@ class Report:
     duplicates: int = 0
     repeats: list[tuple[str, str]] = field(default_factory=list)
     prompts: int = 0
-
-    def add_length(self, name: str, length: int) -> None:
-        """One text more."""
-        self.lengths.setdefault(name, array("q")).append(length)
 
 
 def check(
@@ -73,31 +71,29 @@ def check(
         max_length: tokens of prompt and completion; longer rows are bad.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as :class:`~lm_envs.data.dataset.Data`; never for a bad row.
+        FileNotFoundError, ImportError, ValueError: as :class:`~lm_envs.data.dataset.Examples`; never for a bad row.
     """
-    data = Data(source, kind, "skip", max_rows)
+    data = Examples(source, kind, "skip", max_rows)
     report = Report(data, "characters" if tokenizer is None else "tokens")
     seen: dict[int, int] = {}
     prompts: set[int] = set()
-    for item, prompt, completions in _measured(data, tokenizer, max_length):
+    for example, prompt, completions in _measured(data, tokenizer, max_length):
         report.usable += 1
-        report.splits[item.split or ""] += 1
+        report.splits[example.split] += 1
+        names = (["prompt"] if prompt else []) + (["completion", "together"] if completions else [])
         for length in completions or [0]:
-            if prompt:
-                report.add_length("prompt", prompt)
-            if completions:
-                report.add_length("completion", length)
-                report.add_length("together", prompt + length)
-        example = item.example
+            found = {"prompt": prompt, "completion": length, "together": prompt + length}
+            for name in names:
+                report.lengths.setdefault(name, array("q")).append(found[name])
         prompts.add(_hash(example.key))
-        same = _hash(repr((example.prompt, example.completions, example.ranks)))
+        same = _hash(repr((example.prompt, example.completions, example.ranks, example.label)))
         if same in seen:
             report.duplicates += 1
             if len(report.repeats) < _DUPLICATES:
-                unit = item.where.split(" ")[0]
-                report.repeats.append((item.where, f"{unit} {seen[same]}"))
+                unit = example.where.split(" ")[0]
+                report.repeats.append((example.where, f"{unit} {seen[same]}"))
         else:
-            seen[same] = int(item.where.split(" ")[1])
+            seen[same] = int(example.where.split(" ")[1])
     report.prompts = len(prompts)
     return report
 
@@ -107,30 +103,15 @@ def _hash(text: str) -> int:
 
 
 def _measured(
-    data: Data, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
-) -> Iterator[tuple[Item, int, list[int]]]:
+    data: Examples, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+) -> Iterator[tuple[Example, int, list[int]]]:
     """Usable rows with the length of the prompt and of each completion."""
-    if tokenizer is not None and data.kind != "prompts":
-        for found in tokenise(data, tokenizer, data.rejected, max_length):
-            yield found.item, len(found.prompt), [len(ids) for ids in found.completions]
+    if tokenizer is None:
+        for example in data:
+            yield example, _characters(example.prompt), [_characters(text) for text in example.completions]
         return
-    for item in data:
-        if tokenizer is None:
-            yield item, _characters(item.example.prompt), [_characters(text) for text in item.example.completions]
-            continue
-        try:
-            ids = prompt_ids(tokenizer, [item.example.prompt])[0]
-        except ValueError as error:
-            if not isinstance(item.example.prompt, str) and not getattr(tokenizer, "chat_template", None):
-                raise
-            data.rejected.add(item.where, str(error))
-            continue
-        if not ids:
-            data.rejected.add(item.where, "the prompt is empty: the tokenizer makes no tokens of it")
-        elif max_length is not None and len(ids) > max_length:
-            data.rejected.add(item.where, f"{len(ids):,} tokens, more than the {max_length:,} that fit")
-        else:
-            yield item, len(ids), []
+    for found in tokenise(data, Codec(tokenizer), data.rejected, max_length):
+        yield found.example, len(found.prompt), [len(ids) for ids in found.completions]
 
 
 def _characters(text: Text) -> int:
@@ -149,6 +130,8 @@ def render(report: Report, all_bad: bool = False) -> RenderableType:
     share = f" ({100 * report.usable / data.read:.1f} %)" if data.read else ""
     colour = "green" if not bad.count else "yellow" if report.usable else "red"
     head.add_row("rows", f"{data.read:,}, of them [{colour}]{report.usable:,} usable{share}[/], {bad.count:,} bad")
+    if data.unwanted:
+        head.add_row("unwanted", f"{data.unwanted:,} more are labelled false, which sft leaves out")
     head.add_row("prompts", f"{report.prompts:,} different")
     if report.duplicates:
         shown = ", ".join(f"{later} as {first}" for later, first in report.repeats[:3])

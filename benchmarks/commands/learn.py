@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -77,26 +77,25 @@ class _Learn:
             raise UserError(f"--held-out must be at least 0 and below 1, got {self.held_out}")
         given = {"learning_rate": self.learning_rate, "episodes": self.batch_size}
         overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(self.set)
+        names = (
+            "algorithm",
+            "model",
+            "data",
+            "seed",
+            "epochs",
+            "held_out",
+            "max_length",
+            "max_rows",
+            "dtype",
+            "device",
+        )
+        planned = {name: getattr(self, name) for name in ("iterations", "validate_every", "checkpoint_every")}
         spec = DataSpec(
-            algorithm=self.algorithm,
-            model=self.model,
-            data=self.data,
-            seed=self.seed,
-            plan=replace(
-                Plan(),
-                iterations=self.iterations,
-                validate_every=self.validate_every,
-                checkpoint_every=self.checkpoint_every,
-            ),
-            epochs=self.epochs,
+            **{name: getattr(self, name) for name in names},
+            plan=Plan(**planned),
             overrides=overrides,
             adaptation=self.adapt.settings(),
-            held_out=self.held_out,
             on_bad=self.bad,
-            max_length=self.max_length,
-            max_rows=self.max_rows,
-            dtype=self.dtype,
-            device=self.device,
         )
         learn_from_data(spec, self.out, resume=self.resume, threads=self.threads, console=console)
 
@@ -163,11 +162,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
         _check_free(out, resume)
 
         def opener(spec: Any) -> DataProblem:
-            def progress(done: int) -> None:
-                if done % 20_000 == 0:
-                    shown.say(f"{done:,} examples tokenised")
-
-            opened.append(DataProblem(spec, out, progress))
+            opened.append(DataProblem(spec, out, lambda done: shown.say(f"{done:,} examples tokenised")))
             for line in [*_about(opened[0].info, out), opened[0].plan()]:
                 shown.say(line)
             return opened[0]
@@ -204,6 +199,8 @@ def _check_free(out: Path, resume: bool) -> None:
 def _about(info: dict[str, Any], out: Path) -> list[str]:
     """What was read, and the first of the rows that were not."""
     lines = [f"{info['examples']:,} {info['kind']} of {info['rows']:,} rows ({info['convention']}, {info['format']})"]
+    if info["unwanted"]:
+        lines.append(f"{info['unwanted']:,} rows left out: their label says that the completion is not wanted")
     if info["skipped"]:
         shown = [f"  {where}: {reason}" for where, reason in info["skipped_rows"][:_SHOWN]]
         more = f"; the rest is in {out / 'data' / 'info.json'}" if info["skipped"] > len(shown) else ""

@@ -29,19 +29,19 @@ def measure(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, Any]:
     if not isinstance(policy, LMPolicy) or policy.condition is not None:
         return dict.fromkeys(COLUMNS, math.nan)
     rows = list(mdp.prompts if count is None else mdp.prompts[:count])
-    prompts = mdp.task.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def answers(model: Any) -> list[str]:
         found = greedy(
             model, rows, mdp.eos_token_ids, max_new_tokens=mdp.max_new_tokens, min_new_tokens=mdp.min_new_tokens
         )
-        return mdp.task.tokenizer.batch_decode(found, skip_special_tokens=True)
+        return mdp.codec.decode(rows, found)[1]
 
     references = mdp.task.columns_of(rows)[metric.column]
     theirs = answers(mdp.reference)
     if policy.model is mdp.reference:
         return {"corpus_greedy": metric.corpus(theirs, references), "corpus_gain": 0.0, "corpus_gain_se": 0.0}
     ours = answers(policy.model)
+    prompts, _ = mdp.codec.decode(rows, [[]] * len(rows))
     texts = list(zip(prompts, theirs, ours, strict=True))
     gain, error = metric.gain(ours, theirs, references)
     return {

@@ -119,7 +119,7 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
     assert traj.prompt is not None and traj.response is not None and traj.score is not None
     assert traj.logprob is not None and traj.ref_logprob is not None
     prompt, response = traj.prompt.numpy(), traj.response.numpy()
-    texts = mdp.texts(prompt), mdp.texts(response)
+    texts = mdp.texts(prompt, response)
     ids = [row[row >= 0].tolist() for row in response]
     reasons = mdp.finish_reasons(response)
     gold, columns = np.full(total, np.nan), mdp.columns(prompt)

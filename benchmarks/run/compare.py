@@ -110,7 +110,7 @@ def prepare(runs: Sequence[RunSpec]) -> None:
     """Open every kind of run once, and let each task's reward and judge score two samples: what is wrong shows now, not
     in an hour.
 
-    Tasks are made here on first use, so workers find them in the cache.
+    Tasks that are built from the user's own text are built here, so workers find them in the cache.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -169,7 +169,7 @@ def compare(
         open_runs = [run for run in runs if not (out / run.label / "result.json").exists()]
         if open_runs:
             console.print(_heading(suite, runs, open_runs), highlight=False)
-            prepare(open_runs)  # what takes long in it, making a task on first use, shows a bar of its own
+            prepare(open_runs)  # what takes long in it, building a task from the user's text, shows a bar of its own
     # From here on the folder is this comparison's; what was refused before leaves it as it was.
     write_json(out / COMPARISON, _merged(out, suite))
     write_results(out)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,26 @@ import torch
 
 from lm_envs.algos.engine.batching import units
 from lm_envs.algos.engine.metrics import Averages
-from lm_envs.algos.engine.stored import StoredData
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run.one_run import settings_of
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.suites import Plan
-from lm_envs.data.conventions import Kind
-from lm_envs.data.dataset import Data
-from lm_envs.data.packed import Packed, info_of, pack
-from lm_envs.data.tokenizing import as_read, tokenise
-from lm_envs.model import loading
+from lm_envs.data import conventions, packed, sources, tokenizing
+from lm_envs.data.dataset import Examples
+from lm_envs.data.packed import PackedExamples, info_of, pack
+from lm_envs.data.tokenizing import tokenise
+from lm_envs.files import code_hash
+from lm_envs.model import loading, text
+from lm_envs.model.text import Codec
 from lm_envs.reward.initial import reward_start
 from lm_envs.reward.learned import pools_last_token
 from lm_envs.trajectories import Trajectories
 
-KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
+KINDS: dict[str, conventions.Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 2e-5, "episodes": 32},
     "reward-modelling": {"learning_rate": 1e-5, "episodes": 32},
@@ -42,6 +44,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """For pretrained models; the algorithms' own defaults are for the small ones of the embedded tasks."""
 _MICRO_BATCH = 16  # rows a forward, where nothing else is asked for: the gradient is the same
 _SAMPLE = 256  # held-out examples at a point of the learning curve
+_CODE = code_hash(str(module.__file__) for module in (sources, conventions, tokenizing, packed, text))
 
 
 @dataclass(frozen=True)
@@ -120,61 +123,65 @@ class DataProblem:
             self.model = loading.load_policy(spec.model, "model", placement)
             loading.check_fits(self.tokenizer, loading.vocabulary_of(self.model), f"model {spec.model!r}")
         self.info = self._packed(loading.context_of(self.model))
-        packed, preferences = Packed(self.folder), KINDS[spec.algorithm] == "preferences"
-        train, held = packed.divide(spec.held_out)
-        if not len(train):
+        examples = PackedExamples(self.folder, KINDS[spec.algorithm] == "preferences")
+        self._train, held = examples.divide(spec.held_out)
+        if not len(self._train):
             raise UserError(f"{spec.data}: the column 'split' leaves nothing to train on")
-        self._train = StoredData(packed, train, preferences)
-        self._held = StoredData(packed, held, preferences) if len(held) else None
+        self._held = held if len(held) else None
         self.model = self._to_train()
-        self.policy: Any = RewardPolicy(self.model) if self._rewarding else self._language_policy()
+        eos = self.tokenizer.eos_token_id
+        language = None if self._rewarding else LMPolicy(self.model, eos, *self._train.longest)
+        self.policy: Any = language or RewardPolicy(self.model)
         settings = {"seed": spec.seed, "micro_batch": _MICRO_BATCH, **checked}
         if "iterations" not in checked:
             settings["iterations"] = self._iterations(settings["episodes"])
         self.agent = make_agent(spec.algorithm, self.policy, data=self._train, **settings)
         if spec.algorithm == "dpo" and self._held is not None:
-            self._held.keep_reference(self.policy, settings["micro_batch"] or _SAMPLE)
+            self._held.keep_reference(self.agent.reference_key)  # type: ignore[attr-defined]
 
     # ---- data ----
 
     def _packed(self, context: int | None) -> dict[str, Any]:
         """Tokenise the data into the run's folder, unless it holds them; what is known of them."""
         limits = [limit for limit in (self.spec.max_length, context) if limit is not None]
-        names = ("algorithm", "model", "data", "on_bad", "max_rows", "dtype")  # DPO's reference goes by the last
-        made_from = {name: getattr(self.spec, name) for name in names} | {"max_length": min(limits, default=None)}
+        codec = Codec(self.tokenizer, self.model)
+        reward_eos = pools_last_token(self.model) if self._rewarding else None
+        made_from = {name: getattr(self.spec, name) for name in ("algorithm", "on_bad", "max_rows")} | {
+            "max_length": min(limits, default=None),
+            "reward_eos": reward_eos,
+            "data": sources.fingerprint(self.spec.data),
+            "tokenizer": codec.fingerprint,
+            "code": _CODE,
+        }
+        before = ((settings_of(self.folder.parent) or {}).get("data") or {}).get("made_from", made_from)
+        changed = [name for name in made_from if name != "code" and before.get(name) != made_from[name]]
+        if changed:
+            raise UserError(
+                f"{self.folder.parent} was trained on other contents (of the {changed[0]}): restore them to resume, or "
+                "choose another folder with --out"
+            )
         found = info_of(self.folder)
         if found is not None and found.get("made_from") == made_from:
             return found
         shutil.rmtree(self.folder, ignore_errors=True)
         kind = KINDS[self.spec.algorithm]
-        data = Data(self.spec.data, kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
-        if self._rewarding:
-            append = pools_last_token(self.model)
-            encoded = as_read(data, self.tokenizer, data.rejected, append, made_from["max_length"])
-        else:
-            encoded = tokenise(data, self.tokenizer, data.rejected, made_from["max_length"])
-        count = 0
-
-        def counted() -> Iterator[Any]:
-            nonlocal count
-            for example in encoded:
-                count += 1
-                yield example
-                if count % 1000 == 0:
-                    self._progress(count)
+        data = Examples(self.spec.data, kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
+        encoded = tokenise(data, codec, data.rejected, made_from["max_length"], reward_eos)
 
         def info() -> dict[str, Any]:
-            skipped = [[bad.where, bad.reason] for bad in data.rejected.rows]
             known = {"convention": data.convention.name, "format": data.format, "kind": kind, "rows": data.read}
-            counts = {"examples": count, "skipped": data.rejected.count, "skipped_rows": skipped}
-            return {"made_from": made_from, **known, **counts}
+            known |= {"unwanted": data.unwanted, "skipped": data.rejected.count}
+            known["examples"] = data.read - data.unwanted - data.rejected.count
+            skipped = [[bad.where, bad.reason] for bad in data.rejected.rows]
+            return {"made_from": made_from, **known, "skipped_rows": skipped}
 
         temporary = self.folder.with_name(".tmp-data")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            pack(counted(), temporary, info)
-            if not count:
-                why = f"; {data.rejected.rows[0].where}: {data.rejected.rows[0].reason}" if data.rejected.rows else ""
+            pack(encoded, temporary, info, self._progress)
+            if not info()["examples"]:
+                why = f"; {data.unwanted} are labelled as not wanted" if data.unwanted else ""
+                why += f"; {data.rejected.rows[0].where}: {data.rejected.rows[0].reason}" if data.rejected.rows else ""
                 raise UserError(f"{self.spec.data}: none of {data.read} rows is usable{why}")
             os.replace(temporary, self.folder)
         finally:
@@ -197,10 +204,6 @@ class DataProblem:
             head.requires_grad_(True)  # adapters or not, the head is new
         return model
 
-    def _language_policy(self) -> LMPolicy:
-        prompt, response = self._train.longest
-        return LMPolicy(self.model, self.tokenizer.eos_token_id, prompt, response)
-
     # ---- what runs ask for ----
 
     def plan(self) -> str:
@@ -216,7 +219,7 @@ class DataProblem:
         """What ``config.json`` says beyond the spec."""
         return {
             "agent": asdict(self.agent.config),
-            "data": {name: value for name, value in self.info.items() if name not in ("made_from", "skipped_rows")}
+            "data": {name: value for name, value in self.info.items() if name != "skipped_rows"}
             | {"trained_on": len(self._train), "held_out": 0 if self._held is None else len(self._held)},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -235,7 +238,7 @@ class DataProblem:
         if self._held is None:
             return {}
         averages = Averages()
-        groups = self._held.packed.column("group")[self._held.rows]
+        groups = self._held.column("group")
         starts = np.flatnonzero(np.diff(groups, prepend=-1))
         starts, ends = starts[:most], np.append(starts[1:], len(groups))[:most]
         size = self.agent.config.micro_batch or _MICRO_BATCH
@@ -263,6 +266,6 @@ class DataProblem:
         return []
 
 
-def _examples(data: StoredData) -> int:
+def _examples(data: PackedExamples) -> int:
     """How many there are: texts, or groups of ranked ones."""
     return len(data) if data.group is None else len(torch.unique(data.group))

@@ -147,7 +147,7 @@ def judged(task: TextTask, env: TextVectorEnv, traj: Trajectories) -> NDArray[np
     response = traj.response.numpy()
     ids = [row[row >= 0].tolist() for row in response]
     prompt = traj.prompt.numpy()
-    texts, reasons = (env.mdp.texts(prompt), env.mdp.texts(response)), env.mdp.finish_reasons(response)
+    texts, reasons = env.mdp.texts(prompt, response), env.mdp.finish_reasons(response)
     found = call_reward(task.judge, *texts, ids, reasons, **env.mdp.columns(prompt))  # type: ignore[arg-type]
     return found.sum(axis=1) if found.ndim == 2 else found
 

@@ -28,7 +28,7 @@ from lm_envs.trajectories import Trajectories
 
 
 def open_problem(spec: RunSpec) -> TextProblem | ControlProblem:
-    """The problem of a run, with its task loaded (and made, on first use)."""
+    """The problem of a run, with its task loaded."""
     return ControlProblem(spec) if is_control(spec.task) else TextProblem(spec)
 
 
@@ -177,7 +177,7 @@ class TextProblem:
             return []
         mdp = self._measure("test").mdp
         rows = slice(count)
-        prompts, responses = mdp.texts(traj.prompt[rows].numpy()), mdp.texts(traj.response[rows].numpy())
+        prompts, responses = mdp.texts(traj.prompt[rows].numpy(), traj.response[rows].numpy())
         scores = traj.score[rows].tolist() if traj.score is not None else [math.nan] * len(prompts)
         return [f"{p} | {r}  ({s:.2f})" for p, r, s in zip(prompts, responses, scores, strict=True)]
 

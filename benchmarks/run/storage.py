@@ -95,7 +95,7 @@ class Records:
         if not self.path.exists():
             return []
         found = []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines, start=1):
             try:
                 found.append((line, json.loads(line)))

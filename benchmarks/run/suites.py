@@ -237,7 +237,7 @@ class _Reader:
     """Turns parsed TOML into a suite and remembers where complaints have to point."""
 
     def __init__(self, text: str, path: Path | str) -> None:
-        self.lines, self.path = text.splitlines(), path
+        self.lines, self.path = text.split("\n"), path
 
     def fail(self, key: str, what: str) -> UserError:
         where = re.compile(rf"(^|[\[.{{,]\s*)[\"']?{re.escape(key)}[\"']?\s*(=|\]|\.)")

@@ -5,40 +5,57 @@ A convention is known by its columns. Texts are strings, or lists of chat messag
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lm_envs.data.jsonl import short
+from lm_envs.data.sources import short
+from lm_envs.model.chat import BadExample, Message, Text
 
-Kind = Literal["prompts", "demonstrations", "preferences"]
-Message = dict[str, Any]
-Text = str | list[Message]
+Kind = Literal["prompts", "demonstrations", "preferences", "labelled", "parallel"]
 
 ASSISTANT = "\n\nAssistant:"  # what begins the assistant's turns in the dialogues of Bai et al. 2022
-_NESTED = ("messages", "completions", "ranks", "summaries", "info")  # columns that a CSV file holds as JSON
-
-
-class BadRow(ValueError):
-    """What is wrong with a row."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a row says.
+    """What one row of data says. Two are equal if they say the same, wherever they stand.
 
     Attributes:
         prompt: a string, or messages of which the last is not the assistant's; empty for a text as a whole.
-        completions: none of a prompt alone; one of a demonstration; the ranked ones of a preference. Strings if
-            ``prompt`` is one; else lists of one message of the assistant's.
+        completions: none of a prompt alone; one of a demonstration; the ranked ones of a preference; the translations
+            of a parallel text. Strings if ``prompt`` is one; else lists of one message of the assistant's.
         ranks: one per completion of a preference, 0 the best; equal ranks are ties.
+        label: 1 if the completion is wanted, 0 if it is not, -1 where the row does not say.
+        where: ``"line 3"`` of its source.
+        split: the row's column ``split``, empty where there is none.
+        columns: what else the row holds beside the prompt, for rewards.
+        source: the file, folder or hub name that it was read from.
     """
 
     prompt: Text
     completions: tuple[Text, ...] = ()
     ranks: tuple[int, ...] = ()
+    label: int = -1
+    where: str = field(default="", compare=False)
+    split: str = field(default="", compare=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    source: str = field(default="", compare=False)
+
+    @property
+    def text(self) -> str:
+        """The first completion, such as a text as a whole."""
+        return str(self.completions[0])
+
+    @property
+    def place(self) -> str:
+        """File and line."""
+        return f"{self.source}, {self.where}"
 
     @property
     def key(self) -> str:
@@ -55,7 +72,7 @@ class Convention:
         name: as messages call it.
         kind: what its rows are.
         columns: by which it is known; there may be others.
-        read: the row's meaning; raises :class:`BadRow`.
+        read: the row's meaning; raises :class:`~lm_envs.model.chat.BadExample`.
     """
 
     name: str
@@ -68,38 +85,89 @@ class Convention:
 
 
 def _text(row: Mapping[str, Any], name: str) -> Text:
-    value = row.get(name)
-    if isinstance(value, list):
-        return _messages(value, name)
-    return _string(value, name, missing=name not in row)
+    value = _as_messages(row.get(name), name)
+    return _messages(value, name) if isinstance(value, list) else _string(value, name)
 
 
-def _string(value: Any, name: str, missing: bool = False) -> str:
+def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        found = "and there is none" if missing else f"not {short(value)}"
-        raise BadRow(f"{name!r} must be a string, {found}")
+        raise BadExample(f"{name!r} must be a string, not {short(value)}")
     if not value.strip():
-        raise BadRow("the prompt is empty" if name == "prompt" else f"{name!r} is empty")
+        raise BadExample("the prompt is empty" if name == "prompt" else f"{name!r} is empty")
     return value
 
 
 def _messages(value: Any, name: str) -> list[Message]:
     """Messages with a role and a content; further fields that are set go along to the chat template."""
+    value = _as_messages(value, name)
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{name!r} must be a list of messages, not {short(value)}")
+        raise BadExample(f"{name!r} must be a list of messages, not {short(value)}")
     found = []
     for number, message in enumerate(value):
         if not isinstance(message, dict):
-            raise BadRow(f"message {number} of {name!r} must be {{'role': ..., 'content': ...}}, not {short(message)}")
-        for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                raise BadRow(
-                    f"message {number} of {name!r}: {field!r} must be a string, not {short(message.get(field))}"
+            raise BadExample(
+                f"message {number} of {name!r} must be {{'role': ..., 'content': ...}}, not {short(message)}"
+            )
+        for part in ("role", "content"):
+            if not isinstance(message.get(part), str):
+                raise BadExample(
+                    f"message {number} of {name!r}: {part!r} must be a string, not {short(message.get(part))}"
                 )
         if not message["content"].strip() and message["role"] == "assistant":
-            raise BadRow(f"message {number} of {name!r} is empty")
-        found.append({field: said for field, said in message.items() if said is not None})
+            raise BadExample(f"message {number} of {name!r} is empty")
+        found.append({part: said for part, said in message.items() if said is not None})
     return found
+
+
+def _as_messages(value: Any, name: str) -> Any:
+    """Messages that were written out as text, in JSON (once or more often) or as Python prints them; and anything else
+    as it is.
+    """
+    if isinstance(value, dict) and "role" in value and "content" in value:
+        return [value]
+    start = value[:100].lstrip(' \t\r\n"\\') if isinstance(value, str) else ""
+    if start[:1] not in ("[", "{"):
+        return value
+    try:
+        found = parsed(value)
+    except ValueError:
+        head = start[1:].lstrip(" \t\r\n[{\\")
+        if head[:1] in "\"'" and head[1:].startswith(("role", "content")):
+            raise BadExample(f"{name!r} begins like chat messages and is not JSON: {short(value)}") from None
+        return value
+    first = found[0] if isinstance(found, list) and found else found
+    if not isinstance(first, dict) or not {"role", "content"} <= set(first):
+        return value
+    return found if isinstance(found, list) else [found]
+
+
+def parsed(value: str) -> Any:
+    """What a text says in JSON, be it encoded more than once, or as Python prints it.
+
+    Raises:
+        ValueError: neither can be read.
+    """
+    found: Any = value
+    try:
+        while isinstance(found, str):
+            found = json.loads(found)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError("neither JSON nor what Python prints") from None
+    return found
+
+
+def _nested(row: Mapping[str, Any], name: str) -> Any:
+    """A list or an object, which CSV files hold as text."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return parsed(value)
+    except ValueError:
+        raise BadExample(f"{name!r} must be JSON, not {short(value)}") from None
 
 
 def _is_said(message: Message) -> bool:
@@ -119,22 +187,19 @@ def _aligned(prompt: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Tex
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not prompt or _is_said(prompt[-1]):
-        raise BadRow("the conversation before the completion must end in a message that is not the assistant's")
+        raise BadExample("the conversation before the completion must end in a message that is not the assistant's")
     for text in said:
         if len(text) != 1 or not _is_said(text[0]):
             roles = ", ".join(str(message["role"]) for message in text)
-            raise BadRow(f"a completion must be one message of the assistant's after a shared prompt, not {roles}")
+            raise BadExample(f"a completion must be one message of the assistant's after a shared prompt, not {roles}")
     return prompt, tuple(said)
 
 
 def _shared(conversations: Sequence[list[Message]]) -> list[Message]:
     """The messages that all begin with, the last of none among them."""
-    count = 0
-    for together in zip(*(messages[:-1] for messages in conversations), strict=False):
-        if any(message != together[0] for message in together):
-            break
-        count += 1
-    return conversations[0][:count]
+    together = zip(*(messages[:-1] for messages in conversations), strict=False)
+    same = itertools.takewhile(lambda messages: all(message == messages[0] for message in messages), together)
+    return [messages[0] for messages in same]
 
 
 # ---- conventions ----
@@ -143,12 +208,12 @@ def _shared(conversations: Sequence[list[Message]]) -> list[Message]:
 def _prompt(row: Mapping[str, Any]) -> Example:
     prompt = _text(row, "prompt")
     if isinstance(prompt, list) and _is_said(prompt[-1]):
-        raise BadRow("the prompt ends in a message of the assistant's")
+        raise BadExample("the prompt ends in a message of the assistant's")
     return Example(prompt)
 
 
 def _whole(row: Mapping[str, Any]) -> Example:
-    return Example("", (_string(row.get("text"), "text", missing="text" not in row),))
+    return Example("", (_string(row["text"], "text"),))
 
 
 def _chat(row: Mapping[str, Any]) -> Example:
@@ -156,7 +221,7 @@ def _chat(row: Mapping[str, Any]) -> Example:
     if not _is_said(messages[-1]):
         return Example(messages)
     if len(messages) < 2 or _is_said(messages[-2]):
-        raise BadRow("'messages' must have a message that is not the assistant's before its last")
+        raise BadExample("'messages' must have a message that is not the assistant's before its last")
     return Example(messages[:-1], (messages[-1:],))
 
 
@@ -179,26 +244,28 @@ def _dialogue(row: Mapping[str, Any]) -> Example:
         return Example(prompt, pair, (0, 1))
     end = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)
     if end < 0:
-        raise BadRow(
+        raise BadExample(
             f"without a column 'prompt', 'chosen' and 'rejected' must be whole dialogues that share a beginning up to "
             f"{ASSISTANT!r}"
         )
     end += len(ASSISTANT)
     pair = (_string(chosen[end:], "chosen"), _string(rejected[end:], "rejected"))
     if any(ASSISTANT in text for text in pair):
-        raise BadRow(f"'chosen' and 'rejected' part before their last {ASSISTANT!r}, so they do not answer one prompt")
+        raise BadExample(
+            f"'chosen' and 'rejected' part before their last {ASSISTANT!r}, so they do not answer one prompt"
+        )
     return Example(chosen[:end], pair, (0, 1))
 
 
 def _summaries(row: Mapping[str, Any]) -> Example:
     """Comparisons of summaries (Stiennon et al. 2020; the prompt is laid out as in its appendix)."""
-    info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
+    info, summaries, choice = _nested(row, "info"), _nested(row, "summaries"), _nested(row, "choice")
     if not isinstance(info, dict):
-        raise BadRow(f"'info' must be an object with 'post', not {short(info)}")
+        raise BadExample(f"'info' must be an object with 'post', not {short(info)}")
     if not isinstance(summaries, list) or len(summaries) < 2 or not all(isinstance(one, dict) for one in summaries):
-        raise BadRow(f"'summaries' must be a list of at least two objects with 'text', not {short(summaries)}")
+        raise BadExample(f"'summaries' must be a list of at least two objects with 'text', not {short(summaries)}")
     if type(choice) is not int or not 0 <= choice < len(summaries):
-        raise BadRow(f"'choice' must be the number of a summary, 0 to {len(summaries) - 1}, not {short(choice)}")
+        raise BadExample(f"'choice' must be the number of a summary, 0 to {len(summaries) - 1}, not {short(choice)}")
     post = _string(info.get("post") or info.get("article"), "info.post")
     parts = [f"POST: {post}", "TL;DR:"]
     for name, title in (("title", "TITLE: "), ("subreddit", "SUBREDDIT: r/")):
@@ -209,15 +276,48 @@ def _summaries(row: Mapping[str, Any]) -> Example:
 
 
 def _ranked(row: Mapping[str, Any]) -> Example:
-    found, ranks = row.get("completions"), row.get("ranks")
+    found, ranks = _nested(row, "completions"), _nested(row, "ranks")
     if not isinstance(found, list) or len(found) < 2:
-        raise BadRow(f"'completions' must be a list of at least two texts, not {short(found)}")
+        raise BadExample(f"'completions' must be a list of at least two texts, not {short(found)}")
     if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks) or len(ranks) != len(found):
-        raise BadRow(f"'ranks' must be {len(found)} whole numbers, the best the lowest, not {short(ranks)}")
+        raise BadExample(f"'ranks' must be {len(found)} whole numbers, the best the lowest, not {short(ranks)}")
     texts = [_text({"completions": text}, "completions") for text in found]
     order = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
     prompt, completions = _aligned(_text(row, "prompt"), texts)
     return Example(prompt, completions, tuple(order[rank] for rank in ranks))
+
+
+def _judged(row: Mapping[str, Any]) -> Example:
+    """Completions with a thumb up or down (Ethayarajh et al. 2024, KTO)."""
+    return replace(_demonstration(row), label=_label(row))
+
+
+def _labelled(row: Mapping[str, Any]) -> Example:
+    return replace(_whole(row), label=_label(row))
+
+
+def _parallel(row: Mapping[str, Any]) -> Example:
+    given = row.get("reference")
+    several = given if isinstance(given, list) and given else [given]
+    prompt, *references = (
+        _string(text, name)
+        for name, text in [("prompt", row.get("prompt")), *(("reference", text) for text in several)]
+    )
+    return Example(prompt, tuple(references))
+
+
+def _label(row: Mapping[str, Any]) -> int:
+    found = _truth(row.get("label"))
+    if found is None:
+        raise BadExample(f"'label' must be 0 or 1, or false or true, not {short(row.get('label'))}")
+    return found
+
+
+def _truth(value: Any) -> int | None:
+    """0 or 1, None for what is neither; CSV files write it as text."""
+    if isinstance(value, str):
+        return {"0": 0, "false": 0, "1": 1, "true": 1}.get(value.strip().lower())
+    return int(value) if type(value) in (bool, int) and value in (0, 1) else None
 
 
 CONVENTIONS = (
@@ -225,27 +325,31 @@ CONVENTIONS = (
     Convention("info/summaries/choice", "preferences", ("info", "summaries", "choice"), _summaries),
     Convention("prompt/chosen/rejected", "preferences", ("prompt", "chosen", "rejected"), _chosen),
     Convention("chosen/rejected", "preferences", ("chosen", "rejected"), _dialogue),
+    Convention("prompt/completion/label", "demonstrations", ("prompt", "completion", "label"), _judged),
     Convention("prompt/completion", "demonstrations", ("prompt", "completion"), _demonstration),
     Convention("messages", "demonstrations", ("messages",), _chat),
     Convention("prompt", "prompts", ("prompt",), _prompt),
     Convention("text", "demonstrations", ("text",), _whole),
 )
 """The more columns a convention asks for, the earlier it is tried."""
+ASKED_FOR: dict[Kind, Convention] = {
+    "labelled": Convention("text/label", "labelled", ("text", "label"), _labelled),
+    "parallel": Convention("prompt/reference", "parallel", ("prompt", "reference"), _parallel),
+}
+"""Those that are not recognised, because a row of them may be meant otherwise."""
 
 
 def recognise(row: Mapping[str, Any]) -> Convention | None:
     """The convention of a row, by the names of its columns; None for none of them."""
     for convention in CONVENTIONS:
         if all(name in row for name in convention.columns):
-            if convention.name == "messages" and _ends_in_a_question(row["messages"]):
-                return replace(convention, kind="prompts")
+            if convention.read is _judged and _truth(row["label"]) is None:
+                continue  # a label of another sort
+            if convention.read is _chat:
+                with suppress(BadExample):
+                    return convention if _chat(row).completions else replace(convention, kind="prompts")
             return convention
     return None
-
-
-def _ends_in_a_question(messages: Any) -> bool:
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    return isinstance(last, dict) and last.get("role") != "assistant"
 
 
 def as_kind(example: Example, kind: Kind) -> Example:
@@ -253,14 +357,14 @@ def as_kind(example: Example, kind: Kind) -> Example:
     will do for less.
 
     Raises:
-        BadRow: it holds less than that, or a preference that prefers nothing.
+        BadExample: it holds less than that, or a preference that prefers nothing.
     """
     if kind == "prompts":
         if not example.prompt:
-            raise BadRow("a text as a whole has no prompt")
+            raise BadExample("a text as a whole has no prompt")
         return Example(example.prompt)
     if not example.completions:
-        raise BadRow("there is a prompt and no completion")
+        raise BadExample("there is a prompt and no completion")
     if kind == "preferences":
         _check_preference(example)
     elif example.ranks:
@@ -270,27 +374,8 @@ def as_kind(example: Example, kind: Kind) -> Example:
 
 def _check_preference(example: Example) -> None:
     if len(example.completions) < 2:
-        raise BadRow("a preference needs at least two completions")
+        raise BadExample("a preference needs at least two completions")
     if len(set(example.ranks)) == 1:
-        raise BadRow("all ranks are equal, so nothing is preferred")
+        raise BadExample("all ranks are equal, so nothing is preferred")
     if len(example.completions) == 2 and example.completions[0] == example.completions[1]:
-        raise BadRow("the preferred completion and the other are the same text")
-
-
-def decode_cells(row: Mapping[str, str]) -> dict[str, Any]:
-    """A row of a CSV file, whose cells are strings: lists and objects are JSON there.
-
-    Raises:
-        BadRow: a cell that must be JSON is none.
-    """
-    found: dict[str, Any] = dict(row)
-    for name, cell in row.items():
-        if name in _NESTED or cell.startswith('[{"'):
-            try:
-                found[name] = json.loads(cell)
-            except (ValueError, RecursionError):
-                raise BadRow(f"{name!r} must be JSON in a CSV file, not {short(cell)}") from None
-    choice = found.get("choice")
-    if isinstance(choice, str) and choice.strip().isdecimal():
-        found["choice"] = int(choice)
-    return found
+        raise BadExample("the preferred completion and the other are the same text")

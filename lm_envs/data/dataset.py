@@ -1,30 +1,24 @@
-"""Data of the user's own: prompts, demonstrations and preferences, from any source in any of the field's conventions.
+"""Examples from any source in any of the field's conventions: prompts, demonstrations, preferences, labelled and
+parallel text.
 
-:class:`Data` reads a source in a stream and says what its rows mean; :mod:`lm_envs.data.tokenizing` makes token ids of
-them. Bad rows stop everything with file and line, or are passed over, counted and listed.
+:class:`Examples` reads a source in a stream and says what its rows mean; :mod:`lm_envs.data.tokenizing` makes token ids
+of them. Bad rows stop everything with file and line, or are passed over, counted and listed.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_envs.data.conventions import (
-    CONVENTIONS,
-    BadRow,
-    Convention,
-    Example,
-    Kind,
-    as_kind,
-    decode_cells,
-    recognise,
-)
-from lm_envs.data.sources import Row, format_of, read_rows
-from lm_envs.data.splits import SplitColumn
+from lm_envs.data.conventions import ASKED_FOR, CONVENTIONS, Convention, Example, Kind, as_kind, parsed, recognise
+from lm_envs.data.sources import Read, format_of, read_rows
+from lm_envs.data.splits import SPLIT_NAMES
+from lm_envs.model.chat import BadExample
 
 OnBad = Literal["raise", "skip"]
 
@@ -78,28 +72,14 @@ class Rejected:
         self.count, self.rows = 0, []
 
 
-@dataclass(frozen=True)
-class Item:
-    """An example and where it stands.
-
-    Attributes:
-        split: the row's column ``split``, None where there is none.
-        columns: what else the row holds beside the prompt, for rewards.
-    """
-
-    example: Example
-    where: str
-    split: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Data:
-    """A source's usable rows, in a stream: iterating reads it from the start.
+class Examples:
+    """A source's usable examples, in a stream: iterating reads it from the start.
 
     Args:
         source: a file, a folder, or a name on the hub; see :func:`~lm_envs.data.sources.read_rows`.
         kind: what its rows are wanted as, see :func:`~lm_envs.data.conventions.as_kind`; None takes them as what they
-        are. on_bad: "raise" stops at the first bad row, "skip" passes over it.
+            are.
+        on_bad: "raise" stops at the first bad row, "skip" passes over it.
         max_rows: read no more than the first of them.
 
     Attributes:
@@ -109,6 +89,8 @@ class Data:
         kind: what the rows are read as.
         rejected: the bad rows of the last pass.
         read: rows of the last pass, bad ones included.
+        unwanted: rows of the last pass whose completion is labelled as not wanted, and which were left out because
+            demonstrations are imitated.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -122,9 +104,12 @@ class Data:
     ) -> None:
         self.source, self._max_rows = source, max_rows
         self.format = format_of(source)
-        self.rejected, self.read = Rejected(source, on_bad), 0
+        self.rejected, self.read, self.unwanted = Rejected(source, on_bad), 0, 0
+        if kind in ASKED_FOR:
+            self.convention, self.columns, self.kind = ASKED_FOR[kind], ASKED_FOR[kind].columns, kind
+            return
         self.convention, self.columns = self._recognise()
-        self.kind: Kind = kind or self.convention.kind
+        self.kind = kind or self.convention.kind
         wanted = {"prompts": 0, "demonstrations": 1, "preferences": 2}
         if wanted[self.kind] > wanted[self.convention.kind]:
             raise ValueError(
@@ -132,67 +117,88 @@ class Data:
                 f"with {' or '.join(c.name for c in CONVENTIONS if wanted[c.kind] >= wanted[self.kind])}"
             )
 
-    def _rows(self) -> Iterator[Row]:
-        rows = itertools.islice(read_rows(self.source), self._max_rows)
-        if self.format != "CSV":
-            return rows
-        return (_decoded(row) for row in rows)
+    def _rows(self) -> Iterator[Read]:
+        return itertools.islice(read_rows(self.source), self._max_rows)
 
     def _recognise(self) -> tuple[Convention, tuple[str, ...]]:
         votes: Counter[Convention] = Counter()
         seen: dict[Convention, tuple[str, ...]] = {}
-        strange: Row | None = None
-        for row in itertools.islice(self._rows(), _PEEK):
-            found = None if row.values is None else recognise(row.values)
+        strange: Read | None = None
+        for where, row in itertools.islice(self._rows(), _PEEK):
+            found = None if isinstance(row, str) else recognise(row)
             if found is None:
-                strange = strange or row
+                strange = strange or (where, row)
                 continue
             votes[found] += 1
-            seen.setdefault(found, tuple(row.values or ()))
+            seen.setdefault(found, tuple(row))
         if not votes:
             known = "; ".join(convention.name for convention in CONVENTIONS)
             if strange is None:
                 raise ValueError(f"{self.source}: there is not one row; expected columns of one of these: {known}")
-            if strange.values is None:
-                raise ValueError(f"{self.source}, {strange.where}: {strange.problem}")
-            has = ", ".join(map(repr, strange.values)) or "(none)"
-            raise ValueError(f"{self.source}, {strange.where}: the columns {has} are in no known convention: {known}")
+            where, row = strange
+            if isinstance(row, str):
+                raise ValueError(f"{self.source}, {where}: {row}")
+            has = ", ".join(map(repr, row)) or "(none)"
+            raise ValueError(f"{self.source}, {where}: the columns {has} are in no known convention: {known}")
         best = votes.most_common(1)[0][0]
         return best, seen[best]
 
-    def __iter__(self) -> Iterator[Item]:
-        splits = SplitColumn()
+    def __iter__(self) -> Iterator[Example]:
         self.rejected.clear()
-        self.read = 0
-        for row in self._rows():
+        self.read = self.unwanted = 0
+        self._divided: bool | None = None
+        for where, row in self._rows():
             self.read += 1
             try:
-                item = self._item(row, splits)
-            except BadRow as error:
-                self.rejected.add(row.where, str(error))
+                example = self._example(where, row)
+            except BadExample as error:
+                self.rejected.add(where, str(error))
                 continue
-            yield item
+            if example.label == 0 and self.kind == "demonstrations":
+                self.unwanted += 1
+            else:
+                yield example
 
-    def _item(self, row: Row, splits: SplitColumn) -> Item:
-        if row.values is None:
-            raise BadRow(row.problem)
-        missing = [name for name in self.convention.columns if name not in row.values]
+    def _example(self, where: str, row: dict[str, Any] | str) -> Example:
+        if isinstance(row, str):
+            raise BadExample(row)
+        missing = [name for name in self.convention.columns if name not in row]
         if missing:
-            has = ", ".join(map(repr, row.values)) or "nothing"
-            raise BadRow(f"there is no {missing[0]!r} here, unlike in most rows; this one has {has}")
-        example = as_kind(self.convention.read(row.values), self.kind)
+            has = ", ".join(map(repr, row)) or "nothing"
+            raise BadExample(f"there is no {missing[0]!r} here, unlike in most rows; this one has {has}")
+        _check_letters(row)
+        example = self.convention.read(row)
+        if self.kind not in ASKED_FOR:
+            example = as_kind(example, self.kind)
+        split = self._split(row)
+        columns = {name: self._cell(value) for name, value in row.items() if name not in _SPENT}
+        return replace(example, where=where, split=split, columns=columns, source=str(self.source))
+
+    def _split(self, row: Mapping[str, Any]) -> str:
+        present = "split" in row
+        if self._divided not in (None, present):
+            raise BadExample(f"{'a' if present else 'no'} 'split' here, unlike before: all rows have one, or none")
+        self._divided = present
+        if present and row["split"] not in SPLIT_NAMES:
+            raise BadExample(f"'split' must be one of {', '.join(SPLIT_NAMES)}, not {row['split']!r}")
+        return SPLIT_NAMES[row["split"]] if present else ""
+
+    def _cell(self, value: Any) -> Any:
+        """CSV files hold lists of objects as JSON."""
+        if self.format in ("CSV", "TSV") and value.startswith('[{"'):
+            try:
+                return parsed(value)
+            except ValueError:
+                pass
+        return value
+
+
+def _check_letters(row: Mapping[str, Any]) -> None:
+    """Half a surrogate pair is no letter, and no file can be written with it."""
+    for name, value in row.items():
         try:
-            split = splits.read(row.values, "")
-        except ValueError as error:
-            raise BadRow(str(error).removeprefix(": ")) from None
-        columns = {name: value for name, value in row.values.items() if name not in _SPENT}
-        return Item(example, row.where, split if splits.present else None, columns)
-
-
-def _decoded(row: Row) -> Row:
-    if row.values is None:
-        return row
-    try:
-        return Row(row.where, decode_cells(row.values))
-    except BadRow as error:
-        return Row(row.where, None, str(error))
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise BadExample(
+                f"{name!r} holds the lone surrogate {error.object[error.start]!r}: correct the text"
+            ) from None

@@ -1,41 +1,35 @@
-"""Rows of data from where users keep them: JSONL, CSV and Parquet files, and data sets of the hub or of a folder.
+"""Rows of data from where users keep them: JSON, JSONL, CSV, TSV and Parquet files, and data sets of the hub or of a
+folder.
 
-Every source is read in a stream, a few rows in memory at a time. A row that cannot be read comes as what is wrong with
-it, so that whoever reads decides whether to stop. Nothing here unpickles or executes anything.
+Every source but a JSON list is read in a stream, a few rows in memory at a time. A row that cannot be read comes as
+what is wrong with it, so that the reader's user decides whether to stop. Nothing here unpickles or executes anything.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import hashlib
 import io
+import json
 import os
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from lm_envs.data.jsonl import open_bytes, scan_jsonl
+from lm_envs.data.splits import SPLIT_NAMES
 
-FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSONL", ".csv": "CSV", ".parquet": "Parquet"}
+FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
 _CELL = 2**24  # characters; more in one cell of a CSV file means a quote that is never closed
 _ROWS = 256  # of a Parquet file, decoded at a time
 _BUFFER = 2**20  # bytes
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row.
-
-    Attributes:
-        where: ``"line 3"`` of JSONL and CSV (the line it begins on), ``"row 3"`` of Parquet and of data sets; from 1.
-        values: its columns, None where it could not be read.
-        problem: why not.
-    """
-
-    where: str
-    values: dict[str, Any] | None
-    problem: str = ""
+Read = tuple[str, dict[str, Any] | str]
+"""``"line 3"`` of JSONL and CSV (the line that a row begins on), or ``"row 3"`` of the others, from 1; and the columns
+of the row, or what is wrong with it.
+"""
 
 
 def format_of(source: str | Path) -> str:
@@ -58,7 +52,7 @@ def format_of(source: str | Path) -> str:
     return "data set"
 
 
-def read_rows(source: str | Path) -> Iterator[Row]:
+def read_rows(source: str | Path) -> Iterator[Read]:
     """The rows of a source, in a stream.
 
     Args:
@@ -69,28 +63,97 @@ def read_rows(source: str | Path) -> Iterator[Row]:
         FileNotFoundError: there is no such file.
         ImportError: Parquet or a data set, without the extra "data".
         ValueError: the whole file cannot be read: damaged Parquet or gzip, a CSV file without a header, no such data
-            set.
+            set, or one with splits of other names.
     """
     kind = format_of(source)
-    if kind == "data set":
-        yield from _dataset(str(source))
-        return
     path = Path(os.path.expanduser(source))
-    if kind == "JSONL":
-        for number, row in scan_jsonl(path):
-            yield Row(f"line {number}", None, row) if isinstance(row, str) else Row(f"line {number}", row)
-    elif kind == "CSV":
-        yield from _csv(path)
-    else:
-        yield from _parquet(path)
+    if kind == "data set":
+        return _dataset(str(source))
+    if kind in ("JSON", "JSONL"):
+        return _json(path)
+    return _parquet(path) if kind == "Parquet" else _csv(path, "\t" if kind == "TSV" else ",")
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def fingerprint(source: str | Path) -> str:
+    """A hash of what a file or the files of a folder hold; of a data set on the hub, its name and its commit."""
+    place, split = Path(os.path.expanduser(source)), None
+    if not place.exists():
+        name, _, split = _parts(str(source))
+        place = Path(name)
+    if not place.exists():
+        from lm_envs.model.hub import check_data_set
+
+        return f"{source}@{check_data_set(name)}"
+    digest = hashlib.sha256(f"{split}".encode())
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_file():
+            digest.update(str(file.relative_to(place)).encode("utf-8", "surrogateescape") + b"\0")
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _open(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked where its name ends in ``.gz``."""
+    opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    return opened
+
+
+def _json(path: Path) -> Iterator[Read]:
+    """An object a line, or one list of objects."""
+    number = 0
+    try:
+        with _open(path) as stream:
+            if stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+                stream.seek(0)
+                first, rest = stream.readline(), stream.read()
+                found, where = _value(first + rest)
+                if isinstance(found, list):
+                    yield from ((f"row {place}", _object(value)) for place, value in enumerate(found, 1))
+                    return
+                if not isinstance(_value(first)[0], list):
+                    yield where, found
+                    return
+            stream.seek(0)
+            for number, raw in enumerate(stream, 1):  # split on b"\n" alone: a text may hold U+2028
+                if raw.strip():
+                    found, _ = _value(raw)
+                    if number == 1 and raw.strip().endswith(b"{"):
+                        found += ": one object over many lines? A row is an object on one line, or in a list"
+                    yield f"line {number}", found if isinstance(found, str) else _object(found)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip data after line {number}: {error}") from None
+
+
+def _value(raw: bytes) -> tuple[Any, str]:
+    """What JSON says, or as text what is wrong with it and on which line."""
+    try:
+        found = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode().strip())
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 text ({error.reason} at byte {error.start})", f"line {raw[: error.start].count(10) + 1}"
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}", f"line {error.lineno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        return f"not JSON that can be read: {error}", "line 1"
+    return _object(found) if isinstance(found, str) else found, ""
+
+
+def _object(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else f'expected a JSON object, as in {{"text": ...}}, not {short(value)}'
+
+
+def short(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[Read]:
     csv.field_size_limit(_CELL)
-    with open_bytes(path) as raw:
+    with _open(path) as raw:
         # Bytes that are not UTF-8 come as lone surrogates: they spoil their row alone.
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, strict=True)
+        reader = csv.reader(text, strict=True, delimiter=delimiter)
         try:
             header = next(reader, None)
         except csv.Error as error:
@@ -106,19 +169,19 @@ def _csv(path: Path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(where, None, f"not CSV: {error}")
+                yield where, f"not CSV: {error}"
                 continue
             if not cells:
                 continue
             if len(cells) != len(header):
-                yield Row(where, None, f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})")
+                yield where, f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})"
             elif any("\udc80" <= letter <= "\udcff" for cell in cells if not cell.isascii() for letter in cell):
-                yield Row(where, None, "not UTF-8 text")
+                yield where, "not UTF-8 text"
             else:
-                yield Row(where, dict(zip(header, cells, strict=True)))
+                yield where, dict(zip(header, cells, strict=True))
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[Read]:
     _need("pyarrow", "Parquet files")
     import pyarrow
     from pyarrow import parquet
@@ -130,13 +193,13 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=_ROWS, use_threads=False):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"row {number}", values)
+                    yield f"row {number}", values
     except (pyarrow.ArrowException, OSError) as error:
         where = f", after row {number}" if number else ""
         raise ValueError(f"{path}{where}: not a Parquet file that can be read: {_first_line(error)}") from None
 
 
-def _dataset(source: str) -> Iterator[Row]:
+def _dataset(source: str) -> Iterator[Read]:
     _need("datasets", "data sets of the hub and of folders")
     import datasets
 
@@ -154,11 +217,16 @@ def _dataset(source: str) -> Iterator[Row]:
             ) from error
     number, reading = 0, ""
     try:
-        found: Any = datasets.load_dataset(name, config, split=split, streaming=True)
+        builder: Any = datasets.load_dataset_builder(name, config)
+        if hasattr(builder.config, "keep_default_na"):  # CSV, whose cells are text: "NA" is a word, "000" no number
+            builder.config.keep_default_na, builder.config.dtype = False, str
+        found = builder.as_streaming_dataset(split)
+        if split is None and not set(found) <= set(SPLIT_NAMES):
+            raise ValueError(f"choose a split: {', '.join(f'{name}:{each}' for each in found)}")
         for reading, rows in found.items() if split is None else ((split, found),):
             for number, values in enumerate(rows, 1):
                 mine = values if split is not None or "split" in values else {**values, "split": reading}
-                yield Row(f"row {number}" + (f" of {reading}" if split is None else ""), dict(mine))
+                yield f"row {number}" + (f" of {reading}" if split is None else ""), dict(mine)
     # A server far away fails in the types of whichever client the hub's library is made of.
     except Exception as error:  # noqa: BLE001
         where = f", after row {number} of {reading}" if number else ""
@@ -186,4 +254,4 @@ def _need(module: str, what: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
+    return (str(error).strip().split("\n") or ["no reason given"])[0]

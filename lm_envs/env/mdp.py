@@ -18,6 +18,7 @@ from lm_envs import rng
 from lm_envs.model.decoding import forbid_early_eos, keep_top
 from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.forwards import response_logprob
+from lm_envs.model.text import Codec
 from lm_envs.model.tokens import is_eos, left_pad
 from lm_envs.reward.base import call_reward
 from lm_envs.tasks import load
@@ -73,6 +74,7 @@ class TextMDP:
         self.group_size = group_size
         self.reference_top_k = reference_top_k
         self.reference = self.task.reference
+        self.codec = Codec(self.task.tokenizer, self.reference)
         self.eos_token_id, self.eos_token_ids = self.task.eos_token_id, self.task.eos_token_ids
         self.prompt_length = self.task.prompt_length
         self.vocab_size = int(self.reference.get_output_embeddings().weight.shape[0])
@@ -150,10 +152,12 @@ class TextMDP:
         mask[:, list(self.eos_token_ids)] = (lengths >= self.min_new_tokens)[:, None]
         return mask
 
-    def texts(self, tokens: NDArray[np.int64]) -> list[str]:
-        """Decoded rows, without special tokens and without padding."""
-        rows = [row[row >= 0].tolist() for row in tokens]
-        return self.task.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+    def texts(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> tuple[list[str], list[str]]:
+        """The texts of prompts ``(N, P)`` and of the responses to them ``(N, T)``, padded with -1; see
+        :meth:`~lm_envs.model.text.Codec.decode`.
+        """
+        prompts, responses = ([row[row >= 0].tolist() for row in rows] for rows in (prompt, response))
+        return self.codec.decode(prompts, responses)
 
     def columns(self, prompt: NDArray[np.int64]) -> dict[str, list[Any]]:
         """The further columns of these prompts' data, for rewards; ``(N, P)`` int64, left-padded with -1."""
@@ -164,7 +168,7 @@ class TextMDP:
         reasons = self.finish_reasons(response)
         return [
             {"prompt": p, "response": r, "finish_reason": reason}
-            for p, r, reason in zip(self.texts(prompt), self.texts(response), reasons, strict=True)
+            for p, r, reason in zip(*self.texts(prompt, response), reasons, strict=True)
         ]
 
     def finish_reasons(self, response: NDArray[np.int64]) -> list[str]:
@@ -190,7 +194,7 @@ class TextMDP:
         ids = [row[row >= 0].tolist() for row in response]
         reasons = self.finish_reasons(response)
         columns = self.columns(prompt)
-        raw = call_reward(self.task.reward, self.texts(prompt), self.texts(response), ids, reasons, **columns)
+        raw = call_reward(self.task.reward, *self.texts(prompt, response), ids, reasons, **columns)
         lengths = (response >= 0).sum(axis=1)
         rows = np.arange(len(response))
         per_token = np.zeros(response.shape)

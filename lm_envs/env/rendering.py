@@ -22,17 +22,16 @@ def render_text(mdp: TextMDP, obs: NDArray[np.int64], kl: NDArray[np.float64]) -
         obs: ``(P + T,)`` int64, -1 where there is no token.
         kl: ``(T,)`` log pi - log pi_ref of each response token, nats; NaN where unknown (no colour).
     """
-    prompt, response = obs[: mdp.prompt_length], obs[mdp.prompt_length :]
-    parts = [f"\x1b[1m{mdp.texts(prompt[None])[0]}\x1b[0m"]
-    tokens = response[response >= 0].tolist()
-    before = ""
-    for i in range(len(tokens)):
+    prompt, response = (row[row >= 0].tolist() for row in (obs[: mdp.prompt_length], obs[mdp.prompt_length :]))
+    decode = mdp.task.tokenizer.decode
+    before = decode(prompt)
+    parts = [f"\x1b[1m{decode(prompt, skip_special_tokens=True)}\x1b[0m"]
+    for i in range(len(response)):
         # Decode the growing text and show what each token added: spaces and byte-level pieces come out right.
-        text = mdp.task.tokenizer.decode(tokens[: i + 1], skip_special_tokens=False)
+        text = decode(prompt + response[: i + 1])
         piece, before = text[len(before) :], text
         parts.append(_coloured(piece, kl[i]))
-    joint = "" if parts[1:] and before[:1].isspace() else " "
-    return parts[0] + joint + "".join(parts[1:])
+    return "".join(parts)
 
 
 def _coloured(piece: str, kl: float) -> str:

@@ -10,18 +10,26 @@ import jinja2
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Message = dict[str, Any]
+Text = str | list[Message]
+
+
+class BadExample(ValueError):
+    """What is wrong with one example of the user's data; others may be right."""
+
 
 def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> str:
-    """A conversation as one text, special tokens written out: encode it with ``add_special_tokens=False``.
+    """Write a conversation as one text, special tokens included: encode it with ``add_special_tokens=False``.
 
     Args:
         messages: ``{"role": ..., "content": ...}`` each.
         add_generation_prompt: end in what begins an answer of the assistant's.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or its template refuses the conversation.
+        ValueError: the tokenizer has no chat template.
+        BadExample: its template refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -33,22 +41,30 @@ def render_messages(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (jinja2.TemplateError, TypeError, KeyError) as error:
-        raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+        raise BadExample(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
 
 def split_answer(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Mapping[str, Any]], answer: Sequence[Mapping[str, Any]]
 ) -> tuple[str, str]:
-    """The text of a conversation up to where the assistant's answer begins, and that of the answer with its end.
+    """Return the text of a conversation up to the assistant's answer, as a policy reads it before it writes one, and
+    the text of the answer with the end of its turn.
+
+    Some templates write more before an answer that is to come than before one that is there (an empty block of
+    thoughts); the answer then begins with its content.
 
     Raises:
-        ValueError: as :func:`render_messages`, or the template writes the conversation differently once it is answered.
+        ValueError: the tokenizer has no chat template.
+        BadExample: the template refuses the conversation, or writes it differently once it is answered.
     """
+    head = render_messages(tokenizer, prompt, add_generation_prompt=True)
     whole = render_messages(tokenizer, [*prompt, *answer], add_generation_prompt=False)
-    for opened in (True, False):  # some templates open no answer
-        head = render_messages(tokenizer, prompt, add_generation_prompt=opened)
-        if whole.startswith(head) and len(whole) > len(head):
-            return head, whole[len(head) :]
-    raise ValueError(
-        "the tokenizer's chat template writes the conversation before the answer differently once it is answered"
-    )
+    start = len(head)
+    if not whole.startswith(head) or len(whole) == start:
+        before = render_messages(tokenizer, prompt, add_generation_prompt=False)
+        start = whole.find(answer[-1]["content"].strip(), len(before)) if whole.startswith(before) else -1
+    if start < 0:
+        raise BadExample(
+            "the tokenizer's chat template writes the conversation before the answer differently once it is answered"
+        )
+    return head, whole[start:]

@@ -25,14 +25,16 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return special[places[min(places)]] if places else None
 
 
-def eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> tuple[int, ...]:
-    """Every token that ends a response, the one that usually does first.
+def eos_tokens(
+    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
+) -> tuple[int, ...]:
+    """Return every token that ends a response, the one that usually does first.
 
     Those are the tokenizer's EOS, in a chat the end of the assistant's turn before it, and what the model's generation
-    config has besides, as Llama 3 and Gemma do, as far as they are special tokens: a config's untouched default may
+    config adds, as Llama 3 and Gemma do, as far as they are special tokens: a config's untouched default may
     well be a word.
     """
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     others = [configured] if isinstance(configured, int) else list(configured or ())
     special = set(_special(tokenizer).values())
     turn = end_of_turn(tokenizer) if chat else None

@@ -30,20 +30,23 @@ def place_of(name: str) -> str:
     return name
 
 
-def check_data_set(name: str) -> None:
-    """Raises ConnectionError where the hub does not answer."""
-    if not constants.HF_HUB_OFFLINE:
-        _ask(name, "README.md", "dataset")
+def check_data_set(name: str) -> str | None:
+    """Return the commit of a data set, None where it is not known. Raises ConnectionError where the hub does not
+    answer.
+    """
+    return None if constants.HF_HUB_OFFLINE else _ask(name, "README.md", "dataset")
 
 
-def _ask(name: str, file: str, kind: str = "model") -> None:
-    """One request, which is not repeated; any answer will do, also that there is no such file. None for a name that
-    cannot be one of the hub's, which the libraries refuse by themselves.
+def _ask(name: str, file: str, kind: str = "model") -> str | None:
+    """One request, which is not repeated; any answer will do, also that there is no such file. No request for a name
+    that cannot be one of the hub's, which the libraries refuse by themselves. Returns the commit of the file.
     """
     try:
-        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return get_hf_file_metadata(
+            hf_hub_url(name, file, repo_type=kind), timeout=constants.HF_HUB_ETAG_TIMEOUT
+        ).commit_hash
     except (HfHubHTTPError, HFValidationError):
-        return
+        return None
     # A network fails in the types of whichever client the hub's library is made of.
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,6 @@
-"""The registry of text tasks: names and where their loaders live, as strings, so that importing it is light.
+"""The registry of text tasks. Loaders are named by strings, so importing it is light.
 
-One file and one line here add a task: a module with a function that returns a
-:class:`~lm_envs.tasks.base.TextTask`.
+To add a task, write a module with a function that returns a :class:`~lm_envs.tasks.base.TextTask`, and add a line here.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ _loaded: dict[tuple[str, tuple[tuple[str, Any], ...]], TextTask] = {}
 
 
 def load(name: str, **options: Any) -> TextTask:
-    """The task registered under a name; the same object whenever this process asks for the same name and
-    options.
+    """Load the task registered under a name. Within a process, the same name and options give the same object.
 
     Args:
         name: a key of :data:`TASKS`.

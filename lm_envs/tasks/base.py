@@ -57,6 +57,8 @@ class TextTask:
             instead of ``demonstrations`` where there are any.
         corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports; None
             where there is none. See :class:`CorpusMetric`.
+        pairs: (prompt, response, response), two of the reference's responses to a training prompt. Annotators choose
+            between these where an algorithm learns from preferences; may be empty.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
         policy: the model that training starts from, None for the reference; it shares the reference's
             vocabulary.
@@ -78,6 +80,7 @@ class TextTask:
     description: str = ""
     demonstrations: list[list[int]] = field(default_factory=list)
     responses: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    pairs: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
     corpus_metric: CorpusMetric | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
     policy: PreTrainedModel | None = None

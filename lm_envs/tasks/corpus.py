@@ -2,7 +2,7 @@
 model learned from the labels of one half of the training texts, and a judge of another kind learned from the labels
 of the other half.
 
-The same pipeline as the embedded Reviews task, with people's labels in the place of simulated annotators. All of it
+The pipeline that built the Reviews task, with people's labels in the place of simulated annotators. All of it
 happens on first use and is cached under the content of the file and every setting.
 """
 
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from lm_envs import rng, training
+from lm_envs.data.conventions import Example
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding
 from lm_envs.model import tokens as observations
@@ -40,7 +40,7 @@ from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.tasks import corpus_judge, corpus_text, own_text, sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.corpus_judge import TextJudge, require_sklearn
-from lm_envs.tasks.corpus_text import LabelledText, openings, read_labelled, training_half
+from lm_envs.tasks.corpus_text import openings, read_labelled, training_half
 from lm_envs.tasks.own_text import Line
 
 
@@ -169,7 +169,7 @@ def read(folder: Path, config: CorpusConfig, source: str) -> TextTask:
     )
 
 
-def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> None:
+def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> None:
     """Make tokenizer, language model, reward model and judge, measure them on held-out texts, and save them."""
     train = [row for row in rows if row.split == "train"]
     held_out = [row for row in rows if row.split != "train"]
@@ -218,14 +218,14 @@ def build(rows: Sequence[LabelledText], config: CorpusConfig, folder: Path) -> N
     (folder / "task.json").write_text(json.dumps(made))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[LabelledText], max_tokens: int) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_tokens: int) -> list[list[int]]:
     """Texts as token ids that end in EOS, cut to ``max_tokens`` (then without it)."""
     eos = tokenizer.eos_token_id
     return [[*ids, eos][:max_tokens] for ids in tokenizer([row.text for row in rows])["input_ids"]]
 
 
 def _prompts(
-    rows: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig
+    rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig
 ) -> dict[str, list[list[int]]]:
     prompts = {}
     for name, texts in openings(rows, config.prompt_words).items():
@@ -306,7 +306,7 @@ def _stats(
     reward: LearnedReward,
     judge: TextJudge,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Sequence[LabelledText],
+    held_out: Sequence[Example],
     samples: Samples,
     config: CorpusConfig,
 ) -> dict[str, float]:
@@ -343,23 +343,7 @@ def _stats(
     }
 
 
-def _initial(kind: type[Any], config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A model with weights drawn from the seed; the caller's global generator is left as it was."""
-    architecture = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=config.max_tokens,
-        n_embd=config.hidden,
-        n_layer=config.layers,
-        n_head=config.heads,
-        activation_function="relu",  # the cheapest on a CPU
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        num_labels=1,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+def _initial(kind: type[sampling.Model], config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> sampling.Model:
+    return sampling.small_gpt2(
+        kind, tokenizer, config.max_tokens, config.hidden, config.layers, config.heads, config.seed
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return kind(architecture).eval()

@@ -16,7 +16,7 @@ from lm_envs.data.dataset import OnBad, Rejected
 from lm_envs.model import loading
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
 from lm_envs.model.checking import check_model
-from lm_envs.model.endings import eos_tokens
+from lm_envs.model.text import Codec
 from lm_envs.reward.base import Standardise, reward_name
 from lm_envs.reward.building import build_reward
 from lm_envs.reward.learned import LearnedReward, load_reward_model
@@ -49,7 +49,7 @@ class CustomConfig:
             ``model:PLACE``, put in units of the reference.
         reward: what trains, as :mod:`lm_envs.reward.specs` reads it; several texts are summed.
         prompts: a file, folder or hub name with ``prompt`` (text or chat messages) and perhaps ``split`` (train,
-            validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.dataset.Data`.
+            validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.dataset.Examples`.
         reference: what the KL penalty is measured from, None for the policy as it starts; "base" for the model under
             its adapters, where the policy is a folder of those.
         judge: what decides win-rates: another reward model's place, or a reward as text; None for no win-rates.
@@ -149,14 +149,15 @@ def load(**options: Any) -> TextTask:
     judge_spec = None if config.judge is None or not is_spec(config.judge) else parse_reward(config.judge)
     rejected = Rejected(config.prompts, config.bad)
     texts = read_prompts(config.prompts, rejected)
-    conversational = any(not isinstance(prompt.text, str) for prompt in texts)
+    conversational = any(not isinstance(prompt.prompt, str) for prompt in texts)
     tokenizer = loading.load_tokenizer(config.policy)
     policy, reference = _policy_and_reference(config, tokenizer)
-    encoded = encode_prompts(texts, tokenizer, config.max_new_tokens, [policy, reference], rejected)
+    codec = Codec(tokenizer, policy)
+    encoded = encode_prompts(texts, codec, config.max_new_tokens, [policy, reference], rejected)
     prompts = by_split(encoded)
     if rejected.count:
         warnings.warn(f"{config.prompts}: {passed_over(rejected)}", stacklevel=2)
-    eos = eos_tokens(policy, tokenizer, chat=conversational)
+    eos = codec.ends(conversational)
     columns = columns_of(encoded)
 
     @functools.cache
@@ -247,5 +248,21 @@ def _policy_and_reference(
         return policy, base
     reference = loading.load_policy(config.reference, "reference", placement, recompute=recompute)
     loading.same_vocabulary(policy, reference, (config.policy, config.reference))
+    _check_same_tokens(tokenizer, config)
     check_model(reference, f"reference {config.reference!r}", recompute=recompute)
     return policy, reference
+
+
+def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, config: CustomConfig) -> None:
+    """Raise ValueError where the reference comes with a tokenizer whose words, special tokens aside, have other ids."""
+    try:
+        theirs = loading.load_tokenizer(str(config.reference), "reference")
+    except ValueError:
+        return  # a model without a tokenizer is taken for one of the policy's
+    both = (tokenizer, theirs)
+    mine, other = ({i: w for w, i in t.get_vocab().items() if i not in t.added_tokens_decoder} for t in both)
+    for i in sorted(i for i in mine.keys() & other.keys() if mine[i] != other[i]):
+        raise ValueError(
+            f"policy {config.policy!r} and reference {config.reference!r} have different vocabularies: token {i} is "
+            f"{mine[i]!r} and {other[i]!r}; the KL penalty compares them token by token"
+        )

@@ -5,63 +5,46 @@ their line, or passed over.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.data.conventions import Text
-from lm_envs.data.dataset import Data, Rejected
+from lm_envs.data.conventions import Example
+from lm_envs.data.dataset import Examples, Rejected
 from lm_envs.data.splits import SPLITS, divide
-from lm_envs.data.tokenizing import prompt_ids
-from lm_envs.model.encoder_decoder import is_encoder_decoder, room_for
+from lm_envs.model.chat import BadExample
+from lm_envs.model.encoder_decoder import room_for
+from lm_envs.model.text import Codec
 from lm_envs.reward.base import RESERVED, leaves
 from lm_envs.reward.metrics import TextMetric
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _NAMED = 3  # bad rows in the warning about them
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the file has it, text or chat messages, where it stands, and its row's other columns."""
-
-    text: Text
-    split: str
-    source: str
-    where: str
-    columns: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def place(self) -> str:
-        """File and line."""
-        return f"{self.source}, {self.where}"
-
-
-def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[Prompt]:
+def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[Example]:
     """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.data.splits.divide` says.
 
     Args:
         source: a file, a folder or a name on the hub, in any convention that has prompts; see
-            :class:`~lm_envs.data.dataset.Data`.
+            :class:`~lm_envs.data.dataset.Examples`.
         rejected: gets malformed rows and empty prompts; without it they raise.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a bad row that is to raise (the message names file and line), or a split without prompts.
     """
-    rows: dict[str, Prompt] = {}
+    rows: dict[str, Example] = {}
     found: list[tuple[str, str]] = []
     differ: list[str] = []
-    data = Data(source, "prompts")
+    data = Examples(source, "prompts")
     data.rejected = rejected = rejected or data.rejected
-    for item in data:
-        key, split = item.example.key, item.split or "train"
-        found.append((key, split))
-        prompt = Prompt(item.example.prompt, split, str(source), item.where, item.columns)
-        kept = rows.setdefault(key, prompt)
+    for prompt in data:
+        found.append((prompt.key, prompt.split))
+        kept = rows.setdefault(prompt.key, prompt)
         if kept.columns != prompt.columns:
             differ.append(prompt.place)
     if differ:
@@ -70,20 +53,11 @@ def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[P
             f"{len(differ)} rows); several references of a prompt belong into one row, as a list",
             stacklevel=2,
         )
-    divided = divide(found)
-    for name in SPLITS:
-        if name not in divided.values():
-            if any(split != "train" for _, split in found):
-                raise ValueError(
-                    f"{source}: no prompt is left for {name}: the column 'split' puts all {len(divided)} different "
-                    f"ones into {', '.join(sorted(set(divided.values())))}; leave the column out to have them divided"
-                )
-            bad = f"; {passed_over(rejected)}" if rejected.count else ""
-            raise ValueError(f"{source}: {len(divided)} different prompts leave none for {name}: give at least 3{bad}")
+    divided = divide(found, source, f"; {passed_over(rejected)}" if rejected.count else "")
     return [replace(rows[key], split=split) for key, split in divided.items()]
 
 
-def check_references(reward: Any, prompts: Sequence[Prompt]) -> None:
+def check_references(reward: Any, prompts: Sequence[Example]) -> None:
     """Raise ValueError, with file and line, where a text metric would find no reference to compare with."""
     parts = [] if reward is None else list(leaves(reward))
     for metric in (part for part in parts if isinstance(part, TextMetric)):
@@ -102,18 +76,16 @@ def check_references(reward: Any, prompts: Sequence[Prompt]) -> None:
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Example],
+    codec: Codec,
     max_new_tokens: int,
     readers: Sequence[PreTrainedModel],
     rejected: Rejected,
-) -> list[tuple[Prompt, list[int]]]:
-    """Prompts and their token ids, as the tokenizer wraps them but without an EOS at the end, or as its chat template
-    writes them.
-
-    An encoder-decoder keeps that EOS: its encoder was trained on texts that have it.
+) -> list[tuple[Example, list[int]]]:
+    """Return prompts with their token ids, as :meth:`~lm_envs.model.text.Codec.encode` makes them.
 
     Args:
+        codec: of the policy.
         max_new_tokens: for which there must be room.
         readers: the models that read the prompts.
         rejected: gets prompts that have no tokens, leave no room for the response in the model's context, or are
@@ -123,43 +95,29 @@ def encode_prompts(
         ValueError: a bad prompt that is to raise, with file and line; messages without a chat template; or no prompt is
             left for a split.
     """
-    keep_eos = any(map(is_encoder_decoder, readers))
-    found: list[tuple[Prompt, list[int]]] = []
-    for prompt, ids in _tokens(prompts, tokenizer, keep_eos, rejected):
+    found: list[tuple[Example, list[int]]] = []
+    for prompt in prompts:
+        try:
+            ids, _ = codec.encode(prompt.prompt)
+        except BadExample as error:
+            rejected.add(prompt.where, str(error))
+            continue
+        except ValueError as error:
+            raise ValueError(f"{prompt.place}: {error}") from error
         needed = [room_for(model, len(ids), max_new_tokens) for model in readers]
         context = min((has for wants, has in needed if has is not None and wants > has), default=None)
-        if not ids:
-            rejected.add(prompt.where, "the prompt is empty: the policy's tokenizer makes no tokens of it")
-        elif context is not None:
+        if context is None:
+            found.append((prompt, ids))
+        else:
             rejected.add(
                 prompt.where,
                 f"the prompt has {len(ids)} tokens and responses up to {max_new_tokens}, together more than the "
                 f"model's context of {context}: shorten it or lower max_new_tokens",
             )
-        else:
-            found.append((prompt, ids))
     for name in SPLITS:
         if rejected.count and not any(prompt.split == name for prompt, _ in found):
             raise ValueError(f"{rejected.source}: no prompt is left for {name}; {passed_over(rejected)}")
     return found
-
-
-def _tokens(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, keep_eos: bool, rejected: Rejected
-) -> Iterator[tuple[Prompt, list[int]]]:
-    try:
-        rows = prompt_ids(tokenizer, [prompt.text for prompt in prompts], keep_eos=keep_eos)
-    except ValueError:
-        rows = None  # one by one: which it was
-    for number, prompt in enumerate(prompts):
-        try:
-            ids = rows[number] if rows else prompt_ids(tokenizer, [prompt.text], keep_eos=keep_eos)[0]
-        except ValueError as error:
-            if not getattr(tokenizer, "chat_template", None):  # no chat can be read then
-                raise ValueError(f"{prompt.place}: {error}") from error
-            rejected.add(prompt.where, str(error))
-        else:
-            yield prompt, ids
 
 
 def passed_over(rejected: Rejected) -> str:
@@ -170,12 +128,12 @@ def passed_over(rejected: Rejected) -> str:
     return f"{rows} passed over ({first}{more})"
 
 
-def by_split(encoded: Sequence[tuple[Prompt, list[int]]]) -> dict[str, list[list[int]]]:
+def by_split(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, list[list[int]]]:
     """Token ids by split."""
     return {name: [ids for prompt, ids in encoded if prompt.split == name] for name in SPLITS}
 
 
-def columns_of(encoded: Sequence[tuple[Prompt, list[int]]]) -> dict[str, dict[str, list[Any]]]:
+def columns_of(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, dict[str, list[Any]]]:
     """The columns that the prompts' rows hold beside them, by split and name, in the order of :func:`by_split`; None
     where a row lacks one. Of chat prompts the column ``messages`` holds the messages.
 
@@ -191,10 +149,10 @@ def columns_of(encoded: Sequence[tuple[Prompt, list[int]]]) -> dict[str, dict[st
             where = next(prompt.place for prompt in prompts if name in prompt.columns)
             raise ValueError(f"{where}: rewards get something else as {name!r}: rename that column")
     rows = [{name: prompt.columns.get(name) for name in names} for prompt in prompts]
-    if any(not isinstance(prompt.text, str) for prompt in prompts):
+    if any(not isinstance(prompt.prompt, str) for prompt in prompts):
         names.append("messages")
         for row, prompt in zip(rows, prompts, strict=True):
-            text = prompt.text
+            text = prompt.prompt
             row["messages"] = [{"role": "user", "content": text}] if isinstance(text, str) else text
     if not names:
         return {}

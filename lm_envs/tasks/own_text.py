@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lm_envs import files, training
-from lm_envs.data import jsonl, splits
+from lm_envs.data import conventions, dataset, sources, splits
+from lm_envs.model import text
 from lm_envs.model import tokens as observations
 from lm_envs.tasks import sampling
 
@@ -66,11 +67,11 @@ def cached(
     """
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
-    sources = [*code, __file__, jsonl, sampling, observations, splits, training]
+    used = [*code, __file__, conventions, dataset, sources, splits, sampling, observations, text, training]
     parts = {
         "content": content,
         "config": asdict(config),
-        "code": files.code_hash([source if isinstance(source, str) else str(source.__file__) for source in sources]),
+        "code": files.code_hash([source if isinstance(source, str) else str(source.__file__) for source in used]),
         "versions": {one.__name__: one.__version__ for one in (torch, transformers, tokenizers, np, *libraries)},
     }
     return files.cached(task, parts, build)

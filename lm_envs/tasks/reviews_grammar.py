@@ -1,4 +1,4 @@
-"""The clause grammar of the embedded movie reviews, what it can never say, and the gold reward.
+"""The clause grammar of the Reviews task, the pairs of words that it can never produce, and the gold reward.
 
 A context-free grammar without recursion makes clauses; a review strings them together. Each review has a
 latent sentiment z in [-1, 1], and each opinionated word is positive with probability ``(1 + z) / 2``.

@@ -1,24 +1,28 @@
-"""What the makers of tasks share: checking options, progress bars, and rewards in units of a reference's samples."""
+"""What the builders of tasks share: checking options, progress bars, small models, and samples of a reference."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import GPT2Config
 
 from lm_envs import rng
 from lm_envs.model.decoding import generate
+from lm_envs.model.text import Codec
 from lm_envs.model.tokens import EosIds, eos_ids, left_pad
 from lm_envs.reward.units import Samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Model = TypeVar("Model", bound="PreTrainedModel")
 
 # Samples that make a task take their random numbers from episodes that no training run reaches.
 SAMPLE_EPISODES = 2**40
@@ -47,6 +51,37 @@ def line_of(bar: Progress, description: str, total: int) -> Callable[..., None]:
         bar.update(line, completed=done)
 
     return update
+
+
+def small_gpt2(
+    kind: type[Model],
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    seed: int,
+) -> Model:
+    """Return a GPT-2 with weights drawn from the seed; the caller's global generator is left as it was."""
+    eos = tokenizer.eos_token_id
+    architecture = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=positions,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=heads,
+        activation_function="relu",  # the cheapest on a CPU
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        num_labels=1,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(architecture).eval()
 
 
 def sample(
@@ -91,10 +126,33 @@ def sample(
         rows += [row[row >= 0].tolist() for row in response]
         if progress is not None:
             progress(len(rows))
+    return as_samples(
+        Codec(tokenizer, model),
+        chosen,
+        rows,
+        eos_token_id,
+        {name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},
+    )
+
+
+def as_samples(
+    codec: Codec,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[list[int]],
+    eos_token_id: EosIds,
+    columns: dict[str, list[Any]],
+) -> Samples:
+    """Responses as rewards take them.
+
+    Args:
+        prompts, responses: N of each, token ids without padding.
+        columns: further columns of the prompts' data, N entries each.
+    """
+    texts, completions = codec.decode(prompts, responses)
     return Samples(
-        prompts=tokenizer.batch_decode(chosen, skip_special_tokens=True),
-        completions=tokenizer.batch_decode(rows, skip_special_tokens=True),
-        completion_ids=rows,
-        finish_reasons=["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in rows],
-        columns={name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},
+        prompts=texts,
+        completions=completions,
+        completion_ids=list(responses),
+        finish_reasons=["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in responses],
+        columns=columns,
     )

@@ -27,6 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lm_envs.data.conventions import Example
 from lm_envs.data.splits import SPLITS
 from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
 from lm_envs.model.decoding import greedy
@@ -37,7 +38,7 @@ from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
 from lm_envs.tasks import own_text, sampling, translation_text
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.own_text import Line
-from lm_envs.tasks.translation_text import CorpusBLEU, Pair, read_pairs
+from lm_envs.tasks.translation_text import CorpusBLEU, read_parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +96,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     afterwards.
 
     Args:
-        path: the file, see :func:`~lm_envs.tasks.translation_text.read_pairs`.
+        path: the file, see :func:`~lm_envs.tasks.translation_text.read_parallel`.
         options: fields of :class:`TranslationConfig`.
 
     Raises:
@@ -115,7 +116,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         "translation",
         path,
         config,
-        lambda folder: build(read_pairs(path), config, folder),
+        lambda folder: build(read_parallel(path), config, folder),
         [__file__, kv_cache_cross, decoding, encoder_decoder, translation_text, kv_cache, forwards],
     )
     return read(folder, config, path.name)
@@ -144,17 +145,20 @@ def read(folder: Path, config: TranslationConfig, source: str) -> TextTask:
     )
 
 
-def build(pairs: Sequence[Pair], config: TranslationConfig, folder: Path) -> None:
+def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> None:
     """Make the tokenizer and the model, measure it on validation pairs, and save them."""
     train = [pair for pair in pairs if pair.split == "train"]
-    tokenizer = make_tokenizer([text for pair in train for text in (pair.prompt, *pair.references)], config.vocabulary)
-    encoded = list(zip(pairs, tokenizer([pair.prompt for pair in pairs])["input_ids"], strict=True))
+    texts = [str(text) for pair in train for text in (pair.prompt, *pair.completions)]
+    tokenizer = make_tokenizer(texts, config.vocabulary)
+    encoded = list(zip(pairs, tokenizer([str(pair.prompt) for pair in pairs])["input_ids"], strict=True))
     encoded = [(pair, list(ids)) for pair, ids in encoded if len(ids) <= config.prompt_tokens]
     prompts = {name: [ids for pair, ids in encoded if pair.split == name] for name in SPLITS}
     for name, rows in prompts.items():
         if not rows:
             raise ValueError(f"translation: no prompt of {name} has at most prompt_tokens={config.prompt_tokens}")
-    references = {name: [pair.references for pair, _ in encoded if pair.split == name] for name in SPLITS}
+    references = {
+        name: [list(map(str, pair.completions)) for pair, _ in encoded if pair.split == name] for name in SPLITS
+    }
     responses = _responses(encoded, tokenizer, config)
     model = initial(config, tokenizer)
     with sampling.progress_bar() as bar:
@@ -220,11 +224,11 @@ Response = tuple[list[int], list[int]]
 
 
 def _responses(
-    encoded: Sequence[tuple[Pair, list[int]]], tokenizer: PreTrainedTokenizerBase, config: TranslationConfig
+    encoded: Sequence[tuple[Example, list[int]]], tokenizer: PreTrainedTokenizerBase, config: TranslationConfig
 ) -> list[Response]:
     """Prompt and first reference of the training pairs, which ends in EOS."""
     rows = [(pair, ids) for pair, ids in encoded if pair.split == "train"]
-    targets = tokenizer([pair.references[0] for pair, _ in rows])["input_ids"]
+    targets = tokenizer([pair.text for pair, _ in rows])["input_ids"]
     made = [(ids, [*target, tokenizer.eos_token_id]) for (_, ids), target in zip(rows, targets, strict=True)]
     found = [(prompt, target) for prompt, target in made if len(target) <= config.max_new_tokens]
     if not found:

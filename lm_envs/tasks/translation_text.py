@@ -3,66 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_envs.data.jsonl import read_jsonl
-from lm_envs.data.splits import SPLITS, SplitColumn, divide
+from lm_envs.data.conventions import Example
+from lm_envs.data.dataset import Examples
+from lm_envs.data.splits import divide
 from lm_envs.reward.metrics import SentenceBLEU
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One source text.
-
-    Attributes:
-        prompt: the source, with each run of white space as one space.
-        references: its translations, likewise; one or more.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-    """
-
-    prompt: str
-    references: tuple[str, ...]
-    split: str
-
-
-def read_pairs(path: str | Path) -> list[Pair]:
-    """Read a JSONL file of rows with ``prompt``, ``reference`` (a text, or a list of them) and perhaps ``split``.
+def read_parallel(path: str | Path) -> list[Example]:
+    """Read rows with ``prompt``, ``reference`` (a text, or a list of them) and perhaps ``split``, of any source, as
+    examples with the references as completions; each run of white space becomes one space.
 
     A prompt that occurs again counts once, with all its references. Splits that no row names are divided off by
     :func:`~lm_envs.data.splits.divide`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a malformed row (the message names file and line), or a split without pairs.
+        ValueError: a malformed row (the message names file and line), or a split without prompts.
     """
-    splits, found = SplitColumn(), []
+    found: list[tuple[str, str]] = []
     references: dict[str, dict[str, None]] = {}
-    for line, row in read_jsonl(path):
-        where = f"{path}, line {line}"
-        prompt = _text(row.get("prompt"), "prompt", where)
-        given = row.get("reference")
-        several = given if isinstance(given, list) and given else [given]
-        references.setdefault(prompt, {}).update({_text(text, "reference", where): None for text in several})
-        found.append((prompt, splits.read(row, where)))
-    pairs = [Pair(prompt, tuple(references[prompt]), split) for prompt, split in divide(found).items()]
-    for name in SPLITS:
-        if not any(pair.split == name for pair in pairs):
-            raise ValueError(f"{path}: {len(pairs)} different prompts leave none for {name}: give more of them")
-    return pairs
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: '{name}' must be a string, not {value!r}")
-    text = " ".join(value.split())
-    if not text:
-        raise ValueError(f"{where}: '{name}' is empty")
-    return text
+    for example in Examples(path, "parallel"):
+        prompt, *texts = (" ".join(str(text).split()) for text in (example.prompt, *example.completions))
+        references.setdefault(prompt, {}).update(dict.fromkeys(texts))
+        found.append((prompt, example.split))
+    return [Example(prompt, tuple(references[prompt]), split=split) for prompt, split in divide(found, path).items()]
 
 
 class CorpusBLEU(SentenceBLEU):

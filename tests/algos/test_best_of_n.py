@@ -44,7 +44,7 @@ def test_frequencies_follow_the_formula():
     rank = {word: i for i, word in enumerate(["c", "<eos>", "a", "h", "b", "f", "g", "d", "i", "e"])}
 
     def reward(completions, **_):
-        return [float(rank[text or "<eos>"]) for text in completions]
+        return [float(rank[text.strip() or "<eos>"]) for text in completions]
 
     env, policy, best = make(3, reward=reward, max_new_tokens=1, prompts={"train": [[1, 2]]})
     probability = torch.softmax(policy.model(input_ids=torch.tensor([[1, 2]])).logits[0, -1], 0).numpy()

@@ -33,7 +33,7 @@ def test_the_policy_is_paid_by_the_rounds_reward_model():
     paid = env.mdp.score(traj.prompt.numpy(), traj.response.numpy()).sum(1)
     torch.testing.assert_close(traj.score, torch.from_numpy(paid))
     theirs = batches.learned_task().reward
-    texts = env.mdp.texts(traj.prompt.numpy()), env.mdp.texts(traj.response.numpy())
+    texts = env.mdp.texts(traj.prompt.numpy(), traj.response.numpy())
     assert not torch.allclose(traj.score, torch.tensor(theirs(*texts)).double(), atol=1e-2)
 
 

@@ -87,7 +87,7 @@ def test_a_damaged_entry_is_made_again(damage, caplog):
         (entry / files.MANIFEST).write_text('{"files": ')
     else:
         (entry / files.MANIFEST).unlink()
-    assert not files.is_intact(entry)
+    assert files.damaged(entry) is not None
     assert files.cached("things", {}, build) == entry
     assert content(entry) == "made" and build.calls == 2
     assert "damaged" in caplog.text
@@ -144,11 +144,11 @@ def test_an_entry_is_not_there_before_it_is_whole(tmp_path):
     seen = []
 
     def build(folder):
-        seen.append(files.is_intact(files.cache_root() / "things" / files.key_of({})))
+        seen.append(files.damaged(files.cache_root() / "things" / files.key_of({})) is None)
         seen.append(folder.parent == files.cache_root() / "things")  # the rename stays within one file system
         Builder()(folder)
 
-    assert files.is_intact(files.cached("things", {}, build))
+    assert files.damaged(files.cached("things", {}, build)) is None
     assert seen == [False, True]
 
 

@@ -5,13 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from lm_envs.algos import registry
 from lm_envs.algos.engine.agent import learn
-from lm_envs.algos.engine.comparisons import annotated_pairs, preferences, ranks_of, winners
+from lm_envs.algos.engine.comparisons import PreferenceConfig, annotated_pairs, preferences, ranks_of, winners
 from lm_envs.algos.online_dpo import extremes
 from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.algos.ops.preference_losses import dpo_loss, plackett_luce_loss
+from lm_envs.tasks import load
+from lm_envs.tasks.reviews import FOLDER
 from lm_envs.training import bradley_terry_loss
 from tests import tiny
 from tests.algos import batches
@@ -233,6 +236,27 @@ def test_annotated_pairs_follow_the_judge():
     turned = annotated_pairs(task, 400, 1.0, seed=1)  # every choice is recorded the wrong way round
     assert right > 0.6 and torch.equal(turned.rank, 1 - data.rank)
     assert torch.equal(annotated_pairs(task, 400, 0.0, seed=1).rank, data.rank)
+
+
+def test_annotators_choose_between_the_pairs_that_a_task_comes_with():
+    pairs = [([2, 3], [2, 2, 0], [3, 0]), ([1], [3, 3, 3, 3, 3, 3], [2, 0]), ([5], [2, 0], [3, 0])]
+    task = tiny.task(pairs=pairs)  # token 2 is "b", worth 1, and 3 is "c", worth -1
+    data = annotated_pairs(task, 2, 0.0, seed=1)
+    assert [row[row >= 0].tolist() for row in data.prompt] == [[2, 3], [2, 3], [1], [1]]
+    assert [row[row >= 0].tolist() for row in data.response] == [[2, 2, 0], [3, 0], [3, 3, 3, 3, 3, 3], [2, 0]]
+    assert data.group.tolist() == [0, 0, 1, 1] and data.rank.tolist() == [0, 1, 1, 0]
+    assert annotated_pairs(task, 2, 1.0, seed=1).rank.tolist() == [1, 0, 0, 1]
+    more = annotated_pairs(task, 4, 0.0, seed=1)  # sampled, as for a task that comes with fewer
+    assert torch.equal(more.response, annotated_pairs(tiny.task(), 4, 0.0, seed=1).response)
+
+
+def test_reviews_default_annotations_are_those_its_reward_model_learned_from():
+    preferred = load_file(FOLDER / "data.safetensors")["preferred"].astype(bool)
+    task = load("reviews")
+    assert torch.equal(annotated_pairs(task, 8192, 0.25, seed=0).rank, ranks_of(preferred))
+    assert torch.equal(annotated_pairs(task, 100, 0.25, seed=0).rank, ranks_of(preferred[:100]))
+    other = annotated_pairs(task, 8192, 0.25, seed=1)
+    assert (other.rank != ranks_of(preferred)).any() and PreferenceConfig().flip == 0.25
 
 
 def test_ranks_and_winners_by_hand():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.run import one_run
+from lm_envs.benchmarks.run.data_problem import DataProblem, DataSpec
 from lm_envs.model import loading
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import left_pad
@@ -314,3 +316,74 @@ def test_what_does_not_fit_is_refused_before_training(folder, tmp_path, capsys):
     (tmp_path / "out" / "mine.txt").write_text("x")
     assert "'mine.txt'" in refused(capsys, "sft", "--model", model, "--data", data, *out)
     assert "say what to train on" in refused(capsys, "train", "--algorithm", "ppo", *out)
+
+
+# Keys are contents
+
+
+def packed_tokens(out: Path) -> bytes:
+    return (out / "data" / "tokens.bin").read_bytes()
+
+
+def test_a_corrected_file_is_read_again(folder, tmp_path):
+    """Tokenised data of the same name, size and settings, which a run left that ended before its first iteration."""
+    text = (folder / "demonstrations.jsonl").read_text()
+    data, out = tmp_path / "d.jsonl", tmp_path / "out"
+    ends = []
+    for content in (text, text.replace("bird", "fish"), text):
+        data.write_text(content)
+        problem = DataProblem(DataSpec("sft", str(folder / "model"), str(data)), out)
+        ends.append((packed_tokens(out), problem.settings()["data"]["made_from"]["data"]))
+    assert ends[0] == ends[2] and ends[0][0] != ends[1][0] and ends[0][1] != ends[1][1]
+    written = (out / "data" / "tokens.bin").stat().st_mtime_ns
+    moved = shutil.copytree(folder / "model", tmp_path / "model")  # the same contents under another name
+    copied = shutil.copy(data, tmp_path / "e.jsonl")
+    DataProblem(DataSpec("sft", str(moved), str(copied)), out)
+    assert (out / "data" / "tokens.bin").stat().st_mtime_ns == written
+    # another template, a damaged file: made again
+    tokenizer = AutoTokenizer.from_pretrained(moved)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(moved)
+    DataProblem(DataSpec("sft", str(moved), str(copied)), out)
+    assert (out / "data" / "tokens.bin").stat().st_mtime_ns > written and packed_tokens(out) == ends[0][0]
+    broken = bytearray(ends[0][0])
+    broken[40] ^= 1
+    (out / "data" / "tokens.bin").write_bytes(broken)
+    DataProblem(DataSpec("sft", str(moved), str(copied)), out)
+    assert packed_tokens(out) == ends[0][0]
+
+
+def test_a_run_is_not_resumed_on_other_contents(folder, tmp_path, capsys):
+    data, out = Path(shutil.copy(folder / "demonstrations.jsonl", tmp_path / "d.jsonl")), tmp_path / "out"
+    learn("sft", folder / "model", data, out)
+    (out / "result.json").unlink()  # as if it had been killed before
+    text, again = data.read_text(), ("sft", "--model", folder / "model", "--data", data, "--out", out, "--resume")
+    again = (*again, "--learning-rate", 1e-2, "--epochs", 2)
+    data.write_text(text.replace("bird", "fish"))
+    assert f"{out} was trained on other contents (of the data)" in refused(capsys, *again)
+    data.write_text(text)
+    assert run(*again, "--threads", 1) == 0 and (out / "result.json").exists()
+
+
+def test_kept_log_probabilities_are_those_of_the_references_weights(folder, tmp_path):
+    """A model folder that was trained on in between: DPO starts at log 2 all the same."""
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    spec = DataSpec("dpo", str(model), str(folder / "preferences.jsonl"), held_out=0.2)
+    for seed in (0, 7, 7):
+        byo.llama(len(byo.byte_level_bpe()), seed=seed).save_pretrained(model)
+        problem = DataProblem(spec, tmp_path / "out")
+        assert problem.validate()[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    kept = sorted((tmp_path / "out" / "data").glob("reference-*/logprob.bin"))
+    assert len(kept) == 2
+    for path in kept:  # of the right size, and damaged
+        path.write_bytes(b"\0" * path.stat().st_size)
+    assert DataProblem(spec, tmp_path / "out").validate()[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_completions_that_are_labelled_as_not_wanted(folder, tmp_path, capsys):
+    rows = [{"prompt": f"the cat {i}", "completion": " hid", "label": i % 2 == 0} for i in range(20)]
+    learn("sft", folder / "model", byo.write_jsonl(tmp_path / "k.jsonl", rows), tmp_path / "out")
+    assert "10 rows left out: their label says that the completion is not wanted" in capsys.readouterr().err
+    data = byo.write_jsonl(tmp_path / "f.jsonl", [row | {"label": False} for row in rows])
+    arguments = ("sft", "--model", folder / "model", "--data", data, "--out", tmp_path / "none")
+    assert "none of 20 rows is usable; 20 are labelled as not wanted" in refused(capsys, *arguments)

@@ -38,7 +38,7 @@ def reference(env):
 
 def test_every_prompt_is_answered_once_in_order(env, reference):
     found = sample_policy(env, reference, None, seed=0)
-    assert found.prompt == env.mdp.texts(env.mdp.start(0, np.arange(len(env.mdp.prompts))))
+    assert found.prompt == env.mdp.codec.decode(env.mdp.prompts, [[]] * len(env.mdp.prompts))[0]
     assert len(set(found.prompt)) == len(env.mdp.prompts) == 21
     assert sample_policy(env, reference, 5, seed=0).response == found.response[:5]
 

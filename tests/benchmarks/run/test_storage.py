@@ -56,6 +56,16 @@ def test_records_survive_a_cut_line_and_forget_what_is_not_wanted(tmp_path):
     assert [r["iteration"] for r in records.read()] == [0, 1, 2, 3]
 
 
+def test_no_letter_but_a_newline_ends_a_record(tmp_path):
+    """What JSON leaves unescaped and str.splitlines takes for the end of a line."""
+    records = Records(tmp_path / "samples.jsonl")
+    said = [{"iteration": i, "prompt": f"a{letter}b"} for i, letter in enumerate("\u2028\u2029\x85\r\n\x0b\x1e")]
+    records.append(*said)
+    assert records.read() == said
+    records.keep(lambda record: record["iteration"] > 1)
+    assert records.read() == said[2:]
+
+
 def test_a_record_damaged_in_the_middle_is_an_error_with_its_line(tmp_path):
     records = Records(tmp_path / "m.jsonl")
     records.path.write_text('{"iteration": 0}\n{oops}\n{"iteration": 2}\n')

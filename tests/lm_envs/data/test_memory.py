@@ -18,20 +18,20 @@ import itertools, json, resource, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from lm_envs.algos.engine.comparisons import Comparisons
-from lm_envs.algos.engine.stored import StoredData
-from lm_envs.data.dataset import Data
-from lm_envs.data.packed import Packed, pack
+from lm_envs.data.dataset import Examples
+from lm_envs.data.packed import PackedExamples, pack
 from lm_envs.data.tokenizing import tokenise
+from lm_envs.model.text import Codec
 
 folder, on_bad = Path(sys.argv[1]), sys.argv[2]
-tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+codec = Codec(AutoTokenizer.from_pretrained(folder / "model"))
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
 
 def packed(name, **options):
-    data = Data(folder / "preferences.jsonl", **options)
-    pack(tokenise(data, tokenizer, data.rejected), folder / name, dict)
+    data = Examples(folder / "preferences.jsonl", **options)
+    pack(tokenise(data, codec, data.rejected), folder / name, dict)
     return data
 
 found = {}
@@ -39,16 +39,16 @@ packed("warm", max_rows=2000)
 found["start"] = peak()
 data = packed(on_bad, on_bad=on_bad)
 found["tokenised"] = peak()
-rows = Packed(folder / on_bad)
+rows = PackedExamples(folder / on_bad, preferences=True)
 train, held = rows.divide(0.05)
-comparisons = Comparisons("test", StoredData(rows, train, True))
+comparisons = Comparisons("test", train)
 tokens = 0
 for batch in itertools.islice(comparisons.batches(64, 0, 0), 300):
     tokens += int(batch.mask.sum())
 found["learned"] = peak()
-kept = list(tokenise(Data(folder / "preferences.jsonl", max_rows=20_000), tokenizer, data.rejected))  # the other way
+kept = list(tokenise(Examples(folder / "preferences.jsonl", max_rows=20_000), codec, data.rejected))  # the other way
 found["kept"] = peak()
-found |= {"read": data.read, "rows": len(rows), "tokens": tokens, "length": int(rows.rows[0, :2].sum())}
+found |= {"read": data.read, "rows": len(rows), "tokens": tokens, "length": int(rows.table[0, :2].sum())}
 found["bad"] = [[bad.where, bad.reason] for bad in data.rejected.rows]
 print(json.dumps(found))
 """

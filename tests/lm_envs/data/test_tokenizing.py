@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lm_envs.data.conventions import Example
-from lm_envs.data.dataset import Data, Item, Rejected
-from lm_envs.data.packed import Packed, info_of, pack
-from lm_envs.data.tokenizing import as_read, prompt_ids, tokenise
+from lm_envs.data.dataset import Examples, Rejected
+from lm_envs.data.packed import PackedExamples, info_of, pack
+from lm_envs.data.tokenizing import tokenise
 from lm_envs.model.chat import render_messages, split_answer
+from lm_envs.model.text import Codec
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks.custom_prompts import by_split, encode_prompts, read_prompts
 from tests.lm_envs import byo
@@ -37,8 +39,8 @@ def chat():
     return tokenizer
 
 
-def items(*examples: Example) -> list[Item]:
-    return [Item(example, f"line {i}") for i, example in enumerate(examples, 1)]
+def items(*examples: Example) -> list[Example]:
+    return [replace(example, where=f"line {i}") for i, example in enumerate(examples, 1)]
 
 
 def rejected(on_bad: str = "raise") -> Rejected:
@@ -46,7 +48,7 @@ def rejected(on_bad: str = "raise") -> Rejected:
 
 
 def encoded(tokenizer, *examples, **options):
-    return list(tokenise(items(*examples), tokenizer, rejected(), **options))
+    return list(tokenise(items(*examples), Codec(tokenizer), rejected(), **options))
 
 
 def test_prompt_and_completion_are_the_ids_of_their_joined_text_and_an_eos(plain):
@@ -90,7 +92,7 @@ def test_what_makes_no_tokens_or_too_many_is_a_bad_row(plain):
     with pytest.raises(ValueError, match=r"f.jsonl, line 2: a completion is empty"):
         encoded(plain, *examples)
     said = rejected("skip")
-    assert len(list(tokenise(items(*examples), plain, said, max_length=8))) == 1
+    assert len(list(tokenise(items(*examples), Codec(plain), said, max_length=8))) == 1
     assert [bad.where for bad in said.rows] == ["line 2", "line 3"] and "more than the 8 that fit" in said.rows[
         1
     ].reason
@@ -109,14 +111,14 @@ def test_messages_are_written_by_the_template(chat):
     # no second <s>, the turn's end is the EOS, and the line break behind it can never be written
     assert found.prompt == chat("user\nthe old cat</s>\n<s>assistant\n")["input_ids"]
     assert [chat.decode(ids) for ids in found.completions] == ["ate a fish .</s>", "hid</s>"]
-    assert prompt_ids(chat, [[USER], "the"]) == [found.prompt, chat("the")["input_ids"]]
+    assert [Codec(chat).encode(prompt)[0] for prompt in ([USER], "the")] == [found.prompt, chat("the")["input_ids"]]
 
 
 def test_no_template_is_said_with_what_to_do(plain):
     for call in (
         lambda: render_messages(plain, [USER], True),
         lambda: encoded(plain, Example([USER], ([SAID],))),
-        lambda: prompt_ids(plain, [[USER]]),
+        lambda: Codec(plain).encode([USER]),
     ):
         with pytest.raises(ValueError, match="no chat template.*set tokenizer.chat_template"):
             call()
@@ -129,7 +131,7 @@ def test_what_the_template_refuses_is_a_bad_row():
     )
     said = rejected("skip")
     system = {"role": "system", "content": "be kind"}
-    found = list(tokenise(items(Example([system], ([SAID],)), Example([USER], ([SAID],))), tokenizer, said))
+    found = list(tokenise(items(Example([system], ([SAID],)), Example([USER], ([SAID],))), Codec(tokenizer), said))
     assert (
         len(found) == 1 and [bad.where for bad in said.rows] == ["line 1"] and "users come first" in said.rows[0].reason
     )
@@ -138,14 +140,18 @@ def test_what_the_template_refuses_is_a_bad_row():
 def test_a_reward_model_is_trained_on_what_it_will_read(plain, chat):
     """The same ids as the reward makes of prompt and completion in training."""
     reward = LearnedReward(byo.bert(len(plain)), plain)
-    (found,) = as_read(items(Example("the old cat", (" hid", " ate"), (0, 1))), plain, rejected(), append_eos=True)
+    (found,) = tokenise(
+        items(Example("the old cat", (" hid", " ate"), (0, 1))), Codec(plain), rejected(), reward_eos=True
+    )
     assert found.completions == [[*plain(text)["input_ids"], 1] for text in ("the old cat hid", "the old cat ate")]
-    (found,) = as_read(items(Example("the old cat", (" hid", " ate"), (0, 1))), plain, rejected(), append_eos=False)
+    (found,) = tokenise(
+        items(Example("the old cat", (" hid", " ate"), (0, 1))), Codec(plain), rejected(), reward_eos=False
+    )
     assert found.completions[0] == reward.encode("the old cat hid", stopped=True)  # an encoder's text has no EOS
     # chats: the policy's ids of prompt and response decoded without special tokens, as the env does
     (policy,) = encoded(chat, Example([USER], ([SAID],)))
     texts = chat.batch_decode([policy.prompt, policy.completions[0]], skip_special_tokens=True)
-    (found,) = as_read(items(Example([USER], ([SAID],))), chat, rejected(), append_eos=True)
+    (found,) = tokenise(items(Example([USER], ([SAID],))), Codec(chat), rejected(), reward_eos=True)
     assert chat.decode(found.completions[0]).rstrip("</s>").strip() == ("<s>" + "".join(texts)).strip()
 
 
@@ -154,11 +160,11 @@ def test_prompts_of_a_task_may_be_messages_of_a_csv_file(chat, plain, tmp_path):
     cell = json.dumps([USER]).replace('"', '""')
     path.write_text(f'prompt,split\n"{cell}",train\nthe cat,validation\na fish,test\n')
     prompts = read_prompts(path)
-    found = by_split(encode_prompts(prompts, chat, 4, [], Rejected(path, "raise")))
+    found = by_split(encode_prompts(prompts, Codec(chat), 4, [], Rejected(path, "raise")))
     assert found["train"] == [chat("user\nthe old cat</s>\n<s>assistant\n")["input_ids"]]
     assert found["test"] == [chat("a fish")["input_ids"]]
     with pytest.raises(ValueError, match="no chat template"):
-        encode_prompts(prompts, plain, 4, [], Rejected(path, "skip"))
+        encode_prompts(prompts, Codec(plain), 4, [], Rejected(path, "skip"))
 
 
 # On disk
@@ -166,10 +172,10 @@ def test_prompts_of_a_task_may_be_messages_of_a_csv_file(chat, plain, tmp_path):
 
 def test_what_is_packed_is_read_back(plain, tmp_path):
     rows = [{"prompt": text[:9], "completions": [text[9:], " hid", " saw"], "ranks": [2, 1, 1]} for text in byo.TEXTS]
-    data = Data(byo.write_jsonl(tmp_path / "p.jsonl", rows))
-    expected = list(tokenise(data, plain, data.rejected))
-    pack(tokenise(data, plain, data.rejected), tmp_path / "packed", lambda: {"rows": data.read})
-    packed = Packed(tmp_path / "packed")
+    data = Examples(byo.write_jsonl(tmp_path / "p.jsonl", rows))
+    expected = list(tokenise(data, Codec(plain), data.rejected))
+    pack(tokenise(data, Codec(plain), data.rejected), tmp_path / "packed", lambda: {"rows": data.read})
+    packed = PackedExamples(tmp_path / "packed")
     assert info_of(tmp_path / "packed") == {"rows": 12} and len(packed) == 36
     flat = [(found.prompt, ids) for found in expected for ids in found.completions]
     assert [(p.tolist(), r.tolist()) for p, r in map(packed.read, range(36))] == flat
@@ -177,22 +183,23 @@ def test_what_is_packed_is_read_back(plain, tmp_path):
     assert packed.column("rank").tolist() == [1, 0, 0] * 12
     (tmp_path / "packed" / "tokens.bin").write_bytes(b"1234")
     with pytest.raises(ValueError, match="is damaged"):
-        Packed(tmp_path / "packed")
+        PackedExamples(tmp_path / "packed")
 
 
 def test_held_out_rows_are_whole_prompts_and_do_not_depend_on_the_order(plain, tmp_path):
     rows = [{"prompt": f"the {i % 20}", "completion": f" cat {i}"} for i in range(60)]
 
-    def held(rows):
-        data = Data(byo.write_jsonl(tmp_path / "p.jsonl", rows))
-        pack(tokenise(data, plain, data.rejected), tmp_path / "packed", dict)
-        packed = Packed(tmp_path / "packed")
-        train, out = packed.divide(0.1)
-        assert sorted([*train, *out]) == list(range(60))
-        return {rows[i]["prompt"] for i in out}, {rows[i]["prompt"] for i in train}
+    def held(rows, share=0.1):
+        data = Examples(byo.write_jsonl(tmp_path / "p.jsonl", rows))
+        pack(tokenise(data, Codec(plain), data.rejected), tmp_path / "packed", dict)
+        train, out = PackedExamples(tmp_path / "packed").divide(share)
+        parts = [part.column("group") for part in (out, train)]
+        assert sorted(np.concatenate(parts)) == list(range(60))
+        return tuple({rows[i]["prompt"] for i in part} for part in parts)
 
     out, train = held(rows)
     assert len(out) == 2 and not out & train
+    assert len(held(rows, 0.9999)[1]) == 1 and not held(rows, 0.0)[0]
     assert held(rows[::-1])[0] == out
     split = [row | {"split": "test" if i < 7 else "train"} for i, row in enumerate(rows)]
     assert held(split)[0] == {f"the {i}" for i in range(7)}

@@ -39,7 +39,7 @@ def test_rewards_are_score_minus_reported_kl():
     expected[-1] += 3 - 1  # three b, one c, on the EOS
     np.testing.assert_allclose(rewards, expected, atol=1e-12)
     lm = info["lm"]
-    assert lm["score"] == 2 and lm["finish_reason"] == "stop" and lm["response"] == "b c b b"
+    assert lm["score"] == 2 and lm["finish_reason"] == "stop" and lm["response"] == " b c b b"  # behind the prompt
     assert lm["kl"] == pytest.approx(np.sum(logprobs) - reference.sum())
     np.testing.assert_allclose(lm["ref_logprob"][:5], reference, atol=1e-12)
     assert set(info) == {"lm"}  # info["episode"] belongs to the wrappers
@@ -161,7 +161,7 @@ def drive(env, mode, steps=40):
                 assert (obs[row, env.mdp.prompt_length :] == -1).all()
             else:
                 final, lm = obs[row], info["lm"]
-            assert lm["response"][row] == env.mdp.texts(final[None, env.mdp.prompt_length :])[0]
+            assert lm["response"][row] == env.mdp.texts(*np.split(final[None], [env.mdp.prompt_length], axis=1))[1][0]
             finals.append(final.tolist())
         assert ((obs != before).any(axis=1) | done | waiting).all()
     return finals

@@ -8,12 +8,12 @@ import torch
 
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
-from lm_envs.data.tokenizing import prompt_ids
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv, cut_after_eos
 from lm_envs.exact.solver import Exact
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.endings import end_of_turn, eos_tokens
+from lm_envs.model.text import Codec
 from lm_envs.tasks import load
 from tests import tiny
 from tests.lm_envs import byo
@@ -78,19 +78,22 @@ def test_eos_are_the_tokenizers_the_turns_and_the_configs():
 def test_one_bos():
     made = tokenizer(LLAMA3, "<|h|>", "<|/h|>", "<|eot|>")
     bos = made.bos_token_id
-    plain, twice = prompt_ids(made, ["the cat", "<s>the cat"])
+
+    def ids(prompt):
+        return Codec(made).encode(prompt)[0]
+
+    plain, twice = ids("the cat"), ids("<s>the cat")
     assert plain == twice and plain.count(bos) == 1 and plain[0] == bos
-    (rendered,) = prompt_ids(made, [CHAT])
+    rendered = ids(CHAT)
     known = made.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     assert rendered == known and rendered.count(bos) == 1
     made.chat_template = CHATML  # a template without a BOS means it
-    assert bos not in prompt_ids(made, [CHAT])[0]
+    assert bos not in ids(CHAT)
     made.chat_template = WITH_EOS  # the end that a template writes stays: it is not ours
     turns = [*CHAT, {"role": "assistant", "content": "hid"}, *CHAT]
     known = made.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-    assert prompt_ids(made, [turns]) == [known] and made.eos_token_id in known
-    assert prompt_ids(made, ["the cat</s>"]) == [plain] and prompt_ids(made, []) == []
-    assert prompt_ids(made, ["the cat</s>"], keep_eos=True) == [[*plain, made.eos_token_id]]
+    assert ids(turns) == known and made.eos_token_id in known
+    assert ids("the cat</s>") == [*plain, made.eos_token_id]  # written in the text: the end of a turn
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lm_envs.data.dataset import Data
+from lm_envs.data.dataset import Examples
 from lm_envs.model import hub, loading
 from lm_envs.reward.initial import reward_start
 from lm_envs.reward.learned import load_reward_model
@@ -67,7 +67,7 @@ def test_names_that_the_hub_cannot_have_are_not_asked_for(asked):
 def test_data_sets_too(asked):
     pytest.importorskip("datasets")
     with pytest.raises(ValueError, match="no such file or folder here, and the hub .* cannot be reached: .*give a fil"):
-        Data("some-owner/some-name")
+        Examples("some-owner/some-name")
     assert len(asked) == 1 and b"/datasets/some-owner/some-name/" in asked[0]
 
 

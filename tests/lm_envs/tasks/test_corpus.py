@@ -92,10 +92,10 @@ def message_of(call, kind: type[Exception] = ValueError) -> str:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('{"text": "a b", "label": 2}', "'label' must be 0 or 1, not 2"),
-        ('{"text": "a b", "label": "pos"}', "'label' must be 0 or 1, not 'pos'"),
-        ('{"text": "a b"}', "'label' must be 0 or 1, and there is none"),
-        ('{"label": 1}', "'text' must be a string, and there is none"),
+        ('{"text": "a b", "label": 2}', "'label' must be 0 or 1, or false or true, not 2"),
+        ('{"text": "a b", "label": "pos"}', "'label' must be 0 or 1, or false or true, not 'pos'"),
+        ('{"text": "a b"}', "there is no 'label' here"),
+        ('{"label": 1}', "there is no 'text' here"),
         ('{"text": " ", "label": 1}', "'text' is empty"),
         ('{"text": "a b", "label": 1, "split": "train"}', "a 'split' here, unlike before"),
         ('{"text": "a b", "label": 1', "not JSON"),
@@ -209,7 +209,7 @@ def test_it_is_an_environment(task):
     env = TextVectorEnv(task, num_envs=8)
     traj = rollout(env, LMPolicy.for_mdp(env.mdp, task.reference), episodes=64, seed=0)
     assert abs(float(traj.score.mean())) < 0.5 and 0.5 < float(traj.score.std()) < 1.5  # in units of the reference's
-    judged = task.judge(env.mdp.texts(traj.prompt.numpy()), env.mdp.texts(traj.response.numpy()))
+    judged = task.judge(*env.mdp.texts(traj.prompt.numpy(), traj.response.numpy()))
     assert 0 < min(judged) < task.stats["judge_threshold"] < max(judged) < 1
 
 

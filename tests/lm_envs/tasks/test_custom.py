@@ -128,7 +128,7 @@ def test_a_reference_of_its_own(folders, tmp_path):
 def test_split_column(folders, tmp_path):
     rows = [{"prompt": f"p {i}", "split": split} for i, split in enumerate(["train", "dev", "test", "train"])]
     prompts = read_prompts(byo.write_jsonl(tmp_path / "p.jsonl", [*rows, {"prompt": "p 0", "split": "test"}]))
-    assert [(p.text, p.split) for p in prompts] == [
+    assert [(p.prompt, p.split) for p in prompts] == [
         ("p 0", "test"),  # also among the training rows, so it is held out
         ("p 1", "validation"),
         ("p 2", "test"),
@@ -219,6 +219,23 @@ def test_policy_and_reference_of_different_vocabularies(folders, tmp_path):
     byo.llama(len(byo.byte_level_bpe()) + 8).save_pretrained(tmp_path / "reference")
     message = refused(folders, reference=str(tmp_path / "reference"))
     assert "one vocabulary" in message and str(tmp_path / "reference") in message
+
+
+def test_a_reference_of_another_vocabulary_of_equal_size(folders, tmp_path):
+    """It comes with a tokenizer whose words have other ids; other names of special tokens are no difference."""
+    text = (folders.root / "policy" / "tokenizer.json").read_text()
+    swapped = text.replace('"a":', '"?":').replace('"b":', '"a":').replace('"?":', '"b":')
+    for name, content in (("same", text), ("swapped", swapped), ("renamed", text.replace("</s>", "<|end|>"))):
+        folder = Path(shutil.copytree(folders.root / "policy", tmp_path / name))
+        (folder / "tokenizer.json").write_text(content)
+        if name == "renamed":
+            config = folder / "tokenizer_config.json"
+            config.write_text(config.read_text().replace("</s>", "<|end|>"))
+        if name == "swapped":
+            message = refused(folders, reference=str(folder))
+            assert "have different vocabularies: token 66 is 'a' and 'b'" in message and str(folder) in message
+        else:
+            assert load("custom", **folders.options, **QUICK, reference=str(folder)).reference is not None
 
 
 def test_tokenizer_larger_than_the_model(folders, tmp_path):

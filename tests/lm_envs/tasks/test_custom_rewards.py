@@ -56,7 +56,8 @@ def test_columns_of_the_file_reach_a_function_of_ones_own(folders):
     task = custom(folders, "MINE:known", judge="bleu")
     traj, env = sampled(task)
     numbers = {text[:-2]: i for i, text in enumerate(byo.TEXTS)}
-    assert traj.score.tolist() == [numbers[text] for text in env.mdp.texts(traj.prompt.numpy())]
+    prompts, _ = env.mdp.texts(traj.prompt.numpy(), traj.response.numpy())
+    assert traj.score.tolist() == [numbers[text] for text in prompts]
     assert task.judge.__name__ == "bleu" and task.stats == {}
     assert task.description.endswith("by known")
 
@@ -64,7 +65,7 @@ def test_columns_of_the_file_reach_a_function_of_ones_own(folders):
 def test_a_composition_is_summed_and_left_in_its_own_units(folders):
     task = custom(folders, "MINE:letters*2", "clip(MINE:known, 0, 1)", "bleu*0.5")
     traj, env = sampled(task)
-    texts = env.mdp.texts(traj.response.numpy())
+    texts = env.mdp.texts(traj.prompt.numpy(), traj.response.numpy())[1]
     numbers = [min(float(n), 1.0) for n in env.mdp.columns(traj.prompt.numpy())["number"]]
     base = [2 * sum(c.isalpha() for c in text) + n for text, n in zip(texts, numbers, strict=True)]
     extra = [s - b for s, b in zip(traj.score.tolist(), base, strict=True)]

@@ -92,7 +92,7 @@ def test_tables_that_are_given_are_what_the_environment_plays():
         assert terminated[0]
         info = infos["final_info"]["lm"]
         assert info["finish_reason"][0] == ("length" if len(text) == 3 else "stop")
-        assert info["response"][0] == " ".join("ab"[i] for i in text)
+        assert info["response"][0] == "".join(f" {'ab'[i]}" for i in text)  # behind the prompt
 
 
 def tasks_prompt(task, obs):

@@ -22,7 +22,7 @@ from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.reward.base import call_reward
 from lm_envs.tasks import load
 from lm_envs.tasks.translation import TranslationConfig, initial, make_tokenizer
-from lm_envs.tasks.translation_text import CorpusBLEU, _bleu, read_pairs
+from lm_envs.tasks.translation_text import CorpusBLEU, _bleu, read_parallel
 
 WORDS = {"one": "eins", "two": "zwei", "red": "rot", "blue": "blau", "dog": "Hund", "cat": "Katze", "sees": "sieht"}
 SMALL = dict(vocabulary=300, hidden=32, layers=1, heads=2, sft_epochs=8, sft_batch=128, prompt_tokens=24)
@@ -64,16 +64,16 @@ def write(tmp_path, *rows):
 def test_a_prompt_that_comes_again_has_several_references(tmp_path):
     rows = [{"prompt": f"text {i}", "reference": f"Text {i}"} for i in range(9)]
     more = [{"prompt": "text  3 ", "reference": ["Text 3", "der Text 3"]}]
-    pairs = {pair.prompt: pair for pair in read_pairs(write(tmp_path, *rows, *more))}
-    assert len(pairs) == 9 and pairs["text 3"].references == ("Text 3", "der Text 3")
+    pairs = {pair.prompt: pair for pair in read_parallel(write(tmp_path, *rows, *more))}
+    assert len(pairs) == 9 and pairs["text 3"].completions == ("Text 3", "der Text 3")
     assert {pair.split for pair in pairs.values()} == {"train", "validation", "test"}
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"reference": "b"}, "line 2: 'prompt' must be a string, not None"),
-        ({"prompt": "a"}, "line 2: 'reference' must be a string, not None"),
+        ({"reference": "b"}, "line 2: there is no 'prompt' here"),
+        ({"prompt": "a"}, "line 2: there is no 'reference' here"),
         ({"prompt": "a", "reference": ["b", 3]}, "line 2: 'reference' must be a string, not 3"),
         ({"prompt": "a", "reference": "  "}, "line 2: 'reference' is empty"),
         ({"prompt": "a", "reference": "b", "split": "test"}, "line 2: a 'split' here"),
@@ -81,12 +81,12 @@ def test_a_prompt_that_comes_again_has_several_references(tmp_path):
 )
 def test_bad_rows_name_file_and_line(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
-        read_pairs(write(tmp_path, {"prompt": "x", "reference": "y"}, row))
+        read_parallel(write(tmp_path, {"prompt": "x", "reference": "y"}, row))
 
 
 def test_too_few_pairs(tmp_path):
-    with pytest.raises(ValueError, match="1 different prompts leave none for train"):
-        read_pairs(write(tmp_path, {"prompt": "x", "reference": "y"}))
+    with pytest.raises(ValueError, match="1 different texts leave none for train"):
+        read_parallel(write(tmp_path, {"prompt": "x", "reference": "y"}))
 
 
 # Rewards and figures
@@ -98,7 +98,7 @@ THEIRS = ["der Hund sah eine Katze", "drei rote Hunde", "ein Text"]
 
 def test_the_reward_is_sentence_bleu_against_the_prompts_own_references(task, path):
     """Out of 100, and the judge chrF; every split's references stand beside its prompts."""
-    known = {pair.prompt: list(pair.references) for pair in read_pairs(path)}
+    known = {pair.prompt: list(pair.completions) for pair in read_parallel(path)}
     for split, prompts in task.prompts.items():
         names = task.tokenizer.batch_decode(prompts, skip_special_tokens=True)
         assert task.columns_of(prompts) == {"reference": [known[name] for name in names]} == task.columns[split]

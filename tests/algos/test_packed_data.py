@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
 from lm_envs.algos.dpo import DPO, DPOConfig
 from lm_envs.algos.engine.comparisons import Comparisons
-from lm_envs.algos.engine.stored import StoredData
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.sft import SFT, SFTConfig
-from lm_envs.data.dataset import Data
-from lm_envs.data.packed import Packed, pack
+from lm_envs.data.dataset import Examples
+from lm_envs.data.packed import PackedExamples, pack
 from lm_envs.data.tokenizing import tokenise
+from lm_envs.model.text import Codec
 from lm_envs.trajectories import from_responses
 from tests.lm_envs import byo
 
@@ -26,18 +25,18 @@ def tokenizer():
 
 
 @pytest.fixture
-def packed(tokenizer, tmp_path) -> Packed:
+def packed(tokenizer, tmp_path) -> PackedExamples:
     rows = [
         {"prompt": text[: 5 + i], "completions": [" a fish .", " hid", " saw"][:k], "ranks": [1, 0, 2][:k]}
         for i, text in enumerate(byo.TEXTS)
         for k in [2 + i % 2]
     ]
-    data = Data(byo.write_jsonl(tmp_path / "p.jsonl", rows))
-    pack(tokenise(data, tokenizer, data.rejected), tmp_path / "packed", dict)
-    return Packed(tmp_path / "packed")
+    data = Examples(byo.write_jsonl(tmp_path / "p.jsonl", rows))
+    pack(tokenise(data, Codec(tokenizer), data.rejected), tmp_path / "packed", dict)
+    return PackedExamples(tmp_path / "packed", preferences=True)
 
 
-def in_memory(packed: Packed):
+def in_memory(packed: PackedExamples):
     prompts, responses = zip(*map(packed.read, range(len(packed))), strict=True)
     traj = from_responses(prompts, responses, max(map(len, prompts)), packed.column("group").tolist())
     traj.rank = torch.from_numpy(packed.column("rank").copy())
@@ -59,7 +58,7 @@ def learned(agent, iterations: int = 3) -> torch.Tensor:
 
 
 def test_rows_are_those_of_memory(packed):
-    stored, memory = StoredData(packed, np.arange(len(packed)), True), in_memory(packed)
+    stored, memory = packed, in_memory(packed)
     index = torch.tensor([5, 0, 17])
     mine, theirs = stored.select(index), memory.select(index).trim(prompt=True)
     for name in ("actions", "mask", "prompt", "response", "obs", "group", "rank", "terminated"):
@@ -74,7 +73,7 @@ def test_rows_are_those_of_memory(packed):
 
 def test_sft_learns_the_same(packed, tokenizer):
     ends = []
-    for data in (StoredData(packed, np.arange(len(packed)), False), in_memory(packed)):
+    for data in (PackedExamples(packed.folder), in_memory(packed)):
         ends.append(learned(SFT(policy(tokenizer), SFTConfig(episodes=8), data)))
     torch.testing.assert_close(ends[0], ends[1], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(ends[0], weights(SFT(policy(tokenizer), None, in_memory(packed))), atol=1e-5)
@@ -82,7 +81,7 @@ def test_sft_learns_the_same(packed, tokenizer):
 
 def test_dpo_learns_the_same_and_keeps_its_reference_on_disk(packed, tokenizer):
     config = DPOConfig(episodes=4, micro_batch=5)
-    stored = DPO(policy(tokenizer), config, StoredData(packed, np.arange(len(packed)), True))
+    stored = DPO(policy(tokenizer), config, packed)
     memory = DPO(policy(tokenizer), config, in_memory(packed))
     reference = memory._comparisons.data
     index = torch.tensor([3, 20, 1])
@@ -94,7 +93,7 @@ def test_dpo_learns_the_same_and_keeps_its_reference_on_disk(packed, tokenizer):
 
 def test_the_reference_is_the_policy_as_it_started_when_training_goes_on(packed, tokenizer):
     def data():
-        return StoredData(packed, np.arange(len(packed)), True)
+        return PackedExamples(packed.folder, preferences=True)
 
     config = DPOConfig(episodes=4, learning_rate=1e-2)
     whole = learned(DPO(policy(tokenizer), config, data()), 4)

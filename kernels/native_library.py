@@ -1,0 +1,129 @@
+"""A C file as a shared library: compiled once per machine, kept in a private folder, and checked before it is loaded.
+
+A library is code that runs with the user's rights, so one is loaded only from a folder and a file that the user owns
+and nobody else can write, and only if its SHA-256 is the one written beside it when it was compiled. Anything else is
+compiled again. Where no such folder can be had, the library is compiled into a temporary folder, which is removed as
+soon as the library is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+_log = logging.getLogger(__name__)
+_COMPILE_S = 120  # seconds that a compiler may take
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Unavailable(Exception):
+    """The library cannot be made here; the message says why."""
+
+
+def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+    """The library of a C file for this machine's processor.
+
+    Args:
+        source: the C file.
+        flags: the compiler's; ``$CC`` or the first of cc, gcc, clang is the compiler.
+
+    Raises:
+        Unavailable: there is no compiler, it fails, or what it made cannot be loaded.
+    """
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise Unavailable("no C compiler: none of cc, gcc and clang is there, and CC is not set")
+    made_for = "\n".join([source.read_text(), compiler, *flags, platform.machine(), _processor()])
+    name = f"{source.stem}-{hashlib.sha256(made_for.encode()).hexdigest()[:20]}.so"
+    try:
+        path = _private_folder() / name
+        if not _trusted(path):
+            with FileLock(path.with_suffix(".lock")):  # of several processes, one compiles
+                if not _trusted(path):
+                    if path.exists():
+                        _log.warning("%s is damaged or not ours: compiling it again", path)
+                    _compile(compiler, flags, source, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # no private folder, a full disk, no locks, or a library that does not load
+        _log.info("no native library is kept: %s", error)
+    with tempfile.TemporaryDirectory(prefix="lm-envs-native-") as folder:
+        path = Path(folder) / name
+        try:
+            _compile(compiler, flags, source, path)
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise Unavailable(str(error)) from None
+
+
+def _private_folder() -> Path:
+    """``native`` in ``$LM_ENVS_CACHE``, else in the user's cache folder.
+
+    Raises:
+        OSError: it cannot be made or written, is another user's, or others can write it.
+    """
+    root = os.environ.get("LM_ENVS_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm-envs"
+    folder = base.expanduser().absolute() / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.is_symlink() or not _ours(folder.stat()) or not os.access(folder, os.W_OK):
+        raise OSError(f"{folder} is not a folder that this user alone can write")
+    return folder
+
+
+def _ours(status: os.stat_result) -> bool:
+    """Whether this user owns it and nobody else can write it."""
+    return status.st_uid == os.getuid() and not status.st_mode & _OTHERS_WRITE
+
+
+def _trusted(path: Path) -> bool:
+    """Whether the library is there, ours, and to the byte what was compiled."""
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or not _ours(status):
+            return False
+        return path.with_suffix(".sha256").read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False
+
+
+def _compile(compiler: str, flags: Sequence[str], source: Path, path: Path) -> None:
+    errors = ""
+    for tuning in (["-march=native"], ["-mcpu=native"], []):  # not every compiler knows the first
+        handle, made = tempfile.mkstemp(suffix=".so", prefix=".tmp-", dir=path.parent)  # mode 0600
+        os.close(handle)
+        try:
+            command = [*compiler.split(), *flags, *tuning, "-o", made, str(source), "-lm"]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S)
+            if run.returncode == 0:
+                os.chmod(made, 0o700)
+                path.with_suffix(".sha256").write_text(hashlib.sha256(Path(made).read_bytes()).hexdigest())
+                os.replace(made, path)  # whole or not at all
+                return
+        except subprocess.TimeoutExpired as error:
+            raise Unavailable(f"{compiler}: {error}") from None
+        except FileNotFoundError as error:  # the compiler itself
+            raise Unavailable(f"{compiler}: {error}") from None
+        finally:
+            Path(made).unlink(missing_ok=True)
+        errors = run.stderr.strip().split("\n")[0] if run.stderr.strip() else f"exit status {run.returncode}"
+    raise Unavailable(f"{compiler}: {errors}")
+
+
+def _processor() -> str:
+    """What tells processors with different instructions apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())

@@ -1,0 +1,161 @@
+"""Where text becomes token ids, and token ids become text: the same for environments, fine-tuning, preferences, reward
+models and evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lm_envs.model.chat import BadExample, Text, render_messages, split_answer
+from lm_envs.model.encoder_decoder import is_encoder_decoder
+from lm_envs.model.endings import eos_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What a completion is put behind to see how it is written inside a text, where it cannot be seen behind its prompt.
+_ANCHORS = ("", "\n", ".", ":", "a", "0", "(", "x")
+
+
+class Codec:
+    """The ids of prompts and completions, and the texts of prompts and responses.
+
+    A prompt of text gets what the tokenizer puts before and behind it, except an EOS behind; special tokens that are
+    written in it are read as such, and so are those of messages, which the chat template writes. There is one BOS at
+    most. The encoder of an encoder-decoder also gets the EOS, and its responses are texts of their own.
+
+    Args:
+        tokenizer: of the model; with a chat template where there are messages.
+        model: whose generation config may name further ends of a response; None for a causal model without one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.apart = model is not None and is_encoder_decoder(model)
+        self._model = model
+        self._ends: dict[bool, tuple[int, ...]] = {}
+
+    def encode(self, prompt: Text, completions: Sequence[Text] = ()) -> tuple[list[int], list[list[int]]]:
+        """Return the ids of a prompt, and those of each completion as a policy that reads these ids has to write it.
+
+        The ids of a completion are those that it has behind its prompt, in one text. Where a token would reach over the
+        boundary, the completion is written so that prompt and completion still decode to the joined text, if the
+        tokenizer can do that. A completion ends at the first token that ends a response; it gets one if it has none.
+
+        Args:
+            prompt: a text or chat messages; the empty text before a completion that is a text as a whole, of which
+                the first token becomes the prompt if the tokenizer has no BOS.
+            completions: texts, or one message of the assistant's each.
+
+        Raises:
+            ValueError: messages without a chat template.
+            BadExample: the chat template refuses the conversation, or the prompt or a completion has no tokens.
+        """
+        chat = not isinstance(prompt, str)
+        head, tails = self._written(prompt, completions)
+        before = self._ids(head)
+        lead, behind = self._wrapping
+        start = before if chat else self._one_bos([*lead, *before])
+        if self.apart and start[-1:] != behind[-1:]:
+            start = start + behind
+        elif not chat and not self.apart:
+            start = start + [token for token in behind if token != self.tokenizer.eos_token_id]
+        rows = [self._continuation(head, before, tail) for tail in tails]
+        if not prompt and rows and not self.apart:
+            whole, first = self._one_bos([*lead, *rows[0]]), max(1, len(lead))
+            start, rows = whole[:first], [whole[first:]]
+        if not start:
+            raise BadExample("the prompt is empty: the tokenizer makes no tokens of it")
+        return start, [self._ended(row, self.ends(chat)) for row in rows]
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> tuple[list[str], list[str]]:
+        """Return the texts of prompts and of the responses to them, without special tokens.
+
+        Prompt and response are decoded together and cut: joined again they are the text that their ids together stand
+        for. A response that is decoded alone loses the space that many tokenizers write into a word's first token.
+        """
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        known = dict(zip(different, self._texts(different), strict=True))
+        heads = [known[tuple(ids)] for ids in prompts]
+        if self.apart:
+            return heads, self._texts(responses)
+        whole = self._texts([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
+        # A prompt may decode differently before more text: half a letter, or a quote that cleaning moves.
+        pairs = list(zip(heads, whole, strict=True))
+        heads = [head if text.startswith(head) else os.path.commonprefix([head, text]) for head, text in pairs]
+        return heads, [text[len(head) :] for head, text in zip(heads, whole, strict=True)]
+
+    def ends(self, chat: bool) -> tuple[int, ...]:
+        """The tokens that end a response to a text, or to a chat; the one that usually does first."""
+        if chat not in self._ends:
+            self._ends[chat] = eos_tokens(self._model, self.tokenizer, chat=chat)
+        return self._ends[chat]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides what :meth:`encode` returns."""
+        tokenizer: Any = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        made = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+        template = getattr(tokenizer, "chat_template", None)
+        parts = [type(tokenizer).__name__, made, template, tokenizer.special_tokens_map, self.apart, self.ends(False)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    # ---- ids ----
+
+    def _written(self, prompt: Text, completions: Sequence[Text]) -> tuple[str, list[str]]:
+        """Prompt and completions as text; the completions follow the prompt."""
+        if isinstance(prompt, str):
+            return prompt, [str(text) for text in completions]
+        if not completions:
+            return render_messages(self.tokenizer, prompt, add_generation_prompt=True), []
+        split = [split_answer(self.tokenizer, prompt, text) for text in completions]  # type: ignore[arg-type]
+        return split[0][0], [tail for _, tail in split]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _continuation(self, head: str, before: list[int], tail: str) -> list[int]:
+        if self.apart:
+            return self._ids(tail)
+        whole = self._ids(head + tail)
+        if whole[: len(before)] == before and len(whole) > len(before):
+            return whole[len(before) :]
+        (wanted,) = self._texts([whole])
+        for anchor in _ANCHORS:
+            lead, found = self._ids(anchor), self._ids(anchor + tail)
+            if found[: len(lead)] == lead and self._texts([before + found[len(lead) :]]) == [wanted]:
+                return found[len(lead) :]
+        return self._ids(tail)
+
+    def _ended(self, row: list[int], ends: tuple[int, ...]) -> list[int]:
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        if not stop:
+            raise BadExample("a completion is empty: the tokenizer makes no tokens of it")
+        return [*row[:stop], *(row[stop : stop + 1] or ends[:1])]
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
+        """A text may begin with the BOS that the tokenizer puts before it."""
+        bos = self.tokenizer.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        return ids
+
+    @cached_property
+    def _wrapping(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before a text and behind it."""
+        inner, whole = self._ids("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
+        place = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+        return whole[:place], whole[place + len(inner) :]
+
+    # ---- texts ----
+
+    def _texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True) if rows else []

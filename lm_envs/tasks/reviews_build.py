@@ -1,0 +1,315 @@
+"""Build the models and data of the Reviews task: ``lm-envs build reviews``.
+
+A grammar makes the corpus (:mod:`lm_envs.tasks.reviews_grammar`), supervised fine-tuning on it makes the reference,
+simulated annotators compare pairs of its samples, and a reward model is trained on their choices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import (
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from lm_envs import files, training
+from lm_envs.model.tokens import model_inputs, right_pad
+from lm_envs.reward.learned import LearnedReward, initialise_reward_head
+from lm_envs.reward.units import Samples, in_units_of
+from lm_envs.tasks import sampling
+from lm_envs.tasks.reviews import GoldReview, annotate, ranking_accuracy
+from lm_envs.tasks.reviews_grammar import EOS, MAX_TOKENS, UNKNOWN, WORDS, corpus
+
+PROMPT_LENGTH = 8
+CONTEXT = 64  # positions of both models
+
+
+@dataclass(frozen=True)
+class ReviewsConfig:
+    """Everything that determines what is built.
+
+    Attributes:
+        seed: of the corpus, the initial weights, the samples and the annotators.
+        reviews: size of the corpus.
+        train_prompts, validation_prompts, test_prompts: distinct openings of each split.
+        max_new_tokens: the horizon.
+        hidden, layers, heads: size of the language model.
+        sft_steps, sft_batch, sft_learning_rate: supervised fine-tuning, a batch in reviews.
+        pairs: compared pairs to train the reward model on.
+        held_out_pairs: pairs of samples for validation prompts; they measure and normalise the reward model.
+        flip: probability that an annotator's choice is recorded the wrong way round.
+        rm_hidden, rm_layers, rm_heads: size of the reward model. It starts from random weights: at 25 %
+            flips, one of the language model's size that starts from its weights learns little more than
+            noise (ranking accuracy 0.57).
+        rm_steps, rm_batch, rm_learning_rate, rm_weight_decay: training of the reward model, a batch in pairs.
+        kl_coef: the environment's default KL coefficient.
+    """
+
+    seed: int = 0
+    reviews: int = 8192
+    train_prompts: int = 4096
+    validation_prompts: int = 256
+    test_prompts: int = 512
+    max_new_tokens: int = 24
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    sft_steps: int = 240
+    sft_batch: int = 32
+    sft_learning_rate: float = 4e-3
+    pairs: int = 8192
+    held_out_pairs: int = 1024
+    flip: float = 0.25
+    rm_hidden: int = 64
+    rm_layers: int = 2
+    rm_heads: int = 4
+    rm_steps: int = 192
+    rm_batch: int = 128
+    rm_learning_rate: float = 2e-3
+    rm_weight_decay: float = 0.1
+    kl_coef: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a field is out of range."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("seed", "flip", "kl_coef", "rm_weight_decay"):
+                if not value >= 0:
+                    raise ValueError(f"reviews: {field.name} must not be negative, got {value}")
+            elif not value > 0:
+                raise ValueError(f"reviews: {field.name} must be positive, got {value}")
+        if self.flip > 1:
+            raise ValueError(f"reviews: flip must lie in [0, 1], got {self.flip}")
+        if PROMPT_LENGTH + self.max_new_tokens > CONTEXT:
+            raise ValueError(
+                f"reviews: max_new_tokens must be at most {CONTEXT - PROMPT_LENGTH}, what a prompt of "
+                f"{PROMPT_LENGTH} leaves of the model's context of {CONTEXT}, got {self.max_new_tokens}"
+            )
+        for hidden, heads in (("hidden", "heads"), ("rm_hidden", "rm_heads")):
+            if getattr(self, hidden) % getattr(self, heads):
+                raise ValueError(
+                    f"reviews: {hidden}={getattr(self, hidden)} must be a multiple of {heads}={getattr(self, heads)}"
+                )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer whose words carry the space before them, so that texts join and round-trip.
+
+    The pad token is EOS, the only special token; the unknown word is an ordinary token.
+    """
+    vocabulary = {f" {word}": i for i, word in enumerate([*WORDS, UNKNOWN])}
+    vocabulary[EOS] = len(vocabulary)
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=f" {UNKNOWN}"))
+    model.normalizer = tokenizers.normalizers.Sequence(
+        [
+            tokenizers.normalizers.Strip(),
+            tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            tokenizers.normalizers.Replace(tokenizers.Regex(r"^(?=\S)"), " "),
+        ]
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_next")
+    model.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        eos_token=EOS,
+        pad_token=EOS,
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build(folder: Path, **options: Any) -> None:
+    """Build the task's models and data in a new or empty folder, with a progress bar on standard error.
+
+    The folder then holds ``policy/`` and ``reward_model/`` as ``save_pretrained`` leaves them, tokenizer included;
+    ``data.safetensors``, token ids as uint8 (rows end at their first EOS); ``task.json``; and ``manifest.json``, the
+    size and SHA-256 of each of them and what they were built with. Another kind of processor gives slightly other
+    weights.
+
+    ``data.safetensors`` holds the prompts ``train``, ``validation`` and ``test``, ``(N, 8)``; ``demonstrations``,
+    ``(N, 34)``; ``pairs``, ``(N, 2, T)``, two responses of the reference to training prompt ``i % len(train)``; and
+    ``preferred``, ``(N,)``, 1 where the annotators chose the first.
+
+    Args:
+        options: fields of :class:`ReviewsConfig`.
+
+    Raises:
+        ValueError: an option that does not exist (the message names the near ones) or is out of range, or the corpus
+            has too few distinct openings.
+    """
+    sampling.check_options("reviews", ReviewsConfig, options)
+    config = ReviewsConfig(**options)
+    tokenizer = make_tokenizer()
+    prompts, demonstrations, held_out_reviews = split(config, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so before training
+    with sampling.progress_bar() as bar:
+        policy = sampling.small_gpt2(
+            GPT2LMHeadModel, tokenizer, CONTEXT, config.hidden, config.layers, config.heads, config.seed
+        )
+        training.fit_language_model(
+            policy,
+            demonstrations,
+            steps=config.sft_steps,
+            batch_size=config.sft_batch,
+            learning_rate=config.sft_learning_rate,
+            seed=config.seed,
+            progress=sampling.line_of(bar, "reviews: fine-tuning the language model", config.sft_steps),
+        )
+        total = 2 * (config.pairs + config.held_out_pairs)
+        progress = sampling.line_of(bar, "reviews: sampling pairs to compare", total)
+        compared = sample_pairs(config, policy, tokenizer, prompts["train"], config.pairs, 0, progress)
+        held_out = sample_pairs(
+            config, policy, tokenizer, prompts["validation"], config.held_out_pairs, config.pairs, progress
+        )
+        gold, held_out_gold = (samples.score(GoldReview()).reshape(-1, 2) for samples in (compared, held_out))
+        preferred = annotate(gold[:, 0], gold[:, 1], flip=config.flip, seed=config.seed)
+        model = sampling.small_gpt2(
+            GPT2ForSequenceClassification,
+            tokenizer,
+            CONTEXT,
+            config.rm_hidden,
+            config.rm_layers,
+            config.rm_heads,
+            config.seed,
+        )
+        initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
+        texts = [
+            [*prompts["train"][i // 2 % config.train_prompts], *ids] for i, ids in enumerate(compared.completion_ids)
+        ]
+        training.fit_reward_model(
+            model,
+            [texts[i : i + 2] for i in range(0, len(texts), 2)],
+            np.stack([~preferred, preferred], axis=1).astype(np.int64),
+            steps=config.rm_steps,
+            batch_size=config.rm_batch,
+            learning_rate=config.rm_learning_rate,
+            weight_decay=config.rm_weight_decay,
+            seed=config.seed,
+            progress=sampling.line_of(bar, "reviews: training the reward model", config.rm_steps),
+        )
+    reward = in_units_of(LearnedReward(model, tokenizer, batch_size=256), held_out)
+    scores = held_out.score(reward).reshape(-1, 2)
+    made = {
+        "max_new_tokens": config.max_new_tokens,
+        "kl_coef": config.kl_coef,
+        "normalise": reward.normalise,
+        "stats": {
+            "sft_perplexity": perplexity(policy, held_out_reviews),
+            "sft_gold": float(held_out_gold.mean()),
+            "sft_gold_std": float(held_out_gold.std()),
+            "annotator_accuracy": ranking_accuracy(gold, preferred - 0.5),
+            "rm_accuracy": ranking_accuracy(held_out_gold, scores[:, 0] - scores[:, 1]),
+            "rm_gold_correlation": float(np.corrcoef(held_out_gold.ravel(), scores.ravel())[0, 1]),
+        },
+    }
+    policy.save_pretrained(folder / "policy")
+    model.save_pretrained(folder / "reward_model")
+    for name in ("policy", "reward_model"):
+        tokenizer.save_pretrained(folder / name)
+    eos = tokenizer.eos_token_id
+    data = {name: _table(rows, eos, PROMPT_LENGTH) for name, rows in prompts.items()}
+    data["demonstrations"] = _table(demonstrations, eos, MAX_TOKENS)
+    responses = _table(compared.completion_ids, eos, config.max_new_tokens)
+    data["pairs"] = responses.view(config.pairs, 2, config.max_new_tokens)
+    data["preferred"] = torch.from_numpy(preferred.astype(np.uint8))
+    save_file(data, folder / "data.safetensors")
+    (folder / "task.json").write_text(json.dumps(made, indent=1))
+    files.write_manifest(
+        folder,
+        {
+            "config": asdict(config),
+            "versions": {one.__name__: one.__version__ for one in (torch, transformers, tokenizers, np)},
+            "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": torch.get_num_threads(),
+            "date": date.today().isoformat(),
+        },
+    )
+
+
+def _table(rows: Sequence[Sequence[int]], eos: int, width: int) -> torch.Tensor:
+    """``(N, width)`` uint8, filled up with EOS."""
+    return torch.tensor([[*row, *[eos] * (width - len(row))] for row in rows], dtype=torch.uint8)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
+    """Perplexity per token of texts, each after its first token."""
+    ids = right_pad(texts)
+    logits = model(**model_inputs(ids[:, :-1]), use_cache=False).logits
+    return math.exp(float(training.next_token_loss(logits, ids[:, 1:])))
+
+
+def split(
+    config: ReviewsConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, list[list[int]]], list[list[int]], list[list[int]]]:
+    """Prompts by split, the reviews to fine-tune on, and the held-out reviews, as token ids.
+
+    An opening (the first eight words) belongs to one split only, and the reviews that begin like a validation or test
+    prompt are the held-out ones.
+
+    Raises:
+        ValueError: the corpus has too few distinct openings.
+    """
+    texts = [
+        tokenizer.convert_tokens_to_ids([*(f" {word}" for word in words[:-1]), EOS])
+        for words in corpus(config.seed, config.reviews)
+    ]
+    openings = list(dict.fromkeys(tuple(text[:PROMPT_LENGTH]) for text in texts))
+    sizes = {"test": config.test_prompts, "validation": config.validation_prompts, "train": config.train_prompts}
+    if sum(sizes.values()) > len(openings):
+        raise ValueError(
+            f"reviews: {config.reviews} reviews have {len(openings)} distinct openings, fewer than the "
+            f"{sum(sizes.values())} prompts asked for: raise reviews or lower the prompts"
+        )
+    prompts, start = {}, 0
+    for name, size in sizes.items():
+        prompts[name] = [list(opening) for opening in openings[start : start + size]]
+        start += size
+    held_out = {tuple(prompt) for name in ("test", "validation") for prompt in prompts[name]}
+    parts: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for text in texts:
+        parts[tuple(text[:PROMPT_LENGTH]) in held_out].append(text)
+    return prompts, *parts
+
+
+def sample_pairs(
+    config: ReviewsConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    first: int,
+    progress: Callable[[int], None],
+) -> Samples:
+    """``count`` pairs of responses from the policy, numbered from ``first``; the prompts take turns, and the two
+    responses of a pair are neighbors.
+    """
+    return sampling.sample(
+        policy,
+        tokenizer,
+        [prompts[i // 2 % len(prompts)] for i in range(2 * count)],
+        2 * count,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        first=2 * first,
+        batch_size=1024,
+        progress=lambda done: progress(2 * first + done),
+    )
