@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands, each block by itself."""
+"""What the README shows runs as it stands, each block by itself, and it is short."""
 
 from pathlib import Path
 
@@ -16,3 +16,7 @@ def test_python_blocks_run(number, capsys):
     """Each by itself."""
     exec(compile(BLOCKS[number].code, f"README.md, block {number}", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip()
+
+
+def test_it_is_short():
+    assert len(README.split()) <= 900

@@ -57,7 +57,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "cli.md", content=command_line()))
     files.append(File.generated(config, "reference/index.md", content=_reference_index()))
     for name in modules():
-        files.append(File.generated(config, f"reference/{name}.md", content=f"# `{name}` {{ #{name} }}\n\n::: {name}\n"))
+        content = f"# `{name}` {{ #{name} }}\n\n::: {name}\n"
+        files.append(File.generated(config, f"reference/{name}.md", content=content))
     return files
 
 
