@@ -3,6 +3,10 @@
  * Plain C with GCC's vector extension (clang takes it too), compiled on first use by logprob_kl_native.py; the notation
  * and the derivation are in docs/kernels.md. Everything is computed in float32 on registers and summed in float64 per
  * tile, so the sums do not lose digits with V. Threads are the caller's: rows [begin, end) are independent.
+ *
+ * Maxima are kept as logits, not divided by the temperature: (z - m) * scale has an error relative to itself, and it is
+ * the same whether or not the compiler makes one instruction of a product and a sum. z * scale - m is not, where the
+ * maximum of the rounded products is subtracted from an unrounded one.
  */
 #include <math.h>
 #include <stdint.h>
@@ -49,8 +53,8 @@ INLINE vec exp_(vec x) {
   return (vec)((ivec)y + ((ivec)shifted << 23));
 }
 
-/* Elements i .. i+15 of a row as float32, times scale; what lies behind `count` is -inf. */
-INLINE vec load(const void *row, int64_t i, int64_t count, float scale, int bf16) {
+/* Elements i .. i+15 of a row as float32; what lies behind `count` is -inf. */
+INLINE vec load(const void *row, int64_t i, int64_t count, int bf16) {
   int64_t here = count - i < LANES ? count - i : LANES;
   if (bf16) {
     half_vec raw = {0};
@@ -59,12 +63,12 @@ INLINE vec load(const void *row, int64_t i, int64_t count, float scale, int bf16
       memcpy(&raw, (const uint16_t *)row + i, here * 2);
       for (int64_t j = here; j < LANES; j++) raw[j] = 0xff80; /* -inf */
     }
-    return (vec)(__builtin_convertvector(raw, uvec) << 16) * scale;
+    return (vec)(__builtin_convertvector(raw, uvec) << 16);
   }
   vec out = splat(-INFINITY);
   if (here == LANES) memcpy(&out, (const float *)row + i, sizeof out);
   else memcpy(&out, (const float *)row + i, here * 4);
-  return out * scale;
+  return out;
 }
 
 INLINE void store(void *row, int64_t i, int64_t count, vec v, int bf16) {
@@ -88,26 +92,27 @@ INLINE float scalar(const void *row, int64_t i, int bf16) {
   return out;
 }
 
-/* What one row needs to be remembered by; logits x and y are already divided by the temperature. */
+/* What one row needs to be remembered by. */
 typedef struct {
-  double m, Z, A;   /* max x, sum w, sum w*(x - m), with w = exp(x - m) */
-  double n, Q, B;   /* max y, sum exp(y - n), sum w*((x - m) - (y - n)) */
-  float bad;        /* the largest x where y is -inf */
+  double m, Z, A;   /* max z, sum w, sum w*d, with d = (z - m)*scale and w = exp(d) */
+  double n, Q, B;   /* max r, sum exp(e), with e = (r - n)*scale, and sum w*(d - e) */
+  float bad;        /* the largest z where r is -inf */
 } Row;
 
-INLINE Row forward_row(const void *z, const void *r, int64_t V, float scale, int two, int bf16) {
+INLINE Row forward_row(const void *z, const void *r, int64_t V, double exact, int two, int bf16) {
+  float scale = exact;
   Row s = {-INFINITY, 0, 0, -INFINITY, 0, 0, -INFINITY};
   vec bad = splat(-INFINITY);
   for (int64_t start = 0; start < V; start += TILE) {
     int64_t end = start + TILE < V ? start + TILE : V;
     vec top = splat(-INFINITY), ref_top = splat(-INFINITY);
     for (int64_t i = start; i < end; i += LANES) {
-      top = larger(load(z, i, V, scale, bf16), top);
-      if (two) ref_top = larger(load(r, i, V, scale, bf16), ref_top);
+      top = larger(load(z, i, V, bf16), top);
+      if (two) ref_top = larger(load(r, i, V, bf16), ref_top);
     }
     double m = fmax(s.m, largest(top)), n = fmax(s.n, largest(ref_top));
     /* Move what was summed so far to the new maxima. A maximum of -inf means that nothing was summed. */
-    double dm = isinf(s.m) ? 0 : s.m - m, dn = isinf(s.n) ? 0 : s.n - n, f = exp(dm);
+    double dm = isinf(s.m) ? 0 : (s.m - m) * exact, dn = isinf(s.n) ? 0 : (s.n - n) * exact, f = exp(dm);
     s.A = f * (s.A + s.Z * dm);
     s.B = f * (s.B + s.Z * (dm - dn));
     s.Z *= f;
@@ -117,14 +122,14 @@ INLINE Row forward_row(const void *z, const void *r, int64_t V, float scale, int
     float peak = isinf(m) ? 0 : m, ref_peak = isinf(n) ? 0 : n;
     vec Z = {0}, A = {0}, Q = {0}, B = {0};
     for (int64_t i = start; i < end; i += LANES) {
-      vec x = load(z, i, V, scale, bf16), d = x - peak;
+      vec x = load(z, i, V, bf16), d = (x - peak) * scale;
       ivec gone = d < LOWEST;
       d = select_(gone, splat(LOWEST), d);
       vec w = select_(gone, (vec){0}, exp_(d));
       Z += w;
       A += w * d;
       if (!two) continue;
-      vec y = load(r, i, V, scale, bf16), e = y - ref_peak;
+      vec y = load(r, i, V, bf16), e = (y - ref_peak) * scale;
       ivec none = e < LOWEST, never = y == -INFINITY;
       Q += select_(none, (vec){0}, exp_(select_(none, splat(LOWEST), e)));
       B += w * (d - select_(never, d, e));
@@ -147,7 +152,7 @@ INLINE double precise_kl(const void *z, const void *r, int64_t V, float scale, c
     int64_t end = start + TILE < V ? start + TILE : V;
     vec K = {0};
     for (int64_t i = start; i < end; i += LANES) {
-      vec l = (load(z, i, V, scale, bf16) - m) - log_Z, k = (load(r, i, V, scale, bf16) - n) - log_Q;
+      vec l = (load(z, i, V, bf16) - m) * scale - log_Z, k = (load(r, i, V, bf16) - n) * scale - log_Q;
       ivec gone = l < LOWEST, none = k < LOWEST;
       vec p = select_(gone, (vec){0}, exp_(select_(gone, splat(LOWEST), l)));
       vec q = select_(none, (vec){0}, exp_(select_(none, splat(LOWEST), k)));
@@ -169,7 +174,7 @@ INLINE double precise_kl(const void *z, const void *r, int64_t V, float scale, c
 /* Rows are (outer, inner) pairs of two strides. stats is (8, N): logprob, ref_logprob, entropy, kl, m, log Z, n,
  * log Q. Rows that are not kept are 0 and their logits are not read. */
 INLINE void forward_rows(const char *z, const char *r, const int64_t *ids, const uint8_t *keep, int64_t begin,
-                         int64_t end, int64_t N, int64_t inner, int64_t V, const int64_t *strides, float scale,
+                         int64_t end, int64_t N, int64_t inner, int64_t V, const int64_t *strides, double scale,
                          int precise, float *stats, int bf16) {
   int64_t width = bf16 ? 2 : 4;
   for (int64_t row = begin; row < end; row++) {
@@ -182,15 +187,15 @@ INLINE void forward_rows(const char *z, const char *r, const int64_t *ids, const
     const char *y = r ? r + (o * strides[2] + i * strides[3]) * width : 0;
     Row s = r ? forward_row(x, y, V, scale, 1, bf16) : forward_row(x, y, V, scale, 0, bf16);
     double log_Z = log(s.Z), log_Q = log(s.Q);
-    stats[row] = scalar(x, ids[row], bf16) * scale - s.m - log_Z;
+    stats[row] = (scalar(x, ids[row], bf16) - s.m) * scale - log_Z;
     stats[2 * N + row] = log_Z - s.A / s.Z;
     stats[4 * N + row] = s.m;
     stats[5 * N + row] = log_Z;
     if (!r) continue;
     double kl = s.B / s.Z - log_Z + log_Q;
     if (precise) kl = precise_kl(x, y, V, scale, &s, bf16);
-    stats[N + row] = scalar(y, ids[row], bf16) * scale - s.n - log_Q;
-    stats[3 * N + row] = s.bad - s.m - log_Z >= LOWEST ? INFINITY : kl;
+    stats[N + row] = (scalar(y, ids[row], bf16) - s.n) * scale - log_Q;
+    stats[3 * N + row] = (s.bad - s.m) * scale - log_Z >= LOWEST ? INFINITY : kl;
     stats[6 * N + row] = s.n;
     stats[7 * N + row] = log_Q;
   }
@@ -198,8 +203,9 @@ INLINE void forward_rows(const char *z, const char *r, const int64_t *ids, const
 
 /* dz_v = scale * ([v = a]*g - p_v*(c0 + c1*l_v + c2*k_v)); coefficients is (4, N): g, c0, c1, c2. dz is (N, V). */
 INLINE void backward_rows(const char *z, const char *r, const int64_t *ids, const uint8_t *keep, int64_t begin,
-                          int64_t end, int64_t N, int64_t inner, int64_t V, const int64_t *strides, float scale,
+                          int64_t end, int64_t N, int64_t inner, int64_t V, const int64_t *strides, double exact,
                           const float *stats, const float *coefficients, char *dz, int bf16) {
+  float scale = exact;
   int64_t width = bf16 ? 2 : 4;
   for (int64_t row = begin; row < end; row++) {
     char *out = dz + row * V * width;
@@ -215,11 +221,11 @@ INLINE void backward_rows(const char *z, const char *r, const int64_t *ids, cons
     float c2 = coefficients[3 * N + row];
     vec at = {0};
     for (int64_t v = 0; v < V; v += LANES) {
-      vec l = (load(x, v, V, scale, bf16) - m) - log_Z;
+      vec l = (load(x, v, V, bf16) - m) * scale - log_Z;
       ivec gone = l < LOWEST;
       l = select_(gone, splat(LOWEST), l);
       vec t = l * c1 + c0;
-      if (r) t += larger((load(y, v, V, scale, bf16) - n) - log_Q, splat(-3e38f)) * c2;
+      if (r) t += larger((load(y, v, V, bf16) - n) * scale - log_Q, splat(-3e38f)) * c2;
       vec d = select_(gone, (vec){0}, exp_(l) * t * -scale);
       store(out, v, V, d, bf16);
       if (a >= v && a < v + LANES) at = splat(d[a - v]); /* in float32, before it is rounded */
@@ -232,12 +238,12 @@ INLINE void backward_rows(const char *z, const char *r, const int64_t *ids, cons
 
 #define ENTRY(name, bf16)                                                                                             \
   void forward_##name(const char *z, const char *r, const int64_t *ids, const uint8_t *keep, int64_t begin,           \
-                      int64_t end, int64_t N, int64_t inner, int64_t V, const int64_t *strides, float scale,          \
+                      int64_t end, int64_t N, int64_t inner, int64_t V, const int64_t *strides, double scale,          \
                       int precise, float *stats) {                                                                    \
     forward_rows(z, r, ids, keep, begin, end, N, inner, V, strides, scale, precise, stats, bf16);                     \
   }                                                                                                                   \
   void backward_##name(const char *z, const char *r, const int64_t *ids, const uint8_t *keep, int64_t begin,          \
-                       int64_t end, int64_t N, int64_t inner, int64_t V, const int64_t *strides, float scale,         \
+                       int64_t end, int64_t N, int64_t inner, int64_t V, const int64_t *strides, double scale,         \
                        const float *stats, const float *coefficients, char *dz) {                                     \
     if (r) backward_rows(z, r, ids, keep, begin, end, N, inner, V, strides, scale, stats, coefficients, dz, bf16);    \
     else backward_rows(z, 0, ids, keep, begin, end, N, inner, V, strides, scale, stats, coefficients, dz, bf16);      \

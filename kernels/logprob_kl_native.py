@@ -46,7 +46,8 @@ def unable(logits: Tensor, ref_logits: Tensor | None, options: Options) -> str |
 
 
 def forward(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, options: Options) -> Tensor:
-    """Results and what backward needs, ``(8, N)`` float32: logprob, ref_logprob, entropy, kl, m, log Z, n, log Q.
+    """Results and what backward needs, ``(8, N)`` float32: logprob, ref_logprob, entropy, kl, m, log Z, n, log Q,
+    where m and n are not divided by the temperature.
 
     Args:
         z, r: ``(outer, inner, V)``, stride 1 along V.
@@ -117,7 +118,7 @@ def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
         library = load(SOURCE, FLAGS)
     except Unavailable as error:
         return None, f"cannot be compiled here ({error})"
-    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     common = [pointer] * 4 + [integer] * 5 + [pointer, number]
     for name in DTYPES.values():
         getattr(library, f"forward_{name}").argtypes = [*common, ctypes.c_int, pointer]

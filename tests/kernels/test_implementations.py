@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_envs.kernels import logprob_kl_chunked, logprob_kl_native
-from lm_envs.kernels.logprob_kl import backend, log_softmax, logprob_kl
+from lm_envs.kernels.logprob_kl import LogprobKL, backend, log_softmax, logprob_kl
 from tests.house import CHECKOUT
 from tests.kernels.cases import (
     EVERY,
@@ -82,6 +82,34 @@ def test_error_against_float64_is_that_of_plain_torch(implementation, device, dt
         check(z, r, ids, weights, implementation, epsilon, precise=True)
         if implementation != "native":
             check(z, r, ids, weights, implementation, epsilon, softcap=5.0, temperature=0.7)
+
+
+@pytest.mark.parametrize(("implementation", "device"), FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 33.0, 3.3e3])
+def test_error_against_float64_at_every_scale(implementation, device, dtype, temperature, scale):
+    """Logits up to 1e4, and temperatures that are no powers of two: what backward recomputes is what forward summed."""
+    for vocabulary in (1, 17, 1025):
+        z, r, ids = example(5, vocabulary, dtype, device)
+        z, r = z * scale, r * scale
+        ids[0] = 0
+        weights = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).to(device)
+        for mixed in (weights, weights * torch.tensor([1.0, 0, 0, 0], device=device)[:, None]):
+            exact, exact_gradient = definition(z, r, ids, mixed, temperature=temperature)
+            plain, plain_gradient = with_gradient(z, r, ids, mixed, "torch", temperature=temperature)
+            found, gradient = with_gradient(z, r, ids, mixed, implementation, temperature=temperature)
+            for name, a, b, c in zip(LogprobKL._fields, found, plain, exact, strict=True):
+                allowed = 3 * (b - c).abs().max() + 3e-6 * max(1.0, float(c.abs().max()) / 8)
+                assert (a - c).abs().max() <= allowed, f"{name} of {vocabulary}: {(a - c).abs().max()}, {allowed}"
+            if dtype == torch.bfloat16 and implementation == "triton":
+                continue  # the interpreter cuts digits off where a GPU rounds
+            worst = (gradient - exact_gradient).abs().max()
+            allowed = 3 * (plain_gradient - exact_gradient).abs().max()
+            # the gradient's terms cancel: their rounding is relative to the largest result, not to the gradient
+            largest = max(float(c.abs().max()) for c in exact)
+            allowed += 3e-6 * max(1.0, 0.1 * (1 + largest) / temperature, float(exact_gradient.abs().max()))
+            assert worst <= allowed, f"gradient of {vocabulary}: {worst}, {allowed}"
 
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=9)
