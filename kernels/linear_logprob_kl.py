@@ -75,6 +75,8 @@ def linear_logprob_kl(
         raise ValueError(f"implementation must be one of {names}, got {implementation!r}")
     options = Options(float(temperature), softcap, precise)
     if implementation == "torch":
+        if mask is not None:  # NaN in a masked row would reach the weight's gradient as 0 * NaN
+            hidden = torch.where(mask[..., None], hidden, torch.zeros_like(hidden))
         logits = hidden @ weight.t()
         ref_logits = None if ref_hidden is None or ref_weight is None else (ref_hidden @ ref_weight.t()).detach()
         return logprob_kl_reference(logits, ref_logits, ids, mask=mask, **options._asdict())

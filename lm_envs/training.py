@@ -28,6 +28,11 @@ __all__ = [
 Progress = Callable[[int, float], None]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is in float64: losses lose no digits that the scores have."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy ``-mean log p(target)``, the mean over the targets that are there.
 
@@ -40,7 +45,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
         return logits.sum() * 0.0
     # Selecting first keeps whatever stands in padded places, NaN included, out of the loss and of its
     # gradient.
-    return F.cross_entropy(logits[present].float(), targets[present])
+    return F.cross_entropy(at_least_float32(logits[present]), targets[present])
 
 
 def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
@@ -60,7 +65,8 @@ def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
     better = (rank[:, :, None] < rank[:, None, :]) & here[:, :, None] & here[:, None, :]
     i, j = better.nonzero(as_tuple=True)[1:]
     group = better.nonzero(as_tuple=True)[0]
-    losses = -F.logsigmoid(scores[group, i] - scores[group, j]).float()
+    scores = at_least_float32(scores)
+    losses = -F.logsigmoid(scores[group, i] - scores[group, j])
     pairs = better.sum(dim=(1, 2))
     weights = 1.0 / pairs[group].to(losses.dtype)
     return (losses * weights).sum() / max(int((pairs > 0).sum()), 1)

@@ -43,6 +43,16 @@ def test_a_batch_without_targets_costs_nothing():
     assert loss.item() == 0
 
 
+def test_float64_scores_keep_their_digits():
+    scores = torch.tensor([[1.0, 1.0 + 1e-10]], dtype=torch.float64)
+    expected = math.log1p(math.exp(-1e-10))  # log 2 - 5e-11
+    found = bradley_terry_loss(scores, torch.tensor([[1, 0]]))
+    assert found.dtype == torch.float64 and abs(found.item() - expected) < 1e-15
+    assert abs(found.item() - math.log(2)) > 4e-11
+    assert next_token_loss(scores, torch.tensor([1])).dtype == torch.float64
+    assert bradley_terry_loss(scores.bfloat16(), torch.tensor([[1, 0]])).dtype == torch.float32
+
+
 def test_bradley_terry_of_a_pair_by_hand():
     scores = torch.tensor([[1.0, 3.0], [0.5, -0.5]])
     rank = torch.tensor([[1, 0], [1, 0]])
