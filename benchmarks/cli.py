@@ -76,8 +76,8 @@ class Compare:
     """Continue what OUT holds."""
     jobs: int = 1
     """Runs at a time, each in a process of its own. With small models, as many as there are cores."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Torch threads per run; shared out evenly if not given. Results may differ in their last bits with it."""
+    threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Torch threads per run. Results may differ in their last bits with it."""
     compile: bool = False
     """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
     (docs/throughput.md).
@@ -168,7 +168,7 @@ class Train:
     resume: bool = False
     """Continue what OUT holds."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Torch threads."""
+    """Torch threads; as many as there are cores if not given. Results may differ in their last bits with it."""
     compile: bool = False
     """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
     (docs/throughput.md).
@@ -178,6 +178,9 @@ class Train:
 
     def run(self, console: Console) -> None:
         """Carry it out."""
+        import torch
+
+        threads = torch.get_num_threads() if self.threads is None else self.threads
         plan = replace(
             _planned(Plan(), self.iterations, self.episodes, None),
             validate_every=self.validate_every,
@@ -192,7 +195,7 @@ class Train:
             "training", (TaskSettings(task),), (self.algorithm,), (self.seed,), plan, overrides, compile=self.compile
         )
         suite = self.adapt.apply(_with_own(_with_env(suite, self.env), own))
-        carry_out(suite, self.out, resume=self.resume, threads=self.threads, console=console)
+        carry_out(suite, self.out, resume=self.resume, threads=threads, console=console)
         model = self.out / suite.runs()[0].label / "model"
         if model.is_dir():
             print(model)

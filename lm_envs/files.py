@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,9 +59,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         OSError: the disk is full or cannot be written; it names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{path.name}"
+    # A name of its own: two writers of one file must not write into the same temporary one.
+    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"[:255]
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             sync_file(file)
         os.replace(temporary, path)

@@ -15,7 +15,7 @@ from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.overrides import parse_settings
 from lm_envs.benchmarks.run.suites import Plan
 
-_EARLY = (".lock", "data", ".tmp-data")  # what is in a folder before its config.json
+_EARLY = (".lock", "data")  # what is in a folder before its config.json
 _SHOWN = 10  # skipped rows on the screen; all are in data/info.json
 
 
@@ -191,8 +191,9 @@ def _check_free(out: Path, resume: bool) -> None:
         if not resume:
             raise UserError(f"{out} holds a run already: --resume continues it, another --out starts anew")
         return
-    strange = sorted(path.name for path in out.iterdir() if path.name not in {*_EARLY, ".gitignore"})
-    if strange:
+    from lm_envs.benchmarks.run.storage import held_files
+
+    if strange := held_files(out, _EARLY):
         raise UserError(f"{out} is not empty (it holds {strange[0]!r}): choose another folder with --out")
 
 

@@ -21,7 +21,7 @@ from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.progress import Display, display
 from lm_envs.benchmarks.run.results import collect_results, in_order, write_csv
-from lm_envs.benchmarks.run.storage import read_json, write_json
+from lm_envs.benchmarks.run.storage import held_files, read_json, write_json
 from lm_envs.benchmarks.run.suites import RunSpec, Suite
 from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
 
@@ -85,10 +85,9 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
             )
         for spec in suite.runs():
             check_same(spec, out / spec.label)
-    elif any(path.name != ".gitignore" for path in out.iterdir()):
-        first = sorted(path.name for path in out.iterdir())[0]
+    elif strange := held_files(out):
         raise UserError(
-            f"{out} is not empty (it holds {first!r}) and holds no comparison: choose another folder with --out"
+            f"{out} is not empty (it holds {strange[0]!r}) and holds no comparison: choose another folder with --out"
         )
 
 
@@ -135,7 +134,7 @@ def compare(
     *,
     resume: bool = False,
     jobs: int = 1,
-    threads: int | None = None,
+    threads: int = 1,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Carry out a comparison in ``out``, or what is left of it.
@@ -145,7 +144,7 @@ def compare(
         out: the folder of the results.
         resume: continue what ``out`` holds; more tasks, algorithms or seeds than it began with are welcome.
         jobs: runs at a time, each in a process of its own if more than one.
-        threads: torch threads per run; None shares out what torch would take.
+        threads: torch threads per run. Sums depend on it in their last bits, so it must not depend on ``jobs``.
         console: where to show progress.
 
     Returns:
@@ -156,16 +155,13 @@ def compare(
         Interrupted: Ctrl-C; everything is on disk.
     """
     console = console or Console(stderr=True)
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    for option, value in (("--jobs", jobs), ("--threads", threads)):
+        if value < 1:
+            raise UserError(f"{option} must be at least 1, got {value}")
     runs = suite.runs()
     check_runs(runs)
     with gone_if_refused(out):
         check_folder(out, suite, resume)
-        if threads is None:
-            import torch
-
-            threads = max(1, torch.get_num_threads() // jobs)
         open_runs = [run for run in runs if not (out / run.label / "result.json").exists()]
         if open_runs:
             console.print(_heading(suite, runs, open_runs), highlight=False)

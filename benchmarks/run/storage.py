@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
     return value
+
+
+def held_files(folder: Path, ignored: Collection[str] = ()) -> list[str]:
+    """The names in a folder that are somebody's, sorted: not .gitignore, nor what a killed write left behind."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(n for n in names if n not in {".gitignore", *ignored} and not n.startswith(TEMPORARY))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -363,3 +363,19 @@ def test_how_models_are_loaded_is_said_on_the_command_line_and_in_suites(tmp_pat
     suite = parse_suite(text, "x")
     with pytest.warns(UserWarning, match="1 bad row was passed over"):
         assert load_task("custom", suite.runs()[0].options).reference.dtype == torch.bfloat16
+
+
+def test_what_a_killed_first_write_left_does_not_block_the_folder(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".tmp-123-abc-comparison.json").write_text("{")
+    main(["compare", "--task", NAME, "--algorithms", "sft", "--seeds", "0", *SMALL, "--out", str(out)])
+    assert (out / "results.csv").exists()
+
+
+def test_threads_do_not_depend_on_jobs(tmp_path):
+    command = ["compare", "--task", NAME, "--algorithms", "sft", "best-of-2", "--seeds", "0", "--test-prompts", "6"]
+    for jobs in ("1", "2"):
+        main([*command, "--jobs", jobs, "--out", str(tmp_path / jobs)])
+        configs = list((tmp_path / jobs).rglob("config.json"))
+        assert len(configs) == 2 and {json.loads(path.read_text())["threads"] for path in configs} == {1}

@@ -248,3 +248,19 @@ def test_what_fails_halfway_leaves_the_old_file(tmp_path, error):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
     if isinstance(error, OSError):
         assert str(path) in str(caught.value)
+
+
+def test_many_writers_of_one_file_lose_nothing(tmp_path):
+    """Each writes a temporary file of its own: at any time the content is one writer's, whole."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    texts = [str(i) * 5000 for i in range(8)]
+
+    def write(text):
+        for _ in range(25):
+            write_atomic(tmp_path / "a", text)
+            assert (tmp_path / "a").read_text() in texts
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, texts))
+    assert os.listdir(tmp_path) == ["a"]
