@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import Before, rewards
@@ -67,7 +68,15 @@ class GRPO(PolicyGradient[GRPOConfig]):
         return row_mean(x, mask)
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """``advantage``, one number per row, and ``old_logprob``, both ``(B, T)``."""
+        """``advantage``, one number per row, and ``old_logprob``, both ``(B, T)``.
+
+        Raises:
+            ValueError: a prompt has a single episode, whose advantage is 0 whatever it earns.
+        """
+        if traj.group is not None and int(torch.unique(traj.group, return_counts=True)[1].min()) < 2:
+            raise ValueError(
+                f"{self.name} compares the episodes of a prompt, and a prompt has only one: set group_size to at least 2"
+            )
         returns = adv.discounted_returns(rewards(traj), traj.mask, self.config.gamma)[:, 0]
         advantage = self.advantage(returns, traj.group)[:, None].expand(traj.mask.shape)
         return {"advantage": adv.masked(advantage, traj.mask), "old_logprob": before.logprob}

@@ -25,12 +25,13 @@ class AdaptiveKL:
     """Proportional controller in log space (Ziegler et al. 2019, "Fine-tuning language models from human
     preferences", section 2.2).
 
-    ``beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon)``.
+    ``beta <- beta * (1 + e * n / horizon)``, ``e = clip(KL / target - 1, -0.2, 0.2)``; where the n episodes of a batch are
+    more than the horizon, ``beta <- beta * (1 + e) ** (n / horizon)``, so that the coefficient stays positive.
 
     Attributes:
         coef: the coefficient now.
         target: wanted KL to the reference, nats per **sequence**.
-        horizon: episodes over which a full clipped error compounds once.
+        horizon: episodes over which the clipped error compounds once.
 
     Raises:
         ValueError: a target or horizon that is not positive, or a coefficient that a multiplication can not
@@ -53,7 +54,9 @@ class AdaptiveKL:
         returns it.
         """
         error = min(max(kl / self.target - 1, -self.limit), self.limit)
-        self.coef *= 1 + error * episodes / self.horizon
+        share = episodes / self.horizon
+        # Beyond the horizon the published factor would reach 0 and turn negative: there the error compounds.
+        self.coef *= 1 + error * share if share <= 1 else (1 + error) ** share
         return self.coef
 
 

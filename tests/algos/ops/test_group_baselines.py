@@ -117,3 +117,11 @@ def test_metrics_are_means_over_tokens_whatever_the_micro_batch():
     for name in ("ratio", "approx_kl", "clip_fraction", "entropy", "policy_loss", "loss"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-9, abs=1e-12), name
     assert whole["clip_fraction"] > 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "rloo"])
+def test_a_prompt_with_one_episode_is_refused(name):
+    traj = batches.text_batch(episodes=8)
+    traj.group = torch.arange(8)
+    with pytest.raises(ValueError, match="group_size"):
+        prepared(name, traj)
