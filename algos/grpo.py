@@ -75,7 +75,7 @@ class GRPO(PolicyGradient[GRPOConfig]):
         """
         if traj.group is not None and int(torch.unique(traj.group, return_counts=True)[1].min()) < 2:
             raise ValueError(
-                f"{self.name} compares the episodes of a prompt, and a prompt has only one: set group_size to at least 2"
+                f"{self.name} compares the episodes of a prompt, and a prompt has only one: set group_size to 2 or more"
             )
         returns = adv.discounted_returns(rewards(traj), traj.mask, self.config.gamma)[:, 0]
         advantage = self.advantage(returns, traj.group)[:, None].expand(traj.mask.shape)

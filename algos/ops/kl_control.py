@@ -25,8 +25,8 @@ class AdaptiveKL:
     """Proportional controller in log space (Ziegler et al. 2019, "Fine-tuning language models from human
     preferences", section 2.2).
 
-    ``beta <- beta * (1 + e * n / horizon)``, ``e = clip(KL / target - 1, -0.2, 0.2)``; where the n episodes of a batch are
-    more than the horizon, ``beta <- beta * (1 + e) ** (n / horizon)``, so that the coefficient stays positive.
+    ``beta <- beta * (1 + e * n / horizon)``, ``e = clip(KL / target - 1, -0.2, 0.2)``; where the n episodes of a batch
+    are more than the horizon, ``beta <- beta * (1 + e) ** (n / horizon)``, so that the coefficient stays positive.
 
     Attributes:
         coef: the coefficient now.
