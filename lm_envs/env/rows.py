@@ -165,10 +165,12 @@ class TextRows(VectorEnv):
             task), and info: ``info["lm"]`` of the rows that finished, ``action_mask`` where tokens are masked.
 
         Raises:
-            ValueError: actions of the wrong shape or out of range, or a masked token.
+            ValueError: actions that are no integers, of the wrong shape or out of range, or a masked token.
             RuntimeError: a finished row was stepped in autoreset mode "disabled".
         """
         actions = np.asarray(actions)
+        if actions.dtype.kind not in "iu":  # a cast would make a token of NaN and of 1.7
+            raise ValueError(f"actions must be token ids, which are integers; got {actions.dtype}")
         reported = self._take_report()
         if self._seed is None:
             raise RuntimeError("call reset() before step()")

@@ -73,7 +73,7 @@ class _SingleRow(gymnasium.Env):
 
     def step(self, action: Any) -> tuple[NDArray[np.int64], float, bool, bool, dict[str, Any]]:
         """Take one action; see :class:`~lm_envs.env.vector.TextVectorEnv`."""
-        obs, reward, terminated, truncated, infos = self._vector.step(np.asarray(action, dtype=np.int64)[None])
+        obs, reward, terminated, truncated, infos = self._vector.step(np.asarray(action)[None])
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(infos)
 
     def render(self) -> str | None:

@@ -260,6 +260,25 @@ def test_a_broken_reward_is_named(broken):
         env.step(tiny.EOS)
 
 
+@pytest.mark.parametrize("action", [np.nan, 1.7, 1.0, np.inf, True, "a", None])
+def test_actions_that_are_no_integers_are_refused(action):
+    """A cast to int64 would make -2**63 of NaN, and 1 of 1.7."""
+    whole = [action] + [1] * 5
+    cases = [
+        (TextEnv(tiny.task(), kl_coef=0.0), action),
+        (TextVectorEnv(tiny.task(), 2, kl_coef=0.0), np.array([1, action])),
+        (TextBanditEnv(tiny.task(), kl_coef=0.0), np.array(whole)),
+        (TextBanditVectorEnv(tiny.task(), 2, kl_coef=0.0), np.array([whole, [1] * 6])),
+    ]
+    for env, actions in cases:
+        if np.asarray(actions).dtype.kind in "iu":
+            continue  # True beside integers is 1: numpy says so before the env sees it
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match="actions must be token ids, which are integers"):
+            env.step(actions)
+        env.step(np.zeros(np.shape(actions), dtype=np.int32))  # nothing was taken: the env goes on
+
+
 def test_actions_outside_the_vocabulary_are_refused():
     env = TextVectorEnv(tiny.task(), 2, kl_coef=0.0)
     env.reset(seed=0)
