@@ -8,6 +8,8 @@ libraries are imported when a metric is made: ``pip install 'lm-envs[metrics]'``
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -15,6 +17,9 @@ from typing import Any, Literal
 __all__ = ["METRICS", "Rouge", "SentenceBLEU", "SentenceChrF", "TextMetric", "make_metric"]
 
 References = Sequence[str] | Sequence[Sequence[str]]
+
+# Scripts that are written without spaces: kana, Han, Thai, Lao, Myanmar and Khmer.
+_SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
 class TextMetric:
@@ -155,10 +160,13 @@ class Rouge(TextMetric):
         column: the column of the data with the references.
         measure: ``"fmeasure"``, ``"precision"`` or ``"recall"``.
         stem: compare Porter's stems.
+        words: ``"unicode"``: runs of letters, digits and their marks in any script; characters of scripts without
+            spaces one by one. ``"published"``: those of rouge-score, runs of ``a-z0-9``, which loses every other
+            letter. The two agree on ASCII.
 
     Raises:
         ImportError: rouge-score is not installed.
-        ValueError: there is no such kind or measure.
+        ValueError: there is no such kind, measure or way to find words.
     """
 
     unit = "ROUGE"
@@ -169,18 +177,24 @@ class Rouge(TextMetric):
         column: str = "reference",
         measure: Literal["fmeasure", "precision", "recall"] = "fmeasure",
         stem: bool = False,
+        words: Literal["unicode", "published"] = "unicode",
     ) -> None:
         super().__init__(column, kind)
+        if words not in ("unicode", "published"):
+            raise ValueError(f"{kind}: words must be unicode or published, not {words!r}")
         if measure not in ("fmeasure", "precision", "recall"):
             raise ValueError(f"{kind}: measure must be fmeasure, precision or recall, not {measure!r}")
         if kind not in ("rougeL", "rougeLsum") and not (kind.startswith("rouge") and kind[5:].isdigit()):
             raise ValueError(f"rouge: kind must be rouge1, rouge2, ..., rougeL or rougeLsum, not {kind!r}")
         try:
-            from rouge_score import rouge_scorer
+            from rouge_score import rouge_scorer, tokenizers
         except ImportError:
             raise ImportError("ROUGE needs rouge-score: pip install 'lm-envs[metrics]'") from None
         self.kind, self.measure = kind, measure
-        self._scorer = rouge_scorer.RougeScorer([kind], use_stemmer=stem)
+        published = tokenizers.DefaultTokenizer(use_stemmer=stem)
+        self._scorer = rouge_scorer.RougeScorer(
+            [kind], tokenizer=published if words == "published" else _UnicodeWords(published)
+        )
 
     def sentence(self, completion: str, references: list[str]) -> float:
         """As the class says."""
@@ -191,6 +205,26 @@ class Rouge(TextMetric):
         """The mean over texts, out of 100."""
         scores = [self.sentence(text, row) for text, row in zip(completions, references, strict=True)]
         return 100 * sum(scores) / len(scores)
+
+
+class _UnicodeWords:
+    """Words of any script; those that are ASCII go through rouge-score's own tokenizer, which may stem them."""
+
+    def __init__(self, ascii_tokenizer: Any) -> None:
+        self._ascii = ascii_tokenizer
+
+    def tokenize(self, text: str) -> list[str]:
+        words, word = [], ""
+        for char in unicodedata.normalize("NFKC", text).lower() + " ":
+            spaceless = _SPACELESS.match(char) is not None
+            if (spaceless or unicodedata.category(char)[0] not in "LNM") and word:
+                words.append(word)
+                word = ""
+            if spaceless:
+                words.append(char)
+            elif unicodedata.category(char)[0] in "LNM":
+                word += char
+        return [w for word in words for w in (self._ascii.tokenize(word) if word.isascii() else [word])]
 
 
 def _rouge(kind: str) -> Callable[..., TextMetric]:

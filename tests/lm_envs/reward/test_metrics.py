@@ -53,6 +53,34 @@ def test_chrf_by_hand():
     assert SentenceChrF(word_order=2).__name__ == make_metric("chrf++").__name__ == "chrf++"
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["привет большой мир", "今天天气很好", "καλημέρα κόσμε", "مرحبا بالعالم", "नमस्ते दुनिया", "größere Äpfel", "สวัสดี"],
+)
+def test_rouge_of_any_script(text):
+    """The published words are a-z0-9 alone: identical texts of other scripts would score 0."""
+    assert one(Rouge("rouge1"), text, text) == one(Rouge("rougeL"), text, text) == 1
+    assert one(Rouge("rouge1"), "hello", text) == 0
+    assert one(Rouge("rouge1", words="published"), text, text) < 1 or text.startswith("gr")
+
+
+def test_rouge_words_by_hand():
+    assert one(Rouge("rouge1"), "привет мир", "привет дом") == pytest.approx(1 / 2)
+    assert one(Rouge("rouge1"), "天气好", "天气坏") == pytest.approx(2 / 3)
+    assert one(Rouge("rouge1"), "नमस्ते दुनिया", "नमस्ते घर") == pytest.approx(1 / 2)  # vowel signs do not end a word
+    assert one(Rouge("rouge1"), "gröt", "grt") == 0  # the published words of both are "gr", "t" and "grt"
+    assert one(Rouge("rouge1"), "Über", "über") == 1
+
+
+@pytest.mark.parametrize("stem", [False, True])
+def test_rouge_of_ascii_is_the_published_one(stem):
+    pairs = [("The cats' hats, 3.5 times!", "the cat's hat 3 times"), ("a-b_c", "a b c"), ("running runs", "run ran")]
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        for text, reference in pairs:
+            found = [one(Rouge(kind, stem=stem, words=words), text, reference) for words in ("unicode", "published")]
+            assert found[0] == found[1]
+
+
 def test_rouge_by_hand():
     text, reference = "the cat sat", "the dog sat down"
     assert one(Rouge("rougeL"), text, reference) == pytest.approx(2 * 2 / (3 + 4))
