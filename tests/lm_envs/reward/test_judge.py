@@ -19,7 +19,7 @@ import pytest
 
 from lm_envs.reward.base import WeightedSum, call_reward
 from lm_envs.reward.chat_endpoint import ChatEndpoint, EndpointError, _seconds
-from lm_envs.reward.judge import RemoteJudge, load_judge, make_judge
+from lm_envs.reward.judge import RemoteJudge, load_judge, make_judge, without_thoughts
 
 KEY = "sk-very-secret"
 
@@ -135,6 +135,10 @@ def test_prompt_and_response_are_sent_and_the_number_comes_back(serve):
         ("8", 8), (" 8.5\n", 8.5), ("**9**", 9), ("8/10", 8), ("I give 7 out of 10.", 7), ("Score: 3", 3),
         ("Of 5 aims it meets 2. Rating: 4", 4), ("The score is **6**, since 2 + 2 = 4", 6),
         ("<think>2? no, 9</think>5", 5), ("4. Yes, 4", 4),
+        ("Score (1-10): 7", 7), ("On a scale of 1 to 10, I give it 8.", 8), ("Grade (from 1 to 10): 6", 6),
+        ("2? no, 9</think>5", 5), ("<think>a 3</think>\n<think>a 4</think>Score: 6", 6), ("7, since 7 is fair", 7),
+        ("7,5", None), ("Score: 7,5", None), ("7-8", None), ("Score: 7-8", None), ("Rating: 7 to 8", None),
+        ("Score: 17,5", None), ("<think>it is a 9", None), ("Grade: 7 or 8", None),
         ("good", None), ("", None), ("3 or 4", None), ("11", None), ("-2", None), ("0", None),
     ],
 )  # fmt: skip
@@ -440,3 +444,9 @@ def test_settings_from_a_file(serve, tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"judge.toml: .*{message}|{message}"):
             load_judge(path)
+
+
+def test_many_thoughts_are_taken_off():
+    """A regular expression took minutes over this: its time grew with the square."""
+    text = "<think>" * 200_000 + "7"
+    assert without_thoughts(text) == "" and without_thoughts("<think>a</think>" * 100_000 + "7") == "7"
