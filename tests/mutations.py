@@ -534,7 +534,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the reward head starts with another standard deviation",
-        "lm_envs/training.py",
+        "lm_envs/reward/learned.py",
         "head.weight.normal_(std=(head.in_features + 1) ** -0.5,",
         "head.weight.normal_(std=0.02,",
         "tests/lm_envs/test_training.py",

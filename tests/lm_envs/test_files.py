@@ -115,7 +115,7 @@ def test_what_a_killed_build_left_is_cleared_away(root):
 WORKER = """
 import sys, time
 from pathlib import Path
-from lm_envs import cache
+from lm_envs import files
 
 def build(folder):
     with open(sys.argv[1], "a") as log:
@@ -123,7 +123,7 @@ def build(folder):
     time.sleep(0.5)
     (folder / "content.txt").write_text("made")
 
-print((cache.cached("things", {}, build) / "content.txt").read_text())
+print((files.cached("things", {}, build) / "content.txt").read_text())
 """
 
 

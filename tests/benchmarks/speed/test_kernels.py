@@ -57,7 +57,7 @@ def test_it_runs_where_only_torch_is(tmp_path):
         f"        if name in {missing}: raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Missing())\n"
     )
-    script = CHECKOUT / "benchmarks" / "bench_kernels.py"
+    script = CHECKOUT / "benchmarks" / "speed" / "kernels.py"
     words = ["--forms", "dual", "--variants", "chunked", "--out", str(tmp_path / "k.csv")]
     command = [sys.executable, str(script), *SMALL, *words]
     environment = {**kernels.os.environ, "PYTHONPATH": str(tmp_path)}

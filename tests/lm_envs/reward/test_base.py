@@ -253,7 +253,7 @@ def test_async_functions_run_also_where_a_loop_is_running():
     async def fails(completions):
         raise RuntimeError("the service is away")
 
-    with pytest.raises(ValueError, match=r"reward .fails. raised RuntimeError: the service is away .*test_rewards.py"):
+    with pytest.raises(ValueError, match=r"reward .fails. raised RuntimeError: the service is away .*test_base.py"):
         call(fails)
 
 

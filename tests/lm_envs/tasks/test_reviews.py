@@ -218,12 +218,12 @@ def test_every_setting_versions_and_code_are_in_the_key(task, monkeypatch):
     reviews.load(**TINY)
     for file in (
         "reviews.py",
-        "review_grammar.py",
-        "making.py",
-        "supervised.py",
-        "rewards.py",
+        "reviews_grammar.py",
+        "sampling.py",
+        "training.py",
+        "learned.py",
         "decoding.py",
-        "counted.py",
+        "rng.py",
     ):
         assert file in asked[2]["code"]
 
