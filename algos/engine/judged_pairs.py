@@ -14,9 +14,9 @@ from torch import nn
 
 from lm_envs import rng, training
 from lm_envs.env.mdp import TextMDP
-from lm_envs.model.tokens import left_pad, right_pad
-from lm_envs.reward.learned import LearnedReward, initialise_reward_head, raw_scores
-from lm_envs.reward.units import Samples
+from lm_envs.model.tokens import left_pad
+from lm_envs.reward.learned import LearnedReward, initialise_reward_head
+from lm_envs.reward.units import Samples, moments, standardised
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import ranking_accuracy
 
@@ -121,7 +121,6 @@ def fresh(model: Any, seed: int) -> Any:
     return made
 
 
-@torch.no_grad()
 def in_units_of(template: LearnedReward, model: Any, texts: Pairs, name: str) -> LearnedReward:
     """A model as a reward with mean 0 and (population) standard deviation 1 on these texts.
 
@@ -131,10 +130,5 @@ def in_units_of(template: LearnedReward, model: Any, texts: Pairs, name: str) ->
     Raises:
         ValueError: the model gives all of them the same score.
     """
-    ids = [text for pair in texts for text in pair]
-    parts = [right_pad(ids[start : start + _ROWS]).to(model.device) for start in range(0, len(ids), _ROWS)]
-    scores = torch.cat([raw_scores(model, rows).double().cpu() for rows in parts])
-    moments = (float(scores.mean()), float(scores.std(unbiased=False)))
-    if not moments[1] > 1e-6:
-        raise ValueError(f"reward model {name!r} gives all samples the same score: train it for more steps")
-    return LearnedReward(model, template.tokenizer, moments, template.batch_size, name)
+    made = LearnedReward(model, template.tokenizer, batch_size=template.batch_size, name=name)
+    return standardised(made, *moments(made.raw([text for pair in texts for text in pair]), name))

@@ -36,6 +36,7 @@ __all__ = [
     "call_reward",
     "leaves",
     "reward_name",
+    "scores_or_nan",
 ]
 
 RESERVED = ("prompts", "completions", "completion_ids", "finish_reasons")  # no column of the data may be called so
@@ -99,7 +100,7 @@ def call_reward(
             reward is shorter than its response, or a reward is missing, NaN or infinite. The message names the reward
             and the sample.
     """
-    found = _call(
+    found = scores_or_nan(
         reward,
         {
             "prompts": prompts,
@@ -120,8 +121,10 @@ def call_reward(
     return found
 
 
-def _call(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDArray[np.float64]:
-    """As :func:`call_reward`; a sample that the reward does not apply to is NaN (in a dense reward, its whole row)."""
+def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDArray[np.float64]:
+    """The same as :func:`call_reward`, with NaN for a sample that the reward does not apply to (the whole row where
+    the reward is dense).
+    """
     name, completion_ids = reward_name(reward), given["completion_ids"]
     count = len(given["completions"])
     raw = _asked(reward, name, _accepted(reward, given))
@@ -267,7 +270,7 @@ class WeightedSum:
 
     def __call__(self, **given: Any) -> Rewards:
         """As any reward; every part is validated by itself, so a message names the part at fault."""
-        found = [(weight, _call(reward, given)) for weight, reward in self.parts]
+        found = [(weight, scores_or_nan(reward, given)) for weight, reward in self.parts]
         lengths = np.array([len(ids) for ids in given["completion_ids"]], dtype=np.int64)
         dense = any(values.ndim == 2 for _, values in found)
         total = np.zeros((len(lengths), lengths.max(initial=0)) if dense else len(lengths))
@@ -294,12 +297,12 @@ class Clip:
 
     def __call__(self, **given: Any) -> Rewards:
         """As any reward."""
-        return _with_nones(_call(self.reward, given).clip(self.low, self.high))
+        return _with_nones(scores_or_nan(self.reward, given).clip(self.low, self.high))
 
 
 class Standardise:
-    """``(reward - mean) / std``, with the moments of the reference's samples; for rewards of one number per
-    response.
+    """``(reward - mean) / std`` for rewards of one number per response; :func:`lm_envs.reward.units.in_units_of` takes
+    the moments from samples of the reference.
 
     Dense rewards are refused: a shift of each token's reward would pay for length.
 
@@ -315,31 +318,9 @@ class Standardise:
         self.reward, self.mean, self.std = reward, mean, std
         self.__name__ = f"standardise({reward_name(reward)})"
 
-    @classmethod
-    def against(cls, reward: AnyReward, **samples: Any) -> Standardise:
-        """Take the moments (population std) from samples of the reference, given as to :func:`call_reward`; those that
-        the reward does not apply to are left out.
-
-        Raises:
-            ValueError: the reward is dense, applies to no sample, or gives all the same score.
-        """
-        name, values = reward_name(reward), _call(reward, samples)
-        if values.ndim == 2:
-            raise ValueError(f"reward {name!r} is dense: standardising it would pay for length")
-        values = values[~np.isnan(values)]
-        if not len(values):
-            raise ValueError(f"reward {name!r} applies to none of the reference's samples")
-        mean, std = float(values.mean()), float(values.std())
-        if not std > 1e-9 * max(1.0, abs(mean)):
-            raise ValueError(
-                f"reward {name!r} gives all {len(values)} samples of the reference the score {mean:.6g}, so there is "
-                "no positive std to standardise by"
-            )
-        return cls(reward, mean, std)
-
     def __call__(self, **given: Any) -> Rewards:
         """As any reward."""
-        values = _call(self.reward, given)
+        values = scores_or_nan(self.reward, given)
         if values.ndim == 2:
             raise ValueError(f"reward {reward_name(self.reward)!r} is dense: standardising it would pay for length")
         return _with_nones((values - self.mean) / self.std)
@@ -360,4 +341,4 @@ class Conversational:
         """As any reward, of texts."""
         messages = given.get("messages") or [[{"role": "user", "content": text}] for text in prompts]
         replies = [[{"role": "assistant", "content": text}] for text in completions]
-        return _with_nones(_call(self.reward, {**given, "prompts": messages, "completions": replies}))
+        return _with_nones(scores_or_nan(self.reward, {**given, "prompts": messages, "completions": replies}))

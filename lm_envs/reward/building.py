@@ -13,17 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from lm_envs.model.loading import HOST, Placement
-from lm_envs.reward.base import AnyReward, Clip, Conversational, Standardise, WeightedSum
+from lm_envs.reward.base import AnyReward, Clip, Conversational, WeightedSum
 from lm_envs.reward.judge import load_judge, make_judge
-from lm_envs.reward.learned import LearnedReward, load_reward_model
+from lm_envs.reward.learned import load_reward_model
 from lm_envs.reward.metrics import make_metric
 from lm_envs.reward.specs import Source, Spec
-
-if TYPE_CHECKING:
-    from lm_envs.reward.units import Samples
+from lm_envs.reward.units import Samples, in_units_of, standardised
 
 __all__ = ["build_reward"]
 
@@ -77,12 +74,8 @@ class _Builder:
         return self.standardised(parts[0], spec.numbers)
 
     def standardised(self, reward: AnyReward, numbers: tuple[float, ...]) -> AnyReward:
-        from lm_envs.reward.units import in_units_of
-
         if numbers:
-            if isinstance(reward, LearnedReward):
-                return reward.in_units(*numbers)
-            return Standardise(reward, *numbers)
+            return standardised(reward, *numbers)
         if self.samples is None:
             raise ValueError("standardise needs mean and std here: there are no samples of a reference to take them of")
         return in_units_of(reward, self.samples())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -143,19 +144,6 @@ class LearnedReward:
         self.__name__ = name
         self._warned = False
 
-    def in_units(self, mean: float, std: float) -> LearnedReward:
-        """The same reward with other moments of its raw score."""
-        return LearnedReward(
-            self.model,
-            self.tokenizer,
-            (mean, std),
-            self.batch_size,
-            self.__name__,
-            label=self.label,
-            output=self.output,
-            template=self.template,
-        )
-
     @property
     def is_plain(self) -> bool:
         """Whether it reads plain text and its score is the default one of its model: what trains like it may assume."""
@@ -201,7 +189,6 @@ class LearnedReward:
             ids = ids[:lead] + ids[len(ids) - (limit - lead) :]
         return ids
 
-    @torch.no_grad()
     def __call__(
         self,
         prompts: Sequence[str],
@@ -222,6 +209,12 @@ class LearnedReward:
                 rows.append(self.encode_chat(before, completion, reason == "stop"))
             else:
                 rows.append(self.encode(prompt + completion, reason == "stop"))
+        mean, std = self.normalise
+        return ((self.raw(rows) - mean) / std).tolist()
+
+    @torch.no_grad()
+    def raw(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """``(N,)``: the model's own scores of N texts given as token ids, before they are put in units."""
         self.model.eval()
         pad = self.tokenizer.pad_token_id
         scores = np.zeros(len(rows))
@@ -234,8 +227,7 @@ class LearnedReward:
             ids = right_pad([rows[i] for i in chosen]).to(self.model.device)
             found = raw_scores(self.model, ids, pad if pad is not None else 0, self.label, self.output)
             scores[chosen] = found.double().cpu().numpy()
-        mean, std = self.normalise
-        return ((scores - mean) / std).tolist()
+        return scores
 
 
 def _label(config: Any, label: int | str | None, name: str) -> int | None:

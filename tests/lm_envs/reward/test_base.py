@@ -109,17 +109,9 @@ def test_clip():
         Clip(length, 1, 1)
 
 
-def test_standardise_against_the_reference():
-    samples = dict(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=IDS, finish_reasons=REASONS)
-    reward = Standardise.against(length, **samples)
-    assert reward.__name__ == "standardise(length)" and (reward.mean, reward.std) == (3.0, 1.0)
-    assert call(reward).tolist() == [-1.0, 1.0]
-    with pytest.raises(ValueError, match="'per_token' is dense"):
-        Standardise.against(per_token, **samples)
+def test_standardise_refuses_dense_rewards():
     with pytest.raises(ValueError, match="'per_token' is dense"):
         call(Standardise(per_token, 0, 1))
-    with pytest.raises(ValueError, match="positive std"):
-        Standardise.against(lambda completions: [1.0, 1.0], **samples)
 
 
 def test_a_fault_inside_a_composition_names_the_part():
@@ -226,13 +218,6 @@ def test_where_no_function_applies_it_is_an_error():
 def test_clip_and_standardise_keep_none():
     parts = [(1.0, Clip(maths_only, 0, 1)), (1.0, Standardise(code_only, 4.0, 2.0))]
     assert call(WeightedSum(parts), task=["maths", "code"]).tolist() == [1.0, 3.0]
-    samples = dict(
-        completion_ids=IDS * 2, finish_reasons=REASONS * 2, prompts=PROMPTS * 2, completions=["a", "", "ccc", ""]
-    )
-    made = Standardise.against(maths_only, **samples, task=["maths", "x", "maths", "x"])
-    assert (made.mean, made.std) == (2.0, 1.0)
-    with pytest.raises(ValueError, match="applies to none"):
-        Standardise.against(maths_only, **samples, task=["x"] * 4)
 
 
 def test_conversations():

@@ -159,15 +159,6 @@ def test_of_two_labels_the_first_is_the_second_reversed():
     assert 0 < one(["a"], [" b"])[0] < 1 and not one.is_plain
 
 
-def test_other_units_keep_everything_else():
-    model, tokenizer = classifier("Bert", labels=3), words()
-    reward = LearnedReward(model, tokenizer, batch_size=7, name="mood", label=2, output="logit")
-    other = reward.in_units(1.0, 2.0)
-    raw = reward(["a"] * 2, [" b", " c d"])
-    assert other(["a"] * 2, [" b", " c d"]) == pytest.approx([(x - 1) / 2 for x in raw])
-    assert (other.batch_size, other.__name__) == (7, "mood")
-
-
 def test_a_chat_template_writes_the_conversation():
     model, tokenizer = classifier("Llama", context=64), words()
     with pytest.raises(ValueError, match="no chat template"):
