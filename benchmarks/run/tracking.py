@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from typing import Any
 # What people look at first stands together under "main"; the rest of an algorithm's metrics under "update".
 _MAIN = ("return", "score", "gold", "proxy", "kl", "kl_coef", "entropy", "length", "tokens_per_second")
 _COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "iteration")
+
+
+def _made(path: Path) -> int:
+    """The second in which an event file was made; 0 if its name does not say so, or says a time to come."""
+    made = path.name.split(".")[3]
+    return int(made) if made.isdigit() and int(made) <= time.time() else 0
 
 
 class Tracker:
@@ -23,8 +30,12 @@ class Tracker:
     def __init__(self, folder: Path, resumed_at: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = resumed_at + 1 if resumed_at else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=30)
+        # A reader takes the files in the order of their names, which begin with the second they were made in: a file
+        # that hides what another one holds has to come after it.
+        while any(int(time.time()) <= _made(path) for path in folder.glob("events.out.tfevents.*")):
+            time.sleep(0.05)
+        # Iteration 0 is logged by a fresh start alone; a process that was killed before its first checkpoint left it.
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed_at else 0, flush_secs=30)
 
     def scalars(self, metrics: Mapping[str, Any], iteration: int, prefix: str | None = None) -> None:
         """Log the finite numbers among ``metrics``; ``prefix`` None sorts them into main, counters and update."""
