@@ -27,7 +27,6 @@ from lm_envs.benchmarks.run.storage import write_lines
 from lm_envs.benchmarks.speed.kernels import RESULTS, machine
 from lm_envs.benchmarks.speed.live_memory import LiveMemory
 from lm_envs.benchmarks.speed.throughput_peers import PEERS, RIVALS, Peer, installed
-from lm_envs.benchmarks.speed.throughput_targets import table as verdict_table
 from lm_envs.benchmarks.speed.throughput_work import COMPILED, SHAPES, WAYS, Size, Work
 from lm_envs.model.compiled import check_tools
 
@@ -302,7 +301,7 @@ def run(settings: Settings, out: Path | None = None) -> Path:
                 flush=True,
             )
         write_lines(out, everything, list(several[0]))
-    print(f"\n{verdict_table(everything)}\n\n{out}")
+    print(f"\n{out}")
     return out
 
 

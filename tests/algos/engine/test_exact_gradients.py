@@ -14,8 +14,8 @@ from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.mdp import TextMDP
 from lm_envs.exact.solver import Exact, cosine, relative_bias
-from lm_envs.exact.stationary import no_penalty, reverse_state_kl, state_kl, unreported
 from lm_envs.tasks.enumerable import load
+from tests.algos.engine.stationary import no_penalty, reverse_state_kl, state_kl, unreported
 
 BASE = {"episodes": 8, "group_size": 1, "kl_coef": 0.3}
 

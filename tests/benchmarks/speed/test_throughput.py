@@ -9,7 +9,6 @@ import pytest
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.speed import throughput as bench
-from lm_envs.benchmarks.speed import throughput_targets as targets
 from lm_envs.benchmarks.speed import throughput_work
 from lm_envs.benchmarks.speed.throughput_work import Size, Work
 
@@ -122,35 +121,3 @@ def test_memory_is_that_of_the_call():
 def test_bad_requests(given, message):
     with pytest.raises(ValueError, match=message):
         bench.Settings(**given)
-
-
-def test_what_is_reached_is_said():
-    def line(table, way, seconds=1.0, length=48, **more):
-        blank = dict.fromkeys(("of_generate", "of_peer", "times_floor", "peak_MB"), "")
-        return {"table": table, "shape": "small", "new_tokens": length, "way": way, "seconds": seconds} | blank | more
-
-    fixed = [
-        line("fixed work", "generate", peak_MB="9.5"),
-        line("fixed work", "step", of_generate="0.91"),
-        line("fixed work", "bulk + reference + reward", of_generate="1.19", peak_MB="9.6"),
-        line("fixed work", "ppo 1 epoch", of_peer="3.0", times_floor="1.31"),
-    ]
-    lengths = [
-        line("response length", "step", 0.32, 32),
-        line("response length", "our forwards", 0.16, 32),  # 5 ms of its own a step
-        line("response length", "step", 5.12, 512),
-        line("response length", "our forwards", 2.048, 512),  # 6
-    ]
-    assert targets.step_overhead(lengths) == pytest.approx({32: 5, 512: 6})
-    found = {v.what: (pytest.approx(v.value), v.reached) for v in targets.verdicts(fixed + lengths)}
-    assert found == {
-        "small: step, times generate": (0.91, True),
-        "small: bulk + reference + reward, times generate": (1.19, False),
-        "small: ppo 1 epoch, times TRL": (3.0, True),
-        "small: ppo 1 epoch, times its floor": (1.31, False),
-        "small: bulk + reference + reward, MB, and generate": (9.6, False),
-        "step path's own time a step, 512 new tokens over 32": (1.2, True),
-    }
-    assert "| small: step, times generate | 0.91 | at least 0.9 | yes |" in targets.table(fixed)
-    for way, _, _ in targets.SPEEDS:
-        assert way in throughput_work.WAYS
