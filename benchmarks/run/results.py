@@ -39,6 +39,10 @@ EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: o
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
 
+ENOUGH_PROMPTS = 100  # below, a table says how few it was measured on
+ENOUGH_SEEDS = 3
+
+
 def number(value: Any) -> float:
     """A number of a result; JSON's null stands for NaN."""
     return math.nan if value is None else float(value)
@@ -224,6 +228,15 @@ def shown(lines: Sequence[Line]) -> list[Column]:
 def footnotes(lines: Sequence[Line]) -> list[str]:
     """What a reader of the table has to know."""
     notes = ["± is the standard deviation over seeds; for the win-rate, the standard error over prompts."]
+    texts = [line for line in lines if not is_control(line.task)]
+    fewest = min((line.prompts for line in texts if line.prompts is not None), default=ENOUGH_PROMPTS)
+    if fewest < ENOUGH_PROMPTS:
+        prompts = "1 test prompt" if fewest == 1 else f"{fewest} test prompts"
+        notes.append(
+            f"Measured on {prompts}: too few to tell methods apart. Give the prompts a split, or more of them."
+        )
+    if min(len(line.seeds) for line in lines) < ENOUGH_SEEDS:
+        notes.append(f"Fewer than {ENOUGH_SEEDS} seeds: differences between methods may be those of the seeds.")
     if any(line.kl_is_bound for line in lines):
         notes.append("≤: best-of-n's own log-probability is unknown; shown is the upper bound log n − (n−1)/n.")
     if any(is_control(line.task) for line in lines):

@@ -15,6 +15,7 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.report.html import chosen_prompts, headline, write_report
 from lm_envs.benchmarks.report.plots import figures
 from lm_envs.benchmarks.report.series import gather, styles
+from lm_envs.benchmarks.run import results
 from lm_envs.benchmarks.run.compare import write_results
 from lm_envs.benchmarks.run.names import folder_name
 from lm_envs.benchmarks.run.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table, title
@@ -249,3 +250,13 @@ def test_all_algorithms_together_can_be_told_apart():
 
     found = styles([Series("reviews", name, (), ()) for name in expanded(["all"])])
     assert len(found) == len(set(found.values())) > 10
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(1, 1), (99, 3), (100, 2), (100, 3), (None, 3)])
+def test_few_prompts_and_few_seeds_are_said(prompts, seeds):
+    known = dict.fromkeys(results.NUMBERS, 0.0)
+    line = results.Line("reviews", "ppo", tuple(range(seeds)), known, known, False, prompts)
+    told = " ".join(results.footnotes([line]))
+    assert (f"Measured on {prompts} test prompt" in told) == (prompts is not None and prompts < 100)
+    assert ("Fewer than 3 seeds" in told) == (seeds < 3)
+    assert "1 test prompts" not in told
