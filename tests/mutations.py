@@ -47,6 +47,7 @@ DATASET, TOKENIZING = "tests/lm_envs/data/test_dataset.py", "tests/lm_envs/data/
 LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/run/test_same_ids.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
+RECOMPUTED = "tests/benchmarks/test_recomputed.py"
 SB3 = "tests/algos/other_libraries/test_sb3.py::"
 
 MUTATIONS = [
@@ -825,6 +826,126 @@ MUTATIONS = [
         "logits = scaled(logits, self.policy.temperature)",
         "logits = scaled(logits)",
         ACTOR_CRITIC,
+    ),
+    # What a comparison publishes
+    Mutation(
+        "the final evaluation is on training prompts",
+        "benchmarks/run/problems.py",
+        'env, count = self._measure("test"), self.spec.plan.test_prompts',
+        'env, count = self._measure("train"), self.spec.plan.test_prompts',
+        RECOMPUTED,
+    ),
+    Mutation(
+        "the learning curve is on test prompts",
+        "benchmarks/run/problems.py",
+        'samples.sample_policy(self._measure("validation"), self.policy',
+        'samples.sample_policy(self._measure("test"), self.policy',
+        RECOMPUTED,
+    ),
+    Mutation(
+        "evaluation begins again with the first prompts after each chunk",
+        "benchmarks/measure/samples.py",
+        "first_episode=first, seed=seed)",
+        "first_episode=0, seed=seed)",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "inference tokens are not charged",
+        "benchmarks/run/one_run.py",
+        '"tokens_generated": tokens + measured["inference_tokens"]',
+        '"tokens_generated": tokens',
+        RECOMPUTED,
+    ),
+    Mutation(
+        "inference reward calls are not charged",
+        "benchmarks/run/one_run.py",
+        '"reward_calls": calls + measured["inference_reward_calls"]',
+        '"reward_calls": calls',
+        RECOMPUTED,
+    ),
+    Mutation(
+        "a resumed run forgets the time before",
+        "benchmarks/run/one_run.py",
+        'self.wall_s = found.state["wall_s"]',
+        "self.wall_s = 0.0",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "a budget of episodes is rounded down",
+        "benchmarks/run/problems.py",
+        "return math.ceil(spec.plan.episodes / agent.config.episodes)",
+        "return math.floor(spec.plan.episodes / agent.config.episodes)",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "the table's win-rate error is that of one seed",
+        "benchmarks/run/results.py",
+        'spread["win_rate"] = _win_rate_se(rows)',
+        'spread["win_rate"] = float(rows[0]["win_rate_se"])',
+        RECOMPUTED,
+    ),
+    Mutation(
+        "all seeds are tested with the same random numbers",
+        "benchmarks/run/problems.py",
+        "self.policy, count, self.spec.seed)",
+        "self.policy, count, 0)",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "SFT is compared with its own samples",
+        "benchmarks/measure/samples.py",
+        "return sample(env, policy, count, _REFERENCE_SEED)",
+        "return sample(env, policy, count, _POLICY_SEED)",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "proxy is the judge's score",
+        "benchmarks/measure/samples.py",
+        "proxy=traj.score.double().numpy()",
+        "proxy=gold",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "a steered coefficient may turn negative",
+        "algos/ops/kl_control.py",
+        "self.coef *= 1 + error * share if share <= 1 else (1 + error) ** share",
+        "self.coef *= 1 + error * share",
+        "tests/algos/ops/test_kl_control.py",
+    ),
+    Mutation(
+        "the env casts actions",
+        "lm_envs/env/rows.py",
+        'if actions.dtype.kind not in "iu":',
+        "if False:",
+        "tests/lm_envs/env/test_text_env.py",
+    ),
+    Mutation(
+        "temporary names are shared",
+        "lm_envs/files.py",
+        'f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"[:255]',
+        'f"{TEMPORARY}{path.name}"',
+        "tests/lm_envs/test_files.py",
+    ),
+    Mutation(
+        "a damaged library is loaded",
+        "kernels/native_library.py",
+        'return path.with_suffix(".sha256").read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()',
+        "return True",
+        "tests/kernels/test_native_library.py",
+    ),
+    Mutation(
+        "losses cast float64 down",
+        "lm_envs/training.py",
+        "return x.to(torch.promote_types(x.dtype, torch.float32))",
+        "return x.float()",
+        "tests/lm_envs/test_training.py",
+    ),
+    Mutation(
+        "a judge's range is a grade",
+        "lm_envs/reward/judge.py",
+        "clear = not any(_GOES_ON.match(bare, number.end()) for number in numbers)",
+        "clear = True",
+        "tests/lm_envs/reward/test_judge.py",
     ),
 ]
 
