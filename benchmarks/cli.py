@@ -210,7 +210,7 @@ class Tasks:
         from lm_envs.benchmarks.commands.tasks import listing
 
         for table in listing():
-            Console().print(table)
+            Console(emoji=False).print(table)
 
 
 @dataclass(frozen=True)
@@ -248,11 +248,11 @@ def show(out: Path) -> None:
 
     rows = write_results(out)
     path = write_report(out, rows)
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(emoji=False, width=160)
     console.print(rich_table(table(rows), console.width))
-    console.print(f"{out / 'results.csv'}\n{path}", highlight=False, soft_wrap=True)
+    console.print(f"{out / 'results.csv'}\n{path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _only(suite: Suite, algorithms: tuple[str, ...]) -> Suite:
@@ -369,7 +369,7 @@ def _format_warning(
 
 
 def _run(words: list[str], debug: bool) -> None:
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     command = tyro.cli(
         subcommands(_COMMANDS, words),
         config=(tyro.conf.FlagCreatePairsOff,),

@@ -170,7 +170,7 @@ def _reasons(report: Report) -> str:
 
 def show(report: Report, *, all_bad: bool = False) -> None:
     """Print it."""
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal:
-        console = Console(width=160, soft_wrap=True)
+        console = Console(emoji=False, width=160, soft_wrap=True)
     console.print(render(report, all_bad), highlight=False)

@@ -215,7 +215,7 @@ def _show(out: Path, result: dict[str, Any]) -> None:
 
     before = next(iter(Records(out / "metrics.jsonl").read()), {})
     names = [name.removeprefix("held_out_") for name in result if name.startswith("held_out_")]
-    console = Console()
+    console = Console(emoji=False)
     if names:
         table = Table("held-out", "before", "after", box=None, pad_edge=False)
         for name in names:

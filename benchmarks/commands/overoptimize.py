@@ -56,7 +56,9 @@ class Overoptimise:
             seed=self.seed,
         )
         options = self.own.options().get(base_task(self.task)[0], {})
-        curves = overoptimise(self.task, options, settings, self.out, lambda text: console.print(text, highlight=False))
+        curves = overoptimise(
+            self.task, options, settings, self.out, lambda text: console.print(text, highlight=False, markup=False)
+        )
         for c in curves:
             peak = max(range(len(c.gold)), key=c.gold.__getitem__)
             print(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
 from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
@@ -154,7 +155,7 @@ def compare(
         UserError: something is wrong that the user can put right; before any training, if it could be known.
         Interrupted: Ctrl-C; everything is on disk.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(emoji=False, stderr=True)
     for option, value in (("--jobs", jobs), ("--threads", threads)):
         if value < 1:
             raise UserError(f"{option} must be at least 1, got {value}")
@@ -177,8 +178,9 @@ def compare(
 def _heading(suite: Suite, runs: Sequence[RunSpec], open_runs: Sequence[RunSpec]) -> str:
     tasks = len({run.task for run in runs})
     done = f", {len(runs) - len(open_runs)} of them finished already" if len(open_runs) < len(runs) else ""
-    text = f"[bold]{suite.name}[/]: {len(runs)} run{'s' * (len(runs) > 1)} on {tasks} task{'s' * (tasks > 1)}{done}"
-    return text + (f"\n{suite.description}" if suite.description else "")
+    count = f"{len(runs)} run{'s' * (len(runs) > 1)} on {tasks} task{'s' * (tasks > 1)}{done}"
+    text = f"[bold]{escape(suite.name)}[/]: {count}"
+    return text + (f"\n{escape(suite.description)}" if suite.description else "")
 
 
 def _merged(out: Path, suite: Suite) -> dict[str, Any]:

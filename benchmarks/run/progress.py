@@ -8,6 +8,7 @@ import time
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lm_envs.benchmarks.run.results import number, plain
@@ -129,7 +130,7 @@ class Bars:
         if kind == "start":
             row = self._rows.get(run)
             if row is None:
-                row = self._rows[run] = self.progress.add_task(run, total=max(event["of"], 1), figures="")
+                row = self._rows[run] = self.progress.add_task(escape(run), total=max(event["of"], 1), figures="")
             self.progress.update(row, completed=event["iteration"])
         elif kind == "iteration":
             known = self._known.setdefault(run, {})

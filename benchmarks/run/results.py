@@ -259,6 +259,7 @@ def title(lines: Sequence[Line]) -> str:
 
 def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
     """The table for a terminal of so many characters; a narrow one gets fewer columns."""
+    from rich.markup import escape
     from rich.table import Table
 
     columns = shown(lines)
@@ -277,6 +278,6 @@ def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
         if before is not None and before.task != line.task:
             made.add_section()
         values = [cell(line, column) for column in columns]
-        made.add_row(line.task, line.algorithm, str(len(line.seeds)), *values)
+        made.add_row(escape(line.task), line.algorithm, str(len(line.seeds)), *values)
     made.caption = "\n".join(notes)
     return made

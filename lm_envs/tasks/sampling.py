@@ -40,7 +40,7 @@ def check_options(task: str, config: type[Any], options: Mapping[str, Any]) -> N
 def progress_bar() -> Progress:
     """A progress bar on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(emoji=False, stderr=True))
 
 
 def line_of(bar: Progress, description: str, total: int) -> Callable[..., None]:

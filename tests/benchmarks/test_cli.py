@@ -379,3 +379,15 @@ def test_threads_do_not_depend_on_jobs(tmp_path):
         main([*command, "--jobs", jobs, "--out", str(tmp_path / jobs)])
         configs = list((tmp_path / jobs).rglob("config.json"))
         assert len(configs) == 2 and {json.loads(path.read_text())["threads"] for path in configs} == {1}
+
+
+def test_names_and_folders_are_printed_as_they_are(tmp_path, capsys):
+    """rich would take brackets for markup, and raise at [/], and make a picture of :x:."""
+    out = tmp_path / "out [/red] [bold] :x:"
+    suite = tmp_path / "suite.toml"
+    lines = ['name = "[/] :x: [red]a"', 'description = "b [/] :smile:"', f'tasks = ["{NAME}"]', 'algorithms = ["sft"]']
+    suite.write_text("\n".join([*lines, "[evaluation]", "test_prompts = 6"]))
+    main(["compare", "--suite", str(suite), "--out", str(out)])
+    shown = capsys.readouterr()
+    assert str(out / "results.csv") in shown.out.replace("\n", "")
+    assert "[/] :x: [red]a" in shown.err and "b [/] :smile:" in shown.err
