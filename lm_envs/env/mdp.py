@@ -6,6 +6,8 @@ The single, vector and bandit faces and the bulk path all read this one definiti
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +27,9 @@ from lm_envs.tasks import load
 from lm_envs.tasks.base import TextTask
 
 MISSING_EOS_MODES = ("replace", "subtract")
+
+# A forked child has none of its parent's OpenMP threads and would wait for them forever; AsyncVectorEnv forks.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class TextMDP:
@@ -90,8 +95,12 @@ class TextMDP:
                 f"prompt {empty[0]} of split {self.split!r} is empty: a prompt needs at least one token (a BOS "
                 f"token will do)"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not (_finite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature!r}")
+        for name in ("max_new_tokens", "min_new_tokens", "group_size", "reference_top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) and (value is not None or name != "reference_top_k"):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -103,9 +112,12 @@ class TextMDP:
         if self.reference_top_k is not None and self.reference_top_k < 1:
             raise ValueError(f"reference_top_k must be at least 1, or None for all tokens, got {self.reference_top_k}")
         check_kl_coef(self.kl_coef)
-        if self.missing_eos is not None and self.missing_eos[0] not in MISSING_EOS_MODES:
-            raise ValueError(f"missing_eos must be ('replace', x) or ('subtract', x), got {self.missing_eos!r}")
-        if self.missing_eos is not None and self.missing_eos[0] == "replace" and self.dense:
+        mode, amount = (None, 0.0) if self.missing_eos is None else self.missing_eos
+        if self.missing_eos is not None and not (mode in MISSING_EOS_MODES and _finite(amount)):
+            raise ValueError(
+                f"missing_eos must be ('replace', x) or ('subtract', x) with a finite x, got {self.missing_eos!r}"
+            )
+        if mode == "replace" and self.dense:
             raise ValueError(
                 "missing_eos=('replace', x) needs a reward per response: a dense reward has been paid before "
                 "the end is known; "
@@ -234,5 +246,9 @@ class TextMDP:
 
 def check_kl_coef(kl_coef: float) -> None:
     """Raises ValueError unless the coefficient is a finite number that is not negative."""
-    if not (np.isfinite(kl_coef) and kl_coef >= 0):
-        raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef}")
+    if not (_finite(kl_coef) and kl_coef >= 0):
+        raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef!r}")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and math.isfinite(value)

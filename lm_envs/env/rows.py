@@ -38,8 +38,8 @@ class TextRows(VectorEnv):
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
+            raise ValueError(f"num_envs must be a whole number of at least 1, got {num_envs!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}")
         self.mdp = TextMDP(task, **options)
@@ -130,7 +130,10 @@ class TextRows(VectorEnv):
             self._seed = drawn % 2**64  # a seed that Gymnasium draws itself has 128 bits
             self._next_episode = 0
         if "first_episode" in options:
-            self._next_episode = int(options["first_episode"])
+            first = options["first_episode"]
+            if not isinstance(first, (int, np.integer)) or first < 0:
+                raise ValueError(f"options['first_episode'] must be a whole number of at least 0, got {first!r}")
+            self._next_episode = int(first)
         self._reported = None
         rows = np.ones(self.num_envs, dtype=bool)
         if "reset_mask" in options:

@@ -41,8 +41,11 @@ def load(name: str, **options: Any) -> TextTask:
         raise ValueError(f"no task {name!r}: {hint}")
     key = (TASKS[name], tuple((option, _hashable(options[option])) for option in sorted(options)))
     if key not in _loaded:
+        import torch  # here, because this module is light
+
         module, function = TASKS[name].split(":")
-        _loaded[key] = getattr(import_module(module), function)(**options)
+        with torch.random.fork_rng(devices=[]):  # constructors of models draw weights that are then read from files
+            _loaded[key] = getattr(import_module(module), function)(**options)
     return _loaded[key]
 
 

@@ -227,7 +227,17 @@ def test_render_shows_text_coloured_by_kl():
     [
         ({"split": "dev"}, "no split 'dev'; it has train, test"),
         ({"kl_coef": -0.1}, "kl_coef must be finite and not negative"),
+        ({"kl_coef": float("nan")}, "kl_coef must be finite and not negative, got nan"),
+        ({"kl_coef": "0.1"}, "kl_coef must be finite and not negative, got '0.1'"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
+        ({"temperature": float("inf")}, "temperature must be positive and finite, got inf"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens must be a whole number, got nan"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"min_new_tokens": 0.5}, "min_new_tokens must be a whole number, got 0.5"),
+        ({"group_size": 1.5}, "group_size must be a whole number, got 1.5"),
+        ({"reference_top_k": float("nan")}, "reference_top_k must be a whole number, got nan"),
+        ({"missing_eos": ("replace", float("nan"))}, "missing_eos must be .* with a finite x"),
         ({"min_new_tokens": 9}, "min_new_tokens must lie between 0 and max_new_tokens=6"),
         ({"missing_eos": ("drop", 1.0)}, "missing_eos must be"),
         ({"group_size": 0}, "group_size"),
@@ -237,6 +247,18 @@ def test_render_shows_text_coloured_by_kl():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TextEnv(tiny.task(), **options)
+
+
+@pytest.mark.parametrize("first", [-1, 1.7, float("nan"), "3"])
+def test_a_first_episode_that_is_none_is_refused(first):
+    with pytest.raises(ValueError, match=r"options\['first_episode'\] must be a whole number of at least 0"):
+        TextEnv(tiny.task()).reset(seed=0, options={"first_episode": first})
+
+
+def test_a_number_of_rows_that_is_none_is_refused():
+    for rows in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="num_envs must be a whole number of at least 1"):
+            TextVectorEnv(tiny.task(), rows)
 
 
 def test_an_empty_prompt_is_refused():
