@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -70,6 +71,19 @@ def test_every_module_lies_in_a_room():
     assert outside == [str(CHECKOUT / "lm_envs" / "__init__.py")]
     named = {room_of(import_name(path, CHECKOUT)) for path in modules(CHECKOUT)}
     assert named == set(ORDER)
+
+
+def test_the_drawing_names_the_rooms_in_order():
+    svg = ElementTree.parse(CHECKOUT / "docs" / "assets" / "rooms.svg")
+    drawn = {folder: svg.findall(f".//*[@id='{folder}']//*[@class='room']") for folder in FOLDERS}
+    rooms: dict[str, list[str]] = {folder: [] for folder in FOLDERS}
+    for room in ORDER:
+        folder, _, name = room.removeprefix("lm_envs.").partition(".")
+        if room in ("lm_envs.algos", "lm_envs.benchmarks"):
+            rooms[folder].append({"algos": "the algorithms", "benchmarks": "cli"}[folder])
+        elif room not in ("lm_envs", "lm_envs.kernels"):
+            rooms[folder if name else "lm_envs"].append(name or folder)
+    assert {folder: [element.text for element in found] for folder, found in drawn.items()} == rooms
 
 
 @pytest.mark.parametrize(
