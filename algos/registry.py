@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lm_envs.algos.policies.critics import value_from_reward_model
+from lm_envs.settings import near
 
 if TYPE_CHECKING:
     from lm_envs.algos.engine.agent import Agent
@@ -37,12 +37,6 @@ WRAPPERS = ("best-of-n",)
 """Those that are a policy made of another: they need no training and no config."""
 
 
-def near(name: str, known: list[str]) -> str:
-    """``" Did you mean a or b?"``, or all that is known where nothing is near."""
-    found = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(sorted(known))}"
-
-
 def load(name: str) -> Any:
     """The class of an algorithm.
 
@@ -50,7 +44,7 @@ def load(name: str) -> Any:
         ValueError: there is none of that name; the message names the near ones.
     """
     if name not in ALGORITHMS:
-        raise ValueError(f"no algorithm is called {name!r}; {near(name, list(ALGORITHMS))}")
+        raise ValueError(f"no algorithm is called {name!r}: {near(name, ALGORITHMS)}")
     module, attribute = ALGORITHMS[name].split(":")
     return getattr(import_module(module), attribute)
 
@@ -68,7 +62,7 @@ def make_config(name: str, **overrides: Any) -> Any:
     known = [field.name for field in fields(found.Config)]
     for key in overrides:
         if key not in known:
-            raise ValueError(f"{name} has no setting {key!r}; {near(key, known)}")
+            raise ValueError(f"{name} has no setting {key!r}: {near(key, known)}")
     return found.Config(**overrides)
 
 

@@ -23,10 +23,11 @@ from lm_envs.benchmarks.commands.help_text import subcommands
 from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
 from lm_envs.benchmarks.commands.options import Adapt, Own
 from lm_envs.benchmarks.commands.overoptimize import Overoptimise
-from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain, near
+from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError, explain
 from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.run.overrides import parse_settings
 from lm_envs.benchmarks.run.suites import ENV_OPTIONS, Plan, Suite, TaskSettings, load_suite
+from lm_envs.settings import near
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 

@@ -5,9 +5,7 @@ Only errors of expected kinds are shortened. A bug keeps its traceback, whatever
 
 from __future__ import annotations
 
-import difflib
 import errno
-from collections.abc import Iterable
 from pathlib import Path
 
 _EXPECTED_ERRNO = {
@@ -34,16 +32,6 @@ class RunsFailed(UserError):
 
 class Interrupted(Exception):
     """The user asked to stop, and what has to be kept for ``--resume`` is on disk."""
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not among ``known``: the near ones, or all of them if none is near."""
-    names = sorted(known)
-    folded = {n.lower(): n for n in names}
-    found = [folded[n] for n in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
-    if found:
-        return f"did you mean {' or '.join(repr(n) for n in found)}?"
-    return f"there are {', '.join(names)}" if names else "there are none"
 
 
 def explain(error: BaseException) -> str | None:

@@ -13,6 +13,7 @@ FOLDERS = ("kernels", "lm_envs", "algos", "benchmarks")
 ORDER = (
     "lm_envs.kernels",
     "lm_envs",
+    "lm_envs.settings",
     "lm_envs.rng",
     "lm_envs.files",
     "lm_envs.model",

@@ -10,9 +10,10 @@ import tyro
 from rich.console import Console
 
 from lm_envs.benchmarks.commands.options import Own
-from lm_envs.benchmarks.errors import UserError, near
+from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task
 from lm_envs.benchmarks.run.overrides import parse_settings
+from lm_envs.settings import near
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.benchmarks.errors import UserError, near
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.settings import near
 
 if TYPE_CHECKING:
     from lm_envs.tasks.base import TextTask

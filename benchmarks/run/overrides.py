@@ -10,7 +10,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lm_envs.benchmarks.errors import UserError, near
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.settings import near
 
 
 def parse_settings(items: Sequence[str], option: str = "--set", example: str = "learning_rate=1e-3") -> dict[str, Any]:

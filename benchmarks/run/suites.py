@@ -44,8 +44,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lm_envs.benchmarks.errors import UserError, near, one_line
+from lm_envs.benchmarks.errors import UserError, one_line
 from lm_envs.benchmarks.run.names import base_task, check_algorithm, check_task, expanded, folder_name, is_control
+from lm_envs.settings import near
 
 BUILT_IN = Path(__file__).resolve().parents[1] / "suites"
 ENV_OPTIONS = ("kl_coef", "temperature", "max_new_tokens", "min_new_tokens", "missing_eos")

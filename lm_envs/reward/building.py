@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib
@@ -21,6 +20,7 @@ from lm_envs.reward.learned import load_reward_model
 from lm_envs.reward.metrics import make_metric
 from lm_envs.reward.specs import Source, Spec
 from lm_envs.reward.units import Samples, in_units_of, standardised
+from lm_envs.settings import near
 
 __all__ = ["build_reward"]
 
@@ -100,9 +100,8 @@ class _Builder:
         found = getattr(module, spec.name, None)
         if not callable(found):
             callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            near = difflib.get_close_matches(spec.name, callables, n=3) or callables
             state = "is not callable" if hasattr(module, spec.name) else "does not exist"
-            raise ValueError(f"reward {where}: that name {state}; there is {', '.join(near) or 'no function'}")
+            raise ValueError(f"reward {where}: that name {state}: {near(spec.name, callables)}")
         if isinstance(found, type):
             try:
                 found = found(**spec.settings)

@@ -18,7 +18,6 @@ The grammar, where ``...`` repeats:
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lm_envs.reward.metrics import METRICS
+from lm_envs.settings import near
 
 __all__ = ["Combined", "Source", "Spec", "is_spec", "parse_reward"]
 
@@ -190,8 +190,7 @@ def _source(text: str) -> Source:
         raise ValueError(f"reward {text!r}: say which function of the file, as in {place}:function")
     if place and Path(place).is_dir():
         raise ValueError(f"reward {text!r}: a model's folder is written model:{place}")
-    near = difflib.get_close_matches(place, METRICS, n=1)
-    raise ValueError(f"reward {text!r}: " + (f"did you mean {near[0]!r}?" if near else _EXPECTED))
+    raise ValueError(f"reward {text!r}: {near(place, METRICS, _EXPECTED)}")
 
 
 def _slip(text: str) -> str | None:
@@ -213,8 +212,7 @@ def _slip(text: str) -> str | None:
         return f"rewards are added; what counts against has a negative weight: '{before.strip()} + {after.strip()}*-1'"
     call = re.match(r"(\w+)\s*\(", text)
     if call and call[1] not in _NUMBERS:
-        near = difflib.get_close_matches(call[1], _NUMBERS, n=1)
-        return f"there is no {call[1]!r}; " + (f"did you mean {near[0]!r}?" if near else f"only {', '.join(_NUMBERS)}")
+        return f"there is no {call[1]!r}: {near(call[1], _NUMBERS)}"
     return None
 
 

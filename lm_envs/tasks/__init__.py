@@ -5,9 +5,10 @@ To add a task, write a module with a function that returns a :class:`~lm_envs.ta
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from lm_envs.settings import near
 
 if TYPE_CHECKING:
     from lm_envs.tasks.base import TextTask
@@ -36,9 +37,7 @@ def load(name: str, **options: Any) -> TextTask:
         ValueError: no such task (the message names the near ones), or no such option.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name.lower(), TASKS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(sorted(TASKS))}"
-        raise ValueError(f"no task {name!r}: {hint}")
+        raise ValueError(f"no task {name!r}: {near(name, TASKS)}")
     key = (TASKS[name], tuple((option, _hashable(options[option])) for option in sorted(options)))
     if key not in _loaded:
         import torch  # here, because this module is light

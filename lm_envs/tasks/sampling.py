@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ from lm_envs.model.decoding import generate
 from lm_envs.model.text import Codec
 from lm_envs.model.tokens import EosIds, eos_ids, left_pad
 from lm_envs.reward.units import Samples
+from lm_envs.settings import near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,8 +33,7 @@ def check_options(task: str, config: type[Any], options: Mapping[str, Any]) -> N
     known = [one.name for one in fields(config)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known
-            raise ValueError(f"{task} has no option {name!r}: did you mean {', '.join(near)}?")
+            raise ValueError(f"{task} has no option {name!r}: {near(name, known)}")
 
 
 def progress_bar() -> Progress:

@@ -226,8 +226,8 @@ def test_models(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{file}:lenght", "that name does not exist; there is length"),
-        ("{file}:CONSTANT", "that name is not callable; there is"),
+        ("{file}:lenght", "that name does not exist: did you mean 'length'"),
+        ("{file}:CONSTANT", "that name is not callable: there are"),
         ("{file}:Counter[letters=b]", "the class cannot be made: .*letters"),
         ("no_such_package.rewards:f", "there is no module 'no_such_package' on the import path"),
         ("os.path:no_such", "that name does not exist"),

@@ -116,7 +116,7 @@ def test_too_little_text_and_bad_settings(tmp_path, source, cache):
     assert "with label 0" in message_of(lambda: corpus.load(one))
     assert "goes on after an opening of 40 words" in message_of(lambda: corpus.load(source, **SMALL, prompt_words=40))
     assert "give path=" in message_of(lambda: load("corpus"))
-    assert "did you mean lm_steps" in message_of(lambda: corpus.load(source, lm_step=3))
+    assert "did you mean 'lm_steps'" in message_of(lambda: corpus.load(source, lm_step=3))
     assert "vocabulary" in message_of(lambda: corpus.load(source, vocabulary=256))
     assert "max_tokens=64" in message_of(lambda: corpus.load(source, max_new_tokens=60))
     assert "multiple of heads" in message_of(lambda: corpus.load(source, heads=3))

@@ -203,7 +203,7 @@ def test_one_forward_for_all_is_the_tables_product():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(token=3), "enumerable has no option 'token': did you mean tokens"),
+        (dict(token=3), "enumerable has no option 'token': did you mean 'tokens'"),
         (dict(tokens=1), "tokens must lie between 2 and 26, got 1"),
         (dict(horizon=0), "horizon must be at least 1"),
         (dict(kl_coef=-1.0), "kl_coef must not be negative"),

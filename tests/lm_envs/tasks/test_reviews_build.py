@@ -132,8 +132,8 @@ def test_every_setting_makes_a_difference(name, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(sft_step=3), "reviews has no option 'sft_step': did you mean sft_steps"),
-        (dict(zzz=3), "reviews has no option 'zzz': did you mean seed"),
+        (dict(sft_step=3), "reviews has no option 'sft_step': did you mean 'sft_steps'"),
+        (dict(zzz=3), "reviews has no option 'zzz': there are flip, "),
         (dict(pairs=0), "reviews: pairs must be positive, got 0"),
         (dict(flip=1.5), r"reviews: flip must lie in \[0, 1\], got 1.5"),
         (dict(kl_coef=-1), "reviews: kl_coef must not be negative, got -1"),
@@ -159,7 +159,7 @@ def test_the_command_builds_a_variant_that_suites_can_use(tmp_path, capfd):
     assert len(tasks.load("reviews", path=str(tmp_path / "new")).prompts["test"]) == 20
     for arguments, message in (
         (["--out", str(tmp_path / "new")], "is not an empty folder: name a new one"),
-        (["--out", str(tmp_path / "other"), "--set", "flop=1"], "reviews has no option 'flop': did you mean flip"),
+        (["--out", str(tmp_path / "other"), "--set", "flop=1"], "reviews has no option 'flop': did you mean 'flip'"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["build", "reviews", *arguments])

@@ -240,7 +240,7 @@ def test_the_command(path, tmp_path, monkeypatch, capsys):
 def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give path=FILE.jsonl"):
         load("translation")
-    with pytest.raises(ValueError, match="did you mean hidden"):
+    with pytest.raises(ValueError, match="did you mean 'hidden'"):
         load("translation", path="x", hiden=3)
     for changes, message in (
         (dict(architecture="lstm"), "one of bart, t5"),
