@@ -165,8 +165,8 @@ def test_near() -> None:
 
 def test_values_too_large_or_too_deep_to_be_shown() -> None:
     deep: Any = []
-    for _ in range(100_000):
+    for _ in range(10_000):
         deep = [deep]
     for given in (10**5000, deep):
-        with pytest.raises(SettingError, match=r"^Plan\.count must be .*, not this (int|tuple)$"):
+        with pytest.raises(SettingError, match=r"^Plan\.count must be .*, not this (int|list|tuple)$"):
             Plan(count=given)
