@@ -44,6 +44,7 @@ ADAPTATION = "tests/algos/policies/test_adaptation.py"
 FAMILIES, MODELS = "tests/lm_envs/model/test_families.py", "tests/lm_envs/model/test_loading.py"
 ENDINGS, TEXT = "tests/lm_envs/model/test_endings.py", "tests/lm_envs/model/test_text.py"
 DATASET, TOKENIZING = "tests/lm_envs/data/test_dataset.py", "tests/lm_envs/data/test_tokenizing.py"
+SAVED = "tests/benchmarks/commands/test_saved_models.py"
 LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/run/test_same_ids.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
@@ -288,7 +289,7 @@ MUTATIONS = [
     Mutation(
         "adapters come with a base of their own",
         "lm_envs/model/adapters.py",
-        "model: Any = sharing(base, base.parameters())",
+        "model: Any = sharing(base, () if trained_bias else base.parameters())",
         "model: Any = copy.deepcopy(base)",
         f"{MODELS}::test_adapters_are_the_policy_and_share_their_base",
     ),
@@ -697,6 +698,34 @@ MUTATIONS = [
         "below.add(id(node.variable))",
         "pass",
         ADAPTATION,
+    ),
+    Mutation(
+        "a merge leaves the adapters out",
+        "algos/policies/adaptation.py",
+        "            module.merge()",
+        "            pass",
+        f"{SAVED}::test_the_saved_policy_is_the_one_that_was_measured",
+    ),
+    Mutation(
+        "a merge reaches the layer that is tied",
+        "algos/policies/adaptation.py",
+        "            _own_weight(found)",
+        "            pass",
+        f"{SAVED}::test_a_merge_does_not_reach_the_layer_that_is_tied",
+    ),
+    Mutation(
+        "a stage trains the base of the adapters that it was given",
+        "benchmarks/run/data_problem.py",
+        "if not self.spec.adaptation and not has_adapters(self.model):",
+        "if not self.spec.adaptation:",
+        SAVED,
+    ),
+    Mutation(
+        "a saved model writes on after the end of its turn",
+        "algos/policies/adaptation.py",
+        "dict.fromkeys([*ends, *eos_tokens",
+        "dict.fromkeys([*eos_tokens",
+        f"{SAVED}::test_generate_stops_at_the_end_of_turn_that_was_learned",
     ),
     Mutation(
         "a shared weight is trained",

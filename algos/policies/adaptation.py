@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_envs.model.adapters import adapter_parameters, has_adapters, quiet_layout, sharing
 from lm_envs.model.encoder_decoder import is_encoder_decoder
+from lm_envs.model.endings import eos_tokens
 
 
 @dataclass(frozen=True)
@@ -231,41 +232,71 @@ def _add_lora(model: Any, adaptation: Adaptation, targets: list[str], seed: int)
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain copy with the adapters added to its weights, which shares nothing; of a model without, just a copy."""
+    """A plain copy with the adapters added to its weights, which shares nothing; of a model without, just a copy.
+
+    Modules and tokens that were trained beside the adapters take the place of the model's own. An output layer that
+    is tied to the embeddings is not any more where only one of the two was trained.
+    """
     plain: Any = copy.deepcopy(model)
     if not has_adapters(model):
         return plain
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
+    done: tuple[str, ...] = ()
     for name, module in list(plain.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if name.startswith(done) and done:
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _own_weight(module.original_module)
+            found = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        elif isinstance(module, BaseTunerLayer):
+            found = module.get_base_layer()
+            _own_weight(found)
             module.merge()
-            parent, _, last = name.rpartition(".")
-            setattr(plain.get_submodule(parent), last, module.get_base_layer())
+        else:
+            continue
+        done = (*done, f"{name}.")
+        parent, _, last = name.rpartition(".")
+        setattr(plain.get_submodule(parent), last, found)
     plain._hf_peft_config_loaded = False
     del plain.peft_config
+    into, out = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if out is not None and plain.config.get_text_config(decoder=True).tie_word_embeddings:
+        if torch.equal(into.weight, out.weight):
+            out.weight = into.weight
+        else:
+            plain.config.tie_word_embeddings = plain.config.get_text_config(decoder=True).tie_word_embeddings = False
     return plain
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False) -> None:
+def _own_weight(layer: Any) -> None:
+    """What is added to a layer's weight must not reach another layer that shares it."""
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False, ends: Iterable[int] = ()) -> None:
     """A folder that transformers' ``from_pretrained`` reads: model and tokenizer, or adapters in peft's format.
 
     Adapters are saved alone where the model they were put into can be found again, in a folder or on the hub.
 
     Args:
         merge: save a plain model, adapters or not.
+        ends: the tokens that ended a response in training, where ``generate`` is to stop too.
 
     Raises:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _generate_to_the_eos(model, tokenizer)
+    _stop_at(model, tokenizer, ends)
     try:
         if has_adapters(model) and model.name_or_path and not merge:
             config = model.peft_config["default"]
             place = Path(model.name_or_path)
             config.base_model_name_or_path = str(place.resolve()) if place.is_dir() else model.name_or_path
             model.save_pretrained(folder)
+            if getattr(model, "generation_config", None) is not None:
+                model.generation_config.save_pretrained(folder)
         else:
             (merged(model) if has_adapters(model) else model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -275,13 +306,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False) ->
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
-def _generate_to_the_eos(model: Any, tokenizer: Any) -> None:
-    """Let transformers' ``generate`` end where the policy ended while it was trained: at the tokenizer's EOS."""
-    config, eos = getattr(model, "generation_config", None), getattr(tokenizer, "eos_token_id", None)
-    if config is not None and eos is not None:
-        known = config.eos_token_id
-        if eos not in (known if isinstance(known, list) else [known]):
-            config.eos_token_id = eos
+def _stop_at(model: Any, tokenizer: Any, ends: Iterable[int]) -> None:
+    """Let transformers' ``generate`` stop at these tokens, and at all that end a response by themselves."""
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        found = list(dict.fromkeys([*ends, *eos_tokens(model, tokenizer)]))
+        config.eos_token_id = found if len(found) > 1 else found[0]
 
 
 def learned_state(module: nn.Module) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from lm_envs.data.packed import PackedExamples, info_of, pack
 from lm_envs.data.tokenizing import tokenise
 from lm_envs.files import code_hash
 from lm_envs.model import loading, text
+from lm_envs.model.adapters import has_adapters
 from lm_envs.model.text import Codec
 from lm_envs.reward.initial import reward_start
 from lm_envs.reward.learned import pools_last_token
@@ -196,7 +197,7 @@ class DataProblem:
     # ---- model ----
 
     def _to_train(self) -> Any:
-        if not self.spec.adaptation:
+        if not self.spec.adaptation and not has_adapters(self.model):
             return self.model.requires_grad_(True)
         model: Any = adapted(self.model, Adaptation(**self.spec.adaptation), self.spec.seed)
         head = getattr(model, "score", None) or getattr(model, "classifier", None)
@@ -259,7 +260,7 @@ class DataProblem:
         added to its weights.
         """
         merge = self._rewarding or bool(self.spec.adaptation.get("lora_merge", False))
-        save_model(self.model, self.tokenizer, folder, merge)
+        save_model(self.model, self.tokenizer, folder, merge, () if self._rewarding else self._train.ends)
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """None: nothing is sampled."""

@@ -169,7 +169,7 @@ class TextProblem:
         """
         if self.agent is not None and isinstance(self.policy, LMPolicy) and self.policy.condition is None:
             merge = bool(self.spec.adaptation.get("lora_merge", False))
-            save_model(self.policy.model, self.task.tokenizer, folder, merge)
+            save_model(self.policy.model, self.task.tokenizer, folder, merge, self.task.eos_token_ids)
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """The first texts of a training batch, with their scores."""

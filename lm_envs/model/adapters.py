@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 KEYS = "_weight_conversions"  # how transformers names a model's tensors when it saves them
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,10 +66,20 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
     """
     if find_spec("peft") is None:
         raise ImportError(f"{what} {str(place)!r} holds adapters, which need peft: pip install 'lm-envs[lora]'")
-    model: Any = sharing(base, base.parameters())
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    wrong: list[str] = []
     try:
+        # Biases that were trained beside the adapters are written over the model's own.
+        trained_bias = getattr(PeftConfig.from_pretrained(str(place)), "bias", "none") != "none"
+        model: Any = sharing(base, () if trained_bias else base.parameters())
         with quiet_layout():
             found = model.load_adapter(str(place), use_safetensors=True)
+            if found.missing_keys or found.unexpected_keys or found.mismatched_keys:  # DoRA's, tied tokens': peft's way
+                found = set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"))
+                own = {id(p) for p in adapter_parameters(model)}
+                mine = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
+                wrong = sorted(mine.intersection(found.missing_keys)) + sorted(found.unexpected_keys)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}: {lines[0]}") from error
@@ -77,12 +87,13 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
         setattr(model, KEYS, getattr(base, KEYS))
     elif hasattr(model, KEYS):
         delattr(model, KEYS)
-    wrong = sorted(found.missing_keys) + [key for key, *_ in found.mismatched_keys] + sorted(found.unexpected_keys)
     if wrong:
         names = ", ".join(wrong[:3])
         raise ValueError(
             f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}; they differ in {names}"
         )
+    if (Path(place) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place)
     return model.requires_grad_(False).eval()
 
 
