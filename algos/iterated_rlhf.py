@@ -122,12 +122,19 @@ class IteratedRLHF(PPO):
         self.reward = in_units_of(template, self._train(template, number), self._units, _NAME)
         self.rounds_done += 1
         self.tokens_done += fresh.tokens + held.tokens
+        self.samples_done += 2 * (count + config.held_out)
+        self.comparisons_done += count
         return {
             "round": number,
             "annotations": len(self._choices),
             "rm_accuracy": accuracy(held, self.reward),
             "rm_accuracy_before": before,
         }
+
+    @property
+    def uses_reward(self) -> bool:
+        """Only as the start of its own reward models, or of its critic."""
+        return self.config.rm_start == "task" or self.config.value_from == "reward_model"
 
     def _train(self, template: LearnedReward, number: int) -> Any:
         config = self.config

@@ -6,6 +6,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lm_envs.algos.engine.cost import of_preferences
 from lm_envs.algos.policies.critics import value_from_reward_model
 from lm_envs.settings import near
 
@@ -90,4 +91,7 @@ def make_agent(
         if data is not None:
             raise ValueError(f"{name} learns by sampling and takes no data")
         return found(policy, config)
-    return found(policy, config, found.data_of(task, config) if data is None and task is not None else data)
+    data = found.data_of(task, config) if data is None and task is not None else data
+    agent = found(policy, config, data)
+    agent.given = of_preferences(data)
+    return agent

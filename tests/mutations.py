@@ -48,6 +48,7 @@ SAVED = "tests/benchmarks/commands/test_saved_models.py"
 LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/run/test_same_ids.py"
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
+COST = "tests/benchmarks/measure/test_cost.py"
 RECOMPUTED = "tests/benchmarks/test_recomputed.py"
 SB3 = "tests/algos/other_libraries/test_sb3.py::"
 
@@ -933,6 +934,34 @@ MUTATIONS = [
         "proxy=traj.score.double().numpy()",
         "proxy=gold",
         RECOMPUTED,
+    ),
+    Mutation(
+        "given comparisons cost nothing",
+        "algos/registry.py",
+        "    agent.given = of_preferences(data)\n",
+        "",
+        COST,
+    ),
+    Mutation(
+        "the comparisons behind a reward model cost nothing",
+        "benchmarks/run/problems.py",
+        "return found + cost.of_reward(self.task) if uses_reward else found",
+        "return found",
+        COST,
+    ),
+    Mutation(
+        "iterated RLHF's pairs are not charged",
+        "algos/iterated_rlhf.py",
+        "        self.tokens_done += fresh.tokens + held.tokens\n",
+        "",
+        COST,
+    ),
+    Mutation(
+        "a second pass over a batch is free",
+        "algos/engine/agent.py",
+        "            self.trained_tokens += int(part.response_lengths.sum())\n",
+        "            self.trained_tokens += int(part.response_lengths.sum()) * (epoch == 0)\n",
+        COST,
     ),
     Mutation(
         "a steered coefficient may turn negative",

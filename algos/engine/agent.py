@@ -38,7 +38,16 @@ from lm_envs.env.report import set_kl_coef, text_envs
 from lm_envs.env.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories
 
-_COUNTERS = ("iterations_done", "episodes_done", "tokens_done", "steps_done", "reward_calls")
+_COUNTERS = (
+    "iterations_done",
+    "episodes_done",
+    "samples_done",
+    "tokens_done",
+    "steps_done",
+    "reward_calls",
+    "comparisons_done",
+    "trained_tokens",
+)
 
 
 C = TypeVar("C", bound=AgentConfig)
@@ -56,6 +65,12 @@ class Agent(Generic[C]):
         mixes_data: it samples, and may learn from demonstrations given to it as ``data`` besides.
         iterations_done, episodes_done, tokens_done, reward_calls: counters of the run, of what was learned from.
         steps_done: env steps taken, those of surplus episodes included.
+        samples_done: responses sampled, or episodes on control; unlike ``episodes_done`` it includes those that
+            annotators compared.
+        comparisons_done: pairs that annotators compared during the run, and that something was trained on.
+        trained_tokens: response tokens (steps on control) that the policy was evaluated on with a gradient; each pass
+            counts.
+        given: what the data took that it learns from, see :mod:`lm_envs.algos.engine.cost`.
     """
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
@@ -73,6 +88,8 @@ class Agent(Generic[C]):
             raise ValueError(f"{self.name}: the policy has no parameter that requires a gradient")
         self.optimizer = make_adam(self._parameters, self.name, self.config.learning_rate, self.config.adam_eps)
         self.iterations_done = self.episodes_done = self.tokens_done = self.steps_done = self.reward_calls = 0
+        self.samples_done = self.comparisons_done = self.trained_tokens = 0
+        self.given: Mapping[str, int] = {}
         self._kl: FixedKL | AdaptiveKL | None = None
         self._sampled: Trajectories | None = None  # by the weights as they are
         self._watch_gap = False
@@ -126,6 +143,11 @@ class Agent(Generic[C]):
 
     def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Takes back what :meth:`extra_state` gave."""
+
+    @property
+    def uses_reward(self) -> bool:
+        """Whether it learns from the env's reward, so that what that was made of is part of its cost."""
+        return not self.needs_data
 
     # ---- the engine ----
 
@@ -197,6 +219,7 @@ class Agent(Generic[C]):
             part, held = (traj, fixed) if rows is None else select(traj, fixed, rows)
             count = whole if rows is None else units(part, self.unit)
             now = self.policy.evaluate(part)
+            self.trained_tokens += int(part.response_lengths.sum())
             loss, metrics = self.loss(part, now, held)
             if self._watch_gap:
                 metrics = metrics | {"logprob_gap_max": gap(now.logprob.detach(), part)}
@@ -213,6 +236,7 @@ class Agent(Generic[C]):
         mixed = self.mixture(number)
         if mixed is not None:
             averages.add({"demonstration_nll": add_nll_gradient(self, *mixed)}, 1.0)
+            self.trained_tokens += int(mixed[1].response_lengths.sum())
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
         if not math.isfinite(float(norm)):
             self._refuse(f"the gradient's norm is {float(norm)}", epoch)
@@ -312,6 +336,7 @@ class Agent(Generic[C]):
             if episodes:
                 metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
         self.episodes_done += episodes
+        self.samples_done += episodes
         self.tokens_done += int(traj.response_lengths.sum())
         self.reward_calls += len(traj) if traj.score is not None else 0
         return metrics
@@ -350,6 +375,7 @@ class Agent(Generic[C]):
             "steps": self.steps_done,
             "tokens": self.tokens_done,
             "reward_calls": self.reward_calls,
+            "trained_tokens": self.trained_tokens,
         }
         return traj, metrics
 
@@ -389,6 +415,8 @@ class Agent(Generic[C]):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         for name in _COUNTERS:
+            if name not in counters:
+                raise ValueError(f"{self.name}: the checkpoint has no {name!r}: another version of lm-envs made it")
             setattr(self, name, counters[name])
         coef, config = counters["kl_coef"], self.config
         self._kl = None if coef is None else controller(coef, config.kl_target, config.kl_horizon)

@@ -258,6 +258,7 @@ def summarise(
         "distinct_2": distinct_2(found.tokens),
         "stopped": float(np.mean([reason == "stop" for reason in found.finish_reason])),
         "inference_tokens": inference_tokens,
+        "inference_episodes": best.reward_calls if best else len(outcome),
         "inference_reward_calls": best.reward_calls if best else 0,
         "inference_s": found.seconds,
         "prompts": len(outcome),

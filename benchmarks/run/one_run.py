@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import lm_envs
+from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.problems import ControlProblem, TextProblem, open_problem
 from lm_envs.benchmarks.run.storage import Checkpoints, Records, read_json, write_json
@@ -160,7 +161,8 @@ class _Run:
         saved = done if self.checkpoints.paths() else -1
         try:
             if done == 0:
-                self._record(problem, tracker, {"iteration": 0, "tokens": 0, "reward_calls": 0, "wall_s": 0.0})
+                nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "trained_tokens"), 0)
+                self._record(problem, tracker, {**nothing, "wall_s": 0.0})
             while agent.iterations_done < total:
                 start = time.perf_counter()
                 traj, metrics = agent.iteration(problem.env)
@@ -239,15 +241,7 @@ class _Run:
 
     def _cost(self, problem: Problem, measured: dict[str, Any]) -> dict[str, Any]:
         """What training and measuring took."""
-        if "inference_tokens" not in measured:  # nothing is sampled where data are learned from
-            return {"wall_s": self.wall_s}
-        tokens = calls = 0
-        if problem.agent is not None:
-            control = isinstance(problem, ControlProblem)
-            tokens = problem.agent.steps_done if control else problem.agent.tokens_done
-            calls = problem.agent.steps_done if control else problem.agent.reward_calls
-        return {
-            "tokens_generated": tokens + measured["inference_tokens"],
-            "reward_calls": calls + measured["inference_reward_calls"],
-            "wall_s": self.wall_s + measured["inference_s"],
-        }
+        wall_s = {"wall_s": self.wall_s + measured.get("inference_s", 0.0)}
+        if isinstance(problem, (TextProblem, ControlProblem)):
+            return cost.total(problem.agent, problem.given, measured) | wall_s
+        return {"trained_tokens": problem.agent.trained_tokens} | wall_s  # nothing is sampled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.algos.engine import cost
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.settings_enumerable import TABULAR, VALUE_SCALE
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
@@ -68,6 +70,16 @@ class TextProblem:
     """
 
     tracked = ("gold", "proxy", "kl", "length")
+
+    @property
+    def given(self) -> Counter[str]:
+        """What the data took that were there before the run: comparisons given, and those behind the reward."""
+        agent = self.agent
+        found = Counter() if agent is None else Counter(agent.given)
+        uses_reward = best_of(self.spec.algorithm) is not None if agent is None else agent.uses_reward
+        if agent is not None and agent.preference_data and self.task.judge is None:
+            uses_reward = True  # the annotators followed it
+        return found + cost.of_reward(self.task) if uses_reward else found
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec, self.task = spec, load_task(spec.task, spec.options)
@@ -205,6 +217,7 @@ class ControlProblem:
     """
 
     tracked = ("return", "length")
+    given: Counter[str] = Counter()
     _test_episodes = 100
 
     def __init__(self, spec: RunSpec) -> None:
@@ -269,6 +282,7 @@ class ControlProblem:
             "proxy_se": samples.standard_error(returns),
             "length": float(lengths.mean()),
             "inference_tokens": int(lengths.sum()),
+            "inference_episodes": len(lengths),
             "inference_reward_calls": 0,
             "inference_s": 0.0,
         }, []

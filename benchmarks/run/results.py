@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.measure import greedy
 from lm_envs.benchmarks.run.names import is_control
 from lm_envs.benchmarks.run.storage import read_json
@@ -33,8 +34,9 @@ COLUMNS = (
     "wall_s",
 )
 EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
-# In results.csv where something is known. The first is of sampled responses, the next three are of the likeliest.
-KNOWN_AT_TIMES = ("corpus", *greedy.COLUMNS, *EXACT)
+COSTS = tuple(name for name in cost.COLUMNS if name not in COLUMNS)
+# In results.csv where something is known. The corpus score is of sampled responses, the next three of the likeliest.
+KNOWN_AT_TIMES = (*COSTS, "corpus", *greedy.COLUMNS, *EXACT)
 EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: of judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
@@ -194,6 +196,22 @@ SHOWN = (
     Column("tokens_generated", "tokens", 0, spread=False, meaning="sampled, in training and for the test responses"),
     Column("reward_calls", "reward calls", 0, spread=False, meaning="in training, and at inference by best-of-n"),
     Column("wall_s", "seconds", 0, spread=False, meaning="of training and of sampling the test responses"),
+    Column(
+        "comparisons",
+        "comparisons",
+        0,
+        spread=False,
+        meaning="pairs that annotators chose between, for the method itself or for the reward model that it uses",
+    ),
+    Column("given_tokens", "given tokens", 0, spread=False, meaning="of compared responses that were there before"),
+    Column("episodes", "episodes", 0, spread=False, meaning="responses sampled, in training and for the test"),
+    Column(
+        "trained_tokens",
+        "trained tokens",
+        0,
+        spread=False,
+        meaning="response tokens with a gradient, as often as they were passed over",
+    ),
 )
 
 

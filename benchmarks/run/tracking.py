@@ -10,7 +10,7 @@ from typing import Any
 
 # What people look at first stands together under "main"; the rest of an algorithm's metrics under "update".
 _MAIN = ("return", "score", "gold", "proxy", "kl", "kl_coef", "entropy", "length", "tokens_per_second")
-_COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "iteration")
+_COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "trained_tokens", "iteration")
 
 
 def _made(path: Path) -> int:

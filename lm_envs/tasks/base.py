@@ -58,7 +58,8 @@ class TextTask:
         corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports; None
             where there is none. See :class:`CorpusMetric`.
         pairs: (prompt, response, response), two of the reference's responses to a training prompt. Annotators choose
-            between these where an algorithm learns from preferences; may be empty.
+            between these where an algorithm learns from preferences, and a learned reward that the task comes with was
+            trained on them; may be empty.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
         policy: the model that training starts from, None for the reference; it shares the reference's
             vocabulary.

@@ -7,13 +7,15 @@ differs from prompt to prompt, and there are more test prompts than one chunk of
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
+from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks.base import TextTask
-from tests.tiny import task
+from tests.tiny import task, tokenizer
 
 NAME = "tests.benchmarks.distinct_task:load"
 FIRST = {"train": 1, "validation": 2, "test": 3}  # the words "a", "b" and "c"
@@ -61,6 +63,22 @@ class Logged:
 
 def judge(prompts, completions, weight, **columns) -> list[float]:
     return [gold_of(text, w) for text, w in zip(completions, weight, strict=True)]
+
+
+def fixed() -> TextTask:
+    """All responses have six tokens, so costs can be counted by hand. The reward is a learned model, trained on four
+    pairs of three and two tokens; five texts go on behind their prompts for three tokens.
+    """
+    from tests.algos.batches import reward_policy
+
+    train = prompts("train")
+    return replace(
+        load(),
+        reward=LearnedReward(reward_policy().model, tokenizer(), normalise=(0.3, 2.0)),
+        min_new_tokens=6,
+        pairs=[(prompt, [4, 5, 6], [7, 8]) for prompt in train[:4]],
+        demonstrations=[[*prompt, 4, 5, 6] for prompt in train[:5]],
+    )
 
 
 def load(log: str | None = None) -> TextTask:

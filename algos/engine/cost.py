@@ -1,0 +1,75 @@
+"""What a method costs: one definition for all of them, explained in docs/costs.md.
+
+Before a run: what the data that it is given took (``comparisons``, ``given_episodes``, ``given_tokens``). During it:
+what the agent counts. Measuring costs nothing, except that the test responses are charged to every method, since
+best-of-n pays for its reward there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lm_envs.reward.base import leaves
+from lm_envs.reward.learned import LearnedReward
+from lm_envs.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from lm_envs.algos.engine.agent import Agent
+    from lm_envs.tasks.base import TextTask
+
+COLUMNS = (
+    "tokens_generated",
+    "reward_calls",
+    "comparisons",
+    "given_tokens",
+    "given_episodes",
+    "episodes",
+    "trained_tokens",
+)
+
+
+def of_preferences(data: Any) -> Counter[str]:
+    """Ranked responses that a method learns from; nothing for other data. A ranking of K is ``K (K - 1) / 2`` pairs."""
+    if not isinstance(data, Trajectories) or data.rank is None:
+        return Counter()
+    assert data.group is not None
+    sizes = torch.unique(data.group, return_counts=True)[1]
+    tokens = int(data.response_lengths.sum())
+    return Counter(comparisons=int((sizes * (sizes - 1) // 2).sum()), given_episodes=len(data), given_tokens=tokens)
+
+
+def of_reward(task: TextTask) -> Counter[str]:
+    """The comparisons that a task's own reward model was trained on, where the task comes with them."""
+    if not any(isinstance(part, LearnedReward) for part in leaves(task.reward)):
+        return Counter()
+    tokens = sum(len(first) + len(second) for _, first, second in task.pairs)
+    return Counter(comparisons=len(task.pairs), given_episodes=2 * len(task.pairs), given_tokens=tokens)
+
+
+def total(agent: Agent[Any] | None, given: Mapping[str, int], measured: Mapping[str, Any]) -> dict[str, int]:
+    """The cost of a run.
+
+    Args:
+        agent: what trained, if anything did.
+        given: what its data took, of :func:`of_preferences` and :func:`of_reward`.
+        measured: with ``inference_tokens``, ``inference_episodes`` and ``inference_reward_calls``.
+    """
+    spent = Counter(given) + Counter(
+        tokens_generated=measured["inference_tokens"],
+        episodes=measured["inference_episodes"],
+        reward_calls=measured["inference_reward_calls"],
+    )
+    if agent is not None:
+        text = agent.policy.sequence_obs
+        spent += Counter(  # on control a token and a reward call are an env step
+            tokens_generated=agent.tokens_done if text else agent.steps_done,
+            reward_calls=agent.reward_calls if text else agent.steps_done,
+            episodes=agent.samples_done,
+            comparisons=agent.comparisons_done,
+            trained_tokens=agent.trained_tokens,
+        )
+    return {name: spent[name] for name in COLUMNS}
