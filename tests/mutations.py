@@ -13,6 +13,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import queue
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -881,17 +883,17 @@ MUTATIONS = [
     ),
     Mutation(
         "inference tokens are not charged",
-        "benchmarks/run/one_run.py",
-        '"tokens_generated": tokens + measured["inference_tokens"]',
-        '"tokens_generated": tokens',
-        RECOMPUTED,
+        "algos/engine/cost.py",
+        'tokens_generated=measured["inference_tokens"]',
+        "tokens_generated=0",
+        f"{COST} {RECOMPUTED}::test_costs_are_what_was_sampled_and_scored",
     ),
     Mutation(
         "inference reward calls are not charged",
-        "benchmarks/run/one_run.py",
-        '"reward_calls": calls + measured["inference_reward_calls"]',
-        '"reward_calls": calls',
-        RECOMPUTED,
+        "algos/engine/cost.py",
+        'reward_calls=measured["inference_reward_calls"]',
+        "reward_calls=0",
+        f"{COST} {RECOMPUTED}::test_costs_are_what_was_sampled_and_scored",
     ),
     Mutation(
         "a resumed run forgets the time before",
@@ -1043,17 +1045,62 @@ def passes(folder: Path, selection: str) -> bool:
     return process.exitcode == 0
 
 
-@contextlib.contextmanager
-def copied() -> Iterator[Path]:
-    """A copy of the checkout's sources."""
+def copy_to(folder: Path) -> Path:
+    """Copy the checkout's sources into a folder."""
     kept_away = shutil.ignore_patterns(".*", "build", "runs", "__pycache__", "*.egg-info")
+    return Path(shutil.copytree(CHECKOUT, folder / f"checkout-{os.getpid()}", ignore=kept_away))
+
+
+def survives(folder: Path, mutation: Mutation) -> bool:
+    """Whether the tests pass with the mutation in the copy, which is mended afterwards."""
+    path = folder / mutation.file
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(broken(mutation, whole), encoding="utf-8")
+    try:
+        return passes(folder, mutation.tests)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+
+
+def _work(folder: Path, jobs: list[Mutation | str], taken: Any, found: Any) -> None:
+    """Take jobs until none is left: a selection of tests that should pass, or a mutation that should not survive."""
+    checkout = copy_to(folder)
+    while True:
+        with taken.get_lock():
+            number, taken.value = taken.value, taken.value + 1
+        if number >= len(jobs):
+            return
+        job, start = jobs[number], time.perf_counter()
+        passed = passes(checkout, job) if isinstance(job, str) else survives(checkout, job)
+        found.put((number, passed, time.perf_counter() - start))
+
+
+def results(jobs: list[Mutation | str], processes: int) -> Iterator[tuple[Mutation | str, bool, float]]:
+    """Each job, whether its tests passed, and the seconds they took, as they are done, by this many processes.
+
+    Raises:
+        RuntimeError: a process ended early.
+    """
+    context = multiprocessing.get_context("fork")
+    taken, found = context.Value("i", 0), context.Queue()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "checkout"
-        shutil.copytree(CHECKOUT, folder, ignore=kept_away)
-        yield folder
+        workers = [context.Process(target=_work, args=(Path(name), jobs, taken, found)) for _ in range(processes)]
+        for worker in workers:
+            worker.start()
+        for _ in jobs:
+            while True:
+                try:
+                    number, passed, seconds = found.get(timeout=5)
+                    break
+                except queue.Empty:
+                    if any(worker.exitcode for worker in workers):
+                        raise RuntimeError("a process that ran tests ended; its message stands above") from None
+            yield jobs[number], passed, seconds
+        for worker in workers:
+            worker.join()
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str], processes: int = 2) -> int:
     """Runs the mutations whose name holds one of the words, all if there are none; 1 if one survives."""
     sys.dont_write_bytecode = True  # a file that is broken and mended within a second would run from a stale one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -1065,20 +1112,18 @@ def main(words: list[str]) -> int:
     if not chosen:
         print(f"no mutation has {' or '.join(words)} in its name; there are:", *(m.name for m in MUTATIONS), sep="\n  ")
         return 2
-    survivors, start = [], time.perf_counter()
-    with copied() as folder:
-        for selection in dict.fromkeys(m.tests for m in chosen):
-            if not passes(folder, selection):
-                print(f"the tests fail before anything is broken: {selection}")
-                return 2
-        for mutation in chosen:
-            path = folder / mutation.file
-            whole = path.read_text(encoding="utf-8")
-            path.write_text(broken(mutation, whole), encoding="utf-8")
-            survived = passes(folder, mutation.tests)
-            path.write_text(whole, encoding="utf-8")
-            survivors += [mutation] * survived
-            print(f"{'SURVIVED' if survived else 'killed  '}  {mutation.name}", flush=True)
+    for mutation in chosen:
+        broken(mutation, (CHECKOUT / mutation.file).read_text(encoding="utf-8"))  # is the list in date?
+    failing, survivors, start = [], [], time.perf_counter()
+    for job, passed, seconds in results([*dict.fromkeys(m.tests for m in chosen), *chosen], processes):
+        if isinstance(job, str):
+            failing += [] if passed else [job]
+            continue
+        survivors += [job] * passed
+        print(f"{'SURVIVED' if passed else 'killed  '}  {seconds:4.0f} s  {job.name}", flush=True)
+    if failing:
+        print("the tests fail before anything is broken:", *failing, sep="\n  ")
+        return 2
     killed = len(chosen) - len(survivors)
     print(f"{killed} of {len(chosen)} killed in {time.perf_counter() - start:.0f} s")
     for mutation in survivors:
