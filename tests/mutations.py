@@ -703,6 +703,13 @@ MUTATIONS = [
         ADAPTATION,
     ),
     Mutation(
+        "a reward model reads tokens that its pad id leaves no places for",
+        "lm_envs/model/tokens.py",
+        "limit - max(skipped, default=0)",
+        "limit",
+        "tests/lm_envs/reward/test_learned.py",
+    ),
+    Mutation(
         "a merge leaves the adapters out",
         "algos/policies/adaptation.py",
         "            module.merge()",

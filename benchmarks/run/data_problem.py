@@ -31,7 +31,9 @@ from lm_envs.data.tokenizing import tokenise
 from lm_envs.files import code_hash
 from lm_envs.model import loading, text
 from lm_envs.model.adapters import has_adapters
+from lm_envs.model.checking import check_model
 from lm_envs.model.text import Codec
+from lm_envs.model.tokens import context_of
 from lm_envs.reward.initial import reward_start
 from lm_envs.reward.learned import pools_last_token
 from lm_envs.trajectories import Trajectories
@@ -123,7 +125,8 @@ class DataProblem:
             self.tokenizer = loading.load_tokenizer(spec.model, "model")
             self.model = loading.load_policy(spec.model, "model", placement)
             loading.check_fits(self.tokenizer, loading.vocabulary_of(self.model), f"model {spec.model!r}")
-        self.info = self._packed(loading.context_of(self.model))
+            check_model(self.model, f"model {spec.model!r}")
+        self.info = self._packed(context_of(self.model))
         examples = PackedExamples(self.folder, KINDS[spec.algorithm] == "preferences")
         self._train, held = examples.divide(spec.held_out)
         if not len(self._train):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_envs.model.tokens import names_argument
+from lm_envs.model.tokens import context_of, names_argument
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -82,8 +82,6 @@ def room_for(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tup
 
     A causal model reads prompt and response as one text, an encoder-decoder each by itself.
     """
-    # The text part: a model of text and images keeps its limit there.
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if is_encoder_decoder(model):
-        return max(prompt_tokens, new_tokens + len(decoder_prefix(model)) - 1), context
-    return prompt_tokens + new_tokens, context
+        return max(prompt_tokens, new_tokens + len(decoder_prefix(model)) - 1), context_of(model)
+    return prompt_tokens + new_tokens, context_of(model)

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Placement",
-    "context_of",
     "load_policy",
     "load_tokenizer",
     "same_vocabulary",
@@ -143,11 +142,6 @@ def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenize
 def vocabulary_of(model: PreTrainedModel) -> int:
     """How many tokens a causal language model's output has."""
     return int(model.get_output_embeddings().weight.shape[0])
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """The most tokens a model reads, None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: str) -> None:

@@ -59,6 +59,17 @@ def names_argument(model: nn.Module, name: str) -> bool:
     return name in _parameters(type(model).forward)
 
 
+def context_of(model: nn.Module) -> int | None:
+    """Return the most tokens a model reads at once, None where its config does not say.
+
+    RoBERTa and its kin number positions from the one behind the pad id: 514 places are 512 tokens.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+    tables = (getattr(module, "position_embeddings", None) for module in model.modules())
+    skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return None if limit is None else limit - max(skipped, default=0)
+
+
 @contextmanager
 def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """A list that receives, at each forward within, the hidden states that the model's head makes logits from."""

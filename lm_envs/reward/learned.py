@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from lm_envs.model.fast_layers import fuse
 from lm_envs.model.forwards import rows_at_once
 from lm_envs.model.loading import HOST, Placement, _load, _read_tokenizer, check_fits
-from lm_envs.model.tokens import accepted, encode_text, right_pad
+from lm_envs.model.tokens import accepted, context_of, encode_text, right_pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,10 +153,7 @@ class LearnedReward:
     @property
     def context(self) -> int | None:
         """The most tokens the model reads, None if its config does not say."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and self.model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            limit -= self.model.config.pad_token_id + 1  # these number positions from the pad id onwards
-        return limit
+        return context_of(self.model)
 
     def encode(self, text: str, stopped: bool) -> list[int]:
         """The ids the model reads for a text."""

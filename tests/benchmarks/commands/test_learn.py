@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.run import one_run
@@ -316,6 +322,19 @@ def test_what_does_not_fit_is_refused_before_training(folder, tmp_path, capsys):
     (tmp_path / "out" / "mine.txt").write_text("x")
     assert "'mine.txt'" in refused(capsys, "sft", "--model", model, "--data", data, *out)
     assert "say what to train on" in refused(capsys, "train", "--algorithm", "ppo", *out)
+
+
+def test_a_model_whose_padding_shows_is_not_trained(folder, tmp_path, capsys):
+    """As a decoder RoBERTa numbers positions from 0 where one says which they are, and from its pad id where not."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1, "is_decoder": True, "initializer_range": 0.5}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **ends)
+    RobertaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = ("--data", folder / "demonstrations.jsonl", "--out", tmp_path / "out")
+    assert "roberta change with the padding" in refused(capsys, "sft", "--model", tmp_path / "model", *data)
 
 
 # Keys are contents

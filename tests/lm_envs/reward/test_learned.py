@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lm_envs.model.tokens import encode_text
+from lm_envs.model.tokens import context_of, encode_text
 from lm_envs.reward.learned import LearnedReward, raw_scores
 
 WORDS = ["<eos>", "<bos>", "<unk>", *"abcdefgh"]
@@ -201,6 +201,33 @@ def test_a_text_longer_than_the_context_loses_the_start_of_its_prompt():
     with pytest.warns(UserWarning, match="reads 6 tokens: of longer texts it does not see the start"):
         found = reward(["a a a a a"], [" b c d"], ["stop"])[0]
     assert found == pytest.approx(alone(model, [1, 3, 4, 5, 6, 0]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "skipped"),
+    [("Roberta", 3), ("XLMRoberta", 3), ("Camembert", 3), ("MPNet", 2), ("Longformer", 3), ("Bert", 0)],
+)
+def test_models_that_number_positions_from_the_pad_id_read_fewer_tokens(kind, skipped):
+    """By hand: of 16 places those up to the pad id, 2 (MPNet's is 1 always), are no token's."""
+    sizes = dict(vocab_size=len(WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    more = {"attention_window": [4]} if kind == "Longformer" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, **more, num_labels=1, max_position_embeddings=16, pad_token_id=2, type_vocab_size=1, bos_token_id=1
+    )
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    reward = LearnedReward(model, words(pad="<unk>", template="<eos> $A <eos>"))
+    assert reward.context == context_of(model) == 16 - skipped
+    letters = [*"abcdefgh" * 3]
+    fits, over = " ".join(letters[: 16 - skipped - 2]), " ".join(letters[: 16 - skipped - 1])
+    ids = torch.tensor([reward.tokenizer(fits)["input_ids"]])
+    assert ids.shape[1] == 16 - skipped
+    (score,) = reward([""], [fits])
+    assert score == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-6)
+    with pytest.warns(UserWarning, match=f"reads {16 - skipped} tokens"):
+        (cut,) = reward([""], [over])
+    assert np.isfinite(cut)
+    with pytest.raises((IndexError, RuntimeError)):  # negative control: one more token has no place
+        model(input_ids=torch.tensor([reward.tokenizer(over)["input_ids"]]))
 
 
 def test_a_text_without_tokens_is_refused():
