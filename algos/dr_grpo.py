@@ -17,8 +17,6 @@ class DrGRPOConfig(GRPOConfig):
 
     kl_loss: KLEstimator | None = None
     """Put the KL penalty into the loss, by this estimator. None leaves it in the reward."""
-    kl_coef: float | None = None
-    """Coefficient of the KL penalty. None takes the env's."""
 
 
 class DrGRPO(GRPO):
@@ -33,6 +31,7 @@ class DrGRPO(GRPO):
 
     Config = DrGRPOConfig
     name = "dr-grpo"
+    published_kl_coef = None
 
     def advantage(self, returns: Tensor, group: Tensor | None) -> Tensor:
         """``(B,)`` from ``(B,)`` returns."""

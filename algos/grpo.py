@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ class GRPOConfig(PolicyGradientConfig):
     """How far the ratio to the sampling policy may leave 1 before it earns no more."""
     kl_loss: KLEstimator | None = "k3"
     """Put the KL penalty into the loss, by this estimator. None leaves it in the reward."""
-    kl_coef: float | None = 0.04
-    """Coefficient of the KL penalty. None takes the env's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +56,7 @@ class GRPO(PolicyGradient[GRPOConfig]):
     Config = GRPOConfig
     name = "grpo"
     unit = "sequence"
+    published_kl_coef: ClassVar[float | None] = 0.04
 
     def advantage(self, returns: Tensor, group: Tensor | None) -> Tensor:
         """``(B,)`` from ``(B,)`` returns."""

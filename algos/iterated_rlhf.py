@@ -99,6 +99,7 @@ class IteratedRLHF(PPO):
                 self._rebuild(*self._saved)
         due = min(self.iterations_done * self.config.rounds // self.config.iterations, self.config.rounds - 1)
         metrics = self._begin_round(mdp) if due >= self.rounds_done else {}
+        assert self.reward is not None  # the first round made it
         for inner in text_envs(env):
             inner.mdp.task = replace(inner.mdp.task, reward=self.reward)
         traj, found = super().iteration(env)

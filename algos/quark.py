@@ -39,8 +39,6 @@ class QuarkConfig(AgentConfig):
     """How many of the newest episodes the pool keeps. None keeps all."""
     learn_episodes: int | None = 512
     """Most episodes learned from per iteration, drawn from the pool. None takes as many as were sampled."""
-    kl_coef: float | None = 0.05
-    """Weight of the KL to the reference, in the loss. None takes the env's."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
@@ -70,6 +68,7 @@ class Quark(Agent[QuarkConfig]):
     name = "quark"
     unit = "token"
     kl_in_reward = False
+    published_kl_coef = 0.05
     reference: Any = None
 
     def __init__(self, policy: Any, config: QuarkConfig | None = None) -> None:
@@ -80,10 +79,10 @@ class Quark(Agent[QuarkConfig]):
         super().__init__(policy, config)
         self._pool: Trajectories | None = None
 
-    def _set_kl_coef(self, env: Any) -> float | None:
+    def settle_kl_coef(self, env: Any) -> float | None:
         if self.reference is None and text_envs(env):
             self.reference = reference_policy(env)
-        return super()._set_kl_coef(env)
+        return super().settle_kl_coef(env)
 
     def update(self, traj: Trajectories) -> dict[str, float]:
         """Adds the batch to the pool and learns from a draw of it."""

@@ -51,6 +51,7 @@ LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/r
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
+KL_COEF = "tests/benchmarks/run/test_kl_coef.py"
 RECOMPUTED = "tests/benchmarks/test_recomputed.py"
 SB3 = "tests/algos/other_libraries/test_sb3.py::"
 
@@ -59,23 +60,51 @@ MUTATIONS = [
     Mutation(
         "the KL penalty is clamped at 0, step path",
         "lm_envs/env/vector.py",
-        "rewards[rows] += self.kl_coef * (reference - np.nan_to_num(reported[rows], nan=0.0))",
-        "rewards[rows] += self.kl_coef * np.minimum(reference - np.nan_to_num(reported[rows], nan=0.0), 0)",
+        "rewards[rows] -= kl_penalty(self.mdp.charged_kl_coef, np.nan_to_num(reported[rows], nan=0.0), reference)",
+        "rewards[rows] -= kl_penalty(self.mdp.kl_coef, np.nan_to_num(reported[rows], nan=0.0), reference).clip(0)",
         TEXT_ENV,
     ),
     Mutation(
         "the KL penalty is clamped at 0, bulk path",
         "lm_envs/env/rollout.py",
-        "reward = score + kl_coef * (ref_logprob - logprob)",
-        "reward = score + kl_coef * (ref_logprob - logprob).clamp(max=0)",
+        "reward = score - kl_penalty(mdp.charged_kl_coef, logprob, ref_logprob)",
+        "reward = score - kl_penalty(mdp.charged_kl_coef, logprob, ref_logprob).clamp(min=0)",
         ROLLOUT,
     ),
     Mutation(
         "the KL penalty has the other sign",
-        "lm_envs/env/rollout.py",
-        "reward = score + kl_coef * (ref_logprob - logprob)",
-        "reward = score + kl_coef * (logprob - ref_logprob)",
-        ROLLOUT,
+        "lm_envs/env/mdp.py",
+        "return kl_coef * (logprob - ref_logprob)",
+        "return kl_coef * (ref_logprob - logprob)",
+        TEXT_ENV,
+    ),
+    Mutation(
+        "a penalty in the loss is charged in the reward too",
+        "lm_envs/env/mdp.py",
+        "return self.kl_coef if self.kl_in_reward else 0.0",
+        "return self.kl_coef",
+        KL_COEF,
+    ),
+    Mutation(
+        "an algorithm's published coefficient comes before the env's option",
+        "algos/engine/agent.py",
+        "coef = given.pop() if given else default",
+        "coef = default if self.published_kl_coef is not None or not given else given.pop()",
+        KL_COEF,
+    ),
+    Mutation(
+        "an agent and an env may disagree about the KL coefficient",
+        "algos/engine/agent.py",
+        "if len(given) > 1:",
+        "if len(given) > 2:",
+        KL_COEF,
+    ),
+    Mutation(
+        "config.json records the KL coefficient of the measuring env",
+        "benchmarks/run/problems.py",
+        '{"kl_coef": self.kl_coef, "kl_in_reward": charged}',
+        '{"kl_coef": mdp.kl_coef, "kl_in_reward": charged}',
+        KL_COEF,
     ),
     Mutation(
         "the score lands one action early",
@@ -769,7 +798,7 @@ MUTATIONS = [
     Mutation(
         "sb3: the wrong log-probability is reported",
         "algos/other_libraries/sb3_env.py",
-        "self.report(told)",
+        "report(self.text_env, told)",
         "self.report(told * 0)",
         SB3 + "test_the_exact_penalty_is_charged_and_without_the_report_it_is_not",
     ),

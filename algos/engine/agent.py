@@ -31,10 +31,11 @@ from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.demonstrations import add_nll_gradient
 from lm_envs.algos.engine.metrics import Averages, Metric, describe
 from lm_envs.algos.engine.optimizer import make_adam
-from lm_envs.algos.ops.kl_control import AdaptiveKL, FixedKL, controller
+from lm_envs.algos.ops.kl_control import AdaptiveKL
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
-from lm_envs.env.report import set_kl_coef, text_envs
+from lm_envs.env.mdp import TextMDP, check_kl_coef
+from lm_envs.env.report import text_envs
 from lm_envs.env.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories
 
@@ -63,6 +64,8 @@ class Agent(Generic[C]):
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
         preference_data: its data are preferences, which simulated annotators can make for any text task.
         mixes_data: it samples, and may learn from demonstrations given to it as ``data`` besides.
+        published_kl_coef: the KL coefficient it was published with, where neither its config nor the env names one;
+            None takes the task's.
         iterations_done, episodes_done, tokens_done, reward_calls: counters of the run, of what was learned from.
         steps_done: env steps taken, those of surplus episodes included.
         samples_done: responses sampled, or episodes on control; unlike ``episodes_done`` it includes those that
@@ -79,6 +82,7 @@ class Agent(Generic[C]):
     needs_data: ClassVar[bool] = False
     preference_data: ClassVar[bool] = False
     mixes_data: ClassVar[bool] = False
+    published_kl_coef: ClassVar[float | None] = None
 
     def __init__(self, policy: nn.Module, config: C | None = None) -> None:
         self.policy: Any = policy.eval()
@@ -90,7 +94,8 @@ class Agent(Generic[C]):
         self.iterations_done = self.episodes_done = self.tokens_done = self.steps_done = self.reward_calls = 0
         self.samples_done = self.comparisons_done = self.trained_tokens = 0
         self.given: Mapping[str, int] = {}
-        self._kl: FixedKL | AdaptiveKL | None = None
+        self._kl: AdaptiveKL | None = None
+        self._mdp: TextMDP | None = None  # of the env that was last sampled: the holder of the KL coefficient
         self._sampled: Trajectories | None = None  # by the weights as they are
         self._watch_gap = False
         self.forward_cost = cost_of_a_forward(policy)
@@ -301,28 +306,46 @@ class Agent(Generic[C]):
         """The coefficient of a KL penalty in the loss.
 
         Raises:
-            ValueError: it is the env's, and none was seen.
+            ValueError: nothing names one, and no env was seen.
         """
-        coef = self.config.kl_coef if self._kl is None else self._kl.coef
-        if coef is None:
-            raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")
-        return coef
-
-    def _set_kl_coef(self, env: Any) -> float | None:
-        """Puts the coefficient where it belongs and returns it; None where the env has no penalty."""
-        config, text = self.config, text_envs(env)
-        if config.kl_target is not None and not text:
-            raise ValueError(f"{self.name}: kl_target steers a text env's KL penalty, and this env has none")
-        if self._kl is None:
-            coef = config.kl_coef
-            if coef is None and text and (config.kl_target is not None or not self.kl_in_reward):
-                coef = text[0].kl_coef
+        if self._mdp is not None:
+            return self._mdp.kl_coef
+        for coef in (self._kl and self._kl.coef, self.config.kl_coef, self.published_kl_coef):
             if coef is not None:
-                self._kl = controller(coef, config.kl_target, config.kl_horizon)
-        if self._kl is None:
-            return text[0].kl_coef if text else None
-        set_kl_coef(env, self._kl.coef if self.kl_in_reward else 0.0)
-        return self._kl.coef
+                return coef
+        raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")
+
+    def settle_kl_coef(self, env: Any) -> float | None:
+        """Put the KL coefficient into the env's MDP, its one holder, and return it; None where the env has no penalty.
+
+        What was set explicitly, in the config or on the env, comes before the published coefficient, and that before
+        the task's. ``kl_target`` steers it from there.
+
+        Raises:
+            ValueError: two explicit settings differ, or there is a ``kl_target`` and no penalty to steer.
+        """
+        config, mdps = self.config, [inner.mdp for inner in text_envs(env)]
+        if not mdps:
+            if config.kl_target is not None:
+                raise ValueError(f"{self.name}: kl_target steers a text env's KL penalty, and this env has none")
+            return None
+        explicit = [config.kl_coef, *(mdp.explicit_kl_coef for mdp in mdps)]
+        given = {coef for coef in explicit if coef is not None}
+        if len(given) > 1:
+            raise ValueError(
+                f"{self.name}: kl_coef is {' and '.join(map(str, sorted(given)))} in the settings of agent and env: "
+                "set it in one place, or to one number"
+            )
+        default = mdps[0].task.kl_coef if self.published_kl_coef is None else self.published_kl_coef
+        coef = given.pop() if given else default
+        if config.kl_target is not None:
+            self._kl = self._kl or AdaptiveKL(coef, config.kl_target, config.kl_horizon)
+            coef = self._kl.coef
+        check_kl_coef(coef)
+        for mdp in mdps:
+            mdp.kl_coef, mdp.kl_in_reward = coef, self.kl_in_reward
+        self._mdp = mdps[0]
+        return coef
 
     def _count(self, traj: Trajectories) -> dict[str, float]:
         """Adds a sampled batch to the counters; its metrics as sampled."""
@@ -359,7 +382,7 @@ class Agent(Generic[C]):
         else:
             if env is None:
                 raise ValueError(f"{self.name}.iteration needs an env to sample from")
-            coef = self._set_kl_coef(env)
+            coef = self.settle_kl_coef(env)
             if coef is not None:
                 metrics["kl_coef"] = coef
             traj = self._sampled = self.sample(env)
@@ -419,7 +442,8 @@ class Agent(Generic[C]):
                 raise ValueError(f"{self.name}: the checkpoint has no {name!r}: another version of lm-envs made it")
             setattr(self, name, counters[name])
         coef, config = counters["kl_coef"], self.config
-        self._kl = None if coef is None else controller(coef, config.kl_target, config.kl_horizon)
+        target = None if coef is None else config.kl_target
+        self._kl = None if target is None else AdaptiveKL(coef, target, config.kl_horizon)
         self._collector = self._data = None
         self.restore_extra(more, counters["extra"])
 

@@ -34,7 +34,7 @@ class AgentConfig:
     gamma: float = 1.0
     """Discount."""
     kl_coef: float | None = None
-    """Coefficient of the KL penalty, set on the env. None keeps the env's own."""
+    """Coefficient of the KL penalty. None takes the env's, else the algorithm's published one, else the task's."""
     kl_target: float | None = None
     """Steer the coefficient towards this KL to the reference, nats per sequence. None keeps it fixed."""
     kl_horizon: float = 10_000.0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import Before, units
+from lm_envs.env.mdp import kl_penalty
 from lm_envs.exact.solver import Exact
 from lm_envs.trajectories import Trajectories
 
@@ -119,11 +120,11 @@ def sampled_cosine(
         policy.condition_on(len(policy.token_logits) // len(policy.logits) - 1)  # what it samples from later
     target = exact.gradient(policy)
     flat = torch.cat([g.flatten() for g in target.values()])
-    coef = exact.kl_coef if config.kl_coef is None else config.kl_coef
+    coef = next(c for c in (config.kl_coef, agent.published_kl_coef, exact.kl_coef) if c is not None)
     traj, weight = exact.trajectories(policy.log_probs().detach())
     assert traj.reward is not None and traj.ref_logprob is not None and traj.logprob is not None
     charged = coef if agent.kl_in_reward else 0.0
-    traj.reward = traj.reward + (charged - exact.kl_coef) * (traj.ref_logprob - traj.logprob)
+    traj.reward = traj.reward - kl_penalty(charged - exact.kl_coef, traj.logprob, traj.ref_logprob)
     size = config.episodes
     assert size is not None and traj.group is not None
     generator = torch.Generator().manual_seed(seed)

@@ -47,7 +47,7 @@ class PolicyGradient(Agent[C]):
     def kl_in_reward(self) -> bool:
         return self.config.kl_loss is None
 
-    def _set_kl_coef(self, env: Any) -> float | None:
+    def settle_kl_coef(self, env: Any) -> float | None:
         if not self.kl_in_reward:
             if not text_envs(env):
                 raise ValueError(
@@ -56,7 +56,7 @@ class PolicyGradient(Agent[C]):
                 )
             if self.config.kl_loss == "full" and self.reference is None:
                 self.reference = reference_policy(env)
-        return super()._set_kl_coef(env)
+        return super().settle_kl_coef(env)
 
     def kl_penalty(self, traj: Trajectories, now: Any) -> Tensor:
         """``coefficient * KL`` per position, ``(B, T)``; zeros where the penalty is in the reward.

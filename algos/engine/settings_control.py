@@ -73,7 +73,7 @@ _COMMON: dict[str, dict[str, Any]] = {
     },
 }
 _COMMON["ppo-klpen"] = _COMMON["ppo"]
-_GRPO = {"episodes": 16, "group_size": 1, "iterations": 110, "learning_rate": 1e-2, "gamma": 0.98, "kl_coef": None}
+_GRPO = {"episodes": 16, "group_size": 1, "iterations": 110, "learning_rate": 1e-2, "gamma": 0.98}
 _COMMON["grpo"] = _COMMON["dr-grpo"] = {**_GRPO, "kl_loss": None, "max_grad_norm": _NO_CLIP}
 _CAT = {"gamma": 0.95, "max_grad_norm": _NO_CLIP}
 _ENVS: dict[tuple[str, str], dict[str, Any]] = {

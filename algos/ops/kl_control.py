@@ -1,4 +1,4 @@
-"""The coefficient of the KL penalty: fixed, or steered towards a target; and when to stop an update early.
+"""The coefficient of the KL penalty, steered towards a target; and when to stop an update early.
 
 Two different KLs: the penalty's is of the policy against the *reference*, in nats per sequence; the early
 stop's is of the policy against the one that *sampled*, in nats per token.
@@ -7,17 +7,6 @@ stop's is of the policy against the one that *sampled*, in nats per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-
-@dataclass
-class FixedKL:
-    """A constant coefficient."""
-
-    coef: float
-
-    def update(self, kl: float, episodes: int) -> float:
-        """The coefficient, unchanged."""
-        return self.coef
 
 
 @dataclass
@@ -58,11 +47,6 @@ class AdaptiveKL:
         # Beyond the horizon the published factor would reach 0 and turn negative: there the error compounds.
         self.coef *= 1 + error * share if share <= 1 else (1 + error) ** share
         return self.coef
-
-
-def controller(coef: float, target: float | None, horizon: float) -> FixedKL | AdaptiveKL:
-    """A coefficient that stays as it is, or is steered where there is a target."""
-    return FixedKL(coef) if target is None else AdaptiveKL(coef, target, horizon)
 
 
 def exceeds(approx_kl: float, limit: float | None) -> bool:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lm_envs.env.report import report, text_envs
+from lm_envs.env.report import report
+from lm_envs.env.rows import TextRows
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class TextVecEnv(VecEnv):
 
     def __init__(self, env: Any) -> None:
         inner = env.unwrapped
-        if text_envs(env) != [inner] or not hasattr(inner, "num_envs"):
+        if not isinstance(inner, TextRows):
             raise TypeError(
                 f"TextVecEnv needs a text vector environment, as gymnasium.make_vec('lm_envs/Reviews-v0', num_envs=64) "
                 f"makes, got {type(inner).__name__}"
@@ -122,15 +123,10 @@ class TextVecEnv(VecEnv):
         self._actions: NDArray[np.int64] | None = None
         super().__init__(inner.num_envs, TextSpace(inner), inner.single_action_space)
 
-    # The penalty: lm_envs.report and lm_envs.set_kl_coef find these through the library's wrappers.
-
-    def report(self, logprobs: Any) -> None:
-        """See :func:`lm_envs.report`; actions of our policies bring their own."""
-        report(self.env, logprobs)
-
-    def set_kl_coef(self, kl_coef: float) -> None:
-        """See :func:`lm_envs.set_kl_coef`."""
-        self.text_env.set_kl_coef(kl_coef)
+    @property
+    def envs(self) -> list[Any]:
+        """Where lm_envs.report and lm_envs.set_kl_coef find the text env, through the library's wrappers."""
+        return [self.text_env]
 
     # Steps
 
@@ -154,7 +150,7 @@ class TextVecEnv(VecEnv):
         assert actions is not None, "call step_async first"
         told = getattr(actions, "logprob", None)
         if told is not None:
-            self.report(told)
+            report(self.text_env, told)  # the actions of our policies bring their own
         obs, rewards, terminated, truncated, infos = self.env.step(np.asarray(actions))
         done = terminated | truncated
         ended = done.nonzero()[0].tolist()

@@ -103,7 +103,13 @@ def check_runs(runs: Sequence[RunSpec]) -> None:
             if run.overrides:
                 raise UserError(f"{run.algorithm} is not trained and has no settings, got {', '.join(run.overrides)}")
         else:
-            check_overrides(run.algorithm, run.overrides)
+            settings = check_overrides(run.algorithm, run.overrides)
+            both = [given.get("kl_coef") for given in (run.env, settings)]
+            if None not in both and both[0] != both[1]:
+                raise UserError(
+                    f"{run.label}: kl_coef is {both[0]} in the environment's options and {both[1]} in the settings of "
+                    f"{run.algorithm}: set it in one place, or to one number"
+                )
 
 
 def prepare(runs: Sequence[RunSpec]) -> None:

@@ -59,12 +59,13 @@ def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
 
 
 class TextProblem:
-    """A text task on one of its faces.
+    """A text task as an MDP or as a bandit env.
 
     Attributes:
         agent: what trains, None for SFT itself and best-of-n.
         env: what it trains on, None likewise.
         policy: what is measured.
+        kl_coef: the KL coefficient that training starts with, None where training samples nothing.
         exact: where the task is solved exactly: then the policy is a table, with settings of its own, and what is
             measured are expectations.
     """
@@ -89,6 +90,7 @@ class TextProblem:
         mdp = self._measure("test").mdp
         self._reference = LMPolicy.for_mdp(mdp, self.task.reference)
         self.agent: Agent[Any] | None = None
+        self.kl_coef: float | None = None
         self.env: TextVectorEnv | TextBanditVectorEnv | None = None
         start = LMPolicy.for_mdp(mdp, self.task.start)
         self.exact = Exact(mdp) if exact.is_table(self.task) else None
@@ -97,7 +99,7 @@ class TextProblem:
         trained = n is None and spec.algorithm != "sft"
         if face == "bandit" and not trained:
             raise UserError(
-                f"{spec.label}: SFT and best-of-n need no training, so they have no bandit face: leave them out"
+                f"{spec.label}: SFT and best-of-n need no training, so they have no bandit env: leave them out"
             )
         if n is not None:
             self.policy = BestOfN(start, mdp, n)
@@ -111,10 +113,13 @@ class TextProblem:
                     raise UserError(f"{spec.label}: the policy is a table, with no layers to freeze, adapt or compile")
                 table = self.exact.table(self.task.start)
                 self.policy = TabularPolicy(self.exact, table, face, VALUE_SCALE)  # type: ignore[arg-type]
-                overrides = {**TABULAR.get(spec.algorithm, {}), **overrides}
+                preset = TABULAR.get(spec.algorithm, {})
+                overrides = {name: preset[name] for name in preset if name not in spec.env} | overrides
             self.agent = self._agent(self.policy, overrides)
             make = TextBanditVectorEnv if face == "bandit" else TextVectorEnv
             self.env = make(self.task, split="train", group_size=self.agent.config.group_size, **self._options)
+            if not self.agent.needs_data:
+                self.kl_coef = self.agent.settle_kl_coef(self.env)
 
     def _agent(self, policy: Any, overrides: dict[str, Any]) -> Agent[Any]:
         agent = make_agent(self.spec.algorithm, policy, self.task, **{"seed": self.spec.seed, **overrides})
@@ -137,9 +142,10 @@ class TextProblem:
     def settings(self) -> dict[str, Any]:
         """What ``config.json`` says beyond the spec."""
         mdp = self._measure("test").mdp
+        charged = None if self.kl_coef is None or self.env is None else self.env.mdp.kl_in_reward
         return {
             "agent": None if self.agent is None else asdict(self.agent.config),
-            "env": {name: getattr(mdp, name) for name in (*_OPTIONS, "kl_coef")},
+            "env": {name: getattr(mdp, name) for name in _OPTIONS} | {"kl_coef": self.kl_coef, "kl_in_reward": charged},
             "task": {"description": self.task.description, "stats": dict(self.task.stats)},
             "parameters": sum(p.numel() for p in self.task.start.parameters()),
             "trainable_parameters": 0 if self.agent is None else _trainable(self.policy),
@@ -171,7 +177,7 @@ class TextProblem:
         measured |= greedy.measure(env.mdp, self.policy, count)
         if self.exact is not None:
             measured |= exact.result(self.exact, self.policy) | self._gradient()
-        return measured, found.records()
+        return measured | {"kl_coef": self.kl_coef}, found.records()
 
     def save_model(self, folder: Path) -> None:
         """The tuned model and the tokenizer, as transformers' ``from_pretrained`` reads them.

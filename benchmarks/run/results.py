@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ COLUMNS = (
 EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
 COSTS = tuple(name for name in cost.COLUMNS if name not in COLUMNS)
 # In results.csv where something is known. The corpus score is of sampled responses, the next three of the likeliest.
-KNOWN_AT_TIMES = (*COSTS, "corpus", *greedy.COLUMNS, *EXACT)
+KNOWN_AT_TIMES = (*COSTS, "corpus", *greedy.COLUMNS, *EXACT, "kl_coef")
 EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: of judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
@@ -77,12 +77,21 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = (*COLUMNS, *(name for name in KNOWN_AT_TIMES if any(not math.isnan(number(row.get(name))) for row in rows)))
+    known = [name for name in KNOWN_AT_TIMES if any(not math.isnan(number(row.get(name))) for row in rows)]
+    if not _differ((row["task"], row.get("kl_coef")) for row in rows):
+        known = [name for name in known if name != "kl_coef"]
+    names = (*COLUMNS, *known)
     writer.writerow(names)
     for row in rows:
         values = [row.get(name) if name in KNOWN_AT_TIMES else row[name] for name in names]
         writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else _cell(v) for v in values])
     write_atomic(path, text.getvalue())
+
+
+def _differ(coefs: Iterable[tuple[str, float | None]]) -> bool:
+    """Whether the methods of a task differ in their KL coefficient; those that have none do not count."""
+    known = {pair for pair in coefs if not math.isnan(number(pair[1]))}
+    return len(known) > len({task for task, _ in known})
 
 
 def _cell(value: Any) -> Any:
@@ -182,6 +191,7 @@ SHOWN = (
     Column("corpus_gain", "over SFT", 2, meaning="how much higher that is than SFT's"),
     Column("corpus_gain_se", "±", 2, spread=False, meaning="standard error over prompts of that, paired bootstrap"),
     Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
+    Column("kl_coef", "β", 3, spread=False, meaning="KL coefficient that training starts with"),
     Column("regret", "regret", 4, meaning="(J* - J) / (J* - J of SFT), exact: 0 is the optimum, 1 is SFT"),
     Column("frontier_gap", "frontier gap", 3, meaning="score below the most possible at the same KL, exact"),
     Column(
@@ -239,8 +249,10 @@ def cell(line: Line, column: Column) -> str:
 
 
 def shown(lines: Sequence[Line]) -> list[Column]:
-    """The columns in which something is known."""
-    return [column for column in SHOWN if not all(math.isnan(line.mean[column.name]) for line in lines)]
+    """The columns in which something is known; the KL coefficient where it differs between methods."""
+    found = [column for column in SHOWN if not all(math.isnan(line.mean[column.name]) for line in lines)]
+    differ = _differ((line.task, line.mean["kl_coef"]) for line in lines)
+    return [column for column in found if differ or column.name != "kl_coef"]
 
 
 def footnotes(lines: Sequence[Line]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a text environment is, apart from how it is stepped: prompts, masks, scores and the reference's half of the KL
 penalty.
 
-The single, vector and bandit faces and the bulk path all read this one definition, so they cannot disagree.
+The single, vector and bandit envs and the bulk path all read this one definition, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ MISSING_EOS_MODES = ("replace", "subtract")
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
+def kl_penalty(kl_coef: float, logprob: Any, ref_logprob: Any) -> Any:
+    """``kl_coef * (logprob - ref_logprob)``, which the reward of each action loses.
+
+    The k1 estimator of the KL to the reference: signed, never clamped. Numbers, arrays or tensors of one shape.
+    """
+    return kl_coef * (logprob - ref_logprob)
+
+
 class TextMDP:
     """The Markov decision process of a task.
 
@@ -48,6 +56,11 @@ class TextMDP:
         reference_top_k: in each state only the k tokens that the reference finds likeliest are allowed; None allows
             all. The idea behind NLPO (Ramamurthy et al. 2023, section 4), with the mask taken from the reference: it is
             frozen, so the mask is a function of the state, and policy and reference alike are renormalised over it.
+
+    Attributes:
+        kl_coef: the weight of the penalty now; whatever sets it sets it here.
+        explicit_kl_coef: the weight that the caller asked for; None where it is the task's default or an agent's.
+        kl_in_reward: whether the reward holds the penalty; False while an agent has it as a term of its loss.
 
     Raises:
         ValueError: an argument is out of range; the message says which.
@@ -74,7 +87,9 @@ class TextMDP:
         self.temperature = self.task.temperature if temperature is None else temperature
         self.max_new_tokens = self.task.max_new_tokens if max_new_tokens is None else max_new_tokens
         self.min_new_tokens = self.task.min_new_tokens if min_new_tokens is None else min_new_tokens
+        self.explicit_kl_coef = kl_coef
         self.kl_coef = self.task.kl_coef if kl_coef is None else kl_coef
+        self.kl_in_reward = True
         self.missing_eos = missing_eos
         self.group_size = group_size
         self.reference_top_k = reference_top_k
@@ -130,6 +145,20 @@ class TextMDP:
                 f"{needed} places are more "
                 f"than the model's context of {context}; shorten the prompts or max_new_tokens"
             )
+
+    def set_kl_coef(self, kl_coef: float) -> None:
+        """Set the weight of the penalty as the caller's own choice, which an agent's setting may not contradict.
+
+        Raises:
+            ValueError: it is negative or not finite.
+        """
+        check_kl_coef(kl_coef)
+        self.kl_coef = self.explicit_kl_coef = float(kl_coef)
+
+    @property
+    def charged_kl_coef(self) -> float:
+        """What the reward is charged with: :attr:`kl_coef`, or 0 where the penalty stands in a loss."""
+        return self.kl_coef if self.kl_in_reward else 0.0
 
     @property
     def dense(self) -> bool:

@@ -5,21 +5,59 @@ Functions, not methods, because Gymnasium's wrappers hide the methods of what th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+if TYPE_CHECKING:
+    from lm_envs.env.mdp import TextMDP
+    from lm_envs.tasks.base import TextTask
 
-def text_envs(env: Any) -> list[Any]:
+
+class Reachable:
+    """A text environment that :func:`report` and :func:`set_kl_coef` reach; every one of them derives from this.
+
+    Attributes:
+        mdp: what is played.
+        face: "mdp", a token per step, or "bandit", a response per step.
+    """
+
+    mdp: TextMDP
+    face: Literal["mdp", "bandit"]
+
+    @property
+    def task(self) -> TextTask:
+        """The task that is played."""
+        return self.mdp.task
+
+    @property
+    def kl_coef(self) -> float:
+        """The weight of the KL penalty, which the MDP holds."""
+        return self.mdp.kl_coef
+
+    @kl_coef.setter
+    def kl_coef(self, kl_coef: float) -> None:
+        self.set_kl_coef(kl_coef)
+
+    def set_kl_coef(self, kl_coef: float) -> None:
+        """Set it from the next step on; see :func:`lm_envs.set_kl_coef`."""
+        self.mdp.set_kl_coef(kl_coef)
+
+    def report(self, logprobs: ArrayLike) -> None:
+        """Tell the log-probability of the coming actions; see :func:`lm_envs.report`."""
+        raise NotImplementedError
+
+
+def text_envs(env: Any) -> list[Reachable]:
     """The text environments inside ``env``: itself, what wrappers hide, or the members of a ``SyncVectorEnv``."""
     inner = getattr(env, "unwrapped", env)
-    if hasattr(inner, "report") and hasattr(inner, "set_kl_coef"):
+    if isinstance(inner, Reachable):
         return [inner]
     return [found for member in getattr(inner, "envs", ()) for found in text_envs(member)]
 
 
-def _need(env: Any) -> list[Any]:
+def _need(env: Any) -> list[Reachable]:
     found = text_envs(env)
     if not found:
         raise TypeError(
@@ -36,7 +74,7 @@ def report(env: Any, logprobs: ArrayLike) -> None:
 
     Args:
         env: a text environment, wrapped or not, or a ``SyncVectorEnv`` of some.
-        logprobs: nats; a number for one environment, ``(num_envs,)`` for a vector environment. On the bandit face the
+        logprobs: nats; a number for one environment, ``(num_envs,)`` for a vector environment. In a bandit env the
             log-probability of the whole response.
 
     Raises:
@@ -57,7 +95,9 @@ def report(env: Any, logprobs: ArrayLike) -> None:
 
 
 def set_kl_coef(env: Any, kl_coef: float) -> None:
-    """Set the weight of the KL penalty (score units per nat) from the next step on, as adaptive controllers do.
+    """Set the weight of the KL penalty (score units per nat) from the next step on, as a schedule of your own does.
+
+    An agent whose own setting says otherwise refuses the environment.
 
     Raises:
         ValueError: negative or not finite.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import rng
+from lm_envs.env.mdp import kl_penalty
 from lm_envs.env.report import report, text_envs
 from lm_envs.trajectories import Trajectories
 
@@ -270,7 +271,7 @@ def rollout(
     stepped and its own rows stay as they are.
 
     Args:
-        env: a text environment, single or vector, either face.
+        env: a text environment, single or vector, MDP or bandit.
         policy: see :class:`RespondingPolicy`; :class:`lm_envs.algos.policies.language_model.LMPolicy` is one.
         episodes: how many.
         first_episode: their numbers are ``first_episode .. first_episode + episodes - 1``.
@@ -289,7 +290,7 @@ def rollout(
     inner = text_envs(env)
     if not inner:
         raise TypeError(f"rollout is for text environments; use collect for {type(env.unwrapped).__name__}")
-    mdp, kl_coef = inner[0].mdp, inner[0].kl_coef
+    mdp = inner[0].mdp
     if mdp.reference_top_k is not None:
         raise ValueError("rollout generates without asking the reference, which reference_top_k needs: step the env")
     numbers = np.arange(first_episode, first_episode + episodes)
@@ -305,7 +306,7 @@ def rollout(
     mask = response >= 0
     score = torch.as_tensor(mdp.score(prompt, response.numpy()))
     ref_logprob = mdp.reference_logprob(torch.as_tensor(prompt), response).double().cpu()
-    reward = score + kl_coef * (ref_logprob - logprob)
+    reward = score - kl_penalty(mdp.charged_kl_coef, logprob, ref_logprob)
     true = torch.ones(episodes, dtype=torch.bool)
     actions = response
     if inner[0].face == "bandit":

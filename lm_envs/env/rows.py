@@ -1,4 +1,4 @@
-"""Rows of generated text: what the two faces of the environment share, whatever an action is."""
+"""Rows of generated text: what the MDP env and the bandit env share, whatever an action is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from lm_envs.env.mdp import TextMDP, check_kl_coef
+from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rendering import render_text
+from lm_envs.env.report import Reachable
 from lm_envs.model.tokens import NO_TOKEN
 from lm_envs.tasks.base import TextTask
 
@@ -23,11 +24,10 @@ _UNREPORTED = (
 )
 
 
-class TextRows(VectorEnv):
+class TextRows(Reachable, VectorEnv):
     """Rows with a prompt and a response, counted episodes, reports, autoreset."""
 
     metadata = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}
-    face: str
 
     def __init__(
         self,
@@ -52,7 +52,6 @@ class TextRows(VectorEnv):
         self.single_action_space = self._action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.kl_coef = self.mdp.kl_coef
         self._obs = np.full((num_envs, places), NO_TOKEN, dtype=np.int64)
         self._lengths = np.zeros(num_envs, dtype=np.int64)
         self._done = np.ones(num_envs, dtype=bool)  # nothing was started yet
@@ -66,12 +65,7 @@ class TextRows(VectorEnv):
         self._warned = False
 
     def _action_space(self) -> spaces.Space:
-        raise NotImplementedError  # pragma: no cover - each face defines its own
-
-    @property
-    def task(self) -> TextTask:
-        """The task that is played."""
-        return self.mdp.task
+        raise NotImplementedError  # pragma: no cover
 
     # Between the agent and the environment
 
@@ -88,16 +82,11 @@ class TextRows(VectorEnv):
             raise ValueError(f"report expects finite log-probabilities <= 0; row {row} has {values[row]}")
         self._reported = values
 
-    def set_kl_coef(self, kl_coef: float) -> None:
-        """Set beta from the next step on; see :func:`lm_envs.set_kl_coef`."""
-        check_kl_coef(kl_coef)
-        self.kl_coef = float(kl_coef)
-
     def _take_report(self) -> NDArray[np.float64]:
         reported, self._reported = self._reported, None
         if reported is not None:
             return reported
-        if self.kl_coef > 0 and not self._warned:
+        if self.mdp.charged_kl_coef > 0 and not self._warned:
             warnings.warn(_UNREPORTED, stacklevel=4)
             self._warned = True
         return np.full(self.num_envs, np.nan)
@@ -209,7 +198,7 @@ class TextRows(VectorEnv):
         reported: NDArray[np.float64],
         rewards: NDArray[np.float64],
     ) -> None:
-        raise NotImplementedError  # pragma: no cover - each face defines its own
+        raise NotImplementedError  # pragma: no cover
 
     def _final_infos(self, finished: NDArray[np.bool_]) -> dict[int, dict[str, Any]]:
         """``info["lm"]`` by row. What is not known has no key: ``ref_logprob`` ``(T,)`` and ``kl`` need ``kl_coef >
@@ -228,7 +217,7 @@ class TextRows(VectorEnv):
         return infos
 
     def _kl(self, row: int) -> float:
-        raise NotImplementedError  # pragma: no cover - each face defines its own
+        raise NotImplementedError  # pragma: no cover
 
     def _mask_info(self, infos: dict[str, Any]) -> dict[str, Any]:
         self._mask = self._allowed()

@@ -9,12 +9,12 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import ArrayLike, NDArray
 
-from lm_envs.env.mdp import TextMDP
+from lm_envs.env.report import Reachable
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.tasks.base import TextTask
 
 
-class _SingleRow(gymnasium.Env):
+class _SingleRow(Reachable, gymnasium.Env):
     """A vector environment of one row with the row's axis taken off."""
 
     metadata = {"render_modes": ["ansi"]}
@@ -24,29 +24,9 @@ class _SingleRow(gymnasium.Env):
         self._vector = self._vector_class(
             task, 1, autoreset_mode=AutoresetMode.DISABLED, render_mode=render_mode, **options
         )
-        self.render_mode = render_mode
+        self.mdp, self.face, self.render_mode = self._vector.mdp, self._vector.face, render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
-
-    @property
-    def task(self) -> TextTask:
-        """The task that is played."""
-        return self._vector.task
-
-    @property
-    def mdp(self) -> TextMDP:
-        """The :class:`~lm_envs.env.mdp.TextMDP` that is played."""
-        return self._vector.mdp
-
-    @property
-    def face(self) -> str:
-        """ "mdp" or "bandit"."""
-        return self._vector.face
-
-    @property
-    def kl_coef(self) -> float:
-        """The weight of the KL penalty."""
-        return self._vector.kl_coef
 
     def report(self, logprobs: ArrayLike) -> None:
         """Tell the log-probability of the coming action; see :func:`lm_envs.report`."""
@@ -54,10 +34,6 @@ class _SingleRow(gymnasium.Env):
         if values.shape not in ((), (1,)):
             raise ValueError(f"report expects the log-probability of one action, a number, got shape {values.shape}")
         self._vector.report(values.reshape(1))
-
-    def set_kl_coef(self, kl_coef: float) -> None:
-        """Set beta from the next step on; see :func:`lm_envs.set_kl_coef`."""
-        self._vector.set_kl_coef(kl_coef)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """``(V,)`` bool, the tokens allowed now (the name is sb3-contrib's)."""

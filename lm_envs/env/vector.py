@@ -8,6 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from lm_envs.env.mdp import kl_penalty
 from lm_envs.env.rows import TextRows
 from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.model.decoding import Decoder
@@ -19,7 +20,7 @@ class TextVectorEnv(TextRows):
     """A token per step, ``num_envs`` texts at once, one batched forward of the reference per step.
 
     Observation ``Box(-1, V-1, (P+T,), int64)``, action ``Discrete(V)``. A row terminates on EOS and on the length
-    limit. The reward is ``score`` at the last token plus, per token, ``kl_coef * (ref_logprob - logprob)``.
+    limit. The reward is ``score`` at the last token minus, per token, :func:`~lm_envs.env.mdp.kl_penalty`.
 
     Args:
         task: a task, or the name of a registered one.
@@ -97,10 +98,10 @@ class TextVectorEnv(TextRows):
                 )
         place = self._lengths[rows]
         self._logprob[rows, place] = reported[rows]
-        if self.kl_coef > 0:
+        if self.mdp.charged_kl_coef > 0:
             reference = self._reference(actions, moving)[rows]
             self._ref_logprob[rows, place] = reference
-            rewards[rows] += self.kl_coef * (reference - np.nan_to_num(reported[rows], nan=0.0))
+            rewards[rows] -= kl_penalty(self.mdp.charged_kl_coef, np.nan_to_num(reported[rows], nan=0.0), reference)
         self._obs[rows, self._prompt_places + place] = actions[rows]
         self._lengths[rows] += 1
         ended = is_eos(actions[rows], self.mdp.eos_token_ids)
@@ -128,7 +129,7 @@ class TextBanditVectorEnv(TextRows):
         super().__init__(task, num_envs, **arguments)
         self._whole = np.full(num_envs, np.nan)
         if self.mdp.reference_top_k is not None:
-            raise ValueError("reference_top_k needs the MDP face: along one bandit action there is no mask to give")
+            raise ValueError("reference_top_k needs the MDP env: along one bandit action there is no mask to give")
 
     def _action_space(self) -> spaces.Space:
         return spaces.MultiDiscrete([self.mdp.vocab_size] * self.mdp.max_new_tokens)
@@ -168,11 +169,12 @@ class TextBanditVectorEnv(TextRows):
         # The parts of a reward per token have nowhere else to go in one step: the bandit's reward is their sum.
         self._score[rows] = self.mdp.score(prompt, response).sum(axis=1)
         rewards[rows] = self._score[rows]
-        if self.kl_coef > 0:
+        if self.mdp.charged_kl_coef > 0:
             scored = self.mdp.reference_logprob(self.mdp.tensor(prompt), self.mdp.tensor(response))
             reference = scored.double().cpu().numpy()
             self._ref_logprob[rows] = reference
-            rewards[rows] += self.kl_coef * (reference.sum(axis=1) - np.nan_to_num(reported[rows], nan=0.0))
+            whole = np.nan_to_num(reported[rows], nan=0.0)
+            rewards[rows] -= kl_penalty(self.mdp.charged_kl_coef, whole, reference.sum(axis=1))
 
 
 def cut_after_eos(actions: NDArray[np.int64], eos_token_id: EosIds) -> NDArray[np.int64]:

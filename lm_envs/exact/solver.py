@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_envs.env.mdp import TextMDP
+from lm_envs.env.mdp import TextMDP, kl_penalty
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.forwards import response_logits
@@ -241,8 +241,7 @@ class Exact:
 
         def step(after: Tensor, states: slice) -> tuple[Tensor, Tensor]:
             here = log_p[:, states]
-            penalty = (self.log_ref[:, states] - here).masked_fill(here == -math.inf, 0.0)
-            q = after + self.kl_coef * penalty
+            q = after - kl_penalty(self.kl_coef, here, self.log_ref[:, states]).masked_fill(here == -math.inf, 0.0)
             return (p[:, states] * q).sum(dim=2), q
 
         return self.backward(step)
@@ -342,7 +341,7 @@ class Exact:
         traj = _trajectories(self.prompts.repeat_interleave(len(self.responses), dim=0), response)
         score = self.score.flatten()
         traj.logprob, traj.ref_logprob, traj.score = logprob, ref, score
-        traj.reward = self.kl_coef * (ref - logprob)
+        traj.reward = -kl_penalty(self.kl_coef, logprob, ref)
         traj.reward[torch.arange(len(traj)), traj.lengths - 1] += score
         traj.group = torch.arange(count).repeat_interleave(len(self.responses))
         possible = weight > 0

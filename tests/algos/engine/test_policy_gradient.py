@@ -72,7 +72,7 @@ def test_in_the_loss_the_env_charges_nothing_and_the_loss_charges_all(name, kind
     env = batches.text_env()
     agent = batches.learner(name, env=env, kl_loss=kind, kl_coef=0.3, epochs=1, minibatches=1)
     traj, metrics = agent.iteration(env)
-    assert env.kl_coef == 0 and metrics["kl_coef"] == 0.3
+    assert env.mdp.charged_kl_coef == 0 and metrics["kl_coef"] == 0.3 == env.kl_coef
     torch.testing.assert_close(traj.reward.where(traj.mask, 0.0).sum(1), traj.score)  # negative control below
     now = agent.policy.evaluate(traj)
     penalty = agent.kl_penalty(traj, now)
@@ -96,7 +96,7 @@ def test_in_the_reward_the_env_charges_it():
     env = batches.text_env()
     agent = batches.learner("reinforce", env=env, kl_coef=0.3)
     traj, _ = agent.iteration(env)
-    assert env.kl_coef == 0.3
+    assert env.mdp.charged_kl_coef == 0.3 == env.kl_coef
     assert not torch.allclose(traj.reward.where(traj.mask, 0.0).sum(1), traj.score)
     assert (agent.kl_penalty(traj, agent.policy.evaluate(traj)) == 0).all()
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lm_envs.algos.ops.kl_control import AdaptiveKL, FixedKL, exceeds
+from lm_envs.algos.ops.kl_control import AdaptiveKL, exceeds
 
 
 def test_adaptive_coefficient_by_hand():
@@ -29,10 +29,6 @@ def test_it_steers_a_responding_system_to_its_target():
         for _ in range(400):
             control.update(1 / control.coef, 128)
         assert 1 / control.coef == pytest.approx(4.0, rel=0.01)
-
-
-def test_a_fixed_coefficient_stays():
-    assert FixedKL(0.3).update(100.0, 128) == 0.3
 
 
 @pytest.mark.parametrize(("field", "value"), [("target", 0.0), ("horizon", -1.0), ("coef", 0.0)])
