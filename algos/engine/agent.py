@@ -310,7 +310,8 @@ class Agent(Generic[C]):
         """
         if self._mdp is not None:
             return self._mdp.kl_coef
-        for coef in (self._kl and self._kl.coef, self.config.kl_coef, self.published_kl_coef):
+        steered = None if self._kl is None else self._kl.coef
+        for coef in (steered, self.config.kl_coef, self.published_kl_coef):
             if coef is not None:
                 return coef
         raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")

@@ -163,7 +163,7 @@ def test_quark_samples_without_a_token_first_and_puts_the_penalty_in_the_loss():
     agent = batches.learner("quark", env=env)
     agent.reference = None
     traj, metrics = agent.iteration(env)
-    assert agent.reference is not None and env.kl_coef == 0 and metrics["kl_coef"] == 0.05
+    assert agent.reference is not None and env.mdp.charged_kl_coef == 0 and metrics["kl_coef"] == 0.05
     plain = rollout(env, batches.text_policy(env), episodes=16, seed=0)
     assert torch.equal(traj.response, plain.response)
     assert metrics["token_kl"] > 0
