@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -384,6 +386,8 @@ def _run(words: list[str], debug: bool) -> None:
     try:
         command.run(console)
     except (Interrupted, KeyboardInterrupt):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left to do is to end
         again = shlex.join(["lm-envs", *words, *([] if "--resume" in words else ["--resume"])])
         console.print(f"Stopped. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(INTERRUPTED) from None

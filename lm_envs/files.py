@@ -82,28 +82,65 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 # ---- folders that are built once ----
 
 MANIFEST = "manifest.json"
-# What the place is to blame for, not the code that writes there.
-_UNWRITABLE = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EIO}
+# Errors of the place that is written to, where they come out of a build; others are the build's own.
+_OF_THE_PLACE = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENOTDIR EEXIST EISDIR EIO ELOOP ENAMETOOLONG ENOLCK ENOSYS EOPNOTSUPP "
+        "ESTALE EMFILE ENFILE ENODEV ENXIO"
+    ).split()
+    if hasattr(errno, name)
 )
+_REMEDY = "free some space there, or set LM_ENVS_CACHE to a folder that can be written"
 _log = logging.getLogger(__name__)
 
 
-class CacheError(OSError):
-    """The cache folder cannot be used; the message is one line that says why and what to do."""
+class CacheError(OSError, ValueError):
+    """A cache folder cannot be used; the message is one line that says which, why and what to do."""
+
+
+@contextmanager
+def blaming(
+    folder: Path, remedy: str = _REMEDY, only: Callable[[OSError], bool] = lambda error: True
+) -> Iterator[None]:
+    """Turn errors of the file system in the block into a :class:`CacheError`.
+
+    Args:
+        folder: the cache that is to blame.
+        remedy: what the user can do.
+        only: whether an error is the folder's.
+    """
+    try:
+        yield
+    except CacheError:
+        raise
+    except OSError as error:
+        if not only(error):
+            raise
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "raise the limit on open files (ulimit -n)"
+        why = (error.strerror or str(error) or type(error).__name__).split("\n")[0]
+        raise CacheError(f"cannot use the cache folder {folder}: {why}; {remedy}") from error
 
 
 def cache_root() -> Path:
-    """``$LM_ENVS_CACHE``, else ``lm-envs`` in the folder the platform gives a user's caches."""
+    """``$LM_ENVS_CACHE``, else ``lm-envs`` in the folder the platform gives a user's caches.
+
+    Raises:
+        CacheError: a ``~`` or the user's home folder cannot be resolved.
+    """
     chosen = os.environ.get("LM_ENVS_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        if sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        elif sys.platform == "win32":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise CacheError(f"no cache folder: {error}; set LM_ENVS_CACHE to a folder that can be written") from None
     return base / "lm-envs"
 
 
@@ -142,27 +179,27 @@ def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *
     entry = root / kind / key_of(parts)
     if damaged(entry) is None:
         return entry  # needs no lock, so a cache that may only be read still serves
-    try:
+    own: list[OSError] = []  # what the build is to blame for
+
+    def watched(folder: Path) -> None:
+        try:
+            build(folder)
+        except SafetensorError as error:  # what a disk that fills up raises when weights are saved
+            raise OSError(errno.EIO, str(error)) from error
+        except OSError as error:
+            elsewhere = error.filename is not None and root not in Path(os.fsdecode(error.filename)).parents
+            if elsewhere or error.errno not in _OF_THE_PLACE:
+                own.append(error)
+            raise
+
+    with blaming(root, only=lambda error: error not in own):
         entry.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(entry.parent).free < needs_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with _locked(entry):
             if damaged(entry) is not None:
-                _build(entry, parts, build)
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise  # of the build itself
-        raise _cannot_write(root, os.strerror(error.errno)) from error
-    except SafetensorError as error:  # what a disk that fills up raises when weights are saved
-        raise _cannot_write(root, str(error)) from error
+                _build(entry, parts, watched)
     return entry
-
-
-def _cannot_write(root: Path, why: str) -> CacheError:
-    return CacheError(
-        f"cannot write the cache folder {root}: {why}; "
-        "free some space there, or set LM_ENVS_CACHE to a folder that can be written"
-    )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ ORDER = (
     "lm_envs.settings",
     "lm_envs.rng",
     "lm_envs.files",
+    "lm_envs.printable",
     "lm_envs.model",
     "lm_envs.trajectories",
     "lm_envs.data",

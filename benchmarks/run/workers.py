@@ -24,13 +24,14 @@ from typing import Any
 import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, UserError, explain
 from lm_envs.benchmarks.run.suites import RunSpec
+from lm_envs.reward.waiting import waiting
 
 Notify = Callable[[dict[str, Any]], None]
 
 
 class StopRequest:
     """Ctrl-C, asked politely: the first only sets a flag, which is looked at between iterations; the second interrupts
-    at once.
+    at once, and so does the first while a remote judge is waited for.
 
     Args:
         first: called at the first one.
@@ -44,7 +45,7 @@ class StopRequest:
         return self.requested
 
     def _handle(self, signum: int, frame: object) -> None:
-        if self.requested:
+        if self.requested or waiting():
             raise KeyboardInterrupt
         self.requested = True
         self._first()

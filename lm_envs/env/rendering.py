@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_envs.printable import printable
+
 if TYPE_CHECKING:
     from lm_envs.env.mdp import TextMDP
 
@@ -25,12 +27,12 @@ def render_text(mdp: TextMDP, obs: NDArray[np.int64], kl: NDArray[np.float64]) -
     prompt, response = (row[row >= 0].tolist() for row in (obs[: mdp.prompt_length], obs[mdp.prompt_length :]))
     decode = mdp.task.tokenizer.decode
     before = decode(prompt)
-    parts = [f"\x1b[1m{decode(prompt, skip_special_tokens=True)}\x1b[0m"]
+    parts = [f"\x1b[1m{printable(decode(prompt, skip_special_tokens=True))}\x1b[0m"]
     for i in range(len(response)):
         # Decode the growing text and show what each token added: spaces and byte-level pieces come out right.
         text = decode(prompt + response[: i + 1])
         piece, before = text[len(before) :], text
-        parts.append(_coloured(piece, kl[i]))
+        parts.append(_coloured(printable(piece), kl[i]))
     return "".join(parts)
 
 

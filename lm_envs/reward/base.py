@@ -13,18 +13,18 @@ that the reward does not apply to that sample: a weighted sum leaves it out ther
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
-import os
-import threading
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lm_envs.printable import printable
+from lm_envs.reward.waiting import finished
 
 __all__ = [
     "RESERVED",
@@ -75,6 +75,7 @@ def leaves(reward: AnyReward) -> Iterator[AnyReward]:
 
 def call_reward(
     reward: AnyReward,
+    /,
     prompts: Sequence[str],
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
@@ -96,9 +97,9 @@ def call_reward(
         end.
 
     Raises:
-        ValueError: the reward wants a column that the data lack, the number of rewards is not N, a row of a dense
-            reward is shorter than its response, or a reward is missing, NaN or infinite. The message names the reward
-            and the sample.
+        ValueError: the reward wants a column that the data lack, it raises or exits, the number of rewards is not N, a
+            row of a dense reward is shorter than its response, or a reward is no number, missing, NaN or infinite. The
+            message is one line that names the reward and the sample.
     """
     found = scores_or_nan(
         reward,
@@ -127,10 +128,12 @@ def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDAr
     """
     name, completion_ids = reward_name(reward), given["completion_ids"]
     count = len(given["completions"])
-    raw = _asked(reward, name, _accepted(reward, given))
+    raw = _asked(reward, name, given)
     if isinstance(raw, Tensor):
         raw = raw.detach().cpu().double().numpy()
     try:
+        if isinstance(raw, (str, bytes, Mapping, Set)):  # of letters, of keys, in no order
+            raise TypeError
         rows = list(raw)
     except TypeError:
         raise ValueError(f"reward {name!r} returned a {type(raw).__name__}, not a list of numbers") from None
@@ -141,16 +144,18 @@ def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDAr
         return _sample(given["prompts"], given["completions"], i)
 
     lengths = [len(ids) for ids in completion_ids]
-    dense = np.ndim(next((row for row in rows if row is not None), 0.0)) == 1
-    result = np.zeros((count, max(lengths)) if dense else count)
+    found: list[NDArray[np.float64] | None] = []
     for i, row in enumerate(rows):
-        if row is None:
+        try:
+            found.append(None if row is None else _numbers(row))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(f"reward {name!r} returned {_short(row)} for {sample(i)}, which is not a number") from None
+    dense = next((values.ndim for values in found if values is not None), 0) == 1
+    result = np.zeros((count, max(lengths)) if dense else count)
+    for i, values in enumerate(found):
+        if values is None:
             result[i] = np.nan
             continue
-        try:
-            values = np.asarray(row, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise ValueError(f"reward {name!r} returned {row!r} for {sample(i)}, which is not a number") from None
         if values.ndim != int(dense):
             raise ValueError(
                 f"reward {name!r} returned an entry of shape {values.shape} for {sample(i)}; "
@@ -171,18 +176,65 @@ def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDAr
     return result
 
 
-def _asked(reward: AnyReward, name: str, given: Mapping[str, Any]) -> Any:
-    """What the reward gives; an error in a function of the user's own says so, and where."""
+def _numbers(row: Any) -> NDArray[np.float64]:
+    """An entry that a reward returned. Raises TypeError for texts, complex numbers and dates, which numpy would turn
+    into numbers.
+    """
+    values = row.detach().cpu().double().numpy() if isinstance(row, Tensor) else np.asarray(row)
+    if values.dtype.kind not in "biufO":
+        raise TypeError
+    return values.astype(np.float64)
+
+
+def _asked(reward: AnyReward, name: str, given: Mapping[str, Sequence[Any]]) -> Any:
+    """What the reward gives. An error in a function of the user's own says where, and for which sample."""
+    accepted = _accepted(reward, given)
     try:
-        raw = reward(**given)
-        return _finished(raw) if inspect.isawaitable(raw) else raw
-    except Exception as error:
+        return _given_by(reward, accepted)
+    except (Exception, SystemExit) as error:
         ours = getattr(reward, "__module__", None) or type(reward).__module__
         if ours.split(".")[0] == "lm_envs":
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{last.filename}, line {last.lineno}"
-        raise ValueError(f"reward {name!r} raised {type(error).__name__}: {error} ({where})") from error
+        what = "called sys.exit" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
+        said = _short(str(error), 300)[1:-1]
+        where = f"{last.filename}, line {last.lineno}, in {last.name}"
+        raise ValueError(
+            f"reward {name!r} {what}: {said} ({where}) for {_culprit(reward, accepted, given, error)}"
+        ) from error
+
+
+def _given_by(reward: AnyReward, given: Mapping[str, Any]) -> Any:
+    raw = reward(**given)
+    raw = finished(raw) if inspect.isawaitable(raw) else raw
+    return list(raw) if isinstance(raw, Iterator) else raw  # a generator runs the user's code only now
+
+
+def _culprit(
+    reward: AnyReward, accepted: Mapping[str, Sequence[Any]], given: Mapping[str, Sequence[Any]], error: BaseException
+) -> str:
+    """The sample that raises the error by itself, found by halving the batch; else the number of samples."""
+
+    def raises(start: int, stop: int) -> bool:
+        try:
+            _given_by(reward, {name: values[start:stop] for name, values in accepted.items()})
+        except (Exception, SystemExit) as again:
+            return type(again) is type(error)
+        return False
+
+    start, stop = 0, len(given["completions"])
+    whole = f"a batch of {stop} samples"
+    if stop == 0 or isinstance(error, OSError):  # of the network or the disk, not of a sample
+        return whole
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        if raises(start, middle):
+            stop = middle
+        elif raises(middle, stop):
+            start = middle
+        else:
+            return whole
+    return _sample(given["prompts"], given["completions"], start)
 
 
 def _accepted(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
@@ -190,6 +242,7 @@ def _accepted(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> dict[str
         parameters = inspect.signature(reward).parameters
     except (TypeError, ValueError):  # a builtin without a signature: pass it everything
         return dict(given)
+    given = {name: values for name, values in given.items() if name not in _bound(reward)}
     named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for p in named:
         if p.default is p.empty and p.name not in given:
@@ -203,21 +256,15 @@ def _accepted(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> dict[str
     return {p.name: given[p.name] for p in named if p.name in given}
 
 
-def _finished(awaitable: Awaitable[Any]) -> Any:
-    """The result of an async reward. All run on one event loop, so a client that a reward keeps stays usable."""
-
-    async def wait() -> Any:
-        return await awaitable
-
-    return asyncio.run_coroutine_threadsafe(wait(), _event_loop(os.getpid())).result()
-
-
-@functools.cache
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """A loop of this process that runs in a thread of its own: the caller's may be running already, as in notebooks."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
-    return loop
+def _bound(reward: AnyReward) -> set[str]:
+    """Names that a column must not be passed by: those of a partial's settings, and a method's ``self``."""
+    names: set[str] = set()
+    while isinstance(reward, functools.partial):
+        names |= set(reward.keywords)
+        reward = reward.func
+    method = getattr(reward, "__func__", None if inspect.isroutine(reward) else type(reward).__call__)
+    first = next(iter(inspect.signature(method).parameters.values()), None) if inspect.isfunction(method) else None
+    return names | {first.name} if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else names
 
 
 def _sample(prompts: Sequence[Any], completions: Sequence[Any], i: int) -> str:
@@ -225,9 +272,10 @@ def _sample(prompts: Sequence[Any], completions: Sequence[Any], i: int) -> str:
 
 
 def _short(value: Any, width: int = 80) -> str:
+    """One printable line for a value."""
     if isinstance(value, str):
         return repr(value if len(value) <= width else value[: width - 3] + "...")
-    text = repr(value)
+    text = printable(" ".join(repr(value).split()))
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -235,7 +283,7 @@ Rewards = NDArray[np.float64] | list[Any]
 
 
 def _with_nones(values: NDArray[np.float64]) -> Rewards:
-    """NaN as None again, for who called the composition as a reward."""
+    """NaN as None again, for callers that use the composition as a reward."""
     missing = _missing(values)
     return [None if m else v for v, m in zip(values, missing.tolist(), strict=True)] if missing.any() else values
 
@@ -268,7 +316,7 @@ class WeightedSum:
         self.parts = list(parts)
         self.__name__ = " + ".join(f"{weight:g}*{reward_name(reward)}" for weight, reward in self.parts)
 
-    def __call__(self, **given: Any) -> Rewards:
+    def __call__(self, /, **given: Any) -> Rewards:
         """As any reward; every part is validated by itself, so a message names the part at fault."""
         found = [(weight, scores_or_nan(reward, given)) for weight, reward in self.parts]
         lengths = np.array([len(ids) for ids in given["completion_ids"]], dtype=np.int64)
@@ -295,7 +343,7 @@ class Clip:
         self.reward, self.low, self.high = reward, low, high
         self.__name__ = f"clip({reward_name(reward)}, {low:g}, {high:g})"
 
-    def __call__(self, **given: Any) -> Rewards:
+    def __call__(self, /, **given: Any) -> Rewards:
         """As any reward."""
         return _with_nones(scores_or_nan(self.reward, given).clip(self.low, self.high))
 
@@ -318,7 +366,7 @@ class Standardise:
         self.reward, self.mean, self.std = reward, mean, std
         self.__name__ = f"standardise({reward_name(reward)})"
 
-    def __call__(self, **given: Any) -> Rewards:
+    def __call__(self, /, **given: Any) -> Rewards:
         """As any reward."""
         values = scores_or_nan(self.reward, given)
         if values.ndim == 2:
@@ -337,7 +385,7 @@ class Conversational:
         self.reward = reward
         self.__name__ = reward_name(reward)
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **given: Any) -> Rewards:
+    def __call__(self, /, prompts: Sequence[str], completions: Sequence[str], **given: Any) -> Rewards:
         """As any reward, of texts."""
         messages = given.get("messages") or [[{"role": "user", "content": text}] for text in prompts]
         replies = [[{"role": "assistant", "content": text}] for text in completions]

@@ -1,58 +1,59 @@
 """A client for chat completions over an OpenAI-compatible endpoint: retries with backoff, and a cache on disk.
 
-It sends prompts and responses to whatever address the user names, and to no other: redirects are not followed. A key is
-read from an environment variable when a request is made; it is neither kept nor shown nor written, and goes over https
-or to this machine only.
+It sends prompts and responses to the address that the user names and to no other: redirects are not followed. The key
+is read from an environment variable for each request, is never kept, shown or written, and goes only over https or to
+this machine.
 """
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
-import errno
 import hashlib
-import http.client
 import ipaddress
 import json
+import logging
 import os
 import random
+import re
 import tempfile
-import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import httpx2
+
+from lm_envs.files import blaming, write_atomic
+from lm_envs.printable import printable
+
 __all__ = ["ChatEndpoint", "EndpointError"]
 
 RETRIED = frozenset({408, 429})  # and everything from 500 on
-_LARGEST = 16 << 20  # bytes of an answer
+_LARGEST = 4 << 20  # bytes of an answer
+_REMEDY = "set LM_ENVS_CACHE to a folder that can be written, or give the judge cache=FOLDER or cache=false"
+# One character as servers may write it: percent-encoded, escaped as in JSON or Python, as an HTML reference, or plain.
+_WRITTEN = re.compile(
+    r"%(?:25)*([0-9a-f]{2})|\\+u([0-9a-f]{4})|\\+x([0-9a-f]{2})|&#x([0-9a-f]{1,5});|&#(\d{1,6});|\\*(.)", re.I | re.S
+)
 
 
 class EndpointError(ValueError):
     """The endpoint gave no usable answer; the message says what it said."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
 
 class _Again(Exception):
-    """What another attempt may mend.
-
-    Args:
-        what: for the message, should it be the last attempt.
-        after: seconds the server asks to wait, None if it does not say.
-    """
+    """What another attempt may mend; ``after``: seconds that the server asks to wait, None if it does not say."""
 
     def __init__(self, what: str, after: float | None = None) -> None:
         super().__init__(what)
         self.after = after
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:  # the answer then is an error, 3xx
-        return None
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,15 @@ class ChatEndpoint:
         url: the endpoint's base, as in ``http://127.0.0.1:8000/v1``; ``/chat/completions`` is added if it is not there.
         model: what the server calls the model.
         key_variable: the environment variable that holds the key, if the server wants one.
-        timeout: seconds for one attempt, from connecting to the last byte.
-        attempts: at most so many per request.
-        backoff: seconds: before attempt k + 1 it waits a random time of up to ``backoff * 2**(k - 1)``, "full jitter",
-            but as long as the server's Retry-After asks.
+        timeout: seconds for one attempt in all, from connecting to the last byte.
+        attempts: the most attempts per request.
+        backoff: seconds: the wait before attempt k + 1 is uniform up to ``backoff * 2**(k - 1)``, "full jitter", and
+            at least as long as the server's Retry-After.
         longest_wait: seconds; a server that asks for more is an error.
         cache: a folder for answers, None for no cache. An answer's name is a hash of URL, model and request.
 
     Raises:
-        ValueError: the URL is none of http or https, holds a password, or a number is out of range.
+        ValueError: the URL is neither http nor https or holds a password, or a number is out of range.
     """
 
     url: str
@@ -82,17 +83,17 @@ class ChatEndpoint:
     backoff: float = 0.5
     longest_wait: float = 60.0
     cache: Path | None = None
-    _opener: urllib.request.OpenerDirector = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the fields and complete the URL."""
         parts = urllib.parse.urlsplit(self.url)
+        shown = repr(urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))  # no password
         if parts.scheme not in ("http", "https") or not parts.hostname or not _has_valid_port(parts):
-            raise ValueError(f"judge: expected an address such as http://127.0.0.1:8000/v1, not {self._shown(parts)!r}")
+            raise ValueError(f"judge: expected an address such as http://127.0.0.1:8000/v1, not {shown}")
         if parts.username or parts.password:
             raise ValueError(f"judge: put the key into ${self.key_variable}, not into the address")
         if parts.query or parts.fragment:
-            raise ValueError(f"judge: the address has a query or a fragment: {self._shown(parts)!r}")
+            raise ValueError(f"judge: the address has a query or a fragment: {shown}")
         for name in ("timeout", "attempts", "backoff", "longest_wait"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"judge: {name} must be positive, got {getattr(self, name)}")
@@ -100,15 +101,12 @@ class ChatEndpoint:
             raise ValueError("judge: name the model that the server is to use")
         path = parts.path.rstrip("/")
         path = path if path.endswith("/chat/completions") else path + "/chat/completions"
-        object.__setattr__(self, "url", urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", "")))
-        # A proxy is for other machines; and an environment that names one must not send local traffic through it.
-        proxies = [urllib.request.ProxyHandler({})] if self.is_local else []
-        object.__setattr__(self, "_opener", urllib.request.build_opener(_NoRedirects, *proxies))
-
-    @staticmethod
-    def _shown(parts: urllib.parse.SplitResult) -> str:
-        """An address without what may be a password."""
-        return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+        try:
+            httpx2.URL(url)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"judge: {shown} is not an address: {error}") from None
+        object.__setattr__(self, "url", url)
 
     @property
     def is_local(self) -> bool:
@@ -119,73 +117,106 @@ class ChatEndpoint:
         except ValueError:
             return host == "localhost"
 
-    def complete(
+    def client(self) -> httpx2.AsyncClient:
+        """A client for :meth:`complete`, an async context manager.
+
+        Raises:
+            EndpointError: the environment's proxy or certificates cannot be used.
+        """
+        for name in ("httpx2", "httpcore2"):  # they log what the server says, which may repeat the key
+            if logging.getLogger(name).level == logging.NOTSET:
+                logging.getLogger(name).setLevel(logging.WARNING)
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "lm-envs"}
+        try:
+            # A proxy is for other machines: an environment that names one must not send local traffic through it.
+            return httpx2.AsyncClient(
+                headers=headers,
+                timeout=None,
+                trust_env=not self.is_local,
+                verify=self.url.startswith("https:"),  # certificates take long to load
+                limits=httpx2.Limits(max_connections=None),
+            )
+        except (ValueError, ImportError, OSError, httpx2.InvalidURL) as error:
+            raise EndpointError(f"{self.url}: the environment's proxy or certificates: {error}") from None
+
+    async def complete(
         self,
+        client: httpx2.AsyncClient,
         messages: Sequence[Mapping[str, str]],
         parameters: Mapping[str, Any] = MappingProxyType({}),
-        given_up: threading.Event | None = None,
     ) -> dict[str, Any]:
-        """The first choice of a completion: ``message``, ``finish_reason`` and perhaps ``logprobs``.
+        """The first choice of a completion: ``message`` with its ``content``, ``finish_reason`` and ``logprobs``.
 
         Args:
+            client: of :meth:`client`.
             messages: of the conversation.
             parameters: further fields of the request, such as ``temperature``; JSON values.
-            given_up: set by who no longer wants the answer: there will be no further attempt.
 
         Raises:
             EndpointError: the server refused, or every attempt failed.
         """
-        body = {"model": self.model, "messages": list(messages), **parameters}
-        data = json.dumps(body).encode()
+        data = json.dumps({"model": self.model, "messages": list(messages), **parameters}).encode()
         for attempt in range(1, self.attempts + 1):
             try:
-                return self._attempt(data)
+                async with asyncio.timeout(self.timeout):
+                    return await self._attempt(client, data)
+            except TimeoutError:
+                failure = _Again("cannot be reached: timed out")
             except _Again as error:
-                if error.after is not None and error.after > self.longest_wait:
-                    raise EndpointError(
-                        f"{self.url} {error}, and asks to wait {error.after:.0f} s, longer than "
-                        f"longest_wait={self.longest_wait:g}"
-                    ) from None
-                if attempt == self.attempts:
-                    raise EndpointError(f"{self.url} {error}; given up after {attempt} attempts") from None
-                if (given_up or threading.Event()).wait(self._wait(attempt, error.after)):
-                    raise EndpointError(f"{self.url} {error}; given up") from None
-        raise AssertionError("unreachable")
+                failure = error
+            if failure.after is not None and failure.after > self.longest_wait:
+                raise EndpointError(
+                    f"{self.url} {failure}, and asks to wait {failure.after:.0f} s, longer than "
+                    f"longest_wait={self.longest_wait:g}"
+                )
+            if attempt < self.attempts:
+                await asyncio.sleep(self._wait(attempt, failure.after))
+        raise EndpointError(f"{self.url} {failure}; given up after {self.attempts} attempts")
 
     def _wait(self, attempt: int, asked: float | None) -> float:
-        jitter = random.uniform(0, min(self.backoff * 2 ** (attempt - 1), self.longest_wait))
+        jitter = random.uniform(0, min(self.backoff * 2 ** min(attempt - 1, 60), self.longest_wait))
         return jitter if asked is None else asked + jitter / 4  # so that all who wait do not come back at once
 
-    def _attempt(self, data: bytes) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "lm-envs"}
-        request = urllib.request.Request(self.url, data=data, headers=headers, method="POST")
+    def _key(self) -> str:
         key = os.environ.get(self.key_variable, "").strip()
-        if key:
-            if not (key.isascii() and key.isprintable()):
-                raise EndpointError(f"the key in ${self.key_variable} holds characters that no header can carry")
-            if not (self.is_local or self.url.startswith("https:")):
-                raise EndpointError(f"{self.url}: the key in ${self.key_variable} goes over https only")
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        deadline = time.monotonic() + self.timeout
+        if key and not (key.isascii() and key.isprintable()):
+            raise EndpointError(f"the key in ${self.key_variable} holds characters that no header can carry")
+        if key and not (self.is_local or self.url.startswith("https:")):
+            raise EndpointError(f"{self.url}: the key in ${self.key_variable} goes over https only")
+        return key
+
+    async def _attempt(self, client: httpx2.AsyncClient, data: bytes) -> dict[str, Any]:
+        key = self._key()
+        raw = bytearray()
         try:
-            with self._opener.open(request, timeout=self.timeout) as answer:
-                raw = _read(answer, deadline)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = _said(error, key)
-                if error.code in RETRIED or error.code >= 500:
-                    raise _Again(f"answered {error.code}: {said}", _seconds(error.headers.get("Retry-After"))) from None
-                raise EndpointError(f"{self.url} answered {error.code}: {said}") from None
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
-            reason = getattr(error, "reason", None) or error
-            raise _Again(f"cannot be reached: {reason or type(error).__name__}") from None
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            async with client.stream("POST", self.url, content=data, headers=headers) as answer:
+                async for part in answer.aiter_bytes():
+                    raw += part
+                    if len(raw) > _LARGEST:
+                        raise EndpointError(f"{self.url}: the answer is longer than {_LARGEST >> 20} MiB")
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:  # refused, reset, cut short, no HTTP
+            raise _Again(f"cannot be reached: {_short(without_key(_reason(error), key))}") from None
+        text = raw.decode("utf-8", "replace")
         try:
-            choice = json.loads(raw)["choices"][0]
-            if not isinstance(choice["message"].get("content"), (str, type(None))):
+            found = without_key(json.loads(text), key)
+        except (ValueError, RecursionError):
+            found = None
+        status = answer.status_code
+        if not 200 <= status < 300:
+            said = _short(without_key(_said(found) or text.strip() or answer.reason_phrase, key))
+            if status in RETRIED or status >= 500:
+                raise _Again(f"answered {status}: {said}", _seconds(answer.headers.get("Retry-After")))
+            raise EndpointError(f"{self.url} answered {status}: {said}")
+        try:
+            choice = found["choices"][0]
+            content = choice["message"].get("content")
+            if not isinstance(content, (str, type(None))):
                 raise TypeError("content")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise _Again(f"gave no chat completion but {_without(_short(raw), key)}") from None
-        return choice
+            kept = {"finish_reason": choice.get("finish_reason"), "logprobs": choice.get("logprobs")}
+            return {"message": {"content": content}, **kept}
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise _Again(f"gave no chat completion but {_short(without_key(text, key))}") from None
 
     def cache_key(self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any]) -> str:
         """64 hex digits that depend on the address, the model, the messages and the parameters, and on nothing else."""
@@ -198,32 +229,59 @@ class ChatEndpoint:
             return None
         try:
             found = json.loads(self._place(key).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) and isinstance(found.get("message"), dict) else None
 
-    def keep(self, key: str, choice: Mapping[str, Any]) -> None:
-        """Write an answer to the cache, whole or not at all.
+    def check_cache(self) -> None:
+        """Raise CacheError if answers could not be kept, before any is paid for."""
+        if self.cache is not None:
+            with blaming(self.cache, _REMEDY):
+                self.cache.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.cache) as probe:
+                    probe.write(b" " * 4096)
 
-        Raises:
-            OSError: the folder cannot be written, or the disk is full.
-        """
-        if self.cache is None:
-            return
-        place = self._place(key)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(choice, stream)
-            os.replace(name, place)
-        except BaseException:
-            os.unlink(name)
-            raise
+    def keep(self, key: str, choice: Mapping[str, Any]) -> None:
+        """Write an answer to the cache, whole or not at all; raises CacheError where that cannot be done."""
+        if self.cache is not None:
+            with blaming(self.cache, _REMEDY):
+                write_atomic(self._place(key), json.dumps(choice))
 
     def _place(self, key: str) -> Path:
         assert self.cache is not None
         return self.cache / key[:2] / f"{key}.json"
+
+
+def without_key(value: Any, key: str) -> Any:
+    """A JSON value without the key in its texts, which some servers repeat.
+
+    Hides every run that spells six characters of the key or more (all of a key of fewer than twelve), plain or encoded.
+    """
+    if isinstance(value, list):
+        return [without_key(item, key) for item in value]
+    if isinstance(value, dict):
+        return {name: without_key(item, key) for name, item in value.items()}
+    size = len(key) if len(key) < 12 else 6
+    if not key or not isinstance(value, str) or len(value) < size:
+        return value
+    written: Sequence[str] = value
+    plain = value
+    if re.search(r"[%\\&]", value):
+        matches = list(_WRITTEN.finditer(value))
+        written, plain = [match[0] for match in matches], "".join(map(_character, matches))
+    pieces = {key[i : i + size] for i in range(len(key) - size + 1)}
+    hidden = bytearray(len(plain))
+    for i in range(len(plain) - size + 1):
+        if plain[i : i + size] in pieces:
+            hidden[i : i + size] = b"\1" * size
+    return "".join(text if not hidden[i] else "" if i and hidden[i - 1] else "[key]" for i, text in enumerate(written))
+
+
+def _character(match: re.Match[str]) -> str:
+    if match[6]:
+        return match[6]
+    code = int(match[5]) if match[5] else int(match[1] or match[2] or match[3] or match[4], 16)
+    return chr(code) if code < 0x110000 else "?"
 
 
 def _has_valid_port(parts: urllib.parse.SplitResult) -> bool:
@@ -233,41 +291,25 @@ def _has_valid_port(parts: urllib.parse.SplitResult) -> bool:
         return False
 
 
-def _read(answer: Any, deadline: float) -> bytes:
-    """The body; a server that trickles it is timed out too."""
-    parts, size = [], 0
-    while part := answer.read1(1 << 16):
-        parts.append(part)
-        size += len(part)
-        if size > _LARGEST:
-            raise EndpointError(f"the answer is longer than {_LARGEST >> 20} MiB")
-        if time.monotonic() > deadline:
-            raise TimeoutError(errno.ETIMEDOUT, "timed out")
-    return b"".join(parts)
+def _reason(error: BaseException) -> str:
+    """What the innermost exception says, of those that caused one."""
+    while inner := next(iter(getattr(error, "exceptions", ())), None) or error.__cause__ or error.__context__:
+        error = inner
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
 
 
-def _said(error: urllib.error.HTTPError, key: str) -> str:
-    """What a server said in an error: of ``{"error": {"message": ...}}`` the message, else the body's beginning."""
-    try:
-        raw = error.read(1 << 16)
-    except (OSError, http.client.HTTPException):
-        raw = b""
-    try:
-        found = json.loads(raw)
+def _said(found: Any) -> str:
+    """What a server said in an error: of ``{"error": {"message": ...}}`` the message; empty if it said nothing."""
+    if isinstance(found, dict):
         found = found.get("error", found.get("detail", found))
-        text = found.get("message", found) if isinstance(found, dict) else found
-    except (ValueError, AttributeError):
-        text = raw.decode("utf-8", "replace")
-    return _without(_short(str(text).strip() or error.reason), key)
+    if isinstance(found, dict):
+        found = found.get("message", found)
+    return "" if found is None else str(found).strip()
 
 
-def _without(text: str, key: str) -> str:
-    """Some servers repeat the key that they refuse."""
-    return text.replace(key, "[key]") if key else text
-
-
-def _short(raw: str | bytes, width: int = 200) -> str:
-    text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+def _short(text: str, width: int = 200) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
 
@@ -276,9 +318,9 @@ def _seconds(value: str | None) -> float | None:
     """Retry-After, in seconds or as a date (RFC 9110, 10.2.3); None if there is none or it is neither."""
     if value is None:
         return None
-    if value.strip().isdecimal():
+    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, IndexError):
         return None

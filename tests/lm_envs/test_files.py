@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lm_envs import files
+from lm_envs.benchmarks.errors import explain
 from lm_envs.files import replacing, write_atomic
 
 
@@ -167,7 +169,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_ENVS_CACHE", str(tmp_path / "file" / "cache"))
     build = Builder()
     with pytest.raises(
-        files.CacheError, match=r"cannot write the cache folder .*file/cache: Not a directory; .*LM_ENVS_CACHE"
+        files.CacheError, match=r"cannot use the cache folder .*file/cache: Not a directory; .*LM_ENVS_CACHE"
     ) as found:
         files.cached("things", {}, build)
     assert build.calls == 0 and "\n" not in str(found.value)
@@ -188,6 +190,61 @@ def test_a_disk_that_fills_up_while_building(root):
     with pytest.raises(files.CacheError, match="No space left on device"):
         files.cached("things", {}, build)
     assert not list((root / "things").glob("*.tmp*"))
+
+
+@pytest.mark.parametrize("kind", ["a file", "a loop", "too long", "read-only"])
+def test_folders_that_cannot_be_used(tmp_path, monkeypatch, kind):
+    folder = tmp_path / "cache"
+    if kind == "a file":
+        folder.write_text("")
+    elif kind == "a loop":
+        folder.symlink_to(folder)
+    elif kind == "too long":
+        folder = tmp_path / ("x" * 300)
+    else:
+        if os.getuid() == 0:
+            pytest.skip("root writes everywhere")
+        folder.mkdir(mode=0o500)
+    monkeypatch.setenv("LM_ENVS_CACHE", str(folder))
+    build = Builder()
+    with pytest.raises(files.CacheError, match=rf"cannot use the cache folder {folder}: .*; .*LM_ENVS_CACHE") as found:
+        files.cached("things", {}, build)
+    assert build.calls == 0 and "\n" not in str(found.value) and explain(found.value) == str(found.value)
+
+
+PLACES = ("ENOSPC", "EROFS", "EIO", "ESTALE", "EMFILE", "ENOLCK", "ELOOP", "ENAMETOOLONG", "EDQUOT", "ENOENT")
+
+
+@pytest.mark.parametrize("where", ["mkdir", "flock", "rename"])
+@pytest.mark.parametrize("name", PLACES)
+def test_whatever_the_file_system_says_is_one_line(root, monkeypatch, name, where):
+    def refuse(*args, **kwargs):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    target = {"mkdir": (Path, "mkdir"), "flock": (fcntl, "flock"), "rename": (Path, "rename")}[where]
+    if (name, where) == ("ENOENT", "flock"):
+        pytest.skip("flock does not say so")
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, refuse)
+        with pytest.raises(files.CacheError, match=os.strerror(getattr(errno, name))) as found:
+            files.cached("things", {}, Builder())
+    assert str(root) in str(found.value) and "\n" not in str(found.value) and explain(found.value)
+    assert ("ulimit -n" if name == "EMFILE" else "LM_ENVS_CACHE") in str(found.value)
+    assert not list(root.rglob("*.tmp*")) and content(files.cached("things", {}, Builder())) == "made"
+
+
+def test_a_home_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setenv("LM_ENVS_CACHE", "~no-such-user/cache")
+    with pytest.raises(files.CacheError, match="no cache folder: .*home.*; set LM_ENVS_CACHE"):
+        files.cache_root()
+
+
+def test_a_file_of_the_build_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path):
+    def build(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "mine.jsonl"))
+
+    with pytest.raises(PermissionError, match="mine.jsonl"):
+        files.cached("things", {}, build)
 
 
 def test_an_error_of_the_build_itself_stays_what_it_is():

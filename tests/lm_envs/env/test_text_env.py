@@ -1,6 +1,8 @@
 """The text environments step by step: hand-computed rewards, masks, reports, autoreset, infos and errors."""
 
+import re
 import warnings
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import lm_envs
+from lm_envs.env.rendering import render_text
 from lm_envs.env.single import TextBanditEnv, TextEnv
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
@@ -220,6 +223,15 @@ def test_render_shows_text_coloured_by_kl():
     env.step(4)
     assert "\x1b[30;48;5;" in env.render() and env.render().endswith("d\x1b[0m")
     assert plain in env.render()
+
+
+def test_what_a_text_holds_does_not_steer_the_terminal():
+    words = {1: "\x1b[2J\x1b]0;owned\x07", 2: "\x9b31m", 3: "\u202egnp", 4: "plain"}
+    decode = SimpleNamespace(decode=lambda ids, **_: "".join(words[i] for i in ids))
+    mdp = SimpleNamespace(task=SimpleNamespace(tokenizer=decode), prompt_length=1)
+    shown = render_text(mdp, np.array([1, 2, 3, 4, -1]), np.array([0.0, 1.0, -1.0, np.nan]))
+    texts = re.sub("\x1b\\[(0|1|30;48;5;[0-9]+)m", "|", shown)  # our own colors
+    assert texts == "|\\x1b[2J\\x1b]0;owned\\x07|\\x9b31m|\\u202egnp|plain|"
 
 
 @pytest.mark.parametrize(

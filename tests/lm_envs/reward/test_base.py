@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
+import sys
 import threading
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ PROMPTS, COMPLETIONS = ["a b", "c"], [" d", " e e"]
 IDS, REASONS = [[4, 0], [5, 5, 0]], ["stop", "stop"]
 
 
-def call(reward, **columns):
+def call(reward, /, **columns):
     return call_reward(reward, PROMPTS, COMPLETIONS, IDS, REASONS, **columns)
 
 
@@ -72,6 +75,174 @@ def test_bad_results_name_the_reward_and_the_sample(returned, message):
     with pytest.raises(ValueError, match=message) as found:
         call(judge)
     assert "\n" not in str(found.value)
+
+
+def stream(completions):
+    yield 1.0
+    yield 1 / 0
+
+
+async def streamed(completions):
+    yield 1.0
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("12", "'judge' returned a str, not a list"),
+        (b"12", "returned a bytes"),
+        ({1.0, 2.0}, "returned a set, not a list"),
+        ({0: 1.0, 1: 2.0}, "returned a dict"),
+        (None, "returned a NoneType"),
+        (np.float64(1.0), "returned a float64"),
+        (["0.5", "1.0"], "returned '0.5' for sample 0 .* not a number"),
+        ([b"1", 2.0], "returned b'1' for sample 0"),
+        ([1.0 + 2j, 1.0], r"returned \(1\+2j\) for sample 0"),
+        (np.array([1j, 2]), "for sample 0 .* not a number"),
+        (np.array(["2020-01-01", "2021-01-01"], "datetime64[D]"), "for sample 0 .* not a number"),
+        ([[1, 2, 3], [[1], [2, 3]]], "for sample 1 .* not a number"),
+        ([[["1"], ["2"]], 1.0], "for sample 0 .* not a number"),
+        (np.ones((2, 3, 4)), r"shape \(3, 4\) for sample 0"),
+        (torch.ones(2, 1), "returned 1 values for the 2 tokens of sample 0"),
+        ([np.ones((50, 50)), 1.0], r"shape \(50, 50\) for sample 0"),
+        ([[1.0, None], [1.0, 2.0, 3.0]], "returned nan for sample 0"),
+        ([10**400, 1.0], "for sample 0 .* not a number"),
+        ([object(), 1.0], "returned <object object.* for sample 0 .* not a number"),
+        ([np.array([["a"] * 40] * 40), 1.0], "for sample 0 .* not a number"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_refused_in_one_line(returned, message):
+    def judge(completions):
+        return returned
+
+    with pytest.raises(ValueError, match=message) as found:
+        call(judge)
+    assert "\n" not in str(found.value) and len(str(found.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [torch.tensor(0.5, requires_grad=True), torch.tensor(-1.0, dtype=torch.bfloat16)],
+        torch.tensor([0.5, -1.0], dtype=torch.bfloat16),
+        [np.float32(0.5), Fraction(-1)],
+        (x for x in (0.5, -1.0)),
+        [np.array(0.5), Decimal(-1)],
+    ],
+)
+def test_numbers_of_other_libraries_count(returned):
+    assert call(lambda completions: returned).tolist() == [0.5, -1.0]
+
+
+def test_a_function_that_raises_is_told_with_file_line_function_and_sample():
+    def inner(text):
+        if text == " e e":
+            raise KeyError("two\nlines \x1b[2J")
+        return 1.0
+
+    def judge(completions):
+        return [inner(text) for text in completions]
+
+    async def later(completions):
+        return [inner(text) for text in completions]
+
+    def generated(completions):
+        for text in completions:
+            yield inner(text)
+
+    class Made:
+        def __call__(self, completions):
+            return [inner(text) for text in completions]
+
+    for reward in (judge, later, generated, Made(), functools.partial(judge)):
+        with pytest.raises(
+            ValueError, match=r"raised KeyError: .*two.*test_base.py, line \d+, in inner\) for sample 1"
+        ) as found:
+            call(reward)
+        assert str(found.value).isprintable() and reward_name(reward) in str(found.value)
+    with pytest.raises(ValueError, match="'streamed' returned a async_generator"):
+        call(streamed)
+    with pytest.raises(ValueError, match=r"'stream' raised ZeroDivisionError: division by zero .*in stream\) for"):
+        call(stream)
+
+
+def test_only_the_sample_that_fails_is_blamed():
+    calls = []
+
+    def judge(completions):
+        calls.append(len(completions))
+        assert "bad" not in completions
+        return [1.0] * len(completions)
+
+    texts = ["good"] * 37 + ["bad"] + ["good"] * 62
+    with pytest.raises(ValueError, match=r"for sample 37 \(prompt 'p', completion 'bad'\)"):
+        call_reward(judge, ["p"] * 100, texts, [[1]] * 100, ["stop"] * 100)
+    assert sum(calls) <= 400
+
+    def together(completions):
+        if len(completions) > 99:
+            raise ValueError("too many")
+        return [1.0] * len(completions)
+
+    with pytest.raises(ValueError, match="raised ValueError: too many .* for a batch of 100 samples"):
+        call_reward(together, ["p"] * 100, texts, [[1]] * 100, ["stop"] * 100)
+
+    def away(completions):
+        calls.append(len(completions))
+        raise ConnectionError("no network")
+
+    calls.clear()
+    with pytest.raises(ValueError, match="no network .* for a batch of 100 samples"):
+        call_reward(away, ["p"] * 100, texts, [[1]] * 100, ["stop"] * 100)
+    assert calls == [100]
+
+
+@pytest.mark.parametrize("code", [0, None, "bye"])
+def test_a_reward_that_exits_is_an_error(code):
+    def judge(completions):
+        sys.exit(code)
+
+    async def later(completions):
+        sys.exit(code)
+
+    for reward in (judge, later):
+        with pytest.raises(ValueError, match=r"called sys.exit: .*in (judge|later)\) for sample 0"):
+            call(reward)
+
+
+def test_columns_of_any_name_reach_rewards_and_compositions():
+    seen = {}
+
+    def judge(completions, **columns):
+        seen.update(columns)
+        return [1.0] * len(completions)
+
+    class Judge:
+        def __call__(self, completions, **columns):
+            seen.update(columns)
+            return [1.0] * len(completions)
+
+    columns = {"self": [1, 2], "reward": [3, 4], "given": [5, 6], "name": [7, 8], "low": [9, 9]}
+    for reward in (
+        judge,
+        Clip(judge, 0, 2),
+        Standardise(judge, 0, 1),
+        WeightedSum([(1, judge)]),
+        Conversational(judge),
+    ):
+        seen.clear()
+        assert call(reward, **columns).tolist() == [1.0, 1.0] and columns.items() <= seen.items()
+    seen.clear()
+    assert call(Judge(), **columns).tolist() == [1.0, 1.0]  # a method has a `self` already
+    assert {name: seen[name] for name in columns if name != "self"}.items() <= seen.items() and "self" not in seen
+
+
+def test_a_setting_of_a_partial_is_not_replaced_by_a_column():
+    def judge(completions, factor=1.0, **columns):
+        return [factor] * len(completions)
+
+    assert call(functools.partial(judge, factor=2.0), factor=[5.0, 6.0]).tolist() == [2.0, 2.0]
+    assert call(lambda completions, factor: factor, factor=[5.0, 6.0]).tolist() == [5.0, 6.0]
 
 
 def test_long_texts_are_shortened_in_messages():

@@ -20,6 +20,7 @@ import pytest
 from lm_envs.reward.base import WeightedSum, call_reward
 from lm_envs.reward.chat_endpoint import ChatEndpoint, EndpointError, _seconds
 from lm_envs.reward.judge import RemoteJudge, load_judge, make_judge, without_thoughts
+from lm_envs.reward.waiting import finished
 
 KEY = "sk-very-secret"
 
@@ -140,6 +141,7 @@ def test_prompt_and_response_are_sent_and_the_number_comes_back(serve):
         ("7,5", None), ("Score: 7,5", None), ("7-8", None), ("Score: 7-8", None), ("Rating: 7 to 8", None),
         ("Score: 17,5", None), ("<think>it is a 9", None), ("Grade: 7 or 8", None),
         ("good", None), ("", None), ("3 or 4", None), ("11", None), ("-2", None), ("0", None),
+        ("Score: -2", None), ("Score - 7", 7), ("7.5.3", None), ("Score: 7.5", 7.5),
     ],
 )  # fmt: skip
 def test_a_grade_is_found_in_the_answer(serve, text, expected):
@@ -370,7 +372,7 @@ def test_a_key_does_not_go_over_plain_http_to_another_machine(monkeypatch):
     monkeypatch.setenv("LM_ENVS_JUDGE_API_KEY", KEY)
     endpoint = ChatEndpoint("http://192.0.2.1/v1", "m", attempts=1, timeout=0.1)
     with pytest.raises(EndpointError, match=r"the key in \$LM_ENVS_JUDGE_API_KEY goes over https only"):
-        endpoint.complete([])
+        finished(endpoint.complete(endpoint.client(), []))
     assert ChatEndpoint("http://[::1]:8000", "m").is_local and ChatEndpoint("http://localhost", "m").is_local
     assert not endpoint.is_local and not ChatEndpoint("http://localhost.example.org", "m").is_local
 

@@ -1,0 +1,16 @@
+"""Text from models, servers and data, made safe to print."""
+
+from __future__ import annotations
+
+import re
+
+# C0 and C1 controls but tab and newline, bidirectional controls, line separators and lone surrogates.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Return the text with everything that steers a terminal written as an escape, such as ``\x1b``.
+
+    Tabs, newlines and all letters stay as they are.
+    """
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,0 +1,75 @@
+"""Results of async code, such as requests to a judge, for callers that are not async."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+_LOOP = "async rewards"
+_waiting = 0  # calls of `finished` that have not returned
+
+
+def waiting() -> bool:
+    """Whether an async reward, such as a remote judge, is being waited for."""
+    return _waiting > 0
+
+
+def finished(awaitable: Awaitable[Any]) -> Any:
+    """The result of an async reward, which is canceled where waiting for it is interrupted.
+
+    All run on one event loop of this process, so a client that a reward keeps stays usable.
+    """
+    global _waiting
+
+    async def wait() -> tuple[Any, BaseException | None]:
+        try:
+            return await awaitable, None
+        except (SystemExit, KeyboardInterrupt) as error:  # would end the loop
+            return None, error
+
+    here = threading.current_thread().name  # a reward on a loop that calls another must not wait for its own loop
+    loop = _event_loop(os.getpid(), here if here.startswith(_LOOP) else "")
+    future = asyncio.run_coroutine_threadsafe(wait(), loop)
+    _waiting += 1
+    try:
+        result, error = future.result()
+    finally:
+        _waiting -= 1
+        future.cancel()
+    if error is not None:
+        raise error
+    return result
+
+
+@functools.cache
+def _event_loop(process: int, within: str) -> asyncio.AbstractEventLoop:
+    """A loop of this process that runs in a thread of its own: the caller's may be running already, as in notebooks."""
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(_Daemons())
+    threading.Thread(target=loop.run_forever, name=f"{_LOOP} {within}", daemon=True).start()
+    return loop
+
+
+class _Daemons(ThreadPoolExecutor):
+    """A thread per call that does not keep the program from ending, as looking up an address would for long."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Start the call."""
+        future: Future[Any] = Future()
+
+        def call() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = fn(*args, **kwargs)
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+
+        threading.Thread(target=call, name=_LOOP.replace(" ", "-"), daemon=True).start()
+        return future
