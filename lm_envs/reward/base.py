@@ -218,7 +218,7 @@ def _culprit(
     def raises(start: int, stop: int) -> bool:
         try:
             _given_by(reward, {name: values[start:stop] for name, values in accepted.items()})
-        except (Exception, SystemExit) as again:
+        except (Exception, SystemExit) as again:  # noqa: BLE001, of the user's code
             return type(again) is type(error)
         return False
 

@@ -66,7 +66,7 @@ class _Daemons(ThreadPoolExecutor):
             if future.set_running_or_notify_cancel():
                 try:
                     result = fn(*args, **kwargs)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001, for the caller
                     future.set_exception(error)
                 else:
                     future.set_result(result)

@@ -231,7 +231,7 @@ def test_what_a_text_holds_does_not_steer_the_terminal():
     mdp = SimpleNamespace(task=SimpleNamespace(tokenizer=decode), prompt_length=1)
     shown = render_text(mdp, np.array([1, 2, 3, 4, -1]), np.array([0.0, 1.0, -1.0, np.nan]))
     texts = re.sub("\x1b\\[(0|1|30;48;5;[0-9]+)m", "|", shown)  # our own colors
-    assert texts == "|\\x1b[2J\\x1b]0;owned\\x07|\\x9b31m|\\u202egnp|plain|"
+    assert texts == "|\\x1b[2J\\x1b]0;owned\\x07|\\x9b31m|\\u202egnp||plain|"
 
 
 @pytest.mark.parametrize(
