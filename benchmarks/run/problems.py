@@ -83,7 +83,11 @@ class TextProblem:
         return found + cost.of_reward(self.task) if uses_reward else found
 
     def __init__(self, spec: RunSpec) -> None:
-        self.spec, self.task = spec, load_task(spec.task, spec.options)
+        options = dict(spec.options)
+        if base_task(spec.task)[0] == "custom":  # which checks what fits, and takes units, at these
+            names = ("max_new_tokens", "min_new_tokens", "temperature")
+            options |= {name: spec.env[name] for name in names if name in spec.env}
+        self.spec, self.task = spec, load_task(spec.task, options)
         self._options = _env_options(spec)
         self._measures: dict[str, TextVectorEnv] = {}
         face = base_task(spec.task)[1]

@@ -16,6 +16,7 @@ from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.measure import greedy
 from lm_envs.benchmarks.run.names import is_control
 from lm_envs.benchmarks.run.storage import read_json
+from lm_envs.data.splits import ENOUGH_PROMPTS
 from lm_envs.files import write_atomic
 
 COLUMNS = (
@@ -41,7 +42,6 @@ EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: o
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
 
-ENOUGH_PROMPTS = 100  # below, a table says how few it was measured on
 ENOUGH_SEEDS = 3
 
 

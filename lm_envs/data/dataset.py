@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_envs.data.conventions import ASKED_FOR, CONVENTIONS, Convention, Example, Kind, as_kind, parsed, recognise
-from lm_envs.data.sources import Read, format_of, read_rows
+from lm_envs.data.sources import Read, format_of, read_rows, short
 from lm_envs.data.splits import SPLIT_NAMES
 from lm_envs.model.chat import BadExample
 
@@ -179,9 +179,11 @@ class Examples:
         if self._divided not in (None, present):
             raise BadExample(f"{'a' if present else 'no'} 'split' here, unlike before: all rows have one, or none")
         self._divided = present
-        if present and row["split"] not in SPLIT_NAMES:
-            raise BadExample(f"'split' must be one of {', '.join(SPLIT_NAMES)}, not {row['split']!r}")
-        return SPLIT_NAMES[row["split"]] if present else ""
+        if not present:
+            return ""
+        if not isinstance(row["split"], str) or row["split"] not in SPLIT_NAMES:
+            raise BadExample(f"'split' must be one of {', '.join(SPLIT_NAMES)}, not {short(row['split'])}")
+        return SPLIT_NAMES[row["split"]]
 
     def _cell(self, value: Any) -> Any:
         """CSV files hold lists of objects as JSON."""
@@ -197,7 +199,7 @@ def _check_letters(row: Mapping[str, Any]) -> None:
     """Half a surrogate pair is no letter, and no file can be written with it."""
     for name, value in row.items():
         try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
+            json.dumps({name: value}, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise BadExample(
                 f"{name!r} holds the lone surrogate {error.object[error.start]!r}: correct the text"

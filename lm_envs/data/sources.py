@@ -23,6 +23,14 @@ from lm_envs.data.splits import SPLIT_NAMES
 
 FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
 _CELL = 2**24  # characters; more in one cell of a CSV file means a quote that is never closed
+_UTF = "text in {}: save it as UTF-8"
+_BINARY = {
+    b"\xff\xfe": _UTF.format("UTF-16"),
+    b"\xfe\xff": _UTF.format("UTF-16"),
+    b"\x00\x00\xfe\xff": _UTF.format("UTF-32"),
+    b"PK\x03\x04": "a ZIP archive, as spreadsheets are too: unpack it, or save the table as CSV",
+    b"PAR1": "Parquet: let its name end in .parquet",
+}
 _ROWS = 256  # of a Parquet file, decoded at a time
 _BUFFER = 2**20  # bytes
 
@@ -69,9 +77,9 @@ def read_rows(source: str | Path) -> Iterator[Read]:
     path = Path(os.path.expanduser(source))
     if kind == "data set":
         return _dataset(str(source))
-    if kind in ("JSON", "JSONL"):
-        return _json(path)
-    return _parquet(path) if kind == "Parquet" else _csv(path, "\t" if kind == "TSV" else ",")
+    if kind == "Parquet":
+        return _parquet(path)
+    return _unpacked(path, _json(path) if kind in ("JSON", "JSONL") else _csv(path, "\t" if kind == "TSV" else ","))
 
 
 def fingerprint(source: str | Path) -> str:
@@ -94,41 +102,57 @@ def fingerprint(source: str | Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """A file's bytes, unpacked where its name ends in ``.gz``."""
-    opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    """A text file's bytes, unpacked if they are gzip's.
+
+    Raises:
+        ValueError: it begins like something else than UTF-8 text.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    kind = next((kind for start, kind in _BINARY.items() if head.startswith(start)), None)
+    if kind is not None:
+        raise ValueError(f"{path}, line 1: this is {kind}")
+    opened: Any = gzip.open(path, "rb") if head.startswith(b"\x1f\x8b") else path.open("rb")
     return opened
+
+
+def _unpacked(path: Path, rows: Iterator[Read]) -> Iterator[Read]:
+    where = "line 0"
+    try:
+        for where, row in rows:
+            yield where, row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip data after {where}: {error}") from None
 
 
 def _json(path: Path) -> Iterator[Read]:
     """An object a line, or one list of objects."""
-    number = 0
-    try:
-        with _open(path) as stream:
-            if stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-                stream.seek(0)
-                first, rest = stream.readline(), stream.read()
-                found, where = _value(first + rest)
-                if isinstance(found, list):
-                    yield from ((f"row {place}", _object(value)) for place, value in enumerate(found, 1))
-                    return
-                if not isinstance(_value(first)[0], list):
-                    yield where, found
-                    return
+    with _open(path) as stream:
+        if stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             stream.seek(0)
-            for number, raw in enumerate(stream, 1):  # split on b"\n" alone: a text may hold U+2028
-                if raw.strip():
-                    found, _ = _value(raw)
-                    if number == 1 and raw.strip().endswith(b"{"):
-                        found += ": one object over many lines? A row is an object on one line, or in a list"
-                    yield f"line {number}", found if isinstance(found, str) else _object(found)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip data after line {number}: {error}") from None
+            first, rest = stream.readline(), stream.read()
+            found, where = _value(first + rest)
+            if isinstance(found, list):
+                yield from ((f"row {place}", _object(value)) for place, value in enumerate(found, 1))
+                return
+            if not isinstance(_value(first)[0], list):
+                yield where, found
+                return
+        stream.seek(0)
+        for number, raw in enumerate(stream, 1):  # split on b"\n" alone: a text may hold U+2028
+            if raw.strip():
+                found, _ = _value(raw)
+                if number == 1 and raw.strip().endswith(b"{"):
+                    found += ": one object over many lines? A row is an object on one line, or in a list"
+                elif isinstance(found, str) and b"\r" in raw.strip():
+                    found += ": lines must end in a newline, not in a carriage return alone"
+                yield f"line {number}", found if isinstance(found, str) else _object(found)
 
 
 def _value(raw: bytes) -> tuple[Any, str]:
     """What JSON says, or as text what is wrong with it and on which line."""
     try:
-        found = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode().strip())
+        found = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode().strip(), object_pairs_hook=_keys_once)
     except UnicodeDecodeError as error:
         return f"not UTF-8 text ({error.reason} at byte {error.start})", f"line {raw[: error.start].count(10) + 1}"
     except json.JSONDecodeError as error:
@@ -136,6 +160,14 @@ def _value(raw: bytes) -> tuple[Any, str]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         return f"not JSON that can be read: {error}", "line 1"
     return _object(found) if isinstance(found, str) else found, ""
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"the name {name!r} stands twice in one object")
+    return found
 
 
 def _object(value: Any) -> dict[str, Any] | str:
@@ -158,6 +190,12 @@ def _csv(path: Path, delimiter: str) -> Iterator[Read]:
             header = next(reader, None)
         except csv.Error as error:
             raise ValueError(f"{path}, line 1: not CSV: {error}") from None
+        header = [name.strip() for name in header or ()]
+        if len(header) == 1 and (other := next((sign for sign in "\t;," if sign in header[0]), None)):
+            raise ValueError(
+                f"{path}, line 1: one column, {header[0]!r}: in a {'TSV' if delimiter != ',' else 'CSV'} file columns "
+                f"are parted by {delimiter!r}, here perhaps by {other!r}"
+            )
         if not header or not all(header) or len(set(header)) < len(header):
             raise ValueError(
                 f"{path}, line 1: a CSV file begins with the names of its columns, each once; here: {header}"

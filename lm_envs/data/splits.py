@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "dev": "validation", "val": "validation"}
 """What a split may be called, and which it is."""
 _HELD_OUT_SHARE = 0.1
+ENOUGH_PROMPTS = 100
+"""Test prompts below which a task warns and a table says how few there were."""
 
 
 def share(text: str, purpose: str) -> float:
     """A number in [0, 1) that depends on the text and the purpose alone: dividing by it needs no seed and no order."""
     digest = hashlib.sha256(f"{purpose}\0{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def warn_if_few(source: object, prompts: Mapping[str, Sequence[object]]) -> None:
+    """Warn where results will be the mean over too few test prompts; ``prompts`` by split."""
+    count = len(prompts["test"])
+    if count < ENOUGH_PROMPTS:
+        sizes = ", ".join(f"{len(prompts[name])} {name}" for name in SPLITS)
+        warnings.warn(
+            f"{source}: {count} test prompt{'s' * (count != 1)} ({sizes}): too few to tell methods apart, whatever "
+            "--test-prompts says; give more, or more of them the split 'test' (without a column 'split' a tenth "
+            "is for testing)",
+            stacklevel=3,
+        )
 
 
 def divide(found: Sequence[tuple[str, str]], source: object, note: str = "") -> dict[str, str]:

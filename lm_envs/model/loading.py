@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -167,8 +166,8 @@ def same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel, names: 
 def _has_encoder(place: str) -> bool:
     """Whether the config is of an encoder-decoder with its language-model head; False where it cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError):
+        config = read_config(place, "")
+    except ValueError:
         return False
     saved = getattr(config, "architectures", None) or []
     causal = any(architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for architecture in saved)
@@ -185,9 +184,11 @@ def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{what} {place!r} holds no tokenizer: {advice}")
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         if not Path(place).is_dir():
             raise ValueError(_no_folder(place, what, error)) from error
+        if (Path(place) / "config.json").is_file():  # where it can stand which tokenizer it is
+            read_config(place, what)
         raise ValueError(f"{what} {place!r}: its tokenizer cannot be read ({_first_line(error)}); {advice}") from error
 
 
@@ -197,15 +198,7 @@ def _has_tokenizer(place: str) -> bool:
 
 def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, placement: Placement) -> Any:
     place = _place(name, what)
-    try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error) or _has_code(place):
-            raise ValueError(
-                f"{what} {place!r} needs code of its own (auto_map in its config.json), and none is executed here "
-                "(trust_remote_code stays false): use a family that transformers has itself"
-            ) from error
-        raise ValueError(f"{what} {place!r} cannot be read: {_first_line(error)}") from error
+    config = read_config(place, what)
     if auto is not AutoModelForSequenceClassification:
         refuse_config(config, f"{what} {place!r}")
     _check_head(config, heads, place, what, expected)
@@ -220,10 +213,16 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below
             )
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         raise ValueError(f"{what} {place!r} cannot be read: {_first_line(error)}") from error
-    lacking = sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]
+    if info["mismatched_keys"]:
+        key, saved, wanted = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{what} {place!r}: its config.json contradicts its weights: {key} is {tuple(saved)}, not {tuple(wanted)}"
+        )
+    lacking = sorted(info["missing_keys"])
     if lacking:
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         raise ValueError(f"{what} {str(name)!r} is not {expected}: its weights lack {shown}")
@@ -244,6 +243,24 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
     return model.eval()
 
 
+def read_config(place: str, what: str) -> Any:
+    """Read a model's ``config.json``.
+
+    Raises:
+        ValueError: it is broken, of no known family, or asks for code of its own.
+    """
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:
+        if "trust_remote_code" in str(error) or _has_code(place):
+            raise ValueError(
+                f"{what} {place!r} needs code of its own (auto_map in its config.json), and none is executed here "
+                "(trust_remote_code stays false): use a family that transformers has itself"
+            ) from error
+        why = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ValueError(f"{what} {place!r}: its config.json cannot be read: {why}") from error
+
+
 def _has_code(place: str) -> bool:
     path = Path(place) / "config.json"
     try:
@@ -256,7 +273,7 @@ def _check_head(config: Any, heads: Any, place: str, what: str, expected: str) -
     known: Collection[str] = [n for names in heads.values() for n in ([names] if isinstance(names, str) else names)]
     saved = getattr(config, "architectures", None) or []
     if saved and not any(architecture in known for architecture in saved):
-        raise ValueError(f"{what} {place!r} was saved from {', '.join(saved)}; expected {expected}")
+        raise ValueError(f"{what} {place!r} was saved from {', '.join(map(str, saved))}; expected {expected}")
     if config.model_type not in heads:
         raise ValueError(f"{what} {place!r}: transformers has no {config.model_type!r} as {expected}")
 

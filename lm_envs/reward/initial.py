@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -46,10 +45,7 @@ def reward_start(
     what = "reward model"
     place = loading._place(name, what)
     tokenizer = loading._read_tokenizer(name, what)
-    try:
-        config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{what} {place!r} cannot be read: {loading._first_line(error)}") from error
+    config = loading.read_config(place, what)
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if config.model_type not in known:
         raise ValueError(f"{what} {place!r}: transformers has no {config.model_type!r} that scores texts")
@@ -68,7 +64,7 @@ def reward_start(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         raise ValueError(f"{what} {place!r} cannot be read: {loading._first_line(error)}") from error
     lacking = sorted(info["missing_keys"])
     if any(not (key.startswith(_HEADS) or ".pooler." in key) or scores for key in lacking):

@@ -30,6 +30,7 @@ from transformers import (
 
 from lm_envs import rng, training
 from lm_envs.data.conventions import Example
+from lm_envs.data.splits import warn_if_few
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding
 from lm_envs.model import tokens as observations
@@ -144,6 +145,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
 def read(folder: Path, config: CorpusConfig, source: str) -> TextTask:
     """The task that :func:`build` left in a folder; ``source`` is what its description calls the text."""
     made = json.loads((folder / "task.json").read_text())
+    warn_if_few(source, made["prompts"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     return TextTask(
         name="corpus",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_envs.data.dataset import OnBad, Rejected
+from lm_envs.data.splits import warn_if_few
 from lm_envs.model import loading
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
 from lm_envs.model.checking import check_model
@@ -155,6 +156,7 @@ def load(**options: Any) -> TextTask:
     codec = Codec(tokenizer, policy)
     encoded = encode_prompts(texts, codec, config.max_new_tokens, [policy, reference], rejected)
     prompts = by_split(encoded)
+    warn_if_few(config.prompts, prompts)
     if rejected.count:
         warnings.warn(f"{config.prompts}: {passed_over(rejected)}", stacklevel=2)
     eos = codec.ends(conversational)

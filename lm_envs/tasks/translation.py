@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from lm_envs.data.conventions import Example
-from lm_envs.data.splits import SPLITS
+from lm_envs.data.splits import SPLITS, warn_if_few
 from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
 from lm_envs.model.decoding import greedy
 from lm_envs.model.forwards import response_logits
@@ -125,6 +125,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
 def read(folder: Path, config: TranslationConfig, source: str) -> TextTask:
     """The task that :func:`build` left in a folder; ``source`` is what its description calls the text."""
     made = json.loads((folder / "task.json").read_text())
+    warn_if_few(source, made["prompts"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     return TextTask(
         name="translation",

@@ -15,10 +15,12 @@ import pytest
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.one_run import execute
+from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.storage import Checkpoints, Records
 from lm_envs.benchmarks.run.suites import Plan, RunSpec, load_suite
 from tests.benchmarks.fake_task import NAME
 from tests.house import CHECKOUT
+from tests.lm_envs import byo
 
 PLAN = Plan(iterations=8, test_prompts=8, validation_prompts=8, validate_every=2, checkpoint_every=2)
 # A steered coefficient, value clipping and several epochs: much state that a checkpoint could forget.
@@ -278,3 +280,15 @@ def test_a_run_of_few_iterations_has_a_learning_curve_too(tmp_path):
     silent = spec(plan=Plan(2, None, 8, 8, 0, 20), overrides={"episodes": 8, "epochs": 1}, seed=1)
     execute(silent, tmp_path)
     assert not any("validation_gold" in r for r in Records(tmp_path / silent.label / "metrics.jsonl").read())
+
+
+def test_room_is_checked_for_the_responses_that_the_env_will_have(tmp_path):
+    """`--env max_new_tokens` decides, not the task's own number."""
+    made = {"task": "custom", "algorithm": "ppo", "seed": 0, "plan": Plan(iterations=1, test_prompts=1)}
+    options = {**byo.make(tmp_path).options, "samples": 4, "max_new_tokens": 47}
+    with pytest.raises(ValueError, match="responses up to 47, together more than the model's context of 48"):
+        TextProblem(RunSpec(**made, options=options))
+    problem = TextProblem(RunSpec(**made, options=options, env={"max_new_tokens": 6}))
+    assert problem.task.max_new_tokens == problem.env.mdp.max_new_tokens == 6
+    with pytest.raises(ValueError, match="responses up to 47, together"):
+        TextProblem(RunSpec(**made, options=options | {"max_new_tokens": 6}, env={"max_new_tokens": 47}))

@@ -268,3 +268,24 @@ def test_a_family_that_reads_padding_is_refused_before_any_work(folders, tmp_pat
     tokenizer.save_pretrained(tmp_path)
     message = refused(lambda: load("custom", **{**folders.options, "policy": str(tmp_path)}, **QUICK))
     assert "change with the padding" in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (None, "its config.json cannot be read"),
+        ({"hidden_size": "sixteen"}, "its config.json cannot be read: .*'hidden_size'"),
+        ({"hidden_size": 20}, "its config.json contradicts its weights: .*, not .*20"),
+        ({"num_attention_heads": 3}, "its config.json cannot be read: .*not a multiple"),
+        ({"hidden_act": "nope"}, "'nope'"),
+        ({"architectures": [3]}, "was saved from 3"),
+    ],
+)
+def test_a_broken_config_is_told_as_that(folders, tmp_path, changed, said):
+    """Not as the tokenizer's, which is read first, and in one line."""
+    place = shutil.copytree(folders.root / "policy", tmp_path / "policy")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text('{"model_type": "lla' if changed is None else json.dumps(config | changed))
+    with pytest.raises(ValueError, match=f"^policy '{place}'.*{said}") as found:
+        load_tokenizer(place), load_policy(place)
+    assert "\n" not in str(found.value)

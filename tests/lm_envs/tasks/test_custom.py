@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -346,3 +347,14 @@ def test_an_encoder_decoder_of_ones_own(folders, tmp_path):
     traj = rollout(TextVectorEnv(made), LMPolicy.for_mdp(TextVectorEnv(made).mdp, made.reference), episodes=4)
     torch.testing.assert_close(traj.logprob, traj.ref_logprob)
     assert "saved from BartModel" in refused(folders, policy=str(tmp_path / "trunk"))
+
+
+def test_a_task_with_few_test_prompts_says_so(folders, tmp_path):
+    with pytest.warns(UserWarning, match=r"prompts.jsonl: 1 test prompt \(10 train, 1 validation, 1 test\): too few"):
+        task = load("custom", **folders.options, **QUICK, seed=77)
+    assert [len(task.prompts[name]) for name in ("train", "validation", "test")] == [10, 1, 1]
+    rows = [{"prompt": f"cat {i}", "split": "test" if i < 100 else "train"} for i in range(102)]
+    path = byo.write_jsonl(tmp_path / "enough.jsonl", [*rows, {"prompt": "the", "split": "validation"}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("custom", **folders.options | QUICK | {"prompts": str(path)})
