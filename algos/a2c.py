@@ -13,6 +13,7 @@ from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientC
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import masked_mean, policy_gradient_loss, value_loss
 from lm_envs.algos.policies.critics import ValueFrom, check_value_from
+from lm_envs.settings import Finite, NonNegative, Probability, Rate
 from lm_envs.trajectories import Trajectories
 
 
@@ -20,9 +21,9 @@ from lm_envs.trajectories import Trajectories
 class A2CConfig(PolicyGradientConfig):
     """Settings of :class:`A2C`; the defaults are for a small language model."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    lam: float = 0.95
+    lam: Probability = 0.95
     """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
     whiten_advantage: bool = True
     """Scale advantages to mean 0 and standard deviation 1 over the batch."""
@@ -31,9 +32,9 @@ class A2CConfig(PolicyGradientConfig):
     value_from: ValueFrom = "policy"
     """Whose trunk the value function starts from: the policy's, which it shares, with a head at zero, or the
     reward model's, as a model of its own."""
-    value_coef: float = 0.1
+    value_coef: NonNegative = 0.1
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
+    entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
 
     def __post_init__(self) -> None:
@@ -43,10 +44,6 @@ class A2CConfig(PolicyGradientConfig):
                 "A2C takes one on-policy step per batch: then the batch is off-policy and the loss has no "
                 "importance ratio. Use ppo for several epochs or minibatches"
             )
-        if not 0 <= self.lam <= 1:
-            raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
-        if self.critic not in ("v", "q"):
-            raise ValueError(f"critic must be 'v' or 'q', got {self.critic!r}")
         if self.critic == "q" and self.value_from != "policy":
             raise ValueError("critic='q' has a head on the policy's trunk: set value_from='policy'")
 

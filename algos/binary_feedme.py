@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs, winners
 from lm_envs.algos.sft import SFT
+from lm_envs.settings import Rate, Size
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 class BinaryFeedMEConfig(PreferenceConfig):
     """Settings of :class:`BinaryFeedME`; `episodes` is the number of winners per iteration."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    episodes: int | None = 64
+    episodes: Size | None = 64
     """Preferred responses per iteration."""
 
 

@@ -16,6 +16,7 @@ from lm_envs.algos.ops.advantages import masked
 from lm_envs.algos.ops.preference_losses import dpo_loss
 from lm_envs.algos.policies.adaptation import weights_hash
 from lm_envs.data.packed import PackedExamples
+from lm_envs.settings import Positive, Rate, Size
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -28,16 +29,12 @@ _ROWS = 256  # a forward of the reference's
 class DPOConfig(PreferenceConfig):
     """Settings of :class:`DPO`; `episodes` is the number of groups per iteration."""
 
-    learning_rate: float = 3e-4
+    learning_rate: Rate = 3e-4
     """Adam's step size at the start."""
-    episodes: int | None = 64
+    episodes: Size | None = 64
     """Groups of ranked texts per iteration, a pair each where they come from a task."""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Coefficient of the KL penalty that the loss stands for."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_beta(self.beta)
 
 
 class DPO(Agent[DPOConfig]):
@@ -104,12 +101,6 @@ class DPO(Agent[DPOConfig]):
             held.keep_reference(values["reference"])
         else:
             held.ref_logprob = tensors["ref_logprob"].clone()
-
-
-def check_beta(beta: float) -> None:
-    """Raises ValueError unless beta is positive."""
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}")
 
 
 def preference_loss(traj: Trajectories, now: Any, beta: float) -> tuple[Tensor, dict[str, Metric]]:

@@ -15,6 +15,7 @@ from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.algos.policies.adaptation import learned_state, load_learned_state
+from lm_envs.settings import Count, Rate, Size
 from lm_envs.trajectories import Trajectories
 
 
@@ -22,13 +23,15 @@ from lm_envs.trajectories import Trajectories
 class ExpertIterationConfig(AgentConfig):
     """Settings of :class:`ExpertIteration`; the defaults are for a small language model."""
 
-    learning_rate: float = 1e-3
+    whole_episodes = True
+
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    group_size: int = 8
+    group_size: Size = 8
     """Episodes in a row that share a prompt, of which the best are kept."""
-    keep: int = 1
+    keep: Size = 1
     """How many of each group are imitated."""
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over the kept episodes."""
     restart: bool = False
     """Imitate from the first weights in every iteration (as AlpacaFarm does) instead of from the last
@@ -37,9 +40,7 @@ class ExpertIterationConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps is not None:
-            raise ValueError("expert iteration keeps whole episodes: set episodes, not steps")
-        if not 1 <= self.keep <= self.group_size:
+        if self.keep > self.group_size:
             raise ValueError(f"keep must lie in 1..group_size={self.group_size}, got {self.keep}")
 
 

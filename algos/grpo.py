@@ -13,6 +13,7 @@ from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import KLEstimator, ppo_clip_loss, ratio_metrics, row_mean, tally
+from lm_envs.settings import Count, Positive, Rate, Size
 from lm_envs.trajectories import Trajectories
 
 _EPS = 1e-8  # of the standard deviation: a group of equal returns has advantage 0
@@ -22,23 +23,18 @@ _EPS = 1e-8  # of the standard deviation: a group of equal returns has advantage
 class GRPOConfig(PolicyGradientConfig):
     """Settings of :class:`GRPO`; the defaults are for a small language model."""
 
-    learning_rate: float = 1e-3
+    whole_episodes = True
+
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    group_size: int = 8
+    group_size: Size = 8
     """Episodes in a row that share a prompt, at least 2; the text env is made with the same number."""
-    minibatches: int = 2
+    minibatches: Count = 2
     """Adam steps per pass."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """How far the ratio to the sampling policy may leave 1 before it earns no more."""
     kl_loss: KLEstimator | None = "k3"
     """Put the KL penalty into the loss, by this estimator. None leaves it in the reward."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
-        if self.steps is not None:
-            raise ValueError(f"{type(self).__name__}: returns are of whole episodes: set episodes, not steps")
 
 
 class GRPO(PolicyGradient[GRPOConfig]):

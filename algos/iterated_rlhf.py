@@ -17,6 +17,7 @@ from lm_envs.env.mdp import TextMDP
 from lm_envs.env.report import text_envs
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import LearnedReward
+from lm_envs.settings import Count, NonNegative, Probability, Rate, Size
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories
 
@@ -27,36 +28,29 @@ _NAME = "iterated_reward_model"
 class IteratedRLHFConfig(PPOConfig):
     """Settings of :class:`IteratedRLHF`: PPO's, the annotators' and the reward model's."""
 
-    rounds: int = 2
+    rounds: Count = 2
     """How many times the annotators are asked and the reward model is made, evenly over `iterations`; 1 is RLHF."""
-    annotations: int = 8192
+    annotations: Count = 8192
     """Pairs compared in all rounds together."""
-    held_out: int = 512
+    held_out: Count = 512
     """Pairs per round that measure the reward model by the judge and train nothing."""
-    flip: float = 0.25
+    flip: Probability = 0.25
     """Probability that a simulated annotator's choice is recorded the wrong way round."""
     rm_start: Literal["fresh", "task"] = "fresh"
     """What a round's reward model starts from: random weights, or the task's reward model."""
-    rm_steps: int = 192
+    rm_steps: Count = 192
     """Steps of training per round."""
-    rm_batch: int = 128
+    rm_batch: Size = 128
     """Pairs per step."""
-    rm_learning_rate: float = 2e-3
+    rm_learning_rate: Rate = 2e-3
     """Its highest step size."""
-    rm_weight_decay: float = 0.1
+    rm_weight_decay: NonNegative = 0.1
     """Of AdamW."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rounds", "held_out", "rm_steps", "rm_batch", "rm_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.annotations < self.rounds:
             raise ValueError(f"annotations must be at least one per round, got {self.annotations} for {self.rounds}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip must lie in [0, 1], got {self.flip}")
-        if self.rm_start not in ("fresh", "task"):
-            raise ValueError(f"rm_start must be 'fresh' or 'task', got {self.rm_start!r}")
 
 
 class IteratedRLHF(PPO):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.dpo import check_beta, preference_loss
+from lm_envs.algos.dpo import preference_loss
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import episode_value, groups
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
+from lm_envs.settings import Positive, Rate, Several
 from lm_envs.trajectories import Trajectories
 
 
@@ -20,20 +21,14 @@ from lm_envs.trajectories import Trajectories
 class OnlineDPOConfig(AgentConfig):
     """Settings of :class:`OnlineDPO`; the defaults are for a small language model."""
 
-    learning_rate: float = 1e-3
-    """Adam's step size at the start."""
-    group_size: int = 4
-    """Episodes in a row that share a prompt, at least 2, of which the best and the worst are compared."""
-    beta: float = 0.1
-    """Coefficient of the KL penalty that the loss stands for."""
+    whole_episodes = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_beta(self.beta)
-        if self.steps is not None:
-            raise ValueError("online DPO compares whole episodes: set episodes, not steps")
-        if self.group_size < 2:
-            raise ValueError("online DPO compares episodes of a prompt: group_size must be at least 2, got 1")
+    learning_rate: Rate = 1e-3
+    """Adam's step size at the start."""
+    group_size: Several = 4
+    """Episodes in a row that share a prompt, at least 2, of which the best and the worst are compared."""
+    beta: Positive = 0.1
+    """Coefficient of the KL penalty that the loss stands for."""
 
 
 class OnlineDPO(Agent[OnlineDPOConfig]):

@@ -14,6 +14,7 @@ from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.kl_control import exceeds
 from lm_envs.algos.ops.losses import masked_mean, ppo_clip_loss, ratio_metrics, value_loss
 from lm_envs.algos.policies.critics import ValueFrom, check_value_from
+from lm_envs.settings import Count, Finite, NonNegative, Positive, Probability
 from lm_envs.trajectories import Trajectories
 
 
@@ -21,34 +22,27 @@ from lm_envs.trajectories import Trajectories
 class ProximalConfig(PolicyGradientConfig):
     """What PPO and PPO-KLPEN share; the defaults are for a small language model."""
 
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over each batch."""
-    minibatches: int = 2
+    minibatches: Count = 2
     """Adam steps per pass."""
-    lam: float = 0.95
+    lam: Probability = 0.95
     """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
-    value_clip: float | None = 0.2
+    value_clip: Positive | None = 0.2
     """How far a value may move per batch before it earns no more. None does not clip."""
     value_from: ValueFrom = "policy"
     """Whose trunk the value function starts from: the policy's, which it shares, with a head at zero, or the
     reward model's, as a model of its own."""
     whiten_advantage: bool = True
     """Scale advantages to mean 0 and standard deviation 1 over the batch."""
-    value_coef: float = 0.1
+    value_coef: NonNegative = 0.1
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
+    entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
-    kl_stop: float | None = None
+    kl_stop: NonNegative | None = None
     """Leave a batch once a minibatch's KL to the sampling policy exceeds this, nats per token. None never
     does.
     """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.value_clip is not None and not self.value_clip > 0:
-            raise ValueError(f"value_clip must be positive or None, got {self.value_clip}")
-        if not 0 <= self.lam <= 1:
-            raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
 
 
 C = TypeVar("C", bound=ProximalConfig)
@@ -112,13 +106,8 @@ class Proximal(PolicyGradient[C]):
 class PPOConfig(ProximalConfig):
     """Settings of :class:`PPO`; the defaults are for a small language model."""
 
-    clip: float = 0.2
+    clip: Positive = 0.2
     """How far the ratio to the sampling policy may leave 1 before it earns no more."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
 
 
 class PPO(Proximal[PPOConfig]):

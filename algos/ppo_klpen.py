@@ -12,6 +12,7 @@ from torch import Tensor
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.ops.losses import k3, masked_mean, ppo_penalty_loss
 from lm_envs.algos.ppo import Proximal, ProximalConfig
+from lm_envs.settings import NonNegative, Positive
 from lm_envs.trajectories import Trajectories
 
 
@@ -19,18 +20,11 @@ from lm_envs.trajectories import Trajectories
 class PPOKLPenConfig(ProximalConfig):
     """Settings of :class:`PPOKLPen`; the defaults are for a small language model."""
 
-    old_kl_coef: float = 1.0
+    old_kl_coef: NonNegative = 1.0
     """Weight of the KL to the sampling policy, at the start."""
-    old_kl_target: float | None = 0.01
+    old_kl_target: Positive | None = 0.01
     """Nats per token that a batch should move the policy: the weight is doubled after one that moved it half as
     far again, and halved after one that moved it less than two thirds as far. None keeps the weight."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.old_kl_coef >= 0:
-            raise ValueError(f"old_kl_coef must not be negative, got {self.old_kl_coef}")
-        if self.old_kl_target is not None and not self.old_kl_target > 0:
-            raise ValueError(f"old_kl_target must be positive or None, got {self.old_kl_target}")
 
 
 class PPOKLPen(Proximal[PPOKLPenConfig]):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.algos.engine.demonstrations import Demonstrations, check_mixing, demonstrations_of
+from lm_envs.algos.engine.demonstrations import Demonstrations, demonstrations_of
 from lm_envs.algos.ppo import PPO, PPOConfig
+from lm_envs.settings import Count, NonNegative
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -17,14 +18,10 @@ if TYPE_CHECKING:
 class PPOPtxConfig(PPOConfig):
     """Settings of :class:`PPOPtx`: PPO's and the mixture's."""
 
-    ptx_coef: float = 0.5
+    ptx_coef: NonNegative = 0.5
     """Weight of the likelihood of demonstrations; 0 is PPO."""
-    demonstrations: int = 32
+    demonstrations: Count = 32
     """Demonstrations per Adam step."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_mixing("ptx_coef", self.ptx_coef, self.demonstrations)
 
 
 class PPOPtx(PPO):

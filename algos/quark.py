@@ -18,6 +18,7 @@ from lm_envs.algos.engine.policy_gradient import reference_policy
 from lm_envs.algos.ops.losses import kl_estimate, masked_mean, nll
 from lm_envs.algos.policies.reward_tokens import prepend, without_tokens
 from lm_envs.env.report import text_envs
+from lm_envs.settings import Count, Finite, Rate, Several, Size
 from lm_envs.trajectories import Trajectories
 
 _DRAW = 2**31  # keeps the draw from the pool apart from the order of minibatches
@@ -27,30 +28,22 @@ _DRAW = 2**31  # keeps the draw from the pool apart from the order of minibatche
 class QuarkConfig(AgentConfig):
     """Settings of :class:`Quark`; the defaults are for a small language model."""
 
-    learning_rate: float = 1e-3
+    whole_episodes = True
+
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    minibatches: int = 8
+    minibatches: Count = 8
     """Adam steps per pass. What a token means is learned slowly: few steps per batch leave the tokens alike."""
-    quantiles: int = 5
+    quantiles: Several = 5
     """K, how many parts of equal size the pool is sorted into, and how many reward tokens there are."""
     best_only: bool = False
     """Learn from the best quantile alone (AlpacaFarm's form) instead of from the whole pool."""
-    pool: int | None = None
+    pool: Size | None = None
     """How many of the newest episodes the pool keeps. None keeps all."""
-    learn_episodes: int | None = 512
+    learn_episodes: Size | None = 512
     """Most episodes learned from per iteration, drawn from the pool. None takes as many as were sampled."""
-    entropy_coef: float = 0.0
+    entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.quantiles < 2:
-            raise ValueError(f"quantiles must be at least 2, got {self.quantiles}")
-        for name in ("pool", "learn_episodes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
-        if self.steps is not None:
-            raise ValueError("quark learns from scores of whole responses: set episodes, not steps")
 
 
 class Quark(Agent[QuarkConfig]):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lm_envs.algos.engine.cost import of_preferences
 from lm_envs.algos.policies.critics import value_from_reward_model
-from lm_envs.settings import near
+from lm_envs.settings import make, near
 
 if TYPE_CHECKING:
     from lm_envs.algos.engine.agent import Agent
@@ -54,17 +53,12 @@ def make_config(name: str, **overrides: Any) -> Any:
     """An algorithm's config with some fields changed.
 
     Raises:
-        ValueError: no such algorithm, or a field that its config does not have; the message names the near
-            ones.
+        ValueError: no such algorithm or setting, with the near names; or a value that the setting cannot have.
     """
     found = load(name)
     if name in WRAPPERS:
         raise ValueError(f"{name} wraps a trained policy and needs no training: construct {found.__name__} itself")
-    known = [field.name for field in fields(found.Config)]
-    for key in overrides:
-        if key not in known:
-            raise ValueError(f"{name} has no setting {key!r}: {near(key, known)}")
-    return found.Config(**overrides)
+    return make(found.Config, overrides, name, "setting")
 
 
 def make_agent(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import Before, rewards
-from lm_envs.algos.engine.demonstrations import Demonstrations, check_mixing, demonstrations_of
+from lm_envs.algos.engine.demonstrations import Demonstrations, demonstrations_of
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import policy_gradient_loss, sequence_mean, tally, value_loss
+from lm_envs.settings import Count, Finite, NonNegative, Rate, Share, Size
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -26,16 +27,18 @@ Baseline = Literal["none", "constant", "running_mean", "batch_mean", "leave_one_
 class ReinforceConfig(PolicyGradientConfig):
     """Settings of :class:`REINFORCE`; the defaults are for a small language model."""
 
-    learning_rate: float = 1e-3
+    whole_episodes = True
+
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    group_size: int = 4
+    group_size: Size = 4
     """Episodes in a row that share a prompt; the text env is made with the same number."""
     baseline: Baseline = "leave_one_out"
     """What is subtracted from the returns: nothing, `baseline_constant`, a moving average over past batches,
     the batch's mean, the mean of the other episodes of the prompt (RLOO), or a learned value."""
-    baseline_constant: float = 0.0
+    baseline_constant: Finite = 0.0
     """The baseline "constant"."""
-    baseline_decay: float = 0.9
+    baseline_decay: Share = 0.9
     """Share of the past that the baseline "running_mean" keeps per batch."""
     reward_to_go: bool = False
     """Weigh an action by the rewards after it instead of the whole episode's: same expectation, less
@@ -43,24 +46,14 @@ class ReinforceConfig(PolicyGradientConfig):
     """
     whiten_advantage: bool = False
     """Scale advantages to mean 0 and standard deviation 1 over the batch."""
-    value_coef: float = 0.1
+    value_coef: NonNegative = 0.1
     """Weight of the value loss (baseline "value")."""
-    entropy_coef: float = 0.0
+    entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
-    alpha: float = 0.0
+    alpha: NonNegative = 0.0
     """Weight of the likelihood of demonstrations beside the return: 0 learns from returns alone."""
-    demonstrations: int = 32
+    demonstrations: Count = 32
     """Demonstrations per Adam step, where `alpha` is not 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.baseline not in get_args(Baseline):
-            raise ValueError(f"baseline must be one of {', '.join(get_args(Baseline))}, got {self.baseline!r}")
-        if self.steps is not None:
-            raise ValueError("REINFORCE learns from returns of whole episodes: set episodes, not steps")
-        if not 0 <= self.baseline_decay < 1:
-            raise ValueError(f"baseline_decay must lie in [0, 1), got {self.baseline_decay}")
-        check_mixing("alpha", self.alpha, self.demonstrations)
 
 
 class REINFORCE(PolicyGradient[ReinforceConfig]):

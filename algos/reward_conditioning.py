@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs
 from lm_envs.algos.policies.reward_tokens import prepend
 from lm_envs.algos.sft import SFT
+from lm_envs.settings import Rate, Size
 from lm_envs.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ WORSE, BETTER = 0, 1
 class RewardConditioningConfig(PreferenceConfig):
     """Settings of :class:`RewardConditioning`; `episodes` is the number of responses per iteration."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    episodes: int | None = 128
+    episodes: Size | None = 128
     """Responses, good and bad, per iteration."""
 
 

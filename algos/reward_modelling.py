@@ -16,6 +16,7 @@ from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.preference_losses import plackett_luce_loss
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import raw_scores
+from lm_envs.settings import Rate, Size
 from lm_envs.training import bradley_terry_loss
 from lm_envs.trajectories import Trajectories
 
@@ -61,18 +62,13 @@ class RewardPolicy(nn.Module):
 class RewardModellingConfig(AgentConfig):
     """Settings of :class:`RewardModelling`; `episodes` is the number of groups per iteration."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    episodes: int | None = 64
+    episodes: Size | None = 64
     """Groups of ranked texts per iteration."""
     ranking: Literal["pairs", "plackett-luce"] = "pairs"
     """Read a ranking as all its pairs (Bradley-Terry), or as a choice of the best among what is left, again and
     again (Plackett-Luce)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ranking not in ("pairs", "plackett-luce"):
-            raise ValueError(f"ranking must be 'pairs' or 'plackett-luce', got {self.ranking!r}")
 
 
 class RewardModelling(Agent[RewardModellingConfig]):

@@ -12,6 +12,7 @@ from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import policy_gradient_loss, sequence_mean, tally
+from lm_envs.settings import Rate, Size
 from lm_envs.trajectories import Trajectories
 
 
@@ -19,19 +20,12 @@ from lm_envs.trajectories import Trajectories
 class RLOOConfig(PolicyGradientConfig):
     """Settings of :class:`RLOO`; the defaults are for a small language model."""
 
-    learning_rate: float = 1e-3
-    """Adam's step size at the start."""
-    group_size: int = 4
-    """Episodes in a row that share a prompt, at least 2; the text env is made with the same number."""
+    whole_episodes = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps is not None:
-            raise ValueError("RLOO learns from returns of whole episodes: set episodes, not steps")
-        if self.epochs != 1 or self.minibatches != 1:
-            raise ValueError(
-                "RLOO takes one on-policy step per batch: its loss has no importance ratio. Use grpo or ppo for several"
-            )
+    learning_rate: Rate = 1e-3
+    """Adam's step size at the start."""
+    group_size: Size = 4
+    """Episodes in a row that share a prompt, at least 2; the text env is made with the same number."""
 
 
 class RLOO(PolicyGradient[RLOOConfig]):

@@ -15,6 +15,7 @@ from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.demonstrations import demonstrations_of
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import masked_mean, nll
+from lm_envs.settings import Rate, Size
 from lm_envs.trajectories import Rows, Trajectories
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 class SFTConfig(AgentConfig):
     """Settings of :class:`SFT`; `episodes` is the number of demonstrations per iteration."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
-    episodes: int | None = 64
+    episodes: Size | None = 64
     """Demonstrations per iteration."""
 
 

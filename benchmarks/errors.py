@@ -6,11 +6,13 @@ Only errors of expected kinds are shortened. A bug keeps its traceback, whatever
 from __future__ import annotations
 
 import errno
+import traceback
 from pathlib import Path
 
-_EXPECTED_ERRNO = {
+_REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of the quota",
+    errno.EMFILE: "raise the limit on open files",
     errno.EFBIG: "raise the limit on the size of files",
     errno.EROFS: "choose a folder on a file system that can be written",
     errno.EACCES: "choose a folder that you may write to, or change its permissions",
@@ -39,19 +41,20 @@ def explain(error: BaseException) -> str | None:
 
     ``ValueError``, ``FloatingPointError`` and ``ImportError`` (an extra that is not installed) count as expected where
     this package itself raised them: the same types from the inside of a library that we called mean a bug. Of
-    ``OSError``, a full disk, a missing permission and their like count, and a file that is not there.
+    ``OSError`` those count that the system reports, and of ``SystemExit`` those of the user's own code.
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError):
-        where = f" {str(error.filename)!r}" if error.filename else ""
-        if error.errno in _EXPECTED_ERRNO:
-            what = f"cannot use{where or ' a file'}: {error.strerror}"
-            return f"{what}; {_EXPECTED_ERRNO[error.errno]}, then continue with --resume"
-        if isinstance(error, FileNotFoundError) and error.filename:
-            return f"no such file or folder:{where}"
-        if isinstance(error, (IsADirectoryError, NotADirectoryError)):
-            return f"{error.strerror}:{where}"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"no such file or folder: {str(error.filename)!r}"
+    if isinstance(error, OSError) and (error.errno in _REMEDIES or (error.errno and error.filename)):
+        what = f"cannot use {str(error.filename)!r}" if error.filename else "cannot use a file"
+        remedy = f"; {_REMEDIES[error.errno]}, then continue with --resume" if error.errno in _REMEDIES else ""
+        return f"{what}: {error.strerror}{remedy}"
+    if isinstance(error, SystemExit) and not _raised_by_us(error):
+        places = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+        where = f"{places[-1].filename}, line {places[-1].lineno}: " if places else ""
+        return f"{where}it ends the program (sys.exit), which is no result: raise an error there"
     if isinstance(error, (ValueError, FloatingPointError, ImportError)) and _raised_by_us(error):
         return " ".join(str(error).split())
     return None

@@ -15,14 +15,16 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Interval, MinLen
-from pydantic import AllowInfNan, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, ConfigDict, TypeAdapter, ValidationError
 
 Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
 """A whole number of at least 1."""
 Whole = Annotated[int, Interval(ge=0, le=2**31 - 1)]
 """A whole number of at least 0."""
-Rows = Annotated[int, Interval(ge=1, le=2**20)]
+Size = Annotated[int, Interval(ge=1, le=2**20)]
 """How many of something memory holds at once."""
+Several = Annotated[int, Interval(ge=2, le=2**20)]
+"""The same, of at least 2."""
 Threads = Annotated[int, Interval(ge=1, le=1024)]
 """Threads or processes."""
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
@@ -33,7 +35,19 @@ NonNegative = Annotated[float, Ge(0), AllowInfNan(False)]
 Rate = Annotated[float, Interval(gt=0, le=1)]
 """A learning rate; above 1 nothing converges."""
 Probability = Annotated[float, Interval(ge=0, le=1)]
-Names = Annotated[tuple[Annotated[str, MinLen(1)], ...], MinLen(1)]
+Share = Annotated[float, Interval(ge=0, lt=1)]
+"""A part of a whole, never all of it."""
+Name = Annotated[str, MinLen(1)]
+
+
+def _unique(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(found)) < len(found):
+        raise ValueError("a list that names nothing twice")
+    return found
+
+
+Unique = AfterValidator(_unique)
+"""Of a tuple: its items differ."""
 Table = dict[str, Any]
 
 T = TypeVar("T")
@@ -57,6 +71,7 @@ _ALLOWED = {
     "path_type": "a path",
     "is_instance_of": "a {class}",
     "none_required": "none",
+    "value_error": "{error}",  # of our own validators
 }
 
 
@@ -91,7 +106,7 @@ def make(kind: type[T], values: Mapping[str, Any], where: str, what: str = "opti
     Raises:
         SettingError: no such setting, with the near names; one that is needed and missing; a value of another type or
             out of range.
-        ValueError: as the class itself raises where settings do not fit together.
+        ValueError: settings that do not fit together, as the class itself says.
     """
     known = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
     for name in values:
@@ -100,7 +115,11 @@ def make(kind: type[T], values: Mapping[str, Any], where: str, what: str = "opti
     for name, field in known.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise SettingError(f"{where} needs {name!r}", name)
-    return kind(**_checked(kind, values, f"{where}: {{}}"))
+    checked = _checked(kind, values, f"{where}: {{}}")
+    try:
+        return kind(**checked)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def check(settings: Any, name: str = "--{}") -> None:
@@ -169,6 +188,14 @@ def _readings(value: Any) -> Iterator[Any]:
         yield tuple(value)
 
 
+@functools.cache
+def _takes_none(adapter: TypeAdapter[Any]) -> bool:
+    try:
+        return adapter.validate_python(None) is None
+    except ValidationError:
+        return False
+
+
 def _allowed(error: Any) -> str:
     known = _ALLOWED.get(error["type"])
     limits = {key: next(reversed(list(_readings(limit)))) for key, limit in error.get("ctx", {}).items()}  # 1, not 1.0
@@ -186,6 +213,8 @@ def _fit(adapter: TypeAdapter[Any], value: Any, called: str, name: str) -> Any:
     errors = failed.errors(include_url=False)
     alike = [error for error in errors if len(error["loc"]) == len(errors[0]["loc"])]  # of a union, one for each kind
     allowed = " or ".join(dict.fromkeys(map(_allowed, alike)))
+    if _takes_none(adapter):
+        allowed += " or none"
     place = "".join(f"[{step}]" for step in errors[0]["loc"] if isinstance(step, int))
     given = errors[0]["input"] if place else value
     title = called.format(name.replace("_", "-") if called.startswith("--") else name)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lm_envs.algos.engine.batching import stream
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.model.text import Codec
+from lm_envs.settings import Count, Probability
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories, demonstrations, from_responses
@@ -25,17 +26,10 @@ if TYPE_CHECKING:
 class PreferenceConfig(AgentConfig):
     """Adds what the preferences are made of, where they come from a task."""
 
-    pairs: int = 2048
+    pairs: Count = 2048
     """Pairs of the reference's responses to compare, where no preferences are given."""
-    flip: float = 0.25
+    flip: Probability = 0.25
     """Probability that a simulated annotator's choice is recorded the wrong way round."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pairs < 1:
-            raise ValueError(f"{type(self).__name__}.pairs must be positive, got {self.pairs}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"{type(self).__name__}.flip must lie in [0, 1], got {self.flip}")
 
 
 class Comparisons:

@@ -46,14 +46,6 @@ class Demonstrations:
         return self.weight, self.data.select(torch.from_numpy(index))
 
 
-def check_mixing(name: str, weight: float, size: int) -> None:
-    """Raises ValueError for a negative weight or an empty batch."""
-    if weight < 0:
-        raise ValueError(f"{name} must not be negative, got {weight}")
-    if size < 1:
-        raise ValueError(f"demonstrations must be at least 1, got {size}")
-
-
 def add_nll_gradient(agent: Any, weight: float, data: Trajectories) -> Tensor:
     """Adds to the policy's ``.grad`` the gradient of ``weight`` times the mean of ``-log pi`` over the agent's
     unit: over tokens, or over rows of sums over tokens.

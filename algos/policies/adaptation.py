@@ -27,10 +27,11 @@ from transformers.pytorch_utils import Conv1D
 from lm_envs.model.adapters import adapter_parameters, has_adapters, quiet_layout, sharing
 from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.model.endings import eos_tokens
+from lm_envs.settings import Name, Positive, Settings, Whole
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adaptation(Settings):
     """What of a language model is trained; all of it if nothing is set.
 
     Attributes:
@@ -47,26 +48,14 @@ class Adaptation:
         ValueError: a value is out of range, or an option of LoRA is given without a rank.
     """
 
-    freeze_layers: int = 0
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    lora_targets: tuple[str, ...] = ()
+    freeze_layers: Whole = 0
+    lora_rank: Whole = 0
+    lora_alpha: Positive | None = None
+    lora_targets: tuple[Name, ...] = ()
     lora_merge: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        for name in ("freeze_layers", "lora_rank"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
-        if self.lora_alpha is not None and (
-            isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float) or self.lora_alpha <= 0
-        ):
-            raise ValueError(f"lora_alpha must be a positive number, got {self.lora_alpha!r}")
-        if not all(isinstance(name, str) and name for name in self.lora_targets):
-            raise ValueError(f"lora_targets must be names of linear maps, got {self.lora_targets!r}")
-        if not isinstance(self.lora_merge, bool):
-            raise ValueError(f"lora_merge must be true or false, got {self.lora_merge!r}")
+        super().__post_init__()
         if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets):
             raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank")
 

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from lm_envs.settings import Count, Size, Threads
+
 
 @dataclass(frozen=True)
 class BenchThroughput:
@@ -25,9 +27,9 @@ class BenchThroughput:
     """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape. The first is scaled."""
     ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Only these."""
-    rounds: int = 7
+    rounds: Count = 7
     """How often each runs; medians are reported."""
-    threads: int = os.cpu_count() or 1
+    threads: Threads = os.cpu_count() or 1
     """Torch threads."""
     tables: tuple[Literal["fixed work", "response length", "rows", "vocabulary"], ...] = (
         "fixed work",
@@ -60,21 +62,21 @@ class BenchKernels:
 
     device: Literal["cpu", "cuda"] | None = None
     """Where; on CUDA if it is there."""
-    rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    rows: Annotated[Size | None, tyro.conf.arg(metavar="N")] = None
     """Tokens; 8192 on CUDA, 2048 on a CPU."""
-    vocabularies: Annotated[tuple[int, ...], tyro.conf.arg(metavar="V ...")] = ()
+    vocabularies: Annotated[tuple[Size, ...], tyro.conf.arg(metavar="V ...")] = ()
     """Sizes of the vocabulary."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
     """Of the logits."""
-    width: Annotated[int | None, tyro.conf.arg(metavar="H")] = None
+    width: Annotated[Size | None, tyro.conf.arg(metavar="H")] = None
     """Of the hidden states, for the linear form."""
     forms: tuple[Literal["single", "dual", "linear"], ...] = ()
     """One model or two, from logits; or both, from hidden states."""
     variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Only these."""
-    rounds: int = 5
+    rounds: Count = 5
     """On a CPU, processes per variant."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
     """On a CPU; all cores if not given."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
     """The result; benchmarks/results/kernels-DEVICE.csv if not given."""
@@ -98,17 +100,17 @@ class BenchSB3:
 
     shapes: tuple[Literal["small", "larger", "gpt2"], ...] = ("small", "larger")
     """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape."""
-    rows: int = 32
+    rows: Size = 32
     """Texts an iteration."""
-    new_tokens: int = 48
+    new_tokens: Size = 48
     """Their exact length."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over each buffer."""
-    minibatches: int = 4
+    minibatches: Count = 4
     """Of one way more on the first shape, whose minibatches are smaller than the buffer; 1 leaves it out."""
-    rounds: int = 5
+    rounds: Count = 5
     """How often each runs; medians are reported."""
-    threads: int = 1
+    threads: Threads = 1
     """Torch threads."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
     """The result; benchmarks/results/sb3-cpu.csv if not given."""

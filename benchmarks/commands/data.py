@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.settings import Count
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class DataCheck:
     """Whose tokens to count: a folder of save_pretrained, or a hub name; characters without one."""
     use: Literal["prompts", "demonstrations", "preferences"] | None = None
     """What the rows are to be used as; what they are if not given."""
-    max_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    max_length: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Rows with more tokens are bad."""
-    max_rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    max_rows: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Look at no more rows."""
     all_bad: bool = False
     """List all bad rows, not the first ten."""
@@ -38,9 +39,6 @@ class DataCheck:
         """Check it."""
         from lm_envs.benchmarks.commands.data_check import check, show
 
-        for name in ("max_length", "max_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.max_length is not None and self.tokenizer is None:
             raise UserError("--max-length counts tokens: give --tokenizer too")
         tokenizer = None

@@ -1,13 +1,15 @@
-"""Help as a terminal shows it: each field's docstring as one paragraph, and examples as they are written."""
+"""Help as a terminal shows it: tyro breaks an indented docstring's lines where the source does, and shows "None" for
+what may be left out.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from itertools import pairwise
 from typing import Annotated, Any
 
 import tyro
@@ -24,43 +26,33 @@ def subcommands(commands: Mapping[str, type[Any]], words: Sequence[str]) -> Any:
     for name, command in commands.items():
         text = inspect.getdoc(command) or ""
         if words[:1] == [name]:
-            join_lines(command)
+            _join_lines(command)
             text = text.replace("\n\n  ", "\n  ")  # tyro would set two empty lines before the examples
         else:
             text = " ".join(text.partition("\n\n")[0].split())
-        made.append(Annotated[Any, tyro.conf.subcommand(name, constructor=command, description=text)])
+        made.append(Annotated[command, tyro.conf.subcommand(name, description=text)])
     return typing.Union[tuple(made)]  # noqa: UP007
 
 
-def join_lines(command: type[Any]) -> None:
-    """Let tyro show each field's docstring as one paragraph, also those of the dataclasses that are its fields."""
+def _join_lines(command: type[Any]) -> None:
+    """Make each field's docstring one paragraph, also in the dataclasses that are its fields."""
     hints = typing.get_type_hints(command, include_extras=True)
-    for owner in command.__mro__:
-        docs = _docstrings(owner) if is_dataclass(owner) else {}
-        for name, text in docs.items():
-            joined = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=_hint)
-            owner.__annotations__[name] = Annotated[hints[name], joined]
-    for hint in hints.values():
-        for inner in _dataclasses(hint):
-            join_lines(inner)
+    for owner in filter(is_dataclass, command.__mro__):
+        for node, behind in pairwise(ast.parse(inspect.getsource(owner)).body[0].body):  # type: ignore[attr-defined]
+            match node, behind:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    shown = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=_hint)
+                    owner.__annotations__[name] = Annotated[hints[name], shown]
+    for inner in _dataclasses(*hints.values()):
+        _join_lines(inner)
 
 
-def _dataclasses(hint: Any) -> list[type[Any]]:
-    if is_dataclass(hint):
-        return [hint] if isinstance(hint, type) else []
-    return [found for part in typing.get_args(hint) for found in _dataclasses(part)]
-
-
-def _docstrings(command: type[Any]) -> dict[str, str]:
-    """The string behind each field of a class."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(command))).body
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for node, behind in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(behind, ast.Expr):
-            value = getattr(behind.value, "value", None)
-            if isinstance(value, str):
-                found[node.target.id] = value
+def _dataclasses(*hints: Any) -> list[type[Any]]:
+    """Those that types are made of, however deep."""
+    found = []
+    for hint in hints:
+        is_class = isinstance(hint, type) and is_dataclass(hint)
+        found += [hint] if is_class else _dataclasses(*typing.get_args(hint))
     return found
 
 

@@ -14,6 +14,7 @@ from lm_envs.benchmarks.commands.options import Adapt
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.overrides import parse_settings
 from lm_envs.benchmarks.run.suites import Plan
+from lm_envs.settings import Count, Positive, Rate, Seed, Share, Size, Threads, Whole
 
 _EARLY = (".lock", "data")  # what is in a folder before its config.json
 _SHOWN = 10  # skipped rows on the screen; all are in data/info.json
@@ -29,37 +30,37 @@ class _Learn:
     """
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the data."""
-    iterations: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    iterations: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Batches to learn from, instead of epochs."""
-    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    batch_size: Annotated[Size | None, tyro.conf.arg(metavar="N")] = None
     """Examples a batch; 32 if not given."""
-    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    learning_rate: Annotated[Rate | None, tyro.conf.arg(metavar="X")] = None
     """Adam's step size at the start; the default suits pretrained models, small ones want more."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Another setting of the algorithm, as in --set micro_batch=4; may be given again."""
     bad: Literal["raise", "skip"] = "raise"
     """What a bad row does: stop everything before any training, or be passed over and listed."""
-    max_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    max_length: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Rows with more tokens are bad; what the model reads if not given."""
-    max_rows: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    max_rows: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Read no more rows of the data."""
-    held_out: float = 0.05
+    held_out: Share = 0.05
     """Share of the prompts that is measured on and not trained on, where the data have no column "split"."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the order of the data, and new weights."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """The model's precision: float32 (the default), bfloat16, float64, or auto."""
     device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Where the model goes, as in cuda:1; the CPU if not given."""
-    validate_every: int = Plan.validate_every
+    validate_every: Whole = Plan.validate_every
     """Iterations between measurements on held-out rows, 0 for none."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Iterations between checkpoints."""
     resume: bool = False
     """Continue what OUT holds."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads."""
     adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
 
@@ -69,12 +70,6 @@ class _Learn:
         """Carry it out."""
         from lm_envs.benchmarks.run.data_problem import DataSpec
 
-        for name in ("epochs", "iterations", "batch_size", "learning_rate", "max_length", "max_rows"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"--held-out must be at least 0 and below 1, got {self.held_out}")
         given = {"learning_rate": self.learning_rate, "episodes": self.batch_size}
         overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(self.set)
         names = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,9 +10,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.suites import Suite, check_adaptation
+from lm_envs.benchmarks.run.names import base_task, is_control
+from lm_envs.benchmarks.run.overrides import parse_settings
+from lm_envs.benchmarks.run.suites import Plan, Suite, check_adaptation, env_options
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
+from lm_envs.settings import Positive, Whole
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,11 @@ class Own:
 class Adapt:
     """Which part of the language model is trained; all of it if nothing is given."""
 
-    freeze_layers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    freeze_layers: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
     """Leave the N lower layers, and the embeddings below them, as they are."""
-    lora_rank: Annotated[int | None, tyro.conf.arg(metavar="R")] = None
+    lora_rank: Annotated[Whole | None, tyro.conf.arg(metavar="R")] = None
     """Train low-rank adapters of this rank instead of the weights (needs the extra "lora")."""
-    lora_alpha: Annotated[float | None, tyro.conf.arg(metavar="A")] = None
+    lora_alpha: Annotated[Positive | None, tyro.conf.arg(metavar="A")] = None
     """Adapters count A / R; twice the rank if not given."""
     lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Linear maps of a layer that get adapters, such as q_proj v_proj; all if not given."""
@@ -147,3 +151,36 @@ class Adapt:
         if "lora_targets" in given:
             given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
         return given
+
+
+def planned(plan: Plan, iterations: int | None, episodes: int | None, test_prompts: int | None = None) -> Plan:
+    """A plan with what was given on a command line."""
+    budget = {"iterations": iterations, "episodes": episodes} if iterations or episodes else {}
+    return replace(plan, **budget, test_prompts=test_prompts or plan.test_prompts)
+
+
+def with_env(suite: Suite, items: Sequence[str]) -> Suite:
+    """A suite whose text tasks have these options of the environment."""
+    options = env_options(parse_settings(items, "--env", "kl_coef=0.1"), "--env")
+    tasks = [task if is_control(task.name) else replace(task, env={**task.env, **options}) for task in suite.tasks]
+    return replace(suite, tasks=tuple(tasks))
+
+
+def with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
+    """A suite whose tasks of the user's own know where they come from."""
+    named = {base_task(task.name)[0]: task for task in suite.tasks}
+    needs = {
+        "corpus": "--corpus FILE.jsonl",
+        "translation": "--parallel FILE.jsonl",
+        "custom": "--policy, --reward-model or --reward, and --prompts",
+    }
+    for name, option in needs.items():
+        if name in named and name not in own and not named[name].options:
+            raise UserError(f"task {name!r} needs {option}")
+    for name, options in own.items():
+        if name not in named:
+            raise UserError(
+                f"{needs[name]} makes the task {name!r}, which is not among those to run: {', '.join(named)}"
+            )
+        suite = suite.with_task_options(name, **options)
+    return suite

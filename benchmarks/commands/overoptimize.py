@@ -13,7 +13,7 @@ from lm_envs.benchmarks.commands.options import Own
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task
 from lm_envs.benchmarks.run.overrides import parse_settings
-from lm_envs.settings import near
+from lm_envs.settings import Count, Seed, Several, near
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Overoptimise:
     """Folder of the results."""
     task: str = "reviews"
     """A task with a judge and a learned reward model."""
-    pairs: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (500, 2000, 8000)
+    pairs: Annotated[tuple[Several, ...], tyro.conf.arg(metavar="N ...")] = (500, 2000, 8000)
     """Comparisons that each reward model is trained on."""
     algorithm: str = "ppo"
     """What optimises them, besides best-of-n."""
-    iterations: int = 60
+    iterations: Count = 60
     """Its training iterations."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides everything."""
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 

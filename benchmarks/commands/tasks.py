@@ -1,15 +1,27 @@
-"""What ``lm-envs tasks`` shows."""
+"""``lm-envs tasks``: the tasks, the algorithms and the built-in suites."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from lm_envs.benchmarks.run.names import trainable
-from lm_envs.benchmarks.run.suites import BUILT_IN, load_suite
+from lm_envs.benchmarks.run.suite_files import BUILT_IN, load_suite
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the tasks and the algorithms, with what they are."""
+
+    def run(self, console: Console) -> None:
+        """Show them."""
+        for table in listing():
+            Console(emoji=False).print(table)
 
 
 def _first_line(documented: Any) -> str:

@@ -162,9 +162,6 @@ def compare(
         Interrupted: Ctrl-C; everything is on disk.
     """
     console = console or Console(emoji=False, stderr=True)
-    for option, value in (("--jobs", jobs), ("--threads", threads)):
-        if value < 1:
-            raise UserError(f"{option} must be at least 1, got {value}")
     runs = suite.runs()
     check_runs(runs)
     with gone_if_refused(out):

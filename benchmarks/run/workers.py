@@ -74,7 +74,7 @@ def attempt(run: Callable[[], dict[str, Any]], label: str) -> dict[str, Any]:
         return {"event": "done", "run": label, "result": run()}
     except Interrupted:
         return {"event": "stopped", "run": label}
-    except (UserError, ValueError, FloatingPointError, ImportError, OSError) as error:
+    except (UserError, ValueError, FloatingPointError, ImportError, OSError, SystemExit) as error:
         message = explain(error)
         if message is None:
             raise

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
+from annotated_types import MinLen
 
 from lm_envs.settings import (
     Count,
     Finite,
-    Names,
+    Name,
     NonNegative,
     Positive,
     Probability,
     Rate,
-    Rows,
     Seed,
     SettingError,
     Settings,
+    Size,
+    Unique,
     Whole,
     check,
     make,
@@ -32,14 +34,14 @@ from lm_envs.settings import (
 class Plan(Settings):
     count: Count = 1
     whole: Whole | None = 0
-    rows: Rows = 1
+    rows: Size = 1
     seed: Seed = 0
     finite: Finite = 0.0
     positive: Positive = 1.0
     some: NonNegative | None = None
     rate: Rate = 0.1
     share: Probability = 0.5
-    names: Names = ("a",)
+    names: Annotated[tuple[Name, ...], MinLen(1), Unique] = ("a",)
     mode: Literal["fast", "slow"] = "fast"
     flag: bool = False
     text: str | tuple[str, ...] = ""
@@ -95,7 +97,7 @@ def test_what_belongs_there_is_kept_as_its_type(name: str, given: Any, kept: Any
         ("count", 0.0, "at least 1"),
         ("count", math.nan, "a whole number"),
         ("count", 10**4000, "at most 2147483647"),
-        ("whole", -1, "at least 0"),
+        ("whole", -1, "at least 0 or none"),
         ("rows", 10**12, "at most 1048576"),
         ("seed", -1, "at least 0"),
         ("seed", 2**64, "below 9223372036854775808"),
@@ -106,7 +108,7 @@ def test_what_belongs_there_is_kept_as_its_type(name: str, given: Any, kept: Any
         ("positive", math.inf, "a finite number"),
         ("positive", True, "a number"),
         ("positive", "1", "a number"),
-        ("some", -0.1, "at least 0"),
+        ("some", -0.1, "at least 0 or none"),
         ("rate", 1e30, "at most 1"),
         ("rate", math.nan, "at most 1"),
         ("share", 1.01, "at most 1"),
@@ -114,6 +116,7 @@ def test_what_belongs_there_is_kept_as_its_type(name: str, given: Any, kept: Any
         ("names", [], "a list that is not empty"),
         ("names", "ab", "a list"),
         ("names", ["a", 1], r"text"),
+        ("names", ["a", "a"], "a list that names nothing twice"),
         ("names", [""], "text that is not empty"),
         ("mode", "medium", "'fast' or 'slow'"),
         ("flag", 1, "true or false"),
@@ -137,7 +140,7 @@ def test_names_that_do_not_exist_or_are_missing() -> None:
     assert error.value.name == "cuont"
     with pytest.raises(SettingError, match=r"^task needs 'path'$"):
         make(Needs, {"heads": 3}, "task")
-    with pytest.raises(ValueError, match=r"^hidden must be a multiple of heads$"):
+    with pytest.raises(ValueError, match=r"^task: hidden must be a multiple of heads$"):
         make(Needs, {"path": "x", "heads": 3}, "task")
 
 

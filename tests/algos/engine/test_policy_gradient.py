@@ -144,5 +144,5 @@ def test_a_penalty_in_the_loss_needs_a_coefficient_a_reference_and_text():
     agent = registry.make_agent("ppo", batches.MLPPolicy(env), episodes=2, kl_loss="k3")
     with pytest.raises(ValueError, match="needs a reference"):
         agent.iteration(env)
-    with pytest.raises(ValueError, match="kl_loss must be None or one of"):
+    with pytest.raises(ValueError, match="kl_loss must be "):
         registry.make_config("ppo", kl_loss="k4")

@@ -10,7 +10,8 @@ from lm_envs.algos.policies import language_model
 from lm_envs.benchmarks.cli import Compare, main
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.problems import open_problem
-from lm_envs.benchmarks.run.suites import Plan, RunSpec, parse_suite
+from lm_envs.benchmarks.run.suite_files import parse_suite
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from lm_envs.benchmarks.speed.throughput import _compiles
 from lm_envs.model import compiled
 from tests.benchmarks.fake_task import NAME

@@ -14,7 +14,8 @@ from lm_envs.benchmarks.report.plots import frontier
 from lm_envs.benchmarks.report.series import gather, styles
 from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.results import collect_results, table
-from lm_envs.benchmarks.run.suites import Plan, RunSpec, load_suite
+from lm_envs.benchmarks.run.suite_files import load_suite
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from lm_envs.env.mdp import TextMDP
 from lm_envs.exact.solver import Exact
 from lm_envs.tasks.enumerable import load

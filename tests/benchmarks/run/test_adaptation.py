@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm_envs.benchmarks.cli import Adapt, Compare
+from lm_envs.benchmarks.commands.compare import Compare
+from lm_envs.benchmarks.commands.options import Adapt
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.one_run import execute, settings_of
 from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.storage import Checkpoints, Records
-from lm_envs.benchmarks.run.suites import Plan, RunSpec, parse_suite
+from lm_envs.benchmarks.run.suite_files import parse_suite
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
 

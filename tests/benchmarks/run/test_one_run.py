@@ -17,7 +17,8 @@ from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.one_run import execute
 from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.storage import Checkpoints, Records
-from lm_envs.benchmarks.run.suites import Plan, RunSpec, load_suite
+from lm_envs.benchmarks.run.suite_files import load_suite
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from tests.benchmarks.fake_task import NAME
 from tests.house import CHECKOUT
 from tests.lm_envs import byo

@@ -1,0 +1,142 @@
+"""``lm-envs compare``: its options, and the suite that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from lm_envs.benchmarks.commands.options import Adapt, Own, planned, with_env, with_own
+from lm_envs.benchmarks.commands.report import carry_out
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
+from lm_envs.benchmarks.run.overrides import parse_settings
+from lm_envs.benchmarks.run.suite_files import load_suite
+from lm_envs.benchmarks.run.suites import Suite, TaskSettings
+from lm_envs.settings import Count, Seed, Several, Threads, near
+
+# What tasks of one's own are compared like where nothing else is said.
+_LIKE: dict[tuple[str, ...], str] = {("corpus",): "demo-real", ("translation",): "translation"}
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare algorithms: tasks x algorithms x seeds, into a table, plots and a report.
+
+    Say what to compare in a suite file, or name it here:
+
+      lm-envs compare --suite demo --out runs/demo
+      lm-envs compare --task reviews --algorithms sft best-of-16 ppo --seeds 0 1 2 --out runs/mine
+      lm-envs compare --corpus reviews.jsonl --out runs/real
+
+    OUT then holds results.csv, report.html, plots/ and a folder per run with its checkpoints. Ctrl-C stops after the
+    iteration under way; the same command with --resume goes on, and skips what is finished. `lm-envs tasks` lists
+    names.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the results."""
+    suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
+    """A suite file (TOML), or a built-in suite: demo, demo-real, translation, all, enumerable, smoke."""
+    task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
+    """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
+    algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Algorithms; with --suite instead of its own. Without either, a text task gets the demo's six and its settings;
+    "all" are all there are, with the settings and seeds of the suite of that name.
+    """
+    seeds: Annotated[tuple[Seed, ...], tyro.conf.arg(metavar="N ...")] = ()
+    """Seeds; with --suite instead of its own."""
+    iterations: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
+    """Training iterations of every run."""
+    episodes: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
+    """Training episodes of every run, instead of iterations: an equal number of reward calls for all."""
+    test_prompts: Annotated[Several | None, tyro.conf.arg(metavar="N")] = None
+    """Test prompts to measure on."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """A setting of an algorithm, as in --set ppo.learning_rate=1e-4; may be given again."""
+    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be given again."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    jobs: Threads = 1
+    """Runs at a time, each in a process of its own. With small models, as many as there are cores."""
+    threads: Annotated[Threads, tyro.conf.arg(metavar="N")] = 1
+    """Torch threads per run. Results may differ in their last bits with it."""
+    compile: bool = False
+    """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
+    (docs/throughput.md).
+    """
+    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
+    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
+
+    def to_suite(self) -> Suite:
+        """The comparison that the options describe.
+
+        Raises:
+            UserError: they contradict each other, or name something unknown.
+        """
+        own = self.own.options()
+        if self.suite is not None:
+            if self.task:
+                raise UserError("--suite and --task exclude each other: a suite names its tasks")
+            suite = load_suite(self.suite)
+            if self.algorithms:
+                suite = replace(_only(suite, expanded(self.algorithms)), every=ALL in self.algorithms)
+        else:
+            tasks = self.task or tuple(own)
+            if not tasks:
+                raise UserError(
+                    "say what to compare: --suite FILE.toml, or --task NAME, perhaps with --algorithms "
+                    "(`lm-envs tasks` lists them)"
+                )
+            chosen = tuple(TaskSettings(name) for name in tasks)
+            if ALL in self.algorithms:
+                suite = replace(load_suite(ALL), name="comparison", tasks=chosen, algorithms=expanded(self.algorithms))
+            elif self.algorithms:
+                suite = Suite("comparison", chosen, expanded(self.algorithms))
+            elif any(is_control(name) or base_task(name)[1] == "bandit" for name in tasks):
+                raise UserError("say which --algorithms to compare on that task, as in --algorithms reinforce ppo")
+            else:
+                like = load_suite(_LIKE.get(tasks, "demo"))
+                suite = replace(like, name="comparison", tasks=chosen)
+        if self.seeds:
+            suite = replace(suite, seeds=self.seeds)
+        suite = replace(suite, plan=planned(suite.plan, self.iterations, self.episodes, self.test_prompts))
+        for name, values in _by_algorithm(self.set).items():
+            running = {run.algorithm for run in suite.runs()}
+            if name not in running:
+                raise UserError(f"--set {name}.{next(iter(values))}: {name!r} is not run here: {near(name, running)}")
+            suite = replace(suite, overrides={**suite.overrides, name: {**suite.overrides.get(name, {}), **values}})
+        suite = replace(suite, compile=suite.compile or self.compile)
+        return self.adapt.apply(with_own(with_env(suite, self.env), own))
+
+    def run(self, console: Console) -> None:
+        """Carry it out."""
+        suite = self.to_suite()
+        carry_out(suite, self.out, resume=self.resume, jobs=self.jobs, threads=self.threads, console=console)
+
+
+def _only(suite: Suite, algorithms: tuple[str, ...]) -> Suite:
+    """A suite with other algorithms; a task that has a list of its own keeps to those of it."""
+    tasks = []
+    for task in suite.tasks:
+        mine = tuple(name for name in algorithms if task.algorithms is None or name in task.algorithms)
+        if mine:
+            tasks.append(replace(task, algorithms=mine))
+    if not tasks:
+        raise UserError(f"no task of the suite {suite.name!r} takes any of {', '.join(algorithms)}")
+    return replace(suite, tasks=tuple(tasks), algorithms=algorithms)
+
+
+def _by_algorithm(items: Sequence[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for item in items:
+        algorithm, dot, rest = item.partition(".")
+        if not dot or "=" in algorithm:
+            raise UserError(f"--set takes algorithm.name=value here, as in --set ppo.learning_rate=1e-4, not {item!r}")
+        found.setdefault(algorithm, {}).update(parse_settings([rest]))
+    return found

@@ -1,0 +1,218 @@
+"""Suites: a TOML file says what a comparison is, and this reads it strictly.
+
+.. code-block:: toml
+
+    name = "mine"
+    tasks = ["reviews", "reviews-bandit"]         # -bandit: a whole response is one action
+    algorithms = ["sft", "best-of-16", "ppo"]
+    seeds = [0, 1, 2]
+    compile = false                               # let torch.compile make programs that sample; docs/throughput.md
+
+    [budget]
+    episodes = 10_000                             # of training, per run; or: iterations = 80
+
+    [evaluation]
+    test_prompts = 256                            # how many; all if left out
+    validation_prompts = 64
+    every = 8                                     # iterations between validations, 0 for none
+
+    [checkpoints]
+    every = 20                                    # iterations
+
+    [adaptation]                                  # of the language model; all of it is trained if left out
+    lora_rank = 8                                 # also: lora_alpha, lora_targets, lora_merge, freeze_layers
+
+    [algorithm.ppo]                               # overrides of the algorithm's settings
+    learning_rate = 3e-4
+
+    [task.reviews-bandit]
+    algorithms = ["ppo"]                          # instead of the suite's
+    kl_coef = 0.05                                # of the environment: kl_coef, temperature, min_new_tokens, ...
+    options = {}                                  # of the task's loader
+
+    [task.reviews-bandit.algorithm.ppo]           # overrides for this task only
+    learning_rate = 1e-4
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import MinLen
+
+from lm_envs.benchmarks.errors import UserError, one_line
+from lm_envs.benchmarks.run.names import ALL, check_algorithm, check_task, expanded
+from lm_envs.benchmarks.run.suites import EnvOptions, Plan, Suite, TaskSettings, check_adaptation, env_options
+from lm_envs.settings import Count, Name, Seed, SettingError, Settings, Several, Size, Table, Unique, Whole, make, near
+
+BUILT_IN = Path(__file__).resolve().parents[1] / "suites"
+_LARGEST = 2**20  # bytes of a suite
+Names = Annotated[tuple[Name, ...], MinLen(1), Unique]
+T = TypeVar("T")
+
+
+def load_suite(name_or_path: str | Path) -> Suite:
+    """Read a suite: the path of a TOML file, or the name of a built-in one ("demo").
+
+    Raises:
+        UserError: no such file, malformed TOML, an unknown key or a value of the wrong type; with file and line.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and (BUILT_IN / f"{path}.toml").is_file():
+        path = BUILT_IN / f"{path}.toml"
+    if not path.is_file():
+        known = [file.stem for file in BUILT_IN.glob("*.toml")]
+        raise UserError(
+            f"no suite {str(name_or_path)!r}: give a TOML file, or a built-in one: {near(str(path), known)}"
+        )
+    if path.stat().st_size > _LARGEST:
+        raise UserError(f"{path}: a suite has at most {_LARGEST:,} bytes, and this has {path.stat().st_size:,}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a suite is UTF-8 text, and this is not ({error.reason})") from error
+    return parse_suite(text, path)
+
+
+def parse_suite(text: str, path: Path | str) -> Suite:
+    """Read a suite from TOML text; ``path`` is for messages and for the default name. Raises as :func:`load_suite`."""
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also of digits by the thousand, brackets thousands deep
+        line = re.search(r"at line (\d+)", str(error))
+        at_end = text.count("\n") + 1 if isinstance(error, tomllib.TOMLDecodeError) else None
+        message = re.sub(r" \(at .*\)$", "", str(error))
+        raise UserError(one_line(path, int(line.group(1)) if line else at_end, f"not TOML: {message}")) from error
+    return _Reader(text, path).suite(data)
+
+
+@dataclass(frozen=True)
+class _Suite(Settings):
+    """The keys of a suite's file."""
+
+    tasks: Names
+    algorithms: Names
+    name: Name | None = None
+    description: str = ""
+    seeds: Annotated[tuple[Seed, ...], MinLen(1), Unique] = (0,)
+    compile: bool = False
+    budget: Table = field(default_factory=dict)
+    evaluation: Table = field(default_factory=dict)
+    checkpoints: Table = field(default_factory=dict)
+    adaptation: Table = field(default_factory=dict)
+    algorithm: dict[str, Table] = field(default_factory=dict)
+    task: dict[str, Table] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Budget(Settings):
+    iterations: Count | None = None
+    episodes: Count | None = None
+
+
+@dataclass(frozen=True)
+class _Evaluation(Settings):
+    test_prompts: Several | None = Plan.test_prompts
+    validation_prompts: Size = Plan.validation_prompts
+    every: Whole = Plan.validate_every
+
+
+@dataclass(frozen=True)
+class _Checkpoints(Settings):
+    every: Count = Plan.checkpoint_every
+
+
+@dataclass(frozen=True)
+class _Task(EnvOptions):
+    algorithms: Names | None = None
+    options: Table = field(default_factory=dict)
+    algorithm: dict[str, Table] = field(default_factory=dict)
+
+
+_ENV = {option.name for option in fields(EnvOptions)}
+
+
+class _Reader:
+    """Turns parsed TOML into a suite and remembers where complaints have to point."""
+
+    def __init__(self, text: str, path: Path | str) -> None:
+        self.lines, self.path = text.split("\n"), path
+
+    def fail(self, what: str, key: str, table: str = "") -> UserError:
+        """An error at the line of a key, of those behind the header of its table where there is one."""
+        where = re.compile(rf"(^|[\[.{{,]\s*)[\"']?{re.escape(key)}[\"']?\s*(=|\]|\.)")
+        start = next((i for i, line in enumerate(self.lines) if line.strip().startswith(table or "\0")), 0)
+        found = (i for i, line in enumerate(self.lines[start:], start + 1) if where.search(line.strip()))
+        return UserError(one_line(self.path, next(found, None), what))
+
+    def make(self, kind: type[T], table: Mapping[str, Any], where: str) -> T:
+        try:
+            return make(kind, table, where, "key")
+        except SettingError as error:
+            raise self.fail(str(error), error.name, where) from error
+
+    def task(self, name: str, table: Mapping[str, Any]) -> TaskSettings:
+        where = f"[task.{name}]"
+        found = self.make(_Task, table, where)
+        env = env_options({key: table[key] for key in table if key in _ENV}, where)
+        return TaskSettings(name, found.algorithms, env, found.options, found.algorithm)
+
+    def plan(self, data: _Suite) -> Plan:
+        budget = self.make(_Budget, data.budget, "[budget]")
+        if budget.iterations is not None and budget.episodes is not None:
+            raise self.fail("[budget] takes iterations or episodes, not both", "budget")
+        evaluation = self.make(_Evaluation, data.evaluation, "[evaluation]")
+        every = self.make(_Checkpoints, data.checkpoints, "[checkpoints]").every
+        return Plan(
+            budget.iterations,
+            budget.episodes,
+            evaluation.test_prompts,
+            evaluation.validation_prompts,
+            validate_every=evaluation.every,
+            checkpoint_every=every,
+        )
+
+    def suite(self, table: Mapping[str, Any]) -> Suite:
+        data = self.make(_Suite, table, "the suite")
+        try:
+            check_adaptation(data.adaptation)
+        except UserError as error:
+            raise self.fail(str(error), "adaptation") from error
+        for name in data.task:
+            if name not in data.tasks:
+                raise self.fail(f"[task.{name}] is about no task of this suite: {near(name, data.tasks)}", name)
+        suite = Suite(
+            name=data.name or Path(self.path).stem,
+            description=data.description,
+            tasks=tuple(self.task(name, data.task.get(name, {})) for name in data.tasks),
+            algorithms=expanded(data.algorithms),
+            seeds=data.seeds,
+            plan=self.plan(data),
+            overrides=data.algorithm,
+            adaptation=data.adaptation,
+            compile=data.compile,
+            every=ALL in data.algorithms,
+        )
+        used = {run.algorithm for run in suite.runs()}
+        for name in [*data.algorithm, *(name for task in suite.tasks for name in task.overrides)]:
+            if name not in used:
+                raise self.fail(f"settings for {name!r}, which this suite does not run: {near(name, used)}", name)
+        for name in data.tasks:
+            self.named(name, check_task)
+        for name in dict.fromkeys(run.algorithm for run in suite.runs()):
+            self.named(name, check_algorithm)
+        return suite
+
+    def named(self, name: str, check: Callable[[str], None]) -> None:
+        """Check a name; an error points to the line where it stands in quotes."""
+        try:
+            check(name)
+        except UserError as error:
+            quoted = (f'"{name}"', f"'{name}'")
+            line = next((i for i, line in enumerate(self.lines, 1) if any(text in line for text in quoted)), None)
+            raise UserError(one_line(self.path, line, str(error))) from error
