@@ -49,7 +49,7 @@ def _join_lines(command: type[Any]) -> None:
 
 def _dataclasses(*hints: Any) -> list[type[Any]]:
     """Those that types are made of, however deep."""
-    found = []
+    found: list[type[Any]] = []
     for hint in hints:
         is_class = isinstance(hint, type) and is_dataclass(hint)
         found += [hint] if is_class else _dataclasses(*typing.get_args(hint))

@@ -155,7 +155,7 @@ class Adapt:
 
 def planned(plan: Plan, iterations: int | None, episodes: int | None, test_prompts: int | None = None) -> Plan:
     """A plan with what was given on a command line."""
-    budget = {"iterations": iterations, "episodes": episodes} if iterations or episodes else {}
+    budget: dict[str, Any] = {"iterations": iterations, "episodes": episodes} if iterations or episodes else {}
     return replace(plan, **budget, test_prompts=test_prompts or plan.test_prompts)
 
 
