@@ -181,8 +181,8 @@ class _Reader:
         data = self.make(_Suite, table, "the suite")
         try:
             check_adaptation(data.adaptation)
-        except UserError as error:
-            raise self.fail(str(error), "adaptation") from error
+        except (UserError, ValueError) as error:
+            raise self.fail(str(error), error.name if isinstance(error, SettingError) else "adaptation") from error
         for name in data.task:
             if name not in data.tasks:
                 raise self.fail(f"[task.{name}] is about no task of this suite: {near(name, data.tasks)}", name)

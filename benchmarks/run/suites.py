@@ -179,15 +179,12 @@ class Suite:
 
 
 def check_adaptation(settings: Mapping[str, Any]) -> None:
-    """Raises UserError unless these make an :class:`~lm_envs.algos.policies.adaptation.Adaptation` that can be carried
-    out."""
+    """Raises ValueError or UserError unless these make an
+    :class:`~lm_envs.algos.policies.adaptation.Adaptation` that can be carried out."""
     if not settings:
         return
     from lm_envs.algos.policies.adaptation import Adaptation
 
-    try:
-        adaptation = make(Adaptation, settings, "adaptation")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    adaptation = make(Adaptation, settings, "adaptation")
     if adaptation.lora_rank and find_spec("peft") is None:
         raise UserError("lora_rank needs peft: pip install 'lm-envs[lora]'")

@@ -23,7 +23,7 @@ def test_suites_and_command_lines_ask_for_it():
     assert runs["reviews"].compile and not runs["CartPole-v1"].compile
     assert RunSpec.from_json(runs["reviews"].to_json()) == runs["reviews"]
     assert "compile" not in runs["CartPole-v1"].to_json()  # so that runs of earlier versions can be continued
-    with pytest.raises(UserError, match="line 3: 'compile' must be true or false, not 'yes'"):
+    with pytest.raises(UserError, match="line 3: the suite: compile must be true or false, not 'yes'"):
         parse_suite(text.replace("true", '"yes"'), "mine.toml")
     for asked in (True, False):
         command = Compare(Path("out"), task=("reviews",), algorithms=("ppo",), compile=asked)
