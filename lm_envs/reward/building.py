@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lm_envs.model.loading import HOST, Placement
+from lm_envs.printable import printable
 from lm_envs.reward.base import AnyReward, Clip, Conversational, WeightedSum
 from lm_envs.reward.judge import load_judge, make_judge
 from lm_envs.reward.learned import load_reward_model
@@ -84,12 +87,11 @@ class _Builder:
         if spec.kind == "metric":
             return make_metric(spec.place, **spec.settings)
         if spec.kind == "model":
-            try:
-                more = {"batch_size": self.batch_size, **spec.settings}
-                return load_reward_model(spec.place, self.what, self.placement, **more)
-            except TypeError:
-                given = ", ".join(spec.settings)
-                raise ValueError(f"reward model:{spec.place} takes label, output and template, not {given}") from None
+            if wrong := [name for name in spec.settings if name not in ("label", "output", "template", "batch_size")]:
+                raise ValueError(f"reward model:{spec.place} takes label, output and template, not {', '.join(wrong)}")
+            return load_reward_model(
+                spec.place, self.what, self.placement, **{"batch_size": self.batch_size, **spec.settings}
+            )
         if spec.kind == "judge":
             return make_judge(spec.place, spec.name, **spec.settings) if spec.name else load_judge(spec.place)
         return self.function(spec)
@@ -105,9 +107,15 @@ class _Builder:
         if isinstance(found, type):
             try:
                 found = found(**spec.settings)
-            except TypeError as error:
-                raise ValueError(f"reward {where}: the class cannot be made: {error}") from error
+            except (Exception, SystemExit) as error:
+                raise ValueError(f"reward {where}: the class cannot be made: {_told(error)}") from error
+            if not callable(found):
+                raise ValueError(f"reward {where}: the class has no method __call__, which scores completions")
         elif spec.settings:
+            try:
+                inspect.signature(found).bind_partial(**spec.settings)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"reward {where}: its settings: {_told(error)}") from error
             found = functools.partial(found, **spec.settings)
         return Conversational(found) if self.conversational else found
 
@@ -115,12 +123,21 @@ class _Builder:
 def _import(name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise  # of something that the module itself imports
-        raise ValueError(
-            f"reward {where}: there is no module {error.name!r} on the import path (PYTHONPATH adds folders)"
-        ) from None
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and (name + ".").startswith(error.name + "."):
+            raise ValueError(
+                f"reward {where}: there is no module {error.name!r} on the import path (PYTHONPATH adds folders)"
+            ) from None
+        raise ValueError(f"reward {where}: the module cannot be imported: {_told(error)}") from error
+
+
+def _told(error: BaseException, file: str | None = None) -> str:
+    """One line for what the user's code raised, and where in its file it was."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if file in (None, frame.filename)]
+    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
+    place = f"{frames[-1].filename if file is None else file}, line {line}: " if line else f"{file}: " if file else ""
+    what = "it calls sys.exit" if isinstance(error, SystemExit) else type(error).__name__
+    return place + printable(" ".join(f"{what}: {error}".split()))
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -138,11 +155,10 @@ def _run_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+        raise ValueError(_told(error, str(path))) from error
     finally:
-        sys.path.remove(str(path.parent))
+        with contextlib.suppress(ValueError):  # the file took it off itself
+            sys.path.remove(str(path.parent))
     return module

@@ -19,11 +19,11 @@ The grammar, where ``...`` repeats:
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -40,6 +40,7 @@ _SETTINGS = re.compile(r"(?P<place>.*?)\s*\[(?P<settings>[^\[\]]*=[^\[\]]*)\]", 
 _FUNCTION = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _NUMBERS = {"clip": (2,), "standardise": (0, 2), "chat": (0,)}
+_LONGEST = 10_000  # characters
 _ALONE = "a + stands between two rewards, as in 'bleu + chrf'"
 _EXPECTED = (
     "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function, module:function or one of "
@@ -79,7 +80,7 @@ Spec = Source | Combined
 
 def is_spec(text: str) -> bool:
     """Whether a text is meant as one of these, and not as the name of a model."""
-    if not text or Path(text).is_dir():
+    if not text or os.path.isdir(text):
         return False
     return bool(
         text.startswith(("model:", "judge:", "("))
@@ -101,7 +102,13 @@ def parse_reward(texts: str | Sequence[str]) -> Spec:
     rows = [texts] if isinstance(texts, str) else list(texts)
     if not rows or not all(isinstance(row, str) for row in rows):
         raise ValueError(f"reward: expected a text or several, as in 'bleu*0.5', not {texts!r}")
-    return _sum([part for row in rows for part in _terms(row)])
+    for row in rows:
+        if len(row) > _LONGEST:
+            raise ValueError(f"reward {row[:60]!r}...: expected at most {_LONGEST:,} characters")
+    try:
+        return _sum([part for row in rows for part in _terms(row)])
+    except RecursionError:
+        raise ValueError(f"reward {rows[0][:60]!r}...: too many brackets or weights inside each other") from None
 
 
 def _terms(text: str) -> list[tuple[float, Spec]]:
@@ -117,11 +124,11 @@ def _term(text: str) -> tuple[float, Spec]:
     match = _TIMES.fullmatch(text) or _WEIGHTED.fullmatch(text)
     if match is None:
         return 1.0, _part(text)
-    factor = float(match["weight"])
-    if not isfinite(factor):
-        raise ValueError(f"reward {text!r}: the weight must be finite")
     weight, part = _term(match["part"])
-    return factor * weight, part
+    weight *= float(match["weight"])
+    if not isfinite(weight):
+        raise ValueError(f"reward {text!r}: the weight must be finite")
+    return weight, part
 
 
 def _part(text: str) -> Spec:
@@ -173,7 +180,11 @@ def _source(text: str) -> Source:
     if place.startswith("model:"):
         if not place[6:]:
             raise ValueError(f"reward {text!r}: name the model's folder, as in model:DIR")
-        if ("*" in place or "+" in place) and not Path(place[6:]).expanduser().exists() and (why := _slip(text)):
+        if (
+            ("*" in place or "+" in place)
+            and not os.path.exists(os.path.expanduser(place[6:]))
+            and (why := _slip(text))
+        ):
             raise ValueError(f"reward {text!r}: {why}")
         return Source("model", place[6:], settings=settings)
     if place.startswith("judge:"):
@@ -188,7 +199,7 @@ def _source(text: str) -> Source:
         raise ValueError(f"reward {text!r}: {why}")
     if place.endswith(".py"):
         raise ValueError(f"reward {text!r}: say which function of the file, as in {place}:function")
-    if place and Path(place).is_dir():
+    if place and os.path.isdir(place):
         raise ValueError(f"reward {text!r}: a model's folder is written model:{place}")
     raise ValueError(f"reward {text!r}: {near(place, METRICS, _EXPECTED)}")
 
@@ -229,7 +240,7 @@ def _judge(place: str, settings: dict[str, Any], text: str) -> Source:
 
 
 def _must_exist(place: str, text: str) -> None:
-    if not Path(place).expanduser().is_file():
+    if not os.path.isfile(os.path.expanduser(place)):
         raise ValueError(f"reward {text!r}: there is no file {place!r}")
 
 
@@ -243,6 +254,6 @@ def _settings(inside: str, text: str) -> dict[str, Any]:
             raise ValueError(f"reward {text!r} gives {name!r} twice")
         try:
             found[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found

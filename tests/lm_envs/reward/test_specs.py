@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lm_envs.reward.base import Conversational, Standardise, call_reward, leaves
 from lm_envs.reward.building import build_reward
@@ -138,6 +141,37 @@ def test_what_cannot_be_read(text, message):
     assert "\n" not in str(caught.value)
 
 
+WORDS = [
+    "bleu", "chrf++", "rougeL", "model:", "model:a/b", "judge:", "judge:http://[::1]:8/v1#m", "m:f", "x.py:f",
+    "~no/x.py",
+    "clip", "standardise", "chat", "(", ")", "[", "]", "[a=1]", "=", ",", ", ", " + ", "+", "*", " * ", "-", " - ", ":",
+    "0.5", "1e999", "-2", "007", ".", "\n", "\0", "\ud800", "\u2028", "{", '"', "\\", "#", "/" + "x" * 300, "~", "é",
+]  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(st.lists(st.sampled_from(WORDS), max_size=12).map("".join), st.text(max_size=40)))
+def test_any_text_is_read_or_refused_in_one_line(text):
+    for read in (parse_reward, is_spec):
+        try:
+            read(text)
+        except ValueError as error:
+            assert read is parse_reward and str(error).splitlines() == [str(error)], error
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 4000 + "bleu" + ")" * 4000, "1*" * 4000 + "bleu", "clip(" * 900 + "bleu" + ", 0, 1)" * 900,
+     "bleu" + "*" * 9990, "bleu" + " " * 9990 + "x", "bleu" * 10**6, "bleu[a=" + "{" * 9000 + "]",
+     "bleu*1e200*1e200", "model:" + "a" * 9000 + "*x"],
+)  # fmt: skip
+def test_long_and_deep_texts_end_soon(text):
+    started = time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        build_reward(parse_reward(text))
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 5.0
+
+
 def test_folders_and_files_without_what_is_needed(tmp_path, mine):
     with pytest.raises(ValueError, match="a model's folder is written model:"):
         parse_reward(str(tmp_path))
@@ -247,9 +281,50 @@ def test_what_cannot_be_made(mine, text, message):
         ("x = 1\n1 / 0\n", r"my rewards.py, line 2: ZeroDivisionError: division by zero"),
         ("def f(:\n", "my rewards.py, line 1: SyntaxError"),
         ("import no_such_thing\n", "line 1: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("import sys\nsys.exit(0)\n", "my rewards.py, line 2: it calls sys.exit: 0"),
+        ("raise SystemExit\n", "my rewards.py, line 1: it calls sys.exit"),
+        ("x = 1\n\0", "my rewards.py(, line \\d+)?: (SyntaxError|ValueError): source code .* null bytes"),
+        ("raise ValueError('two\\nlines \\x1b[2J')\n", r"line 1: ValueError: two lines \\x1b\[2J$"),
+        ("import sys\nsys.path.clear()\n1 / 0\n", "line 3: ZeroDivisionError"),
+        ("class f:\n    pass\n", "the class has no method __call__"),
+        ("class f:\n    def __init__(self):\n        1 / 0\n", "cannot be made: .*my rewards.py, line 3: Zero"),
+        ("class f:\n    def __init__(self):\n        raise SystemExit(0)\n", "cannot be made: .* sys.exit: 0"),
+        ("class f:\n    def __init__(self, factor):\n        pass\n", "cannot be made: .*missing 1 required"),
     ],
 )
 def test_a_file_that_fails_is_told_with_its_line(mine, code, message):
     Path(mine).write_text(code)
-    with pytest.raises(ValueError, match=message):
-        build_reward(parse_reward(f"{mine}:f"))
+    before = sys.path[:]
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            build_reward(parse_reward(f"{mine}:f"))
+    finally:
+        sys.path[:] = before
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "import sys\nsys.exit(0)\n",
+            r"mymodule:f: the module cannot be imported: .*mymodule.py, line 2: it calls sys",
+        ),
+        (
+            "import no_such_thing\n",
+            "cannot be imported: .*line 1: ModuleNotFoundError: No module named 'no_such_thing'",
+        ),
+        ("1 / 0\n", "cannot be imported: .*mymodule.py, line 1: ZeroDivisionError"),
+        (
+            "def f(completions, *, factor=1):\n    return []\n",
+            "mymodule:f: its settings: .*unexpected keyword.*'speed'",
+        ),
+    ],
+)
+def test_a_module_that_fails_is_told(tmp_path, monkeypatch, code, message):
+    (tmp_path / "mymodule.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mymodule", raising=False)
+    with pytest.raises(ValueError, match=message) as caught:
+        build_reward(parse_reward("mymodule:f[speed=3]"))
+    assert "\n" not in str(caught.value)
