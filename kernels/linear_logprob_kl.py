@@ -9,7 +9,7 @@ for the policy's, g for the reference's if the KL has a gradient) before the 2g 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,6 +29,7 @@ from lm_envs.kernels.logprob_kl import (
 )
 
 LinearImplementation = Literal["auto", "torch", "chunks", "tiled"]
+Exclude = Callable[[Tensor, Tensor], object]  # logits (R, V), and which rows they are of
 
 # Logits of a chunk: enough rows for an efficient product, few enough to stay far below N * V.
 CHUNK = {"cpu": 2**24, "cuda": 2**27}
@@ -45,20 +46,26 @@ def linear_logprob_kl(
     softcap: float | None = None,
     mask: Tensor | None = None,
     precise: bool = False,
+    bias: Tensor | None = None,
+    exclude: Exclude | None = None,
     implementation: LinearImplementation = "auto",
     chunk_rows: int | None = None,
 ) -> LogprobKL:
-    """What ``logprob_kl(hidden @ weight.T, ref_hidden @ ref_weight.T, ids, ...)`` gives, without the logits.
+    """What ``logprob_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T, ids, ...)`` gives, without the logits.
 
-    Differentiable in ``hidden`` and ``weight``; the reference is a constant. Memory beyond inputs and gradients: a
-    chunk's logits (two of them with a reference), and for weights in low precision their gradient in float32. Masked
-    rows cost nothing. Logits are rounded to the dtype of ``hidden``, as those of a model are.
+    Differentiable in ``hidden``, ``weight`` and ``bias``; the reference is a constant. Memory beyond inputs and
+    gradients: a chunk's logits (two of them with a reference), and for weights in low precision their gradient in
+    float32. Masked rows cost nothing. Logits are rounded to the dtype of ``hidden``, as those of a model are.
 
     Args:
         hidden: ``(..., H)`` floating, the policy's last hidden states.
-        weight: ``(V, H)`` of its output layer, same dtype; a bias can be a column beside a hidden state of 1.
-        ref_hidden, ref_weight: ``(..., H')`` and ``(V, H')`` of the reference, both or neither.
+        weight: ``(V, H)`` of its output layer, same dtype.
+        ref_hidden, ref_weight: ``(..., H')`` and ``(V, H')`` of the reference, both or neither; a bias of its own can
+            be a column beside a hidden state of 1.
         ids, temperature, softcap, mask, precise: as in :func:`lm_envs.kernels.logprob_kl.logprob_kl`.
+        bias: ``(V,)`` of the output layer, same dtype.
+        exclude: called with a chunk's logits ``(R, V)``, the policy's and the reference's, and with its rows of the
+            flattened ``ids``, ``(R,)`` int64; sets those of excluded tokens to -inf in place, and changes nothing else.
         implementation: "torch" makes the logits; "chunks" is described above; "tiled" computes tiles of logits on the
             chip going forward (Triton) and is "chunks" going backward; "auto" is "chunks".
         chunk_rows: rows of a chunk; from the device and V if None.
@@ -69,20 +76,26 @@ def linear_logprob_kl(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
-    ids = _check(hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, softcap, chunk_rows)
+    ids = _check(hidden, weight, bias, ref_hidden, ref_weight, ids, mask, temperature, softcap, chunk_rows)
     if implementation not in get_args(LinearImplementation):
         names = ", ".join(get_args(LinearImplementation))
         raise ValueError(f"implementation must be one of {names}, got {implementation!r}")
     options = Options(float(temperature), softcap, precise)
-    if implementation == "torch":
-        if mask is not None:  # NaN in a masked row would reach the weight's gradient as 0 * NaN
-            hidden = torch.where(mask[..., None], hidden, torch.zeros_like(hidden))
-        logits = hidden @ weight.t()
-        ref_logits = None if ref_hidden is None or ref_weight is None else (ref_hidden @ ref_weight.t()).detach()
-        return logprob_kl_reference(logits, ref_logits, ids, mask=mask, **options._asdict())
+    if implementation == "tiled" and not (bias is None and exclude is None):
+        raise ValueError('linear_logprob_kl: "tiled" takes neither bias nor exclude; "chunks" does')
     rows = _Rows.of(hidden, ref_hidden, ids, mask)
-    job = _Job(options, implementation == "tiled", _chunk_rows(chunk_rows, weight, len(rows.ids)))
-    found = _Linear.apply(rows.hidden, weight, rows.ref_hidden, _detached(ref_weight), rows.ids, job)
+    if implementation == "torch":
+        logits = torch.nn.functional.linear(rows.hidden, weight, bias)
+        ref_logits = (
+            None if rows.ref_hidden is None or ref_weight is None else rows.ref_hidden @ ref_weight.detach().t()
+        )
+        for given in (logits, ref_logits):
+            if exclude is not None and given is not None:
+                exclude(given.detach(), rows.source)
+        found = tuple(logprob_kl_reference(logits, ref_logits, rows.ids, **options._asdict()))
+    else:
+        job = _Job.of(rows, weight, ref_weight, options, implementation == "tiled", exclude, chunk_rows)
+        found = _Linear.apply(rows.hidden, weight, bias, rows.ids, job)
     shaped: list[Any] = [None if x is None else rows.spread(x, ids.shape) for x in found]
     return LogprobKL(*shaped)
 
@@ -99,6 +112,8 @@ def linear_loss(
     softcap: float | None = None,
     mask: Tensor | None = None,
     precise: bool = False,
+    bias: Tensor | None = None,
+    exclude: Exclude | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """The sum of a loss over rows, its gradients taken while the logits of a chunk are there: nothing is recomputed.
@@ -113,18 +128,13 @@ def linear_loss(
     Other arguments, and errors raised, as for :func:`linear_logprob_kl`.
 
     Returns:
-        a scalar, differentiable in ``hidden`` and ``weight``.
+        a scalar, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
-    ids = _check(hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, softcap, chunk_rows)
+    ids = _check(hidden, weight, bias, ref_hidden, ref_weight, ids, mask, temperature, softcap, chunk_rows)
     rows = _Rows.of(hidden, ref_hidden, ids, mask)
-    job = _Job(Options(float(temperature), softcap, precise), False, _chunk_rows(chunk_rows, weight, len(rows.ids)))
-    return _Loss.apply(rows.hidden, weight, rows.ref_hidden, _detached(ref_weight), rows.ids, job, loss, rows.source)
-
-
-class _Job(NamedTuple):
-    options: Options
-    tiled: bool
-    chunk_rows: int
+    options = Options(float(temperature), softcap, precise)
+    job = _Job.of(rows, weight, ref_weight, options, False, exclude, chunk_rows)
+    return _Loss.apply(rows.hidden, weight, bias, rows.ids, job, loss)
 
 
 @dataclass
@@ -152,16 +162,36 @@ class _Rows:
         return x.new_zeros(shape.numel()).index_copy(0, self.source, x).view(shape)
 
 
+class _Job(NamedTuple):
+    """What is the same for every chunk, and gets no gradient."""
+
+    options: Options
+    tiled: bool
+    chunk_rows: int
+    exclude: Exclude | None
+    source: Tensor  # of each row, its place in the flattened ids
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+
+    @staticmethod
+    def of(
+        rows: _Rows, weight: Tensor, ref_weight: Tensor | None, options: Options, tiled: bool, exclude: Exclude | None,
+        chosen: int | None,
+    ) -> _Job:  # fmt: skip
+        reference = None if ref_weight is None else ref_weight.detach()
+        chunk_rows = _chunk_rows(chosen, weight, len(rows.ids))
+        return _Job(options, tiled, chunk_rows, exclude, rows.source, rows.ref_hidden, reference)
+
+
 class _Chunks:
     """Logits of a chunk of rows in buffers that are used again, and the gradients that come from them."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, ref_hidden: Any, ref_weight: Any, ids: Tensor, job: _Job):
-        self.hidden, self.weight, self.ref_hidden, self.ref_weight = hidden, weight, ref_hidden, ref_weight
-        self.ids, self.options = ids, job.options
-        self._size = job.chunk_rows
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, job: _Job) -> None:
+        self.hidden, self.weight, self.bias, self.ids, self.job = hidden, weight, bias, ids, job
         shape = (1, min(job.chunk_rows, len(ids)), weight.shape[0])
-        self._z = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
-        self._r = None if ref_hidden is None else torch.empty(shape, dtype=ref_hidden.dtype, device=hidden.device)
+        self._z, self._held = torch.empty(shape, dtype=hidden.dtype, device=hidden.device), -1
+        r = job.ref_hidden
+        self._r = None if r is None else torch.empty(shape, dtype=r.dtype, device=r.device)
         with torch.no_grad():
             chosen = "triton" if job.tiled else choose("auto", self._z, self._r, job.options)
         self.backend = backend("chunked" if chosen == "torch" else chosen)
@@ -170,58 +200,91 @@ class _Chunks:
         self._partial: Tensor | None = None
 
     def __iter__(self) -> Iterator[slice]:
-        return (slice(begin, begin + self._size) for begin in range(0, len(self.ids), self._size))
+        size = self.job.chunk_rows
+        return (slice(begin, begin + size) for begin in range(0, len(self.ids), size))
 
     def logits(self, rows: slice) -> Tensor:
-        """The policy's, ``(1, R, V)``."""
-        return _product(self.hidden[rows], self.weight.t(), self._z)
+        """The policy's, ``(1, R, V)``: those in the buffer, if they are of these rows."""
+        if rows.start == self._held:
+            return self._z[:, : len(self.ids[rows])]
+        self._held = rows.start
+        return self._product(self.hidden[rows], self.weight, self.bias, self._z, rows)
 
     def ref_logits(self, rows: slice) -> Tensor | None:
         """The reference's, ``(1, R, V)``."""
-        return None if self._r is None else _product(self.ref_hidden[rows], self.ref_weight.t(), self._r)
+        if self._r is None or self.job.ref_hidden is None or self.job.ref_weight is None:
+            return None
+        return self._product(self.job.ref_hidden[rows], self.job.ref_weight, None, self._r, rows)
+
+    def _product(self, h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, rows: slice) -> Tensor:
+        out = out[:, : len(h)]
+        if bias is None:
+            torch.mm(h, weight.t(), out=out[0])
+        else:
+            torch.addmm(bias, h, weight.t(), out=out[0])
+        if self.job.exclude is not None:
+            self.job.exclude(out[0], self.job.source[rows])
+        return out
 
     def forward(self, z: Tensor, r: Tensor | None, rows: slice) -> Tensor:
         """The backend's sums of the chunk."""
-        return self.backend.forward(z, r, self.ids[rows], None, self.options)
+        return self.backend.forward(z, r, self.ids[rows], None, self.job.options)
 
     def backward(
-        self, z: Tensor, r: Any, rows: slice, stats: Tensor, coefficients: Tensor, dh: Tensor | None, dw: Tensor | None
+        self, z: Tensor, r: Tensor | None, rows: slice, stats: Tensor, coefficients: Tensor, into: _Gradients
     ) -> None:
-        """Write the chunk's rows of ``dh`` and add its share to ``dw``. Overwrites ``z``."""
-        out = self._dz[:, : z.shape[1]]
-        dz = self.backend.backward(z, r, self.ids[rows], None, stats, coefficients, self.options, out=out)[0]
-        if dh is not None:
-            torch.mm(dz, self.weight, out=dh[rows])
-        if dw is None:
+        """Write the chunk's rows of the gradient in hidden and add its share to the others. Overwrites ``z``."""
+        self._held = -1
+        out, options = self._dz[:, : z.shape[1]], self.job.options
+        dz = self.backend.backward(z, r, self.ids[rows], None, stats, coefficients, options, out=out)[0]
+        if into.hidden is not None:
+            torch.mm(dz, self.weight, out=into.hidden[rows])
+        if into.bias is not None:
+            into.bias.add_(dz.sum(0, dtype=into.bias.dtype))
+        if into.weight is None:
             return
-        if dw.dtype == dz.dtype:
-            dw.addmm_(dz.t(), self.hidden[rows])
+        if into.weight.dtype == dz.dtype:
+            into.weight.addmm_(dz.t(), self.hidden[rows])
         else:  # chunks add up in float32
             self._partial = torch.mm(dz.t(), self.hidden[rows], out=self._partial)
-            dw.add_(self._partial)
+            into.weight.add_(self._partial)
 
-    def gradients(self, needed: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-        """Room for the gradients in hidden and weight, where they are asked for."""
-        dh = torch.empty_like(self.hidden, memory_format=torch.contiguous_format) if needed[0] else None
-        exact = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
-        return dh, torch.zeros_like(self.weight, dtype=exact) if needed[1] else None
+
+class _Gradients(NamedTuple):
+    """Room for the gradients that are asked for: sums over chunks in float32 at least."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> _Gradients:
+        dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        dw = torch.zeros_like(weight, dtype=exact) if needed[1] else None
+        return _Gradients(dh, dw, torch.zeros_like(bias, dtype=exact) if bias is not None and needed[2] else None)
+
+    def rounded(self, weight: Tensor) -> tuple[Tensor | None, ...]:
+        """In the dtype of hidden and weight."""
+        return tuple(None if x is None else x.to(weight.dtype) for x in self)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Any, ref_weight: Any, ids: Tensor, job: _Job):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, job: _Job):  # type: ignore[no-untyped-def]
         if job.tiled:
-            stats = backend("triton_linear").forward(hidden, weight, ref_hidden, ref_weight, ids, job.options)
+            tiles = backend("triton_linear")
+            stats = tiles.forward(hidden, weight, job.ref_hidden, job.ref_weight, ids, job.options)
         else:
-            chunks = _Chunks(hidden, weight, ref_hidden, ref_weight, ids, job)
+            chunks = ctx.chunks = _Chunks(hidden, weight, bias, ids, job)
             parts = [chunks.forward(chunks.logits(rows), chunks.ref_logits(rows), rows) for rows in chunks]
             wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
             stats = torch.cat(parts, dim=1) if parts else torch.zeros(9, 0, dtype=wide, device=ids.device)
-        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, ids, stats)
+        ctx.save_for_backward(hidden, weight, bias, ids, stats)
         ctx.job = job
         ctx.set_materialize_grads(False)
         logprob, ref_logprob, entropy, kl = (stats[i].clone() for i in range(4))
-        if ref_hidden is None:
+        if job.ref_hidden is None:
             return logprob, None, entropy, None
         ctx.mark_non_differentiable(ref_logprob)
         return logprob, ref_logprob, entropy, kl
@@ -229,27 +292,26 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, ref_hidden, ref_weight, ids, stats = ctx.saved_tensors
-        if upstream[3] is None:  # only the KL needs the reference's logits again
-            ref_hidden = ref_weight = None
-        chunks = _Chunks(hidden, weight, ref_hidden, ref_weight, ids, ctx.job)
+        hidden, weight, bias, ids, stats = ctx.saved_tensors
+        chunks = _Chunks(hidden, weight, bias, ids, ctx.job) if ctx.job.tiled else ctx.chunks
         coefficients, _ = backward_coefficients(stats, upstream)
-        dh, dw = chunks.gradients(ctx.needs_input_grad[:2])
-        for rows in chunks:
-            z, r = chunks.logits(rows), chunks.ref_logits(rows)
-            chunks.backward(z, r, rows, stats[:, rows].contiguous(), coefficients[:, rows], dh, dw)
-        return dh, None if dw is None else dw.to(weight.dtype), None, None, None, None
+        into = _Gradients.of(hidden, weight, bias, ctx.needs_input_grad)
+        for rows in reversed(list(chunks)):  # the logits of the last are still there
+            z = chunks.logits(rows)
+            r = None if upstream[3] is None else chunks.ref_logits(rows)  # only the KL needs the reference's again
+            chunks.backward(z, r, rows, stats[:, rows].contiguous(), coefficients[:, rows], into)
+        return *into.rounded(weight), None, None
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Any, ref_weight: Any, ids: Tensor, job: _Job,
-        loss: Callable[[LogprobKL, Tensor], Tensor], index: Tensor,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, job: _Job,
+        loss: Callable[[LogprobKL, Tensor], Tensor],
     ):  # fmt: skip
-        chunks = _Chunks(hidden, weight, ref_hidden, ref_weight, ids, job)
-        needed = ctx.needs_input_grad[:2]
-        dh, dw = chunks.gradients(needed)
+        chunks = _Chunks(hidden, weight, bias, ids, job)
+        needed = ctx.needs_input_grad[:3]
+        into = _Gradients.of(hidden, weight, bias, needed)
         total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32).to(ids.device)
         for rows in chunks:
             z, r = chunks.logits(rows), chunks.ref_logits(rows)
@@ -260,34 +322,24 @@ class _Loss(torch.autograd.Function):
                 for x in inputs if any(needed) else []:
                     x.requires_grad_()
                 pair = (None, None) if r is None else (ref_logprob, kl)
-                value = loss(LogprobKL(logprob, pair[0], entropy, pair[1]), index[rows])
+                value = loss(LogprobKL(logprob, pair[0], entropy, pair[1]), job.source[rows])
                 if value.shape != ():
                     raise ValueError(f"linear_loss: loss must return a scalar, got {describe(('value', value))}")
                 total += value.detach()
             if not any(needed) or not value.requires_grad:
-                if dh is not None:
-                    dh[rows] = 0
+                if into.hidden is not None:
+                    into.hidden[rows] = 0
                 continue
             grads = (*torch.autograd.grad(value, inputs, allow_unused=True), None)
             coefficients, _ = backward_coefficients(stats, (grads[0], None, grads[1], grads[2]))
-            chunks.backward(z, r if grads[2] is not None else None, rows, stats, coefficients, dh, dw)
-        ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
+            chunks.backward(z, r if grads[2] is not None else None, rows, stats, coefficients, into)
+        ctx.save_for_backward(*into.rounded(weight))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if x is None else x * upstream.to(x.dtype) for x in ctx.saved_tensors), *[None] * 6
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    out = out[:, : len(a)]
-    torch.mm(a, b, out=out[0])
-    return out
-
-
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
+        return *(None if x is None else x * upstream.to(x.dtype) for x in ctx.saved_tensors), *[None] * 3
 
 
 def _chunk_rows(chosen: int | None, weight: Tensor, rows: int) -> int:
@@ -297,6 +349,7 @@ def _chunk_rows(chosen: int | None, weight: Tensor, rows: int) -> int:
 def _check(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ids: Tensor,
@@ -307,6 +360,7 @@ def _check(
 ) -> Tensor:
     """Raises ValueError unless it all fits; ids, int64, 0 where masked."""
     tensors = [("hidden", hidden), ("weight", weight), ("ref_hidden", ref_hidden), ("ref_weight", ref_weight)]
+    tensors += [("bias", bias)] if bias is not None else []
     tensors += [("ids", ids), ("mask", mask)]
     given = describe(*tensors)
     what = "linear_logprob_kl"
@@ -323,6 +377,8 @@ def _check(
             raise ValueError(f"{what}: {name}hidden and {name}weight must be floating, of one dtype; got {given}")
     if ref_weight is not None and ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"{what}: policy and reference need the same vocabulary; got {given}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(f"{what}: bias must be (V,) and of the weight's dtype; got {given}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{what}: chunk_rows must be at least 1, got {chunk_rows}")
     return check_arguments(what, weight.shape[0], ids, mask, temperature, softcap, tensors)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lm_envs.model.tokens import model_inputs, right_pad
+from lm_envs.model.forwards import response_forward
+from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import raw_scores
 
 __all__ = [
@@ -150,8 +151,11 @@ def fit_language_model(model: PreTrainedModel, texts: Sequence[Sequence[int]], *
 
     def loss(chosen: NDArray[np.int64]) -> Tensor:
         ids = right_pad([texts[i] for i in chosen]).to(model.device)
-        inputs = model_inputs(ids[:, :-1])
-        return next_token_loss(model(**inputs, use_cache=False).logits, ids[:, 1:])
+        targets = ids[:, 1:]
+        now = response_forward(model, ids[:, :1], targets)
+        if now.head is None:
+            return next_token_loss(now.logits(), targets)
+        return now.head.nll(now.hidden, targets.clamp(min=0), targets >= 0)
 
     return fit(model, loss, examples=len(texts), **options)  # type: ignore[arg-type]
 

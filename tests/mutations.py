@@ -394,8 +394,8 @@ MUTATIONS = [
     Mutation(
         "the value is read one token late",
         "lm_envs/model/forwards.py",
-        "seen[0][:, -steps:]",
-        "seen[0][:, -steps:].roll(-1, 1)",
+        "ResponseForward(seen[0][:, -steps:]",
+        "ResponseForward(seen[0][:, -steps:].roll(-1, 1)",
         ROLLOUT,
     ),
     Mutation(
@@ -520,9 +520,8 @@ MUTATIONS = [
     Mutation(
         "the update forgets the action mask",
         "algos/policies/language_model.py",
-        "logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)\n"
-        "        found",
-        "found",
+        "forward = response_forward(self.model, prompt, response, exclude)",
+        "forward = response_forward(self.model, prompt, response)",
         ROLLOUT,
     ),
     Mutation(

@@ -16,11 +16,11 @@ from lm_envs.algos.policies.base import Evaluation, Face, Policy
 from lm_envs.algos.policies.recomputing import checkpointing, recomputable
 from lm_envs.algos.policies.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.env.mdp import TextMDP
-from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
+from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.compiled import FixedRows, check_compilable
 from lm_envs.model.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.model.fast_layers import fuse
-from lm_envs.model.forwards import response_logits
+from lm_envs.model.forwards import early_eos, response_forward
 from lm_envs.model.tokens import EosIds, eos_ids
 from lm_envs.trajectories import Trajectories
 
@@ -288,15 +288,13 @@ class LMPolicy(Policy):
         prompt, mask = self._conditioned(prompt), response >= 0
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with self._precision(), checkpointing(self.model) if recompute else nullcontext():
-            logits, states = response_logits(self.model, prompt, response, hidden=True)
-        assert states is not None
-        states = states.to(self.value_head.weight.dtype)
-        position = torch.arange(response.shape[1], device=logits.device)
-        logits = forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
-        found = logprob_kl(logits, None, response.clamp(min=0), temperature=self.temperature, mask=mask)
+            exclude = early_eos(response.shape[1], self.eos_token_ids, self.min_new_tokens)
+            forward = response_forward(self.model, prompt, response, exclude)
+        states = forward.hidden.to(self.value_head.weight.dtype)
+        found = forward.logprob(response.clamp(min=0), temperature=self.temperature, mask=mask)
         q = None if self.q_head is None else self.q_head(states).to(found.logprob.dtype)
         if q is not None:
-            p = log_softmax(logits.detach(), self.temperature).exp()
+            p = log_softmax(forward.logits().detach(), self.temperature).exp()
             value = torch.where(p > 0, p * q, torch.zeros_like(q)).sum(-1)
         else:
             value = self.critic(prompt, response) if self.critic is not None else self.value_head(states).squeeze(-1)
@@ -313,7 +311,7 @@ class LMPolicy(Policy):
             found.logprob,
             found.entropy,
             torch.nn.functional.pad(value, (0, 1)),
-            lambda: log_softmax(logits, self.temperature),
+            lambda: log_softmax(forward.logits(), self.temperature),
             None if q is None else lambda: q,
         )
 

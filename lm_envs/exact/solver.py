@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from lm_envs.env.mdp import TextMDP, kl_penalty
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.decoding import forbid_early_eos
-from lm_envs.model.forwards import response_logits
+from lm_envs.model.forwards import response_forward
 from lm_envs.model.tokens import left_pad
 from lm_envs.tasks.prefix_tree import PrefixTree
 from lm_envs.trajectories import Trajectories
@@ -111,7 +111,7 @@ class Exact:
         parts = []
         for prompt, response in self._rows():
             if isinstance(policy, PreTrainedModel):
-                logits, _ = response_logits(policy, prompt.to(policy.device), response.to(policy.device))
+                logits = response_forward(policy, prompt.to(policy.device), response.to(policy.device)).logits()
                 position = torch.arange(self.tree.horizon, device=logits.device)
                 logits = forbid_early_eos(logits, position, self.mdp.eos_token_id, self.mdp.min_new_tokens)
                 parts.append(log_softmax(logits, self.mdp.temperature))

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lm_envs.model.decoding import Decoder
-from lm_envs.model.forwards import response_logits
+from lm_envs.model.forwards import response_forward
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.model.tokens import NO_TOKEN, left_pad
@@ -117,7 +117,7 @@ def _texts(model: PreTrainedModel, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 def _alone(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
     """``(T, V)`` logits of one text, without padding."""
-    return response_logits(model, prompt[None], response[None])[0][0]
+    return response_forward(model, prompt[None], response[None]).logits()[0]
 
 
 def _causality(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expected: list[Tensor]) -> list[float]:
@@ -130,7 +130,7 @@ def _padding(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expecte
     responses = prompts.new_full((len(texts), 11), NO_TOKEN)
     for row, (_, response) in enumerate(texts):
         responses[row, : len(response)] = response
-    found, _ = response_logits(model, prompts, responses)
+    found = response_forward(model, prompts, responses).logits()
     return [_gap(found[row, : len(known)], known) for row, known in enumerate(expected)]
 
 

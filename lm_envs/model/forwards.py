@@ -3,17 +3,20 @@ stands."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lm_envs.kernels.logprob_kl import logprob_kl
+from lm_envs.kernels.linear_logprob_kl import CHUNK, Exclude
+from lm_envs.kernels.logprob_kl import LogprobKL, logprob_kl
 from lm_envs.model.decoding import forbid_early_eos, keep_top
 from lm_envs.model.encoder_decoder import is_encoder_decoder, teacher_forced
+from lm_envs.model.output_head import OutputHead, hidden_and_head
 from lm_envs.model.tokens import EosIds, accepted, head_inputs, model_inputs
 
 # Scored at a time, by whether it is CUDA. More is no faster on a CPU, and takes memory that must be mapped first.
-LOGITS = {False: 2**22, True: 2**28}
 TOKENS = {False: 2**10, True: 2**17}
 
 
@@ -22,26 +25,68 @@ def rows_at_once(width: int, device: torch.device) -> int:
     return max(1, TOKENS[device.type == "cuda"] // max(width, 1))
 
 
-def response_logits(
-    model: PreTrainedModel, prompt: Tensor, response: Tensor, *, hidden: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Logits that predict each response token, and the hidden states they come from.
+@dataclass
+class ResponseForward:
+    """What one teacher-forced forward says of responses ``(B, T)``: position t stands *before* token t.
+
+    Attributes:
+        hidden: ``(B, T, d)``, the last hidden states. What lies beyond a row's end is meaningless, here and below.
+        head: makes logits of them; None where they are held.
+    """
+
+    hidden: Tensor
+    head: OutputHead | None
+    _held: Tensor | None = None
+    _exclude: Exclude | None = None
+
+    def logits(self) -> Tensor:
+        """``(B, T, V)``, computed where they are not held, with excluded tokens at -inf."""
+        if self._held is not None:
+            return self._held
+        assert self.head is not None
+        return _excluded(self.head.logits(self.hidden), self._exclude)
+
+    def logprob(self, ids: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> LogprobKL:
+        """Log-probability of ``ids`` and entropy, ``(B, T)``."""
+        if self.head is None:
+            return logprob_kl(self.logits(), None, ids, temperature=temperature, mask=mask)
+        return self.head.logprob(self.hidden, ids, temperature=temperature, mask=mask, exclude=self._exclude)
+
+
+def response_forward(
+    model: PreTrainedModel, prompt: Tensor, response: Tensor, exclude: Exclude | None = None
+) -> ResponseForward:
+    """One forward for all positions of a response. Logits are held where they are few, as reading them once more is
+    faster than computing them twice, or where the head is not understood.
 
     Args:
         prompt: ``(B, P)`` int64, left-padded with -1.
         response: ``(B, T)`` int64, right-padded with -1.
-        hidden: also return the last hidden states.
-
-    Returns:
-        logits ``(B, T, V)`` and, if asked, hidden ``(B, T, d)``: position t stands *before* token t. What lies beyond a
-        row's end is meaningless.
+        exclude: as of :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl`.
     """
     steps, given = response.shape[1], _inputs(model, prompt, response)
-    if not hidden:
-        return model(**given).logits[:, -steps:], None
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    if response.numel() * vocabulary > CHUNK[response.device.type]:
+        found = hidden_and_head(model, given)
+        if found is not None:
+            return ResponseForward(found[0][:, -steps:], found[1], None, exclude)
     with head_inputs(model) as seen:  # where the model takes logits_to_keep, the response's positions alone
-        logits = model(**given).logits
-    return logits[:, -steps:], seen[0][:, -steps:]
+        logits = model(**given).logits[:, -steps:]
+    return ResponseForward(seen[0][:, -steps:], None, _excluded(logits, exclude), exclude)
+
+
+def _excluded(logits: Tensor, exclude: Exclude | None) -> Tensor:
+    if exclude is not None:  # gradients may flow through them all the same: that of a token of probability 0 is 0
+        flat = logits.detach().flatten(0, 1)
+        exclude(flat, torch.arange(len(flat), device=flat.device))
+    return logits
+
+
+def early_eos(steps: int, eos_token_id: EosIds, min_new_tokens: int) -> Exclude | None:
+    """What excludes EOS at the first ``min_new_tokens`` of ``steps`` positions."""
+    if min_new_tokens <= 0:
+        return None
+    return lambda logits, rows: forbid_early_eos(logits, rows % steps, eos_token_id, min_new_tokens, in_place=True)
 
 
 def _inputs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> dict[str, object]:
@@ -101,26 +146,27 @@ def response_logprob(
 
     ``top_k`` restricts the model to its own likeliest tokens, as
     :attr:`~lm_envs.env.mdp.TextMDP.reference_top_k` does: others have -inf.
-    Rows of like length are scored together, ``batch_size`` at a time; None takes as many as keep the logits small.
+    Rows of like length are scored together, ``batch_size`` at a time; None takes as many as a forward should read.
     """
+
+    def exclude(logits: Tensor, rows: Tensor) -> None:
+        forbid_early_eos(logits, rows % width, eos_token_id, min_new_tokens, in_place=True)
+        if top_k is not None:
+            keep_top(logits, top_k)
+
     lengths = (response >= 0).sum(dim=1)
     order = lengths.argsort(stable=True)
     result = torch.zeros(response.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=response.device)
     if batch_size is None:
-        row = response.shape[1] * model.get_output_embeddings().weight.shape[0]
-        batch_size = max(1, LOGITS[response.device.type == "cuda"] // row)
-        batch_size = min(batch_size, rows_at_once(prompt.shape[1] + response.shape[1], response.device))
+        batch_size = rows_at_once(prompt.shape[1] + response.shape[1], response.device)
     for rows in order.split(batch_size):
         width = max(int(lengths[rows].max()), 1)
         texts, given = _without_empty_columns(prompt[rows]), response[rows, :width]
         mask = given >= 0
-        logits, _ = response_logits(model, texts, given)
-        position = torch.arange(width, device=logits.device)
-        logits = forbid_early_eos(logits, position, eos_token_id, min_new_tokens, in_place=True)
-        logits = logits if top_k is None else keep_top(logits, top_k)
-        found = logprob_kl(logits, None, given.clamp(min=0), temperature=temperature, mask=mask).logprob
+        now = response_forward(model, texts, given, exclude if top_k or min_new_tokens else None)
+        found = now.logprob(given.clamp(min=0), temperature=temperature, mask=mask).logprob
         result[rows, :width] = found.to(result.dtype)
-        del logits  # or they stay while the next ones are made
+        del now  # or its logits stay while the next are made
     return result
 
 

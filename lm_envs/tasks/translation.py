@@ -31,7 +31,7 @@ from lm_envs.data.conventions import Example
 from lm_envs.data.splits import SPLITS, warn_if_few
 from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
 from lm_envs.model.decoding import greedy
-from lm_envs.model.forwards import response_logits
+from lm_envs.model.forwards import response_forward
 from lm_envs.model.tokens import left_pad, right_pad
 from lm_envs.reward.base import WeightedSum
 from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
@@ -243,7 +243,8 @@ def _fit(model: PreTrainedModel, responses: Sequence[Response], config: Translat
     def loss(rows: list[int]) -> Tensor:
         prompts = [responses[i][0] for i in rows]
         target = right_pad([responses[i][1] for i in rows])
-        logits, _ = response_logits(model, torch.from_numpy(left_pad(prompts, max(map(len, prompts)))), target)
+        prompt = torch.from_numpy(left_pad(prompts, max(map(len, prompts))))
+        logits = response_forward(model, prompt, target).logits()
         present = target >= 0
         return F.cross_entropy(logits[present], target[present], label_smoothing=config.label_smoothing)
 

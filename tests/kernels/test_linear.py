@@ -127,9 +127,9 @@ def test_only_what_is_asked_for(two, monkeypatch):
         target = torch if name == "mm" else torch.Tensor
         monkeypatch.setattr(target, name, lambda *a, real=real, **k: (products.append(1), real(*a, **k))[1])
 
-    def count(h, w, result):
+    def count(h, w, result, **options):
         products.clear()
-        found = linear_logprob_kl(h, w, ref_hidden, ref_weight, ids)
+        found = linear_logprob_kl(h, w, ref_hidden, ref_weight, ids, **options)
         forward = len(products)
         if result is not None:
             getattr(found, result).sum().backward()
@@ -138,11 +138,12 @@ def test_only_what_is_asked_for(two, monkeypatch):
     forward = 2 if two else 1
     live = hidden.clone().requires_grad_()
     assert count(hidden, weight, None) == (forward, 0)
-    assert count(live, weight, "logprob") == (forward, 2)  # logits again, dh
-    assert count(hidden, weight.clone().requires_grad_(), "entropy") == (forward, 2)  # logits again, dw
-    assert count(live, weight.clone().requires_grad_(), "logprob") == (forward, 3)
+    assert count(live, weight, "logprob") == (forward, 1)  # dh: the logits of the last chunk are still there
+    assert count(hidden, weight.clone().requires_grad_(), "entropy") == (forward, 1)  # dw
+    assert count(live, weight.clone().requires_grad_(), "logprob") == (forward, 2)
+    assert count(live, weight, "logprob", chunk_rows=3) == (2 * forward, 3)  # logits again of the first, dh twice
     if two:
-        assert count(live, weight.clone().requires_grad_(), "kl") == (2, 4)
+        assert count(live, weight.clone().requires_grad_(), "kl") == (2, 3)
     products.clear()
     both = (live, weight.clone().requires_grad_())
     linear_loss(*both, ref_hidden, ref_weight, ids, lambda found, rows: (found.kl if two else found.entropy).sum())

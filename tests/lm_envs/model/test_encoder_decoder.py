@@ -15,7 +15,7 @@ from lm_envs.env.single import TextBanditEnv
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.decoding import Decoder, generate
 from lm_envs.model.encoder_decoder import decoder_prefix, encoder_inputs
-from lm_envs.model.forwards import response_logits, response_logprob
+from lm_envs.model.forwards import response_forward, response_logprob
 from lm_envs.model.kv_cache_cross import CrossRowCache, rows_of
 from lm_envs.model.tokens import left_pad
 from tests import tiny
@@ -75,12 +75,12 @@ def plain(model, prompt, response):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_law_4_padding_changes_no_logprob(family):
     model = build(family)
-    logits, hidden = response_logits(
+    found = response_forward(
         model,
         torch.tensor([[-1, -1, -1, 1, 2], [5, 6, 7, 8, 9]]),
         torch.tensor([[3, 4, 5, EOS, -1, -1], [1, 1, 1, 1, 1, 1]]),
-        hidden=True,
     )
+    logits, hidden = found.logits(), found.hidden
     torch.testing.assert_close(logits[0, :4], plain(model, [1, 2], [3, 4, 5, EOS]), rtol=0, atol=1e-9)
     torch.testing.assert_close(logits[1], plain(model, [5, 6, 7, 8, 9], [1] * 6), rtol=0, atol=1e-9)
     # What the head reads, scaling included; a bias on the logits (BART) comes after it.
@@ -298,7 +298,7 @@ def test_what_is_saved_loads_in_transformers(family, tmp_path):
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     prompt, response = torch.tensor([[1, 2]]), torch.tensor([[3, 4, EOS]])
     torch.testing.assert_close(
-        response_logits(loaded, prompt, response)[0], response_logits(model, prompt, response)[0]
+        response_forward(loaded, prompt, response).logits(), response_forward(model, prompt, response).logits()
     )
 
 

@@ -15,7 +15,7 @@ from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.decoding import Decoder, generate
-from lm_envs.model.forwards import response_logits, response_logprob
+from lm_envs.model.forwards import response_forward, response_logprob
 from lm_envs.model.kv_cache import GrowingLayer, can_cache
 from lm_envs.model.tokens import left_pad
 from tests import tiny
@@ -35,17 +35,16 @@ def alone(model, tokens):
 def test_law_4_padding_changes_no_logprob(family):
     model = build(family)
     prompt, response = torch.tensor([1, 2]), torch.tensor([3, 4, 5, 6, 7, EOS])
-    plain, _ = response_logits(model, prompt[None], response[None])
+    plain = response_forward(model, prompt[None], response[None]).logits()
     for t in range(6):  # and they are those of the model itself
         close(family, plain[0, t], alone(model, [1, 2, *response[:t].tolist()]))
-    padded, states = response_logits(
+    padded = response_forward(
         model,
         torch.tensor([[-1, -1, -1, 1, 2], [5, 6, 7, 8, 9]]),
         torch.tensor([[3, 4, 5, 6, 7, EOS, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1]]),
-        hidden=True,
     )
-    close(family, padded[0, :6], plain[0])
-    assert states.shape[:2] == (2, 8) and plain[0].std(dim=0).min() > 1e-4
+    close(family, padded.logits()[0, :6], plain[0])
+    assert padded.hidden.shape[:2] == (2, 8) and plain[0].std(dim=0).min() > 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +105,7 @@ def test_bulk_is_row_by_row_and_its_logprob_the_models(family):
         single, _ = generate(model, prompts[row : row + 1], uniforms[row : row + 1], early, **limits)
         assert single[0].tolist() == response[row].tolist()
     close(family, response_logprob(model, prompts, response, early, min_new_tokens=2, batch_size=5), logprob)
-    _, states = response_logits(model, prompts, response, hidden=True)
+    states = response_forward(model, prompts, response).hidden
     lengths = (response >= 0).sum(dim=1).tolist()
     assert len(hidden) == sum(lengths) and min(lengths) < 8
     for (row, t), state in hidden.items():
