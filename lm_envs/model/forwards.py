@@ -76,9 +76,11 @@ def response_forward(
 
 
 def _excluded(logits: Tensor, exclude: Exclude | None) -> Tensor:
-    if exclude is not None:  # gradients may flow through them all the same: that of a token of probability 0 is 0
-        flat = logits.detach().flatten(0, 1)
-        exclude(flat, torch.arange(len(flat), device=flat.device))
+    if exclude is None:
+        return logits
+    logits = logits.contiguous()
+    flat = logits.detach().view(-1, logits.shape[-1])  # gradients may flow all the same: that of probability 0 is 0
+    exclude(flat, torch.arange(len(flat), device=flat.device))
     return logits
 
 

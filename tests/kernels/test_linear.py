@@ -10,7 +10,7 @@ import torch
 
 from lm_envs.kernels import linear_logprob_kl as module
 from lm_envs.kernels.linear_logprob_kl import linear_logprob_kl, linear_loss
-from lm_envs.kernels.logprob_kl import LogprobKL
+from lm_envs.kernels.logprob_kl import LogprobKL, logprob_kl
 from tests.house import CHECKOUT, python
 from tests.kernels.cases import triton_on_cpu, triton_on_gpu
 
@@ -116,6 +116,54 @@ def test_chunks_do_not_matter(dtype):
 
 
 @pytest.mark.parametrize("two", [True, False])
+@pytest.mark.parametrize("way", ["torch", "chunks"])
+def test_bias_and_excluded_tokens(way, two):
+    """Those of logits with the bias added and the tokens at -inf, and gradients of all three inputs."""
+    hidden, weight, ref_hidden, ref_weight, ids, weights = heads(13, 4, 19, torch.float64)
+    if not two:
+        ref_hidden = ref_weight = None
+    bias = torch.linspace(-2, 2, 19, dtype=torch.float64)
+    mask = torch.arange(13) != 5
+    ids[ids == 3] = 4
+
+    def exclude(logits, rows):  # token 3 in the rows that are even among all
+        logits[:, 3].masked_fill_(rows % 2 == 0, -math.inf)
+
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    z = leaves[0] @ leaves[1].t() + leaves[2]
+    r = ref_hidden @ ref_weight.t() if two else None
+    for logits in (z.detach(), r) if two else (z.detach(),):
+        exclude(logits, torch.arange(13))
+    known = logprob_kl(z, r, ids, mask=mask, temperature=0.7)
+    options = dict(bias=leaves[2], exclude=exclude, mask=mask, temperature=0.7)
+    found = linear_logprob_kl(*leaves[:2], ref_hidden, ref_weight, ids, implementation=way, chunk_rows=4, **options)
+    sums = [sum((a * x).sum() for a, x in zip(weights, got, strict=True) if x is not None) for got in (known, found)]
+
+    def loss(got, rows):
+        return sum((a[rows] * x).sum() for a, x in zip(weights, got, strict=True) if x is not None)
+
+    sums.append(linear_loss(*leaves[:2], ref_hidden, ref_weight, ids, loss, chunk_rows=4, **options))
+    first, *others = [[x, *torch.autograd.grad(x, leaves)] for x in sums]
+    for other in others:
+        for a, b in zip(other, first, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="takes neither bias nor exclude"):
+        linear_logprob_kl(*leaves[:2], None, None, ids, bias=bias, implementation="tiled")
+
+
+def test_chunks_of_a_bfloat16_head_add_up_in_float32():
+    """1,024 equal shares: a bfloat16 sum would stop growing at 256 of them."""
+    rows = 1024
+    hidden, ids = torch.ones(rows, 2, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64)
+    weight = torch.tensor([[0.5, -0.25], [0.0, 0.25]], dtype=torch.bfloat16).requires_grad_()
+    bias = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    found = linear_logprob_kl(hidden, weight, None, None, ids, bias=bias, chunk_rows=1).logprob
+    p = torch.softmax(torch.tensor([0.25, 0.25], dtype=torch.float64), 0)[1]
+    for gradient in torch.autograd.grad(found.sum(), (weight, bias)):
+        torch.testing.assert_close(gradient.double().flatten()[0], rows * p, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("two", [True, False])
 def test_only_what_is_asked_for(two, monkeypatch):
     """Frozen heads get no gradient and cost no product; without a KL gradient the reference's logits stay away."""
     hidden, weight, ref_hidden, ref_weight, ids, _ = heads(6, 8, 50, torch.float32)
@@ -194,6 +242,7 @@ H, W, IDS = torch.zeros(2, 4), torch.zeros(9, 4), torch.zeros(2).long()
         ((H, W, None, None, IDS + 9), {}, r"in \[0, 9\)"),
         ((H, W, None, None, IDS), {"mask": IDS}, "mask must be bool"),
         ((H, W, None, None, IDS), {"chunk_rows": 0}, "chunk_rows"),
+        ((H, W, None, None, IDS), {"bias": torch.zeros(8)}, r"bias must be \(V,\)"),
         ((H, W, None, None, IDS), {"implementation": "native"}, "auto, torch, chunks, tiled"),
     ],
 )

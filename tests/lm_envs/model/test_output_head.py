@@ -56,7 +56,9 @@ def both(model, **options):
 
 
 def close(a, b, atol):
-    torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=atol * max(1.0, float(b.detach()[b.isfinite()].abs().max())))
+    torch.testing.assert_close(
+        a, b.to(a.dtype), rtol=0, atol=atol * max(1.0, float(b.detach()[b.isfinite()].abs().max()))
+    )
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *WIDER])
