@@ -1036,13 +1036,6 @@ MUTATIONS = [
         "tests/kernels/test_linear.py::test_chunks_of_a_bfloat16_head_add_up_in_float32",
     ),
     Mutation(
-        "the KL is finite where the reference excludes a token, in C",
-        "kernels/logprob_kl_native.c",
-        ">= LOWEST ? INFINITY : kl",
-        ">= LOWEST ? kl : kl",
-        "tests/kernels/test_implementations.py",
-    ),
-    Mutation(
         "the KL is finite where the reference excludes a token, in chunks",
         "kernels/logprob_kl_chunked.py",
         "torch.sub(d, e.masked_fill(w == 0, 0.0), out=difference)",
