@@ -43,9 +43,8 @@ class Overoptimise:
 
     def run(self, console: Console) -> None:
         """Carry it out."""
-        from lm_envs.benchmarks.report.overoptimization import overoptimise
+        from lm_envs.benchmarks.report.overoptimization import Settings, overoptimise
         from lm_envs.benchmarks.run.names import trainable
-        from lm_envs.benchmarks.run.overoptimization import Settings
 
         if self.algorithm not in trainable():
             raise UserError(f"no algorithm {self.algorithm!r}: {near(self.algorithm, trainable())}")

@@ -22,6 +22,7 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import RespondingPolicy, rollout
 from lm_envs.env.vector import TextVectorEnv
+from lm_envs.model.decoding import greedy
 from lm_envs.reward.base import call_reward, leaves
 from lm_envs.reward.metrics import TextMetric
 from lm_envs.tasks.base import TextTask
@@ -32,6 +33,7 @@ from lm_envs.trajectories import Trajectories
 _POLICY_SEED = 1 << 40
 _REFERENCE_SEED = 1 << 41
 _ROWS_AT_ONCE = 1024
+GREEDY = ("corpus_greedy", "corpus_gain", "corpus_gain_se")
 
 
 class EachPrompt(TextMDP):
@@ -118,14 +120,7 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
     traj = Trajectories.concatenate(parts)
     assert traj.prompt is not None and traj.response is not None and traj.score is not None
     assert traj.logprob is not None and traj.ref_logprob is not None
-    prompt, response = traj.prompt.numpy(), traj.response.numpy()
-    texts = mdp.texts(prompt, response)
-    ids = [row[row >= 0].tolist() for row in response]
-    reasons = mdp.finish_reasons(response)
-    gold, columns = np.full(total, np.nan), mdp.columns(prompt)
-    if mdp.task.judge is not None:
-        gold = call_reward(mdp.task.judge, *texts, ids, reasons, **columns)
-        gold = gold.sum(axis=1) if gold.ndim == 2 else gold
+    texts, ids, reasons, columns, gold = judged(mdp, traj.prompt.numpy(), traj.response.numpy())
     scorers = [] if mdp.task.corpus_metric is not None else [mdp.task.judge, mdp.task.reward]
     return Sampled(
         prompt=texts[0],
@@ -139,6 +134,21 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
         seconds=seconds,
         corpus=corpus_score(scorers, texts[1], columns),
     )
+
+
+def judged(mdp: TextMDP, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> tuple[Any, ...]:
+    """Prompts and completions as texts, response ids, finish reasons, the task's columns, and the judge's scores
+    ``(B,)``, NaN where the task has no judge.
+
+    Args:
+        prompt, response: ``(B, P)`` and ``(B, T)``, padded with -1.
+    """
+    texts, reasons, columns = mdp.texts(prompt, response), mdp.finish_reasons(response), mdp.columns(prompt)
+    ids = [row[row >= 0].tolist() for row in response]
+    gold = np.full(len(response), np.nan)
+    if mdp.task.judge is not None:
+        gold = call_reward(mdp.task.judge, *texts, ids, reasons, **columns)
+    return texts, ids, reasons, columns, gold.sum(axis=1) if gold.ndim == 2 else gold
 
 
 def corpus_score(rewards: Sequence[Any], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> float:
@@ -225,6 +235,46 @@ def distinct_2(tokens: list[list[int]]) -> float:
 def positive_rate(scores: NDArray[np.float64], threshold: float | None) -> float:
     """Share of scores above a threshold, which a task may have for its reward or its judge; NaN where it has none."""
     return math.nan if threshold is None else float((scores > threshold).mean())
+
+
+def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, Any]:
+    """The task's corpus metric of the policy's greedy responses, and the gain over the reference's with its standard
+    error.
+
+    Nothing where the task has no such metric; NaN for a policy that is no language model (best-of-n).
+
+    Args:
+        mdp: with the prompts of the split.
+        policy: what is measured.
+        count: the first so many prompts; None: all.
+    """
+    metric = mdp.task.corpus_metric
+    if metric is None:
+        return {}
+    if not isinstance(policy, LMPolicy) or policy.condition is not None:
+        return dict.fromkeys(GREEDY, math.nan)
+    rows = list(mdp.prompts if count is None else mdp.prompts[:count])
+
+    def answers(model: Any) -> list[str]:
+        found = greedy(
+            model, rows, mdp.eos_token_ids, max_new_tokens=mdp.max_new_tokens, min_new_tokens=mdp.min_new_tokens
+        )
+        return mdp.codec.decode(rows, found)[1]
+
+    references = mdp.task.columns_of(rows)[metric.column]
+    theirs = answers(mdp.reference)
+    if policy.model is mdp.reference:
+        return {"corpus_greedy": metric.corpus(theirs, references), "corpus_gain": 0.0, "corpus_gain_se": 0.0}
+    ours = answers(policy.model)
+    prompts, _ = mdp.codec.decode(rows, [[]] * len(rows))
+    texts = list(zip(prompts, theirs, ours, strict=True))
+    gain, error = metric.gain(ours, theirs, references)
+    return {
+        "corpus_greedy": metric.corpus(ours, references),
+        "corpus_gain": gain,
+        "corpus_gain_se": error,
+        "greedy": [dict(zip(("prompt", "sft", "response"), row, strict=True)) for row in texts[:8]],
+    }
 
 
 def summarise(

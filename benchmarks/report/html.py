@@ -140,9 +140,9 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _dot(series: Series, colour: str) -> str:
+def _dot(series: Series, color: str) -> str:
     hollow = " hollow" if series.bandit else ""
-    return f'<span class="dot{hollow}" style="background:{colour};color:{colour}"></span>'
+    return f'<span class="dot{hollow}" style="background:{color};color:{color}"></span>'
 
 
 def _table(series: list[Series], lines: Sequence[Line], style: Style) -> str:

@@ -1,5 +1,5 @@
-"""The figures of a report: win-rates, the reward-KL frontier and learning curves. Direct labels, one colour per
-algorithm throughout.
+"""The figures of a report: win-rates, the reward-KL frontier and learning curves. Curves are labeled directly, and an
+algorithm has one color throughout.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from lm_envs.benchmarks.report.series import Series, styles
+from lm_envs.benchmarks.run.names import folder_name
 from lm_envs.benchmarks.run.results import number, table
 
 STYLE = {
@@ -48,10 +49,10 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
         figure = Figure(figsize=(8, 0.9 + 0.42 * len(lines)), layout="constrained")
         ax = figure.subplots()
         for place, (s, line) in enumerate(reversed(lines)):
-            colour, marker = style[s.algorithm]
+            color, marker = style[s.algorithm]
             rate, error = 100 * line.mean["win_rate"], 200 * line.spread["win_rate"]
-            ax.errorbar(rate, place, xerr=error, color=colour, capsize=4, linewidth=2)
-            ax.plot(rate, place, marker, color=colour, markersize=9, markerfacecolor=_fill(s, colour))
+            ax.errorbar(rate, place, xerr=error, color=color, capsize=4, linewidth=2)
+            ax.plot(rate, place, marker, color=color, markersize=9, markerfacecolor=_fill(s, color))
             ax.annotate(f"{rate:.0f} %", (rate, place), (0, 9), textcoords="offset points", ha="center", fontsize=10)
         ax.axvline(50, color="#888888", linestyle="--", linewidth=1)
         ax.set_yticks(range(len(lines)), [s.label for s, _ in reversed(lines)])
@@ -63,7 +64,7 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
 
 
 def frontier(series: Sequence[Series], style: Style) -> Figure:
-    """Gold and proxy against KL: paths of training on validation prompts, and the end on test prompts."""
+    """Gold and proxy against KL: the path of training on validation prompts, and the result on test prompts."""
     names = [n for n in ("gold", "proxy") if not all(np.isnan(s.mean(n)) for s in series)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6 * len(names), 4.8), layout="constrained")
@@ -72,21 +73,21 @@ def frontier(series: Sequence[Series], style: Style) -> Figure:
         for ax, name in zip(panels, names, strict=True):
             points = []
             for s in series:
-                colour, marker = style[s.algorithm]
+                color, marker = style[s.algorithm]
                 for (_, kl), (_, value) in zip(s.curve("kl"), s.curve(name), strict=True):
-                    ax.plot(kl, value, _dash(s), color=colour, alpha=0.45, linewidth=1.2)
+                    ax.plot(kl, value, _dash(s), color=color, alpha=0.45, linewidth=1.2)
                 for result in s.results:
-                    ax.plot(number(result["kl"]), number(result[name]), marker, color=colour, alpha=0.5, markersize=4)
-                at = s.mean("kl"), s.mean(name)
-                ax.plot(*at, marker, color=colour, markersize=10, markerfacecolor=_fill(s, colour), zorder=5)
-                if s.results[0].get("kl_is_bound"):
-                    arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
-                    ax.annotate("", at, (-24, 0), textcoords="offset points", arrowprops={**arrow, "arrowstyle": "<-"})
-                points.append(Label(at, s.label, colour, bool(s.results[0].get("kl_is_bound"))))
+                    ax.plot(number(result["kl"]), number(result[name]), marker, color=color, alpha=0.5, markersize=4)
+                at, bound = (s.mean("kl"), s.mean(name)), bool(s.results[0].get("kl_is_bound"))
+                ax.plot(*at, marker, color=color, markersize=10, markerfacecolor=_fill(s, color), zorder=5)
+                if bound:
+                    arrow = {"arrowstyle": "<-", "color": color, "linewidth": 1.6}
+                    ax.annotate("", at, (-24, 0), textcoords="offset points", arrowprops=arrow)
+                points.append(Label(at, s.label, color, bound))
             points += _draw_optimum(ax, series)
             ax.set_title({"gold": "Gold (the judge)", "proxy": "Proxy (the reward that trains)"}[name])
             # Scores rise like the square root of KL (Gao et al. 2022, arXiv:2210.10760), so that is the scale.
-            ax.set_xscale("function", functions=(_root, _square))
+            ax.set_xscale("function", functions=(root, _square))
             largest = max(line.get_xdata(orig=False).max() for line in ax.lines)
             ax.set_xticks(_ticks(largest))
             ax.xaxis.set_major_formatter("{x:g}")
@@ -119,28 +120,36 @@ def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:
     if not names:
         return None
     titles = {"gold": "Gold", "proxy": "Proxy", "kl": "KL from SFT, nats", "return": "Return"}
+    x_name, x_label = _progress(trained)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.7 * len(names), 4.2), layout="constrained")
         for ax, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
             ends = []
-            for s in trained:
-                colour, _ = style[s.algorithm]
-                curves = s.curve(name)
+            for s in series:
+                color, curves = style[s.algorithm][0], s.curve(name, x_name)
                 for x, y in curves:
-                    ax.plot(x / 1000, y, _dash(s), color=colour, alpha=0.25, linewidth=1)
+                    ax.plot(x / 1000, y, _dash(s), color=color, alpha=0.25, linewidth=1)
                 shared = [curve for curve in curves if len(curve[0]) == len(curves[0][0])]
                 if shared:
-                    x, y = np.mean([c[0] for c in shared], axis=0) / 1000, np.mean([c[1] for c in shared], axis=0)
-                    ax.plot(x, y, _dash(s), color=colour, linewidth=2.2)
-                    ends.append((float(x[-1]), float(y[-1]), s.label, colour))
-            for s in series:
-                if s not in trained and name in ("gold", "proxy") and not np.isnan(s.mean(name)):
-                    ax.axhline(s.mean(name), color=style[s.algorithm][0], linestyle=":", linewidth=1.6)
-                    ends.append((float("nan"), s.mean(name), s.label, style[s.algorithm][0]))
+                    x, y = np.mean(shared, axis=0)
+                    ax.plot(x / 1000, y, _dash(s), color=color, linewidth=2.2)
+                    ends.append((float(y[-1]), s.label, color))
+                elif s not in trained and name in ("gold", "proxy") and not np.isnan(s.mean(name)):
+                    ax.axhline(s.mean(name), color=color, linestyle=":", linewidth=1.6)
+                    ends.append((s.mean(name), s.label, color))
             ax.set_title(titles[name])
-            ax.set_xlabel("tokens sampled in training, thousands")
+            ax.set_xlabel(x_label)
             _label_ends(ax, ends)
     return figure
+
+
+def _progress(trained: Sequence[Series]) -> tuple[str, str]:
+    """What learning curves are drawn against: sampled tokens, or trained tokens where a method samples none."""
+    ends = [x[-1] for s in trained for name in ("proxy", "return") for x, _ in s.curve(name)]
+    known = all(s.curve(name, "trained_tokens") for s in trained for name in ("proxy", "return") if s.curve(name))
+    if known and not all(ends):
+        return "trained_tokens", "response tokens trained on, in all passes, thousands"
+    return "tokens", "tokens sampled in training, thousands"
 
 
 _TICKS = (0, 0.2, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -151,7 +160,7 @@ class Label(NamedTuple):
 
     at: tuple[float, float]
     text: str
-    colour: str
+    color: str
     arrow: bool
 
 
@@ -164,8 +173,8 @@ def _ticks(largest: float) -> list[float]:
     return kept
 
 
-def _root(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """An estimate of a KL near 0 may be negative."""
+def root(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the square root with the sign of x: a KL that is estimated from samples may be negative."""
     return np.sign(x) * np.sqrt(np.abs(x))
 
 
@@ -173,41 +182,41 @@ def _square(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.sign(x) * np.square(x)
 
 
-def _fill(s: Series, colour: str) -> str:
-    return "white" if s.bandit else colour
+def _fill(s: Series, color: str) -> str:
+    return "white" if s.bandit else color
 
 
 def _dash(s: Series) -> str:
     return "--" if s.bandit else "-"
 
 
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names to the right of the axes, at the height of their curves' ends, moved apart where they would overlap."""
-    if not ends:
-        return
+    order = sorted(ends)
     low, high = ax.get_ylim()
-    order = sorted(ends, key=lambda end: end[1])
     gap = 0.062 * (high - low)
-    places = np.array([end[1] for end in order])
+    places = np.array([y for y, _, _ in order])
     for _ in range(200):
         for i in range(1, len(places)):
-            overlap = gap - (places[i] - places[i - 1])
-            if overlap > 1e-9:
-                places[i - 1] -= overlap / 2
-                places[i] += overlap / 2
-    for (_, y, label, colour), place in zip(order, places, strict=True):
+            overlap = max(0.0, gap - (places[i] - places[i - 1]))
+            places[i - 1 : i + 1] += -overlap / 2, overlap / 2
+    for (y, label, color), place in zip(order, places, strict=True):
         ax.annotate(
             label,
             (1.0, y),
             (1.05, place),
             xycoords=ax.get_yaxis_transform(),
             textcoords=ax.get_yaxis_transform(),
-            color=colour,
+            color=color,
             fontsize=9.5,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
             annotation_clip=False,
         )
+
+
+_AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+_SIDES = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
 
 
 def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
@@ -219,42 +228,37 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
         for (x, y), point in zip(pixels, points, strict=True)
     ]
     strokes = np.concatenate([_along(ax.transData.transform(line.get_xydata())) for line in ax.lines])
-    frame = ax.get_window_extent(renderer)
-    for (at, text, colour, _), own, here in zip(points, list(taken), pixels, strict=True):
-        found: list[tuple[float, Annotation, Bbox]] = []
-        for distance, (dx, dy) in itertools.product((10, 20, 34, 50, 70), _AROUND):
-            made = ax.annotate(
-                text,
-                at,
-                (dx * distance, dy * distance),
-                textcoords="offset points",
-                color=colour,
-                fontsize=9.5,
-                ha={-1: "right", 0: "center", 1: "left"}[int(np.sign(dx))],
-                va={-1: "top", 0: "center", 1: "bottom"}[int(np.sign(dy))],
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if distance > 10 else None,
-                path_effects=[withStroke(linewidth=2.5, foreground="white")],
-                zorder=6,
-            )
-            made.update_positions(renderer)
-            box = Text.get_window_extent(made, renderer).padded(3)  # of the words, without the line to the point
-            crossed = _within(strokes, box)
+    frame, font = ax.get_window_extent(renderer), FontProperties(size=9.5)
+    for point, own, here in zip(points, list(taken), pixels, strict=True):
+        size = np.array(renderer.get_text_width_height_descent(point.text, font, False)[:2])
+
+        def box_at(distance: float, way: tuple[float, float], here: Any = here, size: Any = size) -> Bbox:
+            corner = here + renderer.points_to_pixels(distance) * np.array(way) - size * (1 - np.sign(way)) / 2
+            return Bbox.from_bounds(*corner, *size).padded(3)
+
+        def cost(place: tuple[float, tuple[float, float]], here: Any = here, own: Bbox = own) -> float:
+            box = box_at(*place)
             leader = _along(np.array([here, np.clip(here, box.min, box.max)]))
             covered = sum(_within(leader, other) for other in taken if other is not own)
             outside = box.width * box.height - _overlap(box, frame)
-            cost = (
-                5 * sum(_overlap(box, other) for other in taken)
-                + 10 * outside
-                + 8 * crossed
-                + 15 * covered
-                + 3 * distance
-            )
-            found.append((float(cost), made, box))
-        best = min(found, key=lambda candidate: candidate[0])
-        for candidate in found:
-            if candidate is not best:
-                candidate[1].remove()
-        taken.append(best[2])
+            overlap = sum(_overlap(box, other) for other in taken)
+            return 5 * overlap + 10 * outside + 8 * _within(strokes, box) + 15 * covered + 3 * place[0]
+
+        distance, way = min(itertools.product((10, 20, 34, 50, 70), _AROUND), key=cost)
+        taken.append(box_at(distance, way))
+        ax.annotate(
+            point.text,
+            point.at,
+            (way[0] * distance, way[1] * distance),
+            textcoords="offset points",
+            color=point.color,
+            fontsize=9.5,
+            ha=_SIDES[int(np.sign(way[0]))][0],
+            va=_SIDES[int(np.sign(way[1]))][1],
+            arrowprops={"arrowstyle": "-", "color": point.color, "linewidth": 0.6} if distance > 10 else None,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            zorder=6,
+        )
 
 
 def _along(path: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -270,13 +274,9 @@ def _within(points: NDArray[np.float64], box: Bbox) -> int:
     return int(((points > box.min) & (points < box.max)).all(axis=1).sum())
 
 
-_AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
-
-
 def _overlap(a: Bbox, b: Bbox) -> float:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(width, 0.0) * max(height, 0.0)
+    both = Bbox.intersection(a, b)
+    return 0.0 if both is None else both.width * both.height
 
 
 def figures(series: list[Series]) -> dict[tuple[str, str], Figure]:
@@ -309,6 +309,4 @@ def as_png(figure: Figure) -> bytes:
 
 def png_path(out: Path, task: str, kind: str) -> Path:
     """Where a figure lies beside the report."""
-    from lm_envs.benchmarks.run.names import folder_name
-
     return out / "plots" / f"{folder_name(task)}-{kind}.png"

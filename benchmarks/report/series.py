@@ -16,9 +16,9 @@ from lm_envs.benchmarks.run.names import base_task, best_of, folder_name
 from lm_envs.benchmarks.run.results import COLUMNS, number
 from lm_envs.benchmarks.run.storage import Records, read_json
 
-# Okabe and Ito's colours, which people with any kind of colour vision can tell apart; yellow is left out, it vanishes
+# Okabe and Ito's colors, which people with any kind of color vision can tell apart; yellow is left out, it vanishes
 # on white.
-_COLOURS = {
+_COLORS = {
     "sft": "#5b5b5b",
     "best-of-n": "#E69F00",
     "expert-iteration": "#009E73",
@@ -114,14 +114,14 @@ def gather(out: Path, rows: list[dict[str, Any]]) -> list[Series]:
 
 
 def styles(series: list[Series]) -> dict[str, tuple[str, str]]:
-    """Colour and marker by algorithm, the same in every figure of a report."""
+    """Color and marker by algorithm, the same in every figure of a report."""
     found: dict[str, tuple[str, str]] = {}
     spare = itertools.cycle(_MORE)
     for algorithm in dict.fromkeys(s.algorithm for s in series):
         kind = "best-of-n" if best_of(algorithm) is not None else algorithm
-        taken = {colour for colour, _ in found.values()}
-        if kind in _COLOURS and _COLOURS[kind] not in taken:
-            found[algorithm] = _COLOURS[kind], _MARKERS[kind]
+        taken = {color for color, _ in found.values()}
+        if kind in _COLORS and _COLORS[kind] not in taken:
+            found[algorithm] = _COLORS[kind], _MARKERS[kind]
         else:
             found[algorithm] = next(spare)
     return found

@@ -21,7 +21,7 @@ from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
 from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.progress import Display, display
-from lm_envs.benchmarks.run.results import collect_results, in_order, write_csv
+from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.storage import held_files, read_json, write_json
 from lm_envs.benchmarks.run.suites import RunSpec, Suite
 from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
@@ -200,10 +200,8 @@ def _merged(out: Path, suite: Suite) -> dict[str, Any]:
 
 def write_results(out: Path) -> list[dict[str, Any]]:
     """Collect the finished runs of a folder into ``results.csv``, in the suite's order."""
-    rows = collect_results(out)
-    if (out / COMPARISON).exists():
-        held = read_json(out / COMPARISON)
-        rows = in_order(rows, [task["name"] for task in held["tasks"]], held["algorithms"])
+    held = read_json(out / COMPARISON) if (out / COMPARISON).exists() else {"tasks": [], "algorithms": []}
+    rows = collect_results(out, [task["name"] for task in held["tasks"]], held["algorithms"])
     write_csv(rows, out / "results.csv")
     return rows
 

@@ -20,7 +20,7 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.measure import exact, greedy, samples
+from lm_envs.benchmarks.measure import exact, samples
 from lm_envs.benchmarks.run.names import base_task, best_of, is_control, load_task
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.suites import RunSpec
@@ -178,7 +178,7 @@ class TextProblem:
         reference = samples.sample_reference(env, self._reference, count)
         found = samples.sample_policy(env, self.policy, count, self.spec.seed)
         measured = samples.summarise(found, reference, self.policy, self.task.stats)
-        measured |= greedy.measure(env.mdp, self.policy, count)
+        measured |= samples.measure_greedy(env.mdp, self.policy, count)
         if self.exact is not None:
             measured |= exact.result(self.exact, self.policy) | self._gradient()
         return measured | {"kl_coef": self.kl_coef}, found.records()

@@ -13,34 +13,22 @@ from typing import Any
 import numpy as np
 
 from lm_envs.algos.engine import cost
-from lm_envs.benchmarks.measure import greedy
+from lm_envs.benchmarks.measure.samples import GREEDY, standard_error
 from lm_envs.benchmarks.run.names import is_control
 from lm_envs.benchmarks.run.storage import read_json
 from lm_envs.data.splits import ENOUGH_PROMPTS
 from lm_envs.files import write_atomic
 
 COLUMNS = (
-    "task",
-    "algorithm",
-    "seed",
-    "win_rate",
-    "win_rate_se",
-    "gold",
-    "proxy",
-    "kl",
-    "length",
-    "distinct_2",
-    "tokens_generated",
-    "reward_calls",
-    "wall_s",
+    *("task", "algorithm", "seed", "win_rate", "win_rate_se", "gold", "proxy", "kl", "length", "distinct_2"),
+    *("tokens_generated", "reward_calls", "wall_s"),
 )
-EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
 COSTS = tuple(name for name in cost.COLUMNS if name not in COLUMNS)
+EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
 # In results.csv where something is known. The corpus score is of sampled responses, the next three of the likeliest.
-KNOWN_AT_TIMES = (*COSTS, "corpus", *greedy.COLUMNS, *EXACT, "kl_coef")
+KNOWN_AT_TIMES = (*COSTS, "corpus", *GREEDY, *EXACT, "kl_coef")
 EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: of judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
-
 
 ENOUGH_SEEDS = 3
 
@@ -50,31 +38,29 @@ def number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def collect_results(out: Path) -> list[dict[str, Any]]:
-    """The results of all finished runs in a folder, by task and algorithm in the order they were finished, then by
-    seed.
+def collect_results(out: Path, tasks: Sequence[str] = (), algorithms: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The results of all finished runs in a folder, by task, algorithm and seed: in the order of these names, then in
+    the order in which they were finished.
     """
-    paths = sorted(out.glob("*/*/seed-*/result.json"), key=lambda path: path.stat().st_mtime_ns)
-    rows = [read_json(path) for path in paths]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
-    return sorted(rows, key=lambda r: (tasks.index(r["task"]), algorithms.index(r["algorithm"]), r["seed"]))
-
-
-def in_order(rows: list[dict[str, Any]], tasks: Sequence[str], algorithms: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows in the order of the suite's names; names that it does not have come last."""
-
-    def place(names: Sequence[str], name: str) -> int:
-        return names.index(name) if name in names else len(names)
-
-    return sorted(rows, key=lambda r: (place(tasks, r["task"]), place(algorithms, r["algorithm"]), r["seed"]))
+    rows = [read_json(path) for path in sorted(out.glob("*/*/seed-*/result.json"), key=lambda p: p.stat().st_mtime_ns)]
+    places = [
+        {name: place for place, name in enumerate(dict.fromkeys([*names, *(row[key] for row in rows)]))}
+        for key, names in (("task", tasks), ("algorithm", algorithms))
+    ]
+    return sorted(rows, key=lambda row: (places[0][row["task"]], places[1][row["algorithm"]], row["seed"]))
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """``results.csv``, replaced as a whole; a number that is not known is an empty cell.
+    """Write ``results.csv`` as a whole; a number that is not known is an empty cell.
 
-    It has the columns :data:`COLUMNS`, and behind them those of :data:`KNOWN_AT_TIMES` that are known of a run.
+    It has the columns :data:`COLUMNS`, then those of :data:`KNOWN_AT_TIMES` that are known for some run.
     """
+
+    def written(value: Any) -> Any:
+        if isinstance(value, float):
+            return "" if math.isnan(value) else f"{value:.6g}"
+        return "" if value is None else value
+
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     known = [name for name in KNOWN_AT_TIMES if any(not math.isnan(number(row.get(name))) for row in rows)]
@@ -82,9 +68,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         known = [name for name in known if name != "kl_coef"]
     names = (*COLUMNS, *known)
     writer.writerow(names)
-    for row in rows:
-        values = [row.get(name) if name in KNOWN_AT_TIMES else row[name] for name in names]
-        writer.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else _cell(v) for v in values])
+    writer.writerows([written(row[name] if name in COLUMNS else row.get(name)) for name in names] for row in rows)
     write_atomic(path, text.getvalue())
 
 
@@ -92,10 +76,6 @@ def _differ(coefs: Iterable[tuple[str, float | None]]) -> bool:
     """Whether the methods of a task differ in their KL coefficient; those that have none do not count."""
     known = {pair for pair in coefs if not math.isnan(number(pair[1]))}
     return len(known) > len({task for task, _ in known})
-
-
-def _cell(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)
@@ -129,11 +109,10 @@ def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
 
 def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
     mean, spread = {}, {}
-    for name in NUMBERS:
+    for name in ("win_rate", *NUMBERS):
         values = np.array([number(row.get(name) if name in EXTRA else row[name]) for row in rows])
         mean[name] = float(values.mean())
         spread[name] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    mean["win_rate"] = float(np.mean([number(row["win_rate"]) for row in rows]))
     spread["win_rate"] = _win_rate_se(rows)
     bound = any(row.get("kl_is_bound", False) for row in rows)
     seeds = tuple(row["seed"] for row in rows)
@@ -142,96 +121,63 @@ def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
 
 def _win_rate_se(rows: list[dict[str, Any]]) -> float:
     outcomes = [[number(w) for w in row.get("wins", [])] for row in rows]
-    if len({len(outcome) for outcome in outcomes}) != 1 or len(outcomes[0]) < 2:
-        return math.nan
-    per_prompt = np.mean(outcomes, axis=0)
-    return float(per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)))
+    same = len({len(outcome) for outcome in outcomes}) == 1
+    return standard_error(np.mean(outcomes, axis=0)) if same else math.nan
 
 
 @dataclass(frozen=True)
 class Column:
-    """How a column of the table is called and written."""
+    """A column of the table: its title, how its numbers are written, and what it means."""
 
     name: str
     title: str
     digits: int
+    meaning: str
     percent: bool = False
     spread: bool = True
-    meaning: str = ""
+
+
+def _aside(name: str, title: str, digits: int, meaning: str, percent: bool = False) -> Column:
+    """A column without a spread, which a narrow terminal does without."""
+    return Column(name, title, digits, meaning, percent, spread=False)
 
 
 SHOWN = (
-    Column(
-        "win_rate",
-        "win-rate %",
-        1,
-        percent=True,
-        meaning="of the gold judge, against SFT on the same test prompts, ties half",
-    ),
-    Column("gold", "gold", 2, meaning="mean score of the judge, which no method trains on"),
-    Column(
-        "gold_positive",
-        "gold + %",
-        1,
-        percent=True,
-        spread=False,
-        meaning="share of texts that the judge calls positive",
-    ),
-    Column("proxy", "proxy", 2, meaning="mean score of the reward that trains"),
-    Column(
-        "proxy_positive",
-        "proxy + %",
-        1,
-        percent=True,
-        spread=False,
-        meaning="share that the reward model calls positive",
-    ),
-    Column("corpus", "corpus", 1, meaning="score of all responses together by the task's text metric (BLEU, ...)"),
-    Column("corpus_greedy", "greedy", 2, meaning="the same of the likeliest responses"),
-    Column("corpus_gain", "over SFT", 2, meaning="how much higher that is than SFT's"),
-    Column("corpus_gain_se", "±", 2, spread=False, meaning="standard error over prompts of that, paired bootstrap"),
-    Column("kl", "KL", 1, meaning="nats per sequence from SFT"),
-    Column("kl_coef", "β", 3, spread=False, meaning="KL coefficient that training starts with"),
-    Column("regret", "regret", 4, meaning="(J* - J) / (J* - J of SFT), exact: 0 is the optimum, 1 is SFT"),
-    Column("frontier_gap", "frontier gap", 3, meaning="score below the most possible at the same KL, exact"),
+    Column("win_rate", "win-rate %", 1, "of the gold judge, against SFT on the same test prompts, ties half", True),
+    Column("gold", "gold", 2, "mean score of the judge, which no method trains on"),
+    _aside("gold_positive", "gold + %", 1, "share of texts that the judge calls positive", percent=True),
+    Column("proxy", "proxy", 2, "mean score of the reward that trains"),
+    _aside("proxy_positive", "proxy + %", 1, "share that the reward model calls positive", percent=True),
+    Column("corpus", "corpus", 1, "score of all responses together by the task's text metric (BLEU, ...)"),
+    Column("corpus_greedy", "greedy", 2, "the same of the likeliest responses"),
+    Column("corpus_gain", "over SFT", 2, "how much higher that is than SFT's"),
+    _aside("corpus_gain_se", "±", 2, "standard error over prompts of that, paired bootstrap"),
+    Column("kl", "KL", 1, "nats per sequence from SFT"),
+    _aside("kl_coef", "β", 3, "KL coefficient that training starts with"),
+    Column("regret", "regret", 4, "(J* - J) / (J* - J of SFT), exact: 0 is the optimum, 1 is SFT"),
+    Column("frontier_gap", "frontier gap", 3, "score below the most possible at the same KL, exact"),
     Column(
         "gradient_cosine",
         "gradient cosine",
         3,
-        meaning="of the algorithm's mean first step, half-way to the optimum, with the exact policy gradient: 1 has no "
+        "of the algorithm's mean first step, half-way to the optimum, with the exact policy gradient: 1 has no "
         "bias; estimated from 65,536 episodes in batches of the algorithm's size",
     ),
-    Column("length", "length", 1, spread=False, meaning="tokens per response"),
-    Column("distinct_2", "distinct-2", 2, spread=False, meaning="share of different token pairs over all responses"),
-    Column("tokens_generated", "tokens", 0, spread=False, meaning="sampled, in training and for the test responses"),
-    Column("reward_calls", "reward calls", 0, spread=False, meaning="in training, and at inference by best-of-n"),
-    Column("wall_s", "seconds", 0, spread=False, meaning="of training and of sampling the test responses"),
-    Column(
-        "comparisons",
-        "comparisons",
-        0,
-        spread=False,
-        meaning="pairs that annotators chose between, for the method itself or for the reward model that it uses",
-    ),
-    Column("given_tokens", "given tokens", 0, spread=False, meaning="of compared responses that were there before"),
-    Column("episodes", "episodes", 0, spread=False, meaning="responses sampled, in training and for the test"),
-    Column(
-        "trained_tokens",
-        "trained tokens",
-        0,
-        spread=False,
-        meaning="response tokens with a gradient, as often as they were passed over",
-    ),
+    _aside("length", "length", 1, "tokens per response"),
+    _aside("distinct_2", "distinct-2", 2, "share of different token pairs over all responses"),
+    _aside("tokens_generated", "tokens", 0, "sampled, in training and for the test responses"),
+    _aside("reward_calls", "reward calls", 0, "in training, and at inference by best-of-n"),
+    _aside("wall_s", "seconds", 0, "of training and of sampling the test responses"),
+    _aside("comparisons", "comparisons", 0, "pairs that annotators judged, for the method or for its reward model"),
+    _aside("given_tokens", "given tokens", 0, "of compared responses that were there before the run"),
+    _aside("episodes", "episodes", 0, "responses sampled, in training and for the test"),
+    _aside("trained_tokens", "trained tokens", 0, "response tokens with a gradient, counted in each pass over them"),
 )
 
 
 def plain(value: float, digits: int) -> str:
     """``1,234.50``, and never a negative zero."""
     return f"{round(value, digits) + 0.0:,.{digits}f}"
-
-
-_WIDE = 125  # characters that all of COLUMNS need
-_EXTRA_WIDE = 12  # one of EXTRA
 
 
 def cell(line: Line, column: Column) -> str:
@@ -249,10 +195,17 @@ def cell(line: Line, column: Column) -> str:
 
 
 def shown(lines: Sequence[Line]) -> list[Column]:
-    """The columns in which something is known; the KL coefficient where it differs between methods."""
-    found = [column for column in SHOWN if not all(math.isnan(line.mean[column.name]) for line in lines)]
-    differ = _differ((line.task, line.mean["kl_coef"]) for line in lines)
-    return [column for column in found if differ or column.name != "kl_coef"]
+    """The columns that say something: known for a line, not 0 in all for given data, and for the KL coefficient not the
+    same for all.
+    """
+
+    def told(column: Column) -> bool:
+        values = [line.mean[column.name] for line in lines if not math.isnan(line.mean[column.name])]
+        if column.name == "kl_coef":
+            return _differ((line.task, line.mean["kl_coef"]) for line in lines)
+        return any(values) if column.name in ("comparisons", "given_tokens") else bool(values)
+
+    return [column for column in SHOWN if told(column)]
 
 
 def footnotes(lines: Sequence[Line]) -> list[str]:
@@ -288,26 +241,30 @@ def title(lines: Sequence[Line]) -> str:
 
 
 def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
-    """The table for a terminal of so many characters; a narrow one gets fewer columns."""
+    """The table for a terminal of so many characters; a narrow one gets fewer columns, the last ones first."""
     from rich.markup import escape
     from rich.table import Table
 
-    columns = shown(lines)
-    notes = footnotes(lines)
-    if width < _WIDE + _EXTRA_WIDE * sum(column.name in EXTRA for column in columns):
-        columns = [column for column in columns if column.spread]
+    columns, notes = shown(lines), footnotes(lines)
+    texts = {column: [column.title, *(cell(line, column) for line in lines)] for column in columns}
+    names = [["task", *(line.task for line in lines)], ["algorithm", *(line.algorithm for line in lines)], ["seeds"]]
+    room = width - 1 - sum(3 + max(map(len, column)) for column in (*names, *texts.values()))
+    for column in [column for column in columns if not column.spread][::-1]:
+        if room < 0:
+            room += 3 + max(map(len, texts.pop(column)))
+    if len(texts) < len(columns):
         notes.append("results.csv has more columns.")
     made = Table(header_style="bold", row_styles=["", "dim"], title=title(lines))
     made.title_justify = made.caption_justify = "left"
     made.add_column("task", overflow="fold")
     made.add_column("algorithm", style="bold", overflow="fold")
     made.add_column("seeds", justify="right")
-    for column in columns:
+    for column in texts:
         made.add_column(column.title, justify="right", no_wrap=True)
-    for before, line in zip([None, *lines[:-1]], lines, strict=True):
-        if before is not None and before.task != line.task:
+    for i, line in enumerate(lines):
+        if i and lines[i - 1].task != line.task:
             made.add_section()
-        values = [cell(line, column) for column in columns]
-        made.add_row(escape(line.task), line.algorithm, str(len(line.seeds)), *values)
+        cells = [found[i + 1] for found in texts.values()]
+        made.add_row(escape(line.task), line.algorithm, str(len(line.seeds)), *cells)
     made.caption = "\n".join(notes)
     return made

@@ -183,7 +183,7 @@ def test_a_folder_without_results_is_told(tmp_path):
         write_report(tmp_path, [])
 
 
-def test_colours_are_the_same_in_every_figure_and_never_shared(out):
+def test_colors_are_the_same_in_every_figure_and_never_shared(out):
     series = gather(out, write_results(out))
     style = styles(series)
     assert style == styles(series[::-1])
@@ -195,12 +195,12 @@ def test_colours_are_the_same_in_every_figure_and_never_shared(out):
         assert style["ppo"][0] in drawn
 
 
-def test_unknown_algorithms_get_colours_of_their_own():
+def test_unknown_algorithms_get_colors_of_their_own():
     from lm_envs.benchmarks.report.series import Series
 
     names = ["ppo", "best-of-4", "best-of-16", "mine", "yours"]
     style = styles([Series("t", name, (), ()) for name in names])
-    assert len({colour for colour, _ in style.values()}) == len(names)
+    assert len({color for color, _ in style.values()}) == len(names)
 
 
 def test_labels_do_not_overlap_and_stay_inside(out):

@@ -13,9 +13,8 @@ from lm_envs.algos.policies.adaptation import adapted
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.measure import greedy as greedy_figures
 from lm_envs.benchmarks.measure import samples
-from lm_envs.benchmarks.measure.samples import evaluation_env
+from lm_envs.benchmarks.measure.samples import evaluation_env, measure_greedy
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.decoding import greedy
 from lm_envs.model.kv_cache_cross import rows_of
@@ -200,8 +199,8 @@ def test_reinforce_with_the_references_likelihood_raises_bleu_on_test_prompts(ta
     after = samples.sample_policy(test, policy, None, 0)
     gains = after.proxy - before.proxy
     assert gains.mean() > 2 * samples.standard_error(gains)
-    found = greedy_figures.measure(test.mdp, policy, None)
-    still = greedy_figures.measure(test.mdp, LMPolicy.for_mdp(env.mdp, task.reference), None)
+    found = measure_greedy(test.mdp, policy, None)
+    still = measure_greedy(test.mdp, LMPolicy.for_mdp(env.mdp, task.reference), None)
     assert (
         still["corpus_greedy"] + found["corpus_gain"] == pytest.approx(found["corpus_greedy"])
         and still["corpus_gain"] == 0

@@ -10,8 +10,7 @@ import pytest
 from lm_envs.algos.best_of_n import kl_bound
 from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.report.overoptimization import overoptimise
-from lm_envs.benchmarks.run.overoptimization import FLOOR, Curve, Settings, best_of_subsets, fit
+from lm_envs.benchmarks.report.overoptimization import FLOOR, Curve, Settings, best_of_subsets, fit, overoptimise
 
 TASK = "tests.algos.batches:learned_task"  # words that a count judges, and a learned reward
 SMALL = Settings(
@@ -93,7 +92,7 @@ def test_training_begins_at_the_start_and_leaves_it(drawn):
 
 
 def test_the_command_draws_and_says_what_it_found(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lm_envs.benchmarks.run.overoptimization.Settings", lambda **given: SMALL)
+    monkeypatch.setattr("lm_envs.benchmarks.report.overoptimization.Settings", lambda **given: SMALL)
     cli.main(["overoptimise", "--task", TASK, "--pairs", "30", "300", "--out", str(tmp_path / "o")])
     said = capsys.readouterr().out
     assert "1200 pairs, best-of-n: gold at most" in said and (tmp_path / "o" / "overoptimisation.png").exists()
