@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -29,26 +29,18 @@ from safetensors import SafetensorError
 TEMPORARY = ".tmp-"  # files and folders of this prefix are unfinished and never read
 
 
-def sync_file(file: IO[bytes]) -> None:
-    """Wait until the disk has what was written to an open file."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        sync_file(file)
+def _beside(path: Path) -> Path:
+    """An unfinished name of its own: two writers of one file must not write into the same temporary one."""
+    return path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"[:255]
 
 
 @contextmanager
@@ -59,18 +51,43 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         OSError: the disk is full or cannot be written; it names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two writers of one file must not write into the same temporary one.
-    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"[:255]
+    temporary = _beside(path)
     try:
         with open(temporary, "xb") as file:
             yield file
-            sync_file(file)
+        sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of ``path`` when the block ends, and is dropped if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for written in temporary.rglob("*"):
+            sync(written)
+        sync(temporary)
+        remove(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with what is in it; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -218,44 +235,48 @@ def _locked(entry: Path) -> Iterator[None]:
 
 def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None]) -> None:
     # What killed builds left: we hold the lock, so nobody uses it.
-    for stale in entry.parent.glob(f"{entry.name}.tmp*"):
+    for stale in entry.parent.glob(f"{TEMPORARY}*-{entry.name}"):
         shutil.rmtree(stale, ignore_errors=True)
     if entry.exists():
         _log.warning("the cached %s is damaged: making it again", entry)
-    folder = entry.with_name(f"{entry.name}.tmp{os.getpid()}")
-    folder.mkdir()
-    try:
+    with replacing_folder(entry) as folder:
         build(folder)
         write_manifest(folder, parts)
-        if entry.exists():
-            shutil.rmtree(entry)
-        folder.rename(entry)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_manifest(folder: Path, parts: Mapping[str, Any]) -> None:
-    """Record the size and SHA-256 of every file in a folder, and what they were made from."""
+def write_manifest(folder: Path, parts: Mapping[str, Any], of: Iterable[Path] | None = None) -> None:
+    """Record the size and SHA-256 of every file in a folder, or of some, and what they were made from."""
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*") if of is None else of)
         if path.is_file()
     }
-    (folder / MANIFEST).write_text(json.dumps({"made_from": dict(parts), "files": files}, indent=1))
+    write_atomic(folder / MANIFEST, json.dumps({"made_from": dict(parts), "files": files}, indent=1))
 
 
-def damaged(folder: Path) -> str | None:
-    """The first file that is missing or differs from the folder's manifest, None if all are there to the byte."""
+def damaged(folder: Path, parts: Mapping[str, Any] | None = None, names: Collection[str] | None = None) -> str | None:
+    """The first file that is missing or differs from the folder's manifest, None if all are there to the byte.
+
+    Args:
+        parts: what the folder has to be made from; None is anything.
+        names: check these files only.
+    """
     name = MANIFEST
     try:
-        for name, facts in json.loads((folder / MANIFEST).read_text())["files"].items():
-            if (folder / name).stat().st_size != facts["bytes"] or _sha256(folder / name) != facts["sha256"]:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if parts is not None and manifest["made_from"] != parts:
+            return name
+        for name, facts in manifest["files"].items():
+            if names is not None and name not in names:
+                continue
+            if (folder / name).stat().st_size != facts["bytes"] or sha256(folder / name) != facts["sha256"]:
                 return name
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return name
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file's content, which is read in a stream."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,7 +16,6 @@ from lm_envs.benchmarks.run.overrides import parse_settings
 from lm_envs.benchmarks.run.suites import Plan
 from lm_envs.settings import Count, Positive, Rate, Seed, Share, Size, Threads, Whole
 
-_EARLY = (".lock", "data")  # what is in a folder before its config.json
 _SHOWN = 10  # skipped rows on the screen; all are in data/info.json
 
 
@@ -144,7 +143,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
 
     from lm_envs.benchmarks.run.compare import gone_if_refused
     from lm_envs.benchmarks.run.data_problem import DataProblem
-    from lm_envs.benchmarks.run.one_run import execute
+    from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG, execute
     from lm_envs.benchmarks.run.overrides import check_overrides
     from lm_envs.benchmarks.run.progress import display
     from lm_envs.benchmarks.run.workers import StopRequest
@@ -153,7 +152,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     check_overrides(spec.algorithm, spec.overrides)
     opened: list[DataProblem] = []
 
-    with gone_if_refused(out, *_EARLY), display(console, 1) as shown:
+    with gone_if_refused(out, *BEFORE_CONFIG), display(console, 1) as shown:
         _check_free(out, resume)
 
         def opener(spec: Any) -> DataProblem:
@@ -186,9 +185,10 @@ def _check_free(out: Path, resume: bool) -> None:
         if not resume:
             raise UserError(f"{out} holds a run already: --resume continues it, another --out starts anew")
         return
+    from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG
     from lm_envs.benchmarks.run.storage import held_files
 
-    if strange := held_files(out, _EARLY):
+    if strange := held_files(out, BEFORE_CONFIG):
         raise UserError(f"{out} is not empty (it holds {strange[0]!r}): choose another folder with --out")
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -22,9 +23,10 @@ from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.progress import Display, display
 from lm_envs.benchmarks.run.results import collect_results, write_csv
-from lm_envs.benchmarks.run.storage import held_files, read_json, write_json
+from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
 from lm_envs.benchmarks.run.suites import RunSpec, Suite
 from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
+from lm_envs.files import TEMPORARY
 
 COMPARISON = "comparison.json"
 
@@ -33,7 +35,7 @@ def check_writable(out: Path) -> None:
     """Raises UserError unless files can be made in ``out``, which is made if need be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file:
+        with tempfile.TemporaryFile(dir=out, prefix=TEMPORARY) as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
@@ -76,13 +78,12 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
     """
     from lm_envs.benchmarks.run.one_run import check_same
 
-    held = out / COMPARISON
-    if held.exists():
-        name = read_json(held).get("name")
+    begun = any((out / spec.label / "config.json").exists() for spec in suite.runs())
+    if (out / COMPARISON).exists() or (resume and begun):
         if not resume:
             raise UserError(
-                f"{out} holds the comparison {name!r} already: --resume continues it (finished runs are kept), "
-                "another --out starts anew"
+                f"{out} holds the comparison {_held(out).get('name')!r} already: --resume continues it (finished runs "
+                "are kept), another --out starts anew"
             )
         for spec in suite.runs():
             check_same(spec, out / spec.label)
@@ -166,12 +167,12 @@ def compare(
     check_runs(runs)
     with gone_if_refused(out):
         check_folder(out, suite, resume)
-        open_runs = [run for run in runs if not (out / run.label / "result.json").exists()]
+        open_runs = [run for run in runs if finished(out / run.label) is None]
         if open_runs:
             console.print(_heading(suite, runs, open_runs), highlight=False)
             prepare(open_runs)  # what takes long in it, building a task from the user's text, shows a bar of its own
     # From here on the folder is this comparison's; what was refused before leaves it as it was.
-    write_json(out / COMPARISON, _merged(out, suite))
+    write_sealed(out / COMPARISON, _merged(out, suite))
     write_results(out)
     if open_runs:
         _carry_out(open_runs, out, jobs, threads, console)
@@ -189,19 +190,27 @@ def _heading(suite: Suite, runs: Sequence[RunSpec], open_runs: Sequence[RunSpec]
 def _merged(out: Path, suite: Suite) -> dict[str, Any]:
     """What the folder's file says: the suite, with the names of an earlier, smaller one kept."""
     new = json.loads(json.dumps(asdict(suite)))
-    if (out / COMPARISON).exists():
-        old = read_json(out / COMPARISON)
-        for key in ("algorithms", "seeds"):
-            new[key] = list(dict.fromkeys([*old.get(key, []), *new[key]]))
-        names = [task["name"] for task in new["tasks"]]
-        new["tasks"] = [task for task in old.get("tasks", []) if task["name"] not in names] + new["tasks"]
+    old = _held(out)
+    for key in ("algorithms", "seeds"):
+        new[key] = list(dict.fromkeys([*old.get(key, []), *new[key]]))
+    names = [task["name"] for task in new["tasks"]]
+    new["tasks"] = [task for task in old.get("tasks", []) if task["name"] not in names] + new["tasks"]
     return new
+
+
+def _held(out: Path) -> dict[str, Any]:
+    """What the folder's file says; nothing where there is none, or where it was damaged, which a warning says."""
+    try:
+        return read_sealed(out / COMPARISON) if (out / COMPARISON).exists() else {}
+    except UserError:
+        warnings.warn(f"{out / COMPARISON} is damaged; --resume writes it again", stacklevel=1)
+        return {}
 
 
 def write_results(out: Path) -> list[dict[str, Any]]:
     """Collect the finished runs of a folder into ``results.csv``, in the suite's order."""
-    held = read_json(out / COMPARISON) if (out / COMPARISON).exists() else {"tasks": [], "algorithms": []}
-    rows = collect_results(out, [task["name"] for task in held["tasks"]], held["algorithms"])
+    held = _held(out)
+    rows = collect_results(out, [task["name"] for task in held.get("tasks", [])], held.get("algorithms", []))
     write_csv(rows, out / "results.csv")
     return rows
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,14 +19,13 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.one_run import settings_of
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.suites import Plan
 from lm_envs.data import conventions, packed, sources, tokenizing
 from lm_envs.data.dataset import Examples
 from lm_envs.data.packed import PackedExamples, info_of, pack
 from lm_envs.data.tokenizing import tokenise
-from lm_envs.files import code_hash
+from lm_envs.files import code_hash, replacing_folder
 from lm_envs.model import loading, text
 from lm_envs.model.adapters import has_adapters
 from lm_envs.model.checking import check_model
@@ -157,17 +154,9 @@ class DataProblem:
             "tokenizer": codec.fingerprint,
             "code": _CODE,
         }
-        before = ((settings_of(self.folder.parent) or {}).get("data") or {}).get("made_from", made_from)
-        changed = [name for name in made_from if name != "code" and before.get(name) != made_from[name]]
-        if changed:
-            raise UserError(
-                f"{self.folder.parent} was trained on other contents (of the {changed[0]}): restore them to resume, or "
-                "choose another folder with --out"
-            )
         found = info_of(self.folder)
         if found is not None and found.get("made_from") == made_from:
             return found
-        shutil.rmtree(self.folder, ignore_errors=True)
         kind = KINDS[self.spec.algorithm]
         data = Examples(self.spec.data, kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
         encoded = tokenise(data, codec, data.rejected, made_from["max_length"], reward_eos)
@@ -179,17 +168,12 @@ class DataProblem:
             skipped = [[bad.where, bad.reason] for bad in data.rejected.rows]
             return {"made_from": made_from, **known, "skipped_rows": skipped}
 
-        temporary = self.folder.with_name(".tmp-data")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            pack(encoded, temporary, info, self._progress)
+        with replacing_folder(self.folder) as folder:
+            pack(encoded, folder, info, self._progress)
             if not info()["examples"]:
                 why = f"; {data.unwanted} are labelled as not wanted" if data.unwanted else ""
                 why += f"; {data.rejected.rows[0].where}: {data.rejected.rows[0].reason}" if data.rejected.rows else ""
                 raise UserError(f"{self.spec.data}: none of {data.read} rows is usable{why}")
-            os.replace(temporary, self.folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return info()
 
     def _iterations(self, size: int) -> int:

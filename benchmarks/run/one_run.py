@@ -3,20 +3,26 @@
 .. code-block:: text
 
     <out>/<task>/<algorithm>/seed-0/
-        config.json       everything that decides the run, and the versions it ran with
+        config.json       everything that decides the run, hashes of what it reads, and the versions it began with
         metrics.jsonl     a line per iteration, with the learning curve's points in it
         samples.jsonl     sample texts with their scores: of validation on the way, of the test prompts at the end
-        checkpoints/      the last two: checkpoint-000040/{tensors.safetensors, state.json}
+        checkpoints/      the last two, of a finished run the last: checkpoint-000040/{tensors.safetensors, state.json}
         tensorboard/      event files
         model/            the tuned language model and its tokenizer, or its adapters, for from_pretrained
-        result.json       the row of the results; its presence means that the run is finished
+        result.json       the row of the results
+        manifest.json     sizes and hashes of config, records, model and result; its presence means: finished
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
+import socket
 import time
+import warnings
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,10 +33,22 @@ from filelock import FileLock, Timeout
 import lm_envs
 from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.errors import Interrupted, UserError
+from lm_envs.benchmarks.run.inputs import fingerprints
 from lm_envs.benchmarks.run.problems import ControlProblem, TextProblem, open_problem
-from lm_envs.benchmarks.run.storage import Checkpoints, Records, read_json, write_json
+from lm_envs.benchmarks.run.storage import (
+    SEAL,
+    Checkpoints,
+    Records,
+    finished,
+    held_files,
+    read_json,
+    read_sealed,
+    write_json,
+    write_sealed,
+)
 from lm_envs.benchmarks.run.suites import RunSpec
 from lm_envs.benchmarks.run.tracking import Tracker
+from lm_envs.files import TEMPORARY, code_hash, remove, write_manifest
 
 if TYPE_CHECKING:
     from lm_envs.benchmarks.run.data_problem import DataProblem, DataSpec
@@ -40,12 +58,18 @@ Problem: TypeAlias = "TextProblem | ControlProblem | DataProblem"
 Notify = Callable[[dict[str, Any]], None]
 _WAIT_FOR_OTHER_S = 20
 _RNG = "rng.torch"
+_FOLDERS = ("checkpoints", "data", "model", "tensorboard")
+BEFORE_CONFIG = (".lock", "data")  # what may lie in a folder without a config.json
 LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take few, large iterations
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """What the numbers depend on besides the settings."""
-    found = {"python": platform.python_version(), "lm-envs": lm_envs.__version__}
+    """What the numbers depend on besides the settings; of this package its files too, whatever version they say."""
+    beside = [import_module(f"{lm_envs.__name__}.{name}") for name in ("kernels", "algos", "benchmarks")]
+    folders = [Path(path) for module in (lm_envs, *beside) for path in module.__path__]
+    ours = sorted({file for folder in folders for file in folder.rglob("*.py")})
+    found = {"python": platform.python_version(), "lm-envs": f"{lm_envs.__version__} ({code_hash(ours)})"}
     for name in ("torch", "transformers", "gymnasium", "numpy"):
         try:
             found[name] = version(name)
@@ -87,29 +111,53 @@ def execute(
     """
     folder = out / spec.folder
     folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
     try:
-        with FileLock(folder / ".lock", timeout=_WAIT_FOR_OTHER_S):
+        with FileLock(lock, timeout=_WAIT_FOR_OTHER_S):
+            lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             return _Run(spec, folder, threads, notify, should_stop, opener).execute()
     except Timeout as error:
-        raise UserError(f"another process is at work in {folder}: wait for it, or end it") from error
+        who = lock.read_text(errors="replace") or "another process"
+        raise UserError(f"{who} is at work in {folder}: wait for it, or end it") from error
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
-    """The ``config.json`` of a run's folder, None if there is none."""
+    """The ``config.json`` of a run's folder, None if there is no run in it.
+
+    Raises:
+        UserError: it is damaged, or gone where there is a run.
+    """
     path = folder / "config.json"
-    return read_json(path) if path.exists() else None
+    if path.exists():
+        return read_sealed(path)
+    if folder.is_dir() and held_files(folder, BEFORE_CONFIG):
+        raise UserError(f"{path} is gone: restore it, or delete {folder} and run again")
+    return None
 
 
-def check_same(spec: AnySpec, folder: Path) -> None:
-    """Raises UserError if the folder holds a run with other settings."""
+def check_same(spec: AnySpec, folder: Path) -> dict[str, Any] | None:
+    """The ``config.json`` of a folder that a run is to continue in, None if it begins there. Versions other than it
+    began with are told once.
+
+    Raises:
+        UserError: the folder holds a run with other settings, or one whose inputs had other contents.
+    """
     config = settings_of(folder)
-    if config is not None:
-        found = differences(config["run"], spec.to_json())
-        if found:
-            raise UserError(
-                f"{folder} holds a run with other settings ({'; '.join(found[:3])}): "
-                "choose another --out, or delete that folder"
-            )
+    if config is None:
+        return None
+    if found := differences(config["run"], spec.to_json()):
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(found[:3])}): "
+            "choose another --out, or delete that folder"
+        )
+    now = fingerprints(spec)
+    if changed := [name for name, before in config["inputs"].items() if now.get(name) != before]:
+        raise UserError(
+            f"{folder} began with other contents of {changed[0]}: restore them to continue, or choose another --out"
+        )
+    if others := differences(config["versions"], versions()):
+        warnings.warn(f"continued with other versions, so numbers may differ ({'; '.join(others)})", stacklevel=1)
+    return config
 
 
 class _Run:
@@ -129,25 +177,32 @@ class _Run:
         self.wall_s = 0.0
 
     def execute(self) -> dict[str, Any]:
-        check_same(self.spec, self.folder)
-        if (self.folder / "result.json").exists():
-            return read_json(self.folder / "result.json")
-        config = settings_of(self.folder)
+        config = check_same(self.spec, self.folder)
+        return finished(self.folder) or self._run(config)
+
+    def _run(self, config: dict[str, Any] | None) -> dict[str, Any]:
+        unfinished = sorted(self.folder.rglob(f"{TEMPORARY}*"))  # what killed writes left
+        no_folders = [path for name in _FOLDERS if not (path := self.folder / name).is_dir()]
+        for path in (*unfinished, *no_folders):
+            remove(path)
         torch.set_num_threads(self.threads if config is None else config["threads"])
         # Our own code draws by counting; this is for a reward or an algorithm of the user's that takes torch's
         # generator.
         torch.manual_seed(self.spec.seed)
         problem = self.opener(self.spec)
         if config is None:
-            self._write_config(problem)
+            config = self._write_config(problem)
+        self.checkpoints.run = config[SEAL]
         self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": self._total(problem)})
-        if problem.agent is not None:
+        if problem.agent is None:
+            self.samples.cut(0)
+        else:
             self._train(problem)
         return self._finish(problem)
 
-    def _write_config(self, problem: Problem) -> None:
+    def _write_config(self, problem: Problem) -> dict[str, Any]:
         config = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
-        write_json(self.folder / "config.json", config)
+        return write_sealed(self.folder / "config.json", config | {"inputs": fingerprints(self.spec)})
 
     def _total(self, problem: Problem) -> int:
         return 0 if problem.agent is None else problem.agent.config.iterations
@@ -203,40 +258,42 @@ class _Run:
     def _save(self, problem: Problem) -> None:
         """A checkpoint; the records up to it are on disk first, so it never vouches for what a crash could lose."""
         assert problem.agent is not None
-        self.metrics.sync()
-        self.samples.sync()
         tensors, counters = problem.agent.checkpoint()
         tensors[_RNG] = torch.get_rng_state()
-        self.checkpoints.save(problem.agent.iterations_done, tensors, {"agent": counters, "wall_s": self.wall_s})
+        records = {each.path.name: each.seal() for each in (self.metrics, self.samples)}
+        state = {"agent": counters, "wall_s": self.wall_s, "records": records}
+        self.checkpoints.save(problem.agent.iterations_done, tensors, state)
 
     def _resume(self, problem: Problem) -> None:
         """Continue from the newest whole checkpoint, or start anew; what was recorded after it is forgotten."""
-        agent, found = problem.agent, self.checkpoints.newest()
+        agent, records = problem.agent, (self.metrics, self.samples)
         assert agent is not None
+        found = self.checkpoints.newest(records)
         if found is not None:
             tensors = dict(found.tensors)
             torch.set_rng_state(tensors.pop(_RNG))
             agent.restore(tensors, found.state["agent"])
             self.wall_s = found.state["wall_s"]
-        done = agent.iterations_done
-        # A fresh start records iteration 0 itself; a resumed one has it already.
-        last = done if found is not None else -1
-        self.metrics.keep(lambda record: record["iteration"] <= last)
-        self.samples.keep(lambda record: record["iteration"] <= last)
-        self.notify({"event": "start", "run": self.spec.label, "iteration": done, "of": agent.config.iterations})
+        for each in records:
+            each.cut(0 if found is None else found.state["records"][each.path.name][0])
+        start = {"iteration": agent.iterations_done, "of": agent.config.iterations}
+        self.notify({"event": "start", "run": self.spec.label, **start})
 
     def _finish(self, problem: Problem) -> dict[str, Any]:
         """Measure on the test prompts and write the result."""
         self.notify({"event": "evaluate", "run": self.spec.label})
         measured, samples = problem.evaluate()
         done = 0 if problem.agent is None else problem.agent.iterations_done
-        self.samples.keep(lambda record: record["split"] != "test")  # of a process that was killed about here
         self.samples.append(*({"iteration": done, "split": "test", **sample} for sample in samples))
-        self.samples.sync()
+        self.samples.seal()
+        remove(self.folder / "model")  # half of it, of a process that was killed here
         problem.save_model(self.folder / "model")
         run = {"task": self.spec.task, "algorithm": self.spec.algorithm, "seed": self.spec.seed}
         result = {**run, **measured, **self._cost(problem, measured)}
         write_json(self.folder / "result.json", result)
+        self.checkpoints.prune(1)
+        files = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")]
+        write_manifest(self.folder, {}, [*files, *(self.folder / "model").rglob("*")])
         return read_json(self.folder / "result.json")
 
     def _cost(self, problem: Problem, measured: dict[str, Any]) -> dict[str, Any]:

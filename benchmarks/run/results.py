@@ -15,7 +15,7 @@ import numpy as np
 from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.measure.samples import GREEDY, standard_error
 from lm_envs.benchmarks.run.names import is_control
-from lm_envs.benchmarks.run.storage import read_json
+from lm_envs.benchmarks.run.storage import finished
 from lm_envs.data.splits import ENOUGH_PROMPTS
 from lm_envs.files import write_atomic
 
@@ -30,6 +30,7 @@ KNOWN_AT_TIMES = (*COSTS, "corpus", *GREEDY, *EXACT, "kl_coef")
 EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: of judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
+_REPORTED = ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")
 ENOUGH_SEEDS = 3
 
 
@@ -42,7 +43,8 @@ def collect_results(out: Path, tasks: Sequence[str] = (), algorithms: Sequence[s
     """The results of all finished runs in a folder, by task, algorithm and seed: in the order of these names, then in
     the order in which they were finished.
     """
-    rows = [read_json(path) for path in sorted(out.glob("*/*/seed-*/result.json"), key=lambda p: p.stat().st_mtime_ns)]
+    paths = sorted(out.glob("*/*/seed-*/result.json"), key=lambda path: path.stat().st_mtime_ns)
+    rows = [row for path in paths if (row := finished(path.parent, _REPORTED)) is not None]
     places = [
         {name: place for place, name in enumerate(dict.fromkeys([*names, *(row[key] for row in rows)]))}
         for key, names in (("task", tasks), ("algorithm", algorithms))

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,19 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.files import TEMPORARY, sync_folder, write_atomic, write_synced
+from lm_envs.files import (
+    MANIFEST,
+    TEMPORARY,
+    damaged,
+    remove,
+    replacing_folder,
+    sha256,
+    sync,
+    write_atomic,
+    write_manifest,
+)
+
+SEAL = "sha256"
 
 
 def jsonable(value: Any) -> Any:
@@ -47,6 +59,13 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON object with a hash of itself; return it as :func:`read_sealed` does."""
+    content = jsonable(value)
+    write_json(path, content | {SEAL: _hash_of(content)})
+    return read_sealed(path)
+
+
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """A CSV of these columns of some lines, written atomically; a line that lacks one has an empty cell there."""
     text = io.StringIO()
@@ -64,12 +83,43 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); delete its folder and run again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or delete its folder and run again") from error
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote, with the hash under :data:`SEAL`.
+
+    Raises:
+        UserError: it is not JSON, or no longer what was written.
+    """
+    found = read_json(path)
+    content = {name: value for name, value in found.items() if name != SEAL} if isinstance(found, dict) else {}
+    if not content or found.get(SEAL) != _hash_of(content):
+        raise UserError(f"{path} was changed after it was written; restore it, or delete its folder and run again")
+    return found
+
+
+def _hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def finished(folder: Path, names: Collection[str] | None = None) -> dict[str, Any] | None:
+    """The result of a run that is finished, None of another, also where a file was damaged since: a warning says so.
+
+    Args:
+        names: check these files only, and take a result without a manifest.
+    """
+    if not (folder / MANIFEST).exists():
+        return read_json(folder / "result.json") if names and (folder / "result.json").exists() else None
+    if (name := damaged(folder, names=names)) is not None:
+        warnings.warn(f"{folder / name} was damaged after the run was finished: --resume makes it again", stacklevel=1)
+        return None
+    return read_json(folder / "result.json")
 
 
 class Records:
-    """An append-only JSON-lines file whose records belong to iterations, so that a resumed run repeats none.
+    """An append-only JSON-lines file; checkpoints know how it began, so that a resumed run continues from there.
 
     Args:
         path: the file; made with its first record.
@@ -87,35 +137,50 @@ class Records:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
-    def sync(self) -> None:
-        """Wait until the disk has what was appended: a checkpoint must not be newer than the records it vouches for."""
-        if self.path.exists():
+    def seal(self) -> tuple[int, str]:
+        """Size and hash of what was appended, once the disk has it: a checkpoint must not be newer than its records."""
+        if not self.path.exists():
+            return 0, hashlib.sha256().hexdigest()
+        sync(self.path)
+        return self.path.stat().st_size, sha256(self.path)
+
+    def begins(self, size: int, sha: str) -> bool:
+        """Whether the file begins as it was when :meth:`seal` gave these."""
+        try:
             with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
+                return hashlib.sha256(file.read(size)).hexdigest() == sha
+        except OSError:
+            return size == 0
+
+    def cut(self, size: int) -> None:
+        """Forget everything after so many bytes."""
+        if size:
+            os.truncate(self.path, size)
+        else:
+            remove(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; a last line that a kill cut short is left out."""
-        return [record for _, record in self._lines()]
+        """All whole records; a last line that a kill cut short is left out.
 
-    def _lines(self) -> list[tuple[str, dict[str, Any]]]:
+        Raises:
+            UserError: another line is not JSON, or the file cannot be read.
+        """
         if not self.path.exists():
             return []
         found = []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
         for number, line in enumerate(lines, start=1):
             try:
-                found.append((line, json.loads(line)))
+                found.append(json.loads(line))
             except json.JSONDecodeError as error:
                 if number < len(lines):
                     raise UserError(
                         f"{self.path}, line {number}: not JSON ({error.msg}); restore or delete the run's folder"
                     ) from error
         return found
-
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Forget the records that are not wanted, and a last line that a kill cut short."""
-        if self.path.exists():
-            write_atomic(self.path, "".join(line + "\n" for line, record in self._lines() if wanted(record)))
 
 
 @dataclass(frozen=True)
@@ -128,79 +193,88 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The last few checkpoints of a run, each a folder ``checkpoint-000012`` with ``tensors.safetensors`` and
-    ``state.json``.
+    """The last few checkpoints of a run, each a folder ``checkpoint-000012`` with ``tensors.safetensors``,
+    ``state.json`` and the hashes of both in ``manifest.json``.
 
     A folder is written under a temporary name, synced and renamed, so that one with a final name is whole unless the
-    disk damages it; that is noticed by a hash, and the one before it is used.
+    disk damages it; that is noticed by the hashes, and the one before it is used.
 
     Args:
         folder: where they lie.
-        keep: how many.
+        run: a hash of what decides the run; a checkpoint of another one is not used. "" takes any.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder = folder
-        self.keep = keep
+    keep = 2
+
+    def __init__(self, folder: Path, run: str = "") -> None:
+        self.folder, self.run = folder, run
 
     def paths(self) -> list[Path]:
         """Finished checkpoints, the oldest first."""
         return sorted(path for path in self.folder.glob("checkpoint-*") if path.is_dir())
 
     def save(self, iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and drop those beyond ``keep``; on an error the earlier ones are untouched.
+        """Write a checkpoint and drop those beyond :attr:`keep`; on an error the earlier ones are untouched.
 
         Raises:
             OSError: the disk is full or cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._drop_unfinished()
         final = self.folder / f"checkpoint-{iteration:06d}"
-        temporary = self.folder / f"{TEMPORARY}{final.name}"
         # safetensors' own writer reports a full disk as an error of its own kind: serialise, and let Python write.
         data = safetensors.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        content = {"iteration": iteration, "sha256": hashlib.sha256(data).hexdigest(), "state": dict(state)}
         try:
-            temporary.mkdir()
-            write_synced(temporary / "tensors.safetensors", data)
-            write_synced(temporary / "state.json", json.dumps(content, indent=1, allow_nan=False).encode())
-            sync_folder(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
+            with replacing_folder(final) as folder:
+                (folder / "tensors.safetensors").write_bytes(data)
+                write_json(folder / "state.json", state)
+                write_manifest(folder, {"run": self.run, "iteration": iteration})
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(error.errno, error.strerror, str(final)) from error
-        sync_folder(self.folder)
-        for old in self.paths()[: -self.keep]:
-            shutil.rmtree(old)
+        self.prune(self.keep)
         return final
 
-    def _drop_unfinished(self) -> None:
-        for path in self.folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def prune(self, keep: int) -> None:
+        """Drop all but the newest so many."""
+        for old in self.paths()[:-keep]:
+            shutil.rmtree(old)
 
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that can be read, or None; a damaged one is passed over with a warning."""
+    def newest(self, records: Sequence[Records] = ()) -> Checkpoint | None:
+        """The newest checkpoint that is whole and whose records are still as they were, or None.
+
+        Raises:
+            UserError: there are whole ones, but records were changed before the first of them.
+        """
+        spoiled: list[Path] = []
         for path in reversed(self.paths()):
             try:
-                return read_checkpoint(path)
+                found = self._read(path)
             except UserError as error:
                 warnings.warn(f"{error}; falling back to the one before it", RuntimeWarning, stacklevel=2)
+                continue
+            known = found.state.get("records", {})
+            spoiled = [r.path for r in records if r.path.name in known and not r.begins(*known[r.path.name])]
+            if not spoiled:
+                return found
+            warnings.warn(f"{spoiled[0]} was changed before {path.name}", RuntimeWarning, stacklevel=2)
+        if spoiled:
+            raise UserError(
+                f"{spoiled[0]} was changed where no checkpoint can replace it: restore it, or delete "
+                f"{self.folder.parent} and run again"
+            )
         return None
 
+    def _read(self, path: Path) -> Checkpoint:
+        """One checkpoint folder.
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """One checkpoint folder.
-
-    Raises:
-        UserError: it is incomplete or damaged.
-    """
-    try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        data = (path / "tensors.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != content["sha256"]:
-            raise UserError(f"checkpoint {path} is damaged: tensors.safetensors does not match its hash")
-        return Checkpoint(content["iteration"], safetensors.load(data), content["state"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+        Raises:
+            UserError: it is incomplete or damaged, or of another run.
+        """
+        number = path.name.removeprefix("checkpoint-")
+        made_from = {"run": self.run, "iteration": int(number) if number.isdigit() else None}
+        if (name := damaged(path, made_from if self.run else None)) is not None:
+            what = f"is damaged: {name}" if damaged(path) else "is of another run"
+            raise UserError(f"checkpoint {path} {what}")
+        try:
+            tensors = safetensors.load((path / "tensors.safetensors").read_bytes())
+            return Checkpoint(int(number), tensors, read_json(path / "state.json"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error

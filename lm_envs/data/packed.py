@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from lm_envs.data.splits import SPLITS, share
 from lm_envs.data.tokenizing import EncodedExample
-from lm_envs.files import damaged, sync_file, write_manifest
+from lm_envs.files import MANIFEST, damaged, replacing_folder, sha256, write_manifest
 from lm_envs.trajectories import Trajectories, from_responses
 
 COLUMNS = ("prompt", "response", "group", "rank", "split", "share")
@@ -72,8 +71,6 @@ def pack(
             if (number + 1) % 20_000 == 0:
                 progress(number + 1)
         index.write(np.asarray(rows, dtype=np.int64).tobytes())
-        for file in (tokens, index):
-            sync_file(file)
     known = dict(info())
     (folder / "info.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_manifest(folder, {})
@@ -192,16 +189,15 @@ class PackedExamples:
             ValueError: they are not kept, and there is no ``logprob``.
         """
         folder = self.folder / f"reference-{key[:20]}"
-        if damaged(folder) is not None:
+        made_from = {"model": key, "rows": sha256(self.folder / MANIFEST)}
+        if damaged(folder, made_from) is not None:
             if logprob is None:
                 raise ValueError(f"{folder} is missing or damaged: it holds what the reference says of the data")
             whole = PackedExamples(self.folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            with open(folder / "logprob.bin", "wb") as file:
+            with replacing_folder(folder) as made, open(made / "logprob.bin", "wb") as file:
                 for start in range(0, len(whole), rows):
                     traj = whole.select(slice(start, start + rows))
                     file.write(logprob(traj).float().cpu()[traj.mask].numpy().tobytes())
-                sync_file(file)
-            write_manifest(folder, {})
+                file.flush()
+                write_manifest(made, made_from)
         self._reference = open(folder / "logprob.bin", "rb", buffering=0)

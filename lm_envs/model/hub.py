@@ -5,8 +5,15 @@ again.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 
@@ -28,6 +35,16 @@ def place_of(name: str) -> str:
             pass
         raise
     return name
+
+
+def commit_of(name: str) -> str | None:
+    """The commit of a model on the hub, or in the cache where the hub does not answer; None where it is not known."""
+    try:
+        found = None if constants.HF_HUB_OFFLINE else _ask(name, "config.json")
+        cached = found or try_to_load_from_cache(name, "config.json")
+    except (ConnectionError, HFValidationError):
+        return None
+    return found or (Path(cached).parent.name if isinstance(cached, str) else None)
 
 
 def check_data_set(name: str) -> str | None:

@@ -196,16 +196,16 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_checkpoint(tmp_pat
     monkeypatch.setattr("lm_envs.benchmarks.commands.report.show", lambda out: None)
     request = ["compare", "--task", NAME, "--algorithms", "a2c", "--iterations", "30", "--set", "a2c.episodes=4"]
     request += [*SMALL, "--out", out]
-    write, saved = storage.write_synced, []
+    write, saved = storage.write_manifest, []
 
-    def full(path: Path, data: bytes) -> None:
-        saved.append(path.name)
-        if saved.count("tensors.safetensors") > 1:  # the second checkpoint does not fit
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, data)
+    def full(folder: Path, parts: dict, *more: object) -> None:
+        saved.append(parts)
+        if len(saved) > 1:  # the second checkpoint does not fit
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        write(folder, parts, *more)
 
     with monkeypatch.context() as small_disk:
-        small_disk.setattr(storage, "write_synced", full)
+        small_disk.setattr(storage, "write_manifest", full)
         said = refused(capsys, *request)
     assert "No space left on device" in said and "--resume" in said and "checkpoint-000030" in said
     folder = next(out.glob("*/a2c/seed-0"))

@@ -108,7 +108,7 @@ def test_a_build_that_fails_leaves_nothing(root):
 
 def test_what_a_killed_build_left_is_cleared_away(root):
     entry = files.cached("things", {}, Builder())
-    stale = entry.with_name(entry.name + ".tmp12345")
+    stale = entry.with_name(f"{files.TEMPORARY}12345-{entry.name}")
     entry.rename(stale)
     assert files.cached("things", {}, Builder("again")) == entry
     assert content(entry) == "again" and not stale.exists()
@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_while_building(root):
 
     with pytest.raises(files.CacheError, match="No space left on device"):
         files.cached("things", {}, build)
-    assert not list((root / "things").glob("*.tmp*"))
+    assert not list((root / "things").glob(f"{files.TEMPORARY}*"))
 
 
 @pytest.mark.parametrize("kind", ["a file", "a loop", "too long", "read-only"])
@@ -221,7 +221,7 @@ def test_whatever_the_file_system_says_is_one_line(root, monkeypatch, name, wher
     def refuse(*args, **kwargs):
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
-    target = {"mkdir": (Path, "mkdir"), "flock": (fcntl, "flock"), "rename": (Path, "rename")}[where]
+    target = {"mkdir": (Path, "mkdir"), "flock": (fcntl, "flock"), "rename": (os, "replace")}[where]
     if (name, where) == ("ENOENT", "flock"):
         pytest.skip("flock does not say so")
     with monkeypatch.context() as patch:
@@ -230,7 +230,7 @@ def test_whatever_the_file_system_says_is_one_line(root, monkeypatch, name, wher
             files.cached("things", {}, Builder())
     assert str(root) in str(found.value) and "\n" not in str(found.value) and explain(found.value)
     assert ("ulimit -n" if name == "EMFILE" else "LM_ENVS_CACHE") in str(found.value)
-    assert not list(root.rglob("*.tmp*")) and content(files.cached("things", {}, Builder())) == "made"
+    assert not list(root.rglob(f"{files.TEMPORARY}*")) and content(files.cached("things", {}, Builder())) == "made"
 
 
 def test_a_home_that_is_not_there_is_one_line(monkeypatch):

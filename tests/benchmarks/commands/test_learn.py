@@ -379,7 +379,7 @@ def test_a_run_is_not_resumed_on_other_contents(folder, tmp_path, capsys):
     text, again = data.read_text(), ("sft", "--model", folder / "model", "--data", data, "--out", out, "--resume")
     again = (*again, "--learning-rate", 1e-2, "--epochs", 2)
     data.write_text(text.replace("bird", "fish"))
-    assert f"{out} was trained on other contents (of the data)" in refused(capsys, *again)
+    assert f"{out} began with other contents of data {str(data)!r}: restore them" in refused(capsys, *again)
     data.write_text(text)
     assert run(*again, "--threads", 1) == 0 and (out / "result.json").exists()
 

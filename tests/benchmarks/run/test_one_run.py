@@ -14,7 +14,7 @@ import pytest
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.run.one_run import execute
+from lm_envs.benchmarks.run.one_run import execute, settings_of
 from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.storage import Checkpoints, Records
 from lm_envs.benchmarks.run.suite_files import load_suite
@@ -140,7 +140,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
     for _ in range(8):
         wait_for(writing, process, pause=0)
         process.send_signal(signal.SIGSTOP)  # look again while it cannot finish
-        if any(folder.glob(".tmp-*")):
+        if any(folder.glob(".tmp-*-checkpoint-*")):
             break
         process.send_signal(signal.SIGCONT)
     else:
@@ -181,7 +181,8 @@ def test_stopped_between_checkpoints_and_continued(tmp_path, whole):
 def test_negative_control_a_checkpoint_that_forgets_something_is_noticed(tmp_path, whole, forgotten):
     with pytest.raises(Interrupted):
         execute(spec(), tmp_path, should_stop=StopAfter(4))
-    checkpoints = Checkpoints(tmp_path / spec().label / "checkpoints")
+    folder = tmp_path / spec().label
+    checkpoints = Checkpoints(folder / "checkpoints", settings_of(folder)["sha256"])
     found = checkpoints.newest()
     tensors = {
         name: tensor if "value_head" not in forgotten or not name.startswith(forgotten) else tensor * 0

@@ -19,6 +19,7 @@ from lm_envs.benchmarks.run import results
 from lm_envs.benchmarks.run.compare import write_results
 from lm_envs.benchmarks.run.names import folder_name
 from lm_envs.benchmarks.run.results import COLUMNS, SHOWN, cell, footnotes, rich_table, table, title
+from lm_envs.benchmarks.run.storage import write_sealed
 
 NASTY = '<script>alert("x")</script> & <img src=http://example.com/a.png>'
 
@@ -80,7 +81,7 @@ def out(tmp_path_factory) -> Path:
         ],
     )
     held = {"name": "demo " + NASTY, "tasks": [{"name": "reviews"}, {"name": "reviews-bandit"}]}
-    (out / "comparison.json").write_text(json.dumps({**held, "algorithms": ["sft", "best-of-16", "ppo"]}))
+    write_sealed(out / "comparison.json", {**held, "algorithms": ["sft", "best-of-16", "ppo"]})
     return out
 
 

@@ -45,15 +45,25 @@ def test_json_has_no_nan(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1.5]}
 
 
-def test_records_survive_a_cut_line_and_forget_what_is_not_wanted(tmp_path):
+def test_records_go_back_to_where_a_checkpoint_saw_them(tmp_path):
     records = Records(tmp_path / "m.jsonl")
-    records.append(*({"iteration": i, "x": i * 0.1} for i in range(5)))
+    assert records.begins(*records.seal())
+    records.append(*({"iteration": i, "x": i * 0.1} for i in range(3)))
+    size, sha = records.seal()
+    records.append({"iteration": 3}, {"iteration": 4})
     with open(records.path, "a") as file:
         file.write('{"iteration": 5, "x"')  # killed while writing
     assert [r["iteration"] for r in records.read()] == [0, 1, 2, 3, 4]
-    records.keep(lambda record: record["iteration"] <= 2)
+    assert records.begins(size, sha) and not records.begins(size - 1, sha) and not records.begins(size + 1, sha)
+    records.cut(size)
     records.append({"iteration": 3})
     assert [r["iteration"] for r in records.read()] == [0, 1, 2, 3]
+    records.cut(0)
+    assert records.read() == []
+    records.path.mkdir()
+    assert not records.begins(size, sha)
+    with pytest.raises(UserError, match="m.jsonl cannot be read: Is a directory"):
+        records.read()
 
 
 def test_no_letter_but_a_newline_ends_a_record(tmp_path):
@@ -62,8 +72,23 @@ def test_no_letter_but_a_newline_ends_a_record(tmp_path):
     said = [{"iteration": i, "prompt": f"a{letter}b"} for i, letter in enumerate("\u2028\u2029\x85\r\n\x0b\x1e")]
     records.append(*said)
     assert records.read() == said
-    records.keep(lambda record: record["iteration"] > 1)
-    assert records.read() == said[2:]
+
+
+def test_a_sealed_file_is_refused_once_it_is_changed(tmp_path):
+    path = tmp_path / "config.json"
+    wrote = storage.write_sealed(path, {"a": [1, 2.5, None], "b": {"c": "é"}, "d": float("nan")})
+    assert storage.read_sealed(path) == wrote and wrote["d"] is None
+    text = path.read_text()
+    for changed in (
+        text.replace("2.5", "2.6"),
+        text.replace('"c"', '"k"'),
+        text.replace("sha256", "sha257"),
+        "[1]",
+        "",
+    ):
+        path.write_text(changed)
+        with pytest.raises(UserError, match="config.json (was changed|is damaged).*restore it"):
+            storage.read_sealed(path)
 
 
 def test_a_record_damaged_in_the_middle_is_an_error_with_its_line(tmp_path):
@@ -95,7 +120,7 @@ def test_checkpoints_come_back_and_only_two_are_kept(tmp_path):
     assert torch.equal(found.tensors["w"], tensors(15)["w"]) and found.tensors["n"].shape == ()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "no state", "not json", "no tensors"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "no state", "not json", "no tensors", "state", "manifest"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tensors(1), {})
@@ -111,11 +136,38 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         state.unlink()
     elif damage == "not json":
         state.write_text("{")
+    elif damage == "state":
+        state.write_text('{"agent": 1}\n')
+    elif damage == "manifest":
+        (newest / "manifest.json").unlink()
     else:
         weights.unlink()
     with pytest.warns(RuntimeWarning, match="checkpoint-000002 is damaged.*falling back"):
         found = checkpoints.newest()
     assert found.iteration == 1
+
+
+def test_a_checkpoint_of_another_run_or_iteration_is_not_used(tmp_path):
+    mine, other = Checkpoints(tmp_path / "mine", "a"), Checkpoints(tmp_path / "other", "b")
+    mine.save(1, tensors(1), {})
+    (tmp_path / "mine/checkpoint-000003").symlink_to(other.save(3, tensors(3), {}))
+    (tmp_path / "mine/checkpoint-000002").symlink_to(tmp_path / "mine/checkpoint-000001")
+    with pytest.warns(RuntimeWarning, match="of another run"):
+        assert mine.newest().iteration == 1
+
+
+def test_a_checkpoint_is_not_used_with_records_that_were_changed(tmp_path):
+    records, checkpoints = Records(tmp_path / "m.jsonl"), Checkpoints(tmp_path / "c")
+    for i in (1, 2):
+        records.append({"iteration": i})
+        checkpoints.save(i, tensors(i), {"records": {"m.jsonl": records.seal()}})
+    lines = records.path.read_text()
+    records.path.write_text(lines.replace("2", "3"))
+    with pytest.warns(RuntimeWarning, match="m.jsonl was changed before checkpoint-000002"):
+        assert checkpoints.newest([records]).iteration == 1
+    records.path.write_text(lines.replace("1", "3"))
+    with pytest.warns(RuntimeWarning), pytest.raises(UserError, match="m.jsonl was changed.*no checkpoint.*restore it"):
+        checkpoints.newest([records])
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path, monkeypatch, full_disk):
@@ -135,6 +187,4 @@ def test_an_unfinished_checkpoint_is_never_read(tmp_path):
     unfinished = tmp_path / ".tmp-checkpoint-000002"
     unfinished.mkdir()
     (unfinished / "tensors.safetensors").write_bytes(b"half")
-    assert checkpoints.newest().iteration == 1
-    checkpoints.save(2, tensors(2), {})
-    assert not unfinished.exists()
+    assert checkpoints.newest().iteration == 1 and len(checkpoints.paths()) == 1

@@ -1,0 +1,115 @@
+"""Hashes of what a run reads of the user's: models, data, and the files of rewards and tasks."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_envs.benchmarks.run.names import base_task
+from lm_envs.data import sources
+from lm_envs.files import sha256
+from lm_envs.model.adapters import base_of, is_adapter
+from lm_envs.model.hub import commit_of
+from lm_envs.reward.specs import Source, Spec, is_spec, parse_reward
+
+if TYPE_CHECKING:
+    from lm_envs.benchmarks.run.data_problem import DataSpec
+    from lm_envs.benchmarks.run.suites import RunSpec
+
+_MODELS = ("model", "policy", "reference", "reward_model")
+_ROWS = ("data", "prompts")
+_OF_MODELS = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
+    """What a run reads, as messages call it, and a hash of what that holds: the bytes of files, of models and data on
+    the hub their commit. What can not be known, such as a hub name without a network, is left out.
+    """
+    settings = spec.to_json()
+    options = {
+        **settings.get("options", {}),
+        **{name: settings[name] for name in ("model", "data") if name in settings},
+    }
+    found: dict[str, str | None] = {}
+    for name, value in options.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                found |= {f"{name} {place!r}": hash_ for place, hash_ in _hashes(name, text)}
+    if "options" in settings:
+        for name, text in (("task", base_task(spec.task)[0]), ("algorithm", spec.algorithm)):
+            if ":" in text:
+                found[f"{name} {text!r}"] = _module(text.rpartition(":")[0])
+    return {name: hash_ for name, hash_ in sorted(found.items()) if hash_ is not None}
+
+
+def _hashes(name: str, text: str) -> Iterator[tuple[str, str | None]]:
+    if name in ("reward", "judge") and is_spec(text):
+        for part in _sources(parse_reward(text)):
+            if part.kind != "metric":
+                kinds = {"model": _model, "judge": _file}
+                yield part.place, kinds.get(part.kind, _module)(part.place)
+    elif name in _MODELS or name == "judge":
+        yield text, _model(text)
+    elif name in _ROWS:
+        yield text, _rows(text)
+    else:
+        yield text, _file(text)
+
+
+def _sources(spec: Spec) -> Iterator[Source]:
+    if isinstance(spec, Source):
+        yield spec
+    else:
+        for part in spec.parts:
+            yield from _sources(part)
+
+
+def _model(place: str) -> str | None:
+    """Of weights, config and tokenizer; of adapters also those of their base."""
+    folder = Path(os.path.expanduser(place))
+    if not os.path.isdir(folder):
+        return commit_of(place)
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _OF_MODELS and path.is_file():
+            digest.update(f"{path.name} {_file(path)} ".encode())
+    if is_adapter(folder):
+        digest.update(str(_model(base_of(folder))).encode())
+    return digest.hexdigest()
+
+
+def _rows(place: str) -> str | None:
+    try:
+        return sources.fingerprint(place)
+    except ConnectionError:
+        return None
+
+
+def _module(name: str) -> str | None:
+    """Of a Python file, or of a module's."""
+    if name.endswith(".py"):
+        return _file(name)
+    try:
+        found = find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return None if found is None or found.origin is None else _file(found.origin)
+
+
+def _file(place: str | Path) -> str | None:
+    path = os.path.abspath(os.path.expanduser(place))
+    if not os.path.isfile(path):
+        return None
+    about = os.stat(path)
+    return _hash_once(path, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@functools.cache
+def _hash_once(path: str, *about: Any) -> str:
+    """The hash of a large file, read once in a process while its size, time and number stay."""
+    return sha256(Path(path))

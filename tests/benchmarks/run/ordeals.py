@@ -1,0 +1,368 @@
+"""Commands that are killed at a file operation, or whose folders are damaged, and then go on; in forked processes.
+
+    python -m tests.benchmarks.run.ordeals kill sft 1        killed at each operation (7: at every seventh)
+    python -m tests.benchmarks.run.ordeals raise sft 1       the operation fails instead, as on a full disk
+    python -m tests.benchmarks.run.ordeals damage sft 20     twenty damages of its folder, finished or half-finished
+
+The last line says how many there were; each fault is a line before it, and the status is 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import functools
+import gc
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm_envs.benchmarks import cli
+from lm_envs.benchmarks.report import html
+from tests.benchmarks.fake_task import NAME
+from tests.lm_envs import byo
+
+KILLED = 137
+COMMANDS = ("train", "compare", "sft", "reward-model", "dpo")
+_PPO = ("episodes=4", "epochs=1", "minibatches=1")
+
+
+def arguments(root: Path, command: str) -> list[str]:
+    """A small run of a command; what it reads is made in ``root``."""
+    often = ["--validate-every", "1", "--checkpoint-every", "1", "--iterations", "3", "--threads", "1"]
+    if command == "train":
+        sets = [word for each in _PPO for word in ("--set", each)]
+        return ["train", "--task", NAME, "--algorithm", "ppo", *often, *sets]
+    if command == "compare":
+        suite = root / "suite.toml"
+        suite.write_text(
+            f'tasks = ["{NAME}"]\nalgorithms = ["sft", "ppo"]\nbudget = {{ iterations = 2 }}\ncheckpoints.every = 1\n'
+            "[evaluation]\ntest_prompts = 8\nvalidation_prompts = 4\nevery = 1\n[algorithm.ppo]\n" + "\n".join(_PPO)
+        )
+        return ["compare", "--suite", str(suite), "--threads", "1"]
+    tokenizer = byo.byte_level_bpe()
+    byo.llama(len(tokenizer)).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    said = {"completion": " ate ."} if command == "sft" else {"chosen": " ate .", "rejected": " hid"}
+    rows = byo.write_jsonl(root / "rows.jsonl", [{"prompt": f"the cat {i}", **said} for i in range(12)])
+    places = ["--model", str(root / "model"), "--data", str(rows)]
+    return [command, *places, "--batch-size", "4", "--held-out", "0.3", *often]
+
+
+# ---- what happens to files ----
+
+
+class Watch:
+    """Counts operations on files below a folder in the main thread, and acts at one of them."""
+
+    def __init__(self) -> None:
+        self.below, self.at, self.seen = "", -1, 0
+        self.act: Callable[[], None] = lambda: None
+        sys.addaudithook(self._hook)
+        os.fsync = self._counted(os.fsync)
+
+    def _counted(self, sync: Callable[[int], None]) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            if self.below:
+                self._one()
+            sync(descriptor)
+
+        return fsync
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.below or threading.current_thread() is not threading.main_thread():
+            return
+        if event == "open":
+            writes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            here = writes and self._here(args[0])
+        elif event in ("os.rename", "os.truncate", "os.mkdir"):
+            here = self._here(args[0])
+        elif event in ("os.remove", "os.rmdir"):  # inside shutil.rmtree they come without the folder
+            here = self._here(args[0]) or args[1] != -1
+        else:
+            return
+        if here:
+            self._one()
+
+    def _here(self, path: object) -> bool:
+        return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(self.below)
+
+    def _one(self) -> None:
+        self.seen += 1
+        if self.seen == self.at:
+            self.act()
+
+
+def die() -> None:
+    os._exit(KILLED)
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "here")
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {}
+
+
+def _damage(function: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
+    DAMAGES[function.__name__] = function
+    return function
+
+
+def _lines(path: Path, change: Callable[[list[bytes]], None]) -> None:
+    lines = path.read_bytes().split(b"\n")
+    change(lines)
+    path.write_bytes(b"\n".join(lines))
+
+
+@_damage
+def cut(path: Path, rng: random.Random) -> None:
+    os.truncate(path, rng.randrange(max(1, path.stat().st_size)))
+
+
+@_damage
+def empty(path: Path, rng: random.Random) -> None:
+    os.truncate(path, 0)
+
+
+@_damage
+def flip(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    if data:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+
+
+@_damage
+def delete(path: Path, rng: random.Random) -> None:
+    path.unlink()
+
+
+@_damage
+def zeros(path: Path, rng: random.Random) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@_damage
+def folder(path: Path, rng: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@_damage
+def double(path: Path, rng: random.Random) -> None:
+    def change(lines: list[bytes]) -> None:
+        i = rng.randrange(len(lines))
+        lines.insert(i, lines[i])
+
+    _lines(path, change)
+
+
+@_damage
+def swap(path: Path, rng: random.Random) -> None:
+    def change(lines: list[bytes]) -> None:
+        i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+        lines[i], lines[j] = lines[j], lines[i]
+
+    _lines(path, change)
+
+
+@_damage
+def retype(path: Path, rng: random.Random) -> None:
+    """Another JSON type for a value of a line, or of the file."""
+
+    def change(lines: list[bytes]) -> None:
+        i = rng.randrange(len(lines))
+        with contextlib.suppress(ValueError):
+            found = json.loads(lines[i])
+            found[rng.choice(list(found))] = rng.choice([None, [], {}, "text", -1])
+            lines[i] = json.dumps(found).encode()
+
+    if path.suffix == ".json":
+        found = json.loads(path.read_text())
+        found[rng.choice(list(found))] = rng.choice([None, [], {}, "text", -1])
+        path.write_text(json.dumps(found))
+    else:
+        _lines(path, change)
+
+
+@_damage
+def foreign(path: Path, rng: random.Random) -> None:
+    """A neighbour's content."""
+    others = [other for other in path.parents[1].rglob(f"*{path.suffix}") if other.is_file()]
+    shutil.copy(rng.choice(others), path) if (others := [o for o in others if o != path]) else path.unlink()
+
+
+@_damage
+def dangling(path: Path, rng: random.Random) -> None:
+    """A link to nothing: it cannot be read, whoever tries."""
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere")
+
+
+# ---- what has to be the same ----
+
+
+def _lasting(value: Any) -> Any:
+    """Without what depends on the clock, and hashes of it."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not k.endswith(("_s", "per_second")) and k != "records"}
+        return {k: _lasting(v) for k, v in kept.items()}
+    return value
+
+
+def facts(out: Path) -> dict[str, Any]:
+    """What a finished command leaves that may not depend on kills and damages, by file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, Any] = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if ".tmp-" in name and path.parent != out:
+            found[name] = "left over"
+        elif not path.is_file() or path.name in (".lock", "manifest.json", "report.html") or "tensorboard" in name:
+            continue
+        elif path.name.endswith(".jsonl"):
+            found[name] = [_lasting(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.suffix == ".json":
+            found[name] = _lasting(json.loads(path.read_text()))
+        elif path.suffix == ".csv":
+            found[name] = [_lasting(row) for row in csv.DictReader(path.read_text().splitlines())]
+        else:
+            found[name] = path.read_bytes()
+    for place in sorted(out.rglob("tensorboard")):
+        read = EventAccumulator(str(place))
+        read.Reload()
+        tags = [tag for tag in read.Tags()["scalars"] if not tag.endswith(("_s", "per_second"))]
+        found[str(place.relative_to(out))] = {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in tags}
+    return found
+
+
+# ---- a command, in a process of its own ----
+
+
+class Ordeal:
+    """A command, and what it gives where nothing happens to it."""
+
+    def __init__(self, root: Path, command: str) -> None:
+        self.root, self.command, self.words = root, command, arguments(root, command)
+        self.watch = Watch()
+        torch.set_num_threads(1)
+        gc.collect()
+        gc.freeze()
+        self.whole = root / "whole"
+        status, said = self.run(self.whole, -1)
+        if status:
+            raise RuntimeError(said)
+        self.operations = int(said.rsplit("\n", 1)[1])
+        self.facts = facts(self.whole)
+
+    def run(self, out: Path, at: int, act: Callable[[], None] = die, resume: bool = False) -> tuple[int, str]:
+        """Status and what was printed; at the end of it how many operations there were."""
+        said = self.root / "said"
+        child = os.fork()
+        if child == 0:
+            status = 70
+            try:
+                file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+                sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(i, "wb", 0), write_through=True) for i in (1, 2))
+                self.watch.below, self.watch.at, self.watch.act = str(out), at, act
+                status = self._main([*self.words, "--out", str(out), *(["--resume"] if resume else [])])
+                self.watch.below = ""
+                print(f"\n{self.watch.seen}", end="")
+            except BaseException:  # noqa: BLE001  (of a process that ends here)
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return status, said.read_text(errors="replace")
+
+    def _main(self, words: list[str]) -> int:
+        try:
+            cli.main(words)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    def goes_on(self, out: Path, damaged: Path | None = None) -> str | None:
+        """What is wrong with how the command goes on in ``out``, None if it ends like the undisturbed one. Where a file
+        was damaged it may also end in one line, and leave the file as it is if nothing reads it any more.
+        """
+        status, said = self.run(out, -1, resume=True)
+        if status == 1 and damaged is not None:
+            lines = [line for line in said.split("\n") if line.startswith("lm-envs: ")]
+            return None if len(lines) == 1 and "Traceback" not in said else f"{len(lines)} lines: {said}"
+        if status:
+            return f"status {status}: {said}"
+        found = facts(out)
+        wrong = {name for name in {*found, *self.facts} if found.get(name) != self.facts.get(name)}
+        if damaged is not None and {"checkpoints", "data", "tensorboard"} & set(damaged.relative_to(out).parts):
+            wrong -= {str(place.relative_to(out)) for place in (damaged, damaged.parent)}
+        return f"other {sorted(wrong)}: {said}" if wrong else None
+
+    def struck(self, every: int, act: Callable[[], None]) -> Iterator[tuple[str, str | None]]:
+        """For operations that the command is struck at, what went wrong."""
+        for at in range(1 + (every > 1), self.operations + 1, every):
+            out = self.root / "struck"
+            status, said = self.run(out, at, act)
+            wrong = None
+            if act is die and status != KILLED:
+                wrong = f"was not killed but ended with {status}: {said}"
+            elif act is full and (status not in (0, 1) or "Traceback" in said):
+                wrong = f"status {status}: {said}"
+            yield f"operation {at}", wrong or self.goes_on(out)
+            shutil.rmtree(out, ignore_errors=True)
+
+    def damaged(self, count: int, seed: int) -> Iterator[tuple[str, str | None]]:
+        """For random damages of the finished folder and of one that was killed, what went wrong."""
+        half = self.root / "half"
+        self.run(half, self.operations * 3 // 5)
+        rng = random.Random(seed)
+        for _ in range(count):
+            out = self.root / "damaged"
+            source = rng.choice([self.whole, half])
+            shutil.copytree(source, out, symlinks=True)
+            path = rng.choice([path for path in sorted(out.rglob("*")) if path.is_file()])
+            name = rng.choice(list(DAMAGES))
+            with contextlib.suppress(ValueError, IndexError, TypeError):  # not every file can be damaged in every way
+                DAMAGES[name](path, rng)
+            yield f"{source.name}: {name} {path.relative_to(out)}", self.goes_on(out, path)
+            shutil.rmtree(out)
+
+
+def main(kind: str, command: str, number: int, seed: int = 0) -> int:
+    """Carry one out and print its faults; how many."""
+    html.figures = lambda series: {}  # drawing takes most of the time, and is written as the rest is
+    with tempfile.TemporaryDirectory() as root:
+        ordeal = Ordeal(Path(root), command)
+        found = {
+            "kill": functools.partial(ordeal.struck, number, die),
+            "raise": functools.partial(ordeal.struck, number, full),
+            "damage": functools.partial(ordeal.damaged, number, seed),
+        }[kind]()
+        results = list(found)
+        wrong = [(where, what) for where, what in results if what is not None]
+        for where, what in wrong:
+            print(f"{command}, {where}: {what}")
+        print(f"{command}: {len(results) - len(wrong)} of {len(results)} ({ordeal.operations} operations)")
+        return len(wrong)
+
+
+if __name__ == "__main__":
+    faults = main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    sys.stdout.flush()
+    os._exit(faults > 0)  # quicker than taking apart what every fork had
