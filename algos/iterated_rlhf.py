@@ -18,6 +18,7 @@ from lm_envs.env.report import text_envs
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.settings import Count, NonNegative, Probability, Rate, Size
+from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories
 
@@ -82,13 +83,27 @@ class IteratedRLHF(PPO):
         self._choices = np.zeros(0, dtype=bool)  # whether the first of each pair was preferred
         self._saved: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
 
+    @classmethod
+    def lacks(cls, task: TextTask, config: Any) -> str | None:
+        """Of what annotators and their reward models are made, what the task does not have."""
+        if task.judge is None:
+            return "a judge for simulated annotators to follow"
+        if not isinstance(task.reward, LearnedReward):
+            return "one learned reward model to make its own like"
+        if not task.reward.is_plain:
+            return "a reward model of plain text, without a label, an output or a template of its own"
+        return None
+
     def iteration(self, env: Any = None) -> tuple[Trajectories, dict[str, float]]:
         """As every agent's; where a round is due, with a new reward model first."""
         if env is None or not text_envs(env):
             raise ValueError("iterated-rlhf needs a text env to sample from")
         mdp = text_envs(env)[0].mdp
         if self._task_reward is None:
-            self._task_reward = _learned(mdp)
+            if missing := self.lacks(mdp.task, self.config):
+                raise ValueError(f"iterated-rlhf needs {missing}, which task {mdp.task.name!r} does not have")
+            assert isinstance(mdp.task.reward, LearnedReward)
+            self._task_reward = mdp.task.reward
             if self._saved is not None:
                 self._rebuild(*self._saved)
         due = min(self.iterations_done * self.config.rounds // self.config.iterations, self.config.rounds - 1)
@@ -171,22 +186,6 @@ class IteratedRLHF(PPO):
         frozen = model.eval().requires_grad_(False)
         self.reward = LearnedReward(frozen, template.tokenizer, moments, template.batch_size, _NAME)
         self._saved = None
-
-
-def _learned(mdp: TextMDP) -> LearnedReward:
-    if mdp.task.judge is None:
-        raise ValueError(f"iterated-rlhf: task {mdp.task.name!r} has no judge for simulated annotators to follow")
-    if not isinstance(mdp.task.reward, LearnedReward):
-        raise ValueError(
-            f"iterated-rlhf makes reward models like the task's, and that of task {mdp.task.name!r} is not one "
-            "learned reward model"
-        )
-    if not mdp.task.reward.is_plain:
-        raise ValueError(
-            f"iterated-rlhf makes reward models that score plain text, and reward model {mdp.task.reward.__name__!r} "
-            "has a label, an output or a template of its own"
-        )
-    return mdp.task.reward
 
 
 def _table(padded: Tensor) -> list[list[list[int]]]:

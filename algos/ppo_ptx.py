@@ -51,6 +51,11 @@ class PPOPtx(PPO):
         """A task's demonstrations, where they are mixed in."""
         return demonstrations_of(task) if config.ptx_coef else None
 
+    @classmethod
+    def lacks(cls, task: TextTask, config: Any) -> str | None:
+        """Demonstrations, where they are to be mixed in and there are none."""
+        return "demonstrations" if config.ptx_coef and demonstrations_of(task) is None else None
+
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """Demonstrations, weighted by ``ptx_coef``."""
         return self._demonstrations.mixture(step)

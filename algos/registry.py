@@ -37,6 +37,10 @@ WRAPPERS = ("best-of-n",)
 """Those that are a policy made of another: they need no training and no config."""
 
 
+class Unsuited(ValueError):
+    """A task lacks what an algorithm learns from."""
+
+
 def load(name: str) -> Any:
     """The class of an algorithm.
 
@@ -77,8 +81,11 @@ def make_agent(
     Raises:
         ValueError: an unknown algorithm or setting, with the near names; or data that is missing or of no
             use.
+        Unsuited: the task lacks what the algorithm learns from.
     """
     config, found = make_config(name, **overrides), load(name)
+    if task is not None and data is None and (missing := found.lacks(task, config)):
+        raise Unsuited(f"{name} needs {missing}, which task {task.name!r} does not have")
     if getattr(config, "value_from", "policy") == "reward_model":
         value_from_reward_model(policy, task)
     if not (found.needs_data or found.mixes_data):

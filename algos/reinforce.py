@@ -90,6 +90,11 @@ class REINFORCE(PolicyGradient[ReinforceConfig]):
         """A task's demonstrations, where they are mixed in."""
         return demonstrations_of(task) if config.alpha else None
 
+    @classmethod
+    def lacks(cls, task: TextTask, config: Any) -> str | None:
+        """Demonstrations, where they are to be mixed in and there are none."""
+        return "demonstrations" if config.alpha and demonstrations_of(task) is None else None
+
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """Demonstrations, weighted by ``alpha``."""
         return self._demonstrations.mixture(step)

@@ -48,6 +48,7 @@ def _unique(found: tuple[Any, ...]) -> tuple[Any, ...]:
 
 Unique = AfterValidator(_unique)
 """Of a tuple: its items differ."""
+Names = Annotated[tuple[Name, ...], MinLen(1)]
 Table = dict[str, Any]
 
 T = TypeVar("T")

@@ -37,6 +37,7 @@ from lm_envs.algos.policies.adaptation import frozen_hash
 from lm_envs.env.mdp import TextMDP, check_kl_coef
 from lm_envs.env.report import text_envs
 from lm_envs.env.rollout import Collector, rollout
+from lm_envs.tasks.base import TextTask
 from lm_envs.trajectories import Trajectories
 
 _COUNTERS = (
@@ -83,6 +84,11 @@ class Agent(Generic[C]):
     preference_data: ClassVar[bool] = False
     mixes_data: ClassVar[bool] = False
     published_kl_coef: ClassVar[float | None] = None
+
+    @classmethod
+    def lacks(cls, task: TextTask, config: Any) -> str | None:
+        """What it needs of a task that the task does not have, in words; None where it can learn from it."""
+        return None
 
     def __init__(self, policy: nn.Module, config: C | None = None) -> None:
         self.policy: Any = policy.eval()

@@ -113,27 +113,36 @@ def check_runs(runs: Sequence[RunSpec]) -> None:
                 )
 
 
-def prepare(runs: Sequence[RunSpec]) -> None:
+def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]:
     """Open every kind of run once, and let each task's reward and judge score two samples: what is wrong shows now, not
     in an hour.
 
     Tasks that are built from the user's own text are built here, so workers find them in the cache.
+
+    Returns:
+        of a suite of all algorithms, why the task and algorithm of a key cannot be run.
     """
     from transformers.utils.logging import disable_progress_bar
 
+    from lm_envs.algos.registry import Unsuited
     from lm_envs.benchmarks.run.problems import TextProblem, open_problem
 
     disable_progress_bar()  # of reading and writing files: ours show what takes time
-    seen: set[tuple[str, ...]] = set()
-    for run in runs:
-        key = (run.task, run.algorithm)
-        if key in seen:
+    unsuited: dict[tuple[str, str], str] = {}
+    tried: set[str] = set()
+    first = {(run.task, run.algorithm): run for run in reversed(runs)}
+    for key, run in reversed(first.items()):
+        try:
+            problem = open_problem(run)
+        except Unsuited as error:
+            if not suite.every:
+                raise
+            unsuited[key] = str(error)
             continue
-        seen.add(key)
-        problem = open_problem(run)
-        if isinstance(problem, TextProblem) and (run.task,) not in seen:
-            seen.add((run.task,))
+        if isinstance(problem, TextProblem) and run.task not in tried:
+            tried.add(run.task)
             problem.try_out()
+    return unsuited
 
 
 def compare(
@@ -170,7 +179,10 @@ def compare(
         open_runs = [run for run in runs if finished(out / run.label) is None]
         if open_runs:
             console.print(_heading(suite, runs, open_runs), highlight=False)
-            prepare(open_runs)  # what takes long in it, building a task from the user's text, shows a bar of its own
+            unsuited = prepare(suite, open_runs)  # building a task from the user's text shows a bar of its own
+            for why in unsuited.values():
+                console.print(f"left out: {why}", highlight=False, markup=False)
+            open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
     # From here on the folder is this comparison's; what was refused before leaves it as it was.
     write_sealed(out / COMPARISON, _merged(out, suite))
     write_results(out)

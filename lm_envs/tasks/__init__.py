@@ -5,10 +5,12 @@ To add a task, write a module with a function that returns a :class:`~lm_envs.ta
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.settings import near
+from lm_envs.settings import near, short
 
 if TYPE_CHECKING:
     from lm_envs.tasks.base import TextTask
@@ -38,15 +40,24 @@ def load(name: str, **options: Any) -> TextTask:
     """
     if name not in TASKS:
         raise ValueError(f"no task {name!r}: {near(name, TASKS)}")
+    if not isinstance(options.get("path", ""), (str, Path)):
+        raise ValueError(f"{name}: path must be text, not {short(options['path'])}")
     key = (TASKS[name], tuple((option, _hashable(options[option])) for option in sorted(options)))
     if key not in _loaded:
         import torch  # here, because this module is light
 
         module, function = TASKS[name].split(":")
+        loader = getattr(import_module(module), function)
+        try:
+            inspect.signature(loader).bind(**options)
+        except TypeError as error:
+            raise ValueError(f"options of task {name!r}: {error}") from None
         with torch.random.fork_rng(devices=[]):  # constructors of models draw weights that are then read from files
-            _loaded[key] = getattr(import_module(module), function)(**options)
+            _loaded[key] = loader(**options)
     return _loaded[key]
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+    if isinstance(value, dict):
+        value = sorted(value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value

@@ -38,6 +38,7 @@ from lm_envs.model.tokens import right_pad
 from lm_envs.reward import base, learned
 from lm_envs.reward.learned import LearnedReward, initialise_reward_head, raw_scores
 from lm_envs.reward.units import Samples, in_units_of
+from lm_envs.settings import NonNegative, Positive, Rate, Several, Size, Whole, make
 from lm_envs.tasks import corpus_judge, corpus_text, own_text, sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.corpus_judge import TextJudge, require_sklearn
@@ -46,7 +47,7 @@ from lm_envs.tasks.own_text import Line
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(own_text.OwnTextConfig):
     """Everything but the file that determines the task; changing a field makes another cache entry.
 
     Attributes:
@@ -68,41 +69,36 @@ class CorpusConfig:
         kl_coef: default weight of the KL penalty.
     """
 
-    seed: int = 0
-    vocabulary: int = 4096
-    prompt_words: int = 5
-    prompt_tokens: int = 10
-    max_new_tokens: int = 24
-    min_new_tokens: int = 8
-    max_tokens: int = 64
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    lm_steps: int = 1200
-    lm_epochs: int = 6
-    lm_batch: int = 1280
-    lm_learning_rate: float = 2e-3
-    rm_steps: int = 400
-    rm_epochs: int = 3
-    rm_batch: int = 32
-    rm_learning_rate: float = 5e-4
-    weight_decay: float = 0.1
-    samples: int = 512
-    temperature: float = 0.7
-    kl_coef: float = 0.1
+    prompt_words: Size = 5
+    prompt_tokens: Size = 10
+    max_new_tokens: Size = 24
+    min_new_tokens: Whole = 8
+    max_tokens: Size = 64
+    layers: Size = 3
+    lm_steps: Size = 1200
+    lm_epochs: Size = 6
+    lm_batch: Size = 1280
+    lm_learning_rate: Rate = 2e-3
+    rm_steps: Size = 400
+    rm_epochs: Size = 3
+    rm_batch: Size = 32
+    rm_learning_rate: Rate = 5e-4
+    weight_decay: NonNegative = 0.1
+    samples: Several = 512
+    temperature: Positive = 0.7
+    kl_coef: NonNegative = 0.1
 
     def __post_init__(self) -> None:
         """Raise ValueError where a field is out of range."""
-        own_text.check_config("corpus", self, free=("seed", "kl_coef", "weight_decay", "min_new_tokens"))
+        super().__post_init__()
         if self.prompt_tokens + self.max_new_tokens > self.max_tokens:
             raise ValueError(
-                f"corpus: prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} are together "
+                f"prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} are together "
                 f"more than max_tokens={self.max_tokens}, which is what the models are trained on"
             )
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"corpus: min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, "
-                f"got {self.min_new_tokens}"
+                f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"
             )
 
 
@@ -125,8 +121,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         raise ValueError(
             "corpus is made of a file of your own: give path=FILE.jsonl, rows with 'text' and 'label' (0 or 1)"
         )
-    sampling.check_options("corpus", CorpusConfig, options)
-    config = CorpusConfig(**options)
+    config = make(CorpusConfig, options, "corpus")
     require_sklearn()
     import sklearn
 

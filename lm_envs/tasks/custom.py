@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from lm_envs.reward.building import build_reward
 from lm_envs.reward.learned import LearnedReward, load_reward_model
 from lm_envs.reward.specs import is_spec, parse_reward
 from lm_envs.reward.units import Samples, in_units_of
+from lm_envs.settings import Name, Names, NonNegative, Positive, Seed, Settings, Several, Size, Whole, make
 from lm_envs.tasks import sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.custom_prompts import (
@@ -41,7 +41,7 @@ _NEEDED = ("policy", "reward_model", "prompts")  # reward_model or reward
 
 
 @dataclass(frozen=True)
-class CustomConfig:
+class CustomConfig(Settings):
     """The parts of the task, and how they are used.
 
     Attributes:
@@ -71,20 +71,20 @@ class CustomConfig:
             passes it over.
     """
 
-    policy: str
-    prompts: str
-    reward_model: str | None = None
-    reward: str | Sequence[str] | None = None
-    reference: str | None = None
-    judge: str | None = None
-    max_new_tokens: int = 32
-    min_new_tokens: int = 0
-    kl_coef: float = 0.05
-    temperature: float = 1.0
+    policy: Name
+    prompts: Name
+    reward_model: Name | None = None
+    reward: Name | Names | None = None
+    reference: Name | None = None
+    judge: Name | None = None
+    max_new_tokens: Size = 32
+    min_new_tokens: Whole = 0
+    kl_coef: NonNegative = 0.05
+    temperature: Positive = 1.0
     normalise: bool | None = None
-    samples: int = 256
-    batch_size: int = 64
-    seed: int = 0
+    samples: Several = 256
+    batch_size: Size = 64
+    seed: Seed = 0
     dtype: str = "float32"
     reward_dtype: str = "float32"
     device: str | None = None
@@ -93,32 +93,21 @@ class CustomConfig:
     bad: OnBad = "raise"
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a field is out of range, or where there is not one reward."""
+        super().__post_init__()
         if self.reward_model is not None and self.reward is not None:
             raise ValueError(
-                f"custom: reward_model is short for one reward, so give one of the two: reward "
+                f"reward_model is short for one reward, so give one of the two: reward "
                 f"'standardise(model:{self.reward_model})' says the same and can be added to others"
             )
-        for name in ("max_new_tokens", "temperature", "samples", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"custom: {name} must be positive, got {getattr(self, name)}")
-        if self.samples < 2:
-            raise ValueError(f"custom: standardising takes at least 2 samples, got samples={self.samples}")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"custom: min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, "
-                f"got {self.min_new_tokens}"
+                f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"
             )
-        if self.bad not in ("raise", "skip"):
-            raise ValueError(f"custom: bad must be 'raise' or 'skip', got {self.bad!r}")
         self.placement(self.dtype), self.placement(self.reward_dtype)
 
     def placement(self, dtype: str) -> loading.Placement:
         """Where models of this precision go."""
-        try:
-            return loading.Placement(dtype, self.device, self.device_map)
-        except ValueError as error:
-            raise ValueError(f"custom: {error}") from error
+        return loading.Placement(dtype, self.device, self.device_map)
 
 
 def load(**options: Any) -> TextTask:
@@ -135,7 +124,6 @@ def load(**options: Any) -> TextTask:
             malformed row or an empty or too long prompt (with file and line), a reward that cannot be made, or that
             gives every sample the same score where it is to be in units of the reference.
     """
-    sampling.check_options("custom", CustomConfig, options)
     missing = [name for name in _NEEDED if options.get(name) is None]
     if "reward_model" in missing and options.get("reward") is not None:
         missing.remove("reward_model")
@@ -144,7 +132,7 @@ def load(**options: Any) -> TextTask:
             f"custom is made of parts of your own: give {', '.join(_NEEDED)}; missing: {', '.join(missing)}"
         )
     plain: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
-    config = CustomConfig(**plain)
+    config = make(CustomConfig, plain, "custom")
     # What is quick to check comes first: models can take minutes to load.
     reward_spec = None if config.reward is None else parse_reward(config.reward)
     judge_spec = None if config.judge is None or not is_spec(config.judge) else parse_reward(config.judge)

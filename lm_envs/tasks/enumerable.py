@@ -13,11 +13,12 @@ import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tokenizers
 import torch
+from annotated_types import Interval
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -25,9 +26,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lm_envs import rng
 from lm_envs.data.splits import SPLITS
+from lm_envs.settings import NonNegative, Seed, Settings, Size, make
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.prefix_tree import PrefixTree
-from lm_envs.tasks.sampling import check_options
 
 EOS = "<eos>"
 _NOISE = 0.5  # standard deviation of the part of a reward that its tokens do not explain, before scaling
@@ -35,7 +36,7 @@ _LOGITS, _WEIGHTS, _NOISES = 0, 1, 2  # which of the tables a counted number is 
 
 
 @dataclass(frozen=True)
-class EnumerableConfig:
+class EnumerableConfig(Settings):
     """The sizes of the task, and what its tables are drawn from.
 
     Attributes:
@@ -47,24 +48,11 @@ class EnumerableConfig:
             nats from the reference, and a table learns it sooner than most of its neighbours.
     """
 
-    tokens: int = 5
-    horizon: int = 5
-    prompts: int = 4
-    kl_coef: float = 0.3
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where a field is out of range."""
-        if not 2 <= self.tokens <= len(string.ascii_lowercase):
-            raise ValueError(
-                f"enumerable: tokens must lie between 2 and {len(string.ascii_lowercase)}, got {self.tokens}"
-            )
-        for name in ("horizon", "prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"enumerable: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("kl_coef", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"enumerable: {name} must not be negative, got {getattr(self, name)}")
+    tokens: Annotated[int, Interval(ge=2, le=len(string.ascii_lowercase))] = 5
+    horizon: Size = 5
+    prompts: Size = 4
+    kl_coef: NonNegative = 0.3
+    seed: Seed = 1
 
     @property
     def tree(self) -> PrefixTree:
@@ -91,8 +79,7 @@ def load(logits: ArrayLike | None = None, rewards: ArrayLike | None = None, **op
         ValueError: an unknown option or one out of range, or a table of another shape or with a number that is not
             finite.
     """
-    check_options("enumerable", EnumerableConfig, options)
-    config = EnumerableConfig(**options)
+    config = make(EnumerableConfig, options, "enumerable")
     tree = config.tree
     shape = (config.prompts, tree.prefixes, tree.vocab_size)
     table = _normal(config.seed, _LOGITS, shape) if logits is None else _table("logits", logits, shape)

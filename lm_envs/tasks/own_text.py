@@ -5,16 +5,17 @@ a byte-level tokenizer, and training on bundles of texts of nearly one length.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
+from annotated_types import Interval
 from numpy.typing import NDArray
 from tokenizers import decoders, pre_tokenizers, trainers
 from torch import Tensor
@@ -24,6 +25,7 @@ from lm_envs import files, training
 from lm_envs.data import conventions, dataset, sources, splits
 from lm_envs.model import text
 from lm_envs.model import tokens as observations
+from lm_envs.settings import Seed, Settings, Size
 from lm_envs.tasks import sampling
 
 if TYPE_CHECKING:
@@ -33,18 +35,19 @@ END = "<|end|>"
 Line = Callable[[int], Callable[[int, float], None]]
 
 
-def check_config(task: str, config: Any, free: Collection[str]) -> None:
-    """Raise ValueError where a field that is not ``free`` is not positive, or where vocabulary or heads do not fit."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in free and not value > 0:
-            raise ValueError(f"{task}: {field.name} must be positive, got {value}")
-    if config.vocabulary < 257:
-        raise ValueError(
-            f"{task}: vocabulary must hold the 256 bytes and the end, so at least 257, got {config.vocabulary}"
-        )
-    if config.hidden % config.heads:
-        raise ValueError(f"{task}: hidden={config.hidden} must be a multiple of heads={config.heads}")
+@dataclass(frozen=True)
+class OwnTextConfig(Settings):
+    """What the tasks of a file of the user's own share: the vocabulary and the size of their models."""
+
+    seed: Seed = 0
+    vocabulary: Annotated[int, Interval(ge=257, le=2**20)] = 4096  # the 256 bytes and the end
+    hidden: Size = 128
+    heads: Size = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} must be a multiple of heads={self.heads}")
 
 
 def cached(

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from lm_envs import files, training
 from lm_envs.model.tokens import model_inputs, right_pad
 from lm_envs.reward.learned import LearnedReward, initialise_reward_head
 from lm_envs.reward.units import Samples, in_units_of
+from lm_envs.settings import NonNegative, Probability, Rate, Seed, Settings, Size, make
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import GoldReview, annotate, ranking_accuracy
 from lm_envs.tasks.reviews_grammar import EOS, MAX_TOKENS, UNKNOWN, WORDS, corpus
@@ -41,7 +42,7 @@ CONTEXT = 64  # positions of both models
 
 
 @dataclass(frozen=True)
-class ReviewsConfig:
+class ReviewsConfig(Settings):
     """Everything that determines what is built.
 
     Attributes:
@@ -61,50 +62,42 @@ class ReviewsConfig:
         kl_coef: the environment's default KL coefficient.
     """
 
-    seed: int = 0
-    reviews: int = 8192
-    train_prompts: int = 4096
-    validation_prompts: int = 256
-    test_prompts: int = 512
-    max_new_tokens: int = 24
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    sft_steps: int = 240
-    sft_batch: int = 32
-    sft_learning_rate: float = 4e-3
-    pairs: int = 8192
-    held_out_pairs: int = 1024
-    flip: float = 0.25
-    rm_hidden: int = 64
-    rm_layers: int = 2
-    rm_heads: int = 4
-    rm_steps: int = 192
-    rm_batch: int = 128
-    rm_learning_rate: float = 2e-3
-    rm_weight_decay: float = 0.1
-    kl_coef: float = 0.1
+    seed: Seed = 0
+    reviews: Size = 8192
+    train_prompts: Size = 4096
+    validation_prompts: Size = 256
+    test_prompts: Size = 512
+    max_new_tokens: Size = 24
+    hidden: Size = 128
+    layers: Size = 3
+    heads: Size = 4
+    sft_steps: Size = 240
+    sft_batch: Size = 32
+    sft_learning_rate: Rate = 4e-3
+    pairs: Size = 8192
+    held_out_pairs: Size = 1024
+    flip: Probability = 0.25
+    rm_hidden: Size = 64
+    rm_layers: Size = 2
+    rm_heads: Size = 4
+    rm_steps: Size = 192
+    rm_batch: Size = 128
+    rm_learning_rate: Rate = 2e-3
+    rm_weight_decay: NonNegative = 0.1
+    kl_coef: NonNegative = 0.1
 
     def __post_init__(self) -> None:
         """Raise ValueError where a field is out of range."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("seed", "flip", "kl_coef", "rm_weight_decay"):
-                if not value >= 0:
-                    raise ValueError(f"reviews: {field.name} must not be negative, got {value}")
-            elif not value > 0:
-                raise ValueError(f"reviews: {field.name} must be positive, got {value}")
-        if self.flip > 1:
-            raise ValueError(f"reviews: flip must lie in [0, 1], got {self.flip}")
+        super().__post_init__()
         if PROMPT_LENGTH + self.max_new_tokens > CONTEXT:
             raise ValueError(
-                f"reviews: max_new_tokens must be at most {CONTEXT - PROMPT_LENGTH}, what a prompt of "
+                f"max_new_tokens must be at most {CONTEXT - PROMPT_LENGTH}, what a prompt of "
                 f"{PROMPT_LENGTH} leaves of the model's context of {CONTEXT}, got {self.max_new_tokens}"
             )
         for hidden, heads in (("hidden", "heads"), ("rm_hidden", "rm_heads")):
             if getattr(self, hidden) % getattr(self, heads):
                 raise ValueError(
-                    f"reviews: {hidden}={getattr(self, hidden)} must be a multiple of {heads}={getattr(self, heads)}"
+                    f"{hidden}={getattr(self, hidden)} must be a multiple of {heads}={getattr(self, heads)}"
                 )
 
 
@@ -154,8 +147,7 @@ def build(folder: Path, **options: Any) -> None:
         ValueError: an option that does not exist (the message names the near ones) or is out of range, or the corpus
             has too few distinct openings.
     """
-    sampling.check_options("reviews", ReviewsConfig, options)
-    config = ReviewsConfig(**options)
+    config = make(ReviewsConfig, options, "reviews")
     tokenizer = make_tokenizer()
     prompts, demonstrations, held_out_reviews = split(config, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so before training

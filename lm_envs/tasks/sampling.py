@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,7 +16,6 @@ from lm_envs.model.decoding import generate
 from lm_envs.model.text import Codec
 from lm_envs.model.tokens import EosIds, eos_ids, left_pad
 from lm_envs.reward.units import Samples
-from lm_envs.settings import near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,14 +24,6 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 
 # Samples that make a task take their random numbers from episodes that no training run reaches.
 SAMPLE_EPISODES = 2**40
-
-
-def check_options(task: str, config: type[Any], options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that is no field of a task's config class; the message names the near ones."""
-    known = [one.name for one in fields(config)]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{task} has no option {name!r}: {near(name, known)}")
 
 
 def progress_bar() -> Progress:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tokenizers import decoders
@@ -35,6 +35,7 @@ from lm_envs.model.forwards import response_forward
 from lm_envs.model.tokens import left_pad, right_pad
 from lm_envs.reward.base import WeightedSum
 from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
+from lm_envs.settings import NonNegative, Positive, Rate, Share, Size, make
 from lm_envs.tasks import own_text, sampling, translation_text
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.own_text import Line
@@ -43,11 +44,9 @@ from lm_envs.tasks.translation_text import CorpusBLEU, read_parallel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ARCHITECTURES = ("bart", "t5")
-
 
 @dataclass(frozen=True)
-class TranslationConfig:
+class TranslationConfig(own_text.OwnTextConfig):
     """Everything but the file that determines the task; changing a field makes another cache entry.
 
     Attributes:
@@ -65,30 +64,17 @@ class TranslationConfig:
         kl_coef: default weight of the KL penalty, in BLEU points per nat. The literature has none.
     """
 
-    seed: int = 0
-    architecture: str = "bart"
-    vocabulary: int = 4096
-    prompt_tokens: int = 40
-    max_new_tokens: int = 40
-    hidden: int = 128
-    layers: int = 2
-    heads: int = 4
-    sft_epochs: int = 8
-    sft_batch: int = 1024
-    sft_learning_rate: float = 2e-3
-    label_smoothing: float = 0.1
-    weight_decay: float = 0.1
-    temperature: float = 1.0
-    kl_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where a field is out of range."""
-        free = ("seed", "architecture", "kl_coef", "weight_decay", "label_smoothing")
-        own_text.check_config("translation", self, free)
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"translation: architecture must be one of {', '.join(ARCHITECTURES)}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"translation: label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+    architecture: Literal["bart", "t5"] = "bart"
+    prompt_tokens: Size = 40
+    max_new_tokens: Size = 40
+    layers: Size = 2
+    sft_epochs: Size = 8
+    sft_batch: Size = 1024
+    sft_learning_rate: Rate = 2e-3
+    label_smoothing: Share = 0.1
+    weight_decay: NonNegative = 0.1
+    temperature: Positive = 1.0
+    kl_coef: NonNegative = 0.0
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
@@ -108,8 +94,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     """
     if path is None:
         raise ValueError("translation is made of a file of your own: give path=FILE.jsonl, rows with prompt, reference")
-    sampling.check_options("translation", TranslationConfig, options)
-    config = TranslationConfig(**options)
+    config = make(TranslationConfig, options, "translation")
     SentenceBLEU()  # says what is missing before anything is trained
     path = Path(path)
     folder = own_text.cached(

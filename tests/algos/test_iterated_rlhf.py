@@ -80,10 +80,10 @@ def test_the_task_is_shared_and_stays_as_it_was():
 
 def test_it_needs_a_judge_and_a_learned_reward():
     agent = batches.learner("iterated-rlhf")
-    with pytest.raises(ValueError, match="like the task's"):
+    with pytest.raises(ValueError, match="learned reward model to make its own like"):
         agent.iteration(batches.text_env())
     task = tiny.task(reward=LearnedReward(batches.reward_policy().model, tiny.tokenizer()), judge=None)
-    with pytest.raises(ValueError, match="no judge"):
+    with pytest.raises(ValueError, match="needs a judge"):
         agent.iteration(batches.FACES["mdp"](task, 8, group_size=4))
     with pytest.raises(ValueError, match="text env"):
         agent.iteration(batches.control_env())

@@ -120,7 +120,7 @@ def test_too_little_text_and_bad_settings(tmp_path, source, cache):
     assert "vocabulary" in message_of(lambda: corpus.load(source, vocabulary=256))
     assert "max_tokens=64" in message_of(lambda: corpus.load(source, max_new_tokens=60))
     assert "multiple of heads" in message_of(lambda: corpus.load(source, heads=3))
-    assert "lm_batch must be positive" in message_of(lambda: corpus.load(source, lm_batch=0))
+    assert "lm_batch must be at least 1" in message_of(lambda: corpus.load(source, lm_batch=0))
     with pytest.raises(FileNotFoundError):
         corpus.load(tmp_path / "none.jsonl")
     assert list(cache.glob("corpus/*/manifest.json")) == []  # nothing of it was kept

@@ -208,8 +208,8 @@ def test_unknown_split_and_too_few_prompts(folders, tmp_path):
 def test_missing_parts_and_options(folders, tmp_path):
     assert "missing: reward_model, prompts" in _message(lambda: load("custom", policy=folders.options["policy"]))
     assert "did you mean 'kl_coef'" in refused(folders, kl_coeff=0.1)
-    assert "max_new_tokens must be positive" in refused(folders, max_new_tokens=0)
-    assert "min_new_tokens must lie between" in refused(folders, min_new_tokens=7)
+    assert "max_new_tokens must be at least 1" in refused(folders, max_new_tokens=0)
+    assert "min_new_tokens=7 must be at most max_new_tokens=" in refused(folders, min_new_tokens=7)
     for name in ("policy", "reward_model"):
         assert "there is no such folder" in refused(folders, **{name: str(tmp_path / "nowhere")})
     (tmp_path / "empty").mkdir()

@@ -134,9 +134,9 @@ def test_every_setting_makes_a_difference(name, folder, tmp_path):
     [
         (dict(sft_step=3), "reviews has no option 'sft_step': did you mean 'sft_steps'"),
         (dict(zzz=3), "reviews has no option 'zzz': there are flip, "),
-        (dict(pairs=0), "reviews: pairs must be positive, got 0"),
-        (dict(flip=1.5), r"reviews: flip must lie in \[0, 1\], got 1.5"),
-        (dict(kl_coef=-1), "reviews: kl_coef must not be negative, got -1"),
+        (dict(pairs=0), "reviews: pairs must be at least 1, not 0"),
+        (dict(flip=1.5), r"reviews: flip must be at most 1, not 1.5"),
+        (dict(kl_coef=-1), "reviews: kl_coef must be at least 0, not -1"),
         (dict(hidden=10, heads=4), "reviews: hidden=10 must be a multiple of heads=4"),
         (dict(max_new_tokens=57), "reviews: max_new_tokens must be at most 56"),
         (dict(reviews=50), "50 reviews have 50 distinct openings, fewer than the 100 prompts asked for"),

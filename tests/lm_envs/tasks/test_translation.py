@@ -242,9 +242,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'hidden'"):
         load("translation", path="x", hiden=3)
     for changes, message in (
-        (dict(architecture="lstm"), "one of bart, t5"),
+        (dict(architecture="lstm"), "'bart' or 't5'"),
         (dict(hidden=30), "multiple of heads"),
-        (dict(sft_epochs=0), "sft_epochs must be positive"),
+        (dict(sft_epochs=0), "sft_epochs must be at least 1"),
         (dict(vocabulary=100), "at least 257"),
         (dict(label_smoothing=1.0), "label_smoothing"),
     ):
