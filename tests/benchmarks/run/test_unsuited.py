@@ -15,7 +15,7 @@ from tests.benchmarks.fake_task import NAME
 LACKING = {
     "ppo-ptx": "ppo-ptx needs demonstrations, which task 'fake' does not have",
     "iterated-rlhf": "iterated-rlhf needs "
-    " one learned reward model to make its own like, which task 'fake' does not have",
+    "one learned reward model to make its own like, which task 'fake' does not have",
 }
 
 
