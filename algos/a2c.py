@@ -30,8 +30,8 @@ class A2CConfig(PolicyGradientConfig):
     critic: Literal["v", "q"] = "v"
     """What the critic learns: V(s), or Q(s, a) for every action; the advantage is then Q(s, a) - E_pi Q(s, .)."""
     value_from: ValueFrom = "policy"
-    """Whose trunk the value function starts from: the policy's, which it shares, with a head at zero, or the
-    reward model's, as a model of its own."""
+    """What the value function starts from: the policy's trunk, which it shares, with a head at zero; or the reward
+    model, as a separate model."""
     value_coef: NonNegative = 0.1
     """Weight of the value loss."""
     entropy_coef: Finite = 0.0
@@ -41,21 +41,20 @@ class A2CConfig(PolicyGradientConfig):
         super().__post_init__()
         if self.epochs != 1 or self.minibatches != 1:
             raise ValueError(
-                "A2C takes one on-policy step per batch: then the batch is off-policy and the loss has no "
-                "importance ratio. Use ppo for several epochs or minibatches"
+                "A2C takes one on-policy step per batch, because its loss has no importance ratio: use ppo for several "
+                "epochs or minibatches"
             )
         if self.critic == "q" and self.value_from != "policy":
             raise ValueError("critic='q' has a head on the policy's trunk: set value_from='policy'")
 
 
 class A2C(PolicyGradient[A2CConfig]):
-    """``-A log pi + value_coef * 0.5 (V - target)^2 - entropy_coef * H``, means over tokens (Mnih et al.
-    2016).
+    """``-A log pi + value_coef * 0.5 (V - target)^2 - entropy_coef * H``, means over tokens (Mnih et al. 2016).
 
-    ``A`` is the GAE advantage and ``target = A + V`` before whitening. With a Q critic ``A(s, a) = Q(s, a) - E_pi
-    Q(s, .)``, V stands for ``E_pi Q``, and Q of the action taken learns the same target, GAE's lambda-return. A Q
-    that is exact gives the policy gradient with no noise from what follows; one that is not biases it (Sutton et
-    al. 2000: unless its features are those of the policy's score).
+    ``A`` is the GAE advantage and ``target = A + V`` before whitening. With a Q critic
+    ``A(s, a) = Q(s, a) - E_pi Q(s, .)``, V stands for ``E_pi Q``, and Q of the action taken learns the same target,
+    GAE's lambda-return. An exact Q gives the policy gradient without noise from later rewards; an inexact Q biases it
+    (Sutton et al. 2000: unless its features are those of the policy's score).
     """
 
     Config = A2CConfig
@@ -66,11 +65,11 @@ class A2C(PolicyGradient[A2CConfig]):
         config = A2CConfig() if config is None else config
         check_value_from(self.name, policy, config.value_from)
         if config.critic == "q":
-            policy.use_q_critic()  # first, so that Adam sees it
+            policy.use_q_critic()  # before Adam collects the parameters
         super().__init__(policy, config)
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """``advantage (B, T)`` and ``target (B, T)``."""
+        """Return ``advantage (B, T)`` and ``target (B, T)``."""
         advantage = adv.gae(rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
         target = advantage + before.value[:, :-1]
         if self.config.critic == "q":
@@ -80,7 +79,7 @@ class A2C(PolicyGradient[A2CConfig]):
         return {"advantage": advantage, "target": target}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Token means of policy gradient, value loss and entropy bonus."""
+        """Return the token means of policy gradient, value loss and entropy bonus."""
         config, mask = self.config, traj.mask
         policy = masked_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)
         predicted = _chosen(now, traj) if config.critic == "q" else now.value[:, :-1]

@@ -1,4 +1,4 @@
-"""Best-of-n: sample n responses, keep the one the reward likes best. Needs no training; paid for at inference."""
+"""Best-of-n: sample n responses and keep the one with the highest reward. No training; the cost is at inference."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from lm_envs.env.mdp import TextMDP
 
 
 class BestOfN:
-    r"""A policy made of another one and a reward.
+    r"""A policy made from a base policy and a reward.
 
-    Under a base policy whose reward has distribution function F (and F^- its left limit), a response is chosen with
-    probability
+    Let F be the distribution function of the reward under the base policy, and F^- its left limit. A response is chosen
+    with probability
 
     .. math:: p_n(y) = \frac{F(r_y)^n - F^-(r_y)^n}{F(r_y) - F^-(r_y)}\, \pi(y)
 
-    (Stiennon et al. 2020, arXiv:2009.01325, appendix G, extended to ties, which go to the earliest sample here). Its
-    divergence from the base policy
-    is at most :func:`kl_bound` (Beirami et al. 2024, arXiv:2401.01879).
+    (Stiennon et al. 2020, arXiv:2009.01325, appendix G, extended to ties, which go to the earliest sample). Its KL from
+    the base policy is at most :func:`kl_bound` (Beirami et al. 2024, arXiv:2401.01879).
 
     Args:
         policy: the base policy.
-        mdp: gives the reward that chooses (``mdp.task.reward`` with the missing-EOS option) .
+        mdp: supplies the reward that chooses (``mdp.task.reward`` with the missing-EOS option).
         n: samples per prompt.
     """
 
@@ -34,14 +33,14 @@ class BestOfN:
         if n < 1:
             raise ValueError(f"best-of-n needs n of at least 1, got {n}")
         self.policy, self.mdp, self.n = policy, mdp, n
-        # The first sample takes the numbers a plain response would: best-of-1 is the base policy to the token.
+        # The first sample uses the numbers of a plain response, so best-of-1 gives the base policy's tokens.
         self.uniforms_per_response = n * policy.uniforms_per_response
         self.tokens_generated = 0
         self.reward_calls = 0
 
     @torch.no_grad()
     def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of n responses per prompt.
+        """Return the best of n responses per prompt.
 
         Args:
             prompts: ``(N, P)`` int64, left-padded with -1.

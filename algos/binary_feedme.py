@@ -1,4 +1,4 @@
-"""Binary FeedME: imitate the preferred responses, and forget the others."""
+"""Binary FeedME: imitate the preferred responses and ignore the others."""
 
 from __future__ import annotations
 
@@ -26,12 +26,7 @@ class BinaryFeedMEConfig(PreferenceConfig):
 
 class BinaryFeedME(SFT):
     """``-log pi(y_w|x)``, the mean over tokens: supervised fine-tuning on the winners (Dubois et al. 2023, AlpacaFarm,
-    section 3.2; after OpenAI's FeedME, which imitates samples that labellers rated highest).
-
-    Args:
-        policy: what learns.
-        config: settings.
-        data: preferences; from a task they are pairs of its reference's samples, ranked by simulated annotators.
+    section 3.2; after OpenAI's FeedME, which imitates the samples that labelers rated highest).
 
     Raises:
         ValueError: no preferences, or a group without a winner.

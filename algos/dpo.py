@@ -1,4 +1,4 @@
-"""DPO: learns from preferences directly, without a reward model and without sampling."""
+"""DPO: learn from preferences directly, without a reward model and without sampling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lm_envs.trajectories import Trajectories
 if TYPE_CHECKING:
     from lm_envs.tasks.base import TextTask
 
-_ROWS = 256  # a forward of the reference's
+_ROWS = 256  # per forward of the reference
 
 
 @dataclass
@@ -32,22 +32,22 @@ class DPOConfig(PreferenceConfig):
     learning_rate: Rate = 3e-4
     """Adam's step size at the start."""
     episodes: Size | None = 64
-    """Groups of ranked texts per iteration, a pair each where they come from a task."""
+    """Groups of ranked texts per iteration; a group from a task is a pair."""
     beta: Positive = 0.1
-    """Coefficient of the KL penalty that the loss stands for."""
+    """Coefficient of the implicit KL penalty."""
 
 
 class DPO(Agent[DPOConfig]):
     """``-log sigmoid(beta * (D_w - D_l))``, ``D`` the summed log-ratio to the reference (Rafailov et al. 2023, eq. 7).
 
-    The reference is the policy as it is when the agent is made. A ranking of K texts counts as its pairs, ``1 / (K
-    choose 2)`` each.
+    The reference is the policy at the agent's construction. A ranking of K texts counts as its pairs, each with weight
+    ``1 / (K choose 2)``.
 
     Args:
-        policy: what learns.
+        policy: the policy to train.
         config: settings.
-        data: preferences, in memory or on disk; from a task they are pairs of its reference's samples, ranked by
-            simulated annotators.
+        data: preferences, in memory or on disk; without data, simulated annotators rank pairs of the task's reference's
+            samples.
 
     Raises:
         ValueError: no preferences, or a group without a pair.
@@ -65,7 +65,7 @@ class DPO(Agent[DPOConfig]):
         super().__init__(policy, config)
         self._comparisons = Comparisons(self.name, data)
         held, rows = self._comparisons.data, self.config.micro_batch or _ROWS
-        if isinstance(held, PackedExamples):  # which keep it on disk
+        if isinstance(held, PackedExamples):  # reference log-probabilities are kept on disk
             self.reference_key = weights_hash(policy.model.named_parameters())
             device = policy.model.device
             held.keep_reference(self.reference_key, lambda traj: Before(policy, traj.to(device), rows).logprob, rows)
@@ -79,13 +79,13 @@ class DPO(Agent[DPOConfig]):
         return annotated_pairs(task, config.pairs, config.flip, config.seed)
 
     def batches(self) -> Iterator[Trajectories]:
-        """Passes over the groups, each in a new order that depends on the seed and the pass alone."""
+        """Yield passes over the groups, each in a new order that depends only on the seed and the pass."""
         size = self.config.episodes
         assert size is not None
         return self._comparisons.batches(size, self.config.seed, self.iterations_done)
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """The mean over groups of the mean over pairs; also the share of pairs that the log-ratios order rightly."""
+        """Return the mean over groups of the mean over pairs, and the share of pairs that are ordered correctly."""
         return preference_loss(traj, now, self.config.beta)
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,7 +104,7 @@ class DPO(Agent[DPOConfig]):
 
 
 def preference_loss(traj: Trajectories, now: Any, beta: float) -> tuple[Tensor, dict[str, Metric]]:
-    """:func:`~lm_envs.algos.ops.preference_losses.dpo_loss` of a batch of whole groups, and its metrics."""
+    """Return :func:`~lm_envs.algos.ops.preference_losses.dpo_loss` of a batch of whole groups, and its metrics."""
     assert traj.group is not None and traj.rank is not None and traj.ref_logprob is not None
     moved = masked(now.logprob, traj.mask) - masked(traj.ref_logprob, traj.mask).to(now.logprob.dtype)
     ratio, _ = by_group(moved.sum(dim=1), traj.group, 0.0)

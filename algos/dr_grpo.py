@@ -23,10 +23,10 @@ class DrGRPO(GRPO):
     """``(1/B) sum_i sum_t max(-A_i rho, -A_i clip(rho))`` with ``A_i = R_i - mean R`` (Liu et al. 2025,
     "Understanding R1-Zero-like training: a critical perspective", section 3.3).
 
-    No division by the group's standard deviation, and none by the response's length; the paper's division by a
-    constant, the longest length, is left to the learning rate. The mean counts the episode itself, so the
-    gradient is (K-1)/K of the true one: the same direction. The paper has no KL penalty; here it is in the
-    reward, where it is exact, and ``kl_coef=0`` is the paper's.
+    There is no division by the group's standard deviation or the response's length; the paper's division by a constant,
+    the longest length, is left to the learning rate. The mean includes the episode itself, so the gradient is (K-1)/K
+    of the true one, in the same direction. The paper has no KL penalty (``kl_coef=0``); here it is in the reward, where
+    it is exact.
     """
 
     Config = DrGRPOConfig
@@ -34,9 +34,9 @@ class DrGRPO(GRPO):
     published_kl_coef = None
 
     def advantage(self, returns: Tensor, group: Tensor | None) -> Tensor:
-        """``(B,)`` from ``(B,)`` returns."""
+        """Return ``(B,)`` advantages from ``(B,)`` returns."""
         return returns - adv.group_mean(returns, group)
 
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
-        """A scalar from ``(B, T)``: sums over rows' tokens, then the mean over rows."""
+        """Return a scalar from ``(B, T)``: sums over a row's tokens, then the mean over rows."""
         return sequence_mean(x, mask)

@@ -1,4 +1,4 @@
-"""Expert iteration: sample several, keep the best, imitate them, repeat."""
+"""Expert iteration: sample several responses, keep the best, imitate them, repeat."""
 
 from __future__ import annotations
 
@@ -28,15 +28,13 @@ class ExpertIterationConfig(AgentConfig):
     learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
     group_size: Size = 8
-    """Episodes in a row that share a prompt, of which the best are kept."""
+    """Consecutive episodes that share a prompt, of which the best are kept."""
     keep: Size = 1
-    """How many of each group are imitated."""
+    """Episodes of each group that are imitated."""
     epochs: Count = 2
     """Passes over the kept episodes."""
     restart: bool = False
-    """Imitate from the first weights in every iteration (as AlpacaFarm does) instead of from the last
-    iteration's.
-    """
+    """Imitate from the first weights in every iteration (as AlpacaFarm does) instead of from the last iteration's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,11 +43,11 @@ class ExpertIterationConfig(AgentConfig):
 
 
 class ExpertIteration(Agent[ExpertIterationConfig]):
-    """``-log pi`` on the best episodes of each group (Anthony et al. 2017; Dubois et al. 2023, AlpacaFarm's
-    variant is `restart`).
+    """``-log pi`` on the best episodes of each group (Anthony et al. 2017; `restart` is AlpacaFarm's variant, Dubois et
+    al. 2023).
 
-    Best is by ``score``, the reward model's, where there is one, else by the undiscounted return; ties go to
-    the earlier episode. Control episodes have no prompt: there a group is `group_size` episodes in a row.
+    The best episodes have the highest reward-model ``score``, or without one the highest undiscounted return; ties go
+    to the earlier episode. Control episodes have no prompt, so a group is `group_size` consecutive episodes.
     """
 
     Config = ExpertIterationConfig
@@ -63,7 +61,7 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
             self._first = {name: t.clone() for name, t in learned_state(policy).items()}
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Learns from the best episodes of the batch alone."""
+        """Learn only from the best episodes of the batch."""
         value = episode_value(traj)
         group = torch.arange(len(traj)) // self.config.group_size if traj.group is None else traj.group
         if self.config.restart:
@@ -73,7 +71,7 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
         return {"kept_score": float(value[kept].double().mean())} | super().update(traj.select(kept))
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Negative log-likelihood of the kept episodes, the mean over tokens."""
+        """Return the negative log-likelihood of the kept episodes, the mean over tokens."""
         loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
         return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}
 
@@ -85,7 +83,7 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
 
 
 def best_of_groups(value: Tensor, group: Tensor, keep: int) -> Tensor:
-    """Row indices, ascending, of the ``keep`` rows with the largest ``value`` in each group (all of a smaller
+    """Return the ascending indices of the ``keep`` rows with the largest ``value`` in each group (all of a smaller
     group).
 
     Args:

@@ -16,7 +16,7 @@ from lm_envs.algos.ops.losses import KLEstimator, ppo_clip_loss, ratio_metrics, 
 from lm_envs.settings import Count, Positive, Rate, Size
 from lm_envs.trajectories import Trajectories
 
-_EPS = 1e-8  # of the standard deviation: a group of equal returns has advantage 0
+_EPS = 1e-8  # so that a group of equal returns has advantage 0
 
 
 @dataclass
@@ -28,25 +28,25 @@ class GRPOConfig(PolicyGradientConfig):
     learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
     group_size: Size = 8
-    """Episodes in a row that share a prompt, at least 2; the text env is made with the same number."""
+    """Consecutive episodes that share a prompt, at least 2; the text env must have the same group_size."""
     minibatches: Count = 2
     """Adam steps per pass."""
     clip: Positive = 0.2
-    """How far the ratio to the sampling policy may leave 1 before it earns no more."""
+    """Distance of the ratio to the sampling policy from 1 beyond which it is clipped."""
     kl_loss: KLEstimator | None = "k3"
-    """Put the KL penalty into the loss, by this estimator. None leaves it in the reward."""
+    """Estimator that puts the KL penalty into the loss. None leaves it in the reward."""
 
 
 class GRPO(PolicyGradient[GRPOConfig]):
     """``(1/B) sum_i (1/|o_i|) sum_t [max(-A_i rho, -A_i clip(rho)) + kl_coef * k3]`` with ``A_i = (R_i - mean R)
     / std R`` over the prompt's episodes (Shao et al. 2024, "DeepSeekMath", eqs. 3 and 4, signs turned).
 
-    As published, and biased in four ways (Liu et al. 2025, "Understanding R1-Zero-like training", name the first
-    two): the standard deviation (population, here) weighs prompts with nearly equal returns up; ``1/|o|``
-    makes a token of a long response count less, so long bad responses are punished less and long good ones earn
-    less; the mean counts the episode itself, which shrinks the gradient by (K-1)/K; and k3 in the loss pulls
-    towards the reference along ``KL(ref || pi)`` (see :func:`~lm_envs.algos.ops.losses.kl_estimate`).
-    ``dr-grpo`` drops the first two. Where there is no prompt (control) the group is the batch.
+    As published it is biased in four ways (Liu et al. 2025, "Understanding R1-Zero-like training", name the first two):
+    the standard deviation (population, here) gives prompts with nearly equal returns more weight; ``1/|o|`` gives
+    tokens of long responses less weight, so long bad responses are punished less and long good ones rewarded less; the
+    mean includes the episode itself, which scales the gradient by (K-1)/K; and k3 in the loss pulls toward the
+    reference along ``KL(ref || pi)`` (see :func:`~lm_envs.algos.ops.losses.kl_estimate`). ``dr-grpo`` drops the first
+    two. Control has no prompts, so the group is the batch.
     """
 
     Config = GRPOConfig
@@ -55,18 +55,18 @@ class GRPO(PolicyGradient[GRPOConfig]):
     published_kl_coef: ClassVar[float | None] = 0.04
 
     def advantage(self, returns: Tensor, group: Tensor | None) -> Tensor:
-        """``(B,)`` from ``(B,)`` returns."""
+        """Return ``(B,)`` advantages from ``(B,)`` returns."""
         return (returns - adv.group_mean(returns, group)) / (adv.group_std(returns, group) + _EPS)
 
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
-        """A scalar from ``(B, T)``: over a row's tokens, then over rows."""
+        """Return a scalar from ``(B, T)``: the mean over a row's tokens, then over rows."""
         return row_mean(x, mask)
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """``advantage``, one number per row, and ``old_logprob``, both ``(B, T)``.
+        """Return ``advantage``, one number per row, and ``old_logprob``, both ``(B, T)``.
 
         Raises:
-            ValueError: a prompt has a single episode, whose advantage is 0 whatever it earns.
+            ValueError: a prompt has a single episode, whose advantage would always be 0.
         """
         if traj.group is not None and int(torch.unique(traj.group, return_counts=True)[1].min()) < 2:
             raise ValueError(
@@ -77,12 +77,12 @@ class GRPO(PolicyGradient[GRPOConfig]):
         return {"advantage": adv.masked(advantage, traj.mask), "old_logprob": before.logprob}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """The clipped objective and the penalty, averaged by :meth:`mean`."""
+        """Return the clipped objective and the penalty, averaged by :meth:`mean`."""
         mask, count = traj.mask, traj.mask.sum()
         clipped = ppo_clip_loss(now.logprob, fixed["old_logprob"], fixed["advantage"], mask, self.config.clip)
         policy = self.mean(clipped, mask)
         moved = ratio_metrics(now.logprob, fixed["old_logprob"], mask, self.config.clip)
         metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, mask)}
-        # These are means over tokens, and the unit is rows: they carry their own count.
+        # Means over tokens carry their own count, because the unit is rows.
         metrics |= {name: x if name.endswith("_max") else (x * count, count) for name, x in moved.items()}
         return policy + self.mean(self.kl_penalty(traj, now), mask), metrics

@@ -1,4 +1,4 @@
-"""Iterated RLHF: as the policy moves, annotators compare what it writes now, and the reward model is made anew."""
+"""Iterated RLHF: rounds of annotating the current policy's samples, retraining the reward model, and PPO."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class IteratedRLHFConfig(PPOConfig):
     """Settings of :class:`IteratedRLHF`: PPO's, the annotators' and the reward model's."""
 
     rounds: Count = 2
-    """How many times the annotators are asked and the reward model is made, evenly over `iterations`; 1 is RLHF."""
+    """Rounds of annotation and reward-model training, evenly spaced over `iterations`; 1 is plain RLHF."""
     annotations: Count = 8192
     """Pairs compared in all rounds together."""
     held_out: Count = 512
-    """Pairs per round that measure the reward model by the judge and train nothing."""
+    """Held-out pairs per round that compare the reward model with the judge."""
     flip: Probability = 0.25
-    """Probability that a simulated annotator's choice is recorded the wrong way round."""
+    """Probability that a simulated annotator's choice is flipped."""
     rm_start: Literal["fresh", "task"] = "fresh"
     """What a round's reward model starts from: random weights, or the task's reward model."""
     rm_steps: Count = 192
-    """Steps of training per round."""
+    """Training steps of the reward model per round."""
     rm_batch: Size = 128
-    """Pairs per step."""
+    """Pairs per training step of the reward model."""
     rm_learning_rate: Rate = 2e-3
-    """Its highest step size."""
+    """Peak learning rate of the reward model."""
     rm_weight_decay: NonNegative = 0.1
-    """Of AdamW."""
+    """AdamW's weight decay for the reward model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,14 +58,14 @@ class IteratedRLHF(PPO):
     """PPO in rounds, each on a new reward model (Bai et al. 2022, "Training a helpful and harmless assistant", section
     4.5, iterated online RLHF; Christiano et al. 2017).
 
-    A round begins by sampling pairs from the policy as it is; simulated annotators, who follow the task's judge,
-    choose; a reward model is trained on the choices of all rounds so far, normalised on the start's samples, and
-    replaces the env's reward. The metrics of a round's first iteration hold ``rm_accuracy``, how often the new
-    reward model orders held-out pairs of the current policy as the judge does, and ``rm_accuracy_before``, the
-    same of the reward that was in use until then.
+    Each round samples pairs from the current policy, and simulated annotators, which follow the task's judge, choose.
+    A reward model is trained on the choices of all rounds so far, normalized on the start's samples, and replaces the
+    env's reward. The metrics of a round's first iteration include ``rm_accuracy``, the share of the current policy's
+    held-out pairs that the new reward model orders as the judge does, and ``rm_accuracy_before``, the same for the
+    previous reward.
 
     Raises:
-        ValueError: when it first iterates, on an env whose task has no judge, or no learned reward to give the
+        ValueError: at the first iteration, if the env's task has no judge, or no learned reward that determines the
             reward model's architecture and tokenizer.
     """
 
@@ -79,7 +79,7 @@ class IteratedRLHF(PPO):
         self.reward: LearnedReward | None = None
         self._task_reward: LearnedReward | None = None
         self._texts: list[list[list[int]]] = []  # pairs, as the reward model reads them
-        self._units: list[list[list[int]]] = []  # of the start's samples, in whose units scores are
+        self._units: list[list[list[int]]] = []  # the start's samples, which define the units of scores
         self._choices = np.zeros(0, dtype=bool)  # whether the first of each pair was preferred
         self._saved: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
 
@@ -95,7 +95,7 @@ class IteratedRLHF(PPO):
         return None
 
     def iteration(self, env: Any = None) -> tuple[Trajectories, dict[str, float]]:
-        """As every agent's; where a round is due, with a new reward model first."""
+        """Train a new reward model if a round is due, then run PPO's iteration."""
         if env is None or not text_envs(env):
             raise ValueError("iterated-rlhf needs a text env to sample from")
         mdp = text_envs(env)[0].mdp
@@ -129,7 +129,18 @@ class IteratedRLHF(PPO):
         # In units of the *start's* samples in every round, or the penalty would weigh less from round to round.
         if self.reward is None:
             self._units = as_read(template, held.samples)
-        self.reward = in_units_of(template, self._train(template, number), self._units, _NAME)
+        model = make_reward_model(
+            template.model,
+            self._texts,
+            self._choices,
+            start=config.rm_start,
+            steps=config.rm_steps,
+            batch_size=config.rm_batch,
+            learning_rate=config.rm_learning_rate,
+            weight_decay=config.rm_weight_decay,
+            seed=config.seed + number,
+        )
+        self.reward = in_units_of(template, model, self._units, _NAME)
         self.rounds_done += 1
         self.tokens_done += fresh.tokens + held.tokens
         self.samples_done += 2 * (count + config.held_out)
@@ -146,20 +157,6 @@ class IteratedRLHF(PPO):
         """Only as the start of its own reward models, or of its critic."""
         return self.config.rm_start == "task" or self.config.value_from == "reward_model"
 
-    def _train(self, template: LearnedReward, number: int) -> Any:
-        config = self.config
-        return make_reward_model(
-            template.model,
-            self._texts,
-            self._choices,
-            start=config.rm_start,
-            steps=config.rm_steps,
-            batch_size=config.rm_batch,
-            learning_rate=config.rm_learning_rate,
-            weight_decay=config.rm_weight_decay,
-            seed=config.seed + number,
-        )
-
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.reward is None:
             return self._saved if self._saved is not None else ({}, {"rounds": 0})  # type: ignore[return-value]
@@ -172,7 +169,7 @@ class IteratedRLHF(PPO):
     def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         self.rounds_done = values["rounds"]
         self.reward = self._task_reward = None
-        # The reward model's architecture is the env's task's: it is built at the next iteration.
+        # Built at the next iteration, because the env's task determines the architecture.
         self._saved = (dict(tensors), dict(values)) if tensors else None
 
     def _rebuild(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Online DPO: DPO between the best and the worst of the policy's own samples, batch after batch."""
+"""Online DPO: DPO between the best and the worst of the policy's own samples, in every batch."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class OnlineDPOConfig(AgentConfig):
     learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
     group_size: Several = 4
-    """Episodes in a row that share a prompt, at least 2, of which the best and the worst are compared."""
+    """Consecutive episodes that share a prompt, at least 2, of which the best and the worst are compared."""
     beta: Positive = 0.1
-    """Coefficient of the KL penalty that the loss stands for."""
+    """Coefficient of the implicit KL penalty."""
 
 
 class OnlineDPO(Agent[OnlineDPOConfig]):
     """``-log sigmoid(beta * (D_best - D_worst))`` on fresh samples (Guo et al. 2024, "Direct language model alignment
     from online AI feedback"; the best and worst of more than two, as Xiong et al. 2024 do).
 
-    The reward model's score decides, and the reference is the env's. A group of equal scores teaches nothing. Text
-    only: on control there is no reference.
+    The reward model's score ranks the samples, and the reference is the env's. Groups of equal scores are skipped. Text
+    only: control has no reference.
     """
 
     Config = OnlineDPOConfig
@@ -44,10 +44,10 @@ class OnlineDPO(Agent[OnlineDPOConfig]):
     unit = "group"
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Learns from the best and the worst of each group."""
+        """Learn from the best and the worst of each group."""
         value = episode_value(traj)
         if traj.ref_logprob is None:
-            raise ValueError("online-dpo needs Trajectories.ref_logprob, and these have none: it is for text envs")
+            raise ValueError("online-dpo needs Trajectories.ref_logprob, which only text envs provide")
         best, worst = extremes(value, groups(traj)[1])
         differ = value[best] > value[worst]
         kept = torch.stack([best[differ], worst[differ]], dim=1)
@@ -61,14 +61,13 @@ class OnlineDPO(Agent[OnlineDPOConfig]):
         return metrics | super().update(chosen)
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """The mean over pairs."""
+        """Return the mean over pairs."""
         return preference_loss(traj, now, self.config.beta)
 
 
 def extremes(value: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Row indices ``(G,)`` of the largest and of the smallest ``value (B,)`` of each group 0 .. G-1, ties to the
-    earlier.
-    """
+    """Return the row indices ``(G,)`` of the largest and of the smallest ``value (B,)`` of each group 0 .. G-1; ties go
+    to the earlier row."""
     best, worst = [], []
     for number in range(int(group.max()) + 1):
         rows = (group == number).nonzero().squeeze(1)

@@ -11,7 +11,6 @@ from lm_envs.algos.engine.batching import Before, rewards
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
-from lm_envs.algos.ops.kl_control import exceeds
 from lm_envs.algos.ops.losses import masked_mean, ppo_clip_loss, ratio_metrics, value_loss
 from lm_envs.algos.policies.critics import ValueFrom, check_value_from
 from lm_envs.settings import Count, Finite, NonNegative, Positive, Probability
@@ -29,10 +28,10 @@ class ProximalConfig(PolicyGradientConfig):
     lam: Probability = 0.95
     """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
     value_clip: Positive | None = 0.2
-    """How far a value may move per batch before it earns no more. None does not clip."""
+    """Distance from the batch's old value beyond which a value is clipped. None does not clip."""
     value_from: ValueFrom = "policy"
-    """Whose trunk the value function starts from: the policy's, which it shares, with a head at zero, or the
-    reward model's, as a model of its own."""
+    """What the value function starts from: the policy's trunk, which it shares, with a head at zero; or the reward
+    model, as a separate model."""
     whiten_advantage: bool = True
     """Scale advantages to mean 0 and standard deviation 1 over the batch."""
     value_coef: NonNegative = 0.1
@@ -40,20 +39,17 @@ class ProximalConfig(PolicyGradientConfig):
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
     kl_stop: NonNegative | None = None
-    """Leave a batch once a minibatch's KL to the sampling policy exceeds this, nats per token. None never
-    does.
-    """
+    """KL of a minibatch to the sampling policy, in nats per token, that ends the epochs on a batch. None: no limit."""
 
 
 C = TypeVar("C", bound=ProximalConfig)
 
 
 class Proximal(PolicyGradient[C]):
-    """Several epochs per batch on a surrogate objective, with a learned value: what PPO and PPO-KLPEN share.
+    """Several epochs per batch on a surrogate objective, with a learned value: the part that PPO and PPO-KLPEN share.
 
-    ``surrogate + value_coef * value loss - entropy_coef * H``, means over tokens. ``rho`` is the ratio to the
-    policy before the update, re-evaluated on the batch, so that it is exactly 1 at first whatever the precision
-    of sampling.
+    ``surrogate + value_coef * value loss - entropy_coef * H``, means over tokens. ``rho`` is the ratio to the policy
+    before the update, re-evaluated on the batch, so that it is exactly 1 at first whatever the precision of sampling.
     """
 
     unit = "token"
@@ -64,7 +60,7 @@ class Proximal(PolicyGradient[C]):
 
     @property
     def ratio_clip(self) -> float | None:
-        """Beyond which a ratio counts as clipped, for the metric; None where none is."""
+        """The distance from 1 beyond which the metric counts a ratio as clipped; None without a clip."""
         return None
 
     def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
@@ -72,7 +68,7 @@ class Proximal(PolicyGradient[C]):
         raise NotImplementedError
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """``advantage``, ``target``, ``old_logprob`` and ``old_value``, all ``(B, T)``."""
+        """Return ``advantage``, ``target``, ``old_logprob`` and ``old_value``, all ``(B, T)``."""
         value = before.value[:, :-1]
         advantage = adv.gae(rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
         target = advantage + value
@@ -81,7 +77,7 @@ class Proximal(PolicyGradient[C]):
         return {"advantage": advantage, "target": target, "old_logprob": before.logprob, "old_value": value}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Token means of the surrogate, the clipped value loss and the entropy bonus."""
+        """Return the token means of the surrogate, the clipped value loss and the entropy bonus."""
         config, mask = self.config, traj.mask
         policy = masked_mean(self.surrogate(now.logprob, fixed, mask), mask)
         value = masked_mean(
@@ -98,8 +94,8 @@ class Proximal(PolicyGradient[C]):
         return loss, metrics | ratio_metrics(now.logprob, fixed["old_logprob"], mask, self.ratio_clip)
 
     def should_stop(self, metrics: dict[str, float]) -> bool:
-        """The early stop on the KL to the sampling policy."""
-        return exceeds(metrics["approx_kl"], self.config.kl_stop)
+        """Return whether the KL to the sampling policy exceeds ``kl_stop``."""
+        return self.config.kl_stop is not None and metrics["approx_kl"] > self.config.kl_stop
 
 
 @dataclass
@@ -107,21 +103,21 @@ class PPOConfig(ProximalConfig):
     """Settings of :class:`PPO`; the defaults are for a small language model."""
 
     clip: Positive = 0.2
-    """How far the ratio to the sampling policy may leave 1 before it earns no more."""
+    """Distance of the ratio to the sampling policy from 1 beyond which it is clipped."""
 
 
 class PPO(Proximal[PPOConfig]):
-    """Proximal policy optimisation with the clipped objective, ``max(-A rho, -A clip(rho))`` (Schulman et al. 2017,
+    """Proximal policy optimization with the clipped objective, ``max(-A rho, -A clip(rho))`` (Schulman et al. 2017,
     eq. 7).
 
-    On text the KL penalty is in the reward, with a fixed or a steered coefficient (Ziegler et al. 2019).
+    On text the KL penalty is in the reward, with a fixed or an adaptive coefficient (Ziegler et al. 2019).
     """
 
     Config = PPOConfig
     name = "ppo"
 
     def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
-        """The clipped objective, ``(B, T)``."""
+        """Return the clipped objective, ``(B, T)``."""
         return ppo_clip_loss(logprob, fixed["old_logprob"], fixed["advantage"], mask, self.config.clip)
 
     @property

@@ -21,18 +21,18 @@ class PPOKLPenConfig(ProximalConfig):
     """Settings of :class:`PPOKLPen`; the defaults are for a small language model."""
 
     old_kl_coef: NonNegative = 1.0
-    """Weight of the KL to the sampling policy, at the start."""
+    """Initial weight of the KL to the sampling policy."""
     old_kl_target: Positive | None = 0.01
-    """Nats per token that a batch should move the policy: the weight is doubled after one that moved it half as
-    far again, and halved after one that moved it less than two thirds as far. None keeps the weight."""
+    """Nats per token that a batch should move the policy: the weight is doubled after a batch that moved it more than
+    1.5 times as far, and halved after one that moved it less than 2/3 as far. None keeps the weight."""
 
 
 class PPOKLPen(Proximal[PPOKLPenConfig]):
     """``-A rho + old_kl_coef * KL(old || new)`` and PPO's value loss and entropy bonus (Schulman et al. 2017, eq. 8
     and the rule behind it, section 4).
 
-    The KL is estimated on the batch, whose samples are the old policy's: ``rho - 1 - log rho`` is unbiased, in
-    its gradient too. It has nothing to do with the KL penalty against the *reference*.
+    The KL is estimated on the batch, which the old policy sampled: ``rho - 1 - log rho`` and its gradient are unbiased.
+    It is independent of the KL penalty against the *reference*.
     """
 
     Config = PPOKLPenConfig
@@ -43,16 +43,16 @@ class PPOKLPen(Proximal[PPOKLPenConfig]):
         self.old_kl_coef = self.config.old_kl_coef
 
     def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
-        """The penalised objective, ``(B, T)``."""
+        """Return the penalized objective, ``(B, T)``."""
         return ppo_penalty_loss(logprob, fixed["old_logprob"], fixed["advantage"], mask, self.old_kl_coef)
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """As PPO's; keeps the old log-probabilities to measure the update by."""
+        """Prepare as PPO does, and keep the old log-probabilities to measure the update."""
         self._old = before.logprob
         return super().prepare(traj, before)
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """As every agent's; then the weight moves, by how far the policy did."""
+        """Update the policy, then the weight, by how far the policy moved."""
         used = self.old_kl_coef
         metrics = super().update(traj) | {"old_kl_coef": used}
         if self.config.old_kl_target is None:
@@ -72,9 +72,8 @@ class PPOKLPen(Proximal[PPOKLPenConfig]):
 
 
 def adapted(coef: float, kl: float, target: float) -> float:
-    """The weight after an update that moved the policy by ``kl``: halved below ``target / 1.5``, doubled above
-    ``1.5 * target``.
-    """
+    """Return the weight after an update that moved the policy by ``kl``: halved below ``target / 1.5``, doubled above
+    ``1.5 * target``."""
     if kl < target / 1.5:
         return coef / 2
     return coef * 2 if kl > target * 1.5 else coef

@@ -1,4 +1,4 @@
-"""PPO-ptx: PPO that keeps learning the texts it was trained on before."""
+"""PPO-ptx: PPO that keeps learning from the texts of its earlier training."""
 
 from __future__ import annotations
 
@@ -27,14 +27,9 @@ class PPOPtxConfig(PPOConfig):
 class PPOPtx(PPO):
     """``PPO's loss - ptx_coef * E[log pi]`` over demonstrations (Ouyang et al. 2022, eq. 2, their gamma).
 
-    Both are means over tokens, so the coefficient compares a token of one with a token of the other. (The
-    paper's 27.8 goes with its own scale of losses.) In the paper the texts are those of pretraining; here they
-    are the demonstrations.
-
-    Args:
-        policy: what learns.
-        config: settings.
-        data: demonstrations, needed unless ``ptx_coef`` is 0.
+    Both are means over tokens, so the coefficient compares single tokens. (The paper's 27.8 belongs to its own scale of
+    losses.) The paper uses pretraining text, this implementation the demonstrations, which are required unless
+    ``ptx_coef`` is 0.
     """
 
     Config = PPOPtxConfig
@@ -48,7 +43,7 @@ class PPOPtx(PPO):
 
     @classmethod
     def data_of(cls, task: TextTask, config: PPOPtxConfig) -> Trajectories | None:
-        """A task's demonstrations, where they are mixed in."""
+        """Return a task's demonstrations; None if ``ptx_coef`` is 0."""
         return demonstrations_of(task) if config.ptx_coef else None
 
     @classmethod
@@ -57,5 +52,5 @@ class PPOPtx(PPO):
         return "demonstrations" if config.ptx_coef and demonstrations_of(task) is None else None
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
-        """Demonstrations, weighted by ``ptx_coef``."""
+        """Return demonstrations and their weight ``ptx_coef``."""
         return self._demonstrations.mixture(step)

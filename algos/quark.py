@@ -1,4 +1,4 @@
-"""Quark: learn responses with a token for how good they were, then ask for the best."""
+"""Quark: learn responses conditioned on a reward token, and sample conditioned on the best one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lm_envs.env.report import text_envs
 from lm_envs.settings import Count, Finite, Rate, Several, Size
 from lm_envs.trajectories import Trajectories
 
-_DRAW = 2**31  # keeps the draw from the pool apart from the order of minibatches
+_DRAW = 2**31  # separates the draw from the pool from the order of minibatches
 
 
 @dataclass
@@ -33,15 +33,15 @@ class QuarkConfig(AgentConfig):
     learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
     minibatches: Count = 8
-    """Adam steps per pass. What a token means is learned slowly: few steps per batch leave the tokens alike."""
+    """Adam steps per pass. The meaning of reward tokens is learned slowly: few steps per batch leave them alike."""
     quantiles: Several = 5
-    """K, how many parts of equal size the pool is sorted into, and how many reward tokens there are."""
+    """K, the number of quantiles of the pool and of reward tokens."""
     best_only: bool = False
-    """Learn from the best quantile alone (AlpacaFarm's form) instead of from the whole pool."""
+    """Learn only from the best quantile (AlpacaFarm's form) instead of from the whole pool."""
     pool: Size | None = None
-    """How many of the newest episodes the pool keeps. None keeps all."""
+    """Number of newest episodes that the pool keeps. None keeps all."""
     learn_episodes: Size | None = 512
-    """Most episodes learned from per iteration, drawn from the pool. None takes as many as were sampled."""
+    """Maximum number of episodes drawn from the pool per iteration. None uses the number of sampled episodes."""
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
 
@@ -50,11 +50,10 @@ class Quark(Agent[QuarkConfig]):
     """``-log pi(y|r_k, x) + kl_coef * KL(pi || ref) - entropy_coef * H``, means over tokens (Lu et al. 2022, "Quark:
     controllable text generation with reinforced unlearning", section 2).
 
-    Every sample goes into a pool; sorted by score, the pool is cut into K quantiles, and an episode of the k-th is
-    learned with the k-th reward token before its prompt. Sampling is on the best token, and on none before the
-    first update, when the policy is the reference. The KL is over the whole vocabulary at each state, the
-    reference reading the prompt without the token. AlpacaFarm's form (Dubois et al. 2023) is ``best_only``. Text
-    only: the token stands before a prompt.
+    All samples go into a pool, which is split into K quantiles of the score. An episode of the k-th quantile is learned
+    with the k-th reward token before its prompt. Sampling uses the best token, or none before the first update, when
+    the policy is the reference. The KL is over the whole vocabulary at each state; the reference reads the prompt
+    without the token. ``best_only`` is AlpacaFarm's form (Dubois et al. 2023). Text only: control has no prompts.
     """
 
     Config = QuarkConfig
@@ -68,7 +67,7 @@ class Quark(Agent[QuarkConfig]):
         config = QuarkConfig() if config is None else config
         if not hasattr(policy, "add_reward_tokens"):
             raise ValueError(f"quark is for language-model policies, not {type(policy).__name__}")
-        policy.add_reward_tokens(config.quantiles)  # first, so that Adam sees them
+        policy.add_reward_tokens(config.quantiles)  # before Adam collects the parameters
         super().__init__(policy, config)
         self._pool: Trajectories | None = None
 
@@ -78,7 +77,7 @@ class Quark(Agent[QuarkConfig]):
         return super().settle_kl_coef(env)
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Adds the batch to the pool and learns from a draw of it."""
+        """Add the batch to the pool and learn from a draw of it."""
         config, fresh = self.config, poolable(traj)
         pool = fresh if self._pool is None else Trajectories.concatenate([self._pool, fresh])
         self._pool = pool = pool if config.pool is None else pool.select(slice(-config.pool, None))
@@ -98,7 +97,7 @@ class Quark(Agent[QuarkConfig]):
         return metrics
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Token means of the likelihood, the KL and the entropy bonus."""
+        """Return the token means of the likelihood, the KL and the entropy bonus."""
         mask, coef = traj.mask, self.kl_coefficient()
         likelihood = masked_mean(nll(now.logprob, mask), mask)
         entropy = masked_mean(now.entropy, mask)
@@ -106,7 +105,7 @@ class Quark(Agent[QuarkConfig]):
         metrics: dict[str, Metric] = {"nll": likelihood.detach(), "entropy": entropy.detach()}
         if coef:
             if self.reference is None:
-                raise ValueError("quark: the KL needs a reference, and no env was seen yet: set .reference")
+                raise ValueError("quark: the KL needs a reference, but there was no env yet: set .reference")
             assert traj.prompt is not None
             plain = traj.select(slice(None))
             plain.prompt = without_tokens(traj.prompt, self.policy.vocabulary)
@@ -128,19 +127,19 @@ class Quark(Agent[QuarkConfig]):
 
 
 def poolable(traj: Trajectories) -> Trajectories:
-    """What the pool keeps of a batch of either face: prompts, responses, scores.
+    """Return what the pool keeps of a batch, from an MDP or a bandit env: prompts, responses, scores.
 
     Raises:
-        ValueError: the batch has no rewards, or is not of text.
+        ValueError: the batch has no rewards, or is not text.
     """
     score = episode_value(traj)
     if traj.prompt is None or traj.response is None:
-        raise ValueError("quark learns from text: these trajectories have no prompts")
+        raise ValueError("quark learns from text, but these trajectories have no prompts")
     return pool_of(traj.prompt, traj.response, score)
 
 
 def pool_of(prompt: Tensor, response: Tensor, score: Tensor) -> Trajectories:
-    """Episodes of the MDP face, on the CPU."""
+    """Return episodes of tokens, on the CPU."""
     prompt, response, score = (x.detach().cpu().clone() for x in (prompt, response, score))
     ended = torch.ones(len(response), dtype=torch.bool)
     return Trajectories(
@@ -155,9 +154,8 @@ def pool_of(prompt: Tensor, response: Tensor, score: Tensor) -> Trajectories:
 
 
 def quantiles(score: Tensor, count: int) -> Tensor:
-    """``(N,)`` int64: which of ``count`` parts of equal size each of ``score (N,)`` falls into, 0 the lowest; of equal
-    scores the later is the higher.
-    """
+    """Return ``(N,)`` int64, the quantile of each of ``score (N,)`` among ``count``, 0 the lowest; of equal scores the
+    later ranks higher."""
     order = torch.argsort(score, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(score))

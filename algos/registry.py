@@ -1,4 +1,4 @@
-"""The algorithms by name. One file and one line here add one."""
+"""The algorithms by name. A new one needs one file and one line here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALGORITHMS: dict[str, str] = {
     "iterated-rlhf": "lm_envs.algos.iterated_rlhf:IteratedRLHF",
 }
 WRAPPERS = ("best-of-n",)
-"""Those that are a policy made of another: they need no training and no config."""
+"""Algorithms that wrap another policy, without training or config."""
 
 
 class Unsuited(ValueError):
@@ -42,10 +42,10 @@ class Unsuited(ValueError):
 
 
 def load(name: str) -> Any:
-    """The class of an algorithm.
+    """Return the class of an algorithm.
 
     Raises:
-        ValueError: there is none of that name; the message names the near ones.
+        ValueError: no such algorithm; the message suggests similar names.
     """
     if name not in ALGORITHMS:
         raise ValueError(f"no algorithm is called {name!r}: {near(name, ALGORITHMS)}")
@@ -54,10 +54,10 @@ def load(name: str) -> Any:
 
 
 def make_config(name: str, **overrides: Any) -> Any:
-    """An algorithm's config with some fields changed.
+    """Return an algorithm's config with some fields changed.
 
     Raises:
-        ValueError: no such algorithm or setting, with the near names; or a value that the setting cannot have.
+        ValueError: no such algorithm or setting, with similar names; or a value that the setting cannot have.
     """
     found = load(name)
     if name in WRAPPERS:
@@ -68,19 +68,17 @@ def make_config(name: str, **overrides: Any) -> Any:
 def make_agent(
     name: str, policy: Any, task: TextTask | None = None, *, data: Any = None, **overrides: Any
 ) -> Agent[Any]:
-    """An agent by name.
+    """Make an agent.
 
     Args:
         name: a key of :data:`ALGORITHMS`.
-        policy: what learns.
-        task: where an algorithm that learns from data finds it when ``data`` is None, and the reward model that a
-            value function may start from.
-        data: Trajectories for the algorithms that learn from data: demonstrations or preferences.
+        policy: the policy to train.
+        task: the source of data if ``data`` is None, and of the reward model that a value function may start from.
+        data: demonstrations or preferences, for algorithms that learn from data.
         overrides: fields of the algorithm's config.
 
     Raises:
-        ValueError: an unknown algorithm or setting, with the near names; or data that is missing or of no
-            use.
+        ValueError: no such algorithm or setting, or data that is missing or not used.
         Unsuited: the task lacks what the algorithm learns from.
     """
     config, found = make_config(name, **overrides), load(name)

@@ -32,18 +32,16 @@ class ReinforceConfig(PolicyGradientConfig):
     learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
     group_size: Size = 4
-    """Episodes in a row that share a prompt; the text env is made with the same number."""
+    """Consecutive episodes that share a prompt; the text env must have the same group_size."""
     baseline: Baseline = "leave_one_out"
-    """What is subtracted from the returns: nothing, `baseline_constant`, a moving average over past batches,
-    the batch's mean, the mean of the other episodes of the prompt (RLOO), or a learned value."""
+    """Subtracted from the returns: nothing, `baseline_constant`, a moving average over past batches, the batch's mean,
+    the mean of the other episodes of the prompt (RLOO), or a learned value."""
     baseline_constant: Finite = 0.0
-    """The baseline "constant"."""
+    """Value of the baseline "constant"."""
     baseline_decay: Share = 0.9
     """Share of the past that the baseline "running_mean" keeps per batch."""
     reward_to_go: bool = False
-    """Weigh an action by the rewards after it instead of the whole episode's: same expectation, less
-    variance.
-    """
+    """Weight an action by the rewards after it instead of the whole return: same expectation, less variance."""
     whiten_advantage: bool = False
     """Scale advantages to mean 0 and standard deviation 1 over the batch."""
     value_coef: NonNegative = 0.1
@@ -51,28 +49,22 @@ class ReinforceConfig(PolicyGradientConfig):
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus."""
     alpha: NonNegative = 0.0
-    """Weight of the likelihood of demonstrations beside the return: 0 learns from returns alone."""
+    """Weight of the likelihood of demonstrations; 0 learns only from returns."""
     demonstrations: Count = 32
-    """Demonstrations per Adam step, where `alpha` is not 0."""
+    """Demonstrations per Adam step, if `alpha` is not 0."""
 
 
 class REINFORCE(PolicyGradient[ReinforceConfig]):
     """``-(1/B) sum_b sum_t A_t log pi(a_t|s_t)`` with ``A = G - baseline`` (Williams 1992).
 
-    The KL penalty is part of the reward, so it enters before the baseline. With baseline "leave_one_out" and
-    whole returns this is RLOO (Ahmadian et al. 2024, "Back to basics"). The batch's mean counts the episode
-    itself, which shrinks the gradient by (B-1)/B; the others are unbiased. An episode cut by a time limit is
-    bootstrapped from the critic where there is one (baseline "value"); without one its return ends at the
-    cut, a bias that is the price of having no critic.
+    The KL penalty is part of the reward, so it enters before the baseline. With baseline "leave_one_out" and whole
+    returns this is RLOO (Ahmadian et al. 2024, "Back to basics"). The batch's mean includes the episode itself, which
+    scales the gradient by (B-1)/B; the other baselines are unbiased. An episode cut by a time limit is bootstrapped
+    from the critic (baseline "value"); without a critic its return ends at the cut, which is a bias.
 
-    With ``alpha`` the loss has ``-alpha * log p(y*|x)`` of demonstrations besides, the mean over them of sums
-    over tokens: Paulus et al. 2018, "A deep reinforced model for abstractive summarization", eq. 16, mix the two
-    so, and their gamma is ``1 / (1 + alpha)``.
-
-    Args:
-        policy: what learns.
-        config: settings.
-        data: demonstrations, where ``alpha`` is not 0.
+    With ``alpha`` the loss also has ``-alpha * log p(y*|x)`` of demonstrations, the mean over them of sums over tokens,
+    as in Paulus et al. 2018, "A deep reinforced model for abstractive summarization", eq. 16, with their gamma
+    ``1 / (1 + alpha)``. ``data`` then holds the demonstrations.
     """
 
     Config = ReinforceConfig
@@ -87,7 +79,7 @@ class REINFORCE(PolicyGradient[ReinforceConfig]):
 
     @classmethod
     def data_of(cls, task: TextTask, config: ReinforceConfig) -> Trajectories | None:
-        """A task's demonstrations, where they are mixed in."""
+        """Return a task's demonstrations; None if ``alpha`` is 0."""
         return demonstrations_of(task) if config.alpha else None
 
     @classmethod
@@ -96,18 +88,18 @@ class REINFORCE(PolicyGradient[ReinforceConfig]):
         return "demonstrations" if config.alpha and demonstrations_of(task) is None else None
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
-        """Demonstrations, weighted by ``alpha``."""
+        """Return demonstrations and their weight ``alpha``."""
         return self._demonstrations.mixture(step)
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """``advantage (B, T)``, and with a learned value its ``target (B, T)``."""
+        """Return ``advantage (B, T)``, and with a learned value its ``target (B, T)``."""
         config, mask = self.config, traj.mask
         critic = config.baseline == "value"
         bootstrap = adv.value_at_end(before.value, mask) if critic else None
         signal = adv.discounted_returns(rewards(traj), mask, config.gamma, bootstrap)
         if not config.reward_to_go:
             signal = adv.masked(signal[:, :1].expand_as(signal), mask)
-        # discount^t of the true gradient is left out, as everywhere in the field.
+        # The factor discount^t of the true gradient is omitted, as usual.
         advantage = adv.masked(signal - self._baseline(traj, signal, before), mask)
         if config.whiten_advantage:
             advantage = adv.whiten(advantage, mask)
@@ -123,19 +115,19 @@ class REINFORCE(PolicyGradient[ReinforceConfig]):
         if config.baseline == "value":
             return before.value[:, :-1]
         if config.baseline == "running_mean":
-            # The mean of *past* batches, which this batch's actions cannot have moved.
+            # The mean of *past* batches does not depend on this batch's actions.
             baseline = self._mean / self._weight if self._weight else 0.0
             mean = float(adv.masked(signal, traj.mask).sum() / traj.mask.sum())
             self._mean, self._weight = adv.running_mean(self._mean, self._weight, mean, config.baseline_decay)
             return baseline
-        # A row that has ended is compared by its last entry.
+        # Finished rows count with their last entry.
         signal = adv.extend(signal, traj.mask)
         if config.baseline == "batch_mean":
             return adv.group_mean(signal)
         return adv.leave_one_out(signal, traj.group)
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Mean over rows of sums over steps, of policy gradient, value loss and entropy bonus."""
+        """Return the mean over rows of sums over steps of policy gradient, value loss and entropy bonus."""
         config, mask = self.config, traj.mask
         policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)
         metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, mask)}

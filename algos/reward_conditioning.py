@@ -1,4 +1,4 @@
-"""Binary reward conditioning: learn good and bad responses with the sign of each, then ask for good ones."""
+"""Binary reward conditioning: learn responses conditioned on a good or bad token, and sample conditioned on good."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class RewardConditioning(SFT):
     """``-log pi(y_w|+, x)`` and ``-log pi(y_l|-, x)``, the mean over tokens of both; samples on ``+`` (Dubois et al.
     2023, AlpacaFarm, section 3.2; the binary form of Keskar et al. 2019 and Lu et al. 2022).
 
-    The two signs are reward tokens before the prompt (:mod:`lm_envs.algos.policies.reward_tokens`). Until its first
-    update the policy is its start, without a token.
+    The two signs are reward tokens before the prompt (:mod:`lm_envs.algos.policies.reward_tokens`). Before its first
+    update the policy samples without a token.
 
     Args:
-        policy: what learns: a language model.
+        policy: the language model to train.
         config: settings.
-        data: preferences; the best of a group are good, the rest are bad. From a task they are pairs of its
-            reference's samples, ranked by simulated annotators.
+        data: preferences; the best of a group are good, the rest bad. Without data, simulated annotators rank pairs of
+            the task's reference's samples.
 
     Raises:
         ValueError: no preferences, or a group without a pair.
@@ -50,7 +50,7 @@ class RewardConditioning(SFT):
 
     def __init__(self, policy: Any, config: Any = None, data: Trajectories | None = None) -> None:
         held = Comparisons(self.name, data).data
-        policy.add_reward_tokens(2)  # first, so that Adam sees them
+        policy.add_reward_tokens(2)  # before Adam collects the parameters
         super().__init__(policy, config, signed(held, policy.vocabulary))
 
     @classmethod
@@ -59,14 +59,14 @@ class RewardConditioning(SFT):
         return annotated_pairs(task, config.pairs, config.flip, config.seed)
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """As SFT's; from here on the policy answers to ``+``."""
+        """Update as SFT does; from then on the policy samples on ``+``."""
         metrics = super().update(traj)
         self.policy.condition_on(BETTER)
         return metrics
 
 
 def signed(data: Trajectories, vocabulary: int) -> Trajectories:
-    """Preferences as demonstrations whose prompts begin with ``+`` where the rank is 0 and with ``-`` elsewhere."""
+    """Return preferences as demonstrations whose prompts begin with ``+`` if the rank is 0, else with ``-``."""
     assert data.rank is not None and data.prompt is not None and data.response is not None
     rows = data.select(slice(None))
     rows.prompt = prepend(data.prompt, vocabulary + (data.rank == 0).long())

@@ -1,4 +1,4 @@
-"""Reward modelling: a scalar per text that orders texts as annotators did."""
+"""Reward modeling: a scalar per text that orders texts as annotators did."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scores:
-    """What a :class:`RewardPolicy` evaluates to: ``score (B,)``."""
+    """The evaluation of a :class:`RewardPolicy`: ``score (B,)``."""
 
     score: Tensor
 
 
 class RewardPolicy(nn.Module):
-    """A transformers sequence-classification model as something that agents train.
+    """A transformers sequence-classification model as a policy that agents train.
 
-    The score is read at each text's last token **by place**, never by pad id (see
+    The score is read at the position of each text's last token, never by pad id (see
     :func:`lm_envs.reward.learned.raw_scores`).
 
     Args:
@@ -50,12 +50,12 @@ class RewardPolicy(nn.Module):
         self.model = model.eval()
 
     def evaluate(self, traj: Trajectories) -> Scores:
-        """The score of each row's whole text, prompt and response, read from ``obs (B, P + T)``."""
+        """Score each row's prompt and response, given as ``obs (B, P + T)``."""
         if traj.obs is None:
             raise ValueError("RewardPolicy.evaluate needs Trajectories.obs, (B, P + T) token ids with -1 for none")
         ids = right_pad([row[row >= 0].tolist() for row in traj.obs]).to(self.model.device)
         scores = raw_scores(self.model, ids)
-        return Scores(scores.to(torch.promote_types(scores.dtype, torch.float32)))  # differences need the digits
+        return Scores(scores.to(torch.promote_types(scores.dtype, torch.float32)))  # differences need precision
 
 
 @dataclass
@@ -67,24 +67,23 @@ class RewardModellingConfig(AgentConfig):
     episodes: Size | None = 64
     """Groups of ranked texts per iteration."""
     ranking: Literal["pairs", "plackett-luce"] = "pairs"
-    """Read a ranking as all its pairs (Bradley-Terry), or as a choice of the best among what is left, again and
-    again (Plackett-Luce)."""
+    """Interpret a ranking as all its pairs (Bradley-Terry) or as repeated choices of the best of the rest
+    (Plackett-Luce)."""
 
 
 class RewardModelling(Agent[RewardModellingConfig]):
     """Bradley-Terry over all pairs of a group, ``-log sigmoid(s_better - s_worse)``, weighted ``1 / (K choose
     2)`` (Ouyang et al. 2022, eq. 1), or Plackett-Luce.
 
-    All K texts of a prompt stand in one minibatch, so each is read once.
+    All K texts of a prompt are in one minibatch, so each is read once.
 
     Args:
-        policy: something whose ``evaluate`` gives a ``score (B,)``: :class:`RewardPolicy`.
+        policy: a policy whose ``evaluate`` returns a ``score (B,)``: :class:`RewardPolicy`.
         config: settings.
         data: groups of texts with a ``rank``, 0 the best; see :func:`lm_envs.algos.engine.comparisons.preferences`.
 
     Raises:
-        ValueError: no data, no ranks, a group in which all ranks are equal, or with "plackett-luce"
-            one in which any are.
+        ValueError: no data, no ranks, a group in which all ranks are equal, or with "plackett-luce" a group with ties.
     """
 
     Config = RewardModellingConfig
@@ -102,19 +101,17 @@ class RewardModelling(Agent[RewardModellingConfig]):
 
     @classmethod
     def data_of(cls, task: TextTask, config: RewardModellingConfig) -> Trajectories | None:
-        """None: a task keeps its reward model, not the preferences that made it."""
+        """Return None: tasks have a reward model, but not its training preferences."""
         return None
 
     def batches(self) -> Iterator[Trajectories]:
-        """Passes over the groups, each in a new order that depends on the seed and the pass alone."""
+        """Yield passes over the groups, each in a new order that depends only on the seed and the pass."""
         size = self.config.episodes
         assert size is not None
         return self._comparisons.batches(size, self.config.seed, self.iterations_done)
 
     def loss(self, traj: Trajectories, now: Scores, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """The mean over groups of the mean over pairs, and the share of pairs that the scores order
-        rightly.
-        """
+        """Return the mean over groups of the mean over pairs, and the share of pairs that are ordered correctly."""
         assert traj.group is not None and traj.rank is not None
         scores, _ = by_group(now.score, traj.group, 0.0)
         ranks, _ = by_group(traj.rank, traj.group, -1)
@@ -126,7 +123,7 @@ class RewardModelling(Agent[RewardModellingConfig]):
 
 
 def check_strict(name: str, ranks: Tensor) -> None:
-    """Raises ValueError where two texts of a group share a rank; ``ranks (G, K)``, -1 where there is none."""
+    """Raise ValueError if two texts of a group share a rank; ``ranks (G, K)``, -1 for no text."""
     for number, row in enumerate(ranks):
         places = row[row >= 0]
         if len(torch.unique(places)) < len(places):

@@ -1,4 +1,4 @@
-"""RLOO: REINFORCE on whole responses, each compared with the others of its prompt."""
+"""RLOO: REINFORCE on whole responses, each compared with the other responses to its prompt."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ class RLOOConfig(PolicyGradientConfig):
     learning_rate: Rate = 1e-3
     """Adam's step size at the start."""
     group_size: Size = 4
-    """Episodes in a row that share a prompt, at least 2; the text env is made with the same number."""
+    """Consecutive episodes that share a prompt, at least 2; the text env must have the same group_size."""
 
 
 class RLOO(PolicyGradient[RLOOConfig]):
     """``-(1/B) sum_i (R_i - mean_{j != i} R_j) sum_t log pi(y_it|x, y_i<t)`` (Ahmadian et al. 2024, "Back to
     basics", eq. 6; Kool et al. 2019).
 
-    ``R`` is the return of the whole episode, the KL penalty with it, and j runs over the other episodes of the
-    prompt (of the batch, on control). Unbiased. The same as ``reinforce`` with baseline "leave_one_out", and the
-    same on both faces.
+    ``R`` is the return of the whole episode, including the KL penalty; j runs over the other episodes of the prompt (of
+    the batch, on control). Unbiased. Equal to ``reinforce`` with baseline "leave_one_out", on MDP and bandit envs.
     """
 
     Config = RLOOConfig
@@ -42,13 +41,13 @@ class RLOO(PolicyGradient[RLOOConfig]):
     unit = "sequence"
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """``advantage (B, T)``, one number per row."""
+        """Return ``advantage (B, T)``, one number per row."""
         returns = adv.discounted_returns(rewards(traj), traj.mask, self.config.gamma)[:, 0]
         advantage = returns - adv.leave_one_out(returns, traj.group)
         return {"advantage": adv.masked(advantage[:, None].expand(traj.mask.shape), traj.mask)}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Mean over rows of sums over steps."""
+        """Return the mean over rows of sums over steps."""
         policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], traj.mask), traj.mask)
         metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, traj.mask)}
         return policy + sequence_mean(self.kl_penalty(traj, now), traj.mask), metrics

@@ -35,12 +35,13 @@ class SFTConfig(AgentConfig):
 class SFT(Agent[SFTConfig]):
     """``-log pi(a_t|s_t)`` on demonstrations, the mean over tokens.
 
-    Demonstrations are Trajectories without reward, of text (see :func:`demonstrations`) or of control.
+    Demonstrations are Trajectories without reward, of text (see :func:`lm_envs.trajectories.demonstrations`) or of
+    control.
 
     Args:
-        policy: what learns.
+        policy: the policy to train.
         config: settings.
-        data: the demonstrations: Trajectories, or what selects them from elsewhere.
+        data: the demonstrations, in memory or on disk.
     """
 
     Config = SFTConfig
@@ -58,17 +59,17 @@ class SFT(Agent[SFTConfig]):
 
     @classmethod
     def data_of(cls, task: TextTask, config: AgentConfig) -> Trajectories | None:
-        """A task's demonstrations, those that go on behind the longest prompt."""
+        """Return a task's demonstrations that are longer than the longest prompt."""
         return demonstrations_of(task)
 
     def batches(self) -> Iterator[Trajectories]:
-        """Passes over the demonstrations, each in a new order that depends on the seed and the pass alone."""
+        """Yield passes over the demonstrations, each in a new order that depends only on the seed and the pass."""
         size = self.config.episodes
         assert size is not None
         for index in stream(len(self.data), size, self.config.seed, self.iterations_done):
             yield self.data.select(torch.from_numpy(index))
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Negative log-likelihood, the mean over tokens."""
+        """Return the negative log-likelihood, the mean over tokens."""
         loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
         return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}

@@ -17,8 +17,11 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
-from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv
-from lm_envs.algos.other_libraries.sb3_masked import MaskableCausalLMActorCriticPolicy
+from lm_envs.algos.other_libraries.sb3 import (
+    CausalLMActorCriticPolicy,
+    MaskableCausalLMActorCriticPolicy,
+    TextVecEnv,
+)
 from lm_envs.reward.base import call_reward
 
 ROWS = 64  # texts written at once

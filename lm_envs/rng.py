@@ -1,9 +1,8 @@
-"""Counted randomness: a uniform number that is a function of where it is used, not of what was drawn before.
+"""Counted randomness: uniform numbers that depend on where they are used, not on earlier draws.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
 ten rounds of multiplication and exclusive or over a 128-bit counter ``(position, episode low, episode high, stream)``
-under a 64-bit key, the seed. So an episode draws the same numbers whatever the number of rows, the refill order or
-the path.
+with the seed as 64-bit key. So an episode uses the same numbers for any number of rows, refill order or path.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Streams keep the uses apart: the same (seed, episode, position) gives independent numbers in each.
-TOKEN = 0  # which token, or which action, is sampled
-PROMPT = 1  # which prompt an episode starts from
-RESET = 2  # the seed that a control environment is reset with
-ANNOTATOR = 3  # a simulated annotator's choice and its flips
-CORPUS = 4  # the making of an embedded corpus
+# The same (seed, episode, position) gives independent numbers in each stream.
+TOKEN = 0  # the sampled token or action
+PROMPT = 1  # the prompt of an episode
+RESET = 2  # the seed for resetting a control environment
+ANNOTATOR = 3  # a simulated annotator's choices and flips
+CORPUS = 4  # the corpus of Reviews
 TABLE = 5  # the tables of the enumerable task
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -45,7 +44,7 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 
 
 def uniform(seed: int, stream: int, episode: ArrayLike, position: ArrayLike = 0) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) with 53 random bits, a pure function of the four arguments.
+    """Return uniform numbers in [0, 1) with 53 random bits, a pure function of the four arguments.
 
     Args:
         seed: any non-negative integer below 2**64.
@@ -68,5 +67,5 @@ def uniform(seed: int, stream: int, episode: ArrayLike, position: ArrayLike = 0)
 
 
 def integers(seed: int, stream: int, episode: ArrayLike, high: int, position: ArrayLike = 0) -> NDArray[np.int64]:
-    """Integers in [0, ``high``), by scaling :func:`uniform`."""
+    """Return integers in [0, ``high``), by scaling :func:`uniform`."""
     return (uniform(seed, stream, episode, position) * high).astype(np.int64)

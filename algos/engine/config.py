@@ -33,7 +33,7 @@ class AgentConfig(Settings):
     steps: Size | None = None
     """Env steps sampled per iteration as fragments of episodes (control only); replaces `episodes`."""
     group_size: Size = 1
-    """Episodes in a row that share a prompt; the text env is made with the same number."""
+    """Consecutive episodes that share a prompt; the text env must have the same group_size."""
     epochs: Count = 1
     """Passes over each batch."""
     minibatches: Count = 1

@@ -1,8 +1,7 @@
 """Returns, advantages and baselines: pure functions on ``(B, T)`` tensors and a mask.
 
-The mask is True on real steps, which are a prefix of every row. What lies in masked positions changes
-nothing, NaN included; results are 0 there. Everything is differentiable where that means something, but is
-meant to be called without gradients.
+The mask is True on real steps, which are a prefix of every row. Masked positions change nothing, even if they hold NaN;
+results are 0 there. The functions are meant to be called without gradients.
 """
 
 from __future__ import annotations
@@ -14,22 +13,21 @@ _EPS = 1e-8
 
 
 def masked(x: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
-    """``x`` with ``fill`` in masked positions. A product with the mask would keep NaN (``NaN * 0 = NaN``)."""
+    """Return ``x`` with ``fill`` in masked positions. A product with the mask would keep NaN (``NaN * 0 = NaN``)."""
     return torch.where(mask, x, torch.full_like(x, fill))
 
 
 def discounted_returns(reward: Tensor, mask: Tensor, gamma: float = 1.0, bootstrap: Tensor | None = None) -> Tensor:
-    """Reward-to-go ``G_t = r_t + gamma * G_{t+1}``, with ``G_L = bootstrap`` after the last of L real steps.
+    """Return the reward-to-go ``G_t = r_t + gamma * G_{t+1}``, with ``G_L = bootstrap`` after the last of L real steps.
 
-    Sutton and Barto, "Reinforcement Learning", 2nd ed., eq. 3.9. ``gamma = 1`` gives the plain reward-to-go;
-    the first column is the return of the row.
+    Sutton and Barto, "Reinforcement Learning", 2nd ed., eq. 3.9. The first column is the return of the row.
 
     Args:
         reward: ``(B, T)`` float.
         mask: ``(B, T)`` bool.
         gamma: discount.
-        bootstrap: ``(B,)`` worth of what follows the row: V(final_obs) where it was truncated, 0 where it
-            terminated (law 5). None is 0.
+        bootstrap: ``(B,)`` value after the row: V(final_obs) if truncated, 0 if terminated (law 5 in docs/laws.md).
+            None is 0.
 
     Returns:
         ``(B, T)``, 0 in masked positions.
@@ -43,23 +41,22 @@ def discounted_returns(reward: Tensor, mask: Tensor, gamma: float = 1.0, bootstr
 
 
 def value_at_end(value: Tensor, mask: Tensor) -> Tensor:
-    """``(B,)`` entry of ``value (B, T+1)`` right after each row's last real step: 0 if terminated,
-    V(final_obs) if truncated.
-    """
+    """Return the ``(B,)`` entry of ``value (B, T+1)`` after each row's last real step: 0 if terminated, V(final_obs) if
+    truncated."""
     return value.gather(1, mask.sum(dim=1, keepdim=True)).squeeze(1)
 
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
-    """Generalised advantage estimation.
+    """Generalized advantage estimation.
 
-    ``A_t = delta_t + gamma * lam * A_{t+1}`` with ``delta_t = r_t + gamma * V_{t+1} - V_t`` (Schulman et al.
-    2016, "High-dimensional continuous control using generalized advantage estimation", eq. 16). ``lam = 1``
-    is the bootstrapped return minus V, ``lam = 0`` the one-step error.
+    ``A_t = delta_t + gamma * lam * A_{t+1}`` with ``delta_t = r_t + gamma * V_{t+1} - V_t`` (Schulman et al. 2016,
+    "High-dimensional continuous control using generalized advantage estimation", eq. 16). ``lam = 1`` is the
+    bootstrapped return minus V, ``lam = 0`` the one-step error.
 
     Args:
         reward: ``(B, T)`` float.
-        value: ``(B, T+1)``; the entry after the last real step is 0 where the row terminated and V(final_obs)
-            where it was truncated (law 5). Later entries are ignored.
+        value: ``(B, T+1)``; the entry after the last real step is 0 if the row terminated and V(final_obs) if it was
+            truncated. Later entries are ignored.
         mask: ``(B, T)`` bool.
 
     Returns:
@@ -75,13 +72,12 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: fl
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """``(x - mean) / sqrt(var + 1e-8)`` with mean and population variance over the unmasked positions only.
+    """Return ``(x - mean) / sqrt(var + 1e-8)`` with mean and population variance over the unmasked positions only.
 
     Args:
         x: ``(B, T)`` float.
         mask: ``(B, T)`` bool.
-        shift_mean: False adds the mean back. For rewards that would add a constant per token, a length bias:
-            normalise the reward model instead.
+        shift_mean: False adds the mean back. For rewards, subtracting it would add a constant per token, a length bias.
 
     Returns:
         ``(B, T)``, 0 in masked positions.
@@ -94,17 +90,14 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def extend(signal: Tensor, mask: Tensor) -> Tensor:
-    """``(B, T)`` with each row's last real entry repeated over its masked positions.
-
-    So rows of different lengths can be compared at a step which some have not reached: a finished row counts
-    with its last entry.
-    """
+    """Repeat each row's last real entry over its masked positions, ``(B, T)``, so that rows of different lengths can be
+    compared at every step."""
     last = signal.gather(1, mask.sum(dim=1, keepdim=True) - 1)
     return torch.where(mask, signal, last)
 
 
 def _group_sums(x: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Per row: the sum of ``x`` over its group, and the group's size (broadcastable against ``x``)."""
+    """Return, per row, the sum of ``x`` over its group and the group's size (broadcastable against ``x``)."""
     if group is None:
         inverse, count = torch.zeros(len(x), dtype=torch.int64, device=x.device), 1
     else:
@@ -116,20 +109,18 @@ def _group_sums(x: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def group_mean(x: Tensor, group: Tensor | None = None) -> Tensor:
-    """Mean of ``x (B, ...)`` over the rows of each row's group; None is one group of all."""
+    """Return the mean of ``x (B, ...)`` over the rows of each row's group; None is one group of all."""
     sums, sizes = _group_sums(x, group)
     return sums / sizes
 
 
 def group_std(x: Tensor, group: Tensor | None = None) -> Tensor:
-    """Population standard deviation of ``x (B, ...)`` over the rows of each row's group; None is one group
-    of all.
-    """
+    """Return the population standard deviation of ``x (B, ...)`` over each row's group; None is one group of all."""
     return group_mean((x - group_mean(x, group)) ** 2, group).sqrt()
 
 
 def leave_one_out(x: Tensor, group: Tensor | None = None) -> Tensor:
-    """Mean of ``x (B, ...)`` over the *other* rows of each row's group: an unbiased baseline.
+    """Return the mean of ``x (B, ...)`` over the *other* rows of each row's group, an unbiased baseline.
 
     ``b_i = (sum_j x_j - x_i) / (K - 1)`` (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for
     free!"; RLOO, Ahmadian et al. 2024).
@@ -143,23 +134,18 @@ def leave_one_out(x: Tensor, group: Tensor | None = None) -> Tensor:
     """
     sums, sizes = _group_sums(x, group)
     if bool((sizes < 2).any()):
-        raise ValueError(
-            "leave_one_out needs at least two episodes per prompt: make env and agent with group_size >= 2"
-        )
+        raise ValueError("leave_one_out needs at least two episodes per prompt: set group_size >= 2 on env and agent")
     return (sums - x) / (sizes - 1)
 
 
 def running_mean(mean: float, weight: float, x: float, decay: float) -> tuple[float, float]:
-    """Exponential moving average with its weight, so that ``mean / weight`` has no bias towards the start
-    (Adam's correction).
+    """Update an exponential moving average and its weight, both 0 at first; ``mean / weight`` has no bias toward the
+    start (Adam's correction).
 
     Args:
-        mean: weighted sum so far (0 at the start).
-        weight: sum of the weights so far (0 at the start).
+        mean: weighted sum so far.
+        weight: sum of the weights so far.
         x: new value.
         decay: share of the past that is kept.
-
-    Returns:
-        the new ``(mean, weight)``.
     """
     return decay * mean + (1 - decay) * x, decay * weight + (1 - decay)

@@ -1,11 +1,9 @@
 """Losses and diagnostics: pure functions on ``(B, T)`` tensors and a mask.
 
-What lies in masked positions changes neither a value nor a gradient, NaN included (law 1): inputs are cleaned
-*before* any nonlinear function, since the gradient of ``where(mask, exp(x), 0)`` at a masked NaN is ``0 *
-NaN``.
+Masked positions change neither a value nor a gradient, even if they hold NaN (law 1 in docs/laws.md): inputs are masked
+*before* any nonlinear function, since the gradient of ``where(mask, exp(x), 0)`` at a masked NaN is ``0 * NaN``.
 
-Losses come per position; :func:`masked_mean` (unit "token") or :func:`sequence_mean` (unit "sequence") makes
-them a scalar.
+Losses are per position; :func:`masked_mean` (unit "token") or :func:`sequence_mean` (unit "sequence") reduces them.
 """
 
 from __future__ import annotations
@@ -22,28 +20,25 @@ KLEstimator = Literal["k1", "k2", "k3", "full"]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """``sum_{b,t} m x / sum_{b,t} m``, a scalar: every token weighs the same, whatever its row."""
+    """``sum_{b,t} m x / sum_{b,t} m``, a scalar: every token has the same weight."""
     return masked(x, mask).sum() / mask.sum()
 
 
 def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """``(1/B) sum_b sum_t m x``, a scalar: sums over a row, mean over rows, as in the score-function
-    gradient of a sequence.
-    """
+    """``(1/B) sum_b sum_t m x``, a scalar: sums over a row, mean over rows, as in the score-function gradient of a
+    sequence."""
     return masked(x, mask).sum() / len(x)
 
 
 def row_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """``(1/B) sum_b (1/|o_b|) sum_t m x``, a scalar: every row weighs the same, so a token of a long row
-    weighs less (GRPO).
-    """
+    """``(1/B) sum_b (1/|o_b|) sum_t m x``, a scalar: every row has the same weight, so a token of a long row has less
+    (GRPO)."""
     return (masked(x, mask).sum(dim=1) / mask.sum(dim=1)).mean()
 
 
 def policy_gradient_loss(logprob: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-    """``-A_t * log pi(a_t|s_t)`` per position, ``(B, T)`` (Williams 1992, "Simple statistical
-    gradient-following algorithms").
-    """
+    """``-A_t * log pi(a_t|s_t)`` per position, ``(B, T)`` (Williams 1992, "Simple statistical gradient-following
+    algorithms")."""
     return -masked(advantage, mask) * masked(logprob, mask)
 
 
@@ -55,8 +50,8 @@ def importance_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tens
 def ppo_clip_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
     """``max(-A * rho, -A * clamp(rho, 1 - clip, 1 + clip))`` per position, ``(B, T)``.
 
-    Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7 with the sign turned. Where the
-    clip binds the gradient is 0; at ``rho = 1`` it is that of :func:`policy_gradient_loss`.
+    Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7, negated. Where the clip is active the
+    gradient is 0; at ``rho = 1`` it is that of :func:`policy_gradient_loss`.
     """
     ratio = importance_ratio(logprob, old_logprob, mask)
     advantage = masked(advantage, mask)
@@ -66,8 +61,8 @@ def ppo_clip_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask:
 def ppo_penalty_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, coef: float) -> Tensor:
     """``-A * rho + coef * (rho - 1 - log rho)`` per position, ``(B, T)``.
 
-    Schulman et al. 2017, eq. 8 with the sign turned; the second part is an unbiased estimate of KL(old || new),
-    and of its gradient, on samples of the old policy. ``coef = 0`` is :func:`ppo_clip_loss` without a clip.
+    Schulman et al. 2017, eq. 8, negated; the second part is an unbiased estimate of KL(old || new), and of its
+    gradient, on samples of the old policy. ``coef = 0`` is :func:`ppo_clip_loss` without a clip.
     """
     ratio = importance_ratio(logprob, old_logprob, mask)
     return -masked(advantage, mask) * ratio + coef * k3(old_logprob, logprob, mask)
@@ -111,9 +106,8 @@ def k1(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
 def k2(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
     """``l^2 / 2`` per position, ``(B, T)``, on samples of pi.
 
-    As a value: biased, low in variance, never negative. As a loss term per token: the gradient of the
-    per-state KL, exact state by state, but it omits what an early token does to later KL; of a whole
-    sequence's l it is exact.
+    As a value: biased, low in variance, never negative. As a loss term per token: the gradient of the per-state KL,
+    exact state by state, but it omits what an early token does to later KL; of a whole sequence's l it is exact.
     """
     return 0.5 * k1(logprob, ref_logprob, mask) ** 2
 
@@ -121,31 +115,29 @@ def k2(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
 def k3(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
     """``exp(-l) - 1 + l`` per position, ``(B, T)``, on samples of pi.
 
-    As a value: unbiased and never negative; its variance can be infinite where pi is much smaller than ref.
-    As a loss term per token: biased, the gradient of ``KL(ref || pi)`` at each state (GRPO uses it). As a
-    reward: biased.
+    As a value: unbiased and never negative; its variance can be infinite where pi is much smaller than ref. As a loss
+    term per token: biased, the gradient of ``KL(ref || pi)`` at each state (GRPO uses it). As a reward: biased.
     """
     log_ratio = k1(logprob, ref_logprob, mask)
     return torch.expm1(-log_ratio) + log_ratio
 
 
 def kl_estimate(kind: KLEstimator, logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
-    """An estimate of ``KL(pi || ref)`` per position, ``(B, T)`` nats, 0 in masked positions, as a term of a loss.
+    """Estimate ``KL(pi || ref)`` per position, ``(B, T)`` nats, 0 in masked positions, as a term of a loss.
 
-    Its expected gradient on samples of pi, next to that of the KL of whole sequences:
+    The expected gradient on samples of pi, compared with that of the KL of whole sequences:
 
-    - "k1": zero, whatever the policy. There to be compared with; k1 belongs in the reward.
-    - "k2": that of the KL at each state, which omits what an early token does to later KL. On the bandit face,
+    - "k1": zero for every policy, for comparison; k1 belongs in the reward.
+    - "k2": the gradient of the KL at each state, which omits what an early token does to later KL. On a bandit env,
       where one position is the whole sequence, it is exact.
-    - "k3": biased even at each state: ``E[(1 - ref/pi) grad log pi]`` is the gradient of ``KL(ref || pi)``,
-      the other direction. Used by GRPO.
-    - "full": as "k2", by a sum over the vocabulary instead of a sample, so without its variance.
+    - "k3": biased even at each state: ``E[(1 - ref/pi) grad log pi]`` is the gradient of ``KL(ref || pi)``, the other
+      direction. Used by GRPO.
+    - "full": as "k2", but summed over the vocabulary, so without the variance of a sample.
 
-    On samples of an older policy (several epochs) "full" stays the KL of the states visited; the others are
-    then off by the missing ratio.
+    On samples of an older policy (several epochs) "full" stays the KL at the visited states; the others lack the ratio.
 
     Args:
-        kind: which.
+        kind: the estimator.
         logprob: ``(B, T)``; for "full" all log-probabilities, ``(B, T, V)``.
         ref_logprob: the reference's, of the same shape.
         mask: ``(B, T)`` bool.
@@ -168,8 +160,7 @@ def kl_estimate(kind: KLEstimator, logprob: Tensor, ref_logprob: Tensor, mask: T
 def explained_variance(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """``1 - Var(target - prediction) / Var(target)`` over unmasked positions, a scalar.
 
-    1 is a perfect critic, 0 one no better than a constant. NaN when the target is constant: there is nothing
-    to explain.
+    1 is a perfect critic, 0 one no better than a constant. NaN if the target is constant.
     """
     target, error = target[mask], (target - prediction)[mask]
     variance = target.var(unbiased=False)
@@ -177,11 +168,10 @@ def explained_variance(prediction: Tensor, target: Tensor, mask: Tensor) -> Tens
 
 
 def ratio_metrics(logprob: Tensor, old_logprob: Tensor, mask: Tensor, clip: float | None = None) -> dict[str, Tensor]:
-    """Token means of an update's step away from the sampling policy: ``ratio``, ``ratio_max``, ``approx_kl``,
-    ``clip_fraction``.
+    """Measure an update's distance from the sampling policy: ``ratio``, ``ratio_max``, ``approx_kl``,
+    ``clip_fraction``, means over tokens.
 
-    ``approx_kl`` is k3 on samples of the old policy, ``rho - 1 - log rho``: unbiased for KL(old || new),
-    never negative.
+    ``approx_kl`` is k3 on samples of the old policy, ``rho - 1 - log rho``: unbiased for KL(old || new), not negative.
     """
     with torch.no_grad():
         ratio = importance_ratio(logprob, old_logprob, mask)
@@ -196,7 +186,5 @@ def ratio_metrics(logprob: Tensor, old_logprob: Tensor, mask: Tensor, clip: floa
 
 
 def tally(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``(sum, count)`` of ``x`` over unmasked positions: a metric that adds up exactly over micro-batches
-    of any size.
-    """
+    """``(sum, count)`` of ``x`` over unmasked positions: a metric that adds up exactly over micro-batches."""
     return masked(x.detach(), mask).sum(), mask.sum()

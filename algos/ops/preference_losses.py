@@ -1,6 +1,4 @@
-"""Losses of rankings: pure functions on a line of scores and a line of ranks per group. Bradley-Terry's is
-:func:`lm_envs.training.bradley_terry_loss`.
-"""
+"""Ranking losses: pure functions on the scores and ranks of groups. Bradley-Terry's is in :mod:`lm_envs.training`."""
 
 from __future__ import annotations
 
@@ -14,12 +12,12 @@ from lm_envs.training import bradley_terry_loss
 def plackett_luce_loss(scores: Tensor, rank: Tensor) -> Tensor:
     """``-sum_k [s_(k) - log sum_{j >= k} exp s_(j)]``, the mean over groups, ``s_(k)`` the score of the k-th best.
 
-    The best is chosen among all, the next among the rest, and so on (Plackett 1975; Luce 1959). With two texts it
-    is Bradley-Terry's. Unlike the mean over pairs it grows with K, as a log-likelihood does.
+    The best is chosen among all, the next among the rest, and so on (Plackett 1975; Luce 1959). With two texts this is
+    the Bradley-Terry loss. Unlike the mean over pairs it grows with K, as a log-likelihood.
 
     Args:
         scores: ``(G, K)``.
-        rank: ``(G, K)`` int64, 0 is best, no two alike within a group; negative ranks mark absent texts.
+        rank: ``(G, K)`` int64, 0 is best, without ties in a group; negative ranks mark absent texts.
     """
     order = torch.where(rank < 0, rank.max() + 1, rank).argsort(dim=1)
     here = (rank >= 0).gather(1, order)
@@ -36,6 +34,6 @@ def dpo_loss(log_ratio: Tensor, rank: Tensor, beta: float) -> Tensor:
     Args:
         log_ratio: ``(G, K)``, ``D = sum_t log pi - log ref`` of each response.
         rank: ``(G, K)`` int64, 0 is best; equal ranks make no pair, negative ranks mark absent responses.
-        beta: of the KL penalty that the loss stands for.
+        beta: coefficient of the implicit KL penalty.
     """
     return bradley_terry_loss(beta * log_ratio, rank)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_envs.algos.other_libraries.prefix_chains import shared_texts
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.report import text_envs
@@ -22,19 +23,18 @@ from lm_envs.model.tokens import NO_TOKEN
 class LMActorCritic(nn.Module):
     """Logits of the next token and the value of the state, for observations of a text environment.
 
-    A library that trains by single transitions hands over states, and those of one episode are prefixes of each other.
-    So a batch of states is computed as few texts: a state that begins another one is read off that one's forward. What
-    is left is a forward per episode, if the batch holds whole episodes. Without gradients a batch of ``num_envs`` rows
-    is taken for a step of the environment, and rows that grew by one token go through a KV cache. Both change the cost
-    and nothing else.
+    Libraries that train on single transitions pass states, and the states of an episode are prefixes of each other. So
+    a batch of states is computed as few texts: one forward per episode, if the batch holds whole episodes. Without
+    gradients a batch of ``num_envs`` rows is treated as a step of the environment, and rows that grew by one token use
+    a KV cache. Both only change the cost.
 
-    The logits are those of the distribution that is trained: divided by the environment's temperature, and EOS at -inf
-    before ``min_new_tokens``. Dropout stays off in train mode too. The value head is linear on the last hidden state
-    and starts at zero.
+    The logits are those of the trained distribution: divided by the environment's temperature, with EOS at -inf before
+    ``min_new_tokens``. Dropout is off in train mode too. The value head is linear on the last hidden state and starts
+    at zero.
 
     Args:
         model: any transformers causal LM; it is trained in place.
-        mdp: what is played.
+        mdp: the environment's definition.
         num_envs: rows that step together.
     """
 
@@ -54,17 +54,17 @@ class LMActorCritic(nn.Module):
         """The network for an environment: wrapped or not, single, vector or a ``SyncVectorEnv``.
 
         Args:
-            model: None takes a copy of the task's own start.
+            model: None takes a copy of the task's start model.
 
         Raises:
             TypeError: ``env`` holds no text environment.
-            ValueError: the bandit face, whose action is a whole response, or a model of another vocabulary.
+            ValueError: a bandit env, whose action is a whole response, or a model with another vocabulary.
         """
         inner = text_envs(env)
         if not inner:
-            raise TypeError(f"{type(env).__name__} holds no text environment that can be reached")
+            raise TypeError(f"{type(env).__name__} contains no text environment that can be reached")
         if inner[0].face != "mdp":
-            raise ValueError("an actor-critic over tokens needs the MDP face: ids that do not end in Bandit-v0")
+            raise ValueError("an actor-critic over tokens needs a token-level env, whose id does not end in Bandit-v0")
         if model is None:
             model = copy.deepcopy(inner[0].task.start).requires_grad_(True)
         rows = getattr(inner[0], "num_envs", 1) if len(inner) == 1 else len(inner)
@@ -74,7 +74,7 @@ class LMActorCritic(nn.Module):
         """Evaluate states.
 
         Args:
-            obs: ``(..., P + T)``, whole numbers of any dtype, -1 where there is no token.
+            obs: ``(..., P + T)``, integers of any dtype, -1 where there is no token.
 
         Returns:
             logits ``(..., V)`` and values ``(...)``, float32 or the model's dtype if that is wider.
@@ -83,20 +83,53 @@ class LMActorCritic(nn.Module):
         if not torch.is_grad_enabled() and len(rows) == self.num_envs:
             logits, value = self.policy.next_logits(rows), self.policy.next_value()
         else:
-            logits, value = self._read(rows)
+            logits, value = read_states(self.policy, rows)
         logits = scaled(logits, self.policy.temperature)
         return logits.reshape(*obs.shape[:-1], -1), value.to(logits.dtype).reshape(obs.shape[:-1])
 
-    def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(N, V)`` and values ``(N,)`` of the states, a forward of each text."""
-        policy = self.policy
-        found = shared_texts(rows.cpu().numpy(), policy.prompt_length)
-        texts, row = (torch.as_tensor(x, device=rows.device) for x in found)
-        prompt, response = texts[:, : policy.prompt_length], texts[:, policy.prompt_length :]
-        position = (rows[:, policy.prompt_length :] >= 0).sum(dim=1)  # how much of its response a state has
-        prompt = prompt[:, int(((prompt >= 0).any(dim=0).cumsum(0) == 0).sum()) :]  # columns that are empty in all
-        # One column more than the longest: there are states after the last token too.
-        response = nn.functional.pad(response, (0, 1), value=NO_TOKEN)[:, : int(position.max()) + 1]
-        logits, hidden = picked_logits(policy.model, prompt, response, row, position)
-        logits = forbid_early_eos(logits, position, policy.eos_token_ids, policy.min_new_tokens, in_place=True)
-        return logits, policy.value_head(hidden.to(policy.value_head.weight.dtype)).squeeze(-1)
+
+def read_states(policy: LMPolicy, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits ``(N, V)``, EOS at -inf where it is not allowed yet, and values ``(N,)`` of states; differentiable.
+
+    States of one text are prefixes of each other, so each text is computed once.
+
+    Args:
+        rows: ``(N, P + T)`` int64, -1 where there is no token.
+    """
+    texts, row = (
+        torch.as_tensor(x, device=rows.device) for x in shared_texts(rows.cpu().numpy(), policy.prompt_length)
+    )
+    prompt, response = texts[:, : policy.prompt_length], texts[:, policy.prompt_length :]
+    position = (rows[:, policy.prompt_length :] >= 0).sum(dim=1)
+    prompt = prompt[:, int(((prompt >= 0).any(dim=0).cumsum(0) == 0).sum()) :]  # without columns that are empty in all
+    # One column more than the longest response, for the states after its last token.
+    response = nn.functional.pad(response, (0, 1), value=NO_TOKEN)[:, : int(position.max()) + 1]
+    logits, hidden = picked_logits(policy.model, prompt, response, row, position)
+    logits = forbid_early_eos(logits, position, policy.eos_token_ids, policy.min_new_tokens, in_place=True)
+    return logits, policy.value_head(hidden.to(policy.value_head.weight.dtype)).squeeze(-1)
+
+
+def shared_texts(texts: NDArray[np.int64], prompt_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The texts that are no prefix of another one.
+
+    In lexicographic order a prefix stands right before a text that it begins. So each text belongs to the end of its
+    run of prefixes.
+
+    Args:
+        texts: ``(N, P + T)`` int64, -1 where there is no token: the prompt left-padded, then the response.
+        prompt_length: P.
+
+    Returns:
+        ``(L, P + T)`` those texts, each once, and ``(N,)`` int64, which of them each text begins or is.
+    """
+    end = prompt_length + (texts[:, prompt_length:] >= 0).sum(axis=1)
+    # Big-endian bytes compare as the numbers do; no token is 0 and comes before all.
+    words = np.ascontiguousarray((texts + 1).astype(">u4")).view(f"S{4 * texts.shape[1]}").ravel()
+    order = words.argsort(kind="stable")
+    ordered = texts[order]
+    behind = np.arange(texts.shape[1]) >= end[order[:-1], None]
+    is_prefix = ((ordered[:-1] == ordered[1:]) | behind).all(axis=1)
+    last = np.append(~is_prefix, True)
+    row = np.empty(len(texts), dtype=np.int64)
+    row[order] = last.cumsum() - last
+    return ordered[last], row

@@ -1,13 +1,11 @@
-"""Stable-Baselines3 on text, the library unmodified: ``PPO(CausalLMActorCriticPolicy, TextVecEnv(env)).learn(...)``.
+"""Unmodified Stable-Baselines3 on text: ``PPO(CausalLMActorCriticPolicy, TextVecEnv(env)).learn(...)``.
 
-The pieces know each other by what the library itself passes around. The observation space says what the policy must
-know of the text and which model it starts from (:class:`TextSpace`); an action brings the log-probability it was
-sampled with back to the environment (:class:`ToldActions`), which so charges the exact KL penalty in training and in
-evaluation, behind wrappers and after loading.
+The library passes what policy and environment need of each other. The observation space describes the text and the
+start model (:class:`TextSpace`). Actions carry the log-probabilities they were sampled with (:class:`ToldActions`), so
+the environment charges the exact KL penalty in training and evaluation, behind wrappers and after loading.
 
-Tokens are sampled by inverse CDF as everywhere, but their uniform numbers come from torch's generator: it is the one
-that ``PPO(seed=...)`` seeds, and a policy in Stable-Baselines3 is not told which episode it acts in. Prompts remain
-counted. docs/stable_baselines3.md has the settings and what was measured.
+Tokens are sampled by inverse CDF, but their uniform numbers come from torch's generator, which ``PPO(seed=...)`` seeds,
+because Stable-Baselines3 does not tell a policy which episode it acts in. Prompts depend only on seed and episode.
 """
 
 from __future__ import annotations
@@ -17,18 +15,25 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from lm_envs.algos.other_libraries.prefix_chains import prefix_chains
+from lm_envs.algos.other_libraries.network import read_states
 from lm_envs.algos.other_libraries.sb3_env import TextSpace, TextSpec, TextVecEnv, ToldActions
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.kernels.logprob_kl import logprob_kl, scaled
-from lm_envs.model.decoding import forbid_early_eos, sample
-from lm_envs.model.forwards import picked_logits
+from lm_envs.model.decoding import sample
 
-__all__ = ["CausalLMActorCriticPolicy", "LMActorCritic", "TextSpace", "TextSpec", "TextVecEnv", "ToldActions"]
+__all__ = [
+    "CausalLMActorCriticPolicy",
+    "MaskableCausalLMActorCriticPolicy",
+    "TextSpace",
+    "TextSpec",
+    "TextVecEnv",
+    "ToldActions",
+]
 
 
 class _SampledTokens(Tensor):
@@ -52,14 +57,13 @@ class _SampledTokens(Tensor):
         return found
 
 
-class LMActorCritic:
-    """A causal language model with a value head as an actor-critic of Stable-Baselines3; mixed into its classes.
+class _TextActorCritic:
+    """A mixin that makes the library's actor-critic classes a causal language model with a value head.
 
-    ``lm`` is the :class:`~lm_envs.algos.policies.language_model.LMPolicy` that is trained, a copy of the task's model.
-    Stepping keeps
-    its KV caches; :meth:`evaluate_actions` reads the texts that hold all the given steps once each. Minibatches of the
-    whole buffer (``batch_size = n_steps * n_envs``) so cost one forward of each episode. Smaller ones, which the
-    library draws at random from single steps, repeat the prefixes that their steps share with steps elsewhere.
+    ``lm`` is the trained :class:`~lm_envs.algos.policies.language_model.LMPolicy`, a copy of the task's model. Stepping
+    uses its KV caches; :meth:`evaluate_actions` reads each text that contains the given steps once. So a minibatch of
+    the whole buffer (``batch_size = n_steps * n_envs``) costs one forward per episode, and smaller ones, which the
+    library draws from single steps, read shared prefixes again.
     """
 
     lm: LMPolicy
@@ -73,14 +77,13 @@ class LMActorCritic:
                 f"{type(observation_space).__name__}: wrap the environment in TextVecEnv, and do not wrap observations"
             )
         if text.face == "bandit":
-            raise ValueError(f"{type(self).__name__} writes a token per step: use the MDP face, not the bandit face")
+            raise ValueError(f"{type(self).__name__} writes a token per step, so a bandit env does not fit")
         if text.reference_top_k is not None and not self.takes_masks:
             raise ValueError(
                 f"reference_top_k={text.reference_top_k} masks actions, which this algorithm does not read: use "
-                "sb3-contrib's MaskablePPO with "
-                "lm_envs.algos.other_libraries.sb3_masked.MaskableCausalLMActorCriticPolicy"
+                f"sb3-contrib's MaskablePPO with {__name__}.MaskableCausalLMActorCriticPolicy"
             )
-        # What the library would build between features and heads has no place here.
+        # The language model replaces the layers that the library would build between features and heads.
         super().__init__(observation_space, action_space, lr_schedule, **options | {"net_arch": []})  # type: ignore[call-arg]
 
     def _build(self: Any, lr_schedule: Any) -> None:
@@ -122,37 +125,28 @@ class LMActorCritic:
 
     # Reading
 
-    def _read(self: Any, obs: Tensor, actions: Tensor, masks: Any) -> tuple[Tensor, Tensor]:
-        """Logits ``(N, V)`` and values ``(N, 1)`` of stored steps, differentiable, a forward of each text."""
-        lm = self.lm
-        chains = prefix_chains(obs.cpu().numpy(), actions.cpu().numpy(), lm.prompt_length)
-        texts, row, position = (torch.as_tensor(x, device=obs.device) for x in chains)
-        width = int(position.max()) + 1
-        prompt, response = texts[:, : lm.prompt_length], texts[:, lm.prompt_length :][:, :width]
-        unused = int(((prompt >= 0).any(dim=0).cumsum(0) == 0).sum())
-        logits, hidden = picked_logits(lm.model, prompt[:, unused:], response, row, position)
-        logits = forbid_early_eos(logits, position, lm.eos_token_ids, lm.min_new_tokens, in_place=True)
-        return _mask(logits, masks), lm.value_head(hidden.to(lm.value_head.weight.dtype))
+    def _read(self: Any, obs: Tensor, masks: Any) -> tuple[Tensor, Tensor]:
+        """Logits ``(N, V)`` and values ``(N, 1)`` of stored steps, differentiable."""
+        logits, values = read_states(self.lm, obs)
+        return _mask(logits, masks), values.unsqueeze(1)
 
     def evaluate_actions(
         self: Any, obs: Tensor, actions: Tensor, action_masks: Any = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values ``(N, 1)``, log-probabilities and entropies ``(N,)`` of steps, differentiable."""
-        logits, values = self._read(obs, actions, action_masks)
+        logits, values = self._read(obs, action_masks)
         found = logprob_kl(logits, None, actions, temperature=self.lm.temperature)
         return values, found.logprob, found.entropy
 
     def get_distribution(self: Any, obs: Tensor, action_masks: Any = None) -> Distribution:
         """The distribution of the next token, differentiable."""
-        anything = torch.zeros(len(obs), dtype=torch.int64, device=obs.device)
-        logits, _ = self._read(obs, anything, action_masks)
+        logits, _ = self._read(obs, action_masks)
         return self.action_dist.proba_distribution(action_logits=scaled(logits, self.lm.temperature))
 
     def predict_values(self: Any, obs: Tensor) -> Tensor:
-        """Values ``(N, 1)``; cached where no gradient is asked for."""
+        """Values ``(N, 1)``; from the cache unless gradients are enabled."""
         if torch.is_grad_enabled():
-            anything = torch.zeros(len(obs), dtype=torch.int64, device=obs.device)
-            return self._read(obs, anything, None)[1]
+            return self._read(obs, None)[1]
         self.lm.next_logits(obs)
         return self.lm.next_value().unsqueeze(1)
 
@@ -165,5 +159,14 @@ def _mask(logits: Tensor, masks: Sequence[Any] | NDArray[Any] | Tensor | None) -
     return logits.masked_fill(~allowed, float("-inf"))
 
 
-class CausalLMActorCriticPolicy(LMActorCritic, ActorCriticPolicy):  # type: ignore[misc]  # `self: Any`
-    """The policy of PPO, A2C and what else takes an ``ActorCriticPolicy``; see :class:`LMActorCritic`."""
+class CausalLMActorCriticPolicy(_TextActorCritic, ActorCriticPolicy):  # type: ignore[misc]  # `self: Any`
+    """The policy of PPO, A2C and other algorithms that take an ``ActorCriticPolicy``."""
+
+
+class MaskableCausalLMActorCriticPolicy(_TextActorCritic, MaskableActorCriticPolicy):  # type: ignore[misc]
+    """The policy of sb3-contrib's ``MaskablePPO``, with action masks from the environment (``reference_top_k``).
+
+    The buffer of sb3-contrib keeps a float32 mask of the whole vocabulary for every step: 4 V bytes per token.
+    """
+
+    takes_masks = True

@@ -1,6 +1,4 @@
-"""A native text environment as Stable-Baselines3 takes environments, the library unmodified; see
-:mod:`lm_envs.algos.other_libraries.sb3`.
-"""
+"""A text vector environment as a ``VecEnv`` of Stable-Baselines3; see :mod:`lm_envs.algos.other_libraries.sb3`."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ class TextSpec:
         prompt_length, max_new_tokens: P and T of the observation.
         eos_token_id, temperature, min_new_tokens, reference_top_k: of the trained distribution.
         face: "mdp" or "bandit".
-        model_class, config, dtype: make a model of the same shape where ``start`` is not there.
-        start: the model that training starts from; left out of pickles, so a saved agent holds its own weights alone.
+        model_class, config, dtype: make a model of the same shape without ``start``.
+        start: the start model; left out of pickles, so that a saved agent holds only its own weights.
     """
 
     prompt_length: int
@@ -50,7 +48,7 @@ class TextSpec:
         return dict(vars(replace(self, start=None)))
 
     def make_model(self) -> PreTrainedModel:
-        """A copy of ``start`` that can be trained, or an untrained model of its shape."""
+        """Return a trainable copy of ``start``, or an untrained model of its shape."""
         if self.start is not None:
             return copy.deepcopy(self.start).requires_grad_(True)
         return self.model_class(copy.deepcopy(self.config)).to(self.dtype)
@@ -78,34 +76,34 @@ class TextSpace(spaces.Box):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextSpace:
-        return self  # as a pickle, a copy would lose the model
+        return self  # a copy would lose the model, as a pickle does
 
 
 class ToldActions(np.ndarray):
-    """Actions ``(N, ...)`` with ``logprob (N,)``, what they were sampled with; anything made of them has None."""
+    """Actions ``(N, ...)`` with ``logprob (N,)``, their log-probabilities; arrays derived from them have None."""
 
     logprob: NDArray[np.float64] | None = None
 
     def reshape(self, *shape: Any, **options: Any) -> ToldActions:
-        """As NumPy's, and the log-probabilities stay: ``predict`` of Stable-Baselines3 ends with one."""
+        """Reshape and keep the log-probabilities: ``predict`` of Stable-Baselines3 ends with a reshape."""
         found = super().reshape(*shape, **options).view(ToldActions)
         found.logprob = self.logprob
         return found
 
 
 class TextVecEnv(VecEnv):
-    """A native text vector environment as a Stable-Baselines3 ``VecEnv``: one batched forward a step for all rows.
+    """A text vector environment as a Stable-Baselines3 ``VecEnv``: one batched forward per step for all rows.
 
-    Rewards are float32, as the library's own. At an episode's end the row's info holds ``lm``, ``terminal_observation``
-    and ``TimeLimit.truncated`` (False: the length limit is part of the task). ``action_mask``, where tokens are masked,
-    is in the info of a row that goes on and in ``reset_infos`` of one that starts; ``env_method("action_masks")`` gives
-    the present ones. Rows share one environment, so attributes are set for all of them or not at all.
+    Rewards are float32, as in the library. At an episode's end the row's info holds ``lm``, ``terminal_observation``
+    and ``TimeLimit.truncated`` (False: the length limit is part of the task). If tokens are masked, ``action_mask`` is
+    in the info of a continuing row and in ``reset_infos`` of a starting one; ``env_method("action_masks")`` returns the
+    current masks. Rows share one environment, so attributes are set for all of them or not at all.
 
     Args:
         env: ``gymnasium.make_vec("lm_envs/Reviews-v0", num_envs=64)``, wrapped or not, in autoreset mode "SameStep".
 
     Raises:
-        TypeError: no native text vector environment.
+        TypeError: not a text vector environment.
         ValueError: another autoreset mode.
     """
 
@@ -128,10 +126,8 @@ class TextVecEnv(VecEnv):
         """Where lm_envs.report and lm_envs.set_kl_coef find the text env, through the library's wrappers."""
         return [self.text_env]
 
-    # Steps
-
     def reset(self) -> NDArray[np.int64]:
-        """First observations; the seed of :meth:`seed` and the options of ``set_options`` hold for this reset alone."""
+        """Return first observations; the seed of :meth:`seed` and ``set_options`` apply to this reset only."""
         if any(options != self._options[0] for options in self._options):
             raise ValueError("the rows of a TextVecEnv share one environment: set_options takes one dict for all")
         obs, infos = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
@@ -141,11 +137,11 @@ class TextVecEnv(VecEnv):
         return obs
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
-        """The actions of the coming step, with their log-probabilities if they are :class:`ToldActions`."""
+        """Store the actions of the coming step, with their log-probabilities if they are :class:`ToldActions`."""
         self._actions = actions
 
     def step_wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Observations, rewards, dones and an info per row."""
+        """Return observations, rewards, dones and an info per row."""
         actions, self._actions = self._actions, None
         assert actions is not None, "call step_async first"
         told = getattr(actions, "logprob", None)
@@ -168,10 +164,8 @@ class TextVecEnv(VecEnv):
         """Close the environment."""
         self.env.close()
 
-    # Attributes and methods
-
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The attribute of each of the rows."""
+        """Return the attribute of each row."""
         rows = list(self._get_indices(indices))
         if attr_name in ("action_masks", "render"):
             return [partial(self._of_row, attr_name, row) for row in rows]
@@ -188,7 +182,7 @@ class TextVecEnv(VecEnv):
         setattr(self.text_env, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """``action_masks`` and ``render`` of the rows; other methods are called once, for all rows."""
+        """Call ``action_masks`` and ``render`` per row, and other methods once for all rows."""
         rows = list(self._get_indices(indices))
         if method_name in ("action_masks", "render"):
             found = getattr(self.text_env, method_name)(*method_args, **method_kwargs)
@@ -201,7 +195,7 @@ class TextVecEnv(VecEnv):
             raise ValueError(f"{what}: the rows of a TextVecEnv share one environment, so indices must be None")
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """Whether a wrapper of that class is around the environment."""
+        """Return whether a wrapper of that class is around the environment, for each row."""
         env, found = self.env, isinstance(self.env, wrapper_class)
         while env is not self.text_env and not found:
             env = env.env
@@ -210,7 +204,7 @@ class TextVecEnv(VecEnv):
 
 
 def _by_row(infos: dict[str, Any], rows: Iterable[int]) -> list[dict[str, Any]]:
-    """A dictionary per row of Gymnasium's vector infos, where ``_key`` says which rows have ``key``."""
+    """Split Gymnasium's vector infos into a dictionary per row; ``_key`` says which rows have ``key``."""
 
     def of(row: int, infos: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -119,7 +119,7 @@ class LMPolicy(Policy):
         if mdp.reference_top_k is not None:
             raise ValueError(
                 "LMPolicy does not read action masks, which reference_top_k needs: train with "
-                "lm_envs.algos.other_libraries.sb3_masked.MaskableCausalLMActorCriticPolicy, or without reference_top_k"
+                "lm_envs.algos.other_libraries.sb3.MaskableCausalLMActorCriticPolicy, or without reference_top_k"
             )
         width = int(model.get_output_embeddings().weight.shape[0])
         if width != mdp.vocab_size:

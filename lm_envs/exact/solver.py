@@ -1,8 +1,8 @@
 r"""Exact solutions of text environments that are small enough to enumerate.
 
-Every sequence is scored by the environment's own reward and every prefix by its own reference, at its temperature and
-with its masks; so what is solved is the environment as it is. With beta the KL coefficient, ``r`` the score and
-``ref`` the reference, the objective and its optimum are (Todorov 2006; Levine 2018, arXiv:1805.00909)
+The environment's own reward scores every sequence, and its own reference every prefix, at its temperature and with its
+masks. With beta the KL coefficient, ``r`` the score and ``ref`` the reference, the objective and its optimum are
+(Todorov 2006; Levine 2018, arXiv:1805.00909)
 
 .. math::
     J(\pi) = E_\pi[r] - \beta\, KL(\pi\|ref), \quad
@@ -10,9 +10,10 @@ with its masks; so what is solved is the environment as it is. With beta the KL 
     J^* = \beta \log \sum_y ref(y)\, e^{r(y)/\beta}, \quad
     J^* - J(\pi) = \beta\, KL(\pi\|\pi^*)
 
-all averaged over the prompts. A policy is given as what it is (anything with ``evaluate``, or a transformers model), as
-a table of log-probabilities ``(X, S, V)`` over X prompts, S prefixes and V tokens, or, where only whole responses
-matter, as log-probabilities ``(X, L)`` of the L sequences; numbers as in :mod:`lm_envs.tasks.prefix_tree`.
+all averaged over the prompts. A policy is an object with ``evaluate``, a transformers model, a table of
+log-probabilities ``(X, S, V)`` over X prompts, S prefixes and V tokens, or, where only whole responses matter,
+log-probabilities ``(X, L)`` of the L sequences; prefixes and sequences are numbered as in
+:mod:`lm_envs.tasks.prefix_tree`.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ AnyPolicy = Any
 
 
 class Exact:
-    """Everything about a small text environment, by enumeration; float64, on the CPU.
+    """Exact quantities of a small text environment, by enumeration; float64, on the CPU.
 
     Args:
         mdp: the environment's definition, ``env.mdp``; its split's prompts are equally likely.
-        kl_coef: beta; None takes the definition's.
+        kl_coef: beta; None uses the definition's.
         batch_size: rows per forward of a policy.
 
     Attributes:
-        tree: numbers prefixes and sequences.
+        tree: the numbering of prefixes and sequences.
         prompts: ``(X, P)`` int64, left-padded with -1.
         responses: ``(L, T)`` int64, every sequence, right-padded with -1.
-        states: ``(L, T)`` int64, the prefix before each of its tokens; meaningless beyond its end.
-        mask: ``(L, T)`` bool, True on its tokens.
+        states: ``(L, T)`` int64, the prefix before each token; 0 beyond the end.
+        mask: ``(L, T)`` bool, True on tokens.
         score: ``(X, L)`` the reward before the KL penalty.
         log_ref: ``(X, S, V)`` the reference's log-probabilities; -inf where a token is masked.
 
@@ -61,9 +62,9 @@ class Exact:
 
     def __init__(self, mdp: TextMDP, *, kl_coef: float | None = None, batch_size: int = 8192) -> None:
         if mdp.dense:
-            raise ValueError("exact solutions are for a reward per response; this one pays per token")
+            raise ValueError("exact solutions need a reward per response, but this task's reward is per token")
         if len(mdp.eos_token_ids) > 1:
-            raise ValueError(f"exact solutions are for one EOS token; this task has {mdp.eos_token_ids}")
+            raise ValueError(f"exact solutions need one EOS token, but this task has {mdp.eos_token_ids}")
         self.mdp, self.batch_size = mdp, batch_size
         self.kl_coef = mdp.kl_coef if kl_coef is None else kl_coef
         self.tree = PrefixTree(mdp.vocab_size, mdp.eos_token_id, mdp.max_new_tokens)
@@ -80,13 +81,13 @@ class Exact:
     # ---- policies as tables ----
 
     def _deepest(self) -> Tensor:
-        """``(n^(T-1), T)`` responses whose first T-1 tokens go through every prefix; the last token is any."""
+        """Return ``(n^(T-1), T)`` responses whose first T-1 tokens visit every prefix; the last token is arbitrary."""
         last = self.tree.texts()[self.tree.level(self.tree.horizon - 1)]
         last[:, -1] = self.tree.tokens[0]
         return last
 
     def _fold(self, x: Tensor) -> Tensor:
-        """``(X, S, ...)`` from what was computed for the rows of :meth:`_deepest`, ``(X * n^(T-1), T, ...)``."""
+        """Select ``(X, S, ...)`` from values for the rows of :meth:`_deepest`, ``(X * n^(T-1), T, ...)``."""
         x = x.reshape(len(self.prompts), -1, *x.shape[1:])
         steps = self.tree.horizon
         return torch.cat([x[:, :: self.tree.arity ** (steps - 1 - t), t] for t in range(steps)], dim=1)
@@ -98,10 +99,10 @@ class Exact:
         return list(zip(prompt.split(self.batch_size), response.split(self.batch_size), strict=True))
 
     def table(self, policy: AnyPolicy) -> Tensor:
-        """``(X, S, V)`` log-probabilities of every token after every prefix, differentiable; one forward for all.
+        """Return ``(X, S, V)`` log-probabilities of every token after every prefix, differentiable.
 
         Raises:
-            ValueError: log-probabilities of sequences, which are no table, or a tensor of another shape.
+            ValueError: a tensor of another shape.
         """
         if isinstance(policy, Tensor):
             shape = (len(self.prompts), self.tree.prefixes, self.tree.vocab_size)
@@ -117,12 +118,12 @@ class Exact:
                 parts.append(log_softmax(logits, self.mdp.temperature))
             else:
                 parts.append(policy.evaluate(_trajectories(prompt, response)).log_probs())
-        # Again in float64: a float32 model's probabilities sum to 1 only to its rounding.
+        # Normalized again in float64: a float32 model's probabilities sum to 1 only up to rounding.
         return self._fold(torch.cat(parts).double().cpu().log_softmax(dim=-1))
 
     @torch.no_grad()
     def values_of(self, policy: nn.Module) -> Tensor:
-        """``(X, S)`` float64, what a policy's own critic says of every prefix."""
+        """Return the values ``(X, S)``, float64, of every prefix by a policy's own critic."""
         parts = [
             policy.evaluate(_trajectories(prompt, response)).value[:, :-1]  # type: ignore[operator]
             for prompt, response in self._rows()
@@ -130,7 +131,7 @@ class Exact:
         return self._fold(torch.cat(parts).double().cpu())
 
     def sequences(self, policy: AnyPolicy) -> Tensor:
-        """``(X, L)`` log-probabilities of every sequence, differentiable."""
+        """Return ``(X, L)`` log-probabilities of every sequence, differentiable."""
         if isinstance(policy, Tensor) and policy.ndim == 2:
             if policy.shape != self.score.shape:
                 raise ValueError(f"expected (X, L) = {tuple(self.score.shape)}, got shape {tuple(policy.shape)}")
@@ -140,8 +141,8 @@ class Exact:
         return torch.cat([ended, reached[-1]], dim=1)
 
     def _reach(self, table: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Log-probabilities of reaching the texts of each length 0 .. T, ``(X, n^k)``, and of ending each prefix with
-        EOS, ``(X, S)``."""
+        """Return log-probabilities of reaching the texts of each length 0 .. T, ``(X, n^k)``, and of ending each prefix
+        with EOS, ``(X, S)``."""
         levels = [table.new_zeros(len(table), 1)]
         for k in range(self.tree.horizon):
             here = table[:, self.tree.level(k)][:, :, self.tree.tokens]
@@ -149,23 +150,23 @@ class Exact:
         return levels, torch.cat(levels[:-1], dim=1) + table[:, :, self.tree.eos_token_id]
 
     def visits(self, policy: AnyPolicy) -> Tensor:
-        """``(X, S)`` probability of coming through each prefix; each level's share is at most 1."""
+        """Return the ``(X, S)`` probabilities of visiting each prefix."""
         return torch.cat(self._reach(self.table(policy))[0][:-1], dim=1).exp()
 
     # ---- the objective ----
 
     def reward(self, policy: AnyPolicy) -> Tensor:
-        """``E[r]``, a scalar."""
+        """Return ``E[r]``, a scalar."""
         return (self.sequences(policy).exp() * self.score).sum(dim=1).mean()
 
     def kl(self, policy: AnyPolicy, other: AnyPolicy = None) -> Tensor:
-        """``KL(policy || other)``, nats per sequence, a scalar; ``other`` None is the reference."""
+        """Return ``KL(policy || other)``, nats per sequence, a scalar; ``other`` None is the reference."""
         log_p = self.sequences(policy)
         log_q = self._log_ref_sequences if other is None else self.sequences(other)
         return _expected(log_p, log_q).mean()
 
     def objective(self, policy: AnyPolicy) -> Tensor:
-        """``J = E[r] - beta KL``, a scalar; differentiable, so its gradient is the exact policy gradient."""
+        """Return ``J = E[r] - beta KL``, a scalar, whose gradient is the exact policy gradient."""
         log_p = self.sequences(policy)
         return self.reward(log_p) - self.kl_coef * self.kl(log_p)
 
@@ -186,8 +187,8 @@ class Exact:
         return self.kl_coef * (log_ref + q / self.kl_coef).logsumexp(dim=2), q
 
     def backward(self, step: Any) -> tuple[Tensor, Tensor]:
-        """V ``(X, S)`` and Q ``(X, S, V)`` by recursion from the ends: ``step(what follows each token, states)`` gives
-        both for the states of one length."""
+        """Compute V ``(X, S)`` and Q ``(X, S, V)`` by backward recursion: ``step(value after each token, states)``
+        returns both for the states of one length."""
         values: list[Tensor] = []
         q: list[Tensor] = []
         following = self.score[:, self.tree.prefixes :]  # of texts one token longer
@@ -222,20 +223,20 @@ class Exact:
 
     @cached_property
     def reference_value(self) -> Tensor:
-        """``J_ref``, the objective of the reference, a scalar."""
+        """``J_ref``, the reference's objective, a scalar."""
         return self.reward(self._log_ref_sequences)
 
     @torch.no_grad()
     def regret(self, policy: AnyPolicy) -> float:
-        """Normalised regret ``(J* - J) / (J* - J_ref)``: 0 for the optimum, 1 for the reference."""
+        """Return the normalized regret ``(J* - J) / (J* - J_ref)``: 0 for the optimum, 1 for the reference."""
         gap = self.optimal_value - self.objective(policy)
         return float(gap / (self.optimal_value - self.reference_value))
 
     # ---- a policy's values and gradient ----
 
     def values(self, policy: AnyPolicy) -> tuple[Tensor, Tensor]:
-        """``V^pi (X, S)`` and ``Q^pi (X, S, V)`` of the rewards that the environment pays: the score at the end, and
-        ``beta (log ref - log pi)`` with every token, that of the action in Q included."""
+        """Return ``V^pi (X, S)`` and ``Q^pi (X, S, V)`` of the environment's rewards: the score at the end, and
+        ``beta (log ref - log pi)`` per token; Q includes the penalty of its action."""
         log_p = self.table(policy).detach()
         p = log_p.exp()
 
@@ -247,14 +248,14 @@ class Exact:
         return self.backward(step)
 
     def value_error(self, value: Tensor, policy: AnyPolicy) -> float:
-        """Mean squared error of values ``(X, S)`` (see :meth:`values_of`) against ``V^pi``, over the prefixes as the
-        policy comes through them."""
+        """Return the mean squared error of values ``(X, S)`` (see :meth:`values_of`) against ``V^pi``, over the
+        prefixes that the policy visits."""
         visits = self.visits(policy).detach()
         return float((visits * (value - self.values(policy)[0]) ** 2).sum() / visits.sum())
 
     def gradient(self, policy: nn.Module) -> dict[str, Tensor]:
-        """The exact policy gradient, ``dJ / d parameter`` by name, of the parameters that J depends on; a critic's are
-        not among them."""
+        """Return the exact policy gradient, ``dJ / d parameter`` by name, without parameters that J does not depend on,
+        such as a critic's."""
         named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(self.objective(policy), list(named.values()), allow_unused=True)
         return {name: g for name, g in zip(named, found, strict=True) if g is not None}
@@ -262,10 +263,10 @@ class Exact:
     # ---- best-of-n and the frontier ----
 
     def best_of_n(self, policy: AnyPolicy, n: int) -> Tensor:
-        """``(X, L)`` log-probabilities of the best of n samples; ties go to the earliest.
+        """Return ``(X, L)`` log-probabilities of the best of n samples; ties go to the earliest.
 
         ``p_n(y) = [F(r)^n - F^-(r)^n] pi(y) / (F - F^-)``, F the distribution function of the score under the policy
-        and F^- its left limit. The quotient is ``sum_k F^k F^-^(n-1-k)``, which loses no digits.
+        and F^- its left limit. The quotient is computed as ``sum_k F^k F^-^(n-1-k)``, which loses no precision.
         """
         if n < 1:
             raise ValueError(f"best-of-n needs n of at least 1, got {n}")
@@ -277,7 +278,7 @@ class Exact:
         return log_p + factor.log()
 
     def _distribution(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """``F^-`` and ``F`` at the score of every sequence, ``(X, L)`` each, of the score's distribution under p."""
+        """Return ``F^-`` and ``F`` of the score's distribution under p, at the score of every sequence, ``(X, L)``."""
         below, upto = torch.empty_like(p), torch.empty_like(p)
         for x in range(len(p)):
             found, inverse = self.score[x].unique(return_inverse=True)
@@ -287,22 +288,22 @@ class Exact:
         return below, upto
 
     def win_rate(self, policy: AnyPolicy, against: AnyPolicy) -> float:
-        """Probability that a response of the one has the higher score than one of the other to the same prompt, ties
-        half."""
+        """Return the probability that a response of ``policy`` scores higher than one of ``against`` to the same
+        prompt; ties count half."""
         below, upto = self._distribution(self.sequences(against).exp())
         return float((self.sequences(policy).exp() * (below + upto) / 2).sum(dim=1).mean())
 
     def tilted(self, kl_coef: float) -> Tensor:
-        """``(X, L)`` log-probabilities of ``pi ∝ ref exp(r / kl_coef)``, the optimum at another coefficient."""
+        """Return ``(X, L)`` log-probabilities of ``pi ∝ ref exp(r / kl_coef)``, the optimum at another coefficient."""
         return (self._log_ref_sequences + self.score / kl_coef).log_softmax(dim=1)
 
     def frontier(self, kl_coefs: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The most reward at each KL: KL ``(N,)`` and reward ``(N,)`` of the optima at these coefficients."""
+        """Return KL ``(N,)`` and reward ``(N,)`` of the optima at these coefficients: the highest reward at each KL."""
         points = [self.tilted(kl_coef) for kl_coef in kl_coefs]
         return torch.stack([self.kl(p) for p in points]), torch.stack([self.reward(p) for p in points])
 
     def frontier_reward(self, kl: float) -> float:
-        """``R*(KL)``: the most expected score that any policy with so much KL (nats per sequence) can have."""
+        """Return ``R*(KL)``, the highest expected score of any policy with this KL (nats per sequence)."""
         best = self.score.masked_fill(self._log_ref_sequences == -math.inf, -math.inf).amax(dim=1, keepdim=True)
         ties = self._log_ref_sequences.masked_fill(self.score < best, -math.inf)
         if kl >= float(-ties.logsumexp(dim=1).mean()):
@@ -318,7 +319,7 @@ class Exact:
 
     @torch.no_grad()
     def frontier_gap(self, policy: AnyPolicy) -> float:
-        """``R*(KL(pi)) - R(pi)``: the score that is given away at the policy's own KL; never negative."""
+        """Return ``R*(KL(pi)) - R(pi)``, the score that the policy loses at its own KL; never negative."""
         log_p = self.sequences(policy)
         return self.frontier_reward(float(self.kl(log_p))) - float(self.reward(log_p))
 
@@ -326,11 +327,11 @@ class Exact:
 
     @torch.no_grad()
     def trajectories(self, policy: AnyPolicy) -> tuple[Trajectories, Tensor]:
-        """Every episode there is, as the environment would pay it, and how likely each is.
+        """Return every possible episode with the environment's rewards, and its probability.
 
         Returns:
-            Trajectories of X * L rows (the MDP face), those of a prompt next to each other and one ``group``, and
-            probabilities ``(X * L,)`` that sum to 1; episodes that the policy cannot have are left out.
+            Trajectories of at most X * L rows of tokens, those of a prompt adjacent and in one ``group``, and their
+            probabilities, which sum to 1; impossible episodes are omitted.
         """
         table = self.table(policy)
         count = len(self.prompts)
@@ -362,19 +363,19 @@ def _trajectories(prompt: Tensor, response: Tensor) -> Trajectories:
 
 
 def _expected(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``sum p (log p - log q)`` over the last axis; what has no probability counts for nothing."""
+    """Return ``sum p (log p - log q)`` over the last axis; terms with ``p = 0`` are 0."""
     never = log_p == -math.inf
     p, log_p = log_p.exp(), log_p.masked_fill(never, 0.0)
     return (p * (log_p - log_q.masked_fill(never, 0.0))).sum(dim=-1)
 
 
 def cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Cosine of the angle between two gradients, over the parameters that the second names."""
+    """Return the cosine of the angle between two gradients, over the parameters of the second."""
     a, b = (torch.cat([g[name].flatten().double() for name in exact]) for g in (found, exact))
     return float(a @ b / (a.norm() * b.norm()))
 
 
 def relative_bias(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """``|found - exact| / |exact|``, Euclidean norms over the parameters that the second names."""
+    """Return ``|found - exact| / |exact|``, Euclidean norms over the parameters of the second."""
     a, b = (torch.cat([g[name].flatten().double() for name in exact]) for g in (found, exact))
     return float((a - b).norm() / b.norm())

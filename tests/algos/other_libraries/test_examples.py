@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 import lm_envs
-from lm_envs.algos.other_libraries.network import LMActorCritic
+from lm_envs.algos.other_libraries import network
 from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
 from tests.house import CHECKOUT
@@ -105,13 +105,13 @@ def test_an_example_charges_the_exact_penalty(name, tiny_ids, rewards, monkeypat
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_takes_one_forward_for_logits_and_value(name, tiny_ids, monkeypatch):
-    reads, read = [], LMActorCritic._read
+    reads, read = [], network.read_states
 
-    def counted(self, rows):
+    def counted(policy, rows):
         reads.append(torch.is_grad_enabled())
-        return read(self, rows)
+        return read(policy, rows)
 
-    monkeypatch.setattr(LMActorCritic, "_read", counted)
+    monkeypatch.setattr(network, "read_states", counted)
     run(name, "lm_envs/Tiny-v0", 2)
     args = example(name).Args()
     passes = args.update_epochs * args.num_minibatches if name == "cleanrl_style_ppo" else args.epochs

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import lm_envs
-from lm_envs.algos.other_libraries.network import LMActorCritic
-from lm_envs.algos.other_libraries.prefix_chains import shared_texts
+from lm_envs.algos.other_libraries.network import LMActorCritic, shared_texts
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import rollout
 from lm_envs.env.single import TextEnv
@@ -136,6 +135,22 @@ def test_shared_texts_by_hand():
         [-1, 5, 8, -1],
     ]
     assert texts[index[2]].tolist() in ([-1, 5, 7, 2], [-1, 5, 8, -1])
+
+
+@pytest.mark.parametrize("vocabulary", [3, 300])  # 300 takes two bytes
+def test_shared_texts_hold_every_state_in_as_few_texts_as_there_can_be(vocabulary):
+    generator = np.random.default_rng(vocabulary)
+    obs = np.full((200, 8), -1)
+    obs[:, 1] = generator.integers(0, 2, 200)
+    lengths = generator.integers(0, 6, 200)
+    for row, length in enumerate(lengths):
+        obs[row, 2 : 2 + length] = generator.choice([0, 1, vocabulary - 1], length)
+    texts, row = shared_texts(obs, 2)
+    states = [tuple(text[: 2 + length]) for text, length in zip(obs.tolist(), lengths, strict=True)]
+    assert [tuple(texts[row[i]][: len(state)]) for i, state in enumerate(states)] == states
+    leaves = {text for text in states if not any(o != text and o[: len(text)] == text for o in states)}
+    assert {tuple(t for i, t in enumerate(text) if i < 2 or t >= 0) for text in texts.tolist()} == leaves
+    assert len(texts) == len(leaves)
 
 
 def test_a_longer_prompt_is_another_text():

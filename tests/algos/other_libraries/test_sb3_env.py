@@ -136,7 +136,7 @@ def test_what_is_refused():
         TextVecEnv(TextVectorEnv(tiny.task(), 2, autoreset_mode="NextStep"))
     with pytest.raises(TypeError, match="observation space of a TextVecEnv"):
         PPO(CausalLMActorCriticPolicy, TextEnv(tiny.task()))
-    with pytest.raises(ValueError, match="MDP face"):
+    with pytest.raises(ValueError, match="bandit"):
         PPO(CausalLMActorCriticPolicy, TextVecEnv(TextBanditVectorEnv(tiny.task(), 2)))
     with pytest.raises(ValueError, match="MaskablePPO"):
         PPO(CausalLMActorCriticPolicy, env(reference_top_k=3))

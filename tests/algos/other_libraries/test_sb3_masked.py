@@ -9,8 +9,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 import lm_envs
-from lm_envs.algos.other_libraries.sb3 import TextVecEnv
-from lm_envs.algos.other_libraries.sb3_masked import MaskableCausalLMActorCriticPolicy
+from lm_envs.algos.other_libraries.sb3 import MaskableCausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import rollout
 from lm_envs.env.single import TextEnv
