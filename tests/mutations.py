@@ -804,8 +804,8 @@ MUTATIONS = [
     Mutation(
         "sb3: re-evaluation reads no mask",
         "algos/other_libraries/sb3.py",
-        "return _mask(logits, masks), lm.value_head",
-        "return logits, lm.value_head",
+        "return _mask(logits, masks), values",
+        "return logits, values",
         "tests/algos/other_libraries/test_sb3_masked.py::test_the_mask_is_the_references_top_k_in_action_report_and_penalty",
     ),
     Mutation(
