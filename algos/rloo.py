@@ -27,6 +27,14 @@ class RLOOConfig(PolicyGradientConfig):
     group_size: Size = 4
     """Consecutive episodes that share a prompt, at least 2; the text env must have the same group_size."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs != 1 or self.minibatches != 1:
+            raise ValueError(
+                "RLOO takes one on-policy step per batch, because its loss has no importance ratio: use grpo or ppo "
+                "for several epochs or minibatches"
+            )
+
 
 class RLOO(PolicyGradient[RLOOConfig]):
     """``-(1/B) sum_i (R_i - mean_{j != i} R_j) sum_t log pi(y_it|x, y_i<t)`` (Ahmadian et al. 2024, "Back to
