@@ -77,7 +77,7 @@ def test_sft_finds_the_demonstrations_of_a_task():
         ("online-dpo", {"steps": 8}, "whole episodes"),
         ("quark", {"quantiles": 1}, "quantiles"),
         ("quark", {"pool": 0}, "pool"),
-        ("quark", {"steps": 8}, "whole responses"),
+        ("quark", {"steps": 8}, "whole episodes"),
         ("reward-modelling", {"ranking": "best"}, "ranking"),
         ("dr-grpo", {"steps": 8}, "whole episodes"),
         ("ppo-klpen", {"old_kl_coef": -1.0}, "old_kl_coef"),
