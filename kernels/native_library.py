@@ -55,26 +55,38 @@ def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
                         _log.warning("%s is damaged or not ours: compiling it again", path)
                     _compile(compiler, flags, source, path)
         return ctypes.CDLL(str(path))
-    except OSError as error:  # no private folder, a full disk, no locks, or a library that does not load
-        _log.info("no native library is kept: %s", error)
-    with tempfile.TemporaryDirectory(prefix="lm-envs-native-") as folder:
-        path = Path(folder) / name
-        try:
+    except (OSError, RuntimeError, Unavailable) as error:  # no private folder, a full disk, no locks, no home, ...
+        failure = error
+    try:
+        with tempfile.TemporaryDirectory(prefix="lm-envs-native-") as folder:
+            path = Path(folder) / name
             _compile(compiler, flags, source, path)
-            return ctypes.CDLL(str(path))
-        except OSError as error:
-            raise Unavailable(str(error)) from None
+            library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(str(error)) from None
+    _log.warning(
+        "the cache folder %s cannot be used (%s), so C kernels are compiled in each process; "
+        "set LM_ENVS_CACHE to a folder that can be written",
+        _folder(),
+        failure,
+    )
+    return library
+
+
+def _folder() -> Path:
+    """``native`` in ``$LM_ENVS_CACHE``, else in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    root = os.environ.get("LM_ENVS_CACHE") or os.path.join(cache, "lm-envs")
+    return Path(os.path.abspath(os.path.expanduser(root))) / "native"
 
 
 def _private_folder() -> Path:
-    """``native`` in ``$LM_ENVS_CACHE``, else in the user's cache folder.
+    """The cache folder.
 
     Raises:
         OSError: it cannot be made or written, is another user's, or others can write it.
     """
-    root = os.environ.get("LM_ENVS_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm-envs"
-    folder = base.expanduser().absolute() / "native"
+    folder = _folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.is_symlink() or not _ours(folder.stat()) or not os.access(folder, os.W_OK):
         raise OSError(f"{folder} is not a folder that this user alone can write")

@@ -5,6 +5,7 @@ again.
 from __future__ import annotations
 
 import functools
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import (
@@ -14,7 +15,9 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from lm_envs.files import blaming
 
 
 @functools.cache
@@ -23,17 +26,27 @@ def place_of(name: str) -> str:
 
     Raises:
         ConnectionError: it does not answer, and the cache does not hold the model; the message says why.
+        CacheError: the cache does not hold the model and cannot be written.
     """
     if constants.HF_HUB_OFFLINE:  # in which the libraries do not wait either
         return name
+    kept = None
+    try:
+        kept = snapshot_download(name, local_files_only=True)
+    except HFValidationError:
+        return name
+    except (OSError, RuntimeError):  # not there, or a folder that cannot be read
+        folder = Path(constants.HF_HUB_CACHE)
+        with blaming(folder, "set HF_HUB_CACHE or HF_HOME to a folder that can be written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     try:
         _ask(name, "config.json")
     except ConnectionError:
-        try:
-            return snapshot_download(name, local_files_only=True)
-        except LocalEntryNotFoundError:
-            pass
-        raise
+        if kept is None:
+            raise
+        return kept
     return name
 
 

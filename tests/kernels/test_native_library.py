@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -139,6 +141,25 @@ def test_without_a_private_folder_nothing_is_kept_or_left(place, kind):
     assert place.answer() == place.answer() == 42 and place.calls == 2
     assert not list(place.temporary.iterdir())
     assert not (folder.is_dir() and list(folder.iterdir()))
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EROFS", "EIO", "ENOLCK", "EMFILE", "ELOOP", "ENAMETOOLONG", "ESTALE"])
+@pytest.mark.parametrize("where", ["mkdir", "flock", "replace"])
+def test_a_cache_that_cannot_be_used_is_one_line(place, monkeypatch, caplog, name, where):
+    real, number = os.replace, getattr(errno, name)
+
+    def refuse(*args, **kwargs):
+        if where == "replace" and str(place.temporary) in str(args[1]):
+            return real(*args, **kwargs)
+        raise OSError(number, os.strerror(number))
+
+    target = {"mkdir": (Path, "mkdir"), "flock": (fcntl, "flock"), "replace": (native_library.os, "replace")}[where]
+    monkeypatch.setattr(*target, refuse)
+    assert load(place.source, ("-O1", "-shared", "-fPIC")).answer() == 42
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"folder {place.cache / 'native'} cannot be used" in told and os.strerror(number) in told
+    assert "set LM_ENVS_CACHE" in told and "\n" not in told
+    assert not list(place.temporary.iterdir()) and not list(place.cache.rglob("*.so"))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from lm_envs.data.dataset import Examples
+from lm_envs.files import CacheError
 from lm_envs.model import hub, loading
 from lm_envs.reward.initial import reward_start
 from lm_envs.reward.learned import load_reward_model
@@ -81,3 +82,16 @@ def test_what_is_in_the_cache_is_read_from_it_after_one_request(asked, tmp_path)
     assert loading.load_tokenizer("some-owner/kept").get_vocab() == tokenizer.get_vocab()
     reward_start("some-owner/kept")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("kind", ["a file", "a loop", "too long"])
+def test_a_cache_that_cannot_be_written_is_told_before_the_hub_is_asked(asked, tmp_path, monkeypatch, kind):
+    folder = tmp_path / ("x" * 300 if kind == "too long" else "cache")
+    if kind == "a file":
+        folder.write_text("")
+    elif kind == "a loop":
+        folder.symlink_to(folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    with pytest.raises(CacheError, match=f"cannot use the cache folder {folder}: .*set HF_HUB_CACHE or HF_HOME") as e:
+        loading.load_policy("some-owner/some-name")
+    assert "\n" not in str(e.value) and not asked
