@@ -52,6 +52,8 @@ VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/te
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
 KL_COEF = "tests/benchmarks/run/test_kl_coef.py"
+JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/test_base.py"
+MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
 RECOMPUTED = "tests/benchmarks/test_recomputed.py"
 SB3 = "tests/algos/other_libraries/test_sb3.py::"
 
@@ -1069,6 +1071,97 @@ MUTATIONS = [
         "clear = not any(_GOES_ON.match(bare, number.end()) for number in numbers)",
         "clear = True",
         "tests/lm_envs/reward/test_judge.py",
+    ),
+    Mutation(
+        "half a key is shown",
+        "lm_envs/reward/chat_endpoint.py",
+        "size = len(key) if len(key) < 12 else 6",
+        "size = len(key)",
+        MISBEHAVING,
+    ),
+    Mutation(
+        "a key that was encoded twice is shown",
+        "lm_envs/reward/chat_endpoint.py",
+        'r"%(?:25)*([0-9a-f]{2})|',
+        'r"%([0-9a-f]{2})|',
+        MISBEHAVING,
+    ),
+    Mutation(
+        "the judge may take eight times its time",
+        "lm_envs/reward/chat_endpoint.py",
+        "async with asyncio.timeout(self.timeout):",
+        "async with asyncio.timeout(8 * self.timeout):",
+        MISBEHAVING,
+    ),
+    Mutation(
+        "answers are kept without the judge's model",
+        "lm_envs/reward/chat_endpoint.py",
+        "json.dumps([self.url, self.model, list(messages), dict(parameters)]",
+        "json.dumps([self.url, list(messages), dict(parameters)]",
+        JUDGE,
+    ),
+    Mutation(
+        "grades are read from the judge's thoughts",
+        "lm_envs/reward/judge.py",
+        "answer = without_thoughts(text).strip()",
+        "answer = text.strip()",
+        JUDGE,
+    ),
+    Mutation(
+        "a grade of another scale is read",
+        "lm_envs/reward/judge.py",
+        "m[1] if float(m[2]) == high else m[0]",
+        "m[1]",
+        JUDGE,
+    ),
+    Mutation(
+        "ROUGE knows ASCII words only",
+        "lm_envs/reward/metrics.py",
+        'tokenizer=published if words == "published" else _UnicodeWords(published)',
+        "tokenizer=published",
+        "tests/lm_envs/reward/test_metrics.py",
+    ),
+    Mutation(
+        "a learned reward forgets its units",
+        "lm_envs/reward/learned.py",
+        "return ((self.raw(rows) - mean) / std).tolist()",
+        "return self.raw(rows).tolist()",
+        "tests/lm_envs/reward/test_learned.py tests/lm_envs/reward/test_units.py",
+    ),
+    Mutation(
+        "a column replaces a reward's setting",
+        "lm_envs/reward/base.py",
+        "names |= set(reward.keywords)",
+        "names |= set()",
+        REWARDS,
+    ),
+    Mutation(
+        "a reward that exits ends the program",
+        "lm_envs/reward/base.py",
+        "    except (Exception, SystemExit) as error:\n        ours",
+        "    except Exception as error:\n        ours",
+        REWARDS,
+    ),
+    Mutation(
+        "texts and dates count as rewards",
+        "lm_envs/reward/base.py",
+        'if values.dtype.kind not in "biufO":',
+        "if False:",
+        REWARDS,
+    ),
+    Mutation(
+        "text of the policy steers the terminal",
+        "lm_envs/env/rendering.py",
+        "_coloured(printable(piece), kl[i])",
+        "_coloured(piece, kl[i])",
+        TEXT_ENV,
+    ),
+    Mutation(
+        "a full cache is a bug",
+        "lm_envs/files.py",
+        "only=lambda error: error not in own",
+        "only=lambda error: False",
+        "tests/lm_envs/test_files.py",
     ),
 ]
 

@@ -40,9 +40,9 @@ _LABELED = re.compile(rf"(?:score|rating|grade)\b\W{{0,6}}?(?:is\W{{1,3}}?)?({_N
 # The scale itself: "(1-10)", "from 1 to 10".
 _RANGE = rf"{_NUMBER}\s*(?:-|–|to|and)\s*{_NUMBER}"
 _SCALE = re.compile(rf"\(\s*{_RANGE}\s*\)|\b(?:scale of|from|between)\s+{_RANGE}", re.IGNORECASE)
-# What makes a number behind which it stands a part of another one or of a range: "7,5", "7-8", "7 or 8".
-_GOES_ON = re.compile(r"[.,:]?\d|\s*(?:[-–]|to\b|or\b)\s*\d", re.IGNORECASE)
-_OUT_OF = re.compile(rf"({_NUMBER})\s*(?:/|out of)\s*{_NUMBER}", re.IGNORECASE)
+# What follows a number that is part of another, of a range or of another scale: "7,5", "7-8", "7 or 8", "3/5", "70%".
+_GOES_ON = re.compile(r"[.,:]?\d|e[-+]?\d|\s*%|\s*(?:[-–/]|to\b|or\b|out of\b)\s*\d", re.IGNORECASE)
+_OUT_OF = re.compile(rf"({_NUMBER})\s*(?:/|out of)\s*({_NUMBER})", re.IGNORECASE)
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -56,7 +56,7 @@ class RemoteJudge:
         system: a system message before it, likewise filled in; None for none.
         scale: lowest and highest grade; what is outside cannot be read.
         pattern: a regular expression whose first group is the grade in the answer. None takes the number behind
-            "score", "rating" or "grade", else the only number, with ``8/10`` read as 8.
+            "score", "rating" or "grade", else the only number, with ``8/10`` read as 8 where 10 is the highest grade.
         answers: tokens and what each is worth, such as ``{"Yes": 1, "No": 0}``: the grade is the expectation under
             the server's log-probabilities for the first token of its answer.
         unreadable: what an answer without a grade means: ``"error"``, ``"none"`` (the reward does not apply to that
@@ -196,7 +196,9 @@ class RemoteJudge:
             match = self._pattern.search(answer)
             found = [match.group(1)] if match and match.group(1) is not None else []
         else:
-            bare = _OUT_OF.sub(r"\1", _SCALE.sub(" ", answer))
+            high = self.scale[1]
+            bare = _OUT_OF.sub(lambda m: m[1] if float(m[2]) == high else m[0], _SCALE.sub(" ", answer))
+            bare = re.sub(r"(?<=\d)\s?%", "", bare) if high == 100 else bare
             numbers = list(_LABELED.finditer(bare))[-1:] or list(re.finditer(f"({_NUMBER})", bare))
             clear = not any(_GOES_ON.match(bare, number.end()) for number in numbers)
             found = list(dict.fromkeys(number[1] for number in numbers)) if clear else []

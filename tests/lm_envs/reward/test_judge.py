@@ -141,6 +141,7 @@ def test_prompt_and_response_are_sent_and_the_number_comes_back(serve):
         ("7,5", None), ("Score: 7,5", None), ("7-8", None), ("Score: 7-8", None), ("Rating: 7 to 8", None),
         ("Score: 17,5", None), ("<think>it is a 9", None), ("Grade: 7 or 8", None),
         ("good", None), ("", None), ("3 or 4", None), ("11", None), ("-2", None), ("0", None),
+        ("4/5", None), ("Score: 4/5", None), ("4 out of 5", None), ("7%", None), ("Score: 7 %", None), ("1e1", None),
         ("Score: -2", None), ("Score - 7", 7), ("7.5.3", None), ("Score: 7.5", 7.5),
     ],
 )  # fmt: skip
@@ -156,6 +157,8 @@ def test_a_grade_is_found_in_the_answer(serve, text, expected):
 def test_a_pattern_of_ones_own_and_another_scale(serve):
     server = serve(lambda number, body: chat("helpful=2 harmless=-3"))
     assert grade(judge(server, pattern=r"harmless=(\S+)", scale=(-5, 5)), "x") == [-3.0]
+    percent = serve(lambda number, body: chat("Score: 70%"))
+    assert grade(judge(percent, scale=(0, 100)), "x") == [70.0]
     with pytest.raises(EndpointError, match="'helpful', which is not a number"):
         grade(judge(server, pattern=r"(\w+)="), "x")
     assert grade(judge(server, pattern=r"honest=(\d)", unreadable="none"), "x") == [None]
