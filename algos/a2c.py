@@ -12,7 +12,7 @@ from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import masked_mean, policy_gradient_loss, value_loss
-from lm_envs.algos.policies.critics import ValueFrom, check_value_from
+from lm_envs.algos.policies.critics import ValueFrom, check_value_from, value_from_reward_model
 from lm_envs.settings import Finite, NonNegative, Probability, Rate
 from lm_envs.trajectories import Trajectories
 
@@ -60,6 +60,11 @@ class A2C(PolicyGradient[A2CConfig]):
     Config = A2CConfig
     name = "a2c"
     unit = "token"
+
+    @classmethod
+    def prepare_policy(cls, policy: Any, task: Any, config: Any) -> None:
+        if config.value_from == "reward_model":
+            value_from_reward_model(policy, task)
 
     def __init__(self, policy: Any, config: A2CConfig | None = None) -> None:
         config = A2CConfig() if config is None else config

@@ -39,25 +39,28 @@ class BestOfN:
         self.reward_calls = 0
 
     @torch.no_grad()
-    def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def answer(self, index: Tensor, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return the best of n responses per prompt.
 
         Args:
+            index: ``(N,)`` int64, the rows of the MDP's prompts, whose columns the reward gets.
             prompts: ``(N, P)`` int64, left-padded with -1.
             uniforms: ``(N, n * T)`` float64.
 
         Returns:
-            response ``(N, T)`` int64 right-padded with -1, and its log-probability under the *base* policy, ``(N, T)``.
+            response ``(N, T)`` int64 right-padded with -1, and its log-probability under the *base* policy, ``(N, T)``;
+            no values.
         """
         count = len(prompts)
         steps = self.policy.uniforms_per_response
         repeated = prompts.repeat_interleave(self.n, dim=0)
         response, logprob = self.policy.respond(repeated, uniforms.reshape(count * self.n, steps))
-        score = self.mdp.score(repeated.cpu().numpy(), response.cpu().numpy()).sum(axis=1).reshape(count, self.n)
+        rows = index.repeat_interleave(self.n).cpu().numpy()
+        score = self.mdp.score(rows, response.cpu().numpy()).sum(axis=1).reshape(count, self.n)
         self.tokens_generated += int((response >= 0).sum())
         self.reward_calls += count * self.n
         best = torch.as_tensor(np.arange(count) * self.n + score.argmax(axis=1), device=response.device)
-        return response[best], logprob[best]
+        return response[best], logprob[best], None
 
 
 def kl_bound(n: int) -> float:

@@ -12,7 +12,7 @@ from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import masked_mean, ppo_clip_loss, ratio_metrics, value_loss
-from lm_envs.algos.policies.critics import ValueFrom, check_value_from
+from lm_envs.algos.policies.critics import ValueFrom, check_value_from, value_from_reward_model
 from lm_envs.settings import Count, Finite, NonNegative, Positive, Probability
 from lm_envs.trajectories import Trajectories
 
@@ -53,6 +53,11 @@ class Proximal(PolicyGradient[C]):
     """
 
     unit = "token"
+
+    @classmethod
+    def prepare_policy(cls, policy: Any, task: Any, config: Any) -> None:
+        if config.value_from == "reward_model":
+            value_from_reward_model(policy, task)
 
     def __init__(self, policy: Any, config: C | None = None) -> None:
         super().__init__(policy, config)

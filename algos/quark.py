@@ -61,13 +61,10 @@ class Quark(Agent[QuarkConfig]):
     unit = "token"
     kl_in_reward = False
     published_kl_coef = 0.05
-    reference: Any = None
 
     def __init__(self, policy: Any, config: QuarkConfig | None = None) -> None:
         config = QuarkConfig() if config is None else config
-        if not hasattr(policy, "add_reward_tokens"):
-            raise ValueError(f"quark is for language-model policies, not {type(policy).__name__}")
-        policy.add_reward_tokens(config.quantiles)  # before Adam collects the parameters
+        policy.add_reward_tokens(config.quantiles)  # first, so that Adam sees them
         super().__init__(policy, config)
         self._pool: Trajectories | None = None
 

@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lm_envs.algos.engine.cost import of_preferences
-from lm_envs.algos.policies.critics import value_from_reward_model
 from lm_envs.settings import make, near
 
 if TYPE_CHECKING:
@@ -84,8 +83,7 @@ def make_agent(
     config, found = make_config(name, **overrides), load(name)
     if task is not None and data is None and (missing := found.lacks(task, config)):
         raise Unsuited(f"{name} needs {missing}, which task {task.name!r} does not have")
-    if getattr(config, "value_from", "policy") == "reward_model":
-        value_from_reward_model(policy, task)
+    found.prepare_policy(policy, task, config)
     if not (found.needs_data or found.mixes_data):
         if data is not None:
             raise ValueError(f"{name} learns by sampling and takes no data")

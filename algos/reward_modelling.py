@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.comparisons import Comparisons, by_group
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.preference_losses import plackett_luce_loss
+from lm_envs.algos.policies.base import Policy
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import raw_scores
 from lm_envs.settings import Rate, Size
@@ -33,7 +34,7 @@ class Scores:
     score: Tensor
 
 
-class RewardPolicy(nn.Module):
+class RewardPolicy(Policy):
     """A transformers sequence-classification model as a policy that agents train.
 
     The score is read at the position of each text's last token, never by pad id (see
@@ -49,7 +50,7 @@ class RewardPolicy(nn.Module):
         super().__init__()
         self.model = model.eval()
 
-    def evaluate(self, traj: Trajectories) -> Scores:
+    def evaluate(self, traj: Trajectories) -> Scores:  # type: ignore[override]  # scores are all that its agent reads
         """Score each row's prompt and response, given as ``obs (B, P + T)``."""
         if traj.obs is None:
             raise ValueError("RewardPolicy.evaluate needs Trajectories.obs, (B, P + T) token ids with -1 for none")

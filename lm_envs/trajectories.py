@@ -12,7 +12,7 @@ from torch import Tensor
 from lm_envs.model.tokens import left_pad, right_pad
 
 _PER_STEP = ("logprob", "reward", "ref_logprob")
-_PER_EPISODE = ("terminated", "truncated", "group", "score", "rank")
+_PER_EPISODE = ("terminated", "truncated", "group", "prompt_index", "sampled_by", "score", "rank")
 _PADDING = {"prompt": -1, "response": -1, "obs": -1}  # what fills a row that is widened; zero elsewhere
 
 
@@ -32,7 +32,7 @@ class Trajectories:
     Demonstrations are trajectories without ``reward``; preferences are groups with a ``rank``.
 
     Attributes:
-        actions: ``(B, T)`` int64; on the bandit face ``(B, 1, T_response)``, the whole response as one action.
+        actions: ``(B, T)`` int64; in a bandit env ``(B, 1, T_response)``, the whole response as one action.
         mask: ``(B, T)`` bool, True on real actions, a prefix of every row and never empty.
         terminated: ``(B,)`` bool, the episode really ended: its future is worth zero.
         truncated: ``(B,)`` bool, cut by a time limit or by the collector: bootstrap from ``final_obs``.
@@ -44,6 +44,8 @@ class Trajectories:
         value: ``(B, T + 1)`` the sampling policy's values, where they came with the sampling; 0 after termination.
         ref_logprob: ``(B, T)`` log-probability of the same actions under the frozen reference, nats.
         group: ``(B,)`` int64, rows with the same number share a prompt.
+        prompt_index: ``(B,)`` int64, which row of the task's prompts an episode starts from.
+        sampled_by: ``(B,)`` int64, the number of the weights that sampled a row: equal numbers, equal weights.
         score: ``(B,)`` the reward model's score before the KL penalty.
         prompt: ``(B, P)`` int64, left-padded with -1.
         response: ``(B, T_response)`` int64, right-padded with -1; the EOS is part of it.
@@ -64,6 +66,8 @@ class Trajectories:
     ref_logprob: Tensor | None = None
     value: Tensor | None = None
     group: Tensor | None = None
+    prompt_index: Tensor | None = None
+    sampled_by: Tensor | None = None
     score: Tensor | None = None
     prompt: Tensor | None = None
     response: Tensor | None = None
@@ -90,7 +94,7 @@ class Trajectories:
             value = getattr(self, name)
             if value is not None and (value.ndim == 0 or value.shape[0] != rows):
                 raise ValueError(f"Trajectories.{name} must have {rows} rows, got shape {tuple(value.shape)}")
-        for name in ("group", "rank", "prompt", "response"):
+        for name in ("group", "rank", "prompt_index", "prompt", "response"):
             value = getattr(self, name)
             if value is not None and value.dtype != torch.int64:
                 raise ValueError(f"Trajectories.{name} must be int64, got {value.dtype}")
@@ -220,7 +224,7 @@ def demonstrations(
     max_new_tokens: int,
     group: Sequence[int] | None = None,
 ) -> Trajectories:
-    """Texts as Trajectories for the MDP face, with no reward.
+    """Texts as Trajectories of the MDP env, with no reward.
 
     Args:
         texts: token ids, prompt and response in one; the EOS included where the response ended.
@@ -250,7 +254,7 @@ def from_responses(
     prompt_length: int,
     group: Sequence[int] | None = None,
 ) -> Trajectories:
-    """Prompts and responses as Trajectories for the MDP face, with no reward.
+    """Prompts and responses as Trajectories of the MDP env, with no reward.
 
     Args:
         prompts: token ids, at most ``prompt_length`` each.

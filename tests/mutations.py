@@ -51,6 +51,8 @@ LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/r
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
+CAPABILITIES = "tests/algos/policies/test_capabilities.py"
+COLUMNS = "tests/lm_envs/reward/test_columns.py"
 KL_COEF = "tests/benchmarks/run/test_kl_coef.py"
 JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/test_base.py"
 MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
@@ -89,14 +91,14 @@ MUTATIONS = [
     ),
     Mutation(
         "an algorithm's published coefficient comes before the env's option",
-        "algos/engine/agent.py",
+        "algos/engine/kl_coefficient.py",
         "coef = given.pop() if given else default",
-        "coef = default if self.published_kl_coef is not None or not given else given.pop()",
+        "coef = default if self.published is not None or not given else given.pop()",
         KL_COEF,
     ),
     Mutation(
         "an agent and an env may disagree about the KL coefficient",
-        "algos/engine/agent.py",
+        "algos/engine/kl_coefficient.py",
         "if len(given) > 1:",
         "if len(given) > 2:",
         KL_COEF,
@@ -107,6 +109,69 @@ MUTATIONS = [
         '{"kl_coef": self.kl_coef, "kl_in_reward": charged}',
         '{"kl_coef": mdp.kl_coef, "kl_in_reward": charged}',
         KL_COEF,
+    ),
+    Mutation(
+        "columns are those of the first prompt with the same tokens",
+        "lm_envs/env/mdp.py",
+        "[values[i] for i in index.tolist()]",
+        "[values[list(self.prompts).index(self.prompts[i])] for i in index.tolist()]",
+        COLUMNS,
+    ),
+    Mutation(
+        "a row keeps its first episode's prompt index",
+        "lm_envs/env/rows.py",
+        "self._prompt_index[rows] = self.mdp.prompt_index(self._seed, episodes)",
+        "self._prompt_index[rows] = self.mdp.prompt_index(self._seed, rows.nonzero()[0])",
+        COLUMNS,
+    ),
+    Mutation(
+        "a row keeps the reference's log-probabilities of its last episode",
+        "lm_envs/env/rows.py",
+        "self._logprob[rows] = self._ref_logprob[rows] = np.nan",
+        "self._logprob[rows] = np.nan",
+        TEXT_ENV,
+    ),
+    Mutation(
+        "uniforms have 32 random bits",
+        "lm_envs/rng.py",
+        "bits = ((word[0] << _HALF) | word[1]) >> np.uint64(11)",
+        "bits = (word[0] << _HALF) >> np.uint64(11)",
+        "tests/lm_envs/test_rng.py",
+    ),
+    Mutation(
+        "A2C averages entropy over padding",
+        "algos/a2c.py",
+        "entropy = masked_mean(now.entropy, mask)",
+        "entropy = now.entropy.mean()",
+        AGENT + "::test_entropy_is_a_mean_over_real_tokens",
+    ),
+    Mutation(
+        "each epoch has the same minibatches",
+        "algos/engine/agent.py",
+        "np.random.default_rng((config.seed, self.iterations_done, epoch))",
+        "np.random.default_rng((config.seed, self.iterations_done))",
+        AGENT + "::test_each_epoch_and_each_iteration_cuts_other_minibatches",
+    ),
+    Mutation(
+        "a sample that drops rows is counted by what is left",
+        "algos/engine/sampling.py",
+        "if self.rows not in (0, len(traj)):",
+        "if self.rows < 0:",
+        CAPABILITIES,
+    ),
+    Mutation(
+        "rows that other weights sampled pass for fresh ones",
+        "algos/engine/agent.py",
+        "bool((traj.sampled_by == self._weights).all())",
+        "bool((traj.sampled_by == self._weights).any())",
+        CAPABILITIES,
+    ),
+    Mutation(
+        "a sum's part that pays once is paid at every step",
+        "lm_envs/reward/base.py",
+        "for weight, part in reward.parts if is_dense(part)])",
+        "for weight, part in reward.parts])",
+        ROLLOUT,
     ),
     Mutation(
         "the score lands one action early",
@@ -564,8 +629,8 @@ MUTATIONS = [
     Mutation(
         "the adaptive controller counts nats per token",
         "algos/engine/agent.py",
-        'self._kl.update(metrics["kl"], len(traj))',
-        'self._kl.update(metrics["kl"] / metrics["length"], len(traj))',
+        'self._kl.steer(metrics["kl"], len(traj))',
+        'self._kl.steer(metrics["kl"] / metrics["length"], len(traj))',
         AGENT + "::test_the_controllers_kl_is_in_nats_per_sequence",
     ),
     Mutation(
@@ -799,8 +864,8 @@ MUTATIONS = [
     Mutation(
         "sb3: the wrong log-probability is reported",
         "algos/other_libraries/sb3_env.py",
-        "report(self.text_env, told)",
-        "self.report(told * 0)",
+        "report(self.text_env, actions.logprob)",
+        "report(self.text_env, actions.logprob * 0)",
         SB3 + "test_the_exact_penalty_is_charged_and_without_the_report_it_is_not",
     ),
     Mutation(

@@ -1,12 +1,13 @@
 """The engine every algorithm shares: sampling, minibatches, micro-batches, Adam, counters and checkpoints.
 
-An algorithm is two hooks, ``prepare`` (once per batch, no gradients) and ``loss`` (per minibatch,
-differentiable), and the unit that its loss averages over. The engine makes the result independent of the
-micro-batch size (law 8) and of being killed (law 10).
+An algorithm is two hooks, ``prepare`` (once per batch, no gradients) and ``loss`` (per minibatch, differentiable), and
+the unit that its loss averages over. The result does not depend on the micro-batch size (law 8) or on being killed
+(law 10).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,14 +30,12 @@ from lm_envs.algos.engine.batching import (
 from lm_envs.algos.engine.checkpoints import take_back, tensors_of
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.demonstrations import add_nll_gradient
+from lm_envs.algos.engine.kl_coefficient import KLCoefficient
 from lm_envs.algos.engine.metrics import Averages, Metric, describe
 from lm_envs.algos.engine.optimizer import make_adam
-from lm_envs.algos.ops.kl_control import AdaptiveKL
+from lm_envs.algos.engine.sampling import Sampler
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
-from lm_envs.env.mdp import TextMDP, check_kl_coef
-from lm_envs.env.report import text_envs
-from lm_envs.env.rollout import Collector, rollout
 from lm_envs.tasks.base import TextTask
 from lm_envs.trajectories import Trajectories
 
@@ -51,6 +50,7 @@ _COUNTERS = (
     "trained_tokens",
 )
 
+_WEIGHTS = itertools.count()  # numbers of weights: equal numbers, equal weights
 
 C = TypeVar("C", bound=AgentConfig)
 
@@ -64,7 +64,9 @@ class Agent(Generic[C]):
             minibatches).
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
         preference_data: its data are preferences, which simulated annotators can make for any text task.
-        mixes_data: it samples, and may learn from demonstrations given to it as ``data`` besides.
+        mixes_data: it samples, and may also learn from demonstrations given to it as ``data``.
+        reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution, for algorithms that
+            ask; None takes the text env's, at the first iteration.
         published_kl_coef: the KL coefficient it was published with, where neither its config nor the env names one;
             None takes the task's.
         iterations_done, episodes_done, tokens_done, reward_calls: counters of the run, of what was learned from.
@@ -84,6 +86,7 @@ class Agent(Generic[C]):
     preference_data: ClassVar[bool] = False
     mixes_data: ClassVar[bool] = False
     published_kl_coef: ClassVar[float | None] = None
+    reference: Any = None
 
     @classmethod
     def lacks(cls, task: TextTask, config: Any) -> str | None:
@@ -100,24 +103,26 @@ class Agent(Generic[C]):
         self.iterations_done = self.episodes_done = self.tokens_done = self.steps_done = self.reward_calls = 0
         self.samples_done = self.comparisons_done = self.trained_tokens = 0
         self.given: Mapping[str, int] = {}
-        self._kl: AdaptiveKL | None = None
-        self._mdp: TextMDP | None = None  # of the env that was last sampled: the holder of the KL coefficient
-        self._sampled: Trajectories | None = None  # by the weights as they are
+        self._kl = KLCoefficient(self.name, self.published_kl_coef)
+        self._weights = next(_WEIGHTS)
         self._watch_gap = False
         self.forward_cost = cost_of_a_forward(policy)
-        self._collector: Collector | None = None
-        self._collected: Any = None  # the env that the collector steps
+        self._sampler = Sampler(self.name, self.policy)
         self._frozen: str | None = None  # the hash of the policy's frozen parameters
         self._data: Iterator[Trajectories] | None = None
 
     # ---- what an algorithm writes ----
 
+    @classmethod
+    def prepare_policy(cls, policy: Any, task: Any, config: Any) -> None:
+        """Give the policy what this algorithm takes from a task; the registry calls it before it makes the agent."""
+
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """What the loss treats as constant; called once per batch, without gradients.
 
         Returns:
-            tensors whose first axis is B, and whose second, if any, is T. One named ``target`` is what the
-            critic learns, and its explained variance is logged.
+            tensors whose first axis is B, and whose second, if any, is T. The critic learns one named ``target``,
+            whose explained variance is logged.
         """
         return {}
 
@@ -126,9 +131,7 @@ class Agent(Generic[C]):
         raise NotImplementedError(f"{type(self).__name__} must define loss")
 
     def batches(self) -> Iterator[Trajectories] | None:
-        """Data to learn from instead of sampling, from iteration ``iterations_done`` on; None samples from
-        the env.
-        """
+        """Data to learn from instead of sampling, from iteration ``iterations_done`` on; None samples from the env."""
         return None
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
@@ -143,9 +146,7 @@ class Agent(Generic[C]):
         """Called at the end of every iteration."""
 
     def should_stop(self, metrics: dict[str, float]) -> bool:
-        """Whether to leave this batch alone from here on, given a minibatch's metrics; asked before its
-        Adam step.
-        """
+        """Whether to leave this batch alone from here on, given a minibatch's metrics; asked before its Adam step."""
         return False
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -163,18 +164,16 @@ class Agent(Generic[C]):
     # ---- the engine ----
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Learns from a batch: evaluates it, prepares, then epochs x minibatches x micro-batches, an Adam
-        step per minibatch.
+        """Learn from a batch: evaluate, prepare, then epochs x minibatches x micro-batches, an Adam step per minibatch.
 
         Raises:
-            FloatingPointError: a loss or a gradient is NaN or infinite; the step that would have used it is
-                not taken.
+            FloatingPointError: a loss or a gradient is NaN or infinite; its step is not taken.
         """
         config, start = self.config, time.perf_counter()
         self.policy.eval()
         first = next(iter(self._parameters.values()))
         device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
-        kept, self._sampled = traj is self._sampled, None
+        kept = traj.sampled_by is not None and bool((traj.sampled_by == self._weights).all())
         if traj.mask.device != device:
             traj = traj.to(device)
         before = Before(self.policy, traj, config.micro_batch, kept=kept)
@@ -236,8 +235,7 @@ class Agent(Generic[C]):
                 metrics = metrics | {"logprob_gap_max": gap(now.logprob.detach(), part)}
             if not math.isfinite(float(loss.detach())):
                 self._refuse(f"the loss is {float(loss.detach())}", epoch)
-            # Law 8: each part counts by its share of the units, so the sum is the mean over the whole
-            # minibatch.
+            # Law 8: each part counts by its share of the units, so the sum is the mean over the whole minibatch.
             (loss * (count / whole)).backward()
             for kept in (mine, averages):
                 kept.add({"loss": loss.detach(), **metrics}, count)
@@ -252,6 +250,7 @@ class Agent(Generic[C]):
         if not math.isfinite(float(norm)):
             self._refuse(f"the gradient's norm is {float(norm)}", epoch)
         self.optimizer.step()
+        self._weights = next(_WEIGHTS)
         averages.add({"grad_norm": norm}, 1.0)
         self._watch_gap = False  # from here on the policy is another one
         return False
@@ -259,48 +258,19 @@ class Agent(Generic[C]):
     def _refuse(self, what: str, epoch: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(
-            f"{self.name}: {what} in iteration {self.iterations_done}, epoch {epoch}; the weights were left as "
-            "they were before this step. Check the rewards and log-probabilities of the batch, or lower "
-            "learning_rate"
+            f"{self.name}: {what} in iteration {self.iterations_done}, epoch {epoch}; the weights were left as they "
+            "were before this step. Check the rewards and log-probabilities of the batch, or lower learning_rate"
         )
 
     # ---- sampling ----
 
     def sample(self, env: Any) -> Trajectories:
-        """A batch from the env: episodes of text, or of control, or ``steps`` env steps as fragments."""
-        config = self.config
-        if self.policy.sequence_obs:
-            if config.episodes is None or config.steps is not None:
-                raise ValueError(f"{self.name}: a text env is sampled by episodes; set episodes and leave steps None")
-            have = text_envs(env)[0].mdp.group_size if text_envs(env) else 1
-            if have != config.group_size:
-                raise ValueError(
-                    f"{self.name}: the env was made with group_size={have} and the agent with "
-                    f"group_size={config.group_size}; make both the same"
-                )
-            traj = rollout(
-                env, self.policy, episodes=config.episodes, first_episode=self.episodes_done, seed=config.seed
-            )
-            self.steps_done += int(traj.mask.sum())
-            return traj
-        if config.steps is None:
-            assert config.episodes is not None  # the config sees to it
-            first = self.episodes_done
-            whole = Collector(env, self.policy, seed=config.seed, first_episode=first)
-            traj = whole.episodes(config.episodes, first)
-            self.steps_done += whole.steps_taken  # rows that end early step on until the last one has ended
-            return traj
-        rows = getattr(env.unwrapped, "num_envs", 1)
-        if config.steps % rows:
-            raise ValueError(
-                f"{self.name}: steps counts all rows, so it must be a multiple of the env's {rows}, got {config.steps}"
-            )
-        if self._collector is None or self._collected is not env:
-            seed = int(np.random.SeedSequence((config.seed, self.iterations_done)).generate_state(1)[0])
-            self._collector, self._collected = Collector(env, self.policy, seed=seed), env
-        taken = self._collector.steps_taken
-        traj = self._collector.steps(config.steps // rows)
-        self.steps_done += self._collector.steps_taken - taken
+        """A batch from the env: episodes of text, or of control, or ``steps`` env steps as fragments.
+
+        One that overrides it returns every row, so that ``episodes_done`` counts what was sampled.
+        """
+        traj, steps = self._sampler.sample(env, self.config, self.episodes_done, self.iterations_done)
+        self.steps_done += steps
         return traj
 
     @property
@@ -309,59 +279,20 @@ class Agent(Generic[C]):
         return True
 
     def kl_coefficient(self) -> float:
-        """The coefficient of a KL penalty in the loss.
-
-        Raises:
-            ValueError: nothing names one, and no env was seen.
-        """
-        if self._mdp is not None:
-            return self._mdp.kl_coef
-        steered = None if self._kl is None else self._kl.coef
-        for coef in (steered, self.config.kl_coef, self.published_kl_coef):
-            if coef is not None:
-                return coef
-        raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")
+        """The coefficient of a KL penalty in the loss; ValueError where nothing names one and no env was seen."""
+        return self._kl.now(self.config)
 
     def settle_kl_coef(self, env: Any) -> float | None:
-        """Put the KL coefficient into the env's MDP, its one holder, and return it; None where the env has no penalty.
-
-        What was set explicitly, in the config or on the env, comes before the published coefficient, and that before
-        the task's. ``kl_target`` steers it from there.
-
-        Raises:
-            ValueError: two explicit settings differ, or there is a ``kl_target`` and no penalty to steer.
-        """
-        config, mdps = self.config, [inner.mdp for inner in text_envs(env)]
-        if not mdps:
-            if config.kl_target is not None:
-                raise ValueError(f"{self.name}: kl_target steers a text env's KL penalty, and this env has none")
-            return None
-        explicit = [config.kl_coef, *(mdp.explicit_kl_coef for mdp in mdps)]
-        given = {coef for coef in explicit if coef is not None}
-        if len(given) > 1:
-            raise ValueError(
-                f"{self.name}: kl_coef is {' and '.join(map(str, sorted(given)))} in the settings of agent and env: "
-                "set it in one place, or to one number"
-            )
-        default = mdps[0].task.kl_coef if self.published_kl_coef is None else self.published_kl_coef
-        coef = given.pop() if given else default
-        if config.kl_target is not None:
-            self._kl = self._kl or AdaptiveKL(coef, config.kl_target, config.kl_horizon)
-            coef = self._kl.coef
-        check_kl_coef(coef)
-        for mdp in mdps:
-            mdp.kl_coef, mdp.kl_in_reward = coef, self.kl_in_reward
-        self._mdp = mdps[0]
-        return coef
+        """Put the KL coefficient into the env's MDP and return it; see :class:`KLCoefficient`."""
+        return self._kl.settle(env, self.config, self.kl_in_reward)
 
     def _count(self, traj: Trajectories) -> dict[str, float]:
         """Adds a sampled batch to the counters; its metrics as sampled."""
         metrics, episodes = describe(traj), len(traj)
-        if self._collector is not None:
-            returns, lengths = self._collector.pop_finished()
+        if self._sampler.fragments is not None:
+            returns, lengths = self._sampler.fragments.pop_finished()
             episodes = len(returns)
-            # Rows are fragments here, whose returns mean nothing: report the episodes that ended in this
-            # batch, if any did.
+            # Rows are fragments here, whose returns mean nothing: report the episodes that ended in this batch, if any.
             metrics = {k: v for k, v in metrics.items() if k not in ("return", "length")}
             if episodes:
                 metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
@@ -392,12 +323,15 @@ class Agent(Generic[C]):
             coef = self.settle_kl_coef(env)
             if coef is not None:
                 metrics["kl_coef"] = coef
-            traj = self._sampled = self.sample(env)
+            self._sampler.rows = 0
+            traj = self.sample(env)
+            self._sampler.check_whole(traj)
+            traj.sampled_by = torch.full((len(traj),), self._weights)
             metrics |= self._count(traj)
         metrics["sample_s"] = time.perf_counter() - start
         metrics |= self.update(traj)
-        if self._kl is not None and "kl" in metrics:
-            self._kl.update(metrics["kl"], len(traj))
+        if "kl" in metrics:
+            self._kl.steer(metrics["kl"], len(traj))
         self.after_iteration()
         metrics["tokens_per_second"] = float(traj.response_lengths.sum()) / (time.perf_counter() - start)
         metrics |= {
@@ -412,16 +346,15 @@ class Agent(Generic[C]):
     # ---- checkpoints ----
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything a run needs to continue bit for bit: tensors (for safetensors) and counters (for JSON).
-        No pickle. Frozen parameters are not in it, only their hash.
+        """Everything a run needs to continue bit for bit: tensors (for safetensors) and counters (for JSON). No pickle.
+        Frozen parameters are not in it, only their hash.
 
-        A control env's inner state can not be saved, so sampling by ``steps`` starts fresh episodes after a
-        checkpoint, with a seed made of (seed, iteration): in the run that goes on just as in one restored
-        from it, so the two stay equal.
+        A control env's inner state cannot be saved, so sampling by ``steps`` starts fresh episodes after a checkpoint,
+        by a seed made of (seed, iteration), in the run that goes on as in one restored from it.
         """
-        self._collector = None
+        self._sampler.fragments = None
         counters: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
-        counters["kl_coef"] = None if self._kl is None else self._kl.coef
+        counters["kl_coef"] = self._kl.steered
         if self._frozen is None:  # once: frozen parameters do not change
             self._frozen = frozen_hash(self.policy)
         if self._frozen is not None:
@@ -444,14 +377,13 @@ class Agent(Generic[C]):
             more = take_back(self.policy, self._parameters, self.optimizer, tensors)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+        self._weights = next(_WEIGHTS)
         for name in _COUNTERS:
             if name not in counters:
                 raise ValueError(f"{self.name}: the checkpoint has no {name!r}: another version of lm-envs made it")
             setattr(self, name, counters[name])
-        coef, config = counters["kl_coef"], self.config
-        target = None if coef is None else config.kl_target
-        self._kl = None if target is None else AdaptiveKL(coef, target, config.kl_horizon)
-        self._collector = self._data = None
+        self._kl.restore(counters["kl_coef"], self.config)
+        self._sampler.fragments = self._data = None
         self.restore_extra(more, counters["extra"])
 
 
@@ -461,9 +393,7 @@ def learn(
     iterations: int | None = None,
     callback: Callable[[Agent[Any], Trajectories, dict[str, float]], object] | None = None,
 ) -> Agent[Any]:
-    """Runs ``iterations`` more iterations (None: up to the config's number), calling ``callback(agent,
-    traj, metrics)`` after each.
-    """
+    """Run more iterations (None: up to the config's number), and ``callback(agent, traj, metrics)`` after each."""
     end = agent.config.iterations if iterations is None else agent.iterations_done + iterations
     while agent.iterations_done < end:
         traj, metrics = agent.iteration(env)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm_envs.algos.ops.advantages import masked
+from lm_envs.algos.policies.base import Policy
 from lm_envs.trajectories import Trajectories
 
 UNITS = ("token", "sequence", "group")
@@ -53,65 +54,73 @@ class Before:
     """
 
     def __init__(
-        self, policy: nn.Module, traj: Trajectories, micro_batch: int | None = None, *, kept: bool = False
+        self, policy: Policy, traj: Trajectories, micro_batch: int | None = None, *, kept: bool = False
     ) -> None:
-        self._policy: Any = policy
+        self._policy = policy
         self._traj, self._rows = traj, micro_batch or len(traj)
-        self._kept = kept and getattr(policy, "keeps_logprob", False)
+        self._kept = kept and policy.keeps_logprob
+        self._parts: list[Any] | None = None
+        self._value: Tensor | None = None
 
     def _batches(self) -> list[Trajectories]:
         if self._rows >= len(self._traj):
             return [self._traj]
         return [self._traj.select(slice(i, i + self._rows)) for i in range(0, len(self._traj), self._rows)]
 
-    @cached_property
-    def _parts(self) -> list[Any]:
-        with torch.no_grad():
-            return [self._policy.evaluate(part) for part in self._batches()]
+    def _evaluated(self) -> list[Any]:
+        if self._parts is None:
+            with torch.no_grad():
+                self._parts = [self._policy.evaluate(part) for part in self._batches()]
+        return self._parts
 
     @property
     def knows_value(self) -> bool:
         """Whether the values have been read."""
-        return "value" in self.__dict__
+        return self._value is not None
 
     @property
     def was_read(self) -> bool:
         """Whether the forward has been paid for."""
-        return "_parts" in self.__dict__
+        return self._parts is not None
 
     @cached_property
     def logprob(self) -> Tensor:
         """``(B, T)``."""
         if self._kept and self._traj.logprob is not None and not self.was_read:
-            precise = torch.promote_types(self._policy.model.dtype, torch.float32)
+            precise = torch.promote_types(next(self._policy.parameters()).dtype, torch.float32)
             return masked(self._traj.logprob.to(precise), self._traj.mask)
-        return torch.cat([part.logprob for part in self._parts])
+        return torch.cat([part.logprob for part in self._evaluated()])
 
     @cached_property
     def entropy(self) -> Tensor:
         """``(B, T)``."""
-        return torch.cat([part.entropy for part in self._parts])
+        return torch.cat([part.entropy for part in self._evaluated()])
 
-    @cached_property
+    @property
     def value(self) -> Tensor:
         """``(B, T+1)``."""
+        if self._value is None:
+            self._value = self._read_value()
+        return self._value
+
+    @torch.no_grad()
+    def _read_value(self) -> Tensor:
         if self._kept and not self.was_read:
             if self._traj.value is not None:
                 return self._traj.value
-            if getattr(self._policy, "critic", None) is not None:
-                with torch.no_grad():
-                    return torch.cat([self._policy.critic_values(part) for part in self._batches()])
-        return torch.cat([part.value for part in self._parts])
+            if self._policy.has_own_critic:
+                return torch.cat([self._policy.critic_values(part) for part in self._batches()])
+        return torch.cat([part.value for part in self._evaluated()])
 
     def log_probs(self) -> Tensor:
         """``(B, T, V)``."""
         with torch.no_grad():
-            return torch.cat([part.log_probs() for part in self._parts])
+            return torch.cat([part.log_probs() for part in self._evaluated()])
 
     def q_values(self) -> Tensor:
         """``(B, T, V)``."""
         with torch.no_grad():
-            return torch.cat([part.q_values() for part in self._parts])
+            return torch.cat([part.q_values() for part in self._evaluated()])
 
 
 def groups(traj: Trajectories) -> tuple[Tensor, Tensor]:

@@ -131,29 +131,32 @@ def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Traje
         flip: probability that a choice is recorded the wrong way round.
         seed: of the annotators, and of the responses where they are sampled.
     """
+    prompts, columns = task.prompts["train"], task.columns.get("train", {})
     if pairs <= len(task.pairs):
-        chosen = [prompt for prompt, _, _ in task.pairs[:pairs] for _ in range(2)]
+        index = [row for row, _, _ in task.pairs[:pairs] for _ in range(2)]
         responses = [response for _, *both in task.pairs[:pairs] for response in both]
         codec = Codec(task.tokenizer, task.reference)
-        samples = sampling.as_samples(codec, chosen, responses, task.eos_token_ids, task.columns_of(chosen))
+        given = {name: [values[i] for i in index] for name, values in columns.items()}
+        samples = sampling.as_samples(codec, [prompts[i] for i in index], responses, task.eos_token_ids, given)
     else:
-        chosen = [task.prompts["train"][i // 2 % len(task.prompts["train"])] for i in range(2 * pairs)]
+        index = [i // 2 % len(prompts) for i in range(2 * pairs)]
         samples = sampling.sample(
             task.reference,
             task.tokenizer,
-            chosen,
-            len(chosen),
+            prompts,
+            2 * pairs,
             eos_token_id=task.eos_token_ids,
             max_new_tokens=task.max_new_tokens,
             min_new_tokens=task.min_new_tokens,
             temperature=task.temperature,
             seed=seed,
             batch_size=512,
-            columns=task.columns_of(chosen),
+            columns=columns,
+            repeats=2,
         )
     gold = samples.score(task.judge or task.reward).reshape(-1, 2)
     group = np.repeat(np.arange(pairs), 2).tolist()
-    traj = from_responses(chosen, samples.completion_ids, task.prompt_length, group)
+    traj = from_responses([prompts[i] for i in index], samples.completion_ids, task.prompt_length, group)
     traj.rank = ranks_of(annotate(gold[:, 0], gold[:, 1], flip=flip, seed=seed))
     return traj
 

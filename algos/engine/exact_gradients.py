@@ -116,8 +116,8 @@ def sampled_cosine(
         the cosine and its standard error, from how the batches differ; NaN where the direction drowns in noise.
     """
     config, policy = agent.config, agent.policy
-    if getattr(policy, "token_logits", None) is not None:
-        policy.condition_on(len(policy.token_logits) // len(policy.logits) - 1)  # what it samples from later
+    if policy.reward_tokens:
+        policy.condition_on(policy.reward_tokens - 1)  # what it samples from later
     target = exact.gradient(policy)
     flat = torch.cat([g.flatten() for g in target.values()])
     coef = next(c for c in (config.kl_coef, agent.published_kl_coef, exact.kl_coef) if c is not None)

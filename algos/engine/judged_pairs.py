@@ -14,7 +14,6 @@ from torch import nn
 
 from lm_envs import rng, training
 from lm_envs.env.mdp import TextMDP
-from lm_envs.model.tokens import left_pad
 from lm_envs.reward.learned import LearnedReward, initialise_reward_head
 from lm_envs.reward.units import Samples, moments, standardised
 from lm_envs.tasks import sampling
@@ -45,8 +44,8 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
     A function of the policy and the other arguments; training never draws the same random numbers.
     """
     pair = np.arange(first, first + count)
-    index = rng.integers(seed, rng.PROMPT, sampling.SAMPLE_EPISODES + pair, len(mdp.prompts))
-    prompt = left_pad([mdp.prompts[i] for i in np.repeat(index, 2).tolist()], mdp.prompt_length)
+    index = np.repeat(rng.integers(seed, rng.PROMPT, sampling.SAMPLE_EPISODES + pair, len(mdp.prompts)), 2)
+    prompt = mdp.prompt(index)
     row = sampling.SAMPLE_EPISODES + 2 * first + np.arange(2 * count)
     places = np.arange(policy.uniforms_per_response)
     parts = []
@@ -55,9 +54,7 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
         uniforms = rng.uniform(seed, rng.TOKEN, row[rows, None], places)
         parts.append(policy.respond(torch.as_tensor(prompt[rows]), torch.as_tensor(uniforms))[0].cpu())
     response = torch.cat(parts).numpy()
-    ids = [r[r >= 0].tolist() for r in response]
-    texts, reasons = mdp.texts(prompt, response), mdp.finish_reasons(response)
-    samples = Samples(*texts, ids, reasons, mdp.columns(prompt))
+    samples = mdp.samples(index, response)
     return Compared(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
 
 

@@ -29,14 +29,7 @@ C = TypeVar("C", bound=PolicyGradientConfig)
 
 
 class PolicyGradient(Agent[C]):
-    """An agent whose KL penalty may be a term of the loss.
-
-    Attributes:
-        reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution; only the
-            estimator "full" asks. None takes the text env's reference, at the first iteration.
-    """
-
-    reference: Any = None
+    """An agent whose KL penalty may be a term of the loss; only the estimator "full" asks for :attr:`reference`."""
 
     @property
     def kl_in_reward(self) -> bool:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.report import text_envs
+from lm_envs.env.rows import TextRows
 from lm_envs.kernels.logprob_kl import scaled
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.forwards import picked_logits
@@ -67,7 +68,7 @@ class LMActorCritic(nn.Module):
             raise ValueError("an actor-critic over tokens needs a token-level env, whose id does not end in Bandit-v0")
         if model is None:
             model = copy.deepcopy(inner[0].task.start).requires_grad_(True)
-        rows = getattr(inner[0], "num_envs", 1) if len(inner) == 1 else len(inner)
+        rows = inner[0].num_envs if isinstance(inner[0], TextRows) else len(inner)
         return cls(model, inner[0].mdp, rows)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,12 +70,12 @@ class _TextActorCritic:
     takes_masks = False
 
     def __init__(self, observation_space: Any, action_space: Any, lr_schedule: Any, **options: Any) -> None:
-        text = getattr(observation_space, "text", None)
-        if not isinstance(text, TextSpec):
+        if not isinstance(observation_space, TextSpace):
             raise TypeError(
                 f"{type(self).__name__} needs the observation space of a TextVecEnv, got a "
                 f"{type(observation_space).__name__}: wrap the environment in TextVecEnv, and do not wrap observations"
             )
+        text = observation_space.text
         if text.face == "bandit":
             raise ValueError(f"{type(self).__name__} writes a token per step, so a bandit env does not fit")
         if text.reference_top_k is not None and not self.takes_masks:

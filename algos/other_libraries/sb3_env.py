@@ -144,9 +144,8 @@ class TextVecEnv(VecEnv):
         """Return observations, rewards, dones and an info per row."""
         actions, self._actions = self._actions, None
         assert actions is not None, "call step_async first"
-        told = getattr(actions, "logprob", None)
-        if told is not None:
-            report(self.text_env, told)  # the actions of our policies bring their own
+        if isinstance(actions, ToldActions) and actions.logprob is not None:
+            report(self.text_env, actions.logprob)  # the actions of our policies bring their own
         obs, rewards, terminated, truncated, infos = self.env.step(np.asarray(actions))
         done = terminated | truncated
         ended = done.nonzero()[0].tolist()

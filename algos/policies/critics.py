@@ -60,7 +60,7 @@ def value_from_reward_model(policy: Any, task: TextTask | None) -> None:
     Raises:
         ValueError: the policy or the reward is not of the kind, or the two read different tokens.
     """
-    if not hasattr(policy, "critic_of_its_own"):
+    if not policy.takes_critic:
         raise ValueError("value_from='reward_model' is for language-model policies")
     reward = None if task is None else task.reward
     if task is None or not isinstance(reward, LearnedReward):
@@ -78,7 +78,7 @@ def check_value_from(name: str, policy: Any, value_from: ValueFrom) -> None:
     """Raises ValueError where a value function was asked for that the policy does not have."""
     if value_from not in ("policy", "reward_model"):
         raise ValueError(f"value_from must be 'policy' or 'reward_model', got {value_from!r}")
-    if value_from == "reward_model" and getattr(policy, "critic", None) is None:
+    if value_from == "reward_model" and not policy.has_own_critic:
         raise ValueError(
             f"{name}: value_from='reward_model' needs the task: use registry.make_agent(..., task=...), or call "
             "critics.value_from_reward_model(policy, task) first"

@@ -57,7 +57,7 @@ class LMPolicy(Policy):
     """
 
     sequence_obs = True
-    condition: Tensor | None
+    takes_critic = True
 
     def __init__(
         self,
@@ -104,7 +104,6 @@ class LMPolicy(Policy):
         nn.init.zeros_(self.value_head.bias)
         self.critic: nn.Module | None = None
         self.q_head: nn.Linear | None = None
-        self.register_buffer("condition", None)  # the reward token of prompts that have none, once there are some
         self._decoder = Decoder(model, max_new_tokens)
         self._weights = tuple(model.parameters())
         self._version = -1
@@ -151,23 +150,12 @@ class LMPolicy(Policy):
             nn.init.zeros_(self.q_head.bias)
 
     def add_reward_tokens(self, count: int) -> None:
-        """Let prompts begin with one of ``count`` reward tokens, ids V and up; see
-        :mod:`lm_envs.algos.policies.reward_tokens`.
-
-        The policy is as it was until :meth:`condition_on` says which token it answers to.
-        """
         embedding = ExtendedEmbedding(self.model.get_input_embeddings(), count)
         self.model.set_input_embeddings(embedding)
-        self.condition = torch.tensor(-1)
-
-    def condition_on(self, token: int) -> None:
-        """From here on begin every prompt that has no reward token with this one, ``0 .. count - 1``."""
-        assert self.condition is not None
-        self.condition.fill_(token)
+        self.reward_tokens, self.condition = count, torch.tensor(-1)
 
     @property
     def vocabulary(self) -> int:
-        """V, ids below which are tokens and not reward tokens."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def _conditioned(self, prompt: Tensor) -> Tensor:
@@ -177,8 +165,11 @@ class LMPolicy(Policy):
         return prepend(prompt, self.vocabulary + token)
 
     def critic_of_its_own(self, critic: nn.Module) -> None:
-        """Take values from another model, ``critic(prompt, response) -> (B, T)``, instead of the value head."""
         self.critic = critic
+
+    @property
+    def has_own_critic(self) -> bool:  # type: ignore[override]
+        return self.critic is not None
 
     def train(self, mode: bool = True) -> LMPolicy:
         """Gradients do not need train mode, and dropout would make the ratio of the first update differ from 1: stays
@@ -257,19 +248,16 @@ class LMPolicy(Policy):
             )
 
     @property
-    def keeps_logprob(self) -> bool:
-        """Whether what sampling computed is what :meth:`evaluate` would: not where rounding is coarse."""
+    def keeps_logprob(self) -> bool:  # type: ignore[override]
+        """Not where rounding is coarse."""
         return self.model.dtype in (torch.float32, torch.float64) and self.autocast is None
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     @torch.no_grad()
-    def respond_with_value(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As :meth:`respond`, and the value head's estimates before each token, ``(N, T)``, 0 beyond the end.
-
-        They cost nothing: the hidden states are there. None where values come from elsewhere.
-        """
+    def answer(self, index: Tensor, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :meth:`respond`, with the value head's estimates, which cost nothing: the hidden states are there."""
         if self.critic is not None or self.q_head is not None or not self.keeps_logprob:
             return *self._generate(prompts, uniforms), None
         value = torch.zeros(
@@ -316,11 +304,6 @@ class LMPolicy(Policy):
         )
 
     def critic_values(self, traj: Trajectories) -> Tensor:
-        """``(B, T + 1)`` values of a critic of its own, without a forward of the policy.
-
-        Raises:
-            ValueError: there is no such critic.
-        """
         if self.critic is None or traj.prompt is None or traj.response is None:
             raise ValueError("critic_values needs a critic of its own and trajectories of text")
         prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -46,8 +47,9 @@ class MLPPolicy(Policy):
 
     def __init__(self, env: Any, hidden: Sequence[int] = (64, 64), seed: int = 0) -> None:
         super().__init__()
-        obs_space = getattr(env, "single_observation_space", None) or env.observation_space
-        action_space = getattr(env, "single_action_space", None) or env.action_space
+        is_vector = isinstance(env, VectorEnv)
+        obs_space = env.single_observation_space if is_vector else env.observation_space
+        action_space = env.single_action_space if is_vector else env.action_space
         if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
             raise ValueError(f"MLPPolicy needs Discrete actions that start at 0, got {action_space}")
         self._one_hot, self._first = 0, 0

@@ -36,7 +36,6 @@ class TabularPolicy(Policy):
     sequence_obs = True
     prompts: Tensor
     forbidden: Tensor
-    condition: Tensor | None
 
     def __init__(self, exact: Exact, table: Tensor | None = None, face: Face = "mdp", value_scale: float = 1.0) -> None:
         super().__init__()
@@ -54,24 +53,14 @@ class TabularPolicy(Policy):
         self.logits = nn.Parameter(start.double().flatten(0, 1).clone())
         self.value = nn.Parameter(torch.zeros(len(self.logits), dtype=torch.float64))
         self.token_logits: nn.Parameter | None = None
-        self.register_buffer("condition", None)
 
     def add_reward_tokens(self, count: int) -> None:
-        """Let prompts begin with one of ``count`` reward tokens, ids V and up, each with a table of its own that starts
-        as the policy is (see :mod:`lm_envs.algos.policies.reward_tokens`). The values are those of the prompt without
-        it.
-        """
+        """Each token has a table of its own that starts as the policy is; values are those of the prompt without it."""
         self.token_logits = nn.Parameter(self.logits.detach().repeat(count, 1))
-        self.condition = torch.tensor(-1)
-
-    def condition_on(self, token: int) -> None:
-        """From here on prompts that have no reward token are answered as if they began with this one."""
-        assert self.condition is not None
-        self.condition.fill_(token)
+        self.reward_tokens, self.condition = count, torch.tensor(-1)
 
     @property
     def vocabulary(self) -> int:
-        """V, ids below which are tokens and not reward tokens."""
         return self.tree.vocab_size
 
     def _masked(self) -> Tensor:

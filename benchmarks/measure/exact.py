@@ -53,9 +53,8 @@ def measure(exact: Exact, policy: Any) -> dict[str, Any]:
 
 
 def prepared(agent: Agent[Any], exact: Exact) -> Agent[Any]:
-    """Gives an agent that asks for a reference the table, which is faster than the model that holds it."""
-    if hasattr(agent, "reference"):
-        agent.reference = TabularPolicy(exact)
+    """Give an agent that asks for its reference the table, which is faster than the model that holds it."""
+    agent.reference = TabularPolicy(exact)
     return agent
 
 

@@ -23,8 +23,9 @@ from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import RespondingPolicy, rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.decoding import greedy
-from lm_envs.reward.base import call_reward, leaves
+from lm_envs.reward.base import leaves
 from lm_envs.reward.metrics import TextMetric
+from lm_envs.reward.units import Samples
 from lm_envs.tasks.base import TextTask
 from lm_envs.trajectories import Trajectories
 
@@ -118,37 +119,28 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
     ]
     seconds = time.perf_counter() - start
     traj = Trajectories.concatenate(parts)
-    assert traj.prompt is not None and traj.response is not None and traj.score is not None
-    assert traj.logprob is not None and traj.ref_logprob is not None
-    texts, ids, reasons, columns, gold = judged(mdp, traj.prompt.numpy(), traj.response.numpy())
+    assert traj.score is not None and traj.logprob is not None and traj.ref_logprob is not None
+    samples, gold = judged(mdp, traj)
     scorers = [] if mdp.task.corpus_metric is not None else [mdp.task.judge, mdp.task.reward]
     return Sampled(
-        prompt=texts[0],
-        response=texts[1],
-        finish_reason=reasons,
+        prompt=samples.prompts,
+        response=samples.completions,
+        finish_reason=samples.finish_reasons,
         gold=gold,
         proxy=traj.score.double().numpy(),
         kl=((traj.logprob - traj.ref_logprob) * traj.mask).sum(dim=1).double().numpy(),
         length=traj.response_lengths.numpy(),
-        tokens=[[token for token in row if token not in mdp.eos_token_ids] for row in ids],
+        tokens=[[token for token in row if token not in mdp.eos_token_ids] for row in samples.completion_ids],
         seconds=seconds,
-        corpus=corpus_score(scorers, texts[1], columns),
+        corpus=corpus_score(scorers, samples.completions, samples.columns),
     )
 
 
-def judged(mdp: TextMDP, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> tuple[Any, ...]:
-    """Prompts and completions as texts, response ids, finish reasons, the task's columns, and the judge's scores
-    ``(B,)``, NaN where the task has no judge.
-
-    Args:
-        prompt, response: ``(B, P)`` and ``(B, T)``, padded with -1.
-    """
-    texts, reasons, columns = mdp.texts(prompt, response), mdp.finish_reasons(response), mdp.columns(prompt)
-    ids = [row[row >= 0].tolist() for row in response]
-    gold = np.full(len(response), np.nan)
-    if mdp.task.judge is not None:
-        gold = call_reward(mdp.task.judge, *texts, ids, reasons, **columns)
-    return texts, ids, reasons, columns, gold.sum(axis=1) if gold.ndim == 2 else gold
+def judged(mdp: TextMDP, traj: Trajectories) -> tuple[Samples, NDArray[np.float64]]:
+    """A batch as rewards take it, and the judge's scores ``(B,)``, NaN where the task has no judge."""
+    assert traj.prompt_index is not None and traj.response is not None
+    samples = mdp.samples(traj.prompt_index.numpy(), traj.response.numpy())
+    return samples, np.full(len(traj), np.nan) if mdp.task.judge is None else samples.score(mdp.task.judge)
 
 
 def corpus_score(rewards: Sequence[Any], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> float:
@@ -261,7 +253,7 @@ def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, An
         )
         return mdp.codec.decode(rows, found)[1]
 
-    references = mdp.task.columns_of(rows)[metric.column]
+    references = mdp.columns(np.arange(len(rows)))[metric.column]
     theirs = answers(mdp.reference)
     if policy.model is mdp.reference:
         return {"corpus_greedy": metric.corpus(theirs, references), "corpus_gain": 0.0, "corpus_gain_se": 0.0}

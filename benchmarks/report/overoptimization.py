@@ -194,19 +194,14 @@ def _many(task: TextTask, policy: LMPolicy, settings: Settings) -> tuple[Traject
     count, seed = settings.samples, settings.seed + _SAMPLES_SEED
     parts = [rollout(env, policy, episodes=count, first_episode=i * count, seed=seed) for i in range(settings.prompts)]
     traj = Trajectories.concatenate(parts)
-    return traj, _gold(env, traj).reshape(settings.prompts, settings.samples)
-
-
-def _gold(env: TextVectorEnv, traj: Trajectories) -> NDArray[np.float64]:
-    assert traj.prompt is not None and traj.response is not None
-    return judged(env.mdp, traj.prompt.numpy(), traj.response.numpy())[-1]
+    return traj, judged(env.mdp, traj)[1].reshape(settings.prompts, settings.samples)
 
 
 def _best_of_n(task: TextTask, traj: Trajectories, gold: NDArray[np.float64], unit: float, curve: Curve) -> Curve:
     """One point for each power of two up to the number of samples; the gold in this unit."""
-    assert traj.prompt is not None and traj.response is not None
+    assert traj.prompt_index is not None and traj.response is not None
     scorer = TextVectorEnv(task, split="test").mdp
-    proxy = scorer.score(traj.prompt.numpy(), traj.response.numpy()).sum(axis=1).reshape(gold.shape)
+    proxy = scorer.score(traj.prompt_index.numpy(), traj.response.numpy()).sum(axis=1).reshape(gold.shape)
     for n in (2**i for i in range(gold.shape[1].bit_length())):
         curve.kl.append(kl_bound(n))
         curve.proxy.append(best_of_subsets(proxy, proxy, n) - float(proxy.mean()))
@@ -225,7 +220,7 @@ def _trained(task: TextTask, settings: Settings, moments: tuple[float, float], c
         traj, metrics = agent.iteration(env)
         curve.kl.append(metrics["kl"])
         curve.proxy.append(metrics["score"])
-        curve.gold.append((float(_gold(env, traj).mean()) - moments[0]) / moments[1])
+        curve.gold.append((float(judged(env.mdp, traj)[1].mean()) - moments[0]) / moments[1])
     return curve
 
 

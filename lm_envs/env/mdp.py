@@ -22,7 +22,8 @@ from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.forwards import response_logprob
 from lm_envs.model.text import Codec
 from lm_envs.model.tokens import is_eos, left_pad
-from lm_envs.reward.base import call_reward
+from lm_envs.reward.base import call_reward, dense_part, is_dense, reward_name, scores_or_nan
+from lm_envs.reward.units import Samples
 from lm_envs.tasks import load
 from lm_envs.tasks.base import TextTask
 
@@ -163,15 +164,21 @@ class TextMDP:
     @property
     def dense(self) -> bool:
         """Whether the reward is given per token."""
-        return bool(getattr(self.task.reward, "dense", False))
+        return is_dense(self.task.reward)
 
     def prompt_index(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which prompt each episode starts from: a function of the seed and the episode's group alone."""
+        """Which of :attr:`prompts` each episode starts from: a function of the seed and the episode's group alone."""
         return rng.integers(seed, rng.PROMPT, episodes // self.group_size, len(self.prompts))
 
-    def start(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The prompts of these episodes, ``(N, P)`` int64, left-padded with -1."""
-        return left_pad([self.prompts[i] for i in self.prompt_index(seed, episodes)], self.prompt_length)
+    def prompt(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The tokens of prompts number ``index (N,)``, ``(N, P)`` int64, left-padded with -1."""
+        return left_pad([self.prompts[i] for i in index.tolist()], self.prompt_length)
+
+    def columns(self, index: NDArray[np.int64]) -> dict[str, list[Any]]:
+        """The further columns of prompts number ``index (N,)``, for rewards: N entries by name; empty if there are
+        none."""
+        columns = self.task.columns.get(self.split, {})
+        return {name: [values[i] for i in index.tolist()] for name, values in columns.items()}
 
     def restrict(self, ref_logits: Tensor, lengths: Tensor) -> Tensor:
         """The reference's logits ``(N, V)`` after ``lengths (N,)`` response tokens, -inf where a token is not allowed;
@@ -200,10 +207,6 @@ class TextMDP:
         prompts, responses = ([row[row >= 0].tolist() for row in rows] for rows in (prompt, response))
         return self.codec.decode(prompts, responses)
 
-    def columns(self, prompt: NDArray[np.int64]) -> dict[str, list[Any]]:
-        """The further columns of these prompts' data, for rewards; ``(N, P)`` int64, left-padded with -1."""
-        return self.task.columns_of(row[row >= 0].tolist() for row in prompt)
-
     def describe(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> list[dict[str, Any]]:
         """``prompt``, ``response`` and ``finish_reason`` of finished rows, ``(N, P)`` and ``(N, T)``."""
         reasons = self.finish_reasons(response)
@@ -212,43 +215,53 @@ class TextMDP:
             for p, r, reason in zip(*self.texts(prompt, response), reasons, strict=True)
         ]
 
+    def samples(self, index: NDArray[np.int64], response: NDArray[np.int64]) -> Samples:
+        """Responses ``(N, T)``, padded with -1, to prompts number ``index (N,)``, as rewards take them."""
+        ids = [row[row >= 0].tolist() for row in response]
+        prompts, completions = self.codec.decode([list(self.prompts[i]) for i in index.tolist()], ids)
+        return Samples(prompts, completions, ids, self.finish_reasons(response), self.columns(index))
+
     def finish_reasons(self, response: NDArray[np.int64]) -> list[str]:
         """``"stop"`` where the response ends in EOS, else ``"length"``."""
         return ["stop" if stopped else "length" for stopped in is_eos(response, self.eos_token_ids).any(axis=1)]
 
     def score(
-        self, prompt: NDArray[np.int64], response: NDArray[np.int64], finished: NDArray[np.bool_] | None = None
+        self, index: NDArray[np.int64], response: NDArray[np.int64], finished: bool = True
     ) -> NDArray[np.float64]:
         """The reward before the KL penalty, per token.
 
         Order: the reward's score, then the missing-EOS option. A score per response lands on its last real action.
 
         Args:
-            prompt: ``(N, P)`` int64, left-padded with -1.
+            index: ``(N,)`` int64, which of :attr:`prompts` the responses are to.
             response: ``(N, T)`` int64, right-padded with -1, EOS included.
-            finished: ``(N,)`` bool, False where more tokens will come, which may still bring an EOS; None for all
-                finished.
+            finished: False where more tokens will come, of a dense reward: what is paid at the end is left out.
 
         Returns:
             ``(N, T)`` float64, 0 beyond the end.
         """
-        ids = [row[row >= 0].tolist() for row in response]
-        reasons = self.finish_reasons(response)
-        columns = self.columns(prompt)
-        raw = call_reward(self.task.reward, *self.texts(prompt, response), ids, reasons, **columns)
+        given = self.samples(index, response).given
+        if finished:
+            raw = call_reward(self.task.reward, **given)
+        else:
+            raw = np.nan_to_num(scores_or_nan(dense_part(self.task.reward), given))
         lengths = (response >= 0).sum(axis=1)
         rows = np.arange(len(response))
         per_token = np.zeros(response.shape)
+        if raw.ndim == 2 and not self.dense:
+            name = reward_name(self.task.reward)
+            raise ValueError(
+                f"reward {name!r} returned a number per token, which a stepped env must know beforehand: set its "
+                "attribute dense = True"
+            )
         if raw.ndim == 2:
             width = min(raw.shape[1], response.shape[1])
             per_token[:, :width] = np.where(response[:, :width] >= 0, raw[:, :width], 0.0)
         else:
             per_token[rows, lengths - 1] = raw
-        if self.missing_eos is not None:
+        if self.missing_eos is not None and finished:
             mode, amount = self.missing_eos
-            cut = np.array([reason == "length" for reason in reasons])
-            if finished is not None:
-                cut &= finished
+            cut = ~is_eos(response, self.eos_token_ids).any(axis=1)
             if mode == "replace":
                 per_token[cut] = 0.0
                 per_token[rows[cut], lengths[cut] - 1] = amount

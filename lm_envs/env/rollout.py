@@ -33,11 +33,11 @@ class ActingPolicy(Protocol):
 
 
 class RespondingPolicy(Protocol):
-    """What :func:`rollout` needs."""
+    """What :func:`rollout` needs; see :class:`lm_envs.algos.policies.base.Policy`."""
 
     uniforms_per_response: int
 
-    def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]: ...
+    def answer(self, index: Tensor, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 @dataclass
@@ -219,7 +219,8 @@ class Collector:
         traj.prompt, traj.response = final[:, : mdp.prompt_length], final[:, mdp.prompt_length :]
         traj.group = torch.tensor([e.number // mdp.group_size for e in episodes])
         infos = [e.info or {} for e in episodes]
-        if all("score" in info for info in infos):
+        if all(infos):
+            traj.prompt_index = torch.tensor([info["prompt_index"] for info in infos])
             traj.score = torch.tensor([info["score"] for info in infos], dtype=torch.float64)
         if all("ref_logprob" in info for info in infos):
             reference = torch.as_tensor(np.stack([info["ref_logprob"] for info in infos]))
@@ -279,7 +280,7 @@ def rollout(
 
     Returns:
         Trajectories sorted by episode number, with ``ref_logprob`` whatever the KL coefficient; ``reward`` float64.
-        With ``value`` where the policy has ``respond_with_value``.
+        With ``value`` where the policy knows it.
 
     Raises:
         TypeError: ``env`` is no text environment.
@@ -294,18 +295,14 @@ def rollout(
     if mdp.reference_top_k is not None:
         raise ValueError("rollout generates without asking the reference, which reference_top_k needs: step the env")
     numbers = np.arange(first_episode, first_episode + episodes)
-    prompt = mdp.start(seed, numbers)
+    index = mdp.prompt_index(seed, numbers)
+    prompt = torch.as_tensor(mdp.prompt(index))
     uniforms = rng.uniform(seed, rng.TOKEN, numbers[:, None], np.arange(policy.uniforms_per_response))
-    value = None
-    with_value = getattr(policy, "respond_with_value", None)
-    if with_value is None:
-        response, logprob = policy.respond(torch.as_tensor(prompt), torch.as_tensor(uniforms))
-    else:
-        response, logprob, value = with_value(torch.as_tensor(prompt), torch.as_tensor(uniforms))
+    response, logprob, value = policy.answer(torch.as_tensor(index), prompt, torch.as_tensor(uniforms))
     response, logprob = response.cpu(), logprob.double().cpu()
     mask = response >= 0
-    score = torch.as_tensor(mdp.score(prompt, response.numpy()))
-    ref_logprob = mdp.reference_logprob(torch.as_tensor(prompt), response).double().cpu()
+    score = torch.as_tensor(mdp.score(index, response.numpy()))
+    ref_logprob = mdp.reference_logprob(prompt, response).double().cpu()
     reward = score - kl_penalty(mdp.charged_kl_coef, logprob, ref_logprob)
     true = torch.ones(episodes, dtype=torch.bool)
     actions = response
@@ -322,13 +319,14 @@ def rollout(
         mask=mask,
         terminated=true,
         truncated=~true,
-        obs=torch.cat([torch.as_tensor(prompt), response], dim=1),
+        obs=torch.cat([prompt, response], dim=1),
         logprob=logprob,
         reward=reward,
         ref_logprob=ref_logprob,
         value=value,
         group=torch.as_tensor(numbers // mdp.group_size),
         score=score.sum(dim=1),
-        prompt=torch.as_tensor(prompt),
+        prompt_index=torch.as_tensor(index),
+        prompt=prompt,
         response=response,
     ).trim()

@@ -53,6 +53,7 @@ class TextRows(Reachable, VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._obs = np.full((num_envs, places), NO_TOKEN, dtype=np.int64)
+        self._prompt_index = np.zeros(num_envs, dtype=np.int64)
         self._lengths = np.zeros(num_envs, dtype=np.int64)
         self._done = np.ones(num_envs, dtype=bool)  # nothing was started yet
         self._score = np.zeros(num_envs)
@@ -142,7 +143,8 @@ class TextRows(Reachable, VectorEnv):
         self._next_episode += count
         assert self._seed is not None
         self._obs[rows] = NO_TOKEN
-        self._obs[rows, : self._prompt_places] = self.mdp.start(self._seed, episodes)
+        self._prompt_index[rows] = self.mdp.prompt_index(self._seed, episodes)
+        self._obs[rows, : self._prompt_places] = self.mdp.prompt(self._prompt_index[rows])
         self._lengths[rows] = 0
         self._logprob[rows] = self._ref_logprob[rows] = np.nan
         self._done[rows] = False
@@ -208,7 +210,7 @@ class TextRows(Reachable, VectorEnv):
         texts = self.mdp.describe(self._obs[rows, : self._prompt_places], self._obs[rows, self._prompt_places :])
         infos: dict[int, dict[str, Any]] = {}
         for row, text in zip(rows.tolist(), texts, strict=True):
-            infos[row] = {**text, "score": float(self._score[row])}
+            infos[row] = {**text, "score": float(self._score[row]), "prompt_index": int(self._prompt_index[row])}
             reference = self._ref_logprob[row, : self._lengths[row]]
             if np.isfinite(reference).all():
                 infos[row]["ref_logprob"] = np.pad(reference, (0, self.mdp.max_new_tokens - len(reference)))

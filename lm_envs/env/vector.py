@@ -106,14 +106,14 @@ class TextVectorEnv(TextRows):
         self._lengths[rows] += 1
         ended = is_eos(actions[rows], self.mdp.eos_token_ids)
         self._done[rows] = ended | (self._lengths[rows] == self.mdp.max_new_tokens)
-        scored = moving if self.mdp.dense else moving & self._done
-        if scored.any():
-            index = scored.nonzero()[0]
-            prompt, response = np.split(self._obs[index], [self._prompt_places], axis=1)
-            per_token = self.mdp.score(prompt, response, self._done[index])
-            now = per_token[np.arange(len(index)), self._lengths[index] - 1]
-            self._score[index] += now
-            rewards[index] += now
+        for finished in (True, False) if self.mdp.dense else (True,):
+            index = (moving & (self._done == finished)).nonzero()[0]
+            if len(index):
+                response = self._obs[index, self._prompt_places :]
+                per_token = self.mdp.score(self._prompt_index[index], response, finished)
+                now = per_token[np.arange(len(index)), self._lengths[index] - 1]
+                self._score[index] += now
+                rewards[index] += now
 
 
 class TextBanditVectorEnv(TextRows):
@@ -161,15 +161,15 @@ class TextBanditVectorEnv(TextRows):
                 f"row {rows[short][0]} ended after {lengths[short][0] - 1} tokens, but "
                 f"min_new_tokens={self.mdp.min_new_tokens}"
             )
-        prompt = self._obs[rows, : self._prompt_places]
         self._obs[rows, self._prompt_places :] = response
         self._lengths[rows] = lengths
         self._done[rows] = True
         self._whole[rows] = reported[rows]
         # The parts of a reward per token have nowhere else to go in one step: the bandit's reward is their sum.
-        self._score[rows] = self.mdp.score(prompt, response).sum(axis=1)
+        self._score[rows] = self.mdp.score(self._prompt_index[rows], response).sum(axis=1)
         rewards[rows] = self._score[rows]
         if self.mdp.charged_kl_coef > 0:
+            prompt = self._obs[rows, : self._prompt_places]
             scored = self.mdp.reference_logprob(self.mdp.tensor(prompt), self.mdp.tensor(response))
             reference = scored.double().cpu().numpy()
             self._ref_logprob[rows] = reference

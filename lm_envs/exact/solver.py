@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -75,7 +76,7 @@ class Exact:
         self._actions = self.responses.clamp(min=0)
         self.log_ref = self.table(mdp.reference).detach()
         every = self.responses.numpy()
-        rows = [mdp.score(prompt.expand(len(every), -1).numpy(), every).sum(axis=1) for prompt in self.prompts]
+        rows = [mdp.score(np.full(len(every), x), every).sum(axis=1) for x in range(len(self.prompts))]
         self.score = torch.stack([torch.as_tensor(row) for row in rows])
 
     # ---- policies as tables ----
@@ -344,7 +345,7 @@ class Exact:
         traj.logprob, traj.ref_logprob, traj.score = logprob, ref, score
         traj.reward = -kl_penalty(self.kl_coef, logprob, ref)
         traj.reward[torch.arange(len(traj)), traj.lengths - 1] += score
-        traj.group = torch.arange(count).repeat_interleave(len(self.responses))
+        traj.group = traj.prompt_index = torch.arange(count).repeat_interleave(len(self.responses))
         possible = weight > 0
         return traj.select(possible), weight[possible]
 

@@ -34,6 +34,8 @@ __all__ = [
     "Standardise",
     "WeightedSum",
     "call_reward",
+    "dense_part",
+    "is_dense",
     "leaves",
     "reward_name",
     "scores_or_nan",
@@ -71,6 +73,20 @@ def leaves(reward: AnyReward) -> Iterator[AnyReward]:
         yield from leaves(reward.reward)
     else:
         yield reward
+
+
+def is_dense(reward: AnyReward) -> bool:
+    """Whether a reward, or a part of it, declares by its attribute ``dense`` that it pays per token."""
+    return any(getattr(part, "dense", False) for part in leaves(reward))
+
+
+def dense_part(reward: AnyReward) -> AnyReward:
+    """What a dense reward pays before the end: without the parts of its sums that pay once per response."""
+    if isinstance(reward, WeightedSum):
+        return WeightedSum([(weight, dense_part(part)) for weight, part in reward.parts if is_dense(part)])
+    if isinstance(reward, Clip):
+        return Clip(dense_part(reward.reward), reward.low, reward.high)
+    return Conversational(dense_part(reward.reward)) if isinstance(reward, Conversational) else reward
 
 
 def call_reward(

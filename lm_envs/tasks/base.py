@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lm_envs.model.fast_layers import fuse
@@ -57,14 +56,13 @@ class TextTask:
             instead of ``demonstrations`` where there are any.
         corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports; None
             where there is none. See :class:`CorpusMetric`.
-        pairs: (prompt, response, response), two of the reference's responses to a training prompt. Annotators choose
-            between these where an algorithm learns from preferences, and a learned reward that the task comes with was
-            trained on them; may be empty.
+        pairs: (row of ``prompts["train"]``, response, response), two of the reference's responses to that prompt.
+            Annotators choose between these where an algorithm learns from preferences, and a learned reward that the
+            task comes with was trained on them; may be empty.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
         policy: the model that training starts from, None for the reference; it shares the reference's
             vocabulary.
         columns: further columns of the prompts' data, which rewards get: by split, then by name, one entry per prompt.
-            Rewards are given prompts as tokens, so prompts with the same tokens must agree in them.
     """
 
     name: str
@@ -81,7 +79,7 @@ class TextTask:
     description: str = ""
     demonstrations: list[list[int]] = field(default_factory=list)
     responses: list[tuple[list[int], list[int]]] = field(default_factory=list)
-    pairs: list[tuple[list[int], list[int], list[int]]] = field(default_factory=list)
+    pairs: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
     corpus_metric: CorpusMetric | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
     policy: PreTrainedModel | None = None
@@ -92,8 +90,7 @@ class TextTask:
         """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy.
 
         Raises:
-            ValueError: a column has another length than its prompts, a name that rewards use for something else, or two
-                values for the same prompt.
+            ValueError: a column has another length than its prompts, or a name that rewards use for something else.
         """
         if self.columns:
             self._check_columns()
@@ -118,42 +115,6 @@ class TextTask:
         """Tokens of the longest prompt of any split."""
         return max((len(prompt) for prompts in self.prompts.values() for prompt in prompts), default=0)
 
-    def columns_of(self, prompts: Iterable[Sequence[int]]) -> dict[str, list[Any]]:
-        """The columns of these prompts, for a reward: by name, an entry per prompt. Empty if the task has none.
-
-        Args:
-            prompts: token ids without padding, of any split.
-
-        Raises:
-            ValueError: a prompt is none of the task's.
-        """
-        if not self.columns:
-            return {}
-        rows = []
-        for prompt in prompts:
-            row = self._row_of.get(tuple(prompt))
-            if row is None:
-                text = self.tokenizer.decode(list(prompt), skip_special_tokens=True)
-                raise ValueError(f"task {self.name!r} has columns for its own prompts, and {text!r} is none of them")
-            rows.append(row)
-        return {name: [row[name] for row in rows] for name in next(iter(self.columns.values()))}
-
-    @cached_property
-    def _row_of(self) -> dict[tuple[int, ...], dict[str, Any]]:
-        found: dict[tuple[int, ...], dict[str, Any]] = {}
-        for split, columns in self.columns.items():
-            for i, prompt in enumerate(self.prompts[split]):
-                row = {name: values[i] for name, values in columns.items()}
-                before = found.setdefault(tuple(prompt), row)
-                for name in row:
-                    if before[name] != row[name]:
-                        text = self.tokenizer.decode(list(prompt), skip_special_tokens=True)
-                        raise ValueError(
-                            f"task {self.name!r} has the prompt {text!r} twice, with {name!r} {before[name]!r} and "
-                            f"{row[name]!r}: keep one, or give both in a list"
-                        )
-        return found
-
     def _check_columns(self) -> None:
         names = {split: sorted(columns) for split, columns in self.columns.items()}
         if set(names) != set(self.prompts) or len({tuple(n) for n in names.values()}) > 1:
@@ -167,4 +128,3 @@ class TextTask:
                         f"task {self.name!r}: {len(values)} entries of {name!r} for the {len(self.prompts[split])} "
                         f"prompts of {split}"
                     )
-        self._row_of  # noqa: B018 (complains of a prompt with two values)

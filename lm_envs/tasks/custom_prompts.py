@@ -4,7 +4,6 @@ their line, or passed over.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,8 @@ _NAMED = 3  # bad rows in the warning about them
 def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[Example]:
     """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.data.splits.divide` says.
 
+    Rows with the same prompt and the same columns count once.
+
     Args:
         source: a file, a folder or a name on the hub, in any convention that has prompts; see
             :class:`~lm_envs.data.dataset.Examples`.
@@ -37,24 +38,15 @@ def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[E
         FileNotFoundError: there is no such file.
         ValueError: a bad row that is to raise (the message names file and line), or a split without prompts.
     """
-    rows: dict[str, Example] = {}
+    rows: dict[tuple[str, str], Example] = {}  # equal prompts may stand beside different references
     found: list[tuple[str, str]] = []
-    differ: list[str] = []
     data = Examples(source, "prompts")
     data.rejected = rejected = rejected or data.rejected
     for prompt in data:
         found.append((prompt.key, prompt.split))
-        kept = rows.setdefault(prompt.key, prompt)
-        if kept.columns != prompt.columns:
-            differ.append(prompt.place)
-    if differ:
-        warnings.warn(
-            f"{differ[0]}: a prompt that was there before, with other columns: the first row's count (so for "
-            f"{len(differ)} rows); several references of a prompt belong into one row, as a list",
-            stacklevel=2,
-        )
+        rows.setdefault((prompt.key, repr(prompt.columns)), prompt)
     divided = divide(found, source, f"; {passed_over(rejected)}" if rejected.count else "")
-    return [replace(rows[key], split=split) for key, split in divided.items()]
+    return [replace(row, split=divided[key]) for (key, _), row in rows.items()]
 
 
 def check_references(reward: Any, prompts: Sequence[Example]) -> None:
@@ -137,8 +129,6 @@ def columns_of(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, dict[s
     """The columns that the prompts' rows hold beside them, by split and name, in the order of :func:`by_split`; None
     where a row lacks one. Of chat prompts the column ``messages`` holds the messages.
 
-    Of prompts with the same tokens the first row counts; where others differ, one warning says so.
-
     Raises:
         ValueError: a column is called as something else that rewards get; with file and line.
     """
@@ -157,18 +147,7 @@ def columns_of(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, dict[s
     if not names:
         return {}
     found: dict[str, dict[str, list[Any]]] = {split: {name: [] for name in names} for split in SPLITS}
-    first: dict[tuple[int, ...], dict[str, Any]] = {}
-    differ: dict[str, str] = {}
-    for row, (prompt, ids) in zip(rows, encoded, strict=True):
-        kept = first.setdefault(tuple(ids), row)
+    for row, prompt in zip(rows, prompts, strict=True):
         for name in names:
-            if kept[name] != row[name]:
-                differ.setdefault(name, prompt.place)
-            found[prompt.split][name].append(kept[name])
-    if differ:
-        warnings.warn(
-            f"{next(iter(differ.values()))}: the policy reads this prompt as an earlier one, and their "
-            f"{', '.join(differ)} differ: the first row's count",
-            stacklevel=3,
-        )
+            found[prompt.split][name].append(row[name])
     return found

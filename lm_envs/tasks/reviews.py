@@ -131,7 +131,7 @@ def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
         kl_coef=made["kl_coef"],
         description="continue a movie review; a reward model learned from noisy simulated annotators scores it",
         demonstrations=_texts(data["demonstrations"], eos),
-        pairs=list(zip(cycle(prompts["train"]), first, second)),
+        pairs=list(zip(cycle(range(len(prompts["train"]))), first, second)),
         stats=made["stats"],
     )
 

@@ -88,8 +88,9 @@ def sample(
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
+    repeats: int = 1,
 ) -> Samples:
-    """``count`` responses, the prompts taking turns; a function of its arguments.
+    """``count`` responses, ``repeats`` in a row to a prompt, the prompts taking turns; a function of its arguments.
 
     Args:
         prompts: token ids without padding.
@@ -98,7 +99,8 @@ def sample(
         columns: further columns of the prompts' data, an entry per prompt.
     """
     rows: list[list[int]] = []
-    chosen = [prompts[i % len(prompts)] for i in range(count)]
+    index = [i // repeats % len(prompts) for i in range(count)]
+    chosen = [prompts[i] for i in index]
     for start in range(0, count, batch_size):
         batch = chosen[start : start + batch_size]
         episodes = SAMPLE_EPISODES + first + start + np.arange(len(batch))
@@ -120,7 +122,7 @@ def sample(
         chosen,
         rows,
         eos_token_id,
-        {name: [values[i % len(prompts)] for i in range(count)] for name, values in (columns or {}).items()},
+        {name: [values[i] for i in index] for name, values in (columns or {}).items()},
     )
 
 

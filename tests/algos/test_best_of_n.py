@@ -29,10 +29,10 @@ def test_it_picks_the_best_of_the_samples_it_drew_and_counts_them():
     traj = rollout(env, best, episodes=8)
     uniforms = torch.rand(8, 5 * 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prompts = traj.prompt
-    chosen, logprob = best.respond(prompts, uniforms)
+    chosen, logprob, _ = best.answer(traj.prompt_index, prompts, uniforms)
     for row in range(8):
         each, each_logprob = policy.respond(prompts[row : row + 1].expand(5, -1), uniforms[row].reshape(5, 6))
-        scores = env.mdp.score(prompts[row : row + 1].expand(5, -1).numpy(), each.numpy()).sum(1)
+        scores = env.mdp.score(np.full(5, traj.prompt_index[row]), each.numpy()).sum(1)
         top = int(np.argmax(scores))
         assert chosen[row].tolist() == each[top].tolist()
         torch.testing.assert_close(logprob[row], each_logprob[top])

@@ -30,7 +30,7 @@ def test_a_reward_model_per_round_on_all_data_so_far():
 def test_the_policy_is_paid_by_the_rounds_reward_model():
     agent, env, found = ran(1)
     traj = found[0][0]
-    paid = env.mdp.score(traj.prompt.numpy(), traj.response.numpy()).sum(1)
+    paid = env.mdp.score(traj.prompt_index.numpy(), traj.response.numpy()).sum(1)
     torch.testing.assert_close(traj.score, torch.from_numpy(paid))
     theirs = batches.learned_task().reward
     texts = env.mdp.texts(traj.prompt.numpy(), traj.response.numpy())

@@ -76,7 +76,7 @@ def fixed() -> TextTask:
         load(),
         reward=LearnedReward(reward_policy().model, tokenizer(), normalise=(0.3, 2.0)),
         min_new_tokens=6,
-        pairs=[(prompt, [4, 5, 6], [7, 8]) for prompt in train[:4]],
+        pairs=[(row, [4, 5, 6], [7, 8]) for row in range(4)],
         demonstrations=[[*prompt, 4, 5, 6] for prompt in train[:5]],
     )
 

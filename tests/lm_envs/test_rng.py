@@ -34,6 +34,15 @@ def test_uniforms_are_uniform_and_uncorrelated():
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.03
 
 
+def test_every_one_of_53_bits_is_drawn():
+    """Of 2,000 numbers each bit is set in about half: a generator of 32 bits leaves the last 21 empty."""
+    numbers = rng.uniform(5, rng.TOKEN, np.arange(2000))
+    whole = (numbers * 2.0**53).astype(np.uint64)
+    assert (whole.astype(np.float64) * 2.0**-53 == numbers).all()
+    share = [float(((whole >> np.uint64(bit)) & np.uint64(1)).mean()) for bit in range(53)]
+    assert all(abs(x - 0.5) < 4 * 0.5 / 2000**0.5 for x in share)
+
+
 def test_integers_stay_below_high_and_hit_everything():
     drawn = rng.integers(0, rng.PROMPT, np.arange(1000), 7)
     assert sorted(set(drawn.tolist())) == list(range(7))

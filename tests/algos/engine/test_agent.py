@@ -243,6 +243,45 @@ def test_kl_stop_leaves_the_batch_before_the_step():
     assert batches.same(batches.weights(stopped.policy), batches.weights(once.policy))
 
 
+@pytest.mark.parametrize("name", ["a2c", "ppo", "ppo-klpen", "reinforce", "grpo", "dr-grpo"])
+def test_entropy_is_a_mean_over_real_tokens(name):
+    """By hand, of a batch with much padding; and so is its bonus in the loss, where there is one."""
+    traj = batches.text_batch()
+    assert traj.mask.float().mean() < 0.9
+    agent = batches.learner(name, epochs=1, minibatches=1)
+    now = agent.policy.evaluate(traj)
+    rows = [
+        [float(h) for h, real in zip(*row, strict=True) if real]
+        for row in zip(now.entropy.detach(), traj.mask, strict=True)
+    ]
+    by_hand = sum(map(sum, rows)) / sum(map(len, rows))
+    fixed = agent.prepare(traj, Before(agent.policy, traj))
+    found = agent.loss(traj, now, fixed)
+    reported = found[1]["entropy"]
+    assert float(reported[0] / reported[1] if isinstance(reported, tuple) else reported) == pytest.approx(by_hand)
+    if name in ("a2c", "ppo", "ppo-klpen"):
+        agent.config.entropy_coef = 0.5
+        assert float(found[0] - agent.loss(traj, now, fixed)[0]) == pytest.approx(0.5 * by_hand)
+
+
+def test_each_epoch_and_each_iteration_cuts_other_minibatches(monkeypatch):
+    agent = batches.learner("ppo", epochs=3, minibatches=2)
+    seen = []
+    step = agent._step
+
+    def noted(traj, fixed, index, *rest):
+        seen.append(tuple(sorted(index.tolist())))
+        return step(traj, fixed, index, *rest)
+
+    monkeypatch.setattr(agent, "_step", noted)
+    traj = batches.text_batch()
+    for _ in range(2):
+        agent.update(traj)
+    passes = [frozenset(seen[i : i + 2]) for i in range(0, 12, 2)]
+    assert len(set(passes)) == 6
+    assert all(sorted(sum(halves, ())) == list(range(16)) for halves in passes)
+
+
 def test_minibatches_cover_every_row_once_and_keep_groups_whole():
     traj = batches.text_batch(episodes=24, group_size=4)
     rng = np.random.default_rng(0)

@@ -239,7 +239,7 @@ def test_annotated_pairs_follow_the_judge():
 
 
 def test_annotators_choose_between_the_pairs_that_a_task_comes_with():
-    pairs = [([2, 3], [2, 2, 0], [3, 0]), ([1], [3, 3, 3, 3, 3, 3], [2, 0]), ([5], [2, 0], [3, 0])]
+    pairs = [(1, [2, 2, 0], [3, 0]), (0, [3, 3, 3, 3, 3, 3], [2, 0]), (4, [2, 0], [3, 0])]
     task = tiny.task(pairs=pairs)  # token 2 is "b", worth 1, and 3 is "c", worth -1
     data = annotated_pairs(task, 2, 0.0, seed=1)
     assert [row[row >= 0].tolist() for row in data.prompt] == [[2, 3], [2, 3], [1], [1]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from lm_envs.benchmarks.run.data_problem import DataProblem, DataSpec
 from lm_envs.data.packed import PackedExamples
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.vector import cut_after_eos
-from lm_envs.model.tokens import left_pad, right_pad
+from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import LearnedReward, raw_scores
 from lm_envs.tasks import load
 from tests.lm_envs import byo
@@ -72,6 +74,15 @@ def packed(root, algorithm: str) -> PackedExamples:
     return PackedExamples(root / algorithm / "data")
 
 
+def with_rows(task, prompts: list[list[int]]) -> tuple[TextMDP, np.ndarray]:
+    """A MDP of the prompts of all splits, and the rows of these."""
+    known = [list(ids) for split in task.prompts.values() for ids in split]
+    names = next(iter(task.columns.values()), {})
+    columns = {name: [value for split in task.columns.values() for value in split[name]] for name in names}
+    whole = replace(task, prompts={"train": known}, columns={"train": columns})
+    return TextMDP(whole), np.array([known.index(list(ids)) for ids in prompts])
+
+
 def check(root, made, model, data, monkeypatch) -> None:
     """Every row of the three folders against what an env of the task `custom` reads."""
     model.save_pretrained(root / "model")
@@ -93,7 +104,8 @@ def check(root, made, model, data, monkeypatch) -> None:
     for _, response in pairs:  # as an env would cut what a policy writes
         assert response == [token for token in cut_after_eos(np.array([response]), task.eos_token_ids)[0] if token >= 0]
         assert mdp.finish_reasons(np.array([response])) == ["stop"]
-    mdp.score(left_pad([p for p, _ in pairs], mdp.prompt_length), right_pad([r for _, r in pairs]).numpy())
+    whole, index = with_rows(task, [prompt for prompt, _ in pairs])
+    whole.score(index, right_pad([r for _, r in pairs]).numpy())
     if not task.reference.config.is_encoder_decoder:
         read = packed(root, "reward-modelling")
         assert [read.read(row)[1].tolist() for row in range(len(read))] == seen
@@ -143,11 +155,12 @@ def test_a_reward_model_orders_pairs_in_the_env_as_on_their_texts(tmp_path):
     problem.save_model(tmp_path / "reward")
     place = {"policy": str(tmp_path / "model"), "reward_model": str(tmp_path / "reward")}
     task = load("custom", **place, prompts=str(tmp_path / "rows.jsonl"), max_new_tokens=4, normalise=False)
-    mdp, reward = TextMDP(task), task.reward
+    reward = task.reward
     prompts = [ids for split in task.prompts.values() for ids in split for _ in range(2)]
     words = [made(f"a {word}", add_special_tokens=False)["input_ids"][1:] for word in ("good", "weak")]
     responses = [[*word, made.eos_token_id] for word in words] * (len(prompts) // 2)
-    scores = mdp.score(left_pad(prompts, mdp.prompt_length), right_pad(responses).numpy()).sum(axis=1).reshape(-1, 2)
+    whole, index = with_rows(task, prompts)
+    scores = whole.score(index, right_pad(responses).numpy()).sum(axis=1).reshape(-1, 2)
     texts = made.batch_decode(prompts, skip_special_tokens=True)
     by_text = [
         reward.encode(text + word, True) for text, word in zip(texts, [" good", " weak"] * len(scores), strict=True)

@@ -11,6 +11,7 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import Collector, collect, rollout
 from lm_envs.env.single import TextBanditEnv, TextEnv
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
+from lm_envs.reward.base import Clip, WeightedSum
 from tests import tiny
 
 OPTIONS = dict(kl_coef=0.3, temperature=1.3, min_new_tokens=1, missing_eos=("subtract", 0.7), group_size=2)
@@ -89,6 +90,16 @@ def test_a_dense_reward_is_the_same_on_every_path():
     torch.testing.assert_close(whole.reward.sum(1), bulk.reward.sum(1), rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="needs a reward per response"):
         TextVectorEnv(task, missing_eos=("replace", -1.0))
+
+
+def test_a_sum_with_a_dense_part_is_the_same_on_every_path():
+    """What pays once per response is paid at its end, not for every prefix."""
+    task = tiny.task(reward=Clip(WeightedSum([(1.0, tiny.count_b_minus_c), (0.5, causal)]), -0.7, 1.2))
+    env = TextVectorEnv(task, 5, **OPTIONS)
+    policy = policy_for(env)
+    bulk = rollout(env, policy, episodes=10, seed=1)
+    assert_same(bulk, collect(env, policy, episodes=10, seed=1))
+    assert len({round(x, 6) for x in bulk.score.tolist()}) > 5
 
 
 class LateScore(TextVectorEnv):

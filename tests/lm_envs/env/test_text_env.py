@@ -110,6 +110,23 @@ def test_unreported_logprobs_warn_once_and_charge_the_reference_half():
         env.step(4)
 
 
+@pytest.mark.parametrize("env", [TextEnv, TextBanditEnv])
+def test_an_episode_knows_nothing_of_the_one_before_in_its_row(env):
+    """Without a penalty the reference is not asked: what it said before must not pass for new."""
+    env = env(tiny.task(), kl_coef=0.5, render_mode="ansi")
+    bandit = env.face == "bandit"
+    action = np.full(env.mdp.max_new_tokens, tiny.EOS) if bandit else tiny.EOS
+    env.reset(seed=0)
+    lm_envs.report(env, -30.0)
+    known = env.step(action)[4]["lm"]
+    assert known["kl"] < 0 and "ref_logprob" in known and (bandit or "48;5;" in env.render())
+    lm_envs.set_kl_coef(env, 0.0)
+    env.reset()
+    lm_envs.report(env, -30.0)
+    assert not {"kl", "ref_logprob"} & set(env.step(action)[4]["lm"])
+    assert "48;5;" not in env.render()  # no color where the KL is not known
+
+
 @pytest.mark.parametrize("value", [np.zeros(2), float("nan"), float("-inf"), 0.5])
 def test_a_report_that_is_no_logprob_is_refused(value):
     env = TextEnv(tiny.task())

@@ -66,7 +66,7 @@ def test_a_composition_is_summed_and_left_in_its_own_units(folders):
     task = custom(folders, "MINE:letters*2", "clip(MINE:known, 0, 1)", "bleu*0.5")
     traj, env = sampled(task)
     texts = env.mdp.texts(traj.prompt.numpy(), traj.response.numpy())[1]
-    numbers = [min(float(n), 1.0) for n in env.mdp.columns(traj.prompt.numpy())["number"]]
+    numbers = [min(float(n), 1.0) for n in env.mdp.columns(traj.prompt_index.numpy())["number"]]
     base = [2 * sum(c.isalpha() for c in text) + n for text, n in zip(texts, numbers, strict=True)]
     extra = [s - b for s, b in zip(traj.score.tolist(), base, strict=True)]
     assert all(-1e-6 <= x <= 0.5 for x in extra) and any(x > 0 for x in extra)
@@ -111,17 +111,18 @@ def test_conversations_reach_functions_as_messages(folders, tmp_path):
     path = byo.write_jsonl(tmp_path / "p.jsonl", [{"prompt": chat} for chat in chats])
     task = custom(folders, "MINE:last_word", policy=str(policy), prompts=str(path), kl_coef=0.0)
     traj, env = sampled(task)
-    columns = env.mdp.columns(traj.prompt.numpy())
+    columns = env.mdp.columns(traj.prompt_index.numpy())
     assert traj.score.tolist() == [len(m) for m in columns["messages"]] and len(set(traj.score.tolist())) == 2
     assert task.reward.__name__ == "last_word"
 
 
-def test_of_prompts_that_occur_again_the_first_row_counts(folders, tmp_path):
+def test_equal_prompts_with_other_columns_are_rows_of_their_own_in_one_split(folders, tmp_path):
     rows = [{"prompt": f"a cat {i}", "number": i} for i in range(4)]
     path = byo.write_jsonl(tmp_path / "p.jsonl", [*rows, rows[0], {"prompt": "a cat 1", "number": 9}])
-    with pytest.warns(UserWarning, match=r"line 6: a prompt that was there before, with other columns: .*for 1 rows"):
-        task = custom(folders, "MINE:known", prompts=str(path))
-    assert sorted(n for columns in task.columns.values() for n in columns["number"]) == [0, 1, 2, 3]
+    task = custom(folders, "MINE:known", prompts=str(path))
+    assert sorted(n for columns in task.columns.values() for n in columns["number"]) == [0, 1, 2, 3, 9]
+    (split,) = [name for name, columns in task.columns.items() if 1 in columns["number"]]
+    assert 9 in task.columns[split]["number"]  # what is held out is not trained on under another reference
 
 
 def test_a_row_without_a_column_has_none_there(folders, tmp_path):

@@ -125,7 +125,7 @@ def test_the_data_is_whole(task):
         for response in responses:
             assert response[-1] == task.eos_token_id or len(response) == task.max_new_tokens
             assert task.eos_token_id not in response[:-1]
-    assert [prompt for prompt, _, _ in task.pairs] == task.prompts["train"] * 2
+    assert [row for row, _, _ in task.pairs] == list(range(len(task.prompts["train"]))) * 2
 
 
 def test_the_task_is_ready_for_use(task):

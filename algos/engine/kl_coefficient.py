@@ -1,0 +1,87 @@
+"""Which KL coefficient an agent trains with: explicit settings, the algorithm's published one, the task's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.ops.kl_control import AdaptiveKL
+from lm_envs.env.mdp import TextMDP, check_kl_coef
+from lm_envs.env.report import text_envs
+
+
+class KLCoefficient:
+    """An agent's view of the coefficient, whose one holder is the MDP of the env that it samples.
+
+    Args:
+        name: of the algorithm, for messages.
+        published: the coefficient it was published with, None where it has none.
+    """
+
+    def __init__(self, name: str, published: float | None) -> None:
+        self.name, self.published = name, published
+        self._control: AdaptiveKL | None = None
+        self._mdp: TextMDP | None = None  # of the env that was settled last
+
+    def settle(self, env: Any, config: AgentConfig, in_reward: bool) -> float | None:
+        """Put the coefficient into the env's MDP and return it; None where the env has no penalty.
+
+        What was set explicitly, in the config or on the env, comes before the published coefficient, and that before
+        the task's. ``kl_target`` steers it from there.
+
+        Args:
+            in_reward: whether the env charges the penalty; else it is a term of the loss.
+
+        Raises:
+            ValueError: two explicit settings differ, or there is a ``kl_target`` and no penalty to steer.
+        """
+        mdps = [inner.mdp for inner in text_envs(env)]
+        if not mdps:
+            if config.kl_target is not None:
+                raise ValueError(f"{self.name}: kl_target steers a text env's KL penalty, and this env has none")
+            return None
+        explicit = [config.kl_coef, *(mdp.explicit_kl_coef for mdp in mdps)]
+        given = {coef for coef in explicit if coef is not None}
+        if len(given) > 1:
+            raise ValueError(
+                f"{self.name}: kl_coef is {' and '.join(map(str, sorted(given)))} in the settings of agent and env: "
+                "set it in one place, or to one number"
+            )
+        default = mdps[0].task.kl_coef if self.published is None else self.published
+        coef = given.pop() if given else default
+        if config.kl_target is not None:
+            self._control = self._control or AdaptiveKL(coef, config.kl_target, config.kl_horizon)
+            coef = self._control.coef
+        check_kl_coef(coef)
+        for mdp in mdps:
+            mdp.kl_coef, mdp.kl_in_reward = coef, in_reward
+        self._mdp = mdps[0]
+        return coef
+
+    def now(self, config: AgentConfig) -> float:
+        """The coefficient of a penalty in the loss.
+
+        Raises:
+            ValueError: nothing names one, and no env was settled.
+        """
+        if self._mdp is not None:
+            return self._mdp.kl_coef
+        for coef in (self.steered, config.kl_coef, self.published):
+            if coef is not None:
+                return coef
+        raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")
+
+    @property
+    def steered(self) -> float | None:
+        """Where ``kl_target`` has brought the coefficient, for checkpoints; None without one."""
+        return None if self._control is None else self._control.coef
+
+    def steer(self, kl: float, episodes: int) -> None:
+        """Move the coefficient after ``episodes`` episodes of mean ``kl``, nats per sequence."""
+        if self._control is not None:
+            self._control.update(kl, episodes)
+
+    def restore(self, steered: float | None, config: AgentConfig) -> None:
+        """Take back what :attr:`steered` said."""
+        target = None if steered is None else config.kl_target
+        self._control = None if target is None else AdaptiveKL(steered or 0.0, target, config.kl_horizon)

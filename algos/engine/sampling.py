@@ -1,0 +1,82 @@
+"""An agent's batches from an env: episodes of text, episodes of control, or control steps as fragments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.env.report import text_envs
+from lm_envs.env.rollout import Collector, rollout
+from lm_envs.trajectories import Trajectories
+
+
+class Sampler:
+    """Samples by the settings ``episodes``, ``steps`` and ``seed``; where steps are sampled, episodes go on.
+
+    Args:
+        name: of the algorithm, for messages.
+
+    Attributes:
+        rows: how many rows :meth:`sample` returned since it was set to 0.
+        fragments: the collector whose episodes go on, None where whole episodes are sampled.
+    """
+
+    def __init__(self, name: str, policy: Any) -> None:
+        self.name, self.policy, self.rows = name, policy, 0
+        self.fragments: Collector | None = None
+        self._env: Any = None  # that the collector steps
+
+    def sample(
+        self, env: Any, config: AgentConfig, episodes_done: int, iterations_done: int
+    ) -> tuple[Trajectories, int]:
+        """A batch, and the env steps that it took, those of surplus episodes included."""
+        if self.policy.sequence_obs:
+            traj, steps = self._text(env, config, episodes_done)
+        elif config.steps is None:
+            assert config.episodes is not None  # the config sees to it
+            whole = Collector(env, self.policy, seed=config.seed, first_episode=episodes_done)
+            traj = whole.episodes(config.episodes, episodes_done)
+            steps = whole.steps_taken  # rows that end early step on until the last one has ended
+        else:
+            traj, steps = self._fragments(env, config, config.steps, iterations_done)
+        self.rows += len(traj)
+        return traj, steps
+
+    def check_whole(self, traj: Trajectories) -> None:
+        """Raise ValueError where an agent's own ``sample`` dropped rows (or added some) since ``rows`` was 0.
+
+        Episodes are counted by the rows it returns: the next batch would repeat prompts and random numbers of this one.
+        """
+        if self.rows not in (0, len(traj)):
+            raise ValueError(
+                f"{self.name}: sample() returned {len(traj)} rows and sampled {self.rows}: episodes are counted by the "
+                "rows it returns, so dropped ones would be sampled again; leave rows out in update()"
+            )
+
+    def _text(self, env: Any, config: AgentConfig, episodes_done: int) -> tuple[Trajectories, int]:
+        if config.episodes is None or config.steps is not None:
+            raise ValueError(f"{self.name}: a text env is sampled by episodes; set episodes and leave steps None")
+        have = text_envs(env)[0].mdp.group_size if text_envs(env) else 1
+        if have != config.group_size:
+            raise ValueError(
+                f"{self.name}: the env was made with group_size={have} and the agent with "
+                f"group_size={config.group_size}; make both the same"
+            )
+        traj = rollout(env, self.policy, episodes=config.episodes, first_episode=episodes_done, seed=config.seed)
+        return traj, int(traj.mask.sum())
+
+    def _fragments(self, env: Any, config: AgentConfig, count: int, iterations_done: int) -> tuple[Trajectories, int]:
+        rows = env.unwrapped.num_envs if isinstance(env.unwrapped, VectorEnv) else 1
+        if count % rows:
+            raise ValueError(
+                f"{self.name}: steps counts all rows, so it must be a multiple of the env's {rows}, got {count}"
+            )
+        if self.fragments is None or self._env is not env:
+            seed = int(np.random.SeedSequence((config.seed, iterations_done)).generate_state(1)[0])
+            self.fragments, self._env = Collector(env, self.policy, seed=seed), env
+        taken = self.fragments.steps_taken
+        traj = self.fragments.steps(count // rows)
+        return traj, self.fragments.steps_taken - taken
