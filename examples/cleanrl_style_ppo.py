@@ -49,13 +49,13 @@ class Args:
     gamma: float = 1.0
     """Discount."""
     gae_lambda: float = 0.95
-    """Lambda of generalised advantage estimation."""
+    """Lambda of generalized advantage estimation."""
     update_epochs: int = 3
     """Passes over each batch."""
     num_minibatches: int = 2
     """Adam steps per pass."""
     clip_coef: float = 0.2
-    """How far the ratio to the sampling policy may leave 1 before it earns no more."""
+    """Distance of the ratio to the sampling policy from 1 beyond which it is clipped."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""
     vf_coef: float = 0.1

@@ -48,13 +48,13 @@ class Args:
     learning_rate: float = 7e-4
     """Adam's step size at the start; it falls linearly to 0."""
     gae_lambda: float = 0.95
-    """Lambda of generalised advantage estimation."""
+    """Lambda of generalized advantage estimation."""
     epochs: int = 3
     """Passes over each batch."""
     minibatches: int = 2
     """Adam steps per pass."""
     clip: float = 0.2
-    """How far the ratio to the sampling policy may leave 1 before it earns no more."""
+    """Distance of the ratio to the sampling policy from 1 beyond which it is clipped."""
     critic_coef: float = 0.05
     """Weight of the value loss."""
     eval_prompts: int = 512

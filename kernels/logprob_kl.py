@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 Implementation = Literal["auto", "torch", "chunked", "native", "triton"]
 
-# Up to so many logits plain torch is faster than what a fused call costs before its first row (measured, 1 thread).
+# Up to this many logits plain torch is faster than the fixed cost of a fused call (measured, 1 thread).
 SMALL = {"native": 2**14, "chunked": 2**18}
 
 

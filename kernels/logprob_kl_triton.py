@@ -27,7 +27,7 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Nothing can be timed under the interpreter: with a single entry nothing is.
 _SIZES = [(1024, 4)] if INTERPRETED else [(1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8), (8192, 16)]
 _CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in _SIZES]
-_CHANGING = ["N", "inner", "bucket"]  # not to be specialised on
+_CHANGING = ["N", "inner", "bucket"]  # not to be specialized on
 
 
 def unable(logits: Tensor, ref_logits: Tensor | None, options: Options) -> str | None:

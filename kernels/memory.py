@@ -13,7 +13,7 @@ _HUGE_PAGE, _MADV_HUGEPAGE = 2**21, 14
 
 
 def empty_gradient(x: Tensor) -> Tensor:
-    """Contiguous, uninitialised, of the shape, dtype and device of ``x``; on Linux in large pages if it is large.
+    """Contiguous, uninitialized, of the shape, dtype and device of ``x``; on Linux in large pages if it is large.
 
     A page fault per 2 MiB instead of one per 4 KiB: faults are most of what a gradient of that size costs on a CPU.
     """

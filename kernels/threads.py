@@ -37,7 +37,7 @@ def share(items: Iterable[Item], count: int, work: Callable[[Iterator[Item]], No
     """Call ``work`` in torch's number of threads (at most ``count``), this one among them; each takes items in turn.
 
     Inside, torch's own operations run on one thread: sharing out every small operation costs more than it gains, and
-    far more where other programs use the processors. Threads are made anew each time: that costs 0.1 ms where a call
+    far more where other programs use the processors. Threads are created for each call: that costs 0.1 ms where a call
     takes several, and leaves nothing behind that a fork would break.
 
     Raises:

@@ -98,7 +98,7 @@ def fit(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Minimise a loss by AdamW for a number of steps; dropout stays off, so a run is a function of its
+    """Minimize a loss by AdamW for a number of steps; dropout stays off, so a run is a function of its
     arguments.
 
     The learning rate rises linearly over the first ``warmup`` of the steps and then falls linearly to 0.

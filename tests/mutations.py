@@ -1217,8 +1217,8 @@ MUTATIONS = [
     Mutation(
         "text of the policy steers the terminal",
         "lm_envs/env/rendering.py",
-        "_coloured(printable(piece), kl[i])",
-        "_coloured(piece, kl[i])",
+        "_colored(printable(piece), kl[i])",
+        "_colored(piece, kl[i])",
         TEXT_ENV,
     ),
     Mutation(

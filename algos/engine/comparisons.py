@@ -1,4 +1,4 @@
-"""Preferences: groups of ranked texts as Trajectories, their batches, and simulated annotators who make them."""
+"""Preferences: groups of ranked texts as Trajectories, their batches, and simulated annotators that rank them."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class AgentConfig(Settings):
     kl_coef: NonNegative | None = None
     """Coefficient of the KL penalty. None takes the env's, else the algorithm's published one, else the task's."""
     kl_target: Positive | None = None
-    """Steer the coefficient towards this KL to the reference, nats per sequence. None keeps it fixed."""
+    """Steer the coefficient toward this KL to the reference, nats per sequence. None keeps it fixed."""
     kl_horizon: Positive = 10_000.0
     """Episodes over which the steered coefficient reacts; smaller is faster."""
     seed: Seed = 0

@@ -34,7 +34,7 @@ def expected_gradient(
     own parameters (a critic's loss adds its own gradient for the critic's).
 
     Args:
-        agent: its policy on the MDP face; its state (such as a running mean) is the same for every batch.
+        agent: its policy for an MDP; its state (such as a running mean) is the same for every batch.
         exact: of the environment.
         batch: episodes per batch.
         same_prompt: they share a prompt and are one group; else their prompts are independent, each episode its own
@@ -106,9 +106,9 @@ def sampled_cosine(
     depends on.
 
     Args:
-        agent: fresh, its policy a table on the MDP face or the bandit's; it is left as it was.
+        agent: fresh, its policy a table for an MDP or a bandit env; it is left as it was.
         exact: of the environment; its coefficient is the agent's where that has none, and that of ``G``.
-        episodes: about so many in all, at least 16 batches.
+        episodes: approximate total, at least 16 batches.
         bandit: a response is one action.
         seed: of the batches.
 
@@ -201,7 +201,7 @@ class _Recorder:
 
 
 def _as_bandit(traj: Trajectories, eos_token_id: int) -> Trajectories:
-    """Episodes of the MDP face as those of the bandit's: one action, the whole response."""
+    """MDP episodes as bandit episodes: one action, the whole response."""
     assert traj.response is not None and traj.reward is not None
     assert traj.logprob is not None and traj.ref_logprob is not None
     response = traj.response

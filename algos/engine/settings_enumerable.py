@@ -3,7 +3,7 @@
 Tuned on its default draw with 100,000 episodes. Differences from the defaults, which are for a small language model:
 near the optimum the return of whole responses is the same for all (``r - beta log pi/ref = J*``), so its noise vanishes
 there, and neither annealing nor whitening, which would blow it up again, helps; lambda is 1, because a table of values
-learns slowly at states that are seldom seen; and gradients are not clipped by norm, since Adam scales each by itself.
+learns slowly at rarely visited states; and gradients are not clipped by norm, since Adam scales each by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CRITIC: dict[str, Any] = {"whiten_advantage": False, "lam": 1.0, "value_coef": 
 _PPO: dict[str, Any] = {**_CRITIC, "value_clip": None, "episodes": 1024}
 _GROUP: dict[str, Any] = {"group_size": 16, "episodes": 256, "learning_rate": 0.07}
 _BETA = EnumerableConfig.kl_coef
-# As many responses as the others sample, and annotators who follow the reward by Bradley-Terry without further errors:
+# As many responses as the others sample, and annotators that follow the reward by Bradley-Terry without further errors:
 # what DPO is derived for.
 _PAIRS: dict[str, Any] = {"max_grad_norm": 1e6, "pairs": EPISODES // 2, "flip": 0.0, "learning_rate": 0.1}
 

@@ -35,7 +35,7 @@ class Adaptation(Settings):
     """What of a language model is trained; all of it if nothing is set.
 
     Attributes:
-        freeze_layers: so many of the lower layers stay as they are, and everything below them, such as the embeddings
+        freeze_layers: number of lower layers that stay as they are, and everything below them, such as the embeddings
             (and an output layer tied to them), as in Ziegler et al. 2019.
         lora_rank: train low-rank adapters of this rank on the layers that are not frozen, and nothing else of the
             model, by ``W x + lora_alpha / lora_rank * B A x`` (Hu et al. 2021, eq. 3); 0 for none.

@@ -26,7 +26,7 @@ class TabularPolicy(Policy):
         table: ``(X, S, V)`` log-probabilities or logits to start from, at the environment's temperature; None is the
             reference. Masked tokens stay without probability.
         face: "mdp", a token per action, or "bandit", a response per action.
-        value_scale: values are so many times their parameters. Adam's steps are of the size of the learning rate, for
+        value_scale: ratio of values to their parameters. Adam's steps are of the size of the learning rate, for
             logits and values alike; with a larger scale the critic learns its level before the policy has moved far.
 
     Raises:
@@ -127,7 +127,7 @@ class TabularPolicy(Policy):
         return response, logprob
 
     def evaluate(self, traj: Trajectories) -> Evaluation:
-        """Look-ups; on the bandit face the value is that of the prompt."""
+        """Look up; in a bandit env the value is that of the prompt."""
         if traj.prompt is None or traj.response is None:
             raise ValueError("TabularPolicy.evaluate needs trajectories of text, with prompt and response")
         response = traj.response.to(self.logits.device)

@@ -41,7 +41,7 @@ class BenchThroughput:
     peaks: bool = True
     """Do not measure memory, which is done for each way in a process of its own."""
     add: bool = False
-    """Keep what stands in the result and is not measured anew, so that it can be made piece by piece."""
+    """Keep what stands in the result and is not measured again, so that it can be made piece by piece."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
     """The result; if not given, benchmarks/results/throughput-DEVICE.csv, or DEVICE-POLICY with an OMP_WAIT_POLICY."""
 

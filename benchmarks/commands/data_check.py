@@ -131,7 +131,7 @@ def render(report: Report, all_bad: bool = False) -> RenderableType:
     colour = "green" if not bad.count else "yellow" if report.usable else "red"
     head.add_row("rows", f"{data.read:,}, of them [{colour}]{report.usable:,} usable{share}[/], {bad.count:,} bad")
     if data.unwanted:
-        head.add_row("unwanted", f"{data.unwanted:,} more are labelled false, which sft leaves out")
+        head.add_row("unwanted", f"{data.unwanted:,} more are labeled false, which sft leaves out")
     head.add_row("prompts", f"{report.prompts:,} different")
     if report.duplicates:
         shown = ", ".join(f"{later} as {first}" for later, first in report.repeats[:3])

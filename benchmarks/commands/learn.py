@@ -156,7 +156,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
         _check_free(out, resume)
 
         def opener(spec: Any) -> DataProblem:
-            opened.append(DataProblem(spec, out, lambda done: shown.say(f"{done:,} examples tokenised")))
+            opened.append(DataProblem(spec, out, lambda done: shown.say(f"{done:,} examples tokenized")))
             for line in [*_about(opened[0].info, out), opened[0].plan()]:
                 shown.say(line)
             return opened[0]
@@ -183,7 +183,7 @@ def _check_free(out: Path, resume: bool) -> None:
     """Raises UserError where the folder holds a run and it is not to go on, or something else."""
     if (out / "config.json").exists():
         if not resume:
-            raise UserError(f"{out} holds a run already: --resume continues it, another --out starts anew")
+            raise UserError(f"{out} holds a run already: --resume continues it, another --out starts a new comparison")
         return
     from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG
     from lm_envs.benchmarks.run.storage import held_files

@@ -23,7 +23,7 @@ class Own:
     """Where a task of your own comes from, and how its models are loaded."""
 
     corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Make the task "corpus" of your labelled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
+    """Make the task "corpus" of your labeled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
     like.
     """
     parallel: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None

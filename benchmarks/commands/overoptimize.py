@@ -32,7 +32,7 @@ class Overoptimise:
     pairs: Annotated[tuple[Several, ...], tyro.conf.arg(metavar="N ...")] = (500, 2000, 8000)
     """Comparisons that each reward model is trained on."""
     algorithm: str = "ppo"
-    """What optimises them, besides best-of-n."""
+    """What optimizes them, apart from best-of-n."""
     iterations: Count = 60
     """Its training iterations."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()

@@ -15,7 +15,7 @@ from lm_envs.benchmarks.run.suites import Suite
 
 @dataclass(frozen=True)
 class Report:
-    """Make results.csv, the plots and report.html of a folder anew, from the runs that are finished."""
+    """Make results.csv, the plots and report.html of a folder again, from the finished runs."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of a comparison."""

@@ -172,7 +172,7 @@ def measure(
 
     Args:
         model: whatever trained it; it shares the task's vocabulary.
-        prompts: the first so many of the split; None takes all.
+        prompts: number of prompts from the start of the split; None takes all.
         seed: of the model's samples; those of the start are the same whatever it is.
 
     Returns:
@@ -238,7 +238,7 @@ def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, An
     Args:
         mdp: with the prompts of the split.
         policy: what is measured.
-        count: the first so many prompts; None: all.
+        count: number of prompts from the start; None: all.
     """
     metric = mdp.task.corpus_metric
     if metric is None:

@@ -49,7 +49,7 @@ _MEANING = {
     "half.",
     "frontier": "How much score a method buys for its distance from SFT. Lines: training, on validation prompts, one "
     "per seed. Markers: the end, on test prompts, large for the mean over seeds; an arrow to the left: the KL is at "
-    "most this. Where proxy still rises and gold falls, the reward model is being over-optimised.",
+    "most this. Where proxy still rises and gold falls, the reward model is being over-optimized.",
     "learning-curves": "On validation prompts; bold is the mean over seeds, dotted lines are methods without training. "
     "The judge only measures: nothing trains on it.",
 }

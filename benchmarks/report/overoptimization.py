@@ -1,6 +1,6 @@
-"""Over-optimisation of reward models (Gao, Schulman and Hilton 2022, "Scaling laws for reward model overoptimization").
+"""Over-optimization of reward models (Gao, Schulman and Hilton 2022, "Scaling laws for reward model overoptimization").
 
-Reward models are trained on more and more of the same comparisons; each is then optimised by best-of-n and by an
+Reward models are trained on more and more of the same comparisons; each is then optimized by best-of-n and by an
 algorithm of the registry, without a KL penalty, and what it says (proxy) is drawn with what the judge says (gold)
 against the square root of the KL from the start. Scores are gains over the start, each in units of its standard
 deviation there.
@@ -51,10 +51,10 @@ FLOOR = -1.0  # a gold that fell by a standard deviation: beyond, texts are of n
 
 @dataclass(frozen=True)
 class Settings:
-    """What is optimised, how far, and how it is measured.
+    """What is optimized, how far, and how it is measured.
 
     Attributes:
-        pairs: sizes of the reward models' data; each is the first so many of the same comparisons.
+        pairs: sizes of the reward models' data; each is a prefix of the same comparisons.
         held_out: pairs that measure the reward models.
         flip: probability that an annotator's choice is recorded the wrong way round.
         algorithm, overrides, iterations: what optimises each reward model, a registered algorithm that samples.
@@ -211,8 +211,8 @@ def _best_of_n(task: TextTask, traj: Trajectories, gold: NDArray[np.float64], un
 
 def _trained(task: TextTask, settings: Settings, moments: tuple[float, float], curve: Curve) -> Curve:
     """Points are training batches as sampled, before they are learned from."""
-    options = {"kl_coef": 0.0, **settings.overrides, "iterations": settings.iterations, "seed": settings.seed}
-    overrides = check_overrides(settings.algorithm, options)
+    options = {"kl_coef": 0.0, **settings.overrides, "iterations": settings.iterations}
+    overrides = check_overrides(settings.algorithm, options) | {"seed": settings.seed}
     policy = LMPolicy.for_mdp(TextVectorEnv(task).mdp, copy.deepcopy(task.start).requires_grad_(True))
     agent = make_agent(settings.algorithm, policy, task, **overrides)
     env = TextVectorEnv(task, group_size=agent.config.group_size)

@@ -280,7 +280,7 @@ def _overlap(a: Bbox, b: Bbox) -> float:
 
 
 def figures(series: list[Series]) -> dict[tuple[str, str], Figure]:
-    """All figures by (task, kind); both faces of a task share theirs."""
+    """All figures by (task, kind); the MDP and the bandit env of a task share theirs."""
     style = styles(series)
     found: dict[tuple[str, str], Figure] = {}
     for task in dict.fromkeys(s.base for s in series):

@@ -32,7 +32,7 @@ _MARKERS = {"sft": "X", "best-of-n": "D", "expert-iteration": "s", "reinforce": 
 
 @dataclass(frozen=True)
 class Series:
-    """All seeds of one algorithm on one face of a task.
+    """All seeds of one algorithm on one env of a task.
 
     Attributes:
         results: one per seed, as in ``result.json``.
@@ -46,7 +46,7 @@ class Series:
 
     @property
     def base(self) -> str:
-        """The task without its face."""
+        """The task's name without its kind of env."""
         return base_task(self.task)[0]
 
     @property

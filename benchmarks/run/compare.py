@@ -83,7 +83,7 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
         if not resume:
             raise UserError(
                 f"{out} holds the comparison {_held(out).get('name')!r} already: --resume continues it (finished runs "
-                "are kept), another --out starts anew"
+                "are kept), another --out starts a new comparison"
             )
         for spec in suite.runs():
             check_same(spec, out / spec.label)

@@ -100,12 +100,12 @@ class DataProblem:
 
     Args:
         spec: the settings.
-        out: the run's folder; the tokenised data are kept in it.
-        progress: called with how many examples are tokenised.
+        out: the run's folder; the tokenized data are kept in it.
+        progress: called with how many examples are tokenized.
 
     Attributes:
         agent: what trains.
-        info: of the tokenised data: rows, skipped rows and why.
+        info: of the tokenized data: rows, skipped rows and why.
     """
 
     env = None
@@ -143,7 +143,7 @@ class DataProblem:
     # ---- data ----
 
     def _packed(self, context: int | None) -> dict[str, Any]:
-        """Tokenise the data into the run's folder, unless it holds them; what is known of them."""
+        """Tokenize the data into the run's folder, unless it holds them; what is known of them."""
         limits = [limit for limit in (self.spec.max_length, context) if limit is not None]
         codec = Codec(self.tokenizer, self.model)
         reward_eos = pools_last_token(self.model) if self._rewarding else None
@@ -171,7 +171,7 @@ class DataProblem:
         with replacing_folder(self.folder) as folder:
             pack(encoded, folder, info, self._progress)
             if not info()["examples"]:
-                why = f"; {data.unwanted} are labelled as not wanted" if data.unwanted else ""
+                why = f"; {data.unwanted} are labeled as not wanted" if data.unwanted else ""
                 why += f"; {data.rejected.rows[0].where}: {data.rejected.rows[0].reason}" if data.rejected.rows else ""
                 raise UserError(f"{self.spec.data}: none of {data.read} rows is usable{why}")
         return info()

@@ -1,4 +1,4 @@
-"""The names that suites and command lines use: of tasks, their faces, algorithms and folders."""
+"""The names that suites and command lines use: of tasks, their kinds of env, algorithms and folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder_name(task: str) -> str:
 
 
 def base_task(name: str) -> tuple[str, str]:
-    """The registered task and the face that a name means: ``"reviews-bandit"`` is ``("reviews", "bandit")``."""
+    """The registered task and the kind of env that a name means: ``"reviews-bandit"`` is ``("reviews", "bandit")``."""
     from lm_envs.tasks import TASKS
 
     if name not in TASKS and name.endswith(_BANDIT):

@@ -65,7 +65,7 @@ LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What the numbers depend on besides the settings; of this package its files too, whatever version they say."""
+    """What the numbers depend on apart from the settings; of this package its files too, whatever version they say."""
     beside = [import_module(f"{lm_envs.__name__}.{name}") for name in ("kernels", "algos", "benchmarks")]
     folders = [Path(path) for module in (lm_envs, *beside) for path in module.__path__]
     ours = sorted({file for folder in folders for file in folder.rglob("*.py")})
@@ -265,7 +265,7 @@ class _Run:
         self.checkpoints.save(problem.agent.iterations_done, tensors, state)
 
     def _resume(self, problem: Problem) -> None:
-        """Continue from the newest whole checkpoint, or start anew; what was recorded after it is forgotten."""
+        """Continue from the newest whole checkpoint, or start from scratch; what was recorded after it is forgotten."""
         agent, records = problem.agent, (self.metrics, self.samples)
         assert agent is not None
         found = self.checkpoints.newest(records)

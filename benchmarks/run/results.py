@@ -162,7 +162,7 @@ SHOWN = (
         "gradient_cosine",
         "gradient cosine",
         3,
-        "of the algorithm's mean first step, half-way to the optimum, with the exact policy gradient: 1 has no "
+        "of the algorithm's mean first step, halfway to the optimum, with the exact policy gradient: 1 has no "
         "bias; estimated from 65,536 episodes in batches of the algorithm's size",
     ),
     _aside("length", "length", 1, "tokens per response"),
@@ -243,7 +243,7 @@ def title(lines: Sequence[Line]) -> str:
 
 
 def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
-    """The table for a terminal of so many characters; a narrow one gets fewer columns, the last ones first."""
+    """The table for a terminal of this width; a narrow one gets fewer columns, the last ones first."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -153,7 +153,7 @@ class Records:
             return size == 0
 
     def cut(self, size: int) -> None:
-        """Forget everything after so many bytes."""
+        """Drop everything after this many bytes."""
         if size:
             os.truncate(self.path, size)
         else:
@@ -220,7 +220,7 @@ class Checkpoints:
             OSError: the disk is full or cannot be written.
         """
         final = self.folder / f"checkpoint-{iteration:06d}"
-        # safetensors' own writer reports a full disk as an error of its own kind: serialise, and let Python write.
+        # safetensors' own writer reports a full disk as an error type of its own, so serialize and let Python write.
         data = safetensors.save({name: tensor.contiguous() for name, tensor in tensors.items()})
         try:
             with replacing_folder(final) as folder:
@@ -233,7 +233,7 @@ class Checkpoints:
         return final
 
     def prune(self, keep: int) -> None:
-        """Drop all but the newest so many."""
+        """Drop all but the newest ones."""
         for old in self.paths()[:-keep]:
             shutil.rmtree(old)
 

@@ -170,7 +170,7 @@ class Suite:
         return found
 
     def with_task_options(self, name: str, **options: Any) -> Suite:
-        """The same with more options for the loader of the tasks called ``name`` (and of their bandit face)."""
+        """The same with more options for the loader of the tasks called ``name`` (and of their bandit env)."""
         tasks = tuple(
             replace(task, options={**task.options, **options}) if base_task(task.name)[0] == name else task
             for task in self.tasks

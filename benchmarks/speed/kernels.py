@@ -218,7 +218,7 @@ def _peak(function: Callable[[], Any]) -> int:
     """Resident bytes above what was there just before, at the most; -1 where the system does not say."""
     status = Path("/proc/self/status")
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         return -1
 

@@ -70,7 +70,7 @@ class Settings:
         threads: torch's.
         device: where.
         peaks: measure memory.
-        add: keep the lines of the result that are not measured anew, and of those that are the memory if that is not.
+        add: keep the lines of the result that are not measured again, and of those that are the memory if that is not.
     """
 
     shapes: tuple[str, ...] = ("small", "larger")

@@ -230,7 +230,7 @@ class Work:
         return run
 
     def ppo(self, epochs: int, critic: bool = False, compile: bool = False) -> Callable[[], object]:
-        """A whole iteration; ``critic`` is a model of the policy's size besides, as TRL's."""
+        """A whole iteration; ``critic`` is a separate model of the policy's size, as in TRL."""
         policy = self._policy(compile=compile)
         if critic:
             value_from_reward_model(policy, self.task)

@@ -331,7 +331,7 @@ CONVENTIONS = (
     Convention("prompt", "prompts", ("prompt",), _prompt),
     Convention("text", "demonstrations", ("text",), _whole),
 )
-"""The more columns a convention asks for, the earlier it is tried."""
+"""Conventions with more columns are tried first."""
 ASKED_FOR: dict[Kind, Convention] = {
     "labelled": Convention("text/label", "labelled", ("text", "label"), _labelled),
     "parallel": Convention("prompt/reference", "parallel", ("prompt", "reference"), _parallel),

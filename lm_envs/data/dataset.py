@@ -1,4 +1,4 @@
-"""Examples from any source in any of the field's conventions: prompts, demonstrations, preferences, labelled and
+"""Examples from any source in any of the field's conventions: prompts, demonstrations, preferences, labeled and
 parallel text.
 
 :class:`Examples` reads a source in a stream and says what its rows mean; :mod:`lm_envs.data.tokenizing` makes token ids
@@ -89,7 +89,7 @@ class Examples:
         kind: what the rows are read as.
         rejected: the bad rows of the last pass.
         read: rows of the last pass, bad ones included.
-        unwanted: rows of the last pass whose completion is labelled as not wanted, and which were left out because
+        unwanted: rows of the last pass whose completion is labeled as not wanted, and which were left out because
             demonstrations are imitated.
 
     Raises:

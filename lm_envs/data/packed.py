@@ -1,4 +1,4 @@
-"""Tokenised examples on disk: written in a stream and read a few at a time, so memory stays flat whatever the size.
+"""Tokenized examples on disk: written in a stream and read a few at a time, so memory stays flat whatever the size.
 
 .. code-block:: text
 
@@ -43,7 +43,7 @@ def pack(
     info: Callable[[], Mapping[str, Any]],
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Write a folder of tokenised examples.
+    """Write a folder of tokenized examples.
 
     Args:
         encoded: a stream.

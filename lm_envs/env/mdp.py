@@ -53,10 +53,10 @@ class TextMDP:
         min_new_tokens: EOS is masked before that many tokens; None takes the task's.
         missing_eos: ``("replace", x)`` makes x the score of a response without EOS, ``("subtract", x)`` takes x off it
             (completion only, before the KL penalty); None leaves the score alone.
-        group_size: so many consecutive episodes start from the same prompt.
+        group_size: number of consecutive episodes that start from the same prompt.
         reference_top_k: in each state only the k tokens that the reference finds likeliest are allowed; None allows
             all. The idea behind NLPO (Ramamurthy et al. 2023, section 4), with the mask taken from the reference: it is
-            frozen, so the mask is a function of the state, and policy and reference alike are renormalised over it.
+            frozen, so the mask is a function of the state, and policy and reference alike are renormalized over it.
 
     Attributes:
         kl_coef: the weight of the penalty now; whatever sets it sets it here.

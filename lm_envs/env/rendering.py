@@ -12,8 +12,8 @@ from lm_envs.printable import printable
 if TYPE_CHECKING:
     from lm_envs.env.mdp import TextMDP
 
-_FULL_SCALE = 3.0  # nats: a token this much likelier (or less likely) than under the reference has the strongest colour
-_LIKELIER = (224, 218, 212, 206)  # 256-colour palette, pale to strong: the policy says it more than the reference
+_FULL_SCALE = 3.0  # nats: a token this much likelier (or less likely) than under the reference has the strongest color
+_LIKELIER = (224, 218, 212, 206)  # 256-color palette, pale to strong: the policy says it more than the reference
 _RARER = (195, 153, 117, 75)
 
 
@@ -22,7 +22,7 @@ def render_text(mdp: TextMDP, obs: NDArray[np.int64], kl: NDArray[np.float64]) -
 
     Args:
         obs: ``(P + T,)`` int64, -1 where there is no token.
-        kl: ``(T,)`` log pi - log pi_ref of each response token, nats; NaN where unknown (no colour).
+        kl: ``(T,)`` log pi - log pi_ref of each response token, nats; NaN where unknown (no color).
     """
     prompt, response = (row[row >= 0].tolist() for row in (obs[: mdp.prompt_length], obs[mdp.prompt_length :]))
     decode = mdp.task.tokenizer.decode
@@ -32,11 +32,11 @@ def render_text(mdp: TextMDP, obs: NDArray[np.int64], kl: NDArray[np.float64]) -
         # Decode the growing text and show what each token added: spaces and byte-level pieces come out right.
         text = decode(prompt + response[: i + 1])
         piece, before = text[len(before) :], text
-        parts.append(_coloured(printable(piece), kl[i]))
+        parts.append(_colored(printable(piece), kl[i]))
     return "".join(parts)
 
 
-def _coloured(piece: str, kl: float) -> str:
+def _colored(piece: str, kl: float) -> str:
     if np.isnan(kl) or abs(kl) < 0.1:
         return piece
     palette = _LIKELIER if kl > 0 else _RARER

@@ -80,7 +80,7 @@ class Collector:
         self.reset(seed, first_episode)
 
     def reset(self, seed: int, first_episode: int = 0) -> None:
-        """Drop all unfinished episodes and start anew."""
+        """Drop all unfinished episodes and restart."""
         self._seed = seed
         if self._text:
             obs, _ = self.env.reset(seed=seed, options={"first_episode": first_episode})

@@ -231,7 +231,7 @@ class TextRows(Reachable, VectorEnv):
         return self.mdp.action_mask(self._lengths)
 
     def render(self) -> tuple[str, ...] | None:
-        """The text so far of every row; tokens are coloured by their share of the KL where it is known."""
+        """The text so far of every row; tokens are colored by their share of the KL where it is known."""
         if self.render_mode is None:
             return None
         return tuple(

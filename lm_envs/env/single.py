@@ -53,7 +53,7 @@ class _SingleRow(Reachable, gymnasium.Env):
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(infos)
 
     def render(self) -> str | None:
-        """The text so far, tokens coloured by their share of the KL."""
+        """The text so far, tokens colored by their share of the KL."""
         rows = self._vector.render()
         return None if rows is None else rows[0]
 

@@ -165,7 +165,7 @@ class TextBanditVectorEnv(TextRows):
         self._lengths[rows] = lengths
         self._done[rows] = True
         self._whole[rows] = reported[rows]
-        # The parts of a reward per token have nowhere else to go in one step: the bandit's reward is their sum.
+        # The parts of a reward per token cannot be paid one by one in a single step: the bandit's reward is their sum.
         self._score[rows] = self.mdp.score(self._prompt_index[rows], response).sum(axis=1)
         rewards[rows] = self._score[rows]
         if self.mdp.charged_kl_coef > 0:

@@ -35,7 +35,7 @@ def refuse_config(config: Any, what: str) -> None:
     if quantised:
         method = (quantised.get("quant_method") if isinstance(quantised, dict) else None) or "some method"
         raise ValueError(
-            f"{what}: its weights are quantised by {method}: they cannot be trained, nor copied as a reference; "
+            f"{what}: its weights are quantized by {method}: they cannot be trained, nor copied as a reference; "
             "save it in full precision (model.dequantize(), then save_pretrained) and load it with dtype bfloat16"
         )
     if settings.get("is_decoder") is False and not settings.get("is_encoder_decoder"):

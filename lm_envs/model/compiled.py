@@ -1,6 +1,6 @@
 """Decoding in shapes that never change, so that ``torch.compile`` makes one program of a step: an option.
 
-Prompts are read as ever, into a growing cache; then their columns are copied to buffers of one size, on which the
+Prompts are read as usual, into a growing cache; then their columns are copied to buffers of one size, on which the
 program runs. Rows that have finished stay until all have.
 """
 
@@ -26,7 +26,7 @@ from lm_envs.model.tokens import names_argument
 Backend = Literal["inductor", "eager", None]  # "eager" traces and compiles nothing, None does not even trace
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-COLUMNS = 64  # buffers have a multiple of so many columns
+COLUMNS = 64  # the columns of buffers are a multiple of this
 # What models raise where they count on a cache of transformers' own, or on a size that is a number.
 TRIED: Backend = "eager"  # what a model is tried with before it is used
 _INSTEAD = "do without compile=True (--compile on the command line)"
@@ -65,7 +65,7 @@ class FixedLayer(StaticLayer):
 
 
 class _Program:
-    """A step of so many rows and columns, with the memory it works on."""
+    """A step of a fixed number of rows and columns, with its memory."""
 
     def __init__(self, model: PreTrainedModel, like: RowCache, rows: int, columns: int, backend: Backend) -> None:
         device = model.device
@@ -161,7 +161,7 @@ class FixedRows:
 
     @torch.no_grad()
     def prefill(self, prompts: Tensor) -> Tensor:
-        """Start all rows anew. ``prompts`` is ``(n, P)``, left-padded with -1; logits ``(n, V)``."""
+        """Restart all rows. ``prompts`` is ``(n, P)``, left-padded with -1; logits ``(n, V)``."""
         held = RowCache(self.model)
         logits = held.prefill(prompts)
         count, width = prompts.shape

@@ -107,7 +107,7 @@ class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
     It compares each observation with the last one it saw: rows that grew by one token take one cached step together,
-    all others are computed anew. Callers never manage a cache and cannot get a stale answer. A model whose cache has no
+    all others are recomputed. Callers never manage a cache and cannot get a stale answer. A model whose cache has no
     rows that can be exchanged (:func:`~lm_envs.model.kv_cache_cross.rows_of`) is computed in full each time.
 
     Args:

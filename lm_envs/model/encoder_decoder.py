@@ -1,4 +1,4 @@
-"""Encoder-decoder models (T5, BART and their kin) as policies: the encoder reads the prompt, the decoder writes the
+"""Encoder-decoder models (T5, BART and others) as policies: the encoder reads the prompt, the decoder writes the
 response.
 
 What the rest of the project asks of a language model is the same for both kinds: logits before every response token,

@@ -27,7 +27,7 @@ def fuse(model: M) -> M:
 def fuse_activations(model: M) -> M:
     """Let torch compute the tanh form of GELU in one operation instead of eight; changes ``model`` and returns it.
 
-    GPT-2 and its kin spell the formula out (Hendrycks and Gimpel 2016, eq. 3), which reads and writes the widest
+    GPT-2 and similar models spell the formula out (Hendrycks and Gimpel 2016, eq. 3), which reads and writes the widest
     hidden layer eight times and keeps five copies of it for backward. The results are equal up to rounding; parameters,
     state dict and config stay as they are.
     """

@@ -263,7 +263,7 @@ class RowCache:
 
     @torch.no_grad()
     def prefill(self, obs: Tensor) -> Tensor:
-        """Start all rows anew. ``obs`` is ``(B, L)``, each row's tokens together, -1 elsewhere; logits ``(B, V)``."""
+        """Restart all rows. ``obs`` is ``(B, L)``, each row's tokens together, -1 elsewhere; logits ``(B, V)``."""
         obs = right_align(obs)
         self.cache = self._new_cache()
         self.lengths = (obs >= 0).sum(dim=1)  # (B,)

@@ -94,7 +94,7 @@ class CrossRowCache(RowCache):
 
     @torch.no_grad()
     def prefill(self, obs: Tensor) -> Tensor:
-        """Start all rows anew. ``obs`` is ``(B, P + response_places)``, the prompt left-padded and the response
+        """Restart all rows. ``obs`` is ``(B, P + response_places)``, the prompt left-padded and the response
         right-padded with -1; logits ``(B, V)``."""
         prompt, response = obs.split([obs.shape[1] - self._places, self._places], dim=1)
         inputs = encoder_inputs(prompt)

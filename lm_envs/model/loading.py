@@ -110,7 +110,7 @@ def load_policy(
         base = load_policy(base_of(place, what), f"the base of {what}", placement, recompute=recompute)
         return with_adapters(base, place, what)
     if _has_encoder(_place(name, what)):
-        # BART and its kin are in both lists; with their encoder they are saved as what they are.
+        # BART and similar models are in both lists; with their encoder they are saved as what they are.
         kind, heads, called = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder-decoder"
     else:
         kind, heads, called = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal"
@@ -247,7 +247,7 @@ def read_config(place: str, what: str) -> Any:
     """Read a model's ``config.json``.
 
     Raises:
-        ValueError: it is broken, of no known family, or asks for code of its own.
+        ValueError: it is broken, of an unknown family, or requires custom code.
     """
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=False)

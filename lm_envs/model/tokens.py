@@ -62,7 +62,7 @@ def names_argument(model: nn.Module, name: str) -> bool:
 def context_of(model: nn.Module) -> int | None:
     """Return the most tokens a model reads at once, None where its config does not say.
 
-    RoBERTa and its kin number positions from the one behind the pad id: 514 places are 512 tokens.
+    RoBERTa and similar models number positions from the one behind the pad id: 514 places are 512 tokens.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
     tables = (getattr(module, "position_embeddings", None) for module in model.modules())

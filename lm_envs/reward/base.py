@@ -377,7 +377,7 @@ class Standardise:
     def __init__(self, reward: AnyReward, mean: float, std: float) -> None:
         if not (np.isfinite(mean) and np.isfinite(std) and std > 0):
             raise ValueError(
-                f"standardising {reward_name(reward)!r} needs a finite mean and a positive std, got {mean} and {std}"
+                f"standardizing {reward_name(reward)!r} needs a finite mean and a positive std, got {mean} and {std}"
             )
         self.reward, self.mean, self.std = reward, mean, std
         self.__name__ = f"standardise({reward_name(reward)})"
@@ -386,7 +386,7 @@ class Standardise:
         """As any reward."""
         values = scores_or_nan(self.reward, given)
         if values.ndim == 2:
-            raise ValueError(f"reward {reward_name(self.reward)!r} is dense: standardising it would pay for length")
+            raise ValueError(f"reward {reward_name(self.reward)!r} is dense: standardizing it would pay for length")
         return _with_nones((values - self.mean) / self.std)
 
 

@@ -68,7 +68,7 @@ class ChatEndpoint:
         attempts: the most attempts per request.
         backoff: seconds: the wait before attempt k + 1 is uniform up to ``backoff * 2**(k - 1)``, "full jitter", and
             at least as long as the server's Retry-After.
-        longest_wait: seconds; a server that asks for more is an error.
+        longest_wait: seconds; a longer Retry-After is an error.
         cache: a folder for answers, None for no cache. An answer's name is a hash of URL, model and request.
 
     Raises:
@@ -175,7 +175,7 @@ class ChatEndpoint:
 
     def _wait(self, attempt: int, asked: float | None) -> float:
         jitter = random.uniform(0, min(self.backoff * 2 ** min(attempt - 1, 60), self.longest_wait))
-        return jitter if asked is None else asked + jitter / 4  # so that all who wait do not come back at once
+        return jitter if asked is None else asked + jitter / 4  # so that waiting requests do not all return at once
 
     def _key(self) -> str:
         key = os.environ.get(self.key_variable, "").strip()

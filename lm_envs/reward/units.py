@@ -43,7 +43,7 @@ def in_units_of(reward: Any, samples: Samples) -> Any:
     """
     name, scores = reward_name(reward), scores_or_nan(reward, samples.given)
     if scores.ndim == 2:
-        raise ValueError(f"reward {name!r} is dense: standardising it would pay for length")
+        raise ValueError(f"reward {name!r} is dense: standardizing it would pay for length")
     return standardised(reward, *moments(scores[~np.isnan(scores)], name))
 
 

@@ -87,7 +87,7 @@ class TextTask:
     columns: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Freeze the models: the reference is what KL is measured from, and who trains the policy takes a copy.
+        """Freeze the models: the reference is what KL is measured from, and training uses a copy of the start.
 
         Raises:
             ValueError: a column has another length than its prompts, or a name that rewards use for something else.

@@ -1,4 +1,4 @@
-"""A task made of the user's own labelled text: a language model and a byte-level tokenizer trained on it, a reward
+"""A task made of the user's own labeled text: a language model and a byte-level tokenizer trained on it, a reward
 model learned from the labels of one half of the training texts, and a judge of another kind learned from the labels
 of the other half.
 
@@ -57,7 +57,7 @@ class CorpusConfig(own_text.OwnTextConfig):
         prompt_tokens: openings of more tokens are left out.
         max_new_tokens: the horizon.
         min_new_tokens: EOS is masked before that many tokens: short texts would pay the least KL penalty.
-        max_tokens: longer texts are cut to their first so many tokens for the language model and the reward model.
+        max_tokens: longer texts are cut to this many tokens for the language model and the reward model.
         hidden, layers, heads: size of the language model, and of the reward model, which starts from it.
         lm_steps, lm_epochs: the language model's training, whichever is over first.
         lm_batch, lm_learning_rate: tokens per step, and AdamW's peak rate.
@@ -103,7 +103,7 @@ class CorpusConfig(own_text.OwnTextConfig):
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
-    """The task of a JSONL file of labelled texts; made on first use, which shows progress bars, and read from the
+    """The task of a JSONL file of labeled texts; made on first use, which shows progress bars, and read from the
     cache afterwards.
 
     Args:

@@ -54,7 +54,7 @@ class TextJudge:
 
     @classmethod
     def fit(cls, texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: float = 10.0) -> TextJudge:
-        """Learn from labelled texts, at least one of either label.
+        """Learn from labeled texts, at least one of each label.
 
         Args:
             inverse_penalty: C of scikit-learn: smaller is smoother.

@@ -227,7 +227,7 @@ class TableLM(PreTrainedModel):
 
     config_class = TableLMConfig
     main_input_name = "input_ids"
-    _lm_envs_recompute = True  # lm_envs.model.kv_cache.RECOMPUTE: looking a row up anew costs nothing
+    _lm_envs_recompute = True  # lm_envs.model.kv_cache.RECOMPUTE: looking a row up again costs nothing
 
     def __init__(self, config: TableLMConfig) -> None:
         super().__init__(config)
@@ -288,7 +288,7 @@ class TableLM(PreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         rows, known = self.states(input_ids, attention_mask)
         rows, known = rows[:, -logits_to_keep:], known[:, -logits_to_keep:]
-        # Looking a row up is the product with a one-hot state, which is made only for those who want to see it.
+        # Looking a row up is the product with a one-hot state, which is made only if it is requested.
         if not output_hidden_states and not self.lm_head._forward_pre_hooks:
             return CausalLMOutput(logits=self.lm_head.weight.T[rows].masked_fill(~known.unsqueeze(-1), 0.0))
         weight = self.lm_head.weight

@@ -114,7 +114,7 @@ def fast(inner: tokenizers.Tokenizer, padding_side: str) -> PreTrainedTokenizerF
 def token_bundles(sizes: Sequence[tuple[int, ...]], tokens: int) -> list[list[int]]:
     """Indices of texts of nearly one size together, with about as many tokens in each bundle.
 
-    So a step's mean over tokens does not favour short texts.
+    So a step's mean over tokens does not favor short texts.
 
     Args:
         sizes: of each text what it is sorted by; the first number is its tokens.

@@ -1,4 +1,4 @@
-"""Numbers for all texts of at most so many tokens: the tree of prefixes on which small text environments are exact.
+"""Numbers for all texts up to a length: the tree of prefixes on which small text environments are exact.
 
 With n tokens besides EOS, the text ``a_1 .. a_k`` (ranks 0 .. n-1) has the number ``f(a_1 .. a_k) = n f(a_1 .. a_{k-1})
 + 1 + a_k`` and the empty text 0, as in a heap: by length, then lexicographically. A text shorter than the horizon T is

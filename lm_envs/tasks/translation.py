@@ -51,7 +51,7 @@ class TranslationConfig(own_text.OwnTextConfig):
 
     Attributes:
         seed: of the initial weights and the order of training.
-        architecture: "bart" (absolute positions, normalised after each block) or "t5" (relative, before).
+        architecture: "bart" (absolute positions, normalized after each block) or "t5" (relative, before).
         vocabulary: tokens at most, of both languages together.
         prompt_tokens: pairs with a longer prompt are left out.
         max_new_tokens: the horizon; pairs with a longer first reference are left out of training.

@@ -31,7 +31,7 @@ class Pausing:
 
 
 def gold(prompts, completions, **columns) -> list[float]:
-    """Likes "b" and dislikes length: the proxy, which counts b's, can be over-optimised."""
+    """Likes "b" and dislikes length: the proxy, which counts b's, can be over-optimized."""
     return [text.split().count("b") - 0.2 * len(text.split()) for text in completions]
 
 

@@ -200,7 +200,7 @@ def half_way(exact):
 
 @pytest.mark.parametrize("name", ["expert-iteration", "online-dpo", "quark"])
 def test_what_estimates_no_gradient_is_seen(name):
-    """Imitation and preferences lead away from it: half-way to the optimum they pull where the score alone does."""
+    """Imitation and preferences lead away from it: halfway to the optimum they pull where the score alone does."""
     exact = solver(tokens=3)
     policy = TabularPolicy(exact, half_way(exact))
     found, error = estimated(name, exact, policy, group_size=1 if name == "quark" else 4)

@@ -1,4 +1,4 @@
-"""The tabular policy: both faces, both paths, and that it is the table it says."""
+"""The tabular policy: MDP and bandit, both paths, and that it equals its table."""
 
 import pytest
 import torch

@@ -184,7 +184,7 @@ def test_the_pipeline_learns_what_is_wanted(tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch, capsys):
-    """Law 10, for each command; what was tokenised is not tokenised again."""
+    """Law 10, for each command; what was tokenized is not tokenized again."""
     for command, data in (("sft", "demonstrations"), ("dpo", "preferences")):
         arguments = (command, folder / "model", folder / f"{data}.jsonl")
         whole = tmp_path / command / "whole"
@@ -277,7 +277,7 @@ def test_each_stage_is_trained_in_the_precision_and_on_the_device_that_are_asked
         assert "dtype must be one of float32" in refused(capsys, *common, "--dtype", "int4")
         assert "device 'nowhere' cannot be used" in refused(capsys, *common, "--device", "nowhere")
         assert "float16, where gradients" in refused(capsys, *common, "--dtype", "float16")
-        assert not (tmp_path / "wrong").exists()  # although data were tokenised into it
+        assert not (tmp_path / "wrong").exists()  # although data were tokenized into it
 
 
 def test_a_reward_model_starts_from_a_trunk_an_encoder_or_a_reward_model(folder, tmp_path):
@@ -405,4 +405,4 @@ def test_completions_that_are_labelled_as_not_wanted(folder, tmp_path, capsys):
     assert "10 rows left out: their label says that the completion is not wanted" in capsys.readouterr().err
     data = byo.write_jsonl(tmp_path / "f.jsonl", [row | {"label": False} for row in rows])
     arguments = ("sft", "--model", folder / "model", "--data", data, "--out", tmp_path / "none")
-    assert "none of 20 rows is usable; 20 are labelled as not wanted" in refused(capsys, *arguments)
+    assert "none of 20 rows is usable; 20 are labeled as not wanted" in refused(capsys, *arguments)

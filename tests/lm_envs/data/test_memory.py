@@ -1,4 +1,4 @@
-"""A file of 100,000 preferences is read, tokenised and learned from without holding it in memory."""
+"""A file of 100,000 preferences is read, tokenized and learned from without holding it in memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ found = {}
 packed("warm", max_rows=2000)
 found["start"] = peak()
 data = packed(on_bad, on_bad=on_bad)
-found["tokenised"] = peak()
+found["tokenized"] = peak()
 rows = PackedExamples(folder / on_bad, preferences=True)
 train, held = rows.divide(0.05)
 comparisons = Comparisons("test", train)
@@ -83,7 +83,7 @@ def test_memory_is_flat_and_the_broken_row_is_passed_over(folder):
     assert found["bad"] == [[f"line {BROKEN}", "not JSON: Unterminated string starting at column 12"]]
     tokens = (folder / "skip" / "tokens.bin").stat().st_size / 2**20  # MiB
     assert tokens > 200
-    assert found["tokenised"] - found["start"] < 24  # what it wrote is ten times that
+    assert found["tokenized"] - found["start"] < 24  # what it wrote is ten times that
     assert found["learned"] - found["start"] < 96  # the table of rows: six numbers each, some of them more than once
     assert found["kept"] - found["learned"] > 100  # the measure sees what does not stream
 

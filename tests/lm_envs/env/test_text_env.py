@@ -232,7 +232,7 @@ def test_bandit_reads_up_to_the_first_eos(face):
     assert np.squeeze(lm["kl"]) == pytest.approx(-4 - reference)
 
 
-def test_render_shows_text_coloured_by_kl():
+def test_render_shows_text_colored_by_kl():
     env = TextEnv(tiny.task(), kl_coef=0.5, render_mode="ansi")
     env.reset(seed=0)
     plain = env.render()

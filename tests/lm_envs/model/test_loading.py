@@ -229,14 +229,14 @@ def test_refusals_say_why_and_what_to_do(tmp_path):
     llama = random_model("Llama", GROUPED)
     folder = saved(llama, tmp_path / "a", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     message = refused(lambda: load_policy(folder))
-    assert "quantised by bitsandbytes" in message and "cannot be trained" in message and "dequantize" in message
+    assert "quantized by bitsandbytes" in message and "cannot be trained" in message and "dequantize" in message
 
     t5 = transformers.T5Config(vocab_size=10, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
     t5.decoder_start_token_id = 0
     folder = saved(
         transformers.T5ForConditionalGeneration(t5), tmp_path / "c", quantization_config={"quant_method": "x"}
     )
-    assert "quantised by x" in refused(lambda: load_policy(folder))
+    assert "quantized by x" in refused(lambda: load_policy(folder))
 
     code = {"auto_map": {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}}
     folder = saved(llama, tmp_path / "b", model_type="made_up", **code)

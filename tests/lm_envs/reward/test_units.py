@@ -43,7 +43,7 @@ def test_scores_that_are_all_the_same_make_no_units(scores):
 
 
 def test_a_dense_reward_has_no_units():
-    with pytest.raises(ValueError, match="is dense: standardising it would pay for length"):
+    with pytest.raises(ValueError, match="is dense: standardizing it would pay for length"):
         in_units_of(lambda completion_ids: [[1.0] * len(ids) for ids in completion_ids], samples("a", "b"))
 
 
