@@ -56,6 +56,8 @@ COLUMNS = "tests/lm_envs/reward/test_columns.py"
 KL_COEF = "tests/benchmarks/run/test_kl_coef.py"
 JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/test_base.py"
 MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
+STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run/test_one_run.py"
+INPUTS = "tests/benchmarks/run/test_inputs.py"
 RECOMPUTED = "tests/benchmarks/test_recomputed.py"
 SB3 = "tests/algos/other_libraries/test_sb3.py::"
 
@@ -1227,6 +1229,84 @@ MUTATIONS = [
         "only=lambda error: error not in own",
         "only=lambda error: False",
         "tests/lm_envs/test_files.py",
+    ),
+    # What is on disk
+    Mutation(
+        "a checkpoint's hashes are not compared",
+        "benchmarks/run/storage.py",
+        "if (name := damaged(path, made_from if self.run else None)) is not None:",
+        "if (name := None) is not None:",
+        STORAGE,
+    ),
+    Mutation(
+        "a checkpoint of another run is taken",
+        "benchmarks/run/storage.py",
+        'made_from = {"run": self.run, "iteration": int(number)',
+        'made_from = None and {"run": self.run, "iteration": int(number)',
+        STORAGE,
+    ),
+    Mutation(
+        "records that were changed are continued",
+        "benchmarks/run/storage.py",
+        "if r.path.name in known and not r.begins(*known[r.path.name])",
+        "if r.path.name not in known",
+        STORAGE,
+    ),
+    Mutation(
+        "records are known by their size alone",
+        "benchmarks/run/storage.py",
+        "hashlib.sha256(file.read(size)).hexdigest() == sha",
+        "len(file.read(size)) == size",
+        STORAGE,
+    ),
+    Mutation(
+        "resumed metrics are doubled",
+        "benchmarks/run/one_run.py",
+        'each.cut(0 if found is None else found.state["records"][each.path.name][0])',
+        "pass",
+        ONE_RUN,
+    ),
+    Mutation(
+        "a seal is not compared",
+        "benchmarks/run/storage.py",
+        "if not content or found.get(SEAL) != _hash_of(content):",
+        "if not content:",
+        STORAGE,
+    ),
+    Mutation(
+        "changed inputs are not noticed",
+        "benchmarks/run/one_run.py",
+        "if changed := [name for name, before in config",
+        "if changed := [] and [name for name, before in config",
+        INPUTS,
+    ),
+    Mutation(
+        "the fingerprint of a model is that of its config",
+        "benchmarks/run/inputs.py",
+        "if path.suffix in _OF_MODELS and path.is_file():",
+        'if path.name == "config.json":',
+        INPUTS,
+    ),
+    Mutation(
+        "adapters are known without their base",
+        "benchmarks/run/inputs.py",
+        "if is_adapter(folder):",
+        "if False:",
+        INPUTS,
+    ),
+    Mutation(
+        "a hash of a file is remembered by its path alone",
+        "benchmarks/run/inputs.py",
+        "return _hash_once(path, about.st_size, about.st_mtime_ns, about.st_ino)",
+        "return _hash_once(path)",
+        INPUTS,
+    ),
+    Mutation(
+        "a damaged result counts as finished",
+        "benchmarks/run/storage.py",
+        "if (name := damaged(folder, names=names)) is not None:",
+        'if (name := damaged(folder, names=["config.json"])) is not None:',
+        "tests/benchmarks/run/test_one_run.py::test_a_finished_run_that_was_damaged_is_made_again",
     ),
 ]
 

@@ -143,7 +143,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
 
     from lm_envs.benchmarks.run.compare import gone_if_refused
     from lm_envs.benchmarks.run.data_problem import DataProblem
-    from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG, execute
+    from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG, execute, settings_of
     from lm_envs.benchmarks.run.overrides import check_overrides
     from lm_envs.benchmarks.run.progress import display
     from lm_envs.benchmarks.run.workers import StopRequest
@@ -153,7 +153,8 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     opened: list[DataProblem] = []
 
     with gone_if_refused(out, *BEFORE_CONFIG), display(console, 1) as shown:
-        _check_free(out, resume)
+        if settings_of(out) is not None and not resume:
+            raise UserError(f"{out} holds a run already: --resume continues it, another --out starts a new run")
 
         def opener(spec: Any) -> DataProblem:
             opened.append(DataProblem(spec, out, lambda done: shown.say(f"{done:,} examples tokenized")))
@@ -177,19 +178,6 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
                 raise
     _show(out, result)
     return result
-
-
-def _check_free(out: Path, resume: bool) -> None:
-    """Raises UserError where the folder holds a run and it is not to go on, or something else."""
-    if (out / "config.json").exists():
-        if not resume:
-            raise UserError(f"{out} holds a run already: --resume continues it, another --out starts a new comparison")
-        return
-    from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG
-    from lm_envs.benchmarks.run.storage import held_files
-
-    if strange := held_files(out, BEFORE_CONFIG):
-        raise UserError(f"{out} is not empty (it holds {strange[0]!r}): choose another folder with --out")
 
 
 def _about(info: dict[str, Any], out: Path) -> list[str]:

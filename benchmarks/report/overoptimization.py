@@ -34,11 +34,15 @@ from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure.samples import judged
 from lm_envs.benchmarks.report.plots import STYLE, as_png, root
+from lm_envs.benchmarks.run.inputs import fingerprints
 from lm_envs.benchmarks.run.names import load_task
+from lm_envs.benchmarks.run.one_run import versions
 from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.storage import write_json
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv
+from lm_envs.files import write_atomic
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
@@ -262,7 +266,8 @@ def overoptimise(
     """Measure, write and draw; see the module's text for what lies in ``out`` then."""
     curves = measure(task, options, settings, say)
     out.mkdir(parents=True, exist_ok=True)
+    spec = RunSpec(task, settings.algorithm, settings.seed, Plan(), options=options)
     found = {"task": task, "options": options, "settings": asdict(settings), "curves": [asdict(c) for c in curves]}
-    write_json(out / "overoptimisation.json", found)
-    (out / "overoptimisation.png").write_bytes(as_png(draw(curves)))
+    write_json(out / "overoptimisation.json", found | {"inputs": fingerprints(spec), "versions": versions()})
+    write_atomic(out / "overoptimisation.png", as_png(draw(curves)))
     return curves

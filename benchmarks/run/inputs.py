@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,44 +21,41 @@ if TYPE_CHECKING:
     from lm_envs.benchmarks.run.data_problem import DataSpec
     from lm_envs.benchmarks.run.suites import RunSpec
 
-_MODELS = ("model", "policy", "reference", "reward_model")
-_ROWS = ("data", "prompts")
 _OF_MODELS = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
-    """What a run reads, as messages call it, and a hash of what that holds: the bytes of files, of models and data on
-    the hub their commit. What can not be known, such as a hub name without a network, is left out.
+    """What a run reads, as messages call it, and a hash of what that holds: of files their bytes, of models and data on
+    the hub their commit. What cannot be known, such as a hub name without a network, is left out.
     """
     settings = spec.to_json()
-    options = {
-        **settings.get("options", {}),
-        **{name: settings[name] for name in ("model", "data") if name in settings},
-    }
-    found: dict[str, str | None] = {}
-    for name, value in options.items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str):
-                found |= {f"{name} {place!r}": hash_ for place, hash_ in _hashes(name, text)}
+    options = settings.get("options") or {name: settings[name] for name in ("model", "data") if name in settings}
     if "options" in settings:
-        for name, text in (("task", base_task(spec.task)[0]), ("algorithm", spec.algorithm)):
-            if ":" in text:
-                found[f"{name} {text!r}"] = _module(text.rpartition(":")[0])
-    return {name: hash_ for name, hash_ in sorted(found.items()) if hash_ is not None}
+        options |= {"task": base_task(spec.task)[0], "algorithm": spec.algorithm}
+    texts = [
+        (name, text) for name, value in options.items() for text in (value if isinstance(value, list) else [value])
+    ]
+    found = {
+        f"{name} {place!r}": hashed(place)
+        for name, text in texts
+        if isinstance(text, str)
+        for place, hashed in _places(name, text)
+    }
+    return {name: found_hash for name, found_hash in sorted(found.items()) if found_hash is not None}
 
 
-def _hashes(name: str, text: str) -> Iterator[tuple[str, str | None]]:
+def _places(name: str, text: str) -> Iterator[tuple[str, Callable[[str], str | None]]]:
+    """The files and folders that an option names, and what hashes each."""
     if name in ("reward", "judge") and is_spec(text):
-        for part in _sources(parse_reward(text)):
-            if part.kind != "metric":
-                kinds = {"model": _model, "judge": _file}
-                yield part.place, kinds.get(part.kind, _module)(part.place)
-    elif name in _MODELS or name == "judge":
-        yield text, _model(text)
-    elif name in _ROWS:
-        yield text, _rows(text)
+        kinds = {"model": _model, "judge": _file, "file": _file, "module": _module}
+        yield from ((part.place, kinds[part.kind]) for part in _sources(parse_reward(text)) if part.kind in kinds)
+    elif name in ("task", "algorithm"):
+        yield text.rpartition(":")[0], _module
+    elif name in ("model", "policy", "reference", "reward_model", "judge"):
+        if (name, text) != ("reference", "base"):  # the model under adapters, which is hashed with them
+            yield text, _model
     else:
-        yield text, _file(text)
+        yield text, _rows if name in ("data", "prompts") else _file
 
 
 def _sources(spec: Spec) -> Iterator[Source]:
@@ -91,11 +88,11 @@ def _rows(place: str) -> str | None:
 
 
 def _module(name: str) -> str | None:
-    """Of a Python file, or of a module's."""
+    """Of a Python file, or of a module's; "" is none of the user's."""
     if name.endswith(".py"):
         return _file(name)
     try:
-        found = find_spec(name)
+        found = find_spec(name) if name else None
     except (ImportError, ValueError):
         return None
     return None if found is None or found.origin is None else _file(found.origin)

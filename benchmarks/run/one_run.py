@@ -130,8 +130,10 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if path.exists():
         return read_sealed(path)
-    if folder.is_dir() and held_files(folder, BEFORE_CONFIG):
-        raise UserError(f"{path} is gone: restore it, or delete {folder} and run again")
+    if folder.is_dir() and (held := held_files(folder, BEFORE_CONFIG)):
+        raise UserError(
+            f"{folder} is not empty (it holds {held[0]!r}) and has no config.json: restore it, or choose another --out"
+        )
     return None
 
 

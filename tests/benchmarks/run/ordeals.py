@@ -1,10 +1,10 @@
 """Commands that are killed at a file operation, or whose folders are damaged, and then go on; in forked processes.
 
-    python -m tests.benchmarks.run.ordeals kill sft 1        killed at each operation (7: at every seventh)
-    python -m tests.benchmarks.run.ordeals raise sft 1       the operation fails instead, as on a full disk
-    python -m tests.benchmarks.run.ordeals damage sft 20     twenty damages of its folder, finished or half-finished
+    python -m tests.benchmarks.run.ordeals sft kill=1 raise=7 damage=20
 
-The last line says how many there were; each fault is a line before it, and the status is 1.
+kills ``sft`` at each operation on a file, lets every seventh fail as on a full disk, and damages its folder, finished
+or half-finished, twenty times. Other commands: COMMANDS; several with commas between. Faults are printed, and the
+status is then 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import functools
 import gc
 import io
 import json
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ from lm_envs.benchmarks.report import html
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
 
+Outcome = tuple[str, str | None]
+"""What happened, and what was wrong after it."""
 KILLED = 137
 COMMANDS = ("train", "compare", "sft", "reward-model", "dpo")
 _PPO = ("episodes=4", "epochs=1", "minibatches=1")
@@ -256,9 +257,8 @@ def facts(out: Path) -> dict[str, Any]:
 class Ordeal:
     """A command, and what it gives where nothing happens to it."""
 
-    def __init__(self, root: Path, command: str) -> None:
-        self.root, self.command, self.words = root, command, arguments(root, command)
-        self.watch = Watch()
+    def __init__(self, root: Path, command: str, watch: Watch) -> None:
+        self.root, self.command, self.watch, self.words = root, command, watch, arguments(root, command)
         torch.set_num_threads(1)
         gc.collect()
         gc.freeze()
@@ -314,8 +314,15 @@ class Ordeal:
             wrong -= {str(place.relative_to(out)) for place in (damaged, damaged.parent)}
         return f"other {sorted(wrong)}: {said}" if wrong else None
 
-    def struck(self, every: int, act: Callable[[], None]) -> Iterator[tuple[str, str | None]]:
-        """For operations that the command is struck at, what went wrong."""
+    def killed(self, every: int) -> Iterator[Outcome]:
+        """Killed at every so manyth operation, and continued."""
+        return self._struck(every, die)
+
+    def failed(self, every: int) -> Iterator[Outcome]:
+        """The operation fails, as on a full disk; then the command goes on."""
+        return self._struck(every, full)
+
+    def _struck(self, every: int, act: Callable[[], None]) -> Iterator[Outcome]:
         for at in range(1 + (every > 1), self.operations + 1, every):
             out = self.root / "struck"
             status, said = self.run(out, at, act)
@@ -327,11 +334,11 @@ class Ordeal:
             yield f"operation {at}", wrong or self.goes_on(out)
             shutil.rmtree(out, ignore_errors=True)
 
-    def damaged(self, count: int, seed: int) -> Iterator[tuple[str, str | None]]:
-        """For random damages of the finished folder and of one that was killed, what went wrong."""
+    def damaged(self, count: int) -> Iterator[Outcome]:
+        """Random damages of the finished folder and of one that was killed, from which the command goes on."""
         half = self.root / "half"
         self.run(half, self.operations * 3 // 5)
-        rng = random.Random(seed)
+        rng = random.Random(self.command)
         for _ in range(count):
             out = self.root / "damaged"
             source = rng.choice([self.whole, half])
@@ -344,25 +351,26 @@ class Ordeal:
             shutil.rmtree(out)
 
 
-def main(kind: str, command: str, number: int, seed: int = 0) -> int:
-    """Carry one out and print its faults; how many."""
+def main(commands: Sequence[str], wanted: Sequence[str]) -> int:
+    """Carry them out and print their faults; how many."""
     html.figures = lambda series: {}  # drawing takes most of the time, and is written as the rest is
-    with tempfile.TemporaryDirectory() as root:
-        ordeal = Ordeal(Path(root), command)
-        found = {
-            "kill": functools.partial(ordeal.struck, number, die),
-            "raise": functools.partial(ordeal.struck, number, full),
-            "damage": functools.partial(ordeal.damaged, number, seed),
-        }[kind]()
-        results = list(found)
-        wrong = [(where, what) for where, what in results if what is not None]
-        for where, what in wrong:
-            print(f"{command}, {where}: {what}")
-        print(f"{command}: {len(results) - len(wrong)} of {len(results)} ({ordeal.operations} operations)")
-        return len(wrong)
+    watch, faults = Watch(), 0
+    for command in commands:
+        with tempfile.TemporaryDirectory() as root:
+            ordeal = Ordeal(Path(root), command, watch)
+            kinds = {"kill": ordeal.killed, "raise": ordeal.failed, "damage": ordeal.damaged}
+            for each in wanted:
+                kind, _, number = each.partition("=")
+                results = list(kinds[kind](int(number)))
+                wrong = [(where, what) for where, what in results if what is not None]
+                for where, what in wrong:
+                    print(f"{command}, {kind}, {where}: {what}")
+                right = len(results) - len(wrong)
+                print(f"{command}, {kind}: {right} of {len(results)} ({ordeal.operations} operations)", flush=True)
+                faults += len(wrong)
+    return faults
 
 
 if __name__ == "__main__":
-    faults = main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
-    sys.stdout.flush()
+    faults = main(sys.argv[1].split(","), sys.argv[2:])
     os._exit(faults > 0)  # quicker than taking apart what every fork had

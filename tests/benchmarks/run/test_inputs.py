@@ -60,7 +60,7 @@ def custom(task: str = "custom", **options: object) -> RunSpec:
         (lambda root: scaled(root / "judge"), "judge 'judge'"),
         (lambda root: edited(root / "prompts.jsonl"), "prompts 'prompts.jsonl'"),
         (lambda root: edited(root / "my_reward.py"), "reward 'my_reward.py'"),
-        (lambda root: edited(root / "my_task.py"), "task 'my_task:load'"),
+        (lambda root: edited(root / "my_task.py"), "task 'my_task'"),
         (lambda root: (root / "prompts.jsonl").unlink(), "prompts 'prompts.jsonl'"),
     ],
 )
@@ -126,5 +126,5 @@ def test_changed_inputs_are_refused_and_other_versions_told_once(begun, monkeypa
 def test_a_run_without_its_config_is_refused(begun):
     spec, folder = begun
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json is gone: restore it"):
+    with pytest.raises(UserError, match="has no config.json: restore it"):
         execute(spec, folder.parents[2])

@@ -14,6 +14,7 @@ import pytest
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import Interrupted, UserError
+from lm_envs.benchmarks.run import one_run
 from lm_envs.benchmarks.run.one_run import execute, settings_of
 from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.storage import Checkpoints, Records
@@ -241,6 +242,21 @@ def test_finished_runs_are_not_run_again_and_other_settings_are_refused(whole):
         execute(spec(overrides={**SETTINGS, "clip": 0.3}), whole)
 
 
+@pytest.mark.parametrize("name", ["result.json", "samples.jsonl", "model/model.safetensors"])
+def test_a_finished_run_that_was_damaged_is_made_again(tmp_path, name):
+    run = spec(plan=Plan(2, None, 8, 8, 0, 20), overrides={"episodes": 8, "epochs": 1})
+    first = execute(run, tmp_path)
+    path = tmp_path / run.label / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + b"12345678\n")
+    with pytest.warns(UserWarning, match=f"{name} was damaged after the run was finished"):
+        again = execute(run, tmp_path)
+    assert {k: v for k, v in again.items() if not k.endswith("_s")} == {
+        k: v for k, v in first.items() if not k.endswith("_s")
+    }
+    assert name == "result.json" or path.read_bytes() == whole
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole):
     out = tmp_path / "out"
     suite = write_suite(tmp_path)
@@ -272,6 +288,23 @@ def test_ctrl_c_with_workers_saves_every_run(tmp_path):
     for record in records:
         saved = Checkpoints(record.path.parent / "checkpoints").newest()
         assert saved.iteration == record.read()[-1]["iteration"]
+
+
+def test_a_folder_in_use_names_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(one_run, "_WAIT_FOR_OTHER_S", 0)
+    caught = []
+
+    def intrude() -> bool:
+        with pytest.raises(
+            UserError, match=f"process {os.getpid()} on .* is at work in .*: wait for it, or end it"
+        ) as e:
+            execute(spec(), tmp_path)
+        caught.append(e)
+        return True
+
+    with pytest.raises(Interrupted):
+        execute(spec(), tmp_path, should_stop=intrude)
+    assert len(caught) == 1
 
 
 def test_a_run_of_few_iterations_has_a_learning_curve_too(tmp_path):

@@ -1,0 +1,39 @@
+"""Law 10 wherever a process can be killed, a disk be full or a file be damaged: the same run, or one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.benchmarks.run.ordeals import COMMANDS
+from tests.house import CHECKOUT
+
+
+def carried_out(command: str, *wanted: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.run.ordeals", command, *wanted],
+        cwd=CHECKOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_some_kills_failures_and_damages():
+    said = carried_out("train,dpo", "kill=60", "raise=120", "damage=3")
+    assert [line.split(" of ")[0] for line in said] == [
+        f"{command}, {kind}" for command in ("train", "dpo") for kind in ("kill: 3", "raise: 2", "damage: 3")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_operation_and_twenty_damages(command):
+    said = carried_out(command, "kill=1", "raise=1", "damage=20")
+    print("\n".join(said))
+    assert "20 of 20" in said[2]
