@@ -81,7 +81,7 @@ def page(held: dict[str, Any], series: list[Series], made: dict[tuple[str, str],
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} – lm-envs</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head><body>'
-        f"<h1>{escape(name)}</h1><p>{escape(held.get('description', ''))}</p>{sections}{_settings(series)}"
+        f"<h1>{_text(name)}</h1><p>{_text(held.get('description', ''))}</p>{sections}{_settings(series)}"
         "</body></html>\n"
     )
 
@@ -122,8 +122,8 @@ def _section(task: str, series: list[Series], made: dict[tuple[str, str], Figure
     described = series[0].config.get("task", {})
     stats = described.get("stats") or {}
     facts = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in stats.items())
-    text = [f"<h2>{escape(task)}</h2>"]
-    text.append(f'<p class="note">{escape(described.get("description", ""))}{" " + escape(facts) if facts else ""}</p>')
+    text = [f"<h2>{_text(task)}</h2>"]
+    text.append(f'<p class="note">{_text(described.get("description", ""))}{" " + escape(facts) if facts else ""}</p>')
     if headline(lines):
         text.append(f'<p class="headline">{escape(headline(lines))}</p>')
     text.append(_table(series, lines, style))
@@ -153,7 +153,7 @@ def _table(series: list[Series], lines: Sequence[Line], style: Style) -> str:
     for s, line in zip(series, lines, strict=True):
         best = ' class="best"' if golds and line.mean["gold"] == max(golds) else ""
         cells = "".join(f"<td>{escape(cell(line, column))}</td>" for column in columns)
-        name = f'<td class="text">{_dot(s, style[s.algorithm][0])}{escape(s.label)}</td>'
+        name = f'<td class="text">{_dot(s, style[s.algorithm][0])}{_text(s.label)}</td>'
         body.append(f"<tr{best}>{name}<td>{len(line.seeds)}</td>{cells}</tr>")
     meanings = "; ".join(f"{column.title}: {column.meaning}" for column in columns if column.meaning)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in [*footnotes(lines), meanings + "."])
@@ -192,7 +192,7 @@ def _samples(series: list[Series], style: Style) -> str:
     for i, why in chosen_prompts(samples):
         first = next(iter(samples.values()))[i]
         reason = f' <span class="note">({escape(why)})</span>' if why else ""
-        text.append(f'<p class="prompt"><b>{escape(first["prompt"])}</b> …{reason}</p><div class="scroll"><table>')
+        text.append(f'<p class="prompt"><b>{_text(first["prompt"])}</b> …{reason}</p><div class="scroll"><table>')
         text.append(
             '<tr><th class="text">method</th><th class="text">continuation</th><th>gold</th><th>proxy</th>'
             '<th title="log of its probability under the policy over that under SFT, nats">log-ratio</th></tr>'
@@ -206,8 +206,8 @@ def _samples(series: list[Series], style: Style) -> str:
             ratio = math.nan if s.results[0].get("kl_is_bound") else found["kl"]
             figures_ = "".join(f"<td>{_figure(value)}</td>" for value in (found["gold"], found["proxy"], ratio))
             text.append(
-                f'<tr><td class="text">{_dot(s, style[s.algorithm][0])}{escape(s.label)}</td>'
-                f'<td class="text wide">{escape(found["response"])}{end}</td>{figures_}</tr>'
+                f'<tr><td class="text">{_dot(s, style[s.algorithm][0])}{_text(s.label)}</td>'
+                f'<td class="text wide">{_text(found["response"])}{end}</td>{figures_}</tr>'
             )
         text.append("</table></div>")
     return "".join(text)
@@ -231,7 +231,7 @@ def _settings(series: list[Series]) -> str:
             "task options": run.get("options"),
         }
         rows = "".join(
-            f'<tr><td class="text">{escape(part)}</td><td class="text wide"><code>{escape(_pairs(values))}</code></td>'
+            f'<tr><td class="text">{escape(part)}</td><td class="text wide"><code>{_text(_pairs(values))}</code></td>'
             "</tr>"
             for part, values in parts.items()
             if values
@@ -239,6 +239,11 @@ def _settings(series: list[Series]) -> str:
         where = f"{folder_name(s.task)}/{s.algorithm}"
         text.append(f"<details><summary>{escape(where)}</summary><table>{rows}</table></details>")
     return "".join(text)
+
+
+def _text(text: str) -> str:
+    """Text of the user's or the policy's, so that its direction and its markup end with it."""
+    return f"<bdi>{escape(text)}</bdi>"
 
 
 def _pairs(values: dict[str, Any]) -> str:

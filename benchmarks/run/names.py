@@ -14,7 +14,8 @@ from lm_envs.settings import near
 if TYPE_CHECKING:
     from lm_envs.tasks.base import TextTask
 
-_BEST_OF = re.compile(r"best-of-([1-9]\d*)")
+_BEST_OF = re.compile(r"best-of-([1-9]\d{0,4})")
+_OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _BANDIT = "-bandit"
 
 
@@ -47,7 +48,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
         module, _, function = name.partition(":")
         try:
             found = find_spec(module)
-        except ModuleNotFoundError:  # of a parent package
+        except (ModuleNotFoundError, ValueError):  # of a parent package; of a script
             found = None
         if found is None:
             raise UserError(
@@ -87,7 +88,10 @@ def check_task(name: str) -> None:
         if "task" in spec.kwargs:
             bandit = _BANDIT if "Bandit" in name else ""
             raise UserError(f"{name!r} is called {spec.kwargs['task'] + bandit!r} here: use that name")
-    elif ":" not in name and base_task(name)[0] not in TASKS:
+    elif ":" in name:
+        if not _OWN.fullmatch(base_task(name)[0]):
+            raise UserError(f"no task {name!r}: one of your own is module:function, as in my_tasks.reviews:load")
+    elif base_task(name)[0] not in TASKS:
         known = [*TASKS, *(task + _BANDIT for task in TASKS)]
         raise UserError(f"no task {name!r}: {near(name, known)} (`lm-envs tasks` lists them)")
 
@@ -97,10 +101,10 @@ def check_algorithm(name: str) -> None:
 
     if name == "sft" or best_of(name) is not None:
         return
+    if name.startswith("best-of-"):
+        raise UserError(f"no algorithm {name!r}: best-of-n needs a whole number n from 1 to 99999, as in best-of-16")
     if meant := re.fullmatch(r"(?:best[-_ ]?of|bo)[-_ ]?n?[-_= ]?([1-9]\d*)", name, re.IGNORECASE):
         raise UserError(f"no algorithm {name!r}: did you mean 'best-of-{meant[1]}'?")
-    if re.fullmatch(r"best-of-.*", name):
-        raise UserError(f"no algorithm {name!r}: best-of-n needs a whole number n of at least 1, as in best-of-16")
     if name not in trainable():
         raise UserError(
             f"no algorithm {name!r}: {near(name, ['sft', 'best-of-16', *trainable()])} (`lm-envs tasks` lists them)"

@@ -59,7 +59,7 @@ Notify = Callable[[dict[str, Any]], None]
 _WAIT_FOR_OTHER_S = 20
 _RNG = "rng.torch"
 _FOLDERS = ("checkpoints", "data", "model", "tensorboard")
-BEFORE_CONFIG = (".lock", "data")  # what may lie in a folder without a config.json
+BEFORE_CONFIG = (".lock", "data", "log.txt")  # what may lie in a folder without a config.json
 LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take few, large iterations
 
 

@@ -1,32 +1,29 @@
 """Runs in processes of their own, several at a time: for many cores and small models.
 
-A worker (``python -m lm_envs.benchmarks.run.workers``) reads a job per line from its standard input and writes an
-event per
-line to its standard output, both JSON, so it pays for its imports and its task once. When the parent is gone it stops
-at its next event.
+A worker pays for its imports and its task once, and carries out one run after another. What it prints is in the run's
+``log.txt``. It ends with its parent, however that ends, so it never holds a folder's lock that nobody waits for.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
-import queue
 import signal
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, UserError, explain
 from lm_envs.benchmarks.run.suites import RunSpec
 from lm_envs.reward.waiting import waiting
 
 Notify = Callable[[dict[str, Any]], None]
+LOG = "log.txt"
+_SPAWN = multiprocessing.get_context("spawn")  # a forked process hangs where its parent's torch has used threads
 
 
 class StopRequest:
@@ -84,123 +81,105 @@ def attempt(run: Callable[[], dict[str, Any]], label: str) -> dict[str, Any]:
 class _Worker:
     """The parent's end of a worker process."""
 
-    def __init__(self, events: queue.Queue[tuple[_Worker, dict[str, Any] | None]]) -> None:
-        # The worker must find the package where this process did, and Ctrl-C must reach it once, through the parent.
-        root = str(Path(lm_envs.__file__).resolve().parent.parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lm_envs.benchmarks.run.workers"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,
-        )
+    def __init__(self, out: Path, threads: int) -> None:
+        self.events, theirs = _SPAWN.Pipe()
+        self.process = _SPAWN.Process(target=_work, args=(theirs, out, threads))
         self.job: RunSpec | None = None
-        self._events = events
-        threading.Thread(target=self._read, daemon=True).start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until it handles it
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._events.put((self, json.loads(line)))
-        self._events.put((self, None))
-
-    def give(self, job: RunSpec, out: Path, threads: int) -> None:
-        assert self.process.stdin is not None
+    def give(self, job: RunSpec) -> None:
         self.job = job
-        line = json.dumps({"run": job.to_json(), "out": str(out.resolve()), "threads": threads})
-        with contextlib.suppress(BrokenPipeError):  # it died: the end of its output tells
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it died: the end of its events tells
+            self.events.send(job)
 
-    def interrupt(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGINT)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
+    def event(self, out: Path) -> dict[str, Any]:
+        """The next event of its job; that it failed, if the process is gone."""
+        assert self.job is not None
+        try:
+            event: dict[str, Any] = self.events.recv()
+            return event
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+        code = self.process.exitcode or 0
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        memory = " (the system does that where memory runs out: try fewer --jobs)" if code == -signal.SIGKILL else ""
+        said = f"its process {how}{memory}; what it said is in {out / self.job.folder / LOG}"
+        return {"event": "failed", "run": self.job.label, "message": said, "fatal": False}
 
 
 def run_in_workers(
     specs: Sequence[RunSpec], out: Path, *, jobs: int, threads: int, notify: Notify, stop: StopRequest
 ) -> None:
-    """Carry out runs, ``jobs`` at a time; ``notify`` gets all their events, of which the last is as of :func:`attempt`.
+    """Carry out runs, ``jobs`` at a time; ``notify`` gets all their events, of which the last is as of :func:`attempt`,
+    or "failed" if the process was killed.
 
     After a fatal failure or a stop request no run is begun, and those under way are asked to stop.
-
-    Raises:
-        RuntimeError: a worker died; what it said is on standard error.
     """
-    waiting = deque(specs)
-    events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
-    workers = [_Worker(events) for _ in range(min(jobs, len(specs)))]
+    queue = deque(specs)
+    workers: list[_Worker] = []
+
+    def begin(worker: _Worker | None = None) -> None:
+        if worker is None:
+            workers.append(worker := _Worker(out.resolve(), threads))
+        worker.give(queue.popleft())
+
     try:
-        for worker in workers:
-            worker.give(waiting.popleft(), out, threads)
+        while queue and len(workers) < jobs:
+            begin()
         told = False
-        while any(worker.job for worker in workers):
+        while busy := {worker.events: worker for worker in workers if worker.job}:
             if stop.requested and not told:
                 told = True
-                waiting.clear()
-                for worker in workers:
-                    worker.interrupt()
-            try:
-                worker, event = events.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            if event is None:
-                label = worker.job.label if worker.job else "no run"
-                raise RuntimeError(
-                    f"the worker of {label} ended with status {worker.process.wait()}: its output is above"
-                )
-            notify(event)
-            if event["event"] in ("done", "stopped", "failed"):
+                queue.clear()
+                for worker in busy.values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker.process.pid or 0, signal.SIGINT)
+            for ready in wait(list(busy), timeout=0.2):
+                worker = busy[ready]  # type: ignore[index]
+                event = worker.event(out)
+                notify(event)
+                if event["event"] not in ("done", "stopped", "failed"):
+                    continue
                 worker.job = None
                 if event.get("fatal"):
                     stop.requested = True
-                if waiting and not stop.requested:
-                    worker.give(waiting.popleft(), out, threads)
-        for worker in workers:
-            worker.close()
+                if not worker.process.is_alive():
+                    workers.remove(worker)
+                if queue and not stop.requested:
+                    begin(worker if worker in workers else None)
     finally:
         for worker in workers:
-            if worker.process.poll() is None:
-                worker.process.kill()
-                worker.process.wait()
+            worker.process.kill()
+            worker.process.join()
 
 
-def main() -> None:
-    """The worker process: jobs in, events out."""
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not be taken for an event
-
-    def send(event: dict[str, Any]) -> None:
-        channel.write(json.dumps(event) + "\n")
-        channel.flush()
-
+def _work(events: Connection, out: Path, threads: int) -> None:
+    """The worker process: runs in, events out."""
+    os.setsid()  # a terminal's Ctrl-C reaches it once, through the parent
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     with StopRequest().listening() as stop:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         from transformers.utils.logging import disable_progress_bar
 
+        from lm_envs.benchmarks.run.one_run import execute
+
         disable_progress_bar()
-        for line in sys.stdin:
-            job = json.loads(line)
-            spec = RunSpec.from_json(job["run"])
+        while True:
+            spec = events.recv()
 
-            def run(spec: RunSpec = spec, job: dict[str, Any] = job) -> dict[str, Any]:
-                from lm_envs.benchmarks.run.one_run import execute
+            def run(spec: RunSpec = spec) -> dict[str, Any]:
+                folder = out / spec.folder
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / LOG).open("a") as log:
+                    os.dup2(log.fileno(), 1)
+                    os.dup2(log.fileno(), 2)
+                return execute(spec, out, threads=threads, notify=events.send, should_stop=stop)
 
-                return execute(spec, Path(job["out"]), threads=job["threads"], notify=send, should_stop=stop)
-
-            try:
-                send(attempt(run, spec.label))
-            except BrokenPipeError:
-                raise SystemExit(1) from None  # the parent was killed
-
-
-if __name__ == "__main__":
-    main()
+            events.send(attempt(run, spec.label))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import time
 from itertools import product
 from pathlib import Path
@@ -65,16 +63,3 @@ def load(
         kl_coef=0.05,
         description="Say b",
     )
-
-
-def mortal() -> TextTask:
-    """A task whose reward ends its process, once it is not only tried out."""
-    calls = []
-
-    def reward(prompts, completions, **columns) -> list[float]:
-        calls.append(len(prompts))
-        if len(prompts) > 2:
-            os._exit(7)
-        return count_b_minus_c(prompts, completions)
-
-    return dataclasses.replace(load(), reward=reward)

@@ -112,7 +112,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
         (["--task", "CartPol-v1", "--algorithms", "ppo"], "CartPol"),
         (["--task", "reviews-bandit"], "say which --algorithms"),
         (["--task", "reviews", "--algorithms", "bestof-4"], "did you mean 'best-of-4'"),
-        (["--task", "reviews", "--algorithms", "best-of-0"], "needs a whole number n of at least 1"),
+        (["--task", "reviews", "--algorithms", "best-of-0"], "needs a whole number n from 1 to 99999"),
         (
             ["--task", "reviews", "--algorithms", "sft", "--set", "ppo.clip=0.1"],
             "--set ppo.clip: 'ppo' is not run here",
@@ -279,13 +279,6 @@ def test_help_and_listing_are_worth_reading(capsys):
 def test_help_is_quick_and_needs_no_torch():
     code = "import sys; from lm_envs.benchmarks import cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT).returncode == 0
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_is_noticed(tmp_path, capsys):
-    arguments = ["--task", "tests.benchmarks.fake_task:mortal", "--algorithms", "ppo", "reinforce", *SMALL]
-    with pytest.raises(RuntimeError, match="ended with status"):
-        main(["compare", *arguments, "--jobs", "2", "--iterations", "3", "--out", str(tmp_path / "out")])
 
 
 def test_without_algorithms_a_text_task_gets_the_demos(tmp_path):

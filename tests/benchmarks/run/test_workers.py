@@ -1,0 +1,113 @@
+"""Runs in processes of their own: one that is killed, one whose parent is killed, one that leaves by itself."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock, Timeout
+
+from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.run.compare import write_results
+from tests.benchmarks.fake_task import NAME
+from tests.house import CHECKOUT
+
+TASK = """
+import multiprocessing, os, sys
+from dataclasses import replace
+from pathlib import Path
+from tests.benchmarks import fake_task
+
+class Ends:
+    def __init__(self, how, calls):
+        self.how, self.calls = how, calls
+
+    def __call__(self, prompts, completions, **columns):
+        self.calls -= 1
+        mark = Path(__file__).with_name("ended")
+        if self.calls < 0 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), 9) if self.how == "kill" else sys.exit(0)
+        return [float(len(text)) for text in completions]
+
+def load(how="kill", calls=3):
+    return replace(fake_task.load(), name="ends", reward=Ends(how, calls))
+"""
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    options = ["--iterations", "4", "--test-prompts", "6", "--threads", "1", "--out", str(tmp_path / "out"), *more]
+    return ["compare", "--algorithms", "reinforce", *options]
+
+
+@pytest.fixture
+def ends(tmp_path, monkeypatch) -> None:
+    """The task, where this process and its workers find it."""
+    (tmp_path / "ends.py").write_text(TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("ends", None)
+
+
+def refused(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    told = capsys.readouterr().err
+    (said,) = [line for line in told.splitlines() if line.startswith("lm-envs: ")]
+    assert stop.value.code == 1 and "Traceback" not in told
+    return said
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line_and_its_run_can_be_resumed(tmp_path, ends, capsys):
+    tasks = ["--task", "ends:load", "--task", NAME]
+    said = refused(capsys, *arguments(tmp_path, *tasks, "--jobs", "2"))
+    log = tmp_path / "out" / "ends_load" / "reinforce" / "seed-0" / "log.txt"
+    assert said.startswith(
+        "lm-envs: ends_load/reinforce/seed-0: its process was ended by SIGKILL (the system does that"
+    )
+    assert str(log) in said and log.exists()
+    assert [row["task"] for row in write_results(tmp_path / "out")] == [NAME]
+    main(arguments(tmp_path, *tasks, "--resume"))
+    assert {row["task"] for row in write_results(tmp_path / "out")} == {"ends:load", NAME}
+
+
+def test_a_reward_that_leaves_the_program_is_no_success(tmp_path, ends, capsys):
+    suite = tmp_path / "suite.toml"
+    suite.write_text('tasks = ["ends:load"]\nalgorithms = ["reinforce"]\n[task."ends:load"]\noptions = {how = "exit"}')
+    said = refused(capsys, *arguments(tmp_path, "--suite", str(suite)))
+    assert "sys.exit" in said and re.search(r"ends\.py, line \d+", said)
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path):
+    mark, suite = tmp_path / "mark", tmp_path / "suite.toml"
+    suite.write_text(
+        f'tasks = ["{NAME}"]\nalgorithms = ["reinforce"]\nseeds = [0, 1]\n[task."{NAME}"]\n'
+        f'options = {{pause = "reward", mark = "{mark}", at = 3}}'
+    )
+    words = [sys.executable, "-m", "lm_envs.benchmarks.cli", *arguments(tmp_path, "--suite", str(suite), "--jobs", "2")]
+    process = subprocess.Popen(words, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not mark.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    paths = list((tmp_path / "out").rglob(".lock"))
+    held = [path for path in paths if not free(path, 0.1)]
+    assert held  # a worker is at work
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert all(free(path, 20) for path in held)
+
+
+def free(path: Path, seconds: float) -> bool:
+    try:
+        with FileLock(path, timeout=seconds):
+            return True
+    except Timeout:
+        return False
