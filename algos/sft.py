@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
-from lm_envs.algos.engine.batching import stream
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.demonstrations import demonstrations_of
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.settings import Rate, Size
+from lm_envs.training import stream
 from lm_envs.trajectories import Rows, Trajectories
 
 if TYPE_CHECKING:

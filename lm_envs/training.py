@@ -1,11 +1,14 @@
-"""Supervised learning in a few lines: the two losses, and a deterministic loop budgeted in steps.
+"""Supervised learning: the two losses, the stream of indices, the step, and a deterministic loop budgeted in steps.
 
-It builds the tasks' models. Agents that learn from Trajectories use the same losses.
+The loop builds the tasks' models. Agents use the same losses, stream and step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ __all__ = [
     "fit_language_model",
     "fit_reward_model",
     "next_token_loss",
+    "stream",
+    "take_step",
 ]
 
 Progress = Callable[[int, float], None]
@@ -73,24 +78,51 @@ def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
     return (losses * weights).sum() / max(int((pairs > 0).sum()), 1)
 
 
-def batches(count: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Endless index batches: each epoch a permutation from the seed and the epoch alone, its short rest skipped."""
-    size = min(batch_size, count)
-    epoch = 0
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(count)
-        for start in range(0, count - size + 1, size):
-            yield order[start : start + size]
-        epoch += 1
+def stream(count: int, size: int, seed: int, start: int = 0, *, rest: bool = True) -> Iterator[NDArray[np.int64]]:
+    """Endless batches of ``size`` indices below ``count``, from batch number ``start`` on.
+
+    Each pass is a permutation of its own, a function of the seed and the pass alone, so a stream that starts in the
+    middle continues an earlier one exactly.
+
+    Args:
+        rest: a batch may go over from one pass to the next; if not, a pass leaves out the last ``count % size`` indices
+            of its order.
+    """
+    each = count if rest else count - count % size
+    held, order = -1, np.empty(0, dtype=np.int64)
+    for number in itertools.count(start):
+        batch = np.empty(size, dtype=np.int64)
+        for i, place in enumerate(range(number * size, (number + 1) * size)):
+            if place // each != held:
+                held = place // each
+                order = np.random.default_rng((seed, held)).permutation(count)
+            batch[i] = order[place % each]
+        yield batch
+
+
+def take_step(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter], max_grad_norm: float) -> Tensor:
+    """Scale the gradients down to a norm of at most ``max_grad_norm`` and let the optimizer step.
+
+    Returns:
+        the norm before.
+
+    Raises:
+        FloatingPointError: it is NaN or infinite; no step is taken.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not math.isfinite(float(norm)):
+        raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+    optimizer.step()
+    return norm
 
 
 def fit(
     model: nn.Module,
-    loss: Callable[[NDArray[np.int64]], Tensor],
+    loss: Callable[[list[int]], Tensor],
+    examples: int | Sequence[Sequence[int]],
     *,
-    examples: int,
     steps: int,
-    batch_size: int,
+    batch_size: int = 1,
     learning_rate: float,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
@@ -98,58 +130,64 @@ def fit(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Minimize a loss by AdamW for a number of steps; dropout stays off, so a run is a function of its
-    arguments.
+    """Minimize a loss by AdamW for a number of steps, without dropout: a function of its arguments.
 
     The learning rate rises linearly over the first ``warmup`` of the steps and then falls linearly to 0.
 
     Args:
         model: whose parameters with ``requires_grad`` are trained.
         loss: from the indices of a batch's examples to a scalar.
-        examples: how many there are.
+        examples: how many there are; or bundles of their indices, which stay together.
+        batch_size: examples a step, or bundles.
         progress: called after each step with its number, from 1, and its loss.
 
     Returns:
         The loss of every step.
 
     Raises:
-        ValueError: no examples or no steps, or the loss stopped being finite.
+        ValueError: no examples or no steps, or the loss or its gradient stopped being finite.
     """
-    if examples < 1 or steps < 1 or batch_size < 1:
-        raise ValueError(
-            f"need examples, steps and a batch size of at least 1, got {examples}, {steps} and {batch_size}"
-        )
+    count = examples if isinstance(examples, int) else len(examples)
+    if count < 1 or steps < 1 or batch_size < 1:
+        raise ValueError(f"need examples, steps and a batch size of at least 1, got {count}, {steps} and {batch_size}")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8, betas=(0.9, 0.95))
     rising = max(1, round(warmup * steps))
     model.eval()
     losses = []
-    for step, chosen in zip(range(steps), batches(examples, batch_size, seed), strict=False):
+    for step, chosen in zip(range(steps), stream(count, min(batch_size, count), seed, rest=False), strict=False):
         rate = min((step + 1) / rising, (steps - step) / max(1, steps - rising))
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate * rate
-        value = loss(chosen)
+        optimizer.param_groups[0]["lr"] = learning_rate * rate
+        rows = chosen.tolist()
+        value = loss(rows if isinstance(examples, int) else [i for bundle in rows for i in examples[bundle]])
         if not torch.isfinite(value):
             raise ValueError(f"the training loss is {value.item()} at step {step + 1}: try a lower learning rate")
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         value.backward()
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        optimiser.step()
+        try:
+            take_step(optimizer, parameters, max_grad_norm)
+        except FloatingPointError as error:
+            raise ValueError(f"{error} at step {step + 1}: try a lower learning rate") from None
         losses.append(value.item())
         if progress is not None:
             progress(step + 1, losses[-1])
     return losses
 
 
-def fit_language_model(model: PreTrainedModel, texts: Sequence[Sequence[int]], **options: object) -> list[float]:
+def fit_language_model(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    bundles: Sequence[Sequence[int]] | None = None,
+    **options: Any,
+) -> list[float]:
     """Train a causal LM on texts by next-token cross-entropy, the mean over a batch's tokens.
 
     Args:
         texts: token ids, EOS included where it is to be learned; at least two tokens each.
-        options: as for :func:`fit`.
+        bundles, options: as for :func:`fit`.
     """
 
-    def loss(chosen: NDArray[np.int64]) -> Tensor:
+    def loss(chosen: list[int]) -> Tensor:
         ids = right_pad([texts[i] for i in chosen]).to(model.device)
         targets = ids[:, 1:]
         now = response_forward(model, ids[:, :1], targets)
@@ -157,11 +195,11 @@ def fit_language_model(model: PreTrainedModel, texts: Sequence[Sequence[int]], *
             return next_token_loss(now.logits(), targets)
         return now.head.nll(now.hidden, targets.clamp(min=0), targets >= 0)
 
-    return fit(model, loss, examples=len(texts), **options)  # type: ignore[arg-type]
+    return fit(model, loss, len(texts) if bundles is None else bundles, **options)
 
 
 def fit_reward_model(
-    model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], rank: NDArray[np.int64], **options: object
+    model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], rank: NDArray[np.int64], **options: Any
 ) -> list[float]:
     """Train a one-label sequence-classification model on ranked groups by :func:`bradley_terry_loss`.
 
@@ -171,9 +209,9 @@ def fit_reward_model(
         options: as for :func:`fit`; ``batch_size`` counts groups.
     """
 
-    def loss(chosen: NDArray[np.int64]) -> Tensor:
+    def loss(chosen: list[int]) -> Tensor:
         ids = right_pad([text for i in chosen for text in groups[i]]).to(model.device)
         scores = raw_scores(model, ids).view(len(chosen), -1)
         return bradley_terry_loss(scores, torch.as_tensor(rank[chosen], device=scores.device))
 
-    return fit(model, loss, examples=len(groups), **options)  # type: ignore[arg-type]
+    return fit(model, loss, len(groups), **options)

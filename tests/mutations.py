@@ -622,10 +622,17 @@ MUTATIONS = [
         ALGORITHMS + "::test_no_setting_is_dead",
     ),
     Mutation(
+        "every pass over the data has the order of the first",
+        "lm_envs/training.py",
+        "np.random.default_rng((seed, held))",
+        "np.random.default_rng((seed, 0))",
+        "tests/lm_envs/test_training.py",
+    ),
+    Mutation(
         "gradients are not clipped",
-        "algos/engine/agent.py",
-        "nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)",
-        "nn.utils.clip_grad_norm_(self._parameters.values(), 1e9)",
+        "lm_envs/training.py",
+        "nn.utils.clip_grad_norm_(parameters, max_grad_norm)",
+        "nn.utils.clip_grad_norm_(parameters, 1e9)",
         ALGORITHMS + "::test_no_setting_is_dead",
     ),
     Mutation(

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from lm_envs.algos.engine.sampling import Sampler
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
 from lm_envs.tasks.base import TextTask
+from lm_envs.training import take_step
 from lm_envs.trajectories import Trajectories
 
 _COUNTERS = (
@@ -246,16 +247,16 @@ class Agent(Generic[C]):
         if mixed is not None:
             averages.add({"demonstration_nll": add_nll_gradient(self, *mixed)}, 1.0)
             self.trained_tokens += int(mixed[1].response_lengths.sum())
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
-        if not math.isfinite(float(norm)):
-            self._refuse(f"the gradient's norm is {float(norm)}", epoch)
-        self.optimizer.step()
+        try:
+            norm = take_step(self.optimizer, self._parameters.values(), self.config.max_grad_norm)
+        except FloatingPointError as error:
+            self._refuse(str(error), epoch)
         self._weights = next(_WEIGHTS)
         averages.add({"grad_norm": norm}, 1.0)
         self._watch_gap = False  # from here on the policy is another one
         return False
 
-    def _refuse(self, what: str, epoch: int) -> None:
+    def _refuse(self, what: str, epoch: int) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(
             f"{self.name}: {what} in iteration {self.iterations_done}, epoch {epoch}; the weights were left as they "

@@ -4,14 +4,12 @@ that stay whole.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm_envs.algos.ops.advantages import masked
@@ -229,23 +227,6 @@ def _rows_worth_a_forward(traj: Trajectories, forward: float) -> int:
         return sum(forward + len(r) * int(r.max() + p.max()) for r, p in parts)
 
     return min((-(-len(traj) // parts) for parts in PARTS), key=tokens)
-
-
-def stream(count: int, size: int, seed: int, start: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Endless batches of ``size`` indices below ``count``, from batch number ``start`` on: each pass is a new
-    permutation.
-
-    A pure function of its arguments, so a stream that starts in the middle continues an earlier one exactly.
-    """
-    held, order = -1, np.empty(0, dtype=np.int64)
-    for number in itertools.count(start):
-        batch = np.empty(size, dtype=np.int64)
-        for i, place in enumerate(range(number * size, (number + 1) * size)):
-            if place // count != held:
-                held = place // count
-                order = np.random.default_rng((seed, held)).permutation(count)
-            batch[i] = order[place % count]
-        yield batch
 
 
 def flatten_fixed(fixed: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:

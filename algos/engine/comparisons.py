@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm_envs.algos.engine.batching import stream
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.model.text import Codec
 from lm_envs.settings import Count, Probability
 from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import annotate
+from lm_envs.training import stream
 from lm_envs.trajectories import Trajectories, demonstrations, from_responses
 
 if TYPE_CHECKING:

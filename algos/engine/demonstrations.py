@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.engine.batching import micro_batches, select, stream, units
+from lm_envs.algos.engine.batching import micro_batches, select, units
 from lm_envs.algos.ops.losses import masked_mean, nll, sequence_mean
+from lm_envs.training import stream
 from lm_envs.trajectories import Trajectories, demonstrations, from_responses
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -43,7 +44,6 @@ from lm_envs.tasks import corpus_judge, corpus_text, own_text, sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.corpus_judge import TextJudge, require_sklearn
 from lm_envs.tasks.corpus_text import openings, read_labelled, training_half
-from lm_envs.tasks.own_text import Line
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,17 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> None:
     judge = TextJudge.fit([row.text for row in judge_half], [row.label for row in judge_half])
     with sampling.progress_bar() as bar:
         policy = _initial(GPT2LMHeadModel, config, tokenizer)
-        _fit_language_model(
-            policy, demonstrations, config, lambda total: sampling.line_of(bar, "corpus: language model", total)
+        bundles = own_text.token_bundles([(len(text),) for text in demonstrations], config.lm_batch)
+        steps = min(config.lm_steps, config.lm_epochs * len(bundles))
+        training.fit_language_model(
+            policy,
+            demonstrations,
+            bundles,
+            steps=steps,
+            learning_rate=config.lm_learning_rate,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            progress=sampling.line_of(bar, "corpus: language model", steps),
         )
         reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
         reward_model.transformer.load_state_dict(policy.transformer.state_dict())
@@ -189,7 +198,7 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> None:
             encode(tokenizer, reward_half, config.max_tokens),
             np.array([row.label for row in reward_half]),
             config,
-            lambda total: sampling.line_of(bar, "corpus: reward model", total),
+            bar,
         )
         samples = sampling.sample(
             policy,
@@ -242,21 +251,6 @@ def _bundles(texts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _fit_language_model(
-    policy: PreTrainedModel, texts: Sequence[Sequence[int]], config: CorpusConfig, line: Line
-) -> None:
-    bundles = own_text.token_bundles([(len(text),) for text in texts], config.lm_batch)
-
-    def loss(rows: list[int]) -> Tensor:
-        ids = right_pad([texts[i] for i in rows])
-        return training.next_token_loss(
-            policy(**observations.model_inputs(ids[:, :-1]), use_cache=False).logits, ids[:, 1:]
-        )
-
-    steps = min(config.lm_steps, config.lm_epochs * len(bundles))
-    own_text.fit(policy, loss, bundles, config, line, steps=steps, learning_rate=config.lm_learning_rate)
-
-
 def prefix_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
     """Logistic loss of a decoder-style classifier that reads texts and, in the same forward, all their prefixes.
 
@@ -286,7 +280,7 @@ def _fit_reward_model(
     texts: Sequence[Sequence[int]],
     labels: NDArray[np.int64],
     config: CorpusConfig,
-    line: Line,
+    bar: Progress,
 ) -> None:
     bundles = _bundles(texts, config.rm_batch)
 
@@ -294,7 +288,16 @@ def _fit_reward_model(
         return prefix_loss(model, right_pad([texts[i] for i in rows]), torch.from_numpy(labels[rows]))
 
     steps = min(config.rm_steps, config.rm_epochs * len(bundles))
-    own_text.fit(model, loss, bundles, config, line, steps=steps, learning_rate=config.rm_learning_rate)
+    training.fit(
+        model,
+        loss,
+        bundles,
+        steps=steps,
+        learning_rate=config.rm_learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        progress=sampling.line_of(bar, "corpus: reward model", steps),
+    )
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """What the tasks made of a file of the user's own share: checks of their settings, the cache under the file's content,
-a byte-level tokenizer, and training on bundles of texts of nearly one length.
+a byte-level tokenizer, and bundles of texts of nearly one length.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
 from annotated_types import Interval
-from numpy.typing import NDArray
 from tokenizers import decoders, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lm_envs import files, training
@@ -28,11 +26,7 @@ from lm_envs.model import tokens as observations
 from lm_envs.settings import Seed, Settings, Size
 from lm_envs.tasks import sampling
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 END = "<|end|>"
-Line = Callable[[int], Callable[[int, float], None]]
 
 
 @dataclass(frozen=True)
@@ -126,36 +120,3 @@ def token_bundles(sizes: Sequence[tuple[int, ...]], tokens: int) -> list[list[in
             bundles.append([])
         bundles[-1].append(i)
     return bundles
-
-
-def fit(
-    model: PreTrainedModel,
-    loss: Callable[[list[int]], Tensor],
-    bundles: Sequence[Sequence[int]],
-    config: Any,
-    line: Line,
-    *,
-    steps: int,
-    learning_rate: float,
-) -> None:
-    """Train on a bundle per step, with the config's ``weight_decay`` and ``seed``.
-
-    Args:
-        loss: of the texts with these indices.
-        line: from the number of steps to what is called after each.
-    """
-
-    def of_bundles(chosen: NDArray[np.int64]) -> Tensor:
-        return loss([i for bundle in chosen for i in bundles[bundle]])
-
-    training.fit(
-        model,
-        of_bundles,
-        examples=len(bundles),
-        steps=steps,
-        batch_size=1,
-        learning_rate=learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        progress=line(steps),
-    )

@@ -27,6 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lm_envs import training
 from lm_envs.data.conventions import Example
 from lm_envs.data.splits import SPLITS, warn_if_few
 from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
@@ -38,7 +39,6 @@ from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
 from lm_envs.settings import NonNegative, Positive, Rate, Share, Size, make
 from lm_envs.tasks import own_text, sampling, translation_text
 from lm_envs.tasks.base import TextTask
-from lm_envs.tasks.own_text import Line
 from lm_envs.tasks.translation_text import CorpusBLEU, read_parallel
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> 
     }
     responses = _responses(encoded, tokenizer, config)
     model = initial(config, tokenizer)
-    with sampling.progress_bar() as bar:
-        _fit(model, responses, config, lambda total: sampling.line_of(bar, "translation: SFT", total))
+    _fit(model, responses, config)
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     stats = _stats(model, tokenizer, prompts["validation"], references["validation"], config)
@@ -222,7 +221,7 @@ def _responses(
     return found
 
 
-def _fit(model: PreTrainedModel, responses: Sequence[Response], config: TranslationConfig, line: Line) -> None:
+def _fit(model: PreTrainedModel, responses: Sequence[Response], config: TranslationConfig) -> None:
     bundles = own_text.token_bundles([(len(target), len(prompt)) for prompt, target in responses], config.sft_batch)
 
     def loss(rows: list[int]) -> Tensor:
@@ -234,7 +233,17 @@ def _fit(model: PreTrainedModel, responses: Sequence[Response], config: Translat
         return F.cross_entropy(logits[present], target[present], label_smoothing=config.label_smoothing)
 
     steps = config.sft_epochs * len(bundles)
-    own_text.fit(model, loss, bundles, config, line, steps=steps, learning_rate=config.sft_learning_rate)
+    with sampling.progress_bar() as bar:
+        training.fit(
+            model,
+            loss,
+            bundles,
+            steps=steps,
+            learning_rate=config.sft_learning_rate,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            progress=sampling.line_of(bar, "translation: SFT", steps),
+        )
 
 
 def _stats(

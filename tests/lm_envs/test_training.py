@@ -85,7 +85,7 @@ def test_ties_and_absent_samples_make_no_pair():
 
 def test_batches_visit_every_example_once_an_epoch_and_depend_on_the_seed_alone():
     def first(count, seed):
-        found = training.batches(10, 3, seed)
+        found = training.stream(10, 3, seed, rest=False)
         return [next(found).tolist() for _ in range(count)]
 
     epochs = first(6, 0)
@@ -93,7 +93,30 @@ def test_batches_visit_every_example_once_an_epoch_and_depend_on_the_seed_alone(
         assert len({i for batch in epoch for i in batch}) == 9
     assert epochs[:3] != epochs[3:]
     assert first(6, 0) == epochs and first(6, 1) != epochs
-    assert sorted(next(training.batches(2, 5, 0)).tolist()) == [0, 1]
+    seen = []
+    training.fit(nn.Linear(1, 1), lambda rows: seen.append(rows) or torch.zeros((), requires_grad=True), 2, **TWO)
+    assert [sorted(rows) for rows in seen] == [[0, 1], [0, 1]]  # a batch is no larger than there are examples
+
+
+TWO = {"steps": 2, "batch_size": 5, "learning_rate": 0.1}
+
+
+def test_bundles_stay_together_and_their_examples_are_what_the_loss_gets():
+    """With one bundle a step the order of bundles is that of the stream, whatever they hold."""
+    bundles, seen = [[4, 0], [1], [3, 2, 5]], []
+    zero = torch.zeros((), requires_grad=True)
+    training.fit(nn.Linear(1, 1), lambda rows: seen.append(rows) or zero * 1, bundles, steps=6, learning_rate=0.1)
+    order = [int(chosen[0]) for chosen, _ in zip(training.stream(3, 1, 0), range(6), strict=False)]
+    assert seen == [bundles[i] for i in order] and sorted(order[:3]) == sorted(order[3:]) == [0, 1, 2]
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+    model = nn.Linear(1, 1)
+    before = model.weight.clone()
+    bad = lambda rows: (model.weight * 0).sum().sqrt()  # noqa: E731  0 with an infinite slope
+    with pytest.raises(ValueError, match="the gradient's norm is .* at step 1: try a lower learning rate"):
+        training.fit(model, bad, 1, steps=1, learning_rate=0.1)
+    assert torch.equal(model.weight, before)
 
 
 def quadratic(steps, **options):
@@ -103,7 +126,7 @@ def quadratic(steps, **options):
     losses = training.fit(
         model,
         lambda chosen: ((model.weight - 1.0) ** 2).sum(),
-        examples=4,
+        4,
         steps=steps,
         batch_size=2,
         progress=lambda step, loss: seen.append(step),
@@ -141,7 +164,7 @@ def test_bad_settings_and_divergence_are_refused():
         training.fit(
             model,
             lambda chosen: model.weight.sum() * float("nan"),
-            examples=1,
+            1,
             steps=1,
             batch_size=1,
             learning_rate=0.1,

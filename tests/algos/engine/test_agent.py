@@ -9,9 +9,10 @@ import torch
 
 from lm_envs.algos.engine import agent as agent_module
 from lm_envs.algos.engine.agent import learn
-from lm_envs.algos.engine.batching import Before, flatten_fixed, micro_batches, minibatches, stream, units
+from lm_envs.algos.engine.batching import Before, flatten_fixed, micro_batches, minibatches, units
 from lm_envs.algos.engine.metrics import Averages, describe
 from lm_envs.algos.registry import make_agent
+from lm_envs.training import stream
 from lm_envs.trajectories import demonstrations
 from tests import tiny
 from tests.algos import batches
