@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm_envs.algos.engine.judged_pairs import accuracy, as_read, compare, in_units_of, make_reward_model
+from lm_envs.algos.engine.judged_pairs import judge_pairs, make_reward_model
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.report import text_envs
@@ -118,21 +118,23 @@ class IteratedRLHF(PPO):
         config, number = self.config, self.rounds_done
         count = config.annotations // config.rounds
         first = number * (count + config.held_out)
-        fresh = compare(mdp, self.policy, first, count, config.seed)
-        held = compare(mdp, self.policy, first + count, config.held_out, config.seed)
+        fresh = judge_pairs(mdp, self.policy, first, count, config.seed)
+        held = judge_pairs(mdp, self.policy, first + count, config.held_out, config.seed)
         choices = annotate(fresh.gold[:, 0], fresh.gold[:, 1], flip=config.flip, seed=config.seed + number)
         template = self._task_reward
         assert template is not None
-        self._texts += as_read(template, fresh.samples)
+        self._texts += fresh.read_by(template)
         self._choices = np.concatenate([self._choices, choices])
-        before = accuracy(held, mdp.task.reward if self.reward is None else self.reward)
+        before = held.accuracy(mdp.task.reward if self.reward is None else self.reward)
         # In units of the *start's* samples in every round, or the penalty would weigh less from round to round.
         if self.reward is None:
-            self._units = as_read(template, held.samples)
-        model = make_reward_model(
-            template.model,
+            self._units = held.read_by(template)
+        self.reward = make_reward_model(
+            template,
             self._texts,
             self._choices,
+            self._units,
+            _NAME,
             start=config.rm_start,
             steps=config.rm_steps,
             batch_size=config.rm_batch,
@@ -140,7 +142,6 @@ class IteratedRLHF(PPO):
             weight_decay=config.rm_weight_decay,
             seed=config.seed + number,
         )
-        self.reward = in_units_of(template, model, self._units, _NAME)
         self.rounds_done += 1
         self.tokens_done += fresh.tokens + held.tokens
         self.samples_done += 2 * (count + config.held_out)
@@ -148,7 +149,7 @@ class IteratedRLHF(PPO):
         return {
             "round": number,
             "annotations": len(self._choices),
-            "rm_accuracy": accuracy(held, self.reward),
+            "rm_accuracy": held.accuracy(self.reward),
             "rm_accuracy_before": before,
         }
 

@@ -20,11 +20,10 @@ from lm_envs.tasks import sampling
 from lm_envs.tasks.reviews import ranking_accuracy
 
 _ROWS = 512  # texts per forward
-Pairs = Sequence[Sequence[Sequence[int]]]
 
 
 @dataclass
-class Compared:
+class JudgedPairs:
     """N pairs of responses; the two of a pair stand in rows 2i and 2i + 1.
 
     Attributes:
@@ -37,8 +36,20 @@ class Compared:
     gold: NDArray[np.float64]
     tokens: int
 
+    def read_by(self, reward: LearnedReward) -> list[list[list[int]]]:
+        """N pairs of token ids, as a reward model reads them."""
+        samples = self.samples
+        texts = zip(samples.prompts, samples.completions, samples.finish_reasons, strict=True)
+        rows = [reward.encode(prompt + completion, reason == "stop") for prompt, completion, reason in texts]
+        return [rows[i : i + 2] for i in range(0, len(rows), 2)]
 
-def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Compared:
+    def accuracy(self, reward: Any) -> float:
+        """How often a reward orders the pairs as the judge does."""
+        scores = self.samples.score(reward).reshape(-1, 2)
+        return ranking_accuracy(self.gold, scores[:, 0] - scores[:, 1])
+
+
+def judge_pairs(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> JudgedPairs:
     """Pairs number ``first`` and up of a policy's responses to the MDP's prompts, scored by the task's judge.
 
     A function of the policy and the other arguments; training never draws the same random numbers.
@@ -55,26 +66,15 @@ def compare(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> Com
         parts.append(policy.respond(torch.as_tensor(prompt[rows]), torch.as_tensor(uniforms))[0].cpu())
     response = torch.cat(parts).numpy()
     samples = mdp.samples(index, response)
-    return Compared(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
-
-
-def as_read(reward: LearnedReward, samples: Samples) -> list[list[list[int]]]:
-    """The texts of pairs as a reward model reads them."""
-    texts = zip(samples.prompts, samples.completions, samples.finish_reasons, strict=True)
-    rows = [reward.encode(prompt + completion, reason == "stop") for prompt, completion, reason in texts]
-    return [rows[i : i + 2] for i in range(0, len(rows), 2)]
-
-
-def accuracy(held: Compared, reward: Any) -> float:
-    """How often a reward orders pairs as the judge does."""
-    scores = held.samples.score(reward).reshape(-1, 2)
-    return ranking_accuracy(held.gold, scores[:, 0] - scores[:, 1])
+    return JudgedPairs(samples, samples.score(mdp.task.judge).reshape(-1, 2), int((response >= 0).sum()))
 
 
 def make_reward_model(
-    model: Any,
-    texts: Pairs,
+    template: LearnedReward,
+    pairs: Sequence[Sequence[Sequence[int]]],
     first_is_better: NDArray[np.bool_],
+    units: Sequence[Sequence[Sequence[int]]],
+    name: str,
     *,
     start: Literal["fresh", "task"] = "fresh",
     steps: int = 192,
@@ -82,21 +82,27 @@ def make_reward_model(
     learning_rate: float = 2e-3,
     weight_decay: float = 0.1,
     seed: int = 0,
-) -> Any:
-    """A frozen reward model of an architecture, trained by Bradley-Terry on choices between the two of each pair.
+) -> LearnedReward:
+    """Train a reward by Bradley-Terry on choices between the two texts of each pair; its model is frozen.
 
     Args:
-        model: gives the architecture, and with start "task" the first weights; it is not changed.
-        texts: N pairs of token ids.
+        template: gives architecture, tokenizer and batch size, and with start "task" the first weights; it is not
+            changed.
+        pairs: N pairs of token ids.
         first_is_better: ``(N,)``.
+        units: pairs of texts on which the reward has mean 0 and (population) standard deviation 1.
+        name: of the reward.
         start: "fresh" draws the first weights from the seed.
         steps, batch_size, learning_rate, weight_decay: as for :func:`lm_envs.training.fit`.
         seed: of the first weights and of the order of the pairs.
+
+    Raises:
+        ValueError: the model gives all texts of ``units`` the same score.
     """
-    made = fresh(model, seed) if start == "fresh" else copy.deepcopy(model).eval().requires_grad_(True)
+    model = fresh(template.model, seed) if start == "fresh" else copy.deepcopy(template.model)
     training.fit_reward_model(
-        made,
-        texts,
+        model.eval().requires_grad_(True),
+        pairs,
         np.stack([~first_is_better, first_is_better], axis=1).astype(np.int64),
         steps=steps,
         batch_size=batch_size,
@@ -104,7 +110,8 @@ def make_reward_model(
         weight_decay=weight_decay,
         seed=seed,
     )
-    return made.requires_grad_(False)
+    made = LearnedReward(model.requires_grad_(False), template.tokenizer, batch_size=template.batch_size, name=name)
+    return standardised(made, *moments(made.raw([text for pair in units for text in pair]), name))
 
 
 def fresh(model: Any, seed: int) -> Any:
@@ -116,16 +123,3 @@ def fresh(model: Any, seed: int) -> Any:
     if isinstance(head, nn.Linear):
         initialise_reward_head(head, torch.Generator().manual_seed(seed))
     return made
-
-
-def in_units_of(template: LearnedReward, model: Any, texts: Pairs, name: str) -> LearnedReward:
-    """A model as a reward with mean 0 and (population) standard deviation 1 on these texts.
-
-    Args:
-        template: gives the tokenizer and the batch size.
-
-    Raises:
-        ValueError: the model gives all of them the same score.
-    """
-    made = LearnedReward(model, template.tokenizer, batch_size=template.batch_size, name=name)
-    return standardised(made, *moments(made.raw([text for pair in texts for text in pair]), name))

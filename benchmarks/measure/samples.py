@@ -57,7 +57,7 @@ def evaluation_env(task: TextTask, split: str, **options: Any) -> TextVectorEnv:
 
 
 @dataclass
-class Sampled:
+class MeasuredSamples:
     """Samples of one policy, one per prompt.
 
     Attributes:
@@ -101,7 +101,7 @@ class Sampled:
         ]
 
 
-def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> Sampled:
+def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> MeasuredSamples:
     """One response to each of the first ``count`` prompts (None: all of the split), scored.
 
     Args:
@@ -122,7 +122,7 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
     assert traj.score is not None and traj.logprob is not None and traj.ref_logprob is not None
     samples, gold = judged(mdp, traj)
     scorers = [] if mdp.task.corpus_metric is not None else [mdp.task.judge, mdp.task.reward]
-    return Sampled(
+    return MeasuredSamples(
         prompt=samples.prompts,
         response=samples.completions,
         finish_reason=samples.finish_reasons,
@@ -155,12 +155,12 @@ def corpus_score(rewards: Sequence[Any], responses: Sequence[str], columns: Mapp
     return metric.corpus([text for text, _ in pairs], [row for _, row in pairs]) if pairs else math.nan
 
 
-def sample_policy(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> Sampled:
+def sample_policy(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> MeasuredSamples:
     """:func:`sample` with random numbers that training never uses, another set for every ``seed`` of a run."""
     return sample(env, policy, count, _POLICY_SEED + seed)
 
 
-def sample_reference(env: TextVectorEnv, policy: RespondingPolicy, count: int | None) -> Sampled:
+def sample_reference(env: TextVectorEnv, policy: RespondingPolicy, count: int | None) -> MeasuredSamples:
     """The SFT side of every win-rate: :func:`sample` with random numbers of its own, the same for all runs."""
     return sample(env, policy, count, _REFERENCE_SEED)
 
@@ -270,7 +270,10 @@ def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, An
 
 
 def summarise(
-    found: Sampled, reference: Sampled, policy: RespondingPolicy, stats: Mapping[str, float] | None = None
+    found: MeasuredSamples,
+    reference: MeasuredSamples,
+    policy: RespondingPolicy,
+    stats: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The measured columns of a result, and what they were computed from.
 

@@ -168,20 +168,20 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
     start = LMPolicy.for_mdp(env.mdp, task.start)
     say("sampling pairs to compare")
     most = max(settings.pairs)
-    compared = judged_pairs.compare(env.mdp, start, 0, most, settings.seed)
-    held = judged_pairs.compare(env.mdp, start, most, settings.held_out, settings.seed)
-    texts, units = (judged_pairs.as_read(template, x.samples) for x in (compared, held))
+    compared = judged_pairs.judge_pairs(env.mdp, start, 0, most, settings.seed)
+    held = judged_pairs.judge_pairs(env.mdp, start, most, settings.held_out, settings.seed)
+    texts, units = compared.read_by(template), held.read_by(template)
     chosen = annotate(compared.gold[:, 0], compared.gold[:, 1], flip=settings.flip, seed=settings.seed)
     moments = float(held.gold.mean()), max(float(held.gold.std()), 1e-12)
     many = _many(task, start, settings)
     curves = []
     for pairs in sorted(settings.pairs):
         say(f"a reward model on {pairs} pairs")
-        model = judged_pairs.make_reward_model(
-            template.model, texts[:pairs], chosen[:pairs], seed=settings.seed, **settings.reward_model
+        name = f"reward_model_{pairs}"
+        reward = judged_pairs.make_reward_model(
+            template, texts[:pairs], chosen[:pairs], units, name, seed=settings.seed, **settings.reward_model
         )
-        reward = judged_pairs.in_units_of(template, model, units, f"reward_model_{pairs}")
-        accuracy = judged_pairs.accuracy(held, reward)
+        accuracy = held.accuracy(reward)
         with_it = replace(task, reward=reward)
         curves.append(_best_of_n(with_it, *many, moments[1], Curve(pairs, accuracy, "best-of-n", [], [], [])))
         say(f"{settings.algorithm} against it")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lm_envs.algos.engine.agent import learn
-from lm_envs.algos.engine.judged_pairs import accuracy, compare
+from lm_envs.algos.engine.judged_pairs import judge_pairs
 from lm_envs.env.rollout import rollout
 from lm_envs.reward.learned import LearnedReward
 from tests import tiny
@@ -51,8 +51,8 @@ def test_the_second_round_compares_what_the_policy_writes_then():
     b = tiny.WORDS.index("b")
     first, second = (sum(text.count(b) for pair in part for text in pair) / 2048 for part in (before, after))
     assert second > first + 0.3
-    held = compare(env.mdp, agent.policy, 10_000, 16, 0)
-    assert 0 <= accuracy(held, agent.reward) <= 1
+    held = judge_pairs(env.mdp, agent.policy, 10_000, 16, 0)
+    assert 0 <= held.accuracy(agent.reward) <= 1
     assert held.samples.prompts[0::2] == held.samples.prompts[1::2]
 
 
