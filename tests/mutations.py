@@ -360,6 +360,13 @@ MUTATIONS = [
         f"{LEARN}::test_kept_log_probabilities_are_those_of_the_references_weights",
     ),
     Mutation(
+        "held-out pairs are trained on",
+        "lm_envs/data/packed.py",
+        "return self.rows(~held), self.rows(held)",
+        "return self, self.rows(held)",
+        TOKENIZING,
+    ),
+    Mutation(
         "which prompts are held out depends on their order",
         "lm_envs/data/packed.py",
         "held = np.isin(shares, prompts[:count])",

@@ -151,6 +151,7 @@ class DataProblem:
             "max_length": min(limits, default=None),
             "reward_eos": reward_eos,
             "data": sources.fingerprint(self.spec.data),
+            "format": sources.format_of(self.spec.data),
             "tokenizer": codec.fingerprint,
             "code": _CODE,
         }

@@ -125,13 +125,16 @@ def test_law_of_chats(kind, template, tmp_path, monkeypatch):
     check(tmp_path, made, wide(LlamaForCausalLM, made), rows(True), monkeypatch)
 
 
-def test_law_of_an_encoder_decoder(tmp_path, monkeypatch):
-    made = KINDS["unigram"]()
+@pytest.mark.parametrize("conversational", [False, True], ids=["texts", "chats"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_law_of_an_encoder_decoder(kind, conversational, tmp_path, monkeypatch):
+    made = KINDS[kind]()
+    made.chat_template = TEMPLATES["newline behind the turn"]
     heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
     layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "decoder_start_token_id": 2}
     config = BartConfig(vocab_size=len(made), d_model=16, max_position_embeddings=256, **heads, **layers, **ids)
-    check(tmp_path, made, BartForConditionalGeneration(config), rows(False)[:3], monkeypatch)
+    check(tmp_path, made, BartForConditionalGeneration(config), rows(conversational)[:3], monkeypatch)
 
 
 def test_a_reward_model_orders_pairs_in_the_env_as_on_their_texts(tmp_path):
