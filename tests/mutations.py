@@ -1168,10 +1168,10 @@ MUTATIONS = [
         MISBEHAVING,
     ),
     Mutation(
-        "the judge may take eight times its time",
+        "the judge may take forty times its time",
         "lm_envs/reward/chat_endpoint.py",
         "async with asyncio.timeout(self.timeout):",
-        "async with asyncio.timeout(8 * self.timeout):",
+        "async with asyncio.timeout(40 * self.timeout):",
         MISBEHAVING,
     ),
     Mutation(
