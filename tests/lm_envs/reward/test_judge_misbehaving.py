@@ -154,6 +154,7 @@ def test_a_judge_asked_from_an_async_reward_answers(serve):
 
 CTRL_C = """
 import socket, sys, threading, time
+from dataclasses import dataclass
 from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.run.workers import StopRequest
 from lm_envs.reward.judge import make_judge
@@ -164,6 +165,7 @@ def tell():
         time.sleep(0.01)
     print("waiting", flush=True)
 
+@dataclass
 class Command:
     def run(self, console):
         if sys.argv[2] == "looking up":
@@ -172,7 +174,7 @@ class Command:
             threading.Thread(target=tell).start()
             make_judge(sys.argv[1], "m", cache=False, timeout=60)(["p"] * 3, ["a", "b", "c"])
 
-cli.tyro.cli = lambda *args, **kwargs: Command()
+cli.tyro.cli = lambda *args, **kwargs: (Command(), [])
 cli.main(["compare"])
 """
 
