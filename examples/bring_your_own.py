@@ -1,10 +1,10 @@
-"""Make what a comparison of your own parts needs, out of the embedded task: two model folders and a file of prompts.
+"""Write example inputs for a comparison of your own parts, from the built-in task: two model folders and prompts.
 
     python examples/bring_your_own.py parts
     lm-envs compare --policy parts/policy --reward-model parts/reward_model --prompts parts/prompts.jsonl \
         --algorithms sft best-of-16 ppo --out runs/own
 
-Put your own folders, saved by ``save_pretrained``, in their place. Policy and reward model need not share a tokenizer.
+Replace them with your own folders, saved by ``save_pretrained``. Policy and reward model need not share a tokenizer.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""PPO in one file and from top to bottom, in the manner of CleanRL (Huang et al. 2022), on text and on control alike.
+"""PPO in one file, in the style of CleanRL (Huang et al. 2022), on text and on control.
 
     python examples/cleanrl_style_ppo.py                                  # Reviews, about a minute on one core
     python examples/cleanrl_style_ppo.py --env-id CartPole-v1 --gamma 0.99 --total-timesteps 100000
 
-What it knows of language is the env's id, the network, and one call: `lm_envs.report`. The KL penalty of an action is
-`kl_coef * (log pi_ref - log pi)`. The env computes the first logarithm, which depends on state and action alone, and
-cannot know the second, which is the agent's: so the agent says it, before the step in which it is charged. Without
-that line everything runs, one warning says what is missing, and the penalty is `kl_coef * log pi_ref` alone, which has
-another optimum (docs/exact.md).
+Only the env's id, the network and one call, `lm_envs.report`, concern language. The reward includes the KL penalty
+`kl_coef * (log pi_ref - log pi)`. The env computes `log pi_ref`, which depends only on state and action, but it cannot
+know the agent's `log pi`, so the agent reports it before each step. Without that line everything runs with a warning,
+but the penalty is only `kl_coef * log pi_ref`, which has another optimum (docs/exact.md).
 
-As CleanRL's recurrent agents do, a minibatch takes whole rows of the batch: states of one episode share their
-beginning, and the network computes it once.
+As in CleanRL's recurrent agents, a minibatch consists of whole rows of the batch: the states of an episode share their
+beginning, which the network computes once.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def main(args: Args) -> dict[str, float]:
     text = bool(lm_envs.env.report.text_envs(envs))
     network = LMActorCritic.for_env(envs) if text else MLPActorCritic(envs)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=1e-5)
-    # In this mode the step after an episode's end only brings the next one's first observation.
+    # In this mode the step after an episode's end only returns the next episode's first observation.
     wasted_step = envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
 
     shape = (args.num_steps, args.num_envs)

@@ -1,9 +1,9 @@
-"""Stable-Baselines3 and sb3-contrib, unmodified, train a language model to write better reviews.
+"""Train a language model to write better reviews with unmodified Stable-Baselines3 and sb3-contrib.
 
     python examples/sb3_reviews.py ppo a2c maskable-ppo
 
-Each line printed is an algorithm with the gold reward of its texts on test prompts, which training never sees, beside
-that of the SFT model it started from. docs/stable_baselines3.md explains the settings.
+Each printed line has an algorithm and the gold reward of its texts on test prompts, which training never sees; the
+first line is the SFT model that all start from. docs/stable_baselines3.md explains the settings.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lm_envs.algos.other_libraries.sb3 import (
 )
 from lm_envs.reward.base import call_reward
 
-ROWS = 64  # texts written at once
-STEPS = 24  # tokens of each row per update: as many as a review has at most
-TOKENS = 40_000  # the budget of training, per algorithm
+ROWS = 64  # parallel texts
+STEPS = 24  # tokens of each row per update: the maximum length of a review
+TOKENS = 40_000  # training tokens per algorithm
 TEST_TEXTS = 512
 
 # The minibatch is the whole buffer, so that each text is read once per epoch; a text is one undiscounted episode.

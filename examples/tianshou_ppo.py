@@ -1,17 +1,17 @@
-"""Tianshou's PPO on text: its collector, buffer, policy class, algorithm and trainer, none of them changed.
+"""Tianshou's PPO on text, with its collector, buffer, policy class, algorithm and trainer unchanged.
 
     python examples/tianshou_ppo.py                             # Reviews, about two minutes on one core
 
-Three things stand between Tianshou and a text env:
+Three classes connect Tianshou with a text env:
 
-- `TextRows`: Tianshou steps a list of single envs one after the other (`DummyVectorEnv`), which works here too and
-  costs a forward of the reference per row. This gives it our vector env instead, one forward for all rows.
-- `LMActor` and `LMCritic`: Tianshou asks actor and critic separately, and one forward knows both.
-- `ReportingPolicy`: the exact KL penalty needs to hear how likely the policy was to choose each token. The collector
-  calls the policy in eval mode and then steps the env with what it chose, so that is where it is told.
+- `TextRows`: Tianshou steps a list of single envs in turn (`DummyVectorEnv`), which also works here, at one forward of
+  the reference per row. `TextRows` gives Tianshou the text vector env instead, with one forward for all rows.
+- `LMActor` and `LMCritic`: Tianshou calls actor and critic separately; one forward serves both.
+- `ReportingPolicy`: the exact KL penalty needs the log-probability of each token. The collector calls the policy in
+  eval mode and then steps the env with its actions, so the policy reports there.
 
 `batch_size=None` makes the minibatch the whole batch: Tianshou's minibatches are single transitions in random order,
-and every one of them would compute the beginnings of nearly all episodes again.
+each of which would recompute the beginnings of nearly all episodes.
 """
 
 from __future__ import annotations

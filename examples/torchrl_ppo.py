@@ -1,15 +1,15 @@
-"""TorchRL's PPO on text: its GymWrapper, collector, advantages, loss and distribution, none of them changed.
+"""TorchRL's PPO on text, with its GymWrapper, collector, advantages, loss and distribution unchanged.
 
     python examples/torchrl_ppo.py                              # Reviews, about two minutes on one core
 
-A Gymnasium vector env of ours is a TorchRL env as it is: `GymWrapper` reads its spaces, its same-step reset and the
-last observation of an episode. The network is the language model. The exact KL penalty needs one thing more, that the
-env hears how likely the policy was to choose each token (`lm_envs.report`). In TorchRL a policy is a chain of modules
-on a TensorDict, so that is a last link: it reads "action_log_prob", which the actor has just written, and writes
-nothing. Only the collector's chain has it; the loss sees the actor.
+`GymWrapper` turns a text vector env into a TorchRL env: it reads its spaces, its same-step reset and the last
+observation of an episode. The network is the language model. The exact KL penalty also needs the log-probability of
+each token (`lm_envs.report`). In TorchRL a policy is a chain of modules on a TensorDict, so reporting is a last module,
+which reads the "action_log_prob" that the actor has just written. Only the collector's chain has it; the loss uses the
+actor.
 
-A minibatch is whole rows of the batch and not single transitions: states of one episode share their beginning, and the
-network computes it once.
+A minibatch consists of whole rows of the batch, not single transitions: the states of an episode share their beginning,
+which the network computes once.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main(args: Args) -> dict[str, float]:
         distribution_class=torch.distributions.Categorical,
         return_log_prob=True,
     )
-    # One forward gives logits and value: in the loss, where the actor has run, the critic only takes what it left.
+    # One forward gives logits and value: in the loss, the critic uses what the actor has computed.
     value = TensorDictModule(nn.Unflatten(-1, (-1, 1)), in_keys=["value"], out_keys=["state_value"])
     critic = TensorDictSequential(both, value)
     tell = TensorDictModule(lambda logprob: lm_envs.report(envs, logprob.numpy()), ["action_log_prob"], [])

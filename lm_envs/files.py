@@ -179,8 +179,8 @@ def code_hash(files: Iterable[str | Path]) -> str:
 def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *, needs_bytes: int = 64 << 20) -> Path:
     """The folder of an entry, built first if it is absent or damaged.
 
-    Of several processes that ask at once, one builds and the others wait for it. Whatever interrupts a
-    build, no entry is left half-written.
+    Of several processes that ask at once, one builds and the others wait for it. Whatever interrupts a build, no entry
+    is left half-written.
 
     Args:
         kind: a folder of the cache, such as a task's name.
@@ -189,8 +189,7 @@ def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *
         needs_bytes: free space to ask for before building starts.
 
     Raises:
-        CacheError: the folder cannot be written, or the disk is full; checked before the build and while it
-            writes.
+        CacheError: the folder cannot be written, or the disk is full; checked before the build and while it writes.
     """
     root = cache_root()
     entry = root / kind / key_of(parts)

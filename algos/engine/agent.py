@@ -60,9 +60,8 @@ class Agent(Generic[C]):
     """An algorithm: subclass, set ``Config``, ``name`` and ``unit``, and write ``prepare`` and ``loss``.
 
     Attributes:
-        unit: what ``loss`` averages over, so that parts of a batch can be weighted by their share of it:
-            "token" (real steps), "sequence" (rows) or "group" (rows with the same ``group``; never split over
-            minibatches).
+        unit: what ``loss`` averages over, so that parts of a batch can be weighted by their share of it: "token" (real
+            steps), "sequence" (rows) or "group" (rows with the same ``group``; never split over minibatches).
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
         preference_data: its data are preferences, which simulated annotators can make for any text task.
         mixes_data: it samples, and may also learn from demonstrations given to it as ``data``.

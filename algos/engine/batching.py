@@ -1,6 +1,5 @@
-"""How a batch is cut: into minibatches (an Adam step each) and micro-batches (a forward each), by units
-that stay whole.
-"""
+"""How a batch is cut: into minibatches (an Adam step each) and micro-batches (a forward each), by units that stay
+whole."""
 
 from __future__ import annotations
 
@@ -230,9 +229,8 @@ def _rows_worth_a_forward(traj: Trajectories, forward: float) -> int:
 
 
 def flatten_fixed(fixed: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Tensors to go with ``Trajectories.flatten``: ``(B, T, ...)`` to ``(N, 1, ...)``, a row per real
-    step, and ``(B,)`` to ``(N,)``.
-    """
+    """Tensors to go with ``Trajectories.flatten``: ``(B, T, ...)`` to ``(N, 1, ...)``, a row per real step, and
+    ``(B,)`` to ``(N,)``."""
     lengths = mask.sum(dim=1)
     return {
         name: x.repeat_interleave(lengths, dim=0) if x.ndim == 1 else x[mask].unsqueeze(1) for name, x in fixed.items()

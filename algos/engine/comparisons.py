@@ -89,8 +89,7 @@ def by_group(x: Tensor, group: Tensor, fill: float) -> tuple[Tensor, Tensor]:
         fill: for groups smaller than the largest.
 
     Returns:
-        ``(G, K)`` in the order of the groups' numbers and of the rows within each, and where it holds a row,
-        bool.
+        ``(G, K)`` in the order of the groups' numbers and of the rows within each, and where it holds a row, bool.
     """
     counts = torch.unique(group, return_counts=True)[1]
     present = torch.arange(int(counts.max()), device=x.device) < counts[:, None]

@@ -11,9 +11,7 @@ from lm_envs.algos.ops.advantages import masked
 from lm_envs.trajectories import Trajectories
 
 Metric = Tensor | tuple[Tensor, Tensor]
-"""A scalar, the mean over the loss's units; or ``(sum, count)``; a name ending in ``_max`` holds a
-maximum.
-"""
+"""A scalar, the mean over the loss's units; or ``(sum, count)``; a name ending in ``_max`` holds a maximum."""
 
 
 class Averages:
@@ -24,9 +22,7 @@ class Averages:
         self._weights: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Metric], weight: float) -> None:
-        """Takes in one part. ``weight`` is its number of units, by which scalars count; a pair brings its
-        own count.
-        """
+        """Takes in one part. ``weight`` is its number of units, by which scalars count; a pair brings its own count."""
         for name, metric in metrics.items():
             if name.endswith("_max"):
                 self._sums[name] = max(self._sums.get(name, -math.inf), float(metric))  # type: ignore[arg-type]

@@ -20,9 +20,8 @@ class PolicyGradientConfig(AgentConfig):
     """Adds where the KL penalty stands."""
 
     kl_loss: KLEstimator | None = None
-    """Put the KL penalty into the loss, by this estimator, and not into the reward; the env then charges none.
-    None leaves it in the reward, whose gradient is exact.
-    """
+    """Put the KL penalty into the loss, by this estimator, and not into the reward; the env then charges none. None
+    leaves it in the reward, whose gradient is exact."""
 
 
 C = TypeVar("C", bound=PolicyGradientConfig)

@@ -190,8 +190,7 @@ class LMPolicy(Policy):
 
     def next_logits(self, rows: Tensor) -> Tensor:
         """Logits ``(N, V)`` of the coming token of observations ``(N, P + T)``, EOS masked before ``min_new_tokens``;
-        rows that grew by a token since the last call take one cached step.
-        """
+        rows that grew by a token since the last call take one cached step."""
         version = sum(p._version for p in self._weights)
         if version != self._version:  # the weights changed under the cache
             self._weights = tuple(self.model.parameters())

@@ -95,8 +95,7 @@ class MLPPolicy(Policy):
 
     @torch.no_grad()
     def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Actions by inverse CDF, in float64: the first action whose cumulative probability exceeds the
-        uniform.
+        """Actions by inverse CDF, in float64: the first action whose cumulative probability exceeds the uniform.
 
         Args:
             obs: ``(N, *shape)``.
@@ -115,9 +114,7 @@ class MLPPolicy(Policy):
         return actions, logprob
 
     def evaluate(self, traj: Trajectories) -> Evaluation:
-        """One forward of each network over the real steps; the critic also sees ``final_obs`` of truncated
-        rows.
-        """
+        """One forward of each network over the real steps; the critic also sees ``final_obs`` of truncated rows."""
         if traj.obs is None:
             raise ValueError("MLPPolicy.evaluate needs Trajectories.obs, (B, T, *shape)")
         # Only real steps enter: what is in masked positions, NaN included, is never read.

@@ -47,8 +47,7 @@ class ExtendedEmbedding(nn.Module):
 
 def prepend(prompt: Tensor, token: Tensor | int) -> Tensor:
     """``(B, P + 1)``: prompts ``(B, P)``, left-padded with -1, with a token (one for all, or ``(B,)``) before their
-    first.
-    """
+    first."""
     wide = nn.functional.pad(prompt, (1, 0), value=-1)
     place = (wide < 0).sum(dim=1, keepdim=True) - 1
     tokens = torch.as_tensor(token, dtype=prompt.dtype, device=prompt.device).reshape(-1, 1).expand(len(prompt), 1)

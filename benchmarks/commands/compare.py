@@ -46,8 +46,7 @@ class Compare:
     """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Algorithms; with --suite instead of its own. Without either, a text task gets the demo's six and its settings;
-    "all" are all there are, with the settings and seeds of the suite of that name.
-    """
+    "all" are all there are, with the settings and seeds of the suite of that name."""
     seeds: Annotated[tuple[Seed, ...], tyro.conf.arg(metavar="N ...")] = ()
     """Seeds; with --suite instead of its own."""
     iterations: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
@@ -68,8 +67,7 @@ class Compare:
     """Torch threads per run. Results may differ in their last bits with it."""
     compile: bool = False
     """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
-    (docs/throughput.md).
-    """
+    (docs/throughput.md)."""
     adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 

@@ -1,6 +1,5 @@
 """Help as a terminal shows it: tyro breaks an indented docstring's lines where the source does, and shows "None" for
-what may be left out.
-"""
+what may be left out."""
 
 from __future__ import annotations
 

@@ -25,8 +25,7 @@ class _Learn:
     """The model to start from, and its tokenizer: a folder of save_pretrained, or a hub name."""
     data: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """JSONL, CSV, Parquet, a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub; `lm-envs data check` says what
-    it holds.
-    """
+    it holds."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
     epochs: Positive = 1.0

@@ -24,27 +24,22 @@ class Own:
 
     corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Make the task "corpus" of your labeled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
-    like.
-    """
+    like."""
     parallel: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Make the task "translation" of your parallel text: a JSONL file with "prompt" and "reference", and "split" if you
-    like.
-    """
+    like."""
     policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Make the task "custom": the policy to tune, a folder of save_pretrained or a hub name."""
     reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Of "custom": the reward model, with its own tokenizer; a folder or a hub name. Its score is put in units of the
-    reference's samples; short for --reward 'standardise(model:DIR)'.
-    """
+    reference's samples; short for --reward 'standardise(model:DIR)'."""
     reward: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="REWARD")] = ()
     """Of "custom", instead of --reward-model: what trains; given again, they are summed. model:DIR, bleu, chrf, rougeL
     (against the prompts' column "reference"), judge:URL#MODEL, my_file.py:function (runs that file); as in
-    --reward 'bleu*0.5', 'clip(model:DIR, -2, 2)', 'standardise(my_file.py:f)'.
-    """
+    --reward 'bleu*0.5', 'clip(model:DIR, -2, 2)', 'standardise(my_file.py:f)'."""
     prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Of "custom": JSONL, CSV or Parquet with a "prompt" a row (text or chat messages), and "split" (train, validation,
-    test) if you like; or a data set of the hub. `lm-envs data check FILE` says what it holds.
-    """
+    test) if you like; or a data set of the hub. `lm-envs data check FILE` says what it holds."""
     bad: Literal["raise", "skip"] = "raise"
     """Of "custom": what a bad row of prompts does: stop everything before any training, or be passed over and told."""
     judge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None

@@ -34,8 +34,7 @@ class Train:
     """Folder of the results."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions; may be left out
-    where the options below make one.
-    """
+    where the options below make one."""
     seed: Seed = 0
     """Decides prompts, samples and the order of minibatches."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
@@ -56,8 +55,7 @@ class Train:
     """Torch threads; as many as there are cores if not given. Results may differ in their last bits with it."""
     compile: bool = False
     """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
-    (docs/throughput.md).
-    """
+    (docs/throughput.md)."""
     adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 

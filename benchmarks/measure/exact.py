@@ -66,8 +66,7 @@ def half_way(exact: Exact) -> torch.Tensor:
 
 
 def gradient(agent: Agent[Any], exact: Exact, *, bandit: bool, seed: int) -> dict[str, float]:
-    """``gradient_cosine`` and its standard error, of a fresh agent that samples, its policy being
-    :func:`half_way`."""
+    """``gradient_cosine`` and its standard error, of a fresh agent that samples, its policy being :func:`half_way`."""
     cosine, error = sampled_cosine(agent, exact, bandit=bandit, seed=seed)
     return {"gradient_cosine": cosine, "gradient_cosine_se": error}
 

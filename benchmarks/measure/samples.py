@@ -144,9 +144,8 @@ def judged(mdp: TextMDP, traj: Trajectories) -> tuple[Samples, NDArray[np.float6
 
 
 def corpus_score(rewards: Sequence[Any], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> float:
-    """The score of all responses together by the first text metric among these rewards and their parts, out of 100;
-    NaN if there is none. Responses without a reference are left out.
-    """
+    """The score of all responses together by the first text metric among these rewards and their parts, out of 100; NaN
+    if there is none. Responses without a reference are left out."""
     parts = (part for reward in rewards if reward is not None for part in leaves(reward))
     metric = next((part for part in parts if isinstance(part, TextMetric)), None)
     if metric is None or metric.column not in columns:

@@ -1,6 +1,5 @@
 """``report.html``: one file with everything in it, which opens without a network; and the same figures as PNG beside
-it.
-"""
+it."""
 
 from __future__ import annotations
 

@@ -229,9 +229,8 @@ def _trained(task: TextTask, settings: Settings, moments: tuple[float, float], c
 
 
 def draw(curves: Sequence[Curve]) -> Figure:
-    """A panel per method: gold (dots, its fit a line) and proxy (dashed) against the square root of the KL, a color
-    per reward model. Of what lies below :data:`FLOOR` only the beginning is shown.
-    """
+    """A panel per method: gold (dots, its fit a line) and proxy (dashed) against the square root of the KL, a color per
+    reward model. Of what lies below :data:`FLOOR` only the beginning is shown."""
     methods = list(dict.fromkeys(curve.method for curve in curves))
     sizes = sorted({curve.pairs for curve in curves})
     with matplotlib.rc_context(STYLE):

@@ -1,6 +1,5 @@
 """The figures of a report: win-rates, the reward-KL frontier and learning curves. Curves are labeled directly, and an
-algorithm has one color throughout.
-"""
+algorithm has one color throughout."""
 
 from __future__ import annotations
 

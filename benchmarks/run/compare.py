@@ -1,6 +1,5 @@
 """A comparison: checks everything that can be checked before anything trains, carries out the runs, and keeps the
-results current.
-"""
+results current."""
 
 from __future__ import annotations
 

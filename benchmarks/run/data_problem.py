@@ -245,8 +245,7 @@ class DataProblem:
 
     def save_model(self, folder: Path) -> None:
         """The tuned model and its tokenizer, for transformers' ``from_pretrained``; adapters of a reward model are
-        added to its weights.
-        """
+        added to its weights."""
         merge = self._rewarding or bool(self.spec.adaptation.get("lora_merge", False))
         save_model(self.model, self.tokenizer, folder, merge, () if self._rewarding else self._train.ends)
 

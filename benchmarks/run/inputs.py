@@ -26,8 +26,7 @@ _OF_MODELS = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
     """What a run reads, as messages call it, and a hash of what that holds: of files their bytes, of models and data on
-    the hub their commit. What cannot be known, such as a hub name without a network, is left out.
-    """
+    the hub their commit. What cannot be known, such as a hub name without a network, is left out."""
     settings = spec.to_json()
     options = settings.get("options") or {name: settings[name] for name in ("model", "data") if name in settings}
     if "options" in settings:

@@ -113,8 +113,7 @@ def check_algorithm(name: str) -> None:
 
 def trainable() -> list[str]:
     """The registered algorithms that can be compared: they train a policy, by sampling or on preferences which
-    simulated annotators make.
-    """
+    simulated annotators make."""
     from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
 
     agents = {name: load(name) for name in ALGORITHMS if name not in WRAPPERS}

@@ -1,6 +1,5 @@
 """Settings that a suite or a command line changes: parsing ``key=value`` and checking names and values before anything
-trains.
-"""
+trains."""
 
 from __future__ import annotations
 

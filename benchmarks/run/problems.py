@@ -157,15 +157,13 @@ class TextProblem:
 
     def try_out(self) -> None:
         """Let the reference answer two prompts of each split that is used and score them: a broken reward or judge
-        shows here.
-        """
+        shows here."""
         for split in ("train", "validation", "test"):
             samples.sample_reference(self._measure(split), self._reference, 2)
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """A point of the learning curve, on validation prompts with the same random numbers each time, and some
-        samples.
-        """
+        samples."""
         found = samples.sample_policy(self._measure("validation"), self.policy, self.spec.plan.validation_prompts, 0)
         metrics = {name: float(np.mean(getattr(found, name))) for name in self.tracked}
         if self.exact is not None:

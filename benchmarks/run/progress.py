@@ -1,6 +1,5 @@
 """What the terminal shows while runs go on: bars with the figures that matter, or plain lines where there is no
-terminal.
-"""
+terminal."""
 
 from __future__ import annotations
 

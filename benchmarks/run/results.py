@@ -41,8 +41,7 @@ def number(value: Any) -> float:
 
 def collect_results(out: Path, tasks: Sequence[str] = (), algorithms: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The results of all finished runs in a folder, by task, algorithm and seed: in the order of these names, then in
-    the order in which they were finished.
-    """
+    the order in which they were finished."""
     paths = sorted(out.glob("*/*/seed-*/result.json"), key=lambda path: path.stat().st_mtime_ns)
     rows = [row for path in paths if (row := finished(path.parent, _REPORTED)) is not None]
     places = [
@@ -198,8 +197,7 @@ def cell(line: Line, column: Column) -> str:
 
 def shown(lines: Sequence[Line]) -> list[Column]:
     """The columns that say something: known for a line, not 0 in all for given data, and for the KL coefficient not the
-    same for all.
-    """
+    same for all."""
 
     def told(column: Column) -> bool:
         values = [line.mean[column.name] for line in lines if not math.isnan(line.mean[column.name])]

@@ -1,6 +1,5 @@
 """Files that survive a kill: JSON and CSV replaced whole, append-only records that a resumed run cuts back, and
-checkpoints without pickle.
-"""
+checkpoints without pickle."""
 
 from __future__ import annotations
 

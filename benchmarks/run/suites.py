@@ -146,8 +146,7 @@ class Suite:
 
     def runs(self) -> list[RunSpec]:
         """The cells: for each task all algorithms with the first seed, then with the next, so that early results say
-        most.
-        """
+        most."""
         found = []
         for task in self.tasks:
             for seed in self.seeds:

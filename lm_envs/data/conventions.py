@@ -121,8 +121,7 @@ def _messages(value: Any, name: str) -> list[Message]:
 
 def _as_messages(value: Any, name: str) -> Any:
     """Messages that were written out as text, in JSON (once or more often) or as Python prints them; and anything else
-    as it is.
-    """
+    as it is."""
     if isinstance(value, dict) and "role" in value and "content" in value:
         return [value]
     start = value[:100].lstrip(' \t\r\n"\\') if isinstance(value, str) else ""
@@ -176,8 +175,7 @@ def _is_said(message: Message) -> bool:
 
 def _aligned(prompt: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:
     """All strings, or all messages: a lone string becomes the message it stands for. A completion that holds the whole
-    conversation loses what all have in common, which then is the prompt.
-    """
+    conversation loses what all have in common, which then is the prompt."""
     if isinstance(prompt, str) and all(isinstance(text, str) for text in completions):
         return prompt, tuple(completions)
     said = [[{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in completions]
@@ -236,8 +234,7 @@ def _chosen(row: Mapping[str, Any]) -> Example:
 
 def _dialogue(row: Mapping[str, Any]) -> Example:
     """Whole dialogues (Bai et al. 2022, the data of Anthropic's HH): what they share up to the assistant's last turn is
-    the prompt.
-    """
+    the prompt."""
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if isinstance(chosen, list) or isinstance(rejected, list):
         prompt, pair = _aligned("", [chosen, rejected])

@@ -32,8 +32,7 @@ from lm_envs.trajectories import Trajectories, from_responses
 
 COLUMNS = ("prompt", "response", "group", "rank", "split", "share")
 """Tokens of the prompt and of the completion, the number of the example, the completion's rank in it (0 the best), the
-split by its column (-1 for none), and a number that depends on the prompt's text alone, by which rows are divided.
-"""
+split by its column (-1 for none), and a number that depends on the prompt's text alone, by which rows are divided."""
 _FLUSH = 1024  # rows
 
 

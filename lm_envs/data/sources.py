@@ -36,8 +36,7 @@ _BUFFER = 2**20  # bytes
 
 Read = tuple[str, dict[str, Any] | str]
 """``"line 3"`` of JSONL and CSV (the line that a row begins on), or ``"row 3"`` of the others, from 1; and the columns
-of the row, or what is wrong with it.
-"""
+of the row, or what is wrong with it."""
 
 
 def format_of(source: str | Path) -> str:

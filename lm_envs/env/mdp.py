@@ -188,8 +188,7 @@ class TextMDP:
 
     def action_mask(self, lengths: NDArray[np.int64], ref_logits: Tensor | None = None) -> NDArray[np.int8] | None:
         """``(N, V)`` int8, 1 where a token is allowed after ``lengths`` response tokens; None where nothing is ever
-        masked. ``ref_logits (N, V)``, which ``reference_top_k`` needs, are restricted in place.
-        """
+        masked. ``ref_logits (N, V)``, which ``reference_top_k`` needs, are restricted in place."""
         if self.reference_top_k is not None:
             if ref_logits is None:
                 raise ValueError("reference_top_k makes the action mask of the reference's logits, and there are none")
@@ -202,8 +201,7 @@ class TextMDP:
 
     def texts(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> tuple[list[str], list[str]]:
         """The texts of prompts ``(N, P)`` and of the responses to them ``(N, T)``, padded with -1; see
-        :meth:`~lm_envs.model.text.Codec.decode`.
-        """
+        :meth:`~lm_envs.model.text.Codec.decode`."""
         prompts, responses = ([row[row >= 0].tolist() for row in rows] for rows in (prompt, response))
         return self.codec.decode(prompts, responses)
 

@@ -203,9 +203,8 @@ class TextRows(Reachable, VectorEnv):
         raise NotImplementedError  # pragma: no cover
 
     def _final_infos(self, finished: NDArray[np.bool_]) -> dict[int, dict[str, Any]]:
-        """``info["lm"]`` by row. What is not known has no key: ``ref_logprob`` ``(T,)`` and ``kl`` need ``kl_coef >
-        0`` all through the episode, and ``kl`` a report at every step.
-        """
+        """``info["lm"]`` by row. What is not known has no key: ``ref_logprob`` ``(T,)`` and ``kl`` need ``kl_coef > 0``
+        all through the episode, and ``kl`` a report at every step."""
         rows = finished.nonzero()[0]
         texts = self.mdp.describe(self._obs[rows, : self._prompt_places], self._obs[rows, self._prompt_places :])
         infos: dict[int, dict[str, Any]] = {}

@@ -100,8 +100,7 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
 @contextmanager
 def quiet_layout() -> Iterator[None]:
     """peft tells of each map whose weight lies the other way round, as GPT-2's do, than the one setting for all says;
-    it goes by the map itself.
-    """
+    it goes by the map itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         yield

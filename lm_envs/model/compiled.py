@@ -95,8 +95,7 @@ class _Program:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """One more token of every row: logits ``(rows, V)`` and what they are made from, ``(rows, d)``; on CUDA they
-        are there until the next call.
-        """
+        are there until the next call."""
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with at_most(self._threads):

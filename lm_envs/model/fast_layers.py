@@ -75,8 +75,7 @@ def fuse_linears(model: M) -> M:
 @cache
 def onednn_is_faster() -> bool:
     """Whether float32 products on this processor are better done by oneDNN: a rule and no timing, so that a run's
-    numbers do not depend on what else the machine did.
-    """
+    numbers do not depend on what else the machine did."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     about = torch.cpu.get_capabilities()

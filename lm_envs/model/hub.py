@@ -1,6 +1,5 @@
 """Names on the hub: whether it answers is asked once and briefly, so that nobody waits for libraries to try again and
-again.
-"""
+again."""
 
 from __future__ import annotations
 
@@ -62,15 +61,13 @@ def commit_of(name: str) -> str | None:
 
 def check_data_set(name: str) -> str | None:
     """Return the commit of a data set, None where it is not known. Raises ConnectionError where the hub does not
-    answer.
-    """
+    answer."""
     return None if constants.HF_HUB_OFFLINE else _ask(name, "README.md", "dataset")
 
 
 def _ask(name: str, file: str, kind: str = "model") -> str | None:
     """One request, which is not repeated; any answer will do, also that there is no such file. No request for a name
-    that cannot be one of the hub's, which the libraries refuse by themselves. Returns the commit of the file.
-    """
+    that cannot be one of the hub's, which the libraries refuse by themselves. Returns the commit of the file."""
     try:
         return get_hf_file_metadata(
             hf_hub_url(name, file, repo_type=kind), timeout=constants.HF_HUB_ETAG_TIMEOUT

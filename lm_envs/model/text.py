@@ -1,6 +1,5 @@
 """Where text becomes token ids, and token ids become text: the same for environments, fine-tuning, preferences, reward
-models and evaluation.
-"""
+models and evaluation."""
 
 from __future__ import annotations
 

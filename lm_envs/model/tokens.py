@@ -124,9 +124,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *,
 
     Args:
         stopped: whether the response ended by itself.
-        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the
-            tokenizer adds to every text is taken off first). False leaves the ids as the tokenizer wraps
-            them.
+        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the tokenizer
+            adds to every text is taken off first). False leaves the ids as the tokenizer wraps them.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     eos = tokenizer.eos_token_id

@@ -101,16 +101,14 @@ def call_reward(
     """Call a reward and check what it returns.
 
     Args:
-        reward: the callable; it is passed those of the lists that its signature names, or all if it takes
-            ``**kwargs``.
+        reward: the callable; it is passed those of the lists that its signature names, or all if it takes ``**kwargs``.
         prompts, completions: N texts each, without special tokens.
         completion_ids: N lists of token ids, EOS included where the response stopped.
         finish_reasons: N times ``"stop"`` or ``"length"``.
         columns: further columns of the data, N entries each.
 
     Returns:
-        ``(N,)`` float64, or ``(N, T)`` for a dense reward: T is the longest response, 0 beyond a response's
-        end.
+        ``(N,)`` float64, or ``(N, T)`` for a dense reward: T is the longest response, 0 beyond a response's end.
 
     Raises:
         ValueError: the reward wants a column that the data lack, it raises or exits, the number of rewards is not N, a
@@ -139,9 +137,8 @@ def call_reward(
 
 
 def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDArray[np.float64]:
-    """The same as :func:`call_reward`, with NaN for a sample that the reward does not apply to (the whole row where
-    the reward is dense).
-    """
+    """The same as :func:`call_reward`, with NaN for a sample that the reward does not apply to (the whole row where the
+    reward is dense)."""
     name, completion_ids = reward_name(reward), given["completion_ids"]
     count = len(given["completions"])
     raw = _asked(reward, name, given)
@@ -194,8 +191,7 @@ def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDAr
 
 def _numbers(row: Any) -> NDArray[np.float64]:
     """An entry that a reward returned. Raises TypeError for texts, complex numbers and dates, which numpy would turn
-    into numbers.
-    """
+    into numbers."""
     values = row.detach().cpu().double().numpy() if isinstance(row, Tensor) else np.asarray(row)
     if values.dtype.kind not in "biufO":
         raise TypeError

@@ -50,18 +50,16 @@ class TextTask:
         kl_coef: the environment's default weight of the KL penalty, in score units per nat.
         temperature: of the policy and of the reference alike.
         description: one line for listings.
-        demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may
-            be empty.
-        responses: the same as (prompt, response) where prompts differ in length; the response ends in EOS. Used
-            instead of ``demonstrations`` where there are any.
+        demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may be empty.
+        responses: the same as (prompt, response) where prompts differ in length; the response ends in EOS. Used instead
+            of ``demonstrations`` where there are any.
         corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports; None
             where there is none. See :class:`CorpusMetric`.
         pairs: (row of ``prompts["train"]``, response, response), two of the reference's responses to that prompt.
             Annotators choose between these where an algorithm learns from preferences, and a learned reward that the
             task comes with was trained on them; may be empty.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
-        policy: the model that training starts from, None for the reference; it shares the reference's
-            vocabulary.
+        policy: the model that training starts from, None for the reference; it shares the reference's vocabulary.
         columns: further columns of the prompts' data, which rewards get: by split, then by name, one entry per prompt.
     """
 

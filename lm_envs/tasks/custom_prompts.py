@@ -1,6 +1,5 @@
 """The prompts of a task of one's own: read from any source, divided, and made token ids of; bad rows are refused with
-their line, or passed over.
-"""
+their line, or passed over."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """What the tasks made of a file of the user's own share: checks of their settings, the cache under the file's content,
-a byte-level tokenizer, and bundles of texts of nearly one length.
-"""
+a byte-level tokenizer, and bundles of texts of nearly one length."""
 
 from __future__ import annotations
 

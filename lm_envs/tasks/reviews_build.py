@@ -291,8 +291,7 @@ def sample_pairs(
     progress: Callable[[int], None],
 ) -> Samples:
     """``count`` pairs of responses from the policy, numbered from ``first``; the prompts take turns, and the two
-    responses of a pair are neighbors.
-    """
+    responses of a pair are neighbors."""
     return sampling.sample(
         policy,
         tokenizer,

@@ -149,11 +149,10 @@ def _article(following: str) -> str:
 
 
 def corpus(seed: int, size: int, first: int = 0) -> list[list[str]]:
-    """Reviews numbered ``first`` to ``first + size - 1``, of ``MIN_TOKENS`` to ``MAX_TOKENS`` words with
-    ``<eos>``.
+    """Reviews numbered ``first`` to ``first + size - 1``, of ``MIN_TOKENS`` to ``MAX_TOKENS`` words with ``<eos>``.
 
-    The latent sentiment is of either sign, equally often, and of mixed strength, so that the corpus is
-    neutral on the whole.
+    The latent sentiment is of either sign, equally often, and of mixed strength, so that the corpus is neutral on the
+    whole.
     """
     numbers = np.arange(first, first + size)
     found: dict[int, list[str]] = {}
