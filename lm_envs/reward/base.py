@@ -101,19 +101,17 @@ def call_reward(
     """Call a reward and check what it returns.
 
     Args:
-        reward: the callable; it is passed those of the lists that its signature names, or all if it takes ``**kwargs``.
-        prompts, completions: N texts each, without special tokens.
-        completion_ids: N lists of token ids, EOS included where the response stopped.
-        finish_reasons: N times ``"stop"`` or ``"length"``.
+        reward: the callable; it is passed those of the lists that its signature names, or all if it takes
+            ``**kwargs``.
+        prompts, completions, completion_ids, finish_reasons: N entries each, as the module's text says.
         columns: further columns of the data, N entries each.
 
     Returns:
         ``(N,)`` float64, or ``(N, T)`` for a dense reward: T is the longest response, 0 beyond a response's end.
 
     Raises:
-        ValueError: the reward wants a column that the data lack, it raises or exits, the number of rewards is not N, a
-            row of a dense reward is shorter than its response, or a reward is no number, missing, NaN or infinite. The
-            message is one line that names the reward and the sample.
+        ValueError: the reward wants a column that the data lack, raises, exits, or returns other than N finite numbers
+            or N rows as long as their responses. The message is one line that names the reward and the sample.
     """
     found = scores_or_nan(
         reward,
@@ -137,8 +135,7 @@ def call_reward(
 
 
 def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDArray[np.float64]:
-    """The same as :func:`call_reward`, with NaN for a sample that the reward does not apply to (the whole row where the
-    reward is dense)."""
+    """The same as :func:`call_reward`, with NaN for each sample (a whole row) that the reward does not apply to."""
     name, completion_ids = reward_name(reward), given["completion_ids"]
     count = len(given["completions"])
     raw = _asked(reward, name, given)
@@ -182,16 +179,12 @@ def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDAr
         if not np.isfinite(values).all():
             bad = values[~np.isfinite(values)].flat[0] if dense else values
             raise ValueError(f"reward {name!r} returned {bad} for {sample(i)}")
-        if dense:
-            result[i, : lengths[i]] = values
-        else:
-            result[i] = values
+        result[(i, slice(lengths[i])) if dense else i] = values
     return result
 
 
 def _numbers(row: Any) -> NDArray[np.float64]:
-    """An entry that a reward returned. Raises TypeError for texts, complex numbers and dates, which numpy would turn
-    into numbers."""
+    """An entry that a reward returned. Raises TypeError for texts, complex numbers and dates, which numpy converts."""
     values = row.detach().cpu().double().numpy() if isinstance(row, Tensor) else np.asarray(row)
     if values.dtype.kind not in "biufO":
         raise TypeError
