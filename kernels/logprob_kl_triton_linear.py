@@ -27,6 +27,16 @@ _CONFIGS = [
 
 
 @triton.jit
+def _rounded(x, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """To the nearest number of another type; bfloat16 by its bits, because the interpreter cuts them off."""
+    if DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE).to(ACC)
+
+
+@triton.jit
 def _tile(
     hidden,
     weight,
@@ -63,8 +73,7 @@ def _tile(
         if LIFT:
             a, b = a.to(ACC), b.to(ACC)
         total += tl.dot(a, b, out_dtype=ACC, input_precision="ieee")
-    if not LIFT:
-        total = total.to(hidden.dtype.element_ty).to(ACC)  # as backward will see them
+    total = _rounded(total, hidden.dtype.element_ty, ACC)  # as backward will see them
     if SOFTCAP:
         total = cap * _tanh(total / cap, ACC)
     return tl.where(col_here[None, :], total * inv_t, float("-inf"))
@@ -199,7 +208,7 @@ def forward(
             hidden, weight, s, q, ids, partial, rows, vocabulary, hidden.shape[1], s.shape[1], vocabulary.bit_length(),
             *hidden.stride(), *weight.stride(), *s.stride(), *q.stride(), high, low, cap_high, cap_low,
             PARTS=parts, TWO=two, SOFTCAP=options.softcap is not None,
-            LIFT=INTERPRETED,  # it takes bfloat16 tiles for integers in a product, and cuts when it rounds
+            LIFT=INTERPRETED,  # which takes bfloat16 tiles for integers in a product
             ACC=tl.float64 if wide == torch.float64 else tl.float32,
         )  # fmt: skip
     return _joined(partial, two)

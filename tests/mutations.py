@@ -1119,6 +1119,13 @@ MUTATIONS = [
         "tests/kernels/test_linear.py::test_chunks_of_a_bfloat16_head_add_up_in_float32",
     ),
     Mutation(
+        "tiles of logits are not rounded forward",
+        "kernels/logprob_kl_triton_linear.py",
+        "total = _rounded(total, hidden.dtype.element_ty, ACC)",
+        "total = total",
+        "tests/kernels/test_linear.py",
+    ),
+    Mutation(
         "the KL is finite where the reference excludes a token, in chunks",
         "kernels/logprob_kl_chunked.py",
         "torch.sub(d, e.masked_fill(w == 0, 0.0), out=difference)",
