@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lm_envs.kernels.logprob_kl_triton import INTERPRETED, _join, _on, _pair, _tanh
+from lm_envs.kernels.logprob_kl_triton import _on, _pair
+from lm_envs.kernels.logprob_kl_triton_kernels import INTERPRETED, _join, _tanh
 
 if TYPE_CHECKING:
     from lm_envs.kernels.logprob_kl import Options
