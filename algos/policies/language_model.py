@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lm_envs.algos.policies.base import Evaluation, Face, Policy
-from lm_envs.algos.policies.recomputing import checkpointing, recomputable
 from lm_envs.algos.policies.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.env.mdp import TextMDP
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.compiled import FixedRows, check_compilable
 from lm_envs.model.decoding import Decoder, forbid_early_eos, generate, sample
 from lm_envs.model.fast_layers import fuse
-from lm_envs.model.forwards import early_eos, response_forward
+from lm_envs.model.forwards import early_eos, many_logits, response_forward
+from lm_envs.model.recomputing import checkpointing, recomputable
 from lm_envs.model.tokens import EosIds, eos_ids
 from lm_envs.trajectories import Trajectories
 
@@ -49,7 +49,8 @@ class LMPolicy(Policy):
         autocast: run the model's forwards in this lower precision (``torch.bfloat16``) where that is faster; weights
             and optimizer keep theirs, and log-probabilities are then recomputed before an update.
         gradient_checkpointing: keep each layer's input alone for backward, and compute the layer again there: less
-            memory for a third more time.
+            memory for a third more time. Without it, where a batch's logits are many, a layer's products are kept and
+            the rest computed again.
         compile: decode whole responses in fixed shapes by a program of ``torch.compile`` for each number of rows, which
             takes it seconds to minutes to make; see docs/throughput.md for when that pays.
         top_k, top_p: refused, because the truncated support depends on the policy: a token that was sampled can have
@@ -273,8 +274,9 @@ class LMPolicy(Policy):
             raise ValueError("LMPolicy.evaluate needs trajectories of text, with prompt and response")
         prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
         prompt, mask = self._conditioned(prompt), response >= 0
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        with self._precision(), checkpointing(self.model) if recompute else nullcontext():
+        spare = torch.is_grad_enabled() and (self.gradient_checkpointing or many_logits(self.model, response))
+        keep = not self.gradient_checkpointing
+        with self._precision(), checkpointing(self.model, keep_products=keep) if spare else nullcontext():
             exclude = early_eos(response.shape[1], self.eos_token_ids, self.min_new_tokens)
             forward = response_forward(self.model, prompt, response, exclude)
         states = forward.hidden.to(self.value_head.weight.dtype)

@@ -95,6 +95,37 @@ class BenchKernels:
 
 
 @dataclass(frozen=True)
+class BenchMemory:
+    """Measure time and peak memory of one update of a language model with a large vocabulary, beyond its weights and
+    gradients.
+    """
+
+    rows: int = 8
+    """Texts."""
+    tokens: int = 256
+    """Of each."""
+    layers: int = 4
+    """Of the model."""
+    vocabulary: int = 49_152
+    """Its tokens."""
+    threads: int = os.cpu_count() or 1
+    """Torch threads."""
+    rounds: int = 3
+    """Processes per task and way; medians are reported."""
+    against: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Another checkout of this project, measured in turns with this one."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
+    """The result; benchmarks/results/memory-cpu.csv if not given."""
+
+    def run(self, console: Console) -> None:
+        """Measure."""
+        from lm_envs.benchmarks.speed import memory
+
+        shape = {name: value for name, value in vars(self).items() if name not in ("rounds", "against", "out")}
+        memory.run(memory.Shape(**shape), self.rounds, self.against, self.out)
+
+
+@dataclass(frozen=True)
 class BenchSB3:
     """Measure Stable-Baselines3's PPO with our policy against our own PPO on the same work; they take turns."""
 
@@ -130,6 +161,7 @@ class Bench:
     what: Annotated[
         Annotated[BenchKernels, tyro.conf.subcommand("kernels", prefix_name=False)]
         | Annotated[BenchThroughput, tyro.conf.subcommand("throughput", prefix_name=False)]
+        | Annotated[BenchMemory, tyro.conf.subcommand("memory", prefix_name=False)]
         | Annotated[BenchSB3, tyro.conf.subcommand("sb3", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]

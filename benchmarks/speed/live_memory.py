@@ -32,8 +32,12 @@ class LiveMemory:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 
-    def stop(self) -> int:
-        """Bytes that tensors made since :meth:`start` held at the most."""
+    def stop(self, lasting: bool = True) -> int:
+        """Bytes that tensors made since :meth:`start` held at the most.
+
+        Args:
+            lasting: count those that are still there too, such as gradients; on CUDA they always count.
+        """
         if self._device == "cuda":
             return torch.cuda.max_memory_allocated() - self._before
         self._profile.stop()
@@ -42,8 +46,15 @@ class LiveMemory:
             self._profile.export_chrome_trace(str(path))
             events = json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
         changes = [e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0]
+        changes = [event["args"] for event in sorted(changes, key=lambda e: e["ts"])]
+        still: dict[int, int] = {}  # by address, which change allocated it
+        for number, change in enumerate(changes):
+            still.pop(change["Addr"], None)
+            if change["Bytes"] > 0:
+                still[change["Addr"]] = number
+        left_out = set() if lasting else set(still.values())
         held = most = 0
-        for event in sorted(changes, key=lambda e: e["ts"]):
-            held += event["args"]["Bytes"]
+        for number, change in enumerate(changes):
+            held += 0 if number in left_out else change["Bytes"]
             most = max(most, held)
         return most

@@ -53,6 +53,11 @@ class ResponseForward:
         return self.head.logprob(self.hidden, ids, temperature=temperature, mask=mask, exclude=self._exclude)
 
 
+def many_logits(model: PreTrainedModel, response: Tensor) -> bool:
+    """Whether a response's logits are more than a chunk of them."""
+    return response.numel() * model.get_output_embeddings().weight.shape[0] > CHUNK[response.device.type]
+
+
 def response_forward(
     model: PreTrainedModel, prompt: Tensor, response: Tensor, exclude: Exclude | None = None
 ) -> ResponseForward:
@@ -65,8 +70,7 @@ def response_forward(
         exclude: as of :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl`.
     """
     steps, given = response.shape[1], _inputs(model, prompt, response)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    if response.numel() * vocabulary > CHUNK[response.device.type]:
+    if many_logits(model, response):
         found = hidden_and_head(model, given)
         if found is not None:
             return ResponseForward(found[0][:, -steps:], found[1], None, exclude)

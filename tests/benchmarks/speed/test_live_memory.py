@@ -24,3 +24,13 @@ def test_it_starts_anew():
         memory.start()
         torch.zeros(count)
         assert memory.stop() == 4 * count
+
+
+def test_what_lasts_can_be_left_out():
+    memory = LiveMemory()
+    for lasting, known in ((True, 4_500), (False, 2_500)):
+        memory.start()
+        kept = torch.zeros(2_000)
+        torch.zeros(2_500)
+        assert memory.stop(lasting) == 4 * known
+        del kept
