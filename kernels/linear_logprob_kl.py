@@ -32,7 +32,7 @@ LinearImplementation = Literal["auto", "torch", "chunks", "tiled"]
 Exclude = Callable[[Tensor, Tensor], object]  # logits (R, V), and which rows they are of
 
 # Logits of a chunk: enough rows for an efficient product, few enough to stay far below N * V.
-CHUNK = {"cpu": 2**24, "cuda": 2**27}
+CHUNK = {"cpu": 2**23, "cuda": 2**27}
 
 
 def linear_logprob_kl(
@@ -272,6 +272,7 @@ class _Gradients(NamedTuple):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, job: _Job):  # type: ignore[no-untyped-def]
+        ctx.chunks = None
         if job.tiled:
             tiles = backend("triton_linear")
             stats = tiles.forward(hidden, weight, job.ref_hidden, job.ref_weight, ids, job.options)
@@ -293,7 +294,8 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, stats = ctx.saved_tensors
-        chunks = _Chunks(hidden, weight, bias, ids, ctx.job) if ctx.job.tiled else ctx.chunks
+        chunks = ctx.chunks or _Chunks(hidden, weight, bias, ids, ctx.job)
+        ctx.chunks = None  # their buffers are free before the rest of the backward pass
         coefficients, _ = backward_coefficients(stats, upstream)
         into = _Gradients.of(hidden, weight, bias, ctx.needs_input_grad)
         for rows in reversed(list(chunks)):  # the logits of the last are still there

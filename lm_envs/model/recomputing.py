@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -19,27 +19,24 @@ def recomputable(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-# Operations whose outputs are kept: what costs most of a layer's time, and less than half of its memory.
-_PRODUCTS = [
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "convolution",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
-]
+_ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("cudnn_attention", "efficient_attention", "flash_attention", "flash_attention_for_cpu")
+}
+_PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}  # where their first factor stands
+
+
+def _policy(_: object, operation: Any, *given: Any, **__: Any) -> CheckpointPolicy:
+    """Keep attention and the products that do not narrow: most of a layer's time, and less than half of its memory."""
+    place = _PRODUCTS.get(operation)
+    wide = place is not None and given[place].shape[1] <= given[place + 1].shape[1]
+    return CheckpointPolicy.MUST_SAVE if wide or operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
 def checkpointing(model: PreTrainedModel, *, keep_products: bool = False) -> Iterator[None]:
-    """Forwards within keep each layer's input, and with ``keep_products`` its matrix products and attention too: then
-    norms, activations and the like alone are computed again.
+    """Forwards within keep each layer's input, and with ``keep_products`` most matrix products and attention too: then
+    little but norms and activations is computed again.
 
     transformers does that for layers in train mode: the layers themselves are put there and not what is inside them,
     so that dropout stays off; so does that which a layer applies by its own flag (BART, OPT).
@@ -51,7 +48,7 @@ def checkpointing(model: PreTrainedModel, *, keep_products: bool = False) -> Ite
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     options: dict[str, Any] = {"use_reentrant": False}
     if keep_products:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _PRODUCTS)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     getattr(model, f"{kind}_checkpointing_enable")(options)
     for layer, name, _ in rates:
         setattr(layer, name, 0.0)

@@ -18,6 +18,7 @@ from lm_envs.model import forwards
 from lm_envs.model.forwards import early_eos, response_forward, response_logprob
 from lm_envs.model.output_head import OutputHead
 from lm_envs.training import fit_language_model, next_token_loss
+from lm_envs.trajectories import Trajectories
 from tests.families import FAMILIES, WIDER, build, tolerance
 from tests.lm_envs.model import test_encoder_decoder as seq2seq
 from tests.tiny import EOS
@@ -173,6 +174,26 @@ def test_law_7_and_the_reference_from_hidden_states(from_hidden):
     alone = response_logprob(model, PROMPT, RESPONSE, EOS, top_k=3, batch_size=1)
     assert bool((alone == -math.inf).any())
     torch.testing.assert_close(response_logprob(model, PROMPT, RESPONSE, EOS, top_k=3), alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_layer_computes_again_changes_no_gradient(family, monkeypatch):
+    """Where logits are many, evaluation keeps a layer's products alone."""
+    one = torch.ones(3, dtype=torch.bool)
+    fields = dict(obs=torch.cat([PROMPT, RESPONSE], 1), actions=IDS, mask=MASK, prompt=PROMPT, response=RESPONSE)
+    zeros = torch.zeros(3, 5)
+    traj = Trajectories(**fields, logprob=zeros, reward=zeros, terminated=one, truncated=~one)
+    found = []
+    for chunk in (2**20, 0):
+        monkeypatch.setattr(forwards, "CHUNK", {"cpu": chunk})
+        policy = LMPolicy(build(family).requires_grad_(True), EOS, 4, 5)
+        now = policy.evaluate(traj)
+        total = (WEIGHTS[0] * now.logprob).sum() + (WEIGHTS[1] * now.entropy).sum()
+        grads = torch.autograd.grad(total, list(policy.model.parameters()), allow_unused=True)
+        found.append([now.logprob, *(g for g in grads if g is not None)])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found, strict=True):
+        close(a, b, atol=tolerance(family) if tolerance(family) < 1e-6 else 2e-4)
 
 
 def test_autocast_rounds_as_the_head_would(from_hidden):
