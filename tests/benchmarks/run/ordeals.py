@@ -361,13 +361,13 @@ def main(commands: Sequence[str], wanted: Sequence[str]) -> int:
             kinds = {"kill": ordeal.killed, "raise": ordeal.failed, "damage": ordeal.damaged}
             for each in wanted:
                 kind, _, number = each.partition("=")
-                results = list(kinds[kind](int(number)))
-                wrong = [(where, what) for where, what in results if what is not None]
-                for where, what in wrong:
-                    print(f"{command}, {kind}, {where}: {what}")
-                right = len(results) - len(wrong)
-                print(f"{command}, {kind}: {right} of {len(results)} ({ordeal.operations} operations)", flush=True)
-                faults += len(wrong)
+                right = count = 0
+                for where, what in kinds[kind](int(number)):
+                    count, right = count + 1, right + (what is None)
+                    if what is not None:
+                        print(f"{command}, {kind}, {where}: {what}", flush=True)
+                print(f"{command}, {kind}: {right} of {count} ({ordeal.operations} operations)", flush=True)
+                faults += count - right
     return faults
 
 
