@@ -65,7 +65,7 @@ def context_of(model: nn.Module) -> int | None:
     RoBERTa and similar models number positions from the one behind the pad id: 514 places are 512 tokens.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
-    tables = (getattr(module, "position_embeddings", None) for module in model.modules())
+    tables: list[Any] = [getattr(module, "position_embeddings", None) for module in model.modules()]
     skipped = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return None if limit is None else limit - max(skipped, default=0)
 
