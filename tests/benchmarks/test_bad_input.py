@@ -1,0 +1,149 @@
+"""Whatever a command line or a suite says, it is accepted or refused in one line, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from lm_envs.benchmarks.cli import _COMMANDS, main
+from lm_envs.benchmarks.commands import learn
+from lm_envs.benchmarks.commands.bench import BenchKernels, BenchSB3, BenchThroughput
+from lm_envs.benchmarks.commands.data import DataCheck
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run import compare
+from lm_envs.benchmarks.run.suite_files import parse_suite
+from lm_envs.settings import SettingError, check
+
+COMMANDS = [*_COMMANDS.values(), BenchKernels, BenchThroughput, BenchSB3, DataCheck]
+NUMBERS = ["0", "-1", "1", "2", "1.5", "1e3", "1e30", "inf", "nan", "1000000000000", str(2**64), "9" * 5000]
+TEXTS = ["", "x", "none", "true", "[" * 3000, "{}", "a=b", "..:x", "\u202e", "\ud800", "best-of-1000000000", "x" * 300]
+WORDS = st.sampled_from(NUMBERS + TEXTS) | st.text(max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([2**64, -(2**70)]) | WORDS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=3,
+)
+QUICK = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def options(kind: type) -> list[tuple[str, Any, Any]]:
+    """A command's options with their types, without and with limits; those of the dataclasses in it too."""
+    plain, limited = typing.get_type_hints(kind), typing.get_type_hints(kind, include_extras=True)
+    found = []
+    for name in (field.name for field in dataclasses.fields(kind)):
+        inner = dataclasses.is_dataclass(plain[name])
+        found += options(plain[name]) if inner else [(name, plain[name], limited[name])]
+    return found
+
+
+def one_line(capsys, words: list[str]) -> None:
+    """Run a command that stops where work would begin: it is accepted, or refused without a traceback."""
+    begun = mock.patch.object(compare, "prepare", side_effect=UserError("begun"))
+    with (
+        begun,
+        mock.patch.object(learn, "learn_from_data", side_effect=UserError("begun")),
+        pytest.raises(SystemExit) as stop,
+    ):
+        main(words)
+    told = capsys.readouterr()
+    assert stop.value.code in (0, 1, 2) and "Traceback" not in told.err
+    if stop.value.code == 1:
+        assert len([line for line in told.err.splitlines() if line.startswith("lm-envs: ")]) == 1, told.err
+
+
+@pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
+def test_every_number_of_every_command_has_limits(kind):
+    for name, hint, holder in options(kind):
+        for type_name, senseless in (("int", -(2**70)), ("float", float("nan"))):
+            if type_name in str(hint):
+                value = (senseless,) if "tuple" in str(hint) else senseless
+                with pytest.raises(SettingError, match=f"^--{name.replace('_', '-')}"):
+                    check(dataclasses.make_dataclass("Holder", [(name, holder)])(value))
+
+
+@QUICK
+@given(chosen=st.sampled_from([name for name, *_ in options(_COMMANDS["compare"])]), word=WORDS, more=WORDS)
+@example(chosen="threads", word="0", more="x")
+@example(chosen="seeds", word=str(2**64), more="x")
+@example(chosen="algorithms", word="best-of-1000000000", more="x")
+@example(chosen="task", word="..:x", more="x")
+@example(chosen="env", word="kl_coef=[1]", more="x")
+@example(chosen="set", word="ppo.seed=5", more="x")
+@example(chosen="lora_alpha", word="nan", more="x")
+def test_compare(capsys, tmp_path, chosen, word, more):
+    words = ["compare", "--out", str(tmp_path / "out"), "--algorithms", "ppo", "--task", "reviews"]
+    one_line(capsys, [*words, f"--{chosen.replace('_', '-')}", word])
+
+
+@QUICK
+@given(chosen=st.sampled_from([name for name, *_ in options(_COMMANDS["dpo"])]), word=WORDS)
+@example(chosen="epochs", word="inf")
+@example(chosen="batch_size", word="1000000000000")
+@example(chosen="checkpoint_every", word="0")
+@example(chosen="seed", word="-1")
+def test_stages(capsys, tmp_path, chosen, word):
+    words = ["dpo", "--model", "nowhere/at/all/x", "--data", "nowhere.jsonl", "--out", str(tmp_path / "out")]
+    with mock.patch("builtins.print"):
+        one_line(capsys, [*words, f"--{chosen.replace('_', '-')}", word])
+
+
+KEYS = {
+    "": ("tasks", "algorithms", "name", "description", "seeds", "compile", "budget", "evaluation", "checkpoints", "x"),
+    "budget": ("iterations", "episodes", "x"),
+    "evaluation": ("test_prompts", "validation_prompts", "every"),
+    "checkpoints": ("every",),
+    "adaptation": ("freeze_layers", "lora_rank", "lora_alpha", "lora_targets", "lora_merge"),
+    "algorithm.ppo": ("learning_rate", "epochs", "seed", "kl_loss", "anneal"),
+    "task.reviews": ("algorithms", "kl_coef", "temperature", "max_new_tokens", "missing_eos", "options", "algorithm"),
+}
+
+
+def toml(value: Any) -> str:
+    """A value as TOML has it; what it lacks as text."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(str(value) if value is None else value)
+
+
+@settings(QUICK, max_examples=150)
+@given(place=st.sampled_from([(table, key) for table, keys in KEYS.items() for key in keys]), value=VALUES)
+@example(place=("", "seeds"), value=[-1])
+@example(place=("checkpoints", "every"), value=0)
+@example(place=("algorithm.ppo", "seed"), value=5)
+def test_every_key_of_a_suite(place, value):
+    table, key = place
+    held = {"": {"tasks": '["reviews"]', "algorithms": '["ppo"]'}} | {table: {} for table in KEYS if table}
+    held[table][key] = toml(value)
+    text = "".join(
+        (f"[{name}]\n" if name else "") + "".join(f"{k} = {v}\n" for k, v in keys.items())
+        for name, keys in held.items()
+        if keys or not name
+    )
+    try:
+        compare.check_runs(parse_suite(text, "mine.toml").runs())
+    except UserError as error:
+        assert "\n" not in str(error) or "\n" in str(value)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "9" * 100_000, "\ufefftasks = 3", "a = {" * 9000])
+def test_suites_that_are_too_deep_or_too_large(text, tmp_path):
+    with pytest.raises(UserError) as error:
+        parse_suite(text, "mine.toml")
+    assert str(error.value).startswith("mine.toml") and len(str(error.value)) < 300
