@@ -30,6 +30,7 @@ import torch
 
 from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.report import html
+from lm_envs.benchmarks.run.one_run import versions
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
 
@@ -260,6 +261,7 @@ class Ordeal:
     def __init__(self, root: Path, command: str, watch: Watch) -> None:
         self.root, self.command, self.watch, self.words = root, command, watch, arguments(root, command)
         torch.set_num_threads(1)
+        versions()  # once: somebody may edit the code meanwhile
         gc.collect()
         gc.freeze()
         self.whole = root / "whole"
