@@ -103,7 +103,7 @@ def _be_child(task: str, **given: int) -> dict[str, float]:
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=shape.tokens + 1,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
     policy = LMPolicy(LlamaForCausalLM(config), 0, 1, shape.tokens)
     text = torch.randint(1, shape.vocabulary, (shape.rows, 1 + shape.tokens))
