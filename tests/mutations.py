@@ -58,6 +58,9 @@ JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/tes
 MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
 STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run/test_one_run.py::"
 INPUTS = "tests/benchmarks/run/test_inputs.py"
+REPORTED = "tests/benchmarks/test_recomputed_report.py"
+SAMPLES, EXACT = "tests/benchmarks/measure/test_samples.py", "tests/benchmarks/measure/test_exact.py"
+ITERATED = "tests/algos/test_iterated_rlhf.py"
 RECOMPUTED = "tests/benchmarks/test_recomputed.py"
 SB3 = "tests/algos/other_libraries/test_sb3.py::"
 
@@ -1082,6 +1085,183 @@ MUTATIONS = [
         "            self.trained_tokens += int(part.response_lengths.sum())\n",
         "            self.trained_tokens += int(part.response_lengths.sum()) * (epoch == 0)\n",
         COST,
+    ),
+    Mutation(
+        "a tie is a win",
+        "benchmarks/measure/samples.py",
+        "0.5 + 0.5 * np.sign(gold - reference)",
+        "np.float64(gold >= reference)",
+        SAMPLES,
+    ),
+    Mutation(
+        "standard errors divide by n",
+        "benchmarks/measure/samples.py",
+        "values.std(ddof=1) / math.sqrt",
+        "values.std() / math.sqrt",
+        SAMPLES,
+    ),
+    Mutation(
+        "the judge's share of positives has the reward's threshold",
+        "benchmarks/measure/samples.py",
+        'positive_rate(found.gold, (stats or {}).get("judge_threshold"))',
+        'positive_rate(found.gold, (stats or {}).get("reward_threshold"))',
+        SAMPLES,
+    ),
+    Mutation(
+        "gold's error is that of the proxy",
+        "benchmarks/measure/samples.py",
+        '"gold_se": standard_error(found.gold)',
+        '"gold_se": standard_error(found.proxy)',
+        f"{REPORTED}::test_errors_and_shares",
+    ),
+    Mutation(
+        "distinct-2 is a mean over responses",
+        "benchmarks/measure/samples.py",
+        "return len(set(pairs)) / len(pairs) if pairs else math.nan",
+        "rows = [set(zip(r[:-1], r[1:])) for r in tokens if len(r) > 1]\n"
+        "    return sum(map(len, rows)) / len(pairs) if pairs else math.nan",
+        SAMPLES,
+    ),
+    Mutation(
+        "best-of-n chooses by gold",
+        "benchmarks/run/problems.py",
+        "self.policy = BestOfN(start, mdp, n)",
+        "judged = replace(self.task, reward=self.task.judge)\n"
+        "            self.policy = BestOfN(start, samples.evaluation_env(judged, 'test').mdp, n)",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "validation counts the test's prompts",
+        "benchmarks/run/problems.py",
+        "self.spec.plan.validation_prompts, 0)",
+        "self.spec.plan.test_prompts, 0)",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "what was recorded after the checkpoint stays",
+        "benchmarks/run/one_run.py",
+        'self.metrics.keep(lambda record: record["iteration"] <= last)',
+        "self.metrics.keep(lambda record: True)",
+        f"{RECOMPUTED} {ONE_RUN}",
+    ),
+    Mutation(
+        "all seeds train with the same random numbers",
+        "benchmarks/run/problems.py",
+        '{"seed": self.spec.seed, **overrides}',
+        '{"seed": 0, **overrides}',
+        f"{RECOMPUTED} {ONE_RUN}",
+    ),
+    Mutation(
+        "a checkpoint forgets the time",
+        "benchmarks/run/one_run.py",
+        '{"agent": counters, "wall_s": self.wall_s}',
+        '{"agent": counters, "wall_s": 0.0}',
+        RECOMPUTED,
+    ),
+    Mutation(
+        "test samples are written again",
+        "benchmarks/run/one_run.py",
+        'self.samples.keep(lambda record: record["split"] != "test")',
+        "self.samples.keep(lambda record: True)",
+        f"{RECOMPUTED} {ONE_RUN}",
+    ),
+    Mutation(
+        "the time of the test is free",
+        "benchmarks/run/one_run.py",
+        'self.wall_s + measured.get("inference_s", 0.0)',
+        "self.wall_s",
+        RECOMPUTED,
+    ),
+    Mutation(
+        "exact win-rates are SFT's",
+        "benchmarks/measure/exact.py",
+        "exact.win_rate(log_p, exact.log_ref)",
+        "exact.win_rate(exact.log_ref, log_p)",
+        EXACT,
+    ),
+    Mutation(
+        "a small budget is more than one batch",
+        "benchmarks/run/problems.py",
+        "config.group_size * math.ceil(most / config.group_size)",
+        "config.episodes",
+        f"{RECOMPUTED} {ONE_RUN}",
+    ),
+    Mutation(
+        "exact lengths ignore the probabilities",
+        "benchmarks/measure/exact.py",
+        "(log_p.exp() * exact.mask.sum(dim=1)).sum(dim=1).mean()",
+        "exact.mask.sum(dim=1).double().mean()",
+        EXACT,
+    ),
+    Mutation(
+        "held-out loss is that of training data",
+        "benchmarks/run/data_problem.py",
+        "part = self._held.select(chosen)",
+        "part = self._train.select(chosen)",
+        LEARN,
+    ),
+    Mutation(
+        "an epoch is a pass over rows, not examples",
+        "benchmarks/run/data_problem.py",
+        "self.spec.epochs * _examples(self._train) / size",
+        "self.spec.epochs * len(self._train) / size",
+        LEARN,
+    ),
+    Mutation(
+        "every held-out batch counts the same",
+        "benchmarks/run/data_problem.py",
+        "units(part, self.agent.unit))",
+        "1.0)",
+        f"{LEARN}::test_held_out_loss_is_a_mean_over_tokens_whatever_the_batch",
+    ),
+    Mutation(
+        "iterated RLHF measures on what it trained on",
+        "algos/iterated_rlhf.py",
+        "held = compare(mdp, self.policy, first + count,",
+        "held = compare(mdp, self.policy, first,",
+        ITERATED,
+    ),
+    Mutation(
+        "iterated RLHF's units are taken anew each round",
+        "algos/iterated_rlhf.py",
+        "        if self.reward is None:\n            self._units",
+        "        if True:\n            self._units",
+        f"{ITERATED}::test_units_are_those_of_the_first_round",
+    ),
+    Mutation(
+        "a completion's place is its rank",
+        "lm_envs/data/packed.py",
+        "rank = example.ranks[i] if example.ranks else 0",
+        "rank = i if example.ranks else 0",
+        TOKENIZING,
+    ),
+    Mutation(
+        "validation rows are trained on",
+        "lm_envs/data/packed.py",
+        "held = split > 0",
+        "held = split > 1",
+        f"{TOKENIZING}::test_held_out_rows_are_whole_prompts_and_do_not_depend_on_the_order",
+    ),
+    Mutation(
+        "the table's spread divides by n",
+        "benchmarks/run/results.py",
+        "values.std(ddof=1)",
+        "values.std()",
+        f"{REPORTED}::test_the_reports_table",
+    ),
+    Mutation(
+        "the table shows the last seed",
+        "benchmarks/run/results.py",
+        "mean[name] = float(values.mean())",
+        "mean[name] = float(values[-1])",
+        f"{REPORTED}::test_the_reports_table",
+    ),
+    Mutation(
+        "a percentage's error is a share",
+        "benchmarks/run/results.py",
+        "±{spread * factor:",
+        "±{spread:",
+        f"{REPORTED}::test_the_reports_table",
     ),
     Mutation(
         "a steered coefficient may turn negative",

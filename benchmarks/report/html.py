@@ -121,8 +121,9 @@ def _section(task: str, series: list[Series], made: dict[tuple[str, str], Figure
     described = series[0].config.get("task", {})
     stats = described.get("stats") or {}
     facts = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in stats.items())
+    facts = f" ({facts})" if facts else ""
     text = [f"<h2>{_text(task)}</h2>"]
-    text.append(f'<p class="note">{_text(described.get("description", ""))}{" " + escape(facts) if facts else ""}</p>')
+    text.append(f'<p class="note">{_text(described.get("description", ""))}{escape(facts)}</p>')
     if headline(lines):
         text.append(f'<p class="headline">{escape(headline(lines))}</p>')
     text.append(_table(series, lines, style))

@@ -147,7 +147,7 @@ def _progress(trained: Sequence[Series]) -> tuple[str, str]:
     ends = [x[-1] for s in trained for name in ("proxy", "return") for x, _ in s.curve(name)]
     known = all(s.curve(name, "trained_tokens") for s in trained for name in ("proxy", "return") if s.curve(name))
     if known and not all(ends):
-        return "trained_tokens", "response tokens trained on, in all passes, thousands"
+        return "trained_tokens", "trained tokens, thousands"
     return "tokens", "tokens sampled in training, thousands"
 
 
@@ -226,7 +226,7 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
         Bbox.from_bounds(x - (36 if point.arrow else 9), y - 9, 45 if point.arrow else 18, 18)
         for (x, y), point in zip(pixels, points, strict=True)
     ]
-    strokes = np.concatenate([_along(ax.transData.transform(line.get_xydata())) for line in ax.lines])
+    strokes = [_along(ax.transData.transform(line.get_xydata())) for line in ax.lines]
     frame, font = ax.get_window_extent(renderer), FontProperties(size=9.5)
     for point, own, here in zip(points, list(taken), pixels, strict=True):
         size = np.array(renderer.get_text_width_height_descent(point.text, font, False)[:2])
@@ -241,10 +241,13 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
             covered = sum(_within(leader, other) for other in taken if other is not own)
             outside = box.width * box.height - _overlap(box, frame)
             overlap = sum(_overlap(box, other) for other in taken)
-            return 5 * overlap + 10 * outside + 8 * _within(strokes, box) + 15 * covered + 3 * place[0]
+            crossed = sum(_within(stroke, box) for stroke in strokes)
+            return 5 * overlap + 10 * outside + 8 * crossed + 15 * covered + 3 * place[0]
 
         distance, way = min(itertools.product((10, 20, 34, 50, 70), _AROUND), key=cost)
-        taken.append(box_at(distance, way))
+        taken.append(box := box_at(distance, way))
+        if distance > 10:
+            strokes.append(_along(np.array([here, np.clip(here, box.min, box.max)])))
         ax.annotate(
             point.text,
             point.at,

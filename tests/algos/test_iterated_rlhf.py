@@ -65,6 +65,17 @@ def test_scores_are_in_units_of_the_starts_samples_in_every_round():
     assert float(start.score.std()) == pytest.approx(1, abs=0.3)
 
 
+def test_units_are_those_of_the_first_round():
+    agent, env, _ = ran(1, rounds=2)
+    first = [list(pair) for pair in agent._units]
+    assert len(first) == batches.ROUNDS["held_out"]
+    learn(agent, env, 2)
+    assert agent.rounds_done == 2 and agent._units == first
+    mean, std = agent.reward.normalise
+    raw = LearnedReward(agent.reward.model, tiny.tokenizer()).raw([text for pair in first for text in pair])
+    assert (mean, std) == pytest.approx((raw.mean(), raw.std()), rel=1e-5)
+
+
 def test_what_sampling_for_annotators_costs_is_counted():
     agent, _, found = ran(1, rounds=1)
     assert agent.tokens_done > int(found[0][0].response_lengths.sum()) + 2 * (256 + 32)

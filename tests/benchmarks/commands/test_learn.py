@@ -399,6 +399,16 @@ def test_kept_log_probabilities_are_those_of_the_references_weights(folder, tmp_
     assert DataProblem(spec, tmp_path / "out").validate()[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
+def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batch(folder, tmp_path):
+    rows = [{"prompt": f"the cat {i}", "completion": " hid ." * (1 + 7 * (i % 3))} for i in range(20)]
+    data = byo.write_jsonl(tmp_path / "k.jsonl", rows)
+    losses = []
+    for size in (2, 16):
+        spec = DataSpec("sft", str(folder / "model"), str(data), held_out=0.3, overrides={"micro_batch": size})
+        losses.append(DataProblem(spec, tmp_path / f"out-{size}").evaluate()[0]["held_out_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_completions_that_are_labelled_as_not_wanted(folder, tmp_path, capsys):
     rows = [{"prompt": f"the cat {i}", "completion": " hid", "label": i % 2 == 0} for i in range(20)]
     learn("sft", folder / "model", byo.write_jsonl(tmp_path / "k.jsonl", rows), tmp_path / "out")

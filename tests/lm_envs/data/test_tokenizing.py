@@ -201,5 +201,5 @@ def test_held_out_rows_are_whole_prompts_and_do_not_depend_on_the_order(plain, t
     assert len(out) == 2 and not out & train
     assert len(held(rows, 0.9999)[1]) == 1 and not held(rows, 0.0)[0]
     assert held(rows[::-1])[0] == out
-    split = [row | {"split": "test" if i < 7 else "train"} for i, row in enumerate(rows)]
+    split = [row | {"split": "test" if i < 4 else "validation" if i < 7 else "train"} for i, row in enumerate(rows)]
     assert held(split)[0] == {f"the {i}" for i in range(7)}
