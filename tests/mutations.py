@@ -58,6 +58,7 @@ JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/tes
 MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
 STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run/test_one_run.py::"
 INPUTS = "tests/benchmarks/run/test_inputs.py"
+PACKED = "tests/algos/test_packed_data.py"
 REPORTED = "tests/benchmarks/test_recomputed_report.py"
 SAMPLES, EXACT = "tests/benchmarks/measure/test_samples.py", "tests/benchmarks/measure/test_exact.py"
 ITERATED = "tests/algos/test_iterated_rlhf.py"
@@ -1255,6 +1256,69 @@ MUTATIONS = [
         "±{spread * factor:",
         "±{spread:",
         f"{REPORTED}::test_the_reports_table",
+    ),
+    Mutation(
+        "a completion's reference begins where its row does",
+        "lm_envs/data/packed.py",
+        "4 * int(self._starts[row, 1]))\n                traj",
+        "4 * int(self._starts[row, 0]))\n                traj",
+        PACKED,
+    ),
+    Mutation(
+        "the reference says something of the chosen rows alone",
+        "lm_envs/data/packed.py",
+        "whole = PackedExamples(self.folder)",
+        "whole = self",
+        f"{PACKED} {LEARN}",
+    ),
+    Mutation(
+        "a prompt's rows may be divided",
+        "lm_envs/data/packed.py",
+        "share(example.key,",
+        "share(example.where,",
+        TOKENIZING,
+    ),
+    Mutation(
+        "every reward model's text ends in EOS",
+        "lm_envs/data/tokenizing.py",
+        "append_eos=reward_eos)",
+        "append_eos=True)",
+        f"{TOKENIZING} {PACKED}",
+    ),
+    Mutation(
+        "the prompt does not count toward the longest",
+        "lm_envs/data/tokenizing.py",
+        "[prompt + ids for ids in rows] or [prompt]",
+        "rows or [prompt]",
+        f"{TOKENIZING}::test_prompt_and_completion_together_are_too_long",
+    ),
+    Mutation(
+        "the chosen summary is the worse",
+        "lm_envs/data/conventions.py",
+        "int(i != choice)",
+        "int(i == choice)",
+        DATASET,
+    ),
+    Mutation(
+        "a preference's worst completion is imitated",
+        "lm_envs/data/conventions.py",
+        "example.ranks.index(min(example.ranks))",
+        "example.ranks.index(max(example.ranks))",
+        DATASET,
+    ),
+    Mutation(
+        "the highest rank is the best",
+        "lm_envs/data/conventions.py",
+        "enumerate(sorted(set(ranks)))",
+        "enumerate(sorted(set(ranks), reverse=True))",
+        DATASET,
+    ),
+    Mutation(
+        "a dialogue is cut at its first turn",
+        "lm_envs/data/conventions.py",
+        ".rfind(ASSISTANT)",
+        ".find(ASSISTANT)",
+        DATASET,
     ),
     Mutation(
         "a steered coefficient may turn negative",

@@ -87,6 +87,15 @@ def test_many_at_a_time_are_as_one_by_one(plain):
     ]
 
 
+def test_prompt_and_completion_together_are_too_long(plain):
+    (found,) = encoded(plain, Example("the cat saw", (" the fish .",)))
+    prompt, completion = len(found.prompt), len(found.completions[0])
+    for most in (prompt + completion - 1, prompt + completion):
+        said = rejected("skip")
+        list(tokenise(items(found.example), Codec(plain), said, max_length=most))
+        assert said.count == (most < prompt + completion) and min(prompt, completion) > 1
+
+
 def test_what_makes_no_tokens_or_too_many_is_a_bad_row(plain):
     examples = [Example("the", (" cat",)), Example("the", ("</s>",)), Example("the", (" cat" * 9,))]
     with pytest.raises(ValueError, match=r"f.jsonl, line 2: a completion is empty"):
