@@ -1139,13 +1139,6 @@ MUTATIONS = [
         RECOMPUTED,
     ),
     Mutation(
-        "what was recorded after the checkpoint stays",
-        "benchmarks/run/one_run.py",
-        'each.cut(0 if found is None else found.state["records"][each.path.name][0])',
-        "pass",
-        f"{RECOMPUTED} {ONE_RUN}",
-    ),
-    Mutation(
         "all seeds train with the same random numbers",
         "benchmarks/run/problems.py",
         '{"seed": self.spec.seed, **overrides}',
@@ -1211,8 +1204,8 @@ MUTATIONS = [
     Mutation(
         "iterated RLHF measures on what it trained on",
         "algos/iterated_rlhf.py",
-        "held = compare(mdp, self.policy, first + count,",
-        "held = compare(mdp, self.policy, first,",
+        "held = judge_pairs(mdp, self.policy, first + count,",
+        "held = judge_pairs(mdp, self.policy, first,",
         ITERATED,
     ),
     Mutation(
