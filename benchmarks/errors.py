@@ -51,7 +51,7 @@ def explain(error: BaseException) -> str | None:
         what = f"cannot use {str(error.filename)!r}" if error.filename else "cannot use a file"
         remedy = f"; {_REMEDIES[error.errno]}, then continue with --resume" if error.errno in _REMEDIES else ""
         return f"{what}: {error.strerror}{remedy}"
-    if isinstance(error, SystemExit) and not _raised_by_us(error):
+    if isinstance(error, SystemExit) and not error.code and not _raised_by_us(error):  # rich ends a closed pipe with 1
         places = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
         where = f"{places[-1].filename}, line {places[-1].lineno}: " if places else ""
         return f"{where}it ends the program (sys.exit), which is no result: raise an error there"
