@@ -14,3 +14,9 @@ def printable(text: str) -> str:
     Tabs, newlines and all letters stay as they are.
     """
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str, width: int = 200) -> str:
+    """Return one printable line of at most ``width`` characters."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= width else text[: width - 3] + "..."

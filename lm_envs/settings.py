@@ -132,12 +132,10 @@ def check(settings: Any, name: str = "--{}") -> None:
     Raises:
         SettingError: a value of another type or out of range.
     """
-    inner = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    plain = {key: value for key, value in inner.items() if not is_dataclass(value)}
-    _checked(type(settings), plain, name)
-    for value in inner.values():
-        if is_dataclass(value):
-            check(value, name)
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    _checked(type(settings), values, name)
+    for value in filter(is_dataclass, values.values()):
+        check(value, name)
 
 
 def near(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
@@ -172,9 +170,11 @@ def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
 
 
 def _checked(kind: type, values: Mapping[str, Any], called: str) -> dict[str, Any]:
-    """The values of a class's fields as its annotations want them; ``called`` formats a field's name."""
+    """The values of a class's fields as its annotations want them, dataclasses as they are."""
+    given = {name: value for name, value in values.items() if name in _hints(kind)}
     return {
-        name: _fit(_adapter(kind, name), value, called, name) for name, value in values.items() if name in _hints(kind)
+        name: value if is_dataclass(value) else _fit(_adapter(kind, name), value, called, name)
+        for name, value in given.items()
     }
 
 

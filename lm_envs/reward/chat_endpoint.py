@@ -1,8 +1,7 @@
 """A client for chat completions over an OpenAI-compatible endpoint: retries with backoff, and a cache on disk.
 
-It sends prompts and responses to the address that the user names and to no other: redirects are not followed. The key
-is read from an environment variable for each request, is never kept, shown or written, and goes only over https or to
-this machine.
+It follows no redirects. The key is read from an environment variable for each request, never kept, shown or written,
+and sent only over https or to this machine.
 """
 
 from __future__ import annotations
@@ -18,21 +17,19 @@ import random
 import re
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import httpx2
 
 from lm_envs.files import blaming, write_atomic
-from lm_envs.printable import printable
+from lm_envs.printable import one_line, printable
+from lm_envs.settings import Count, Name, Positive, Settings
 
 __all__ = ["ChatEndpoint", "EndpointError"]
 
-RETRIED = frozenset({408, 429})  # and everything from 500 on
 _LARGEST = 4 << 20  # bytes of an answer
 _REMEDY = "set LM_ENVS_CACHE to a folder that can be written, or give the judge cache=FOLDER or cache=false"
 # One character as servers may write it: percent-encoded, escaped as in JSON or Python, as an HTML reference, or plain.
@@ -42,14 +39,14 @@ _WRITTEN = re.compile(
 
 
 class EndpointError(ValueError):
-    """The endpoint gave no usable answer; the message says what it said."""
+    """The endpoint gave no usable answer; the message quotes it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 class _Again(Exception):
-    """What another attempt may mend; ``after``: seconds that the server asks to wait, None if it does not say."""
+    """A failure worth another attempt, ``after`` the seconds for which the server asks, if it does."""
 
     def __init__(self, what: str, after: float | None = None) -> None:
         super().__init__(what)
@@ -57,75 +54,67 @@ class _Again(Exception):
 
 
 @dataclass(frozen=True)
-class ChatEndpoint:
-    """Where chat completions come from.
+class ChatEndpoint(Settings):
+    """An OpenAI-compatible server and one of its models.
 
     Attributes:
-        url: the endpoint's base, as in ``http://127.0.0.1:8000/v1``; ``/chat/completions`` is added if it is not there.
-        model: what the server calls the model.
+        url: the base, as in ``http://127.0.0.1:8000/v1``; ``/chat/completions`` is added if it is not there.
+        model: the server's name of the model.
         key_variable: the environment variable that holds the key, if the server wants one.
-        timeout: seconds for one attempt in all, from connecting to the last byte.
+        timeout: seconds for one attempt, from connecting to the last byte.
         attempts: the most attempts per request.
-        backoff: seconds: the wait before attempt k + 1 is uniform up to ``backoff * 2**(k - 1)``, "full jitter", and
-            at least as long as the server's Retry-After.
+        backoff: seconds. The wait before attempt k + 1 is uniform up to ``backoff * 2**(k - 1)``, "full jitter", and
+            at least the server's Retry-After.
         longest_wait: seconds; a longer Retry-After is an error.
-        cache: a folder for answers, None for no cache. An answer's name is a hash of URL, model and request.
+        cache: a folder for answers, by a hash of URL, model and request; None for no cache.
 
     Raises:
         ValueError: the URL is neither http nor https or holds a password, or a number is out of range.
     """
 
     url: str
-    model: str
-    key_variable: str = "LM_ENVS_JUDGE_API_KEY"
-    timeout: float = 60.0
-    attempts: int = 6
-    backoff: float = 0.5
-    longest_wait: float = 60.0
+    model: Name
+    key_variable: Name = "LM_ENVS_JUDGE_API_KEY"
+    timeout: Positive = 60.0
+    attempts: Count = 6
+    backoff: Positive = 0.5
+    longest_wait: Positive = 60.0
     cache: Path | None = None
 
     def __post_init__(self) -> None:
         """Check the fields and complete the URL."""
-        parts = urllib.parse.urlsplit(self.url)
-        shown = repr(urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))  # no password
-        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_valid_port(parts):
-            raise ValueError(f"judge: expected an address such as http://127.0.0.1:8000/v1, not {shown}")
-        if parts.username or parts.password:
-            raise ValueError(f"judge: put the key into ${self.key_variable}, not into the address")
-        if parts.query or parts.fragment:
-            raise ValueError(f"judge: the address has a query or a fragment: {shown}")
-        for name in ("timeout", "attempts", "backoff", "longest_wait"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"judge: {name} must be positive, got {getattr(self, name)}")
-        if not self.model:
-            raise ValueError("judge: name the model that the server is to use")
-        path = parts.path.rstrip("/")
-        path = path if path.endswith("/chat/completions") else path + "/chat/completions"
-        url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+        super().__post_init__()
         try:
-            httpx2.URL(url)
+            url = httpx2.URL(self.url)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"judge: {shown} is not an address: {error}") from None
-        object.__setattr__(self, "url", url)
+            raise ValueError(f"judge: expected an address such as http://127.0.0.1:8000/v1: {error}") from None
+        shown = repr(str(url.copy_with(userinfo=b"")))  # without a password
+        if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 1 << 16:
+            raise ValueError(f"judge: expected an address such as http://127.0.0.1:8000/v1, not {shown}")
+        if url.userinfo:
+            raise ValueError(f"judge: put the key into ${self.key_variable}, not into the address")
+        if url.query or url.fragment:
+            raise ValueError(f"judge: the address has a query or a fragment: {shown}")
+        path = url.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        object.__setattr__(self, "url", str(url.copy_with(path=path)))
 
     @property
     def is_local(self) -> bool:
         """Whether the server is on this machine."""
-        host = urllib.parse.urlsplit(self.url).hostname or ""
+        host = httpx2.URL(self.url).host
         try:
             return ipaddress.ip_address(host).is_loopback
         except ValueError:
             return host == "localhost"
 
     def client(self) -> httpx2.AsyncClient:
-        """A client for :meth:`complete`, an async context manager.
+        """Return an async context manager, the client for :meth:`complete`.
 
         Raises:
             EndpointError: the environment's proxy or certificates cannot be used.
         """
-        for name in ("httpx2", "httpcore2"):  # they log what the server says, which may repeat the key
-            if logging.getLogger(name).level == logging.NOTSET:
-                logging.getLogger(name).setLevel(logging.WARNING)
+        for log in map(logging.getLogger, ("httpx2", "httpcore2")):  # what the server says may repeat the key
+            log.setLevel(log.level or logging.WARNING)
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "lm-envs"}
         try:
             # A proxy is for other machines: an environment that names one must not send local traffic through it.
@@ -140,17 +129,11 @@ class ChatEndpoint:
             raise EndpointError(f"{self.url}: the environment's proxy or certificates: {error}") from None
 
     async def complete(
-        self,
-        client: httpx2.AsyncClient,
-        messages: Sequence[Mapping[str, str]],
-        parameters: Mapping[str, Any] = MappingProxyType({}),
+        self, client: httpx2.AsyncClient, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The first choice of a completion: ``message`` with its ``content``, ``finish_reason`` and ``logprobs``.
+        """Return the first choice of a completion: ``message`` with its ``content``, ``finish_reason``, ``logprobs``.
 
-        Args:
-            client: of :meth:`client`.
-            messages: of the conversation.
-            parameters: further fields of the request, such as ``temperature``; JSON values.
+        ``parameters`` are further fields of the request, JSON values.
 
         Raises:
             EndpointError: the server refused, or every attempt failed.
@@ -196,7 +179,7 @@ class ChatEndpoint:
                     if len(raw) > _LARGEST:
                         raise EndpointError(f"{self.url}: the answer is longer than {_LARGEST >> 20} MiB")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:  # refused, reset, cut short, no HTTP
-            raise _Again(f"cannot be reached: {_short(without_key(_reason(error), key))}") from None
+            raise _Again(f"cannot be reached: {one_line(without_key(_reason(error), key))}") from None
         text = raw.decode("utf-8", "replace")
         try:
             found = without_key(json.loads(text), key)
@@ -204,8 +187,8 @@ class ChatEndpoint:
             found = None
         status = answer.status_code
         if not 200 <= status < 300:
-            said = _short(without_key(_said(found) or text.strip() or answer.reason_phrase, key))
-            if status in RETRIED or status >= 500:
+            said = one_line(without_key(_said(found) or text.strip() or answer.reason_phrase, key))
+            if status in (408, 429) or status >= 500:
                 raise _Again(f"answered {status}: {said}", _seconds(answer.headers.get("Retry-After")))
             raise EndpointError(f"{self.url} answered {status}: {said}")
         try:
@@ -215,26 +198,24 @@ class ChatEndpoint:
                 raise TypeError("content")
             kept = {"finish_reason": choice.get("finish_reason"), "logprobs": choice.get("logprobs")}
             return {"message": {"content": content}, **kept}
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise _Again(f"gave no chat completion but {_short(without_key(text, key))}") from None
+        except (LookupError, TypeError, AttributeError):
+            raise _Again(f"gave no chat completion but {one_line(without_key(text, key))}") from None
 
     def cache_key(self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any]) -> str:
-        """64 hex digits that depend on the address, the model, the messages and the parameters, and on nothing else."""
+        """Return 64 hex digits: a hash of the address, the model, the messages and the parameters."""
         text = json.dumps([self.url, self.model, list(messages), dict(parameters)], sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def cached(self, key: str) -> dict[str, Any] | None:
-        """The answer that the cache has under a key; None where it has none, or one that cannot be read."""
-        if self.cache is None:
-            return None
+        """Return the answer in the cache, None if it has none that can be read."""
         try:
-            found = json.loads(self._place(key).read_bytes())
+            found = None if self.cache is None else json.loads(self._place(key).read_bytes())
         except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) and isinstance(found.get("message"), dict) else None
 
     def check_cache(self) -> None:
-        """Raise CacheError if answers could not be kept, before any is paid for."""
+        """Raise CacheError if answers cannot be kept, before any is paid for."""
         if self.cache is not None:
             with blaming(self.cache, _REMEDY):
                 self.cache.mkdir(parents=True, exist_ok=True)
@@ -242,7 +223,7 @@ class ChatEndpoint:
                     probe.write(b" " * 4096)
 
     def keep(self, key: str, choice: Mapping[str, Any]) -> None:
-        """Write an answer to the cache, whole or not at all; raises CacheError where that cannot be done."""
+        """Write an answer to the cache atomically; raises CacheError if that fails."""
         if self.cache is not None:
             with blaming(self.cache, _REMEDY):
                 write_atomic(self._place(key), json.dumps(choice))
@@ -253,10 +234,8 @@ class ChatEndpoint:
 
 
 def without_key(value: Any, key: str) -> Any:
-    """A JSON value without the key in its texts, which some servers repeat.
-
-    Hides every run that spells six characters of the key or more (all of a key of fewer than twelve), plain or encoded.
-    """
+    """Hide the key, which some servers repeat, in a JSON value: every run of its characters, plain or encoded, of at
+    least six (for a key of fewer than twelve, all of it)."""
     if isinstance(value, list):
         return [without_key(item, key) for item in value]
     if isinstance(value, dict):
@@ -284,13 +263,6 @@ def _character(match: re.Match[str]) -> str:
     return chr(code) if code < 0x110000 else "?"
 
 
-def _has_valid_port(parts: urllib.parse.SplitResult) -> bool:
-    try:
-        return parts.port != 0
-    except ValueError:
-        return False
-
-
 def _reason(error: BaseException) -> str:
     """What the innermost exception says, of those that caused one."""
     while inner := next(iter(getattr(error, "exceptions", ())), None) or error.__cause__ or error.__context__:
@@ -301,26 +273,18 @@ def _reason(error: BaseException) -> str:
 
 
 def _said(found: Any) -> str:
-    """What a server said in an error: of ``{"error": {"message": ...}}`` the message; empty if it said nothing."""
-    if isinstance(found, dict):
-        found = found.get("error", found.get("detail", found))
-    if isinstance(found, dict):
-        found = found.get("message", found)
+    """The message of ``{"error": {"message": ...}}`` and similar answers; empty if there is none."""
+    for names in (("error", "detail"), ("message",)):
+        if isinstance(found, dict):
+            found = next((found[name] for name in names if name in found), found)
     return "" if found is None else str(found).strip()
 
 
-def _short(text: str, width: int = 200) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
 def _seconds(value: str | None) -> float | None:
-    """Retry-After, in seconds or as a date (RFC 9110, 10.2.3); None if there is none or it is neither."""
-    if value is None:
-        return None
-    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
-        return float(value)
+    """Read Retry-After, seconds or a date (RFC 9110, 10.2.3); None if it is missing or neither."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        if re.fullmatch(r"\d+(\.\d+)?", (value or "").strip()):
+            return float(value or "")
+        return max(0.0, email.utils.parsedate_to_datetime(value or "").timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, IndexError):
         return None

@@ -1,9 +1,8 @@
 """A remote judge: a language model behind an OpenAI-compatible endpoint grades each response.
 
-It writes its grade as a number, or, where the server offers log-probabilities, the grade is the expectation over the
+It writes its grade as a number, or, if the server offers log-probabilities, the grade is the expectation over the
 answer tokens, ``sum_a p(a) value(a) / sum_a p(a)`` (Liu et al. 2023, "G-Eval", arXiv:2303.16634), which has no ties and
-needs one token. Prompts and responses leave this machine for the address that the user names. A judge reads what the
-policy writes: a policy can learn to talk it into a grade.
+needs one token. A policy can learn to talk a judge into a grade.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ import asyncio
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from math import exp, isfinite
+from dataclasses import KW_ONLY, dataclass, fields
+from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lm_envs.files import cache_root
 from lm_envs.reward.chat_endpoint import ChatEndpoint, EndpointError
 from lm_envs.reward.waiting import finished
+from lm_envs.settings import Count, Finite, Name, Settings, make, near
 
 __all__ = ["DEFAULT_PROMPT", "RemoteJudge", "load_judge", "make_judge"]
 
@@ -46,76 +46,72 @@ _OUT_OF = re.compile(rf"({_NUMBER})\s*(?:/|out of)\s*({_NUMBER})", re.IGNORECASE
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-class RemoteJudge:
+@dataclass(eq=False)
+class RemoteJudge(Settings):
     """A reward in TRL's convention; requests of a batch run at the same time, equal ones once.
 
-    Args:
-        endpoint: where the grades come from, how often it is asked and where answers are kept.
+    Attributes:
+        endpoint: the server.
         prompt: the user's message; ``{prompt}``, ``{completion}``, ``{low}``, ``{high}`` and columns of the data as
             ``{column}`` are filled in.
         system: a system message before it, likewise filled in; None for none.
-        scale: lowest and highest grade; what is outside cannot be read.
+        scale: lowest and highest grade; a grade outside is unreadable.
         pattern: a regular expression whose first group is the grade in the answer. None takes the number behind
-            "score", "rating" or "grade", else the only number, with ``8/10`` read as 8 where 10 is the highest grade.
-        answers: tokens and what each is worth, such as ``{"Yes": 1, "No": 0}``: the grade is the expectation under
-            the server's log-probabilities for the first token of its answer.
-        unreadable: what an answer without a grade means: ``"error"``, ``"none"`` (the reward does not apply to that
-            sample) or a number to count instead.
-        workers: requests at a time.
-        parameters: further fields of the request; None takes temperature 0 and few tokens.
+            "score", "rating" or "grade", else the only number, with ``8/10`` read as 8 if 10 is the highest grade.
+        answers: values of tokens, such as ``{"Yes": 1, "No": 0}``: the grade is the expectation under the server's
+            log-probabilities for the first token of its answer.
+        unreadable: the grade if an answer has none: ``"error"``, ``"none"`` (the reward does not apply to that
+            sample) or a number.
+        workers: the most requests at a time.
+        parameters: further fields of the request; None is temperature 0 and few tokens.
         name: what messages and results call it.
 
     Raises:
-        ValueError: an argument is out of range, or the prompt has no ``{completion}``.
+        ValueError: a value is out of range, or the prompt has no ``{completion}``.
     """
 
-    def __init__(
-        self,
-        endpoint: ChatEndpoint,
-        *,
-        prompt: str = DEFAULT_PROMPT,
-        system: str | None = None,
-        scale: tuple[float, float] = (1.0, 10.0),
-        pattern: str | None = None,
-        answers: Mapping[str, float] | None = None,
-        unreadable: str | float = "error",
-        workers: int = 8,
-        parameters: Mapping[str, Any] | None = None,
-        name: str = "judge",
-    ) -> None:
-        if "{completion}" not in prompt:
-            raise ValueError(f"judge {name!r}: the prompt must show the response: put {{completion}} where it goes")
-        low, high = scale
-        if not (isfinite(low) and isfinite(high) and low < high):
-            raise ValueError(f"judge {name!r}: scale must be two numbers, low < high, not {scale}")
-        if not (unreadable in ("error", "none") or (isinstance(unreadable, (int, float)) and isfinite(unreadable))):
-            raise ValueError(f"judge {name!r}: unreadable must be 'error', 'none' or a number, not {unreadable!r}")
-        if workers < 1:
-            raise ValueError(f"judge {name!r}: workers must be at least 1, got {workers}")
-        if answers is not None and (pattern is not None or len(answers) < 2):
-            raise ValueError(f"judge {name!r}: answers takes at least two tokens, and no pattern beside them")
+    endpoint: ChatEndpoint
+    _: KW_ONLY
+    prompt: str = DEFAULT_PROMPT
+    system: str | None = None
+    scale: tuple[Finite, Finite] = (1.0, 10.0)
+    pattern: str | None = None
+    answers: Mapping[str, Finite] | None = None
+    unreadable: Literal["error", "none"] | Finite = "error"
+    workers: Count = 8
+    parameters: Mapping[str, Any] | None = None
+    name: Name = "judge"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if "{completion}" not in self.prompt:
+            raise ValueError("the prompt must show the response: put {completion} where it goes")
+        if not self.scale[0] < self.scale[1]:
+            raise ValueError(f"scale must be two numbers, low < high, not {self.scale}")
+        if self.answers is not None and (self.pattern is not None or len(self.answers) < 2):
+            raise ValueError("answers takes at least two tokens, and no pattern beside them")
         try:
-            self._pattern = None if pattern is None else re.compile(pattern)
+            self._pattern = re.compile(self.pattern or "()")
         except re.error as error:
-            raise ValueError(f"judge {name!r}: pattern is no regular expression: {error}") from None
-        if self._pattern is not None and self._pattern.groups < 1:
-            raise ValueError(f"judge {name!r}: pattern needs a group around the grade, as in 'Grade: ([0-9]+)'")
-        self.endpoint, self.prompt, self.system = endpoint, prompt, system
-        self.scale, self.unreadable, self.workers = (low, high), unreadable, workers
-        self.answers = None if answers is None else {text.strip().casefold(): float(v) for text, v in answers.items()}
-        if parameters is None:
-            parameters = {"temperature": 0.0, "max_tokens": 64 if answers is None else 1}
-        if answers is not None:
-            parameters = {"logprobs": True, "top_logprobs": 20, **parameters}
-        self.parameters = dict(parameters)
-        self.__name__ = name
+            raise ValueError(f"pattern is no regular expression: {error}") from None
+        if self._pattern.groups < 1:
+            raise ValueError("pattern needs a group around the grade, as in 'Grade: ([0-9]+)'")
+        logprobs: dict[str, Any] = {}
+        if self.answers is not None:
+            self.answers = {text.strip().casefold(): value for text, value in self.answers.items()}
+            logprobs = {"logprobs": True, "top_logprobs": 20}
+        if self.parameters is None:
+            self.parameters = {"temperature": 0.0, "max_tokens": 64 if self.answers is None else 1}
+        self.parameters = {**logprobs, **self.parameters}
+        self.__name__ = self.name
 
     def __call__(self, /, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         """One grade per sample.
 
         Raises:
-            EndpointError: an answer could not be had or read; the message names the sample and what the server said.
-                Answers that came before it are in the cache.
+            EndpointError: an answer is missing or unreadable; the message names the sample and quotes the server.
+                Earlier answers are in the cache.
         """
         asked: dict[str, tuple[int, list[dict[str, str]]]] = {}
         keys = []
@@ -136,7 +132,7 @@ class RemoteJudge:
     async def _grades(
         self, asked: Mapping[str, tuple[int, list[dict[str, str]]]], completions: Sequence[str]
     ) -> dict[str, float | None]:
-        """A grade per request, which are made at the same time; none is made after the first that fails."""
+        """A grade per request; the first failure ends the others."""
         slots = asyncio.Semaphore(self.workers)
 
         async def grade(key: str, i: int, messages: list[dict[str, str]]) -> float | None:
@@ -146,7 +142,7 @@ class RemoteJudge:
                 except EndpointError as error:
                     raise self._about(i, completions, error) from None
                 grade = self._told(i, completions, choice)
-                # After it was read: an answer that is an error is not kept, so that it can be asked for again.
+                # After it was read: an answer that is an error must be asked for again.
                 await asyncio.to_thread(self.endpoint.keep, key, choice)
                 return grade
 
@@ -178,7 +174,6 @@ class RemoteJudge:
         return [*made, {"role": "user", "content": _FIELD.sub(value, self.prompt)}]
 
     def _told(self, i: int, completions: Sequence[str], choice: Mapping[str, Any]) -> float | None:
-        """The grade in an answer about sample ``i``."""
         try:
             return self._expected(choice) if self.answers is not None else self._written(choice)
         except EndpointError as error:
@@ -191,8 +186,7 @@ class RemoteJudge:
     def _written(self, choice: Mapping[str, Any]) -> float:
         text = choice["message"].get("content") or ""
         answer = without_thoughts(text).strip()
-        found: list[str]
-        if self._pattern is not None:
+        if self.pattern is not None:
             match = self._pattern.search(answer)
             found = [match.group(1)] if match and match.group(1) is not None else []
         else:
@@ -243,48 +237,41 @@ class _Unreadable(Exception):
     """An answer without a grade."""
 
 
-_ENDPOINT = tuple(f.name for f in fields(ChatEndpoint) if f.init and f.name != "cache")  # url and model first
-_JUDGE = ("prompt", "system", "scale", "pattern", "answers", "unreadable", "workers", "parameters", "name")
-
-
 def make_judge(url: str, model: str, *, cache: str | Path | bool = True, **settings: Any) -> RemoteJudge:
-    """A judge from plain values.
+    """Make a judge from plain values.
 
     Args:
         url, model: of :class:`~lm_envs.reward.chat_endpoint.ChatEndpoint`.
         cache: a folder for answers; True takes ``judge`` in the cache folder, False keeps none.
-        settings: other arguments of the endpoint and of :class:`RemoteJudge`.
+        settings: other attributes of the endpoint and of :class:`RemoteJudge`.
 
     Raises:
         ValueError: there is no such setting, or it has a wrong value.
     """
-    for name in settings:
-        if name not in (*_ENDPOINT[2:], *_JUDGE):
-            known = ", ".join((*_ENDPOINT[2:], "cache", *_JUDGE))
-            raise ValueError(f"judge: there is no setting {name!r}; there are {known}")
     folder = cache_root() / "judge" if cache is True else None if cache is False else Path(cache).expanduser()
-    try:
-        endpoint = ChatEndpoint(
-            url, model, **{name: value for name, value in settings.items() if name in _ENDPOINT}, cache=folder
-        )
-        return RemoteJudge(endpoint, **{name: value for name, value in settings.items() if name in _JUDGE})
-    except TypeError as error:
-        raise ValueError(f"judge: a setting has the wrong type: {error}") from None
+    places, reading = ({one.name for one in fields(kind)} - {"endpoint"} for kind in (ChatEndpoint, RemoteJudge))
+    for name in settings:
+        if name not in places | reading:
+            raise ValueError(f"judge: there is no setting {name!r}: {near(name, places | reading)}")
+    given = {"url": url, "model": model, "cache": folder, **settings}
+    endpoint = make(ChatEndpoint, {name: given[name] for name in given if name in places}, "judge")
+    readings = {name: given[name] for name in given if name in reading}
+    return make(RemoteJudge, {"endpoint": endpoint, **readings}, f"judge {settings.get('name', 'judge')!r}")
 
 
 def load_judge(path: str | Path) -> RemoteJudge:
-    """A judge from a TOML file with ``url``, ``model`` and any other arguments of :func:`make_judge`.
+    """Read a judge from a TOML file with ``url``, ``model`` and other arguments of :func:`make_judge`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not TOML, lacks ``url`` or ``model``, or has a setting that does not exist.
+        ValueError: it is not TOML, lacks ``url`` or ``model``, or has a wrong setting.
     """
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from None
     for name in ("url", "model"):
-        if not isinstance(settings.get(name), str):
+        if name not in settings:
             raise ValueError(f"{path}: a judge needs {name!r}, a text")
     try:
         return make_judge(**settings)

@@ -375,7 +375,7 @@ def test_a_key_does_not_go_over_plain_http_to_another_machine(monkeypatch):
     monkeypatch.setenv("LM_ENVS_JUDGE_API_KEY", KEY)
     endpoint = ChatEndpoint("http://192.0.2.1/v1", "m", attempts=1, timeout=0.1)
     with pytest.raises(EndpointError, match=r"the key in \$LM_ENVS_JUDGE_API_KEY goes over https only"):
-        finished(endpoint.complete(endpoint.client(), []))
+        finished(endpoint.complete(endpoint.client(), [], {}))
     assert ChatEndpoint("http://[::1]:8000", "m").is_local and ChatEndpoint("http://localhost", "m").is_local
     assert not endpoint.is_local and not ChatEndpoint("http://localhost.example.org", "m").is_local
 
@@ -416,15 +416,15 @@ def test_the_path_is_completed():
     [
         ({"prompt": "grade it"}, "put {completion} where it goes"),
         ({"scale": (5, 1)}, "low < high"),
-        ({"scale": 3}, "wrong type"),
+        ({"scale": 3}, "scale must be a list, not 3"),
         ({"pattern": "["}, "no regular expression"),
         ({"pattern": r"\d"}, "needs a group"),
         ({"answers": {"yes": 1}}, "at least two tokens"),
-        ({"unreadable": "skip"}, "must be 'error', 'none' or a number"),
+        ({"unreadable": "skip"}, "unreadable must be 'error' or 'none' or a number"),
         ({"workers": 0}, "workers must be at least 1"),
-        ({"timeout": 0}, "timeout must be positive"),
-        ({"attempts": 0}, "attempts must be positive"),
-        ({"api_key": KEY}, "no setting 'api_key'; there are key_variable"),
+        ({"timeout": 0}, "timeout must be above 0"),
+        ({"attempts": 0}, "attempts must be at least 1"),
+        ({"api_key": KEY}, "no setting 'api_key'"),
     ],
 )
 def test_settings_that_will_not_do(settings, message):
@@ -442,7 +442,8 @@ def test_settings_from_a_file(serve, tmp_path):
     made = load_judge(path)
     assert grade(made, "x") == [3.0] and server.asked[0]["max_tokens"] == 5 and made.endpoint.cache is None
     for text, message in (
-        ("url = 3", "not TOML|needs 'url'"),
+        ("url = 3\nmodel = 'm'", "url must be text, not 3"),
+        ("model = 'm'", "needs 'url'"),
         ('url = "http://h"', "needs 'model'"),
         ("= 1", "not TOML"),
     ):

@@ -155,5 +155,5 @@ def test_a_missing_or_broken_reference_is_found_at_once_with_its_line(folders, g
 def test_a_function_that_fails_is_named_with_its_line(folders, tmp_path):
     path = tmp_path / "bad.py"
     path.write_text("def boom(completions, **columns):\n    return [1 / 0 for _ in completions]\n")
-    with pytest.raises(ValueError, match=r"reward '\S*boom' raised ZeroDivisionError: .*bad\.py, line 2\)"):
+    with pytest.raises(ValueError, match=r"reward '\S*boom' raised ZeroDivisionError: .*bad\.py, line 2, in \S+\)"):
         sampled(custom(folders, f"{path}:boom"))
