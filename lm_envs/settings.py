@@ -150,6 +150,12 @@ def near(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
     return f"there are {', '.join(names)}" if names else "there are none"
 
 
+def one_of(value: Any, allowed: Iterable[str], where: str) -> None:
+    """Raise ValueError if a value is none of those allowed; ``where`` names it."""
+    if value not in allowed:
+        raise ValueError(f"{where} must be one of {', '.join(allowed)}, not {value!r}")
+
+
 def short(value: Any, width: int = 60) -> str:
     """A value in a message, cut where it is long."""
     try:

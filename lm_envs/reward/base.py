@@ -6,9 +6,10 @@ A reward is any callable in the convention of TRL's reward functions::
     **columns)
 
 with one entry per sample in each list, that returns one number per sample, or one per response token (a dense
-reward). Texts come without special tokens; ``completion_ids`` hold the EOS of a response that stopped; ``columns`` are
-those of the prompts' data. It need not name what it does not use, and may be ``async``. None in place of a number says
-that the reward does not apply to that sample: a weighted sum leaves it out there, and at least one part has to apply.
+reward). Texts have no special tokens; ``completion_ids`` include the EOS of a response that stopped; ``columns`` are
+those of the prompts' data. A reward receives the arguments that its signature names, and may be ``async``. None in
+place of a number says that the reward does not apply to that sample: a weighted sum leaves it out there, and at least
+one part has to apply.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_envs.printable import printable
+from lm_envs.printable import one_line
 from lm_envs.reward.waiting import finished
 
 __all__ = [
@@ -45,7 +46,7 @@ RESERVED = ("prompts", "completions", "completion_ids", "finish_reasons")  # no 
 
 
 class Reward(Protocol):
-    """Anything that scores completions; see the module's text for the convention."""
+    """Anything that scores completions by the module's convention."""
 
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any
@@ -58,14 +59,14 @@ AnyReward = Reward | Callable[..., Any]
 
 
 def reward_name(reward: AnyReward) -> str:
-    """How messages and results call it: its ``__name__``, else that of the function in a partial, else its class's."""
+    """Return its ``__name__``, that of the function in a partial, or its class's."""
     while isinstance(reward, functools.partial):
         reward = reward.func
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
 def leaves(reward: AnyReward) -> Iterator[AnyReward]:
-    """The rewards that a composition is made of; the reward itself if it is none."""
+    """Yield the rewards in a composition, or the reward itself if it is none."""
     if isinstance(reward, WeightedSum):
         for _, part in reward.parts:
             yield from leaves(part)
@@ -81,7 +82,7 @@ def is_dense(reward: AnyReward) -> bool:
 
 
 def dense_part(reward: AnyReward) -> AnyReward:
-    """What a dense reward pays before the end: without the parts of its sums that pay once per response."""
+    """Return the part of a dense reward that pays before the end, without what pays once per response."""
     if isinstance(reward, WeightedSum):
         return WeightedSum([(weight, dense_part(part)) for weight, part in reward.parts if is_dense(part)])
     if isinstance(reward, Clip):
@@ -101,44 +102,34 @@ def call_reward(
     """Call a reward and check what it returns.
 
     Args:
-        reward: the callable; it is passed those of the lists that its signature names, or all if it takes
-            ``**kwargs``.
-        prompts, completions, completion_ids, finish_reasons: N entries each, as the module's text says.
+        reward: the callable.
+        prompts, completions, completion_ids, finish_reasons: N entries each.
         columns: further columns of the data, N entries each.
 
     Returns:
         ``(N,)`` float64, or ``(N, T)`` for a dense reward: T is the longest response, 0 beyond a response's end.
 
     Raises:
-        ValueError: the reward wants a column that the data lack, raises, exits, or returns other than N finite numbers
-            or N rows as long as their responses. The message is one line that names the reward and the sample.
+        ValueError: the reward requires a missing column, raises, exits, or returns other than N finite numbers or N
+            rows as long as their responses. The message is one line with the reward's name and the sample.
     """
-    found = scores_or_nan(
-        reward,
-        {
-            "prompts": prompts,
-            "completions": completions,
-            "completion_ids": completion_ids,
-            "finish_reasons": finish_reasons,
-            **columns,
-        },
-    )
+    given = dict(zip(RESERVED, (prompts, completions, completion_ids, finish_reasons), strict=True))
+    found = scores_or_nan(reward, {**given, **columns})
     missing = _missing(found)
     if missing.any():
         i = int(missing.argmax())
         every = "every part of " if isinstance(reward, WeightedSum) else ""
         raise ValueError(
-            f"{every}reward {reward_name(reward)!r} returned None for {_sample(prompts, completions, i)}: "
+            f"{every}reward {reward_name(reward)!r} returned None for {_sample(given, i)}: "
             "None says that a reward does not apply, and here no other one does"
         )
     return found
 
 
 def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDArray[np.float64]:
-    """The same as :func:`call_reward`, with NaN for each sample (a whole row) that the reward does not apply to."""
-    name, completion_ids = reward_name(reward), given["completion_ids"]
-    count = len(given["completions"])
-    raw = _asked(reward, name, given)
+    """Like :func:`call_reward`, with NaN (a whole row) for each sample to which the reward does not apply."""
+    name, lengths = reward_name(reward), [len(ids) for ids in given["completion_ids"]]
+    raw = _returned(reward, name, given)
     if isinstance(raw, Tensor):
         raw = raw.detach().cpu().double().numpy()
     try:
@@ -147,69 +138,60 @@ def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDAr
         rows = list(raw)
     except TypeError:
         raise ValueError(f"reward {name!r} returned a {type(raw).__name__}, not a list of numbers") from None
-    if len(rows) != count:
-        raise ValueError(f"reward {name!r} returned {len(rows)} rewards for {count} samples")
+    if len(rows) != len(lengths):
+        raise ValueError(f"reward {name!r} returned {len(rows)} rewards for {len(lengths)} samples")
 
-    def sample(i: int) -> str:
-        return _sample(given["prompts"], given["completions"], i)
+    def refused(what: str, i: int, why: str = "") -> ValueError:
+        return ValueError(f"reward {name!r} returned {what} {_sample(given, i)}{why}")
 
-    lengths = [len(ids) for ids in completion_ids]
     found: list[NDArray[np.float64] | None] = []
     for i, row in enumerate(rows):
         try:
             found.append(None if row is None else _numbers(row))
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise ValueError(f"reward {name!r} returned {_short(row)} for {sample(i)}, which is not a number") from None
+            raise refused(f"{_short(row)} for", i, ", which is not a number") from None
     dense = next((values.ndim for values in found if values is not None), 0) == 1
-    result = np.zeros((count, max(lengths)) if dense else count)
+    result = np.full((len(rows), max(lengths)) if dense else len(rows), np.nan)
     for i, values in enumerate(found):
         if values is None:
-            result[i] = np.nan
             continue
-        if values.ndim != int(dense):
-            raise ValueError(
-                f"reward {name!r} returned an entry of shape {values.shape} for {sample(i)}; "
-                "expected one number per sample, or one list of numbers per sample"
-            )
+        if values.ndim != dense:
+            expected = "expected one number per sample, or one list of numbers per sample"
+            raise refused(f"an entry of shape {values.shape} for", i, f"; {expected}")
         if dense and len(values) < lengths[i]:
-            raise ValueError(
-                f"reward {name!r} returned {len(values)} values for the {lengths[i]} tokens of {sample(i)}"
-            )
+            raise refused(f"{len(values)} values for the {lengths[i]} tokens of", i)
         values = values[: lengths[i]] if dense else values
         if not np.isfinite(values).all():
-            bad = values[~np.isfinite(values)].flat[0] if dense else values
-            raise ValueError(f"reward {name!r} returned {bad} for {sample(i)}")
-        result[(i, slice(lengths[i])) if dense else i] = values
+            raise refused(f"{values[~np.isfinite(values)].flat[0]} for", i)
+        result[i] = np.pad(values, (0, result.shape[1] - lengths[i])) if dense else values
     return result
 
 
 def _numbers(row: Any) -> NDArray[np.float64]:
-    """An entry that a reward returned. Raises TypeError for texts, complex numbers and dates, which numpy converts."""
+    """Convert one entry. Raises TypeError for texts, complex numbers and dates, which NumPy would convert."""
     values = row.detach().cpu().double().numpy() if isinstance(row, Tensor) else np.asarray(row)
     if values.dtype.kind not in "biufO":
         raise TypeError
     return values.astype(np.float64)
 
 
-def _asked(reward: AnyReward, name: str, given: Mapping[str, Sequence[Any]]) -> Any:
-    """What the reward gives. An error in a function of the user's own says where, and for which sample."""
+def _returned(reward: AnyReward, name: str, given: Mapping[str, Sequence[Any]]) -> Any:
+    """Call the reward; an error in a user's function says where it was raised, and for which sample."""
     accepted = _accepted(reward, given)
     try:
-        return _given_by(reward, accepted)
+        return _call(reward, accepted)
     except (Exception, SystemExit) as error:
         ours = getattr(reward, "__module__", None) or type(reward).__module__
         if ours.split(".")[0] == "lm_envs":
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         what = "called sys.exit" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
-        said = _short(str(error), 300)[1:-1]
         where = f"{last.filename}, line {last.lineno}, in {last.name}"
-        raise ValueError(
-            f"reward {name!r} {what}: {said} ({where}) for {_culprit(reward, accepted, given, error)}"
-        ) from error
+        culprit = _culprit(reward, accepted, given, error)
+        raise ValueError(f"reward {name!r} {what}: {one_line(str(error), 300)} ({where}) for {culprit}") from error
 
 
-def _given_by(reward: AnyReward, given: Mapping[str, Any]) -> Any:
+def _call(reward: AnyReward, given: Mapping[str, Any]) -> Any:
     raw = reward(**given)
     raw = finished(raw) if inspect.isawaitable(raw) else raw
     return list(raw) if isinstance(raw, Iterator) else raw  # a generator runs the user's code only now
@@ -218,11 +200,11 @@ def _given_by(reward: AnyReward, given: Mapping[str, Any]) -> Any:
 def _culprit(
     reward: AnyReward, accepted: Mapping[str, Sequence[Any]], given: Mapping[str, Sequence[Any]], error: BaseException
 ) -> str:
-    """The sample that raises the error by itself, found by halving the batch; else the number of samples."""
+    """Find the sample that raises the error by itself, by halving the batch; else give the number of samples."""
 
     def raises(start: int, stop: int) -> bool:
         try:
-            _given_by(reward, {name: values[start:stop] for name, values in accepted.items()})
+            _call(reward, {name: values[start:stop] for name, values in accepted.items()})
         except (Exception, SystemExit) as again:  # noqa: BLE001, of the user's code
             return type(again) is type(error)
         return False
@@ -239,7 +221,7 @@ def _culprit(
             start = middle
         else:
             return whole
-    return _sample(given["prompts"], given["completions"], start)
+    return _sample(given, start)
 
 
 def _accepted(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
@@ -262,7 +244,7 @@ def _accepted(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> dict[str
 
 
 def _bound(reward: AnyReward) -> set[str]:
-    """Names that a column must not be passed by: those of a partial's settings, and a method's ``self``."""
+    """Names that no column is passed by: a partial's settings, and ``self`` of a method."""
     names: set[str] = set()
     while isinstance(reward, functools.partial):
         names |= set(reward.keywords)
@@ -272,16 +254,14 @@ def _bound(reward: AnyReward) -> set[str]:
     return names | {first.name} if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else names
 
 
-def _sample(prompts: Sequence[Any], completions: Sequence[Any], i: int) -> str:
-    return f"sample {i} (prompt {_short(prompts[i])}, completion {_short(completions[i])})"
+def _sample(given: Mapping[str, Sequence[Any]], i: int) -> str:
+    return f"sample {i} (prompt {_short(given['prompts'][i])}, completion {_short(given['completions'][i])})"
 
 
-def _short(value: Any, width: int = 80) -> str:
-    """One printable line for a value."""
+def _short(value: Any) -> str:
     if isinstance(value, str):
-        return repr(value if len(value) <= width else value[: width - 3] + "...")
-    text = printable(" ".join(repr(value).split()))
-    return text if len(text) <= width else text[: width - 3] + "..."
+        return repr(value if len(value) <= 80 else value[:77] + "...")
+    return one_line(repr(value), 80)
 
 
 Rewards = NDArray[np.float64] | list[Any]
@@ -294,16 +274,13 @@ def _with_nones(values: NDArray[np.float64]) -> Rewards:
 
 
 def _missing(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """``(N,)``: where a reward, or a token's of a dense one, is NaN."""
-    unknown = np.asarray(np.isnan(values))
-    return np.asarray(unknown.any(axis=1)) if values.ndim == 2 else unknown
+    """``(N,)``: where a reward, or any token's of a dense one, is NaN."""
+    return np.asarray(np.isnan(values).any(axis=tuple(range(1, values.ndim))))
 
 
 class WeightedSum:
-    """``sum_k weight_k * reward_k`` over the parts that apply. Where one part is dense, the others land on the
-    response's last token.
-
-    A part that returns None for a sample is left out of that sample's sum; the sum is None where all parts are.
+    """``sum_k weight_k * reward_k`` over the parts that are not None, None where all are. If one part is dense, the
+    others land on the response's last token.
 
     Args:
         parts: ``(weight, reward)`` pairs, at least one.
@@ -322,7 +299,7 @@ class WeightedSum:
         self.__name__ = " + ".join(f"{weight:g}*{reward_name(reward)}" for weight, reward in self.parts)
 
     def __call__(self, /, **given: Any) -> Rewards:
-        """As any reward; every part is validated by itself, so a message names the part at fault."""
+        """As any reward; messages name the part at fault."""
         found = [(weight, scores_or_nan(reward, given)) for weight, reward in self.parts]
         lengths = np.array([len(ids) for ids in given["completion_ids"]], dtype=np.int64)
         dense = any(values.ndim == 2 for _, values in found)
@@ -354,8 +331,7 @@ class Clip:
 
 
 class Standardise:
-    """``(reward - mean) / std`` for rewards of one number per response; :func:`lm_envs.reward.units.in_units_of` takes
-    the moments from samples of the reference.
+    """``(reward - mean) / std``; :func:`lm_envs.reward.units.in_units_of` takes the moments from samples.
 
     Dense rewards are refused: a shift of each token's reward would pay for length.
 
@@ -380,10 +356,10 @@ class Standardise:
 
 
 class Conversational:
-    """For a reward that reads messages, as TRL passes them where the data are conversations.
+    """A reward that reads messages, as TRL passes them for conversations.
 
-    ``prompts`` become lists of ``{"role": ..., "content": ...}``: those of the column ``messages`` if the data have
-    one, else a user's message with the prompt's text. Each completion is a list of one assistant's message.
+    Prompts become lists of ``{"role": ..., "content": ...}``: the column ``messages`` if there is one, else a user's
+    message with the prompt's text. Each completion is a list of one assistant's message.
     """
 
     def __init__(self, reward: AnyReward) -> None:

@@ -1,4 +1,4 @@
-"""Rewards made from what :mod:`lm_envs.reward.specs` reads: loads their models, runs their files, composes them."""
+"""Rewards made from the text form that :mod:`lm_envs.reward.specs` parses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lm_envs.model.loading import HOST, Placement
-from lm_envs.printable import printable
+from lm_envs.printable import one_line
 from lm_envs.reward.base import AnyReward, Clip, Conversational, WeightedSum
 from lm_envs.reward.judge import load_judge, make_judge
 from lm_envs.reward.learned import load_reward_model
@@ -37,23 +37,23 @@ def build_reward(
     what: str = "reward model",
     placement: Placement = HOST,
 ) -> AnyReward:
-    """The reward that a text says: loads its models and runs its files.
+    """Load a reward's models, run its files, and compose it.
 
     Args:
-        spec: of :func:`~lm_envs.reward.specs.parse_reward`.
-        samples: gives samples of the reference, for ``standardise`` without numbers; called once, if at all.
+        spec: from :func:`~lm_envs.reward.specs.parse_reward`.
+        samples: makes samples of the reference, for ``standardise`` without numbers; called at most once.
         batch_size: texts per forward of a learned model.
-        conversational: the prompts are chat messages, so functions of one's own get messages, as from TRL.
+        conversational: the prompts are chat messages, which the user's functions receive, as from TRL.
         what: how messages call a learned model.
-        placement: where learned models go, and in what precision.
+        placement: device and precision of learned models.
 
     Raises:
         ImportError: a metric's library is not installed.
-        ValueError: a model that cannot be loaded, a file that fails or has no such function, a setting that does not
-            exist, or a part that gives every sample the same score where it is to be standardised.
+        ValueError: a model cannot be loaded, a file fails or has no such function, a setting does not exist, or a part
+            to be standardised gives every sample the same score.
     """
-    once = None if samples is None else functools.cache(samples)
-    return _Builder(once, batch_size, conversational, what, placement).build(spec)
+    builder = _Builder(functools.cache(samples) if samples else None, batch_size, conversational, what, placement)
+    return builder.build(spec)
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,15 @@ class _Builder:
         if isinstance(spec, Source):
             return self.source(spec)
         parts = [self.build(part) for part in spec.parts]
+        reward = parts[0]
         if spec.how == "sum":
             return WeightedSum(list(zip(spec.numbers, parts, strict=True)))
         if spec.how == "clip":
-            return Clip(parts[0], *spec.numbers)
+            return Clip(reward, *spec.numbers)
         if spec.how == "chat":
-            return parts[0] if isinstance(parts[0], Conversational) else Conversational(parts[0])
-        return self.standardised(parts[0], spec.numbers)
-
-    def standardised(self, reward: AnyReward, numbers: tuple[float, ...]) -> AnyReward:
-        if numbers:
-            return standardised(reward, *numbers)
+            return reward if isinstance(reward, Conversational) else Conversational(reward)
+        if spec.numbers:
+            return standardised(reward, *spec.numbers)
         if self.samples is None:
             raise ValueError("standardise needs mean and std here: there are no samples of a reference to take them of")
         return in_units_of(reward, self.samples())
@@ -86,38 +84,38 @@ class _Builder:
     def source(self, spec: Source) -> AnyReward:
         if spec.kind == "metric":
             return make_metric(spec.place, **spec.settings)
+        if spec.kind == "judge":
+            return make_judge(spec.place, spec.name, **spec.settings) if spec.name else load_judge(spec.place)
         if spec.kind == "model":
             if wrong := [name for name in spec.settings if name not in ("label", "output", "template", "batch_size")]:
                 raise ValueError(f"reward model:{spec.place} takes label, output and template, not {', '.join(wrong)}")
-            return load_reward_model(
-                spec.place, self.what, self.placement, **{"batch_size": self.batch_size, **spec.settings}
-            )
-        if spec.kind == "judge":
-            return make_judge(spec.place, spec.name, **spec.settings) if spec.name else load_judge(spec.place)
-        return self.function(spec)
-
-    def function(self, spec: Source) -> AnyReward:
-        where = f"{spec.place}:{spec.name}"
-        module = _run_file(Path(spec.place).expanduser()) if spec.kind == "file" else _import(spec.place, where)
-        found = getattr(module, spec.name, None)
-        if not callable(found):
-            callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            state = "is not callable" if hasattr(module, spec.name) else "does not exist"
-            raise ValueError(f"reward {where}: that name {state}: {near(spec.name, callables)}")
-        if isinstance(found, type):
-            try:
-                found = found(**spec.settings)
-            except (Exception, SystemExit) as error:
-                raise ValueError(f"reward {where}: the class cannot be made: {_told(error)}") from error
-            if not callable(found):
-                raise ValueError(f"reward {where}: the class has no method __call__, which scores completions")
-        elif spec.settings:
-            try:
-                inspect.signature(found).bind_partial(**spec.settings)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"reward {where}: its settings: {_told(error)}") from error
-            found = functools.partial(found, **spec.settings)
+            options = {"batch_size": self.batch_size, **spec.settings}
+            return load_reward_model(spec.place, self.what, self.placement, **options)
+        found = _function(spec, f"reward {spec.place}:{spec.name}")
         return Conversational(found) if self.conversational else found
+
+
+def _function(spec: Source, where: str) -> AnyReward:
+    module = _run_file(Path(spec.place).expanduser()) if spec.kind == "file" else _import(spec.place, where)
+    found = getattr(module, spec.name, None)
+    if not callable(found):
+        callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        state = "is not callable" if hasattr(module, spec.name) else "does not exist"
+        raise ValueError(f"{where}: that name {state}: {near(spec.name, callables)}")
+    if isinstance(found, type):
+        try:
+            found = found(**spec.settings)
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{where}: the class cannot be made: {_told(error)}") from error
+        if not callable(found):
+            raise ValueError(f"{where}: the class has no method __call__, which scores completions")
+    elif spec.settings:
+        try:
+            inspect.signature(found).bind_partial(**spec.settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: its settings: {_told(error)}") from error
+        found = functools.partial(found, **spec.settings)
+    return found
 
 
 def _import(name: str, where: str) -> ModuleType:
@@ -126,22 +124,22 @@ def _import(name: str, where: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and (name + ".").startswith(error.name + "."):
             raise ValueError(
-                f"reward {where}: there is no module {error.name!r} on the import path (PYTHONPATH adds folders)"
+                f"{where}: there is no module {error.name!r} on the import path (PYTHONPATH adds folders)"
             ) from None
-        raise ValueError(f"reward {where}: the module cannot be imported: {_told(error)}") from error
+        raise ValueError(f"{where}: the module cannot be imported: {_told(error)}") from error
 
 
 def _told(error: BaseException, file: str | None = None) -> str:
-    """One line for what the user's code raised, and where in its file it was."""
+    """One line on what the user's code raised, and where."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if file in (None, frame.filename)]
     line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
     place = f"{frames[-1].filename if file is None else file}, line {line}: " if line else f"{file}: " if file else ""
     what = "it calls sys.exit" if isinstance(error, SystemExit) else type(error).__name__
-    return place + printable(" ".join(f"{what}: {error}".split()))
+    return place + one_line(f"{what}: {error}", 1000)
 
 
 def _run_file(path: Path) -> ModuleType:
-    """A Python file as a module; while it runs, its folder is on the import path, as when it is run as a script."""
+    """Import a Python file, with its folder on the import path as for a script."""
     path = path.absolute()
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]  # a file that changed runs again
     name = f"lm_envs_user_{path.stem}_{digest}"

@@ -1,4 +1,4 @@
-"""What a reward model is trained from: a language model's trunk with a fresh head, or a reward model as it is."""
+"""Start of a reward model's training: a language model's trunk with a new head, or a trained reward model."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ _HEADS = ("score.", "classifier.", "classification_head.", "pooler.", "pre_class
 def reward_start(
     name: str | Path, seed: int = 0, placement: loading.Placement = loading.HOST
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence-classification model with one label, in ``eval`` mode, and its tokenizer.
+    """Load a sequence classifier with one label, in ``eval`` mode, and its tokenizer.
 
     Args:
-        name: a folder saved by ``save_pretrained``, or a hub name: of a language model or of a bare trunk, which gets a
-            fresh head (a linear ``score`` has standard deviation ``1 / sqrt(d + 1)``, Stiennon et al. 2020); or of a
-            sequence classifier with one label, which is trained on.
+        name: a folder saved by ``save_pretrained``, or a hub name: of a language model or a bare trunk, which gets a
+            new head (:func:`~lm_envs.reward.learned.initialise_reward_head`), or of a classifier with one label.
         seed: of the head.
         placement: its precision and device.
 
     Returns:
-        the model and the tokenizer. The pad id of both differs from the EOS where the vocabulary has another special
-        token for it, because transformers' own heads look for the last token that is not the pad.
+        the model and the tokenizer. Their pad id differs from the EOS if the vocabulary has another special token for
+        it, because transformers' own heads look for the last token that is not the pad.
 
     Raises:
         ValueError: there is no such folder or model, it cannot score texts, has several labels, or no fitting
@@ -78,7 +77,7 @@ def reward_start(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers reports weights that are missing, which the head's are meant to be."""
+    """Silence transformers' report of missing weights, which the head's always are."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -93,4 +92,4 @@ def _tell_pad_from_eos(model: Any, tokenizer: Any) -> None:
             tokenizer.pad_token = token
             model.config.pad_token_id = tokenizer.pad_token_id
             return
-    model.config.pad_token_id = None  # so that transformers refuses to pad, rather than to skip a real EOS
+    model.config.pad_token_id = None  # transformers then refuses to pad, instead of skipping a real EOS

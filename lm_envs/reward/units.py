@@ -1,4 +1,4 @@
-"""Responses of a model as rewards take them, and the one place that puts a reward in units of them."""
+"""Samples as rewards take them, and rewards in units of samples: mean 0, standard deviation 1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lm_envs.reward.learned import LearnedReward
 
 @dataclass(frozen=True)
 class Samples:
-    """Responses of a model to N prompts, as rewards take them."""
+    """Responses to N prompts, as rewards take them."""
 
     prompts: list[str]
     completions: list[str]
@@ -24,19 +24,17 @@ class Samples:
 
     @property
     def given(self) -> dict[str, Any]:
-        """All of it, as rewards take it."""
+        """The keyword arguments of a reward."""
         return {name: value for name, value in vars(self).items() if name != "columns"} | self.columns
 
     def score(self, reward: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """``(N,)`` float64; a dense reward is summed over the response."""
+        """Call a reward, ``(N,)`` float64; a dense one is summed over the response."""
         found = call_reward(reward, **self.given)
         return found.sum(axis=1) if found.ndim == 2 else found
 
 
 def in_units_of(reward: Any, samples: Samples) -> Any:
-    """The same reward with mean 0 and (population) standard deviation 1 on these samples.
-
-    Samples that the reward does not apply to are left out.
+    """Shift and scale a reward to mean 0 and (population) standard deviation 1 on the samples to which it applies.
 
     Raises:
         ValueError: the reward is dense, applies to no sample, or gives all the same score.
@@ -48,10 +46,10 @@ def in_units_of(reward: Any, samples: Samples) -> Any:
 
 
 def moments(scores: np.ndarray[Any, np.dtype[np.float64]], name: str) -> tuple[float, float]:
-    """The mean and the population standard deviation of a reward's scores of N samples, ``(N,)`` float64.
+    """Return the mean and the population standard deviation of scores ``(N,)`` of the reward ``name``.
 
     Raises:
-        ValueError: there are no scores, or all are the same up to the rounding of float32; ``name`` is the reward's.
+        ValueError: there are no scores, or all are the same up to the rounding of float32.
     """
     if not len(scores):
         raise ValueError(f"reward {name!r} applies to none of the reference's samples")
@@ -65,16 +63,15 @@ def moments(scores: np.ndarray[Any, np.dtype[np.float64]], name: str) -> tuple[f
 
 
 def standardised(reward: Any, mean: float, std: float) -> Any:
-    """``(reward - mean) / std``: a learned reward with other moments of its own, any other one in a
-    :class:`~lm_envs.reward.base.Standardise`.
+    """Return ``(reward - mean) / std``: a learned reward with new moments, any other one in a ``Standardise``.
 
     Raises:
         ValueError: the mean is not finite, or std is not finite and positive.
     """
-    made = Standardise(reward, mean, std)  # checks them
+    made: Any = Standardise(reward, mean, std)  # checks them
     if not isinstance(reward, LearnedReward):
         return made
     inner_mean, inner_std = reward.normalise
-    learned = copy.copy(reward)
-    learned.normalise = (inner_mean + inner_std * mean, inner_std * std)
-    return learned
+    made = copy.copy(reward)
+    made.normalise = (inner_mean + inner_std * mean, inner_std * std)
+    return made

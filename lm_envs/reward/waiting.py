@@ -1,4 +1,4 @@
-"""Results of async code, such as requests to a judge, for callers that are not async."""
+"""Results of async rewards, such as a remote judge, for synchronous callers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _waiting = 0  # calls of `finished` that have not returned
 
 
 def waiting() -> bool:
-    """Whether an async reward, such as a remote judge, is being waited for."""
+    """Whether a call waits for an async reward."""
     return _waiting > 0
 
 
 def finished(awaitable: Awaitable[Any]) -> Any:
-    """The result of an async reward, which is canceled where waiting for it is interrupted.
+    """Wait for an async reward's result; an interrupt cancels it.
 
-    All run on one event loop of this process, so a client that a reward keeps stays usable.
+    All run on one event loop of this process, so a reward can keep a client.
     """
     global _waiting
 
@@ -48,7 +48,7 @@ def finished(awaitable: Awaitable[Any]) -> Any:
 
 @functools.cache
 def _event_loop(process: int, within: str) -> asyncio.AbstractEventLoop:
-    """A loop of this process that runs in a thread of its own: the caller's may be running already, as in notebooks."""
+    """A loop in a thread: the caller's own may be running, as in notebooks."""
     loop = asyncio.new_event_loop()
     loop.set_default_executor(_Daemons())
     threading.Thread(target=loop.run_forever, name=f"{_LOOP} {within}", daemon=True).start()
@@ -56,7 +56,7 @@ def _event_loop(process: int, within: str) -> asyncio.AbstractEventLoop:
 
 
 class _Daemons(ThreadPoolExecutor):
-    """A thread per call that does not keep the program from ending, as looking up an address would for long."""
+    """A daemon thread per call: looking up an address must not keep the program from ending."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Start the call."""

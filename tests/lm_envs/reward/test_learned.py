@@ -198,7 +198,7 @@ def test_a_text_longer_than_the_context_loses_the_start_of_its_prompt():
     model = classifier("Llama", context=6)
     tokenizer = words(template="<bos> $A", bos_token="<bos>")
     reward = LearnedReward(model, tokenizer)
-    with pytest.warns(UserWarning, match="reads 6 tokens: of longer texts it does not see the start"):
+    with pytest.warns(UserWarning, match="reads 6 tokens: it does not see the start of longer texts"):
         found = reward(["a a a a a"], [" b c d"], ["stop"])[0]
     assert found == pytest.approx(alone(model, [1, 3, 4, 5, 6, 0]), abs=1e-5)
 

@@ -135,7 +135,7 @@ def test_corpus_scores_are_those_of_sacrebleu():
         (lambda: SentenceBLEU(tokenize="words"), "tokenize must be one of .*13a"),
         (lambda: SentenceChrF(word_order=-1), "must not be negative"),
         (lambda: Rouge("rougeX"), "kind must be rouge1"),
-        (lambda: Rouge(measure="f1"), "measure must be fmeasure"),
+        (lambda: Rouge(measure="f1"), "measure must be one of fmeasure"),
         (lambda: make_metric("meteor"), "no text metric 'meteor'; there are bleu, chrf"),
         (lambda: make_metric("bleu", colum="x"), "bleu does not take colum='x'"),
     ],
