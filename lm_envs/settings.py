@@ -1,7 +1,7 @@
 """Settings that users give, in files and on command lines: limits as types, one check for all, hints for unknown names.
 
-A dataclass that inherits from :class:`Settings` is checked against its annotations whenever it is made; :func:`make`
-makes one of a mapping (of TOML or ``name=value``), and :func:`check` takes any other dataclass, such as a command's.
+A dataclass that inherits from :class:`Settings` is checked against its annotations when it is made; :func:`make` makes
+one from a mapping (TOML or ``name=value``), and :func:`check` takes any other dataclass, such as a command's.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _ALLOWED = {
 
 
 class SettingError(ValueError):
-    """A setting that does not exist or has a value that it cannot have; ``name`` says which."""
+    """An unknown setting or a wrong value; ``name`` says which."""
 
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)
@@ -85,11 +85,7 @@ class SettingError(ValueError):
 
 
 class Settings:
-    """Base of dataclasses whose values are checked against their annotations when they are made.
-
-    Raises:
-        SettingError: a value of another type or out of range.
-    """
+    """Base of dataclasses that are checked against their annotations; raises SettingError."""
 
     def __post_init__(self) -> None:
         """Check the fields; whole floats become ints where those belong, lists tuples, NumPy's numbers Python's."""
@@ -98,16 +94,15 @@ class Settings:
 
 
 def make(kind: type[T], values: Mapping[str, Any], where: str, what: str = "option") -> T:
-    """A dataclass made of a mapping.
+    """Make a dataclass from a mapping.
 
     Args:
         where: what the settings are of, for messages: "ppo", "[budget]".
         what: what messages call a setting.
 
     Raises:
-        SettingError: no such setting, with the near names; one that is needed and missing; a value of another type or
-            out of range.
-        ValueError: settings that do not fit together, as the class itself says.
+        SettingError: an unknown setting, with near names; a missing one; a value of another type or out of range.
+        ValueError: settings that do not fit together.
     """
     known = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
     for name in values:
@@ -124,13 +119,10 @@ def make(kind: type[T], values: Mapping[str, Any], where: str, what: str = "opti
 
 
 def check(settings: Any, name: str = "--{}") -> None:
-    """Check a dataclass and those that are its fields.
+    """Check a dataclass and those in its fields; raises SettingError.
 
     Args:
-        name: how messages write a field's name; that of a command's option has "-" for "_".
-
-    Raises:
-        SettingError: a value of another type or out of range.
+        name: how messages write a field's name; with "--", "-" stands for "_".
     """
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     _checked(type(settings), values, name)
@@ -139,15 +131,13 @@ def check(settings: Any, name: str = "--{}") -> None:
 
 
 def near(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """A hint for a name that is not among ``known``: the near ones; if none is near ``otherwise``, or all of them."""
+    """A hint for an unknown name: the near ones; without any, ``otherwise``, or all known ones."""
     names = sorted(known)
     folded = {n.lower(): n for n in names}
     found = [folded[n] for n in difflib.get_close_matches(str(name).lower(), folded, n=3, cutoff=0.55)]
     if found:
         return f"did you mean {' or '.join(repr(n) for n in found)}?"
-    if otherwise is not None:
-        return otherwise
-    return f"there are {', '.join(names)}" if names else "there are none"
+    return otherwise or f"there are {', '.join(names) or 'none'}"
 
 
 def one_of(value: Any, allowed: Iterable[str], where: str) -> None:
@@ -176,16 +166,16 @@ def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
 
 
 def _checked(kind: type, values: Mapping[str, Any], called: str) -> dict[str, Any]:
-    """The values of a class's fields as its annotations want them, dataclasses as they are."""
-    given = {name: value for name, value in values.items() if name in _hints(kind)}
+    """Fit the values of a class's fields to its annotations; dataclasses stay as they are."""
     return {
         name: value if is_dataclass(value) else _fit(_adapter(kind, name), value, called, name)
-        for name, value in given.items()
+        for name, value in values.items()
+        if name in _hints(kind)
     }
 
 
 def _readings(value: Any) -> Iterator[Any]:
-    """A value, and what else it may be meant as: TOML and JSON have no tuples, 1e4 is a whole number."""
+    """A value and its other readings: TOML and JSON have no tuples, 1e4 is a whole number."""
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
         value = int(value) if isinstance(value, numbers.Integral) else float(value)
     yield value

@@ -39,13 +39,15 @@ _CALL = re.compile(r"(?P<name>clip|standardise|chat)\s*\((?P<inside>.*)\)", re.D
 _SETTINGS = re.compile(r"(?P<place>.*?)\s*\[(?P<settings>[^\[\]]*=[^\[\]]*)\]", re.DOTALL)
 _FUNCTION = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_NUMBERS = {"clip": (2,), "standardise": (0, 2), "chat": (0,)}
+# How many numbers follow the reward.
+_CALLS = {
+    "clip": ((2,), "low, high"),
+    "standardise": ((0, 2), "mean, std (or neither)"),
+    "chat": ((0,), "nothing"),
+}
 _LONGEST = 10_000  # characters
 _ALONE = "a + stands between two rewards, as in 'bleu + chrf'"
-_EXPECTED = (
-    "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function, module:function or one of "
-    + ", ".join(METRICS)
-)
+_EXPECTED = "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function, module:function or one of "
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Source:
         kind: ``"model"``, ``"judge"``, ``"file"``, ``"module"`` or ``"metric"``.
         place: the folder, address, file, module or metric.
         name: of the function, or the judge's model.
-        settings: what stood between the brackets.
+        settings: from the brackets.
     """
 
     kind: str
@@ -67,8 +69,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Combined:
-    """``clip``, ``standardise`` or ``chat`` of one reward with its numbers, or the ``sum`` of several with their
-    weights."""
+    """``clip``, ``standardise`` or ``chat`` of one reward with its numbers, or a ``sum`` of several with weights."""
 
     how: str
     parts: tuple[Source | Combined, ...]
@@ -79,7 +80,7 @@ Spec = Source | Combined
 
 
 def is_spec(text: str) -> bool:
-    """Whether a text is meant as one of these, and not as the name of a model."""
+    """Whether a text is meant as a reward, not as the name of a model."""
     if not text or os.path.isdir(text):
         return False
     return bool(
@@ -93,11 +94,11 @@ def is_spec(text: str) -> bool:
 
 
 def parse_reward(texts: str | Sequence[str]) -> Spec:
-    """What a reward's text says; several are summed. Reads no model and runs no file.
+    """Parse a reward's text; several are summed. Reads no model and runs no file.
 
     Raises:
-        ValueError: it does not follow the grammar, or names a file or folder that does not exist; the message says
-            which part and what was expected.
+        ValueError: it does not follow the grammar, or names a missing file or folder; the message names the part and
+            what was expected.
     """
     rows = [texts] if isinstance(texts, str) else list(texts)
     if not rows or not all(isinstance(row, str) for row in rows):
@@ -112,14 +113,13 @@ def parse_reward(texts: str | Sequence[str]) -> Spec:
 
 
 def _terms(text: str) -> list[tuple[float, Spec]]:
-    parts = _split(text, " + ")
-    if len(parts) > 1 and not all(part.strip() for part in parts):
+    parts = [part.strip() for part in _split(text, " + ")]
+    if len(parts) > 1 and not all(parts):
         raise ValueError(f"reward {text!r}: {_ALONE}")
     return [_term(part) for part in parts]
 
 
 def _term(text: str) -> tuple[float, Spec]:
-    """A weight and what it weighs."""
     text = text.strip()
     match = _TIMES.fullmatch(text) or _WEIGHTED.fullmatch(text)
     if match is None:
@@ -137,14 +137,11 @@ def _part(text: str) -> Spec:
     call = _CALL.fullmatch(text)
     if call is None:
         return _source(text)
-    name = call["name"]
-    inside = _split(call["inside"], ",")
-    counts = _NUMBERS[name]
-    numbers = tuple(_number(word) for word in inside[1:])
-    if len(numbers) not in counts or None in numbers:
-        wanted = {"clip": "low, high", "standardise": "mean, std (or neither)", "chat": "nothing"}[name]
+    name, (inside, *words) = call["name"], _split(call["inside"], ",")
+    counts, wanted = _CALLS[name]
+    if len(words) not in counts or not all(map(_is_number, words)):
         raise ValueError(f"reward {text!r}: behind its reward {name} takes {wanted}, as numbers")
-    return Combined(name, (_sum(_terms(inside[0])),), tuple(n for n in numbers if n is not None))
+    return Combined(name, (_sum(_terms(inside)),), tuple(map(float, words)))
 
 
 def _sum(found: list[tuple[float, Spec]]) -> Spec:
@@ -153,12 +150,12 @@ def _sum(found: list[tuple[float, Spec]]) -> Spec:
     return Combined("sum", tuple(part for _, part in found), tuple(weight for weight, _ in found))
 
 
-def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(_NUMBER, text.strip()) else None
+def _is_number(text: str) -> bool:
+    return re.fullmatch(_NUMBER, text.strip()) is not None
 
 
 def _split(text: str, at: str) -> list[str]:
-    """The parts of a text between a separator where no bracket is open."""
+    """Split a text at a separator outside brackets."""
     depth, start, parts = 0, 0, []
     for i, letter in enumerate(text):
         depth += (letter in "([") - (letter in ")]")
@@ -180,11 +177,8 @@ def _source(text: str) -> Source:
     if place.startswith("model:"):
         if not place[6:]:
             raise ValueError(f"reward {text!r}: name the model's folder, as in model:DIR")
-        if (
-            ("*" in place or "+" in place)
-            and not os.path.exists(os.path.expanduser(place[6:]))
-            and (why := _slip(text))
-        ):
+        suspicious = ("*" in place or "+" in place) and not os.path.exists(os.path.expanduser(place[6:]))
+        if suspicious and (why := _slip(text)):
             raise ValueError(f"reward {text!r}: {why}")
         return Source("model", place[6:], settings=settings)
     if place.startswith("judge:"):
@@ -198,14 +192,14 @@ def _source(text: str) -> Source:
     if why := _slip(text):
         raise ValueError(f"reward {text!r}: {why}")
     if place.endswith(".py"):
-        raise ValueError(f"reward {text!r}: say which function of the file, as in {place}:function")
+        raise ValueError(f"reward {text!r}: say which function of the file, as in {place + ':function'!r}")
     if place and os.path.isdir(place):
-        raise ValueError(f"reward {text!r}: a model's folder is written model:{place}")
-    raise ValueError(f"reward {text!r}: {near(place, METRICS, _EXPECTED)}")
+        raise ValueError(f"reward {text!r}: a model's folder is written {'model:' + place!r}")
+    raise ValueError(f"reward {text!r}: {near(place, METRICS, _EXPECTED + ', '.join(METRICS))}")
 
 
 def _slip(text: str) -> str | None:
-    """What is wrong with a sum or a product that could not be read as one."""
+    """Explain a sum or a product that could not be read as one."""
     terms = [term.strip().replace("\0", "+") for term in _split(text.replace("chrf++", "chrf\0\0"), "+")]
     if len(terms) > 1:
         if not all(terms):
@@ -216,14 +210,15 @@ def _slip(text: str) -> str | None:
         if not all(words):
             where = "behind" if not words[-1] else "before"
             return f"nothing stands {where} the *; a weight is written 'bleu*0.5'"
-        wrong = [word for word in words if _number(word) is None and not is_spec(word)] or words[-1:]
+        wrong = [word for word in words if not _is_number(word) and not is_spec(word)] or words[-1:]
         return f"{wrong[0]!r} is no number; a weight is one, as in 'bleu*0.5'"
     before, minus, after = text.partition(" - ")
     if minus:
-        return f"rewards are added; what counts against has a negative weight: '{before.strip()} + {after.strip()}*-1'"
+        added = f"{before.strip()} + {after.strip()}*-1"
+        return f"rewards are added; what counts against has a negative weight: {added!r}"
     call = re.match(r"(\w+)\s*\(", text)
-    if call and call[1] not in _NUMBERS:
-        return f"there is no {call[1]!r}: {near(call[1], _NUMBERS)}"
+    if call and call[1] not in _CALLS:
+        return f"there is no {call[1]!r}: {near(call[1], _CALLS)}"
     return None
 
 

@@ -173,7 +173,7 @@ def test_long_and_deep_texts_end_soon(text):
 
 
 def test_folders_and_files_without_what_is_needed(tmp_path, mine):
-    with pytest.raises(ValueError, match="a model's folder is written model:"):
+    with pytest.raises(ValueError, match="a model's folder is written 'model:"):
         parse_reward(str(tmp_path))
     with pytest.raises(ValueError, match=r"say which function of the file, as in .*my rewards.py:function"):
         parse_reward(mine)
