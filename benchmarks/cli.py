@@ -25,6 +25,7 @@ from lm_envs.benchmarks.commands.data import DataCommand
 from lm_envs.benchmarks.commands.help_text import subcommands
 from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
 from lm_envs.benchmarks.commands.overoptimize import Overoptimise
+from lm_envs.benchmarks.commands.people import People
 from lm_envs.benchmarks.commands.report import Report
 from lm_envs.benchmarks.commands.tasks import Tasks
 from lm_envs.benchmarks.commands.train import Train
@@ -42,6 +43,7 @@ _COMMANDS: dict[str, type[Any]] = {
     "dpo": Dpo,
     "data": DataCommand,
     "overoptimise": Overoptimise,
+    "people": People,
     "tasks": Tasks,
     "report": Report,
     "build": Build,

@@ -17,6 +17,7 @@ RESET = 2  # the seed for resetting a control environment
 ANNOTATOR = 3  # a simulated annotator's choices and flips
 CORPUS = 4  # the corpus of Reviews
 TABLE = 5  # the tables of the enumerable task
+ORDER = 6  # the order in which an annotator sees the responses of an item
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))

@@ -25,6 +25,7 @@ ORDER = (
     "lm_envs.tasks",
     "lm_envs.env",
     "lm_envs.exact",
+    "lm_envs.feedback",
     "lm_envs.algos.ops",
     "lm_envs.algos.policies",
     "lm_envs.algos.engine",

@@ -38,6 +38,7 @@ class DataCheck:
     def run(self, console: Console) -> None:
         """Check it."""
         from lm_envs.benchmarks.commands.data_check import check, show
+        from lm_envs.feedback.exchange import rows_of
 
         if self.max_length is not None and self.tokenizer is None:
             raise UserError("--max-length counts tokens: give --tokenizer too")
@@ -46,7 +47,7 @@ class DataCheck:
             from lm_envs.model.loading import load_tokenizer
 
             tokenizer = load_tokenizer(self.tokenizer, "tokenizer")
-        report = check(self.file, tokenizer, kind=self.use, max_rows=self.max_rows, max_length=self.max_length)
+        report = check(rows_of(self.file), tokenizer, kind=self.use, max_rows=self.max_rows, max_length=self.max_length)
         show(report, all_bad=self.all_bad)
         if not report.usable:
             raise SystemExit(1)

@@ -67,6 +67,7 @@ class _Learn:
     def run(self, console: Console) -> None:
         """Carry it out."""
         from lm_envs.benchmarks.run.data_problem import DataSpec
+        from lm_envs.feedback.exchange import rows_of
 
         given = {"learning_rate": self.learning_rate, "episodes": self.batch_size}
         overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(self.set)
@@ -82,9 +83,10 @@ class _Learn:
             "dtype",
             "device",
         )
+        settings = {name: getattr(self, name) for name in names} | {"data": rows_of(self.data)}
         planned = {name: getattr(self, name) for name in ("iterations", "validate_every", "checkpoint_every")}
         spec = DataSpec(
-            **{name: getattr(self, name) for name in names},
+            **settings,
             plan=Plan(**planned),
             overrides=overrides,
             adaptation=self.adapt.settings(),

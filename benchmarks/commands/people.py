@@ -1,0 +1,387 @@
+"""``lm-envs people``: studies in which people rank, compare or rate responses."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from lm_envs import files
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.feedback.store import Store
+from lm_envs.settings import Count, Positive, Probability, Seed
+
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
+_INSTRUCTIONS = "Read all responses before you answer. Judge what is written, not how long it is."
+
+
+@dataclass(frozen=True)
+class New:
+    """Make a study: what is asked, and which responses people see.
+
+      lm-envs people new --out study --policy runs/ppo/model --policy DIR --prompts prompts.jsonl --responses 2
+      lm-envs people new --out study --comparison runs/demo --mode rank
+      lm-envs people new --out study --texts responses.jsonl --mode rate
+
+    Edit OUT/study.toml for the instructions, the flags and everything else; then `lm-envs people serve OUT`.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the study."""
+    mode: Literal["pair", "rank", "rate"] = "pair"
+    """Compare two, rank several, or rate each on a scale."""
+    policy: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = ()
+    """A policy to sample from; may be given again."""
+    prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """What to sample responses to."""
+    responses: Count = 2
+    """Responses per prompt, of all policies and temperatures together."""
+    temperature: Annotated[tuple[Positive, ...], tyro.conf.arg(metavar="T ...")] = (1.0,)
+    """Temperatures to sample at."""
+    max_new_tokens: Count = 64
+    """Longest response in tokens."""
+    comparison: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Show the test samples of a finished comparison instead."""
+    texts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Show texts instead: rows of prompt, completions, and sources and ranks if known."""
+    judged: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Take items and answers from an export of Label Studio or Argilla, or from battles as Chatbot Arena has them."""
+    gold: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Items with known ranks, which each annotator gets first: rows of prompt, completions, ranks (0 the best)."""
+    limit: Count | None = None
+    """Take no more prompts."""
+    overlap: Count = 1
+    """How many people answer each item."""
+    flags: bool = False
+    """Ask about each response what InstructGPT's annotators were asked: is it harmful, does it fail the instruction."""
+    seed: Seed = 0
+    """Decides samples and the order in which responses are shown."""
+
+    def run(self, console: Console) -> None:
+        """Make it."""
+        from lm_envs.benchmarks.commands import people_items
+        from lm_envs.feedback import exchange
+        from lm_envs.feedback.study import INSTRUCT_FLAGS, SETTINGS, StudySettings
+
+        given = {
+            "--policy": bool(self.policy),
+            "--comparison": self.comparison,
+            "--texts": self.texts,
+            "--judged": self.judged,
+        }
+        if len([name for name, value in given.items() if value]) != 1:
+            raise UserError(f"say where responses come from: one of {', '.join(given)}")
+        if self.policy and not self.prompts:
+            raise UserError("--policy needs --prompts: what shall it respond to?")
+        if (self.out / SETTINGS).exists():
+            raise UserError(f"{self.out} is a study already; give another --out")
+        settings = StudySettings(
+            self.out.resolve().name,
+            self.mode,
+            question={
+                "pair": "Which response is better?",
+                "rank": "Rank the responses, the best first.",
+                "rate": "How good is each response?",
+            }[self.mode],
+            instructions=_INSTRUCTIONS,
+            overlap=self.overlap,
+            flags=INSTRUCT_FLAGS if self.flags else {},
+            seed=self.seed,
+        )
+        judgments = exchange.read(self.judged) if self.judged else []
+        if self.policy:
+            assert self.prompts is not None
+            found = people_items.sampled(
+                self.policy, self.prompts, self.responses, self.temperature, self.max_new_tokens, self.seed, self.limit
+            )
+        elif self.comparison:
+            found = people_items.compared(self.comparison, self.seed, self.limit)
+        elif self.texts:
+            found = people_items.of_file(self.texts, self.limit)
+        else:
+            found = iter([item for item, _, _ in judgments])
+        items = list(people_items.in_pairs(found) if self.mode == "pair" else found)
+        if self.gold:
+            items += people_items.of_file(self.gold)
+        if not items:
+            raise UserError("there is nothing to judge: no item was found")
+        self.out.mkdir(parents=True, exist_ok=True)
+        store = Store(self.out, settings)
+        count = store.add_items(items)
+        for item, who, answer in judgments:
+            store.take(item, who, answer)
+        files.write_atomic(self.out / SETTINGS, _toml(settings))
+        console.print(
+            f"{count} items in {self.out}; next: lm-envs people serve {self.out}", highlight=False, markup=False
+        )
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a study's page on this machine, until Ctrl-C.
+
+      lm-envs people serve study
+      lm-envs people serve study --annotator ann --annotator ben
+
+    Prints a secret link for each annotator.
+    """
+
+    study: Folder
+    annotator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
+    """Who answers; may be given again. Your user name, if the study has nobody yet."""
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but a loopback address lets others in, over plain HTTP."""
+    port: Annotated[int, tyro.conf.arg(metavar="N")] = 8117
+    """Port to listen on."""
+    public: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """What the server is called from outside, behind a proxy that speaks HTTPS."""
+
+    def run(self, console: Console) -> None:
+        """Serve."""
+        import ipaddress
+        import socket
+
+        store = _open(self.study)
+        try:
+            import uvicorn
+
+            from lm_envs.feedback.server import application
+        except ImportError as error:
+            raise UserError(f"the page needs {error.name}: pip install 'lm-envs[people]'") from error
+        names = self.annotator or tuple(store.names()) or (getpass.getuser(),)
+        base = self.public.rstrip("/") if self.public else f"http://{self.host}:{self.port}"
+        hosts = [
+            base.partition("://")[2].rpartition(":")[0] or base.partition("://")[2],
+            self.host,
+            "localhost",
+            "127.0.0.1",
+        ]
+        try:
+            loopback = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            loopback = self.host == "localhost"
+        if not loopback:
+            console.print(
+                f"warning: {self.host} is reachable from other machines, and links travel unencrypted; "
+                "--host 127.0.0.1 behind a proxy with HTTPS is safer",
+                highlight=False,
+                markup=False,
+            )
+        try:
+            listener = socket.create_server((self.host, self.port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {self.host} port {self.port}: {error.strerror}; give another --port"
+            ) from error
+        for name in names:
+            print(f"{name}: {base}/a/{store.key(store.annotator(name))}/", flush=True)
+        config = uvicorn.Config(
+            application(store, hosts), log_level="warning", server_header=False, proxy_headers=False
+        )
+        with listener:
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Answer a study in the terminal.
+
+    lm-envs people rank study
+    """
+
+    study: Folder
+    annotator: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Who answers; your user name if not given."""
+
+    def run(self, console: Console) -> None:
+        """Ask until nothing is left or the input ends."""
+        from lm_envs.benchmarks.commands.people_terminal import ask_all
+
+        ask_all(_open(self.study), self.annotator or getpass.getuser())
+
+
+@dataclass(frozen=True)
+class Simulate:
+    """Let simulated annotators answer a study: Bradley-Terry choices by a score of each response.
+
+      lm-envs people simulate study --annotators 3 --strength ppo=1 --strength sft=0
+
+    For teaching, for tests, and to learn how many answers a study needs before people are asked.
+    """
+
+    study: Folder
+    annotators: Count = 3
+    """How many."""
+    strength: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SOURCE=X")] = ()
+    """How good a source's responses are; 0 if not given; may be given again."""
+    temperature: Annotated[float, tyro.conf.arg(metavar="T")] = 1.0
+    """Of the choices; 0 always takes the better one."""
+    flip: Probability = 0.0
+    """How often an answer is turned round."""
+    length_bias: float = 0.0
+    """Liking for each character of a response."""
+    position_bias: float = 0.0
+    """Liking for the response shown first."""
+    limit: Count | None = None
+    """Answers per annotator at most."""
+    seed: Seed = 0
+    """Decides the choices."""
+
+    def run(self, console: Console) -> None:
+        """Answer."""
+        from lm_envs.feedback.annotators import Annotator, work
+
+        store = _open(self.study)
+        strength: dict[str, float] = {}
+        for text in self.strength:
+            name, found, value = text.rpartition("=")
+            try:
+                strength[name] = float(value)
+            except ValueError:
+                found = ""
+            if not found:
+                raise UserError(f"--strength is SOURCE=NUMBER, not {text!r}")
+        total = 0
+        for number in range(self.annotators):
+            person = Annotator(
+                lambda item: [strength.get(response.source, 0.0) for response in item.responses],
+                temperature=self.temperature,
+                flip=self.flip,
+                per_character=self.length_bias,
+                first=self.position_bias,
+                seed=self.seed * 1000 + number,
+            )
+            total += work(store, f"simulated-{number + 1}", person, self.limit)
+        console.print(f"{total} answers by {self.annotators} simulated annotators", highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Agreement, biases and ratings of a study's answers.
+
+    lm-envs people results study
+    """
+
+    study: Folder
+    against: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
+    """Win-rates against this source; the one most often compared if not given."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self, console: Console) -> None:
+        """Print them."""
+        from lm_envs.feedback.summary import summarize
+
+        summary = summarize(_open(self.study).judgments(), self.against)
+        if self.json:
+            print(json.dumps(summary, indent=1))
+            return
+        for title, rows in summary.items():
+            if not rows:
+                continue
+            table = RichTable(title=title, title_justify="left", show_edge=False)
+            for name in rows[0]:
+                table.add_column(name)
+            for row in rows:
+                table.add_row(*[_cell(value) for value in row.values()])
+            Console(markup=False, emoji=False).print(table)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a study's answers to a file.
+
+      lm-envs people export study answers.jsonl
+      lm-envs people export study pairs.jsonl --layout pairs
+
+    `lm-envs reward-model --data STUDY`, dpo and data check take the folder of the study itself.
+    """
+
+    study: Folder
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """Where to."""
+    layout: Literal["kwise", "pairs", "csv"] = "kwise"
+    """Ranked completions (JSONL), TRL's prompt, chosen, rejected (JSONL), or CSV."""
+
+    def run(self, console: Console) -> None:
+        """Write it."""
+        from lm_envs.feedback import exchange
+
+        count = exchange.write(self.file, _open(self.study).judgments(), self.layout)
+        console.print(f"{count} rows in {self.file}", highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Delete everything a study holds about one annotator.
+
+    lm-envs people forget study ann
+    """
+
+    study: Folder
+    annotator: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """Who."""
+
+    def run(self, console: Console) -> None:
+        """Delete it."""
+        try:
+            count = _open(self.study).forget(self.annotator)
+        except KeyError as error:
+            raise UserError(str(error.args[0])) from error
+        console.print(f"{count} answers of {self.annotator} are gone", highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class People:
+    """Let people compare, rank or rate responses, and see how far they agree."""
+
+    what: Annotated[
+        Annotated[New, tyro.conf.subcommand("new", prefix_name=False)]
+        | Annotated[Serve, tyro.conf.subcommand("serve", prefix_name=False)]
+        | Annotated[Rank, tyro.conf.subcommand("rank", prefix_name=False)]
+        | Annotated[Simulate, tyro.conf.subcommand("simulate", prefix_name=False)]
+        | Annotated[Results, tyro.conf.subcommand("results", prefix_name=False)]
+        | Annotated[Export, tyro.conf.subcommand("export", prefix_name=False)]
+        | Annotated[Forget, tyro.conf.subcommand("forget", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self, console: Console) -> None:
+        """Do it."""
+        self.what.run(console)
+
+
+def _open(folder: Path) -> Store:
+    from lm_envs.feedback.study import read_settings
+
+    return Store(folder, read_settings(folder))
+
+
+def _cell(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _toml(settings: object) -> str:
+    """The settings as TOML, whose strings and tables are close enough to JSON's to be written as those."""
+    from dataclasses import asdict
+
+    values = asdict(settings)  # type: ignore[call-overload]
+    flags = values.pop("flags")
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                "[flags]",
+                *(f"{json.dumps(name)} = {json.dumps(text, ensure_ascii=False)}" for name, text in flags.items()),
+            ]
+        )
+        + "\n"
+    )

@@ -1,0 +1,152 @@
+"""What people are asked to judge: responses sampled from policies, a finished comparison's, or texts of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lm_envs import rng
+from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.data.dataset import Examples
+from lm_envs.feedback.study import Item, Response
+from lm_envs.model import loading
+from lm_envs.model.text import Codec
+
+_AT_ONCE = 64
+
+
+def sampled(
+    policies: Sequence[str],
+    prompts: str,
+    count: int,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    seed: int,
+    limit: int | None = None,
+) -> Iterator[Item]:
+    """Items with ``count`` responses each, from the policies and temperatures in turn.
+
+    Args:
+        policies: folders of ``save_pretrained`` or hub names.
+        prompts: a file, folder or hub name with prompts.
+        temperatures: one for all policies or several, of which each policy takes each.
+        limit: of prompts.
+
+    Raises:
+        UserError: fewer responses than policies and temperatures.
+    """
+    writers = [(name, temperature) for temperature in temperatures for name in policies]
+    if count < len(writers):
+        raise UserError(
+            f"{len(policies)} policies at {len(temperatures)} temperatures take at least --responses {len(writers)}"
+        )
+    rows = list(Examples(prompts, "prompts"))[:limit]
+    texts: list[list[Response]] = [[] for _ in rows]
+    for name, temperature in writers:
+        source = name if len(temperatures) == 1 else f"{name} at temperature {temperature:g}"
+        places = [place for place in range(count) if writers[place % len(writers)] == (name, temperature)]
+        for row, found in zip(
+            texts, _write(name, [each.prompt for each in rows], places, temperature, max_new_tokens, seed), strict=True
+        ):
+            row += [Response(text, source) for text in found]
+    for example, responses in zip(rows, texts, strict=True):
+        yield Item(example.prompt, tuple(responses), columns=dict(example.columns))
+
+
+def _write(
+    place: str, prompts: Sequence[Any], numbers: Sequence[int], temperature: float, max_new_tokens: int, seed: int
+) -> list[list[str]]:
+    """Per prompt one response of a policy for each of ``numbers``, which count an item's responses."""
+    tokenizer = loading.load_tokenizer(place)
+    model = loading.load_policy(place)
+    loading.check_fits(tokenizer, loading.vocabulary_of(model), "policy")
+    codec = Codec(tokenizer, model)
+    ids = [codec.encode(prompt)[0] for prompt in prompts]
+    chat = any(not isinstance(prompt, str) for prompt in prompts)
+    width = max(len(row) for row in ids)
+    policy = LMPolicy(model, codec.ends(chat), width, max_new_tokens, temperature=temperature)
+    wanted = [(row, number) for row in range(len(ids)) for number in numbers]
+    found: list[list[str]] = [[] for _ in ids]
+    for begin in range(0, len(wanted), _AT_ONCE):
+        part = wanted[begin : begin + _AT_ONCE]
+        padded = torch.full((len(part), width), -1)
+        for k, (row, _) in enumerate(part):
+            padded[k, width - len(ids[row]) :] = torch.tensor(ids[row])
+        episodes = np.array([row * 1000 + number for row, number in part])[:, None]
+        uniforms = rng.uniform(seed, rng.TOKEN, episodes, np.arange(max_new_tokens))
+        with torch.no_grad():
+            responses, _ = policy.respond(padded, torch.from_numpy(uniforms))
+        _, texts = codec.decode(
+            [ids[row] for row, _ in part], [[t for t in row if t >= 0] for row in responses.tolist()]
+        )
+        for (row, _), text in zip(part, texts, strict=True):
+            found[row].append(text)
+    return found
+
+
+def compared(folder: Path, seed: int, limit: int | None = None) -> Iterator[Item]:
+    """Items of a finished comparison's test samples: a prompt with each method's response.
+
+    Args:
+        folder: of the comparison; of one task.
+        seed: whose runs.
+
+    Raises:
+        UserError: no finished runs of that seed, or of several tasks.
+    """
+    runs = sorted(folder.glob(f"*/*/seed-{seed}/samples.jsonl"))
+    if len({path.parents[2] for path in runs}) != 1:
+        tasks = ", ".join(sorted({path.parents[2].name for path in runs})) or "none"
+        raise UserError(f"{folder}: wanted finished runs of one task and seed {seed}, found runs of {tasks}")
+    by_prompt: dict[int, tuple[str, list[Response]]] = {}
+    for path in runs:
+        records = [json.loads(line) for line in path.read_text().split("\n") if line]
+        for number, record in enumerate(record for record in records if record["split"] == "test"):
+            prompt, responses = by_prompt.setdefault(number, (record["prompt"], []))
+            if prompt != record["prompt"]:
+                raise UserError(f"{path}: other test prompts than the runs beside it; compare them in one suite")
+            responses.append(Response(record["response"], path.parents[1].name))
+    whole = [Item(prompt, tuple(responses)) for prompt, responses in by_prompt.values() if len(responses) == len(runs)]
+    if len(runs) < 2 or not whole:
+        raise UserError(f"{folder}: needs two or more finished runs with test samples; found {len(runs)}")
+    yield from whole[:limit]
+
+
+def of_file(path: Path, limit: int | None = None) -> Iterator[Item]:
+    """Items of a JSONL file: ``prompt``, ``completions``, and ``sources`` and ``ranks`` (of gold items) if given.
+
+    Raises:
+        UserError: a row that is no item; it names file and line.
+    """
+    count = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip() or count == limit:
+            continue
+        try:
+            row = json.loads(line)
+            texts = [text if isinstance(text, str) else text[-1]["content"] for text in row["completions"]]
+            sources = row.get("sources") or [f"completion {k + 1}" for k in range(len(texts))]
+            ranks = tuple(int(rank) for rank in row.get("ranks") or ())
+            if len(sources) != len(texts) or (ranks and len(ranks) != len(texts)):
+                raise ValueError(f"{len(texts)} completions, {len(sources)} sources, {len(ranks)} ranks")
+            yield Item(row["prompt"], tuple(map(Response, texts, sources)), known=ranks)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            what = f"no column {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}, line {number}: {what}; a row needs prompt and completions") from error
+        count += 1
+
+
+def in_pairs(items: Iterable[Item]) -> Iterator[Item]:
+    """Items of several responses as items of two, each response with the next one and the last with the first."""
+    for item in items:
+        count = len(item.responses)
+        for k in range(count if count > 2 else 1):
+            two = (k, (k + 1) % count)
+            known = tuple(item.known[place] for place in two) if item.known else ()
+            yield Item(item.prompt, tuple(item.responses[place] for place in two), known=known, columns=item.columns)

@@ -1,0 +1,1 @@
+"""People: studies, the page, agreement and ratings."""
