@@ -71,34 +71,11 @@ def _finish(stats, row, N, m, Z, A, n, Q, B, bad, x_a, y_a, kept, TWO: tl.conste
 @triton.autotune(_CONFIGS, key=["bucket", "SPLIT", "TWO", "ACC"])
 @triton.jit(do_not_specialize=_CHANGING)
 def _forward_kernel(
-    z,
-    r,
-    ids,
-    keep,
-    stats,
-    partial,
-    N,
-    inner,
-    V,
-    bucket,
-    z_outer,
-    z_inner,
-    z_stride,
-    r_outer,
-    r_inner,
-    r_stride,
-    inv_t_high,
-    inv_t_low,
-    cap_high,
-    cap_low,
-    SPLIT: tl.constexpr,
-    TWO: tl.constexpr,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    STRIDED: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    z, r, ids, keep, stats, partial, N, inner, V, bucket, z_outer, z_inner, z_stride, r_outer, r_inner, r_stride,
+    inv_t_high, inv_t_low, cap_high, cap_low,
+    SPLIT: tl.constexpr, TWO: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, STRIDED: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row, or the part-th of SPLIT equal parts of it: sums relative to running maxima m of x and n of y.
 
     Lanes sum on their own and are added up at the end; only the maxima are shared in every block.
@@ -181,31 +158,10 @@ def _target(row, a, stride, real, inv_t, cap, ACC: tl.constexpr, SOFTCAP: tl.con
 
 @triton.jit(do_not_specialize=_CHANGING)
 def _combine_kernel(
-    z,
-    r,
-    ids,
-    keep,
-    stats,
-    partial,
-    N,
-    inner,
-    V,
-    z_outer,
-    z_inner,
-    z_stride,
-    r_outer,
-    r_inner,
-    r_stride,
-    inv_t_high,
-    inv_t_low,
-    cap_high,
-    cap_low,
-    SPLIT: tl.constexpr,
-    TWO: tl.constexpr,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    z, r, ids, keep, stats, partial, N, inner, V, z_outer, z_inner, z_stride, r_outer, r_inner, r_stride, inv_t_high,
+    inv_t_low, cap_high, cap_low,
+    SPLIT: tl.constexpr, TWO: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A row's SPLIT parts, moved to common maxima and added up. SPLIT is a power of two."""
     row = tl.program_id(0).to(tl.int64)
     outer, place = row // inner, row % inner
@@ -238,30 +194,10 @@ def _combine_kernel(
 @triton.autotune(_CONFIGS, key=["bucket", "ACC"])
 @triton.jit(do_not_specialize=_CHANGING)
 def _precise_kernel(
-    z,
-    r,
-    keep,
-    stats,
-    N,
-    inner,
-    V,
-    bucket,
-    z_outer,
-    z_inner,
-    z_stride,
-    r_outer,
-    r_inner,
-    r_stride,
-    inv_t_high,
-    inv_t_low,
-    cap_high,
-    cap_low,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    STRIDED: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    z, r, keep, stats, N, inner, V, bucket, z_outer, z_inner, z_stride, r_outer, r_inner, r_stride, inv_t_high,
+    inv_t_low, cap_high, cap_low,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, STRIDED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """``sum q - p + p u``, every term >= 0; where q and p are close ``exp(-u) - 1 + u`` by its series."""
     row = tl.program_id(0).to(tl.int64)
     outer, place = row // inner, row % inner
@@ -303,34 +239,11 @@ def _precise_kernel(
 @triton.autotune(_CONFIGS, key=["bucket", "TWO", "ACC"])
 @triton.jit(do_not_specialize=_CHANGING)
 def _backward_kernel(
-    z,
-    r,
-    ids,
-    keep,
-    stats,
-    coefficients,
-    dz,
-    N,
-    inner,
-    V,
-    bucket,
-    z_outer,
-    z_inner,
-    z_stride,
-    r_outer,
-    r_inner,
-    r_stride,
-    inv_t_high,
-    inv_t_low,
-    cap_high,
-    cap_low,
-    TWO: tl.constexpr,
-    MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    STRIDED: tl.constexpr,
-    ACC: tl.constexpr,
+    z, r, ids, keep, stats, coefficients, dz, N, inner, V, bucket, z_outer, z_inner, z_stride, r_outer, r_inner,
+    r_stride, inv_t_high, inv_t_low, cap_high, cap_low,
+    TWO: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, STRIDED: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One block of one row of ``dz_v = ([v = a] g - p_v (c0 + c1 l_v + c2 k_v)) / T``."""
     blocks = tl.cdiv(V, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)

@@ -39,26 +39,10 @@ def _rounded(x, DTYPE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _tile(
-    hidden,
-    weight,
-    rows,
-    cols,
-    row_here,
-    col_here,
-    width,
-    h_row,
-    h_col,
-    w_row,
-    w_col,
-    inv_t,
-    cap,
-    SOFTCAP: tl.constexpr,
-    LIFT: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    hidden, weight, rows, cols, row_here, col_here, width, h_row, h_col, w_row, w_col, inv_t, cap,
+    SOFTCAP: tl.constexpr, LIFT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     DEPTH: tl.constexpr,
-):
+):  # fmt: skip
     """Scaled logits of a tile, ``(ROWS, COLS)``; -inf where there are none."""
     total = tl.zeros([ROWS, COLS], ACC)
     depth = tl.arange(0, DEPTH)
@@ -83,38 +67,11 @@ def _tile(
 @triton.autotune(_CONFIGS, key=["width", "bucket", "TWO", "ACC"])
 @triton.jit(do_not_specialize=["N", "bucket"])
 def _forward_kernel(
-    hidden,
-    weight,
-    ref_hidden,
-    ref_weight,
-    ids,
-    partial,
-    N,
-    V,
-    width,
-    ref_width,
-    bucket,
-    h_row,
-    h_col,
-    w_row,
-    w_col,
-    s_row,
-    s_col,
-    q_row,
-    q_col,
-    inv_t_high,
-    inv_t_low,
-    cap_high,
-    cap_low,
-    PARTS: tl.constexpr,
-    TWO: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    LIFT: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    hidden, weight, ref_hidden, ref_weight, ids, partial, N, V, width, ref_width, bucket, h_row, h_col, w_row, w_col,
+    s_row, s_col, q_row, q_col, inv_t_high, inv_t_low, cap_high, cap_low,
+    PARTS: tl.constexpr, TWO: tl.constexpr, SOFTCAP: tl.constexpr, LIFT: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """``partial (8, PARTS, N)``: m, Z, A, n, Q, B and the sampled token's logits of both, of a part of the vocabulary.
 
     Programs next to each other share a part and so the tiles of the weights.
