@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -165,11 +166,16 @@ class PackedExamples:
         prompts, at least one if there are two and never all, by a hash of their text: the same in any
         order of the rows.
         """
-        split = self.column("split")
+        split, shares = self.column("split"), self.column("share")
         if (split >= 0).any():
             held = split > 0
+            if twice := len(np.intersect1d(shares[held], shares[~held])):
+                warnings.warn(
+                    f"the column 'split' has {twice} prompt{'s' * (twice > 1)} in training and held-out rows alike: "
+                    "held-out figures are not of unseen prompts",
+                    stacklevel=2,
+                )
         else:
-            shares = self.column("share")
             prompts = np.unique(shares)
             count = min(max(1, round(held_out * len(prompts))), len(prompts) - 1) if held_out > 0 else 0
             held = np.isin(shares, prompts[:count])

@@ -82,6 +82,11 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
                 wrong = sorted(mine.intersection(found.missing_keys)) + sorted(found.unexpected_keys)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, KeyError) and "trainable_tokens" in str(error):  # peft saves them once and looks for two
+            raise ValueError(
+                f"{what} {str(place)!r}: peft cannot load trained tokens (trainable_token_indices) into a model whose "
+                "output layer is tied to its embeddings: merge the adapters into the model where they were trained"
+            ) from error
         raise ValueError(f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}: {lines[0]}") from error
     if hasattr(base, KEYS):  # now the adapters' names for their tensors, which are not those of the model
         setattr(model, KEYS, getattr(base, KEYS))

@@ -25,6 +25,7 @@ from transformers import (
 
 from lm_envs.algos.policies.adaptation import merged
 from lm_envs.data.packed import PackedExamples
+from lm_envs.model.adapters import with_adapters
 from lm_envs.model.loading import load_policy
 from tests.benchmarks.commands.test_learn import learn
 from tests.lm_envs import byo
@@ -201,6 +202,12 @@ def test_generate_stops_at_the_end_of_turn_that_was_learned(brought, tmp_path, m
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, **kept
     )
     assert tokenizer.decode(written[0, prompt.shape[1] :]) == " hid<eot>"
+
+
+def test_trained_tokens_of_a_tied_model_are_refused_by_name(brought):
+    folder = adapters(brought, "tied", "tokens")
+    with pytest.raises(ValueError, match="peft cannot load trained tokens .* tied to its embeddings: merge"):
+        with_adapters(AutoModelForCausalLM.from_pretrained(brought / "tied"), folder)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -203,7 +204,7 @@ def test_held_out_rows_are_whole_prompts_and_do_not_depend_on_the_order(plain, t
         pack(tokenise(data, Codec(plain), data.rejected), tmp_path / "packed", dict)
         train, out = PackedExamples(tmp_path / "packed").divide(share)
         parts = [part.column("group") for part in (out, train)]
-        assert sorted(np.concatenate(parts)) == list(range(60))
+        assert sorted(np.concatenate(parts)) == list(range(len(rows)))
         return tuple({rows[i]["prompt"] for i in part} for part in parts)
 
     out, train = held(rows)
@@ -211,4 +212,8 @@ def test_held_out_rows_are_whole_prompts_and_do_not_depend_on_the_order(plain, t
     assert len(held(rows, 0.9999)[1]) == 1 and not held(rows, 0.0)[0]
     assert held(rows[::-1])[0] == out
     split = [row | {"split": "test" if i < 4 else "validation" if i < 7 else "train"} for i, row in enumerate(rows)]
-    assert held(split)[0] == {f"the {i}" for i in range(7)}
+    with pytest.warns(UserWarning, match="has 7 prompts in training and held-out rows alike"):
+        assert held(split)[0] == {f"the {i}" for i in range(7)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert held(split[:20])[0] == {f"the {i}" for i in range(7)}
