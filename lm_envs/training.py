@@ -1,7 +1,4 @@
-"""Supervised learning: the two losses, the stream of indices, the step, and a deterministic loop budgeted in steps.
-
-The loop builds the tasks' models. Agents use the same losses, stream and step.
-"""
+"""Supervised learning: the two losses, the stream of indices, the step, and a deterministic loop budgeted in steps."""
 
 from __future__ import annotations
 

@@ -13,6 +13,10 @@ from lm_envs.model.tokens import left_pad, right_pad
 
 _PER_STEP = ("logprob", "reward", "ref_logprob")
 _PER_EPISODE = ("terminated", "truncated", "group", "prompt_index", "sampled_by", "score", "rank")
+_ROWS = ("obs", "final_obs", "prompt", "response")
+_DTYPES = dict.fromkeys(("mask", "terminated", "truncated"), torch.bool) | dict.fromkeys(
+    ("group", "rank", "prompt_index", "prompt", "response"), torch.int64
+)
 _PADDING = {"prompt": -1, "response": -1, "obs": -1}  # what fills a row that is widened; zero elsewhere
 
 
@@ -77,27 +81,17 @@ class Trajectories:
         if self.mask.ndim != 2:
             raise ValueError(f"Trajectories.mask must be (B, T), got shape {tuple(self.mask.shape)}")
         rows, steps = self.mask.shape
-        for name in ("mask", "terminated", "truncated"):
-            if getattr(self, name).dtype != torch.bool:
-                raise ValueError(f"Trajectories.{name} must be bool, got {getattr(self, name).dtype}")
-        for name in ("actions", *_PER_STEP):
+        begin = dict.fromkeys(("actions", *_PER_STEP), (rows, steps)) | dict.fromkeys(_ROWS, (rows,))
+        whole = {"value": (rows, steps + 1), **dict.fromkeys(_PER_EPISODE, (rows,))}
+        for name, shape in (begin | whole).items():
+            have = None if getattr(self, name) is None else tuple(getattr(self, name).shape)
+            if have is not None and (have if name in whole else have[: len(shape)]) != shape:
+                how = "be" if name in whole else "start with"
+                raise ValueError(f"Trajectories.{name} must {how} {shape}, got shape {have}")
+        for name, dtype in _DTYPES.items():
             value = getattr(self, name)
-            if value is not None and value.shape[:2] != (rows, steps):
-                raise ValueError(f"Trajectories.{name} must start with {(rows, steps)}, got shape {tuple(value.shape)}")
-        if self.value is not None and self.value.shape != (rows, steps + 1):
-            raise ValueError(f"Trajectories.value must be {(rows, steps + 1)}, got shape {tuple(self.value.shape)}")
-        for name in _PER_EPISODE:
-            value = getattr(self, name)
-            if value is not None and value.shape != (rows,):
-                raise ValueError(f"Trajectories.{name} must be ({rows},), got shape {tuple(value.shape)}")
-        for name in ("obs", "final_obs", "prompt", "response"):
-            value = getattr(self, name)
-            if value is not None and (value.ndim == 0 or value.shape[0] != rows):
-                raise ValueError(f"Trajectories.{name} must have {rows} rows, got shape {tuple(value.shape)}")
-        for name in ("group", "rank", "prompt_index", "prompt", "response"):
-            value = getattr(self, name)
-            if value is not None and value.dtype != torch.int64:
-                raise ValueError(f"Trajectories.{name} must be int64, got {value.dtype}")
+            if value is not None and value.dtype != dtype:
+                raise ValueError(f"Trajectories.{name} must be {str(dtype)[6:]}, got {value.dtype}")
         if bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any()):
             row = int((self.mask[:, 1:] & ~self.mask[:, :-1]).any(dim=1).nonzero()[0])
             raise ValueError(f"Trajectories.mask must be a prefix of every row; row {row} has a gap")
@@ -254,14 +248,7 @@ def from_responses(
     prompt_length: int,
     group: Sequence[int] | None = None,
 ) -> Trajectories:
-    """Prompts and responses as Trajectories of the MDP env, with no reward.
-
-    Args:
-        prompts: token ids, at most ``prompt_length`` each.
-        responses: token ids, at least one each; the EOS included where the response ended.
-        prompt_length: the places of the prompt.
-        group: a number per text, equal where they share a prompt.
-    """
+    """Prompts of at most ``prompt_length`` token ids, and responses of at least one, as :func:`demonstrations`."""
     prompt = torch.from_numpy(left_pad(prompts, prompt_length))
     response = right_pad(responses)
     mask = response >= 0

@@ -1,6 +1,6 @@
 """The column conventions that data for fine-tuning comes in, and what each row of them says.
 
-A convention is known by its columns. Texts are strings, or lists of chat messages: ``{"role": ..., "content": ...}``.
+Texts are strings, or lists of chat messages: ``{"role": ..., "content": ...}``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ class Example:
             of a parallel text. Strings if ``prompt`` is one; else lists of one message of the assistant's.
         ranks: one per completion of a preference, 0 the best; equal ranks are ties.
         label: 1 if the completion is wanted, 0 if it is not, -1 where the row does not say.
-        where: ``"line 3"`` of its source.
+        where, source: ``"line 3"``, and the file, folder or hub name that it was read from.
         split: the row's column ``split``, empty where there is none.
         columns: what else the row holds beside the prompt, for rewards.
-        source: the file, folder or hub name that it was read from.
     """
 
     prompt: Text
@@ -66,19 +65,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Convention:
-    """A way to lay out rows.
+    """A way to lay out rows, called as the columns that it is known by, beside which there may be others.
 
-    Attributes:
-        name: as messages call it.
-        kind: what its rows are.
-        columns: by which it is known; there may be others.
-        read: the row's meaning; raises :class:`~lm_envs.model.chat.BadExample`.
+    ``read`` gives a row's meaning and raises :class:`~lm_envs.model.chat.BadExample`.
     """
 
     name: str
     kind: Kind
-    columns: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Example]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.name.split("/"))
 
 
 # ---- texts ----
@@ -120,8 +119,7 @@ def _messages(value: Any, name: str) -> list[Message]:
 
 
 def _as_messages(value: Any, name: str) -> Any:
-    """Messages that were written out as text, in JSON (once or more often) or as Python prints them; and anything else
-    as it is."""
+    """Messages that were written out as text, see :func:`parsed`; anything else as it is."""
     if isinstance(value, dict) and "role" in value and "content" in value:
         return [value]
     start = value[:100].lstrip(' \t\r\n"\\') if isinstance(value, str) else ""
@@ -141,11 +139,7 @@ def _as_messages(value: Any, name: str) -> Any:
 
 
 def parsed(value: str) -> Any:
-    """What a text says in JSON, be it encoded more than once, or as Python prints it.
-
-    Raises:
-        ValueError: neither can be read.
-    """
+    """What a text says in JSON, be it encoded more than once, or as Python prints it; ValueError if in neither."""
     found: Any = value
     try:
         while isinstance(found, str):
@@ -161,10 +155,8 @@ def parsed(value: str) -> Any:
 def _nested(row: Mapping[str, Any], name: str) -> Any:
     """A list or an object, which CSV files hold as text."""
     value = row.get(name)
-    if not isinstance(value, str):
-        return value
     try:
-        return parsed(value)
+        return parsed(value) if isinstance(value, str) else value
     except ValueError:
         raise BadExample(f"{name!r} must be JSON, not {short(value)}") from None
 
@@ -228,8 +220,7 @@ def _demonstration(row: Mapping[str, Any]) -> Example:
 
 
 def _chosen(row: Mapping[str, Any]) -> Example:
-    prompt, pair = _aligned(_text(row, "prompt"), [_text(row, "chosen"), _text(row, "rejected")])
-    return Example(prompt, pair, (0, 1))
+    return Example(*_aligned(_text(row, "prompt"), [_text(row, "chosen"), _text(row, "rejected")]), (0, 1))
 
 
 def _dialogue(row: Mapping[str, Any]) -> Example:
@@ -237,8 +228,7 @@ def _dialogue(row: Mapping[str, Any]) -> Example:
     the prompt."""
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if isinstance(chosen, list) or isinstance(rejected, list):
-        prompt, pair = _aligned("", [chosen, rejected])
-        return Example(prompt, pair, (0, 1))
+        return Example(*_aligned("", [chosen, rejected]), (0, 1))
     end = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)
     if end < 0:
         raise BadExample(
@@ -296,11 +286,7 @@ def _labelled(row: Mapping[str, Any]) -> Example:
 def _parallel(row: Mapping[str, Any]) -> Example:
     given = row.get("reference")
     several = given if isinstance(given, list) and given else [given]
-    prompt, *references = (
-        _string(text, name)
-        for name, text in [("prompt", row.get("prompt")), *(("reference", text) for text in several)]
-    )
-    return Example(prompt, tuple(references))
+    return Example(_string(row.get("prompt"), "prompt"), tuple(_string(text, "reference") for text in several))
 
 
 def _label(row: Mapping[str, Any]) -> int:
@@ -318,20 +304,20 @@ def _truth(value: Any) -> int | None:
 
 
 CONVENTIONS = (
-    Convention("prompt/completions/ranks", "preferences", ("prompt", "completions", "ranks"), _ranked),
-    Convention("info/summaries/choice", "preferences", ("info", "summaries", "choice"), _summaries),
-    Convention("prompt/chosen/rejected", "preferences", ("prompt", "chosen", "rejected"), _chosen),
-    Convention("chosen/rejected", "preferences", ("chosen", "rejected"), _dialogue),
-    Convention("prompt/completion/label", "demonstrations", ("prompt", "completion", "label"), _judged),
-    Convention("prompt/completion", "demonstrations", ("prompt", "completion"), _demonstration),
-    Convention("messages", "demonstrations", ("messages",), _chat),
-    Convention("prompt", "prompts", ("prompt",), _prompt),
-    Convention("text", "demonstrations", ("text",), _whole),
+    Convention("prompt/completions/ranks", "preferences", _ranked),
+    Convention("info/summaries/choice", "preferences", _summaries),
+    Convention("prompt/chosen/rejected", "preferences", _chosen),
+    Convention("chosen/rejected", "preferences", _dialogue),
+    Convention("prompt/completion/label", "demonstrations", _judged),
+    Convention("prompt/completion", "demonstrations", _demonstration),
+    Convention("messages", "demonstrations", _chat),
+    Convention("prompt", "prompts", _prompt),
+    Convention("text", "demonstrations", _whole),
 )
 """Conventions with more columns are tried first."""
 ASKED_FOR: dict[Kind, Convention] = {
-    "labelled": Convention("text/label", "labelled", ("text", "label"), _labelled),
-    "parallel": Convention("prompt/reference", "parallel", ("prompt", "reference"), _parallel),
+    "labelled": Convention("text/label", "labelled", _labelled),
+    "parallel": Convention("prompt/reference", "parallel", _parallel),
 }
 """Those that are not recognised, because a row of them may be meant otherwise."""
 
@@ -351,10 +337,7 @@ def recognise(row: Mapping[str, Any]) -> Convention | None:
 
 def as_kind(example: Example, kind: Kind) -> Example:
     """An example as prompts, demonstrations or preferences: the prompt of any, and the best completion of a preference,
-    will do for less.
-
-    Raises:
-        BadExample: it holds less than that, or a preference that prefers nothing.
+    will do for less. BadExample where it holds less than that, or a preference that prefers nothing.
     """
     if kind == "prompts":
         if not example.prompt:
@@ -362,17 +345,12 @@ def as_kind(example: Example, kind: Kind) -> Example:
         return Example(example.prompt)
     if not example.completions:
         raise BadExample("there is a prompt and no completion")
-    if kind == "preferences":
-        _check_preference(example)
-    elif example.ranks:
+    if kind != "preferences":
+        if not example.ranks:
+            return example
         return Example(example.prompt, (example.completions[example.ranks.index(min(example.ranks))],))
-    return example
-
-
-def _check_preference(example: Example) -> None:
-    if len(example.completions) < 2:
-        raise BadExample("a preference needs at least two completions")
     if len(set(example.ranks)) == 1:
         raise BadExample("all ranks are equal, so nothing is preferred")
     if len(example.completions) == 2 and example.completions[0] == example.completions[1]:
         raise BadExample("the preferred completion and the other are the same text")
+    return example

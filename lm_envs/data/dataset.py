@@ -1,8 +1,6 @@
-"""Examples from any source in any of the field's conventions: prompts, demonstrations, preferences, labeled and
-parallel text.
+"""Examples from any source in any of the field's conventions, as a stream.
 
-:class:`Examples` reads a source in a stream and says what its rows mean; :mod:`lm_envs.data.tokenizing` makes token ids
-of them. Bad rows stop everything with file and line, or are passed over, counted and listed.
+Bad rows stop everything with file and line, or are passed over, counted and listed.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,20 +55,12 @@ class Rejected:
             raise ValueError(f"on_bad must be 'raise' or 'skip', got {self.on_bad!r}")
 
     def add(self, where: str, reason: str) -> None:
-        """One more.
-
-        Raises:
-            ValueError: they are to raise; the message says source and row.
-        """
+        """One more; ValueError, with source and row, if they are to raise."""
         if self.on_bad == "raise":
             raise ValueError(f"{self.source}, {where}: {reason}")
         self.count += 1
         if len(self.rows) < LISTED:
             self.rows.append(Bad(where, reason))
-
-    def clear(self) -> None:
-        """Forget them."""
-        self.count, self.rows = 0, []
 
 
 class Examples:
@@ -84,13 +75,11 @@ class Examples:
 
     Attributes:
         format: of the source.
-        convention: that of most of the first rows.
-        columns: of the row by which that was told.
-        kind: what the rows are read as.
+        convention, kind: that of most of the first rows, and what the rows are read as.
+        columns: of the row by which the convention was told.
         rejected: the bad rows of the last pass.
-        read: rows of the last pass, bad ones included.
-        unwanted: rows of the last pass whose completion is labeled as not wanted, and which were left out because
-            demonstrations are imitated.
+        read, unwanted: rows of the last pass, bad ones included; and those that were left out because their completion
+            is labeled as not wanted and demonstrations are imitated.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -144,7 +133,7 @@ class Examples:
         return best, seen[best]
 
     def __iter__(self) -> Iterator[Example]:
-        self.rejected.clear()
+        self.rejected.count, self.rejected.rows = 0, []
         self.read = self.unwanted = 0
         self._divided: bool | None = None
         for where, row in self._rows():
@@ -188,10 +177,8 @@ class Examples:
     def _cell(self, value: Any) -> Any:
         """CSV files hold lists of objects as JSON."""
         if self.format in ("CSV", "TSV") and value.startswith('[{"'):
-            try:
+            with suppress(ValueError):
                 return parsed(value)
-            except ValueError:
-                pass
         return value
 
 

@@ -43,16 +43,11 @@ def pack(
     info: Callable[[], Mapping[str, Any]],
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Write a folder of tokenized examples.
+    """Write a folder, empty or absent, of a stream of tokenized examples.
 
     Args:
-        encoded: a stream.
-        folder: empty or absent.
         info: what ``info.json`` says, in JSON's types; called when the stream has ended.
         progress: called with how many examples there are, every 20,000 of them.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[int, ...]] = []
@@ -91,8 +86,7 @@ class PackedExamples:
 
     Attributes:
         table: ``(B, 6)`` int64, the :data:`COLUMNS`; with where rows begin, all that is kept in memory.
-        group: ``(B,)`` int64, None of demonstrations.
-        rank: ``(B,)`` int64, None of demonstrations.
+        group, rank: ``(B,)`` int64, None of demonstrations.
     """
 
     def __init__(self, folder: Path, preferences: bool = False) -> None:
@@ -182,8 +176,7 @@ class PackedExamples:
         return self.rows(~held), self.rows(held)
 
     def keep_reference(self, key: str, logprob: Callable[[Trajectories], Tensor] | None = None, rows: int = 1) -> None:
-        """Give what is selected from now on a ``ref_logprob``, which is computed once for all rows of the folder and
-        kept in it.
+        """Give what is selected from now on a ``ref_logprob``, computed once for all rows of the folder and kept in it.
 
         Args:
             key: a hash of the reference model.

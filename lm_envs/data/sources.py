@@ -1,8 +1,8 @@
 """Rows of data from where users keep them: JSON, JSONL, CSV, TSV and Parquet files, and data sets of the hub or of a
 folder.
 
-Every source but a JSON list is read in a stream, a few rows in memory at a time. A row that cannot be read comes as
-what is wrong with it, so that the reader's user decides whether to stop. Nothing here unpickles or executes anything.
+Every source but a JSON list is read in a stream. A row that cannot be read comes as what is wrong with it, so that the
+reader's user decides whether to stop. Nothing here unpickles or executes anything.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def read_rows(source: str | Path) -> Iterator[Read]:
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: Parquet or a data set, without the extra "data".
-        ValueError: the whole file cannot be read: damaged Parquet or gzip, a CSV file without a header, no such data
-            set, or one with splits of other names.
+        ValueError: the whole cannot be read, such as damaged Parquet or gzip, or a CSV file without a header.
     """
     kind = format_of(source)
     path = Path(os.path.expanduser(source))
@@ -101,11 +100,7 @@ def fingerprint(source: str | Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """A text file's bytes, unpacked if they are gzip's.
-
-    Raises:
-        ValueError: it begins like something else than UTF-8 text.
-    """
+    """A text file's bytes, unpacked if they are gzip's; ValueError if it begins like something else than UTF-8."""
     with path.open("rb") as file:
         head = file.read(4)
     kind = next((kind for start, kind in _BINARY.items() if head.startswith(start)), None)

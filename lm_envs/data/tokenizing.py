@@ -14,13 +14,8 @@ from lm_envs.model.tokens import encode_text
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """An example in token ids.
-
-    Attributes:
-        example: what it was made of.
-        prompt: as a policy reads it; empty where a reward model reads prompt and completion as one text.
-        completions: of a policy, each ends in a token that ends a response.
-    """
+    """An example in token ids, for a policy with an end behind each completion; a reward model's whole texts are
+    completions of an empty prompt."""
 
     example: Example
     prompt: list[int]
@@ -37,8 +32,6 @@ def tokenise(
     """Encode examples as :meth:`~lm_envs.model.text.Codec.encode` says, in a stream and in order.
 
     Args:
-        examples: as :class:`~lm_envs.data.dataset.Examples` gives them.
-        codec: of the model.
         rejected: gets what makes no tokens, is too long, or is refused by the chat template.
         max_length: tokens of prompt and completion together; longer ones are bad rows.
         reward_eos: for a reward model, whether an EOS follows its texts (``append_eos`` of

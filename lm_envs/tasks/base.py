@@ -38,26 +38,23 @@ class TextTask:
 
     Attributes:
         name: how results call it.
-        tokenizer: of the policy and the reference.
         reference: the frozen model that the KL penalty is measured from (the SFT model), in ``eval`` mode.
         prompts: token ids without padding, by split (``"train"``, ``"validation"``, ``"test"``).
         reward: what trains: usually a learned reward model, a proxy of the judge.
         judge: gold, for win-rates; None when there is none.
-        eos_token_id: ends a response; may equal the tokenizer's pad id.
-        more_eos_token_ids: other tokens that end one too, as chat models have them.
+        eos_token_id, more_eos_token_ids: end a response, several in chat models; may equal the tokenizer's pad id.
         max_new_tokens: the horizon.
         min_new_tokens: EOS is masked before that many tokens.
         kl_coef: the environment's default weight of the KL penalty, in score units per nat.
         temperature: of the policy and of the reference alike.
         description: one line for listings.
-        demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning; may be empty.
+        demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning.
         responses: the same as (prompt, response) where prompts differ in length; the response ends in EOS. Used instead
             of ``demonstrations`` where there are any.
-        corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports; None
-            where there is none. See :class:`CorpusMetric`.
+        corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports.
         pairs: (row of ``prompts["train"]``, response, response), two of the reference's responses to that prompt.
             Annotators choose between these where an algorithm learns from preferences, and a learned reward that the
-            task comes with was trained on them; may be empty.
+            task comes with was trained on them.
         stats: figures about the task's making, such as the reward model's accuracy, for reports.
         policy: the model that training starts from, None for the reference; it shares the reference's vocabulary.
         columns: further columns of the prompts' data, which rewards get: by split, then by name, one entry per prompt.

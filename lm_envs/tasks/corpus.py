@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -31,7 +29,8 @@ from transformers import (
 
 from lm_envs import rng, training
 from lm_envs.data.conventions import Example
-from lm_envs.data.splits import warn_if_few
+from lm_envs.data.dataset import Examples
+from lm_envs.data.splits import SPLITS, divide, share, warn_if_few
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding
 from lm_envs.model import tokens as observations
@@ -40,10 +39,9 @@ from lm_envs.reward import base, learned
 from lm_envs.reward.learned import LearnedReward, initialise_reward_head, raw_scores
 from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.settings import NonNegative, Positive, Rate, Several, Size, Whole, make
-from lm_envs.tasks import corpus_judge, corpus_text, own_text, sampling
+from lm_envs.tasks import corpus_judge, own_text, sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.corpus_judge import TextJudge, require_sklearn
-from lm_envs.tasks.corpus_text import openings, read_labelled, training_half
 
 
 @dataclass(frozen=True)
@@ -51,22 +49,14 @@ class CorpusConfig(own_text.OwnTextConfig):
     """Everything but the file that determines the task; changing a field makes another cache entry.
 
     Attributes:
-        seed: of the initial weights, the order of training and the samples.
-        vocabulary: tokens at most.
-        prompt_words: words of an opening.
-        prompt_tokens: openings of more tokens are left out.
-        max_new_tokens: the horizon.
+        prompt_words, prompt_tokens: words of an opening, and tokens beyond which it is left out.
         min_new_tokens: EOS is masked before that many tokens: short texts would pay the least KL penalty.
         max_tokens: longer texts are cut to this many tokens for the language model and the reward model.
-        hidden, layers, heads: size of the language model, and of the reward model, which starts from it.
         lm_steps, lm_epochs: the language model's training, whichever is over first.
         lm_batch, lm_learning_rate: tokens per step, and AdamW's peak rate.
-        rm_steps, rm_epochs: the reward model's training, likewise.
-        rm_batch, rm_learning_rate: texts per step, and AdamW's peak rate.
-        weight_decay: of both.
+        rm_steps, rm_epochs, rm_batch, rm_learning_rate: the reward model's, which starts from the language model,
+            likewise; a batch in texts.
         samples: of the language model; they measure and normalise the reward model.
-        temperature: of the policy and of the reference.
-        kl_coef: default weight of the KL penalty.
     """
 
     prompt_words: Size = 5
@@ -83,13 +73,11 @@ class CorpusConfig(own_text.OwnTextConfig):
     rm_epochs: Size = 3
     rm_batch: Size = 32
     rm_learning_rate: Rate = 5e-4
-    weight_decay: NonNegative = 0.1
     samples: Several = 512
     temperature: Positive = 0.7
     kl_coef: NonNegative = 0.1
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a field is out of range."""
         super().__post_init__()
         if self.prompt_tokens + self.max_new_tokens > self.max_tokens:
             raise ValueError(
@@ -103,11 +91,10 @@ class CorpusConfig(own_text.OwnTextConfig):
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
-    """The task of a JSONL file of labeled texts; made on first use, which shows progress bars, and read from the
-    cache afterwards.
+    """The task of a JSONL file of labeled texts (see :func:`read_labelled`); made on first use, which shows progress
+    bars, and read from the cache afterwards.
 
     Args:
-        path: the file, see :func:`~lm_envs.tasks.corpus_text.read_labelled`.
         options: fields of :class:`CorpusConfig`.
 
     Raises:
@@ -131,36 +118,26 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         path,
         config,
         lambda folder: build(read_labelled(path), config, folder),
-        [__file__, rng, decoding, logprob_kl, learned, base, corpus_judge, corpus_text],
+        [__file__, rng, decoding, logprob_kl, learned, base, corpus_judge],
         [sklearn],
     )
-    return read(folder, config, path.name)
-
-
-def read(folder: Path, config: CorpusConfig, source: str) -> TextTask:
-    """The task that :func:`build` left in a folder; ``source`` is what its description calls the text."""
     made = json.loads((folder / "task.json").read_text())
-    warn_if_few(source, made["prompts"])
+    warn_if_few(path.name, made["prompts"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     return TextTask(
         name="corpus",
         tokenizer=tokenizer,
         reference=GPT2LMHeadModel.from_pretrained(folder / "policy", dtype=torch.float32),
         prompts=made["prompts"],
-        reward=LearnedReward(
-            GPT2ForSequenceClassification.from_pretrained(folder / "reward_model", dtype=torch.float32),
-            tokenizer,
-            normalise=tuple(made["normalise"]),
-            batch_size=256,
-            name="label_reward_model",
-        ),
+        reward=sampling.saved_reward(folder, tokenizer, made["normalise"], "label_reward_model"),
         judge=TextJudge.load(folder / "judge"),
         eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=config.max_new_tokens,
         min_new_tokens=config.min_new_tokens,
         kl_coef=config.kl_coef,
         temperature=config.temperature,
-        description=f"continue a text of {source}; reward model and judge learned from different halves of its labels",
+        description=f"continue a text of {path.name}; "
+        "reward model and judge learned from different halves of its labels",
         demonstrations=made["demonstrations"],
         stats=made["stats"],
     )
@@ -175,53 +152,92 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> None:
     demonstrations = encode(tokenizer, train, config.max_tokens)
     judge_half = training_half(rows, 1)
     judge = TextJudge.fit([row.text for row in judge_half], [row.label for row in judge_half])
-    with sampling.progress_bar() as bar:
-        policy = _initial(GPT2LMHeadModel, config, tokenizer)
-        bundles = own_text.token_bundles([(len(text),) for text in demonstrations], config.lm_batch)
-        steps = min(config.lm_steps, config.lm_epochs * len(bundles))
-        training.fit_language_model(
-            policy,
-            demonstrations,
-            bundles,
-            steps=steps,
-            learning_rate=config.lm_learning_rate,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-            progress=sampling.line_of(bar, "corpus: language model", steps),
-        )
-        reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
-        reward_model.transformer.load_state_dict(policy.transformer.state_dict())
-        initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
-        reward_half = training_half(rows, 0)
-        _fit_reward_model(
-            reward_model,
-            encode(tokenizer, reward_half, config.max_tokens),
-            np.array([row.label for row in reward_half]),
-            config,
-            bar,
-        )
-        samples = sampling.sample(
-            policy,
-            tokenizer,
-            prompts["validation"],
-            config.samples,
-            eos_token_id=tokenizer.eos_token_id,
-            max_new_tokens=config.max_new_tokens,
-            min_new_tokens=config.min_new_tokens,
-            temperature=config.temperature,
-            seed=config.seed,
-            batch_size=256,
-            progress=sampling.line_of(bar, "corpus: samples to normalise by", config.samples),
-        )
+    policy = _initial(GPT2LMHeadModel, config, tokenizer)
+    bundles = own_text.token_bundles([(len(text),) for text in demonstrations], config.lm_batch)
+    sampling.fit(
+        "corpus: language model",
+        training.fit_language_model,
+        policy,
+        demonstrations,
+        bundles,
+        steps=min(config.lm_steps, config.lm_epochs * len(bundles)),
+        learning_rate=config.lm_learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
+    reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
+    reward_model.transformer.load_state_dict(policy.transformer.state_dict())
+    initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
+    _fit_reward_model(reward_model, tokenizer, training_half(rows, 0), config)
+    samples = sampling.sample(
+        policy,
+        tokenizer,
+        prompts["validation"],
+        config.samples,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        batch_size=256,
+        title="corpus: samples to normalise by",
+    )
     reward = in_units_of(LearnedReward(reward_model, tokenizer, batch_size=256), samples)
     stats = _stats(policy, reward, judge, tokenizer, held_out, samples, config)
-    policy.save_pretrained(folder / "policy")
-    tokenizer.save_pretrained(folder / "policy")
-    reward_model.save_pretrained(folder / "reward_model")
-    tokenizer.save_pretrained(folder / "reward_model")
+    sampling.save(folder, tokenizer, policy=policy, reward_model=reward_model)
     judge.save(folder / "judge")
     made = {"prompts": prompts, "demonstrations": demonstrations, "stats": stats, "normalise": reward.normalise}
     (folder / "task.json").write_text(json.dumps(made))
+
+
+def read_labelled(path: str | Path) -> list[Example]:
+    """Read rows with ``text``, ``label`` (0 or 1) and perhaps ``split``, of any source; each run of white space becomes
+    one space.
+
+    A text that occurs again counts once, with its first label. Texts without ``split`` are divided by
+    :func:`~lm_envs.data.splits.divide`.
+
+    Raises:
+        ValueError: a malformed row (the message names file and line), or too few texts: each half of the training
+            texts needs some of either label, validation and test one.
+    """
+    labels: dict[str, int] = {}
+    found = []
+    for example in Examples(path, "labelled"):
+        text = " ".join(example.text.split())
+        labels.setdefault(text, example.label)
+        found.append((text, example.split))
+    splits = divide(found, path)
+    rows = [Example("", (text,), label=labels[text], split=split) for text, split in splits.items()]
+    for half, whose in enumerate(("reward model", "judge")):
+        for label in (0, 1):
+            count = sum(row.label == label for row in training_half(rows, half))
+            if count < 2:
+                raise ValueError(
+                    f"{path}: of {len(rows)} different texts, {count} with label {label} fall to the {whose}'s half of "
+                    "the training texts: give more texts of either label (some thousands for a useful task)"
+                )
+    return rows
+
+
+def training_half(rows: Sequence[Example], half: int) -> list[Example]:
+    """The training texts whose labels the reward model (half 0) or the judge (half 1) learns from."""
+    return [row for row in rows if row.split == "train" and (share(row.text, "half") < 0.5) == (half == 0)]
+
+
+def openings(rows: Sequence[Example], words: int) -> dict[str, list[str]]:
+    """The first ``words`` words of the texts that go on after them.
+
+    Each opening occurs once and in one split only: test before validation before training.
+    """
+    found: dict[str, list[str]] = {}
+    taken: set[str] = set()
+    for name in reversed(SPLITS):
+        texts = (row.text.split(" ") for row in rows if row.split == name)
+        fresh = dict.fromkeys(" ".join(text[:words]) for text in texts if len(text) > words)
+        found[name] = [opening for opening in fresh if opening not in taken]
+        taken.update(fresh)
+    return {name: found[name] for name in SPLITS}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_tokens: int) -> list[list[int]]:
@@ -276,27 +292,21 @@ def prefix_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 def _fit_reward_model(
-    model: PreTrainedModel,
-    texts: Sequence[Sequence[int]],
-    labels: NDArray[np.int64],
-    config: CorpusConfig,
-    bar: Progress,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], config: CorpusConfig
 ) -> None:
+    texts = encode(tokenizer, rows, config.max_tokens)
+    labels = torch.tensor([row.label for row in rows])
     bundles = _bundles(texts, config.rm_batch)
-
-    def loss(rows: list[int]) -> Tensor:
-        return prefix_loss(model, right_pad([texts[i] for i in rows]), torch.from_numpy(labels[rows]))
-
-    steps = min(config.rm_steps, config.rm_epochs * len(bundles))
-    training.fit(
+    sampling.fit(
+        "corpus: reward model",
+        training.fit,
         model,
-        loss,
+        lambda chosen: prefix_loss(model, right_pad([texts[i] for i in chosen]), labels[chosen]),
         bundles,
-        steps=steps,
+        steps=min(config.rm_steps, config.rm_epochs * len(bundles)),
         learning_rate=config.rm_learning_rate,
         weight_decay=config.weight_decay,
         seed=config.seed,
-        progress=sampling.line_of(bar, "corpus: reward model", steps),
     )
 
 

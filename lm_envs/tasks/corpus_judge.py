@@ -31,14 +31,13 @@ def _vectorizer(**options: Any) -> Any:
 
 class TextJudge:
     """The probability that a text has label 1, by logistic regression on TF-IDF weights of words and pairs of
-    neighbouring words.
+    neighboring words.
 
     It reads prompt and completion as one text. Above :attr:`threshold` it takes the text for one with label 1.
 
     Args:
         terms: the words and pairs, V of them.
-        idf: ``(V,)`` float64 inverse document frequencies.
-        weight: ``(V,)`` float64.
+        idf, weight: ``(V,)`` float64, inverse document frequencies and weights.
         bias: of the log-odds.
     """
 
@@ -53,14 +52,10 @@ class TextJudge:
         self._vectorizer.idf_ = idf
 
     @classmethod
-    def fit(cls, texts: Sequence[str], labels: Sequence[int], *, inverse_penalty: float = 10.0) -> TextJudge:
+    def fit(cls, texts: Sequence[str], labels: Sequence[int]) -> TextJudge:
         """Learn from labeled texts, at least one of each label.
 
-        Args:
-            inverse_penalty: C of scikit-learn: smaller is smoother.
-
         Raises:
-            ImportError: scikit-learn is missing.
             ValueError: the texts have no words.
         """
         # Terms of a single text cannot be told from noise, but a handful of texts may have no others.
@@ -71,7 +66,7 @@ class TextJudge:
             features = vectorizer.fit_transform(texts)
         except ValueError as error:
             raise ValueError(f"the judge cannot learn from these {len(texts)} texts: {error}") from error
-        model = LogisticRegression(C=inverse_penalty, max_iter=1000).fit(features, list(labels))
+        model = LogisticRegression(C=10.0, max_iter=1000).fit(features, list(labels))
         return cls(
             vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, model.coef_[0], float(model.intercept_[0])
         )

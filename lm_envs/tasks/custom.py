@@ -7,37 +7,35 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.data.dataset import OnBad, Rejected
-from lm_envs.data.splits import warn_if_few
+from lm_envs.data.conventions import Example
+from lm_envs.data.dataset import Examples, OnBad, Rejected
+from lm_envs.data.splits import SPLITS, divide, warn_if_few
 from lm_envs.model import loading
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
+from lm_envs.model.chat import BadExample
 from lm_envs.model.checking import check_model
+from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.text import Codec
-from lm_envs.reward.base import Standardise, reward_name
+from lm_envs.reward.base import RESERVED, Standardise, leaves, reward_name
 from lm_envs.reward.building import build_reward
 from lm_envs.reward.learned import LearnedReward, load_reward_model
-from lm_envs.reward.specs import is_spec, parse_reward
+from lm_envs.reward.metrics import TextMetric
+from lm_envs.reward.specs import Spec, is_spec, parse_reward
 from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.settings import Name, Names, NonNegative, Positive, Seed, Settings, Several, Size, Whole, make
 from lm_envs.tasks import sampling
 from lm_envs.tasks.base import TextTask
-from lm_envs.tasks.custom_prompts import (
-    by_split,
-    check_references,
-    columns_of,
-    encode_prompts,
-    passed_over,
-    read_prompts,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NEEDED = ("policy", "reward_model", "prompts")  # reward_model or reward
+_NAMED = 3  # bad rows in the warning about them
 
 
 @dataclass(frozen=True)
@@ -45,24 +43,21 @@ class CustomConfig(Settings):
     """The parts of the task, and how they are used.
 
     Attributes:
-        policy: the model to tune and its tokenizer: a folder of ``save_pretrained``, or a hub name.
+        policy: the model to tune and its tokenizer: a folder of ``save_pretrained`` (or of adapters), or a hub name.
         reward_model: a sequence classifier with its own tokenizer, likewise; short for a ``reward`` of
             ``model:PLACE``, put in units of the reference.
         reward: what trains, as :mod:`lm_envs.reward.specs` reads it; several texts are summed.
-        prompts: a file, folder or hub name with ``prompt`` (text or chat messages) and perhaps ``split`` (train,
-            validation, test) a row, or another convention with prompts; see :class:`~lm_envs.data.dataset.Examples`.
+        prompts: a source with ``prompt`` (text or chat messages) and perhaps ``split`` (train, validation, test) a
+            row, or another convention with prompts; see :class:`~lm_envs.data.dataset.Examples`.
         reference: what the KL penalty is measured from, None for the policy as it starts; "base" for the model under
-            its adapters, where the policy is a folder of those.
+            its adapters.
         judge: what decides win-rates: another reward model's place, or a reward as text; None for no win-rates.
-        max_new_tokens: the horizon.
         min_new_tokens: EOS is masked before that many tokens.
         kl_coef: default weight of the KL penalty, in units of the reward per nat.
-        temperature: of the policy and of the reference.
         normalise: put the reward in units of its standard deviation over samples of the reference, with mean 0; None
             does so with ``reward_model`` and leaves a ``reward`` as it is written.
         samples: how many samples that takes.
         batch_size: texts per forward of the reward model and of the judge.
-        seed: of the samples.
         dtype: of the policy and the reference: "float32", "bfloat16", "float64", or "auto" for what they were saved in.
         reward_dtype: of the reward models and the judge, likewise.
         device, device_map: where all models go; see :class:`~lm_envs.model.loading.Placement`.
@@ -106,7 +101,6 @@ class CustomConfig(Settings):
         self.placement(self.dtype), self.placement(self.reward_dtype)
 
     def placement(self, dtype: str) -> loading.Placement:
-        """Where models of this precision go."""
         return loading.Placement(dtype, self.device, self.device_map)
 
 
@@ -121,8 +115,8 @@ def load(**options: Any) -> TextTask:
         FileNotFoundError: there is no such file of prompts.
         ValueError: what does not fit, in one line: a missing folder, a model without the right head, a tokenizer
             without EOS or larger than its model's vocabulary, policy and reference of different vocabularies, a
-            malformed row or an empty or too long prompt (with file and line), a reward that cannot be made, or that
-            gives every sample the same score where it is to be in units of the reference.
+            malformed row or an empty or too long prompt (with file and line), or a reward that cannot be made or gives
+            every sample the same score where it is to be in units of the reference.
     """
     missing = [name for name in _NEEDED if options.get(name) is None]
     if "reward_model" in missing and options.get("reward") is not None:
@@ -152,39 +146,36 @@ def load(**options: Any) -> TextTask:
 
     @functools.cache
     def samples() -> Samples:
-        with sampling.progress_bar() as bar:
-            return sampling.sample(
-                reference,
-                tokenizer,
-                prompts["train"],
-                config.samples,
-                eos_token_id=eos,
-                max_new_tokens=config.max_new_tokens,
-                min_new_tokens=config.min_new_tokens,
-                temperature=config.temperature,
-                seed=config.seed,
-                progress=sampling.line_of(bar, "custom: samples to standardise by", config.samples),
-                columns=columns.get("train"),
-            )
+        return sampling.sample(
+            reference,
+            tokenizer,
+            prompts["train"],
+            config.samples,
+            eos_token_id=eos,
+            max_new_tokens=config.max_new_tokens,
+            min_new_tokens=config.min_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            title="custom: samples to standardise by",
+            columns=columns.get("train"),
+        )
 
     place = config.placement(config.reward_dtype)
-    build = functools.partial(
-        build_reward,
-        samples=samples,
-        batch_size=config.batch_size,
-        conversational=conversational,
-        placement=place,
-    )
-    reward: Any
-    if reward_spec is None:
-        reward = load_reward_model(str(config.reward_model), placement=place, batch_size=config.batch_size)
-    else:
-        reward = build(reward_spec)
-    judge: Any = None
-    if judge_spec is not None:
-        judge = build(judge_spec, what="judge")
-    elif config.judge is not None:
-        judge = load_reward_model(config.judge, "judge", place, batch_size=config.batch_size)
+
+    def built(spec: Spec | None, name: str | None, what: str) -> Any:
+        if spec is None:
+            return None if name is None else load_reward_model(name, what, place, batch_size=config.batch_size)
+        return build_reward(
+            spec,
+            samples=samples,
+            batch_size=config.batch_size,
+            conversational=conversational,
+            what=what,
+            placement=place,
+        )
+
+    reward = built(reward_spec, config.reward_model, "reward model")
+    judge = built(judge_spec, config.judge, "judge")
     for found in (reward, judge):
         check_references(found, [prompt for prompt, _ in encoded])
     if config.normalise or (config.normalise is None and reward_spec is None):
@@ -256,3 +247,130 @@ def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, config: CustomConfig)
             f"policy {config.policy!r} and reference {config.reference!r} have different vocabularies: token {i} is "
             f"{mine[i]!r} and {other[i]!r}; the KL penalty compares them token by token"
         )
+
+
+def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[Example]:
+    """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.data.splits.divide` says.
+
+    Rows with the same prompt and the same columns count once.
+
+    Args:
+        source: in any convention that has prompts; see :class:`~lm_envs.data.dataset.Examples`.
+        rejected: gets malformed rows and empty prompts; without it they raise.
+
+    Raises:
+        ValueError: a bad row that is to raise (the message names file and line), or a split without prompts.
+    """
+    rows: dict[tuple[str, str], Example] = {}  # equal prompts may stand beside different references
+    found: list[tuple[str, str]] = []
+    data = Examples(source, "prompts")
+    data.rejected = rejected = rejected or data.rejected
+    for prompt in data:
+        found.append((prompt.key, prompt.split))
+        rows.setdefault((prompt.key, repr(prompt.columns)), prompt)
+    divided = divide(found, source, f"; {passed_over(rejected)}" if rejected.count else "")
+    return [replace(row, split=divided[key]) for (key, _), row in rows.items()]
+
+
+def check_references(reward: Any, prompts: Sequence[Example]) -> None:
+    """Raise ValueError, with file and line, where a text metric would find no reference to compare with."""
+    parts = [] if reward is None else list(leaves(reward))
+    for metric in (part for part in parts if isinstance(part, TextMetric)):
+        if not any(metric.column in prompt.columns for prompt in prompts):
+            continue  # the metric itself says that there is no such column
+        for prompt in prompts:
+            given = prompt.columns.get(metric.column)
+            texts = [given] if isinstance(given, str) else given
+            if given is None and len(parts) > 1:
+                continue  # the other parts are the reward there
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"{prompt.place}: {metric.column!r}, which {metric.__name__!r} compares with, must be a text or a "
+                    f"list of texts, not {given!r}"
+                )
+
+
+def encode_prompts(
+    prompts: Sequence[Example],
+    codec: Codec,
+    max_new_tokens: int,
+    readers: Sequence[PreTrainedModel],
+    rejected: Rejected,
+) -> list[tuple[Example, list[int]]]:
+    """Return prompts with their token ids, as :meth:`~lm_envs.model.text.Codec.encode` makes them.
+
+    Args:
+        codec: of the policy.
+        max_new_tokens: for which there must be room.
+        readers: the models that read the prompts.
+        rejected: gets prompts that have no tokens, leave no room for the response in the model's context, or are
+            refused by the chat template.
+
+    Raises:
+        ValueError: a bad prompt that is to raise, with file and line; messages without a chat template; or no prompt is
+            left for a split.
+    """
+    found: list[tuple[Example, list[int]]] = []
+    for prompt in prompts:
+        try:
+            ids, _ = codec.encode(prompt.prompt)
+        except BadExample as error:
+            rejected.add(prompt.where, str(error))
+            continue
+        except ValueError as error:
+            raise ValueError(f"{prompt.place}: {error}") from error
+        needed = [room_for(model, len(ids), max_new_tokens) for model in readers]
+        context = min((has for wants, has in needed if has is not None and wants > has), default=None)
+        if context is None:
+            found.append((prompt, ids))
+        else:
+            rejected.add(
+                prompt.where,
+                f"the prompt has {len(ids)} tokens and responses up to {max_new_tokens}, together more than the "
+                f"model's context of {context}: shorten it or lower max_new_tokens",
+            )
+    for name in SPLITS:
+        if rejected.count and not any(prompt.split == name for prompt, _ in found):
+            raise ValueError(f"{rejected.source}: no prompt is left for {name}; {passed_over(rejected)}")
+    return found
+
+
+def passed_over(rejected: Rejected) -> str:
+    """How many rows were bad, and the first of them."""
+    first = "; ".join(f"{bad.where}: {bad.reason}" for bad in rejected.rows[:_NAMED])
+    rows = "1 bad row was" if rejected.count == 1 else f"{rejected.count:,} bad rows were"
+    more = "; ..." if rejected.count > _NAMED else ""
+    return f"{rows} passed over ({first}{more})"
+
+
+def by_split(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, list[list[int]]]:
+    """Token ids by split."""
+    return {name: [ids for prompt, ids in encoded if prompt.split == name] for name in SPLITS}
+
+
+def columns_of(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, dict[str, list[Any]]]:
+    """The columns that the prompts' rows hold beside them, by split and name, in the order of :func:`by_split`; None
+    where a row lacks one. Of chat prompts the column ``messages`` holds the messages.
+
+    Raises:
+        ValueError: a column is called as something else that rewards get; with file and line.
+    """
+    prompts = [prompt for prompt, _ in encoded]
+    names: dict[str, Any] = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    for name in RESERVED:
+        if name in names:
+            where = next(prompt.place for prompt in prompts if name in prompt.columns)
+            raise ValueError(f"{where}: rewards get something else as {name!r}: rename that column")
+    rows = [{**names, **prompt.columns} for prompt in prompts]
+    if any(not isinstance(prompt.prompt, str) for prompt in prompts):
+        names["messages"] = None
+        for row, prompt in zip(rows, prompts, strict=True):
+            text = prompt.prompt
+            row["messages"] = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    if not names:
+        return {}
+    pairs = list(zip(rows, prompts, strict=True))
+    return {
+        split: {name: [row[name] for row, prompt in pairs if prompt.split == split] for name in names}
+        for split in SPLITS
+    }

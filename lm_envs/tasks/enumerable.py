@@ -2,8 +2,8 @@
 
 Five tokens and EOS, a horizon of five, four prompts: 781 prefixes and 3,906 sequences per prompt. The reference is a
 table of logits per prompt and prefix, the reward a table per prompt and sequence; both are given, or drawn from the
-seed. :class:`lm_envs.exact.solver.Exact` solves it. It is a text environment like any other: its reference is a
-transformers model in float64, its prompts and responses are texts.
+seed. :class:`lm_envs.exact.solver.Exact` solves it. The reference is a transformers model in float64, and prompts and
+responses are texts, as in any other text environment.
 """
 
 from __future__ import annotations
@@ -156,13 +156,7 @@ def make_tokenizer(tokens: int) -> PreTrainedTokenizerFast:
 
 
 class TableReward:
-    """A reward looked up by prompt and sequence.
-
-    Args:
-        table: ``(prompts, sequences)``.
-        prompts: the prompts' texts.
-        tree: numbers the sequences.
-    """
+    """A reward ``(prompts, sequences)`` looked up by a prompt's text and a sequence's number."""
 
     __name__ = "table"
 
@@ -171,12 +165,7 @@ class TableReward:
         self._row = {text: i for i, text in enumerate(prompts)}
 
     def __call__(
-        self,
-        *,
-        prompts: Sequence[str],
-        completions: Sequence[str] = (),
-        completion_ids: Sequence[Sequence[int]] = (),
-        **columns: Any,
+        self, *, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]] = (), **columns: Any
     ) -> NDArray[np.float64]:
         """``(N,)`` float64; read are the ids, not the texts.
 
@@ -205,10 +194,9 @@ class TableLMConfig(PreTrainedConfig):
     model_type = "lm_envs_table"
 
     def __init__(self, tokens: int = 5, horizon: int = 5, prompts: int = 4, **arguments: Any) -> None:
-        sizes = EnumerableConfig(tokens=tokens, horizon=horizon, prompts=prompts)
         self.tokens, self.horizon, self.prompts = tokens, horizon, prompts
         self.vocab_size = tokens + 1
-        self.max_position_embeddings = sizes.prompt_length + horizon
+        self.max_position_embeddings = self.sizes.prompt_length + horizon
         arguments = {"eos_token_id": tokens, "pad_token_id": tokens, "dtype": "float64", **arguments}
         super().__init__(**arguments)
 

@@ -1,5 +1,4 @@
-"""What the tasks made of a file of the user's own share: checks of their settings, the cache under the file's content,
-a byte-level tokenizer, and bundles of texts of nearly one length."""
+"""What the tasks made of a file of the user's own share: the cache, a byte-level tokenizer, and bundles of texts."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from lm_envs import files, training
 from lm_envs.data import conventions, dataset, sources, splits
 from lm_envs.model import text
 from lm_envs.model import tokens as observations
-from lm_envs.settings import Seed, Settings, Size
+from lm_envs.settings import NonNegative, Seed, Settings, Size
 from lm_envs.tasks import sampling
 
 END = "<|end|>"
@@ -30,12 +29,20 @@ END = "<|end|>"
 
 @dataclass(frozen=True)
 class OwnTextConfig(Settings):
-    """What the tasks of a file of the user's own share: the vocabulary and the size of their models."""
+    """What the tasks of a file of the user's own share.
+
+    Attributes:
+        seed: of the initial weights, the order of training and the samples.
+        vocabulary: tokens at most.
+        hidden, heads: of the models; how many ``layers`` and the horizon are each task's own.
+        weight_decay: AdamW's.
+    """
 
     seed: Seed = 0
     vocabulary: Annotated[int, Interval(ge=257, le=2**20)] = 4096  # the 256 bytes and the end
     hidden: Size = 128
     heads: Size = 4
+    weight_decay: NonNegative = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,10 +63,6 @@ def cached(
     Args:
         code: the source file of the task, and the modules of ours that it uses beyond this one's.
         libraries: those that it uses beyond torch, transformers, tokenizers and NumPy.
-
-    Raises:
-        FileNotFoundError: there is no file at ``path``.
-        lm_envs.files.CacheError: the cache folder cannot be written.
     """
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,12 +16,9 @@ MAX_SEQUENCES = 2_000_000
 
 
 class PrefixTree:
-    """All texts over a vocabulary, up to a horizon.
+    """All texts over a vocabulary of V tokens, EOS included, up to a horizon of T tokens.
 
-    Args:
-        vocab_size: V, EOS included.
-        eos_token_id: its id; the other ids in their order have the ranks 0 .. V-2.
-        horizon: T, most tokens of a response.
+    The ids besides EOS in their order have the ranks 0 .. V-2.
 
     Attributes:
         arity: n = V - 1.
@@ -67,7 +64,7 @@ class PrefixTree:
         """
         text = (response >= 0) & (response != self.eos_token_id)
         rank = response - (response > self.eos_token_id).long()
-        state = torch.zeros_like(response[..., 0]) if response.shape[-1] else response.new_zeros(response.shape[:-1])
+        state = response.new_zeros(response.shape[:-1])
         columns = [state]
         for t in range(response.shape[-1]):
             state = torch.where(text[..., t], state * self.arity + 1 + rank[..., t], state)
@@ -87,8 +84,7 @@ class PrefixTree:
         return torch.cat(parts)
 
     def responses(self) -> Tensor:
-        """``(sequences, T)`` int64, every sequence by its number, with its EOS where it has one, right-padded with
-        -1."""
+        """``(sequences, T)`` int64, the same with the EOS that a sequence ends in."""
         found = self.texts()
         rows = torch.arange(self.prefixes)
         found[rows, (found[: self.prefixes] >= 0).sum(dim=1)] = self.eos_token_id

@@ -11,28 +11,19 @@ import json
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from safetensors.torch import load_model
-from transformers import (
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lm_envs import files, rng
-from lm_envs.reward.learned import LearnedReward
+from lm_envs.tasks import sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews_grammar import gold_reward
 
 FOLDER = Path(__file__).with_name("reviews_v0")
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class GoldReview:
@@ -57,17 +48,12 @@ class GoldReview:
 
 
 def annotate(first: NDArray[np.float64], second: NDArray[np.float64], *, flip: float, seed: int) -> NDArray[np.bool_]:
-    """Let simulated annotators choose between the two responses of each pair.
+    """Let simulated annotators choose between the two responses of each pair: ``(N,)`` bool, whether the first is
+    preferred, from their gold rewards, ``(N,)`` each.
 
     They follow Bradley-Terry at temperature 1, ``P(first) = sigmoid(gold(first) - gold(second))``; then each choice is
     reversed with probability ``flip``. Random numbers are counted: the choice on pair i depends only on the seed, i and
     the pair's two gold rewards.
-
-    Args:
-        first, second: ``(N,)`` gold rewards.
-
-    Returns:
-        ``(N,)`` bool, whether the first is preferred.
     """
     pair = np.arange(len(first))
     choice = rng.uniform(seed, rng.ANNOTATOR, pair, 0) < 1 / (1 + np.exp(second - first))
@@ -75,25 +61,15 @@ def annotate(first: NDArray[np.float64], second: NDArray[np.float64], *, flip: f
 
 
 def ranking_accuracy(gold: NDArray[np.float64], difference: NDArray[np.floating[Any]]) -> float:
-    """Return how often a difference of two scores has the sign of the difference in gold reward.
-
-    Pairs of equal gold do not count.
-
-    Args:
-        gold: ``(N, 2)``.
-        difference: ``(N,)``, the first's score minus the second's.
-    """
+    """How often a difference of two scores, ``(N,)``, has the sign of the difference in gold reward, ``(N, 2)``; pairs
+    of equal gold do not count."""
     margin = gold[:, 0] - gold[:, 1]
     differ = margin != 0
     return float((difference[differ] * margin[differ] > 0).mean()) if differ.any() else 0.5
 
 
 def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
-    """Load the Reviews task.
-
-    Args:
-        path: a folder that ``lm-envs build reviews`` made, for a variant of the task; by default Reviews-v0, which
-            comes with the package.
+    """Load the Reviews task: Reviews-v0, or the variant in a folder that ``lm-envs build reviews`` made.
 
     Raises:
         ValueError: any other option, or a file in the folder that is missing or damaged.
@@ -116,15 +92,9 @@ def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
     return TextTask(
         name="reviews",
         tokenizer=tokenizer,
-        reference=_saved(GPT2LMHeadModel, folder / "policy"),
+        reference=sampling.saved_gpt2(GPT2LMHeadModel, folder / "policy"),
         prompts=prompts,
-        reward=LearnedReward(
-            _saved(GPT2ForSequenceClassification, folder / "reward_model"),
-            tokenizer,
-            normalise=tuple(made["normalise"]),
-            batch_size=256,
-            name="review_reward_model",
-        ),
+        reward=sampling.saved_reward(folder, tokenizer, made["normalise"], "review_reward_model"),
         judge=GoldReview(),
         eos_token_id=eos,
         max_new_tokens=made["max_new_tokens"],
@@ -139,11 +109,3 @@ def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
 def _texts(rows: NDArray[np.uint8], eos: int) -> list[list[int]]:
     """Token ids up to and including each row's first EOS."""
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows.tolist()]
-
-
-def _saved(kind: type[Model], folder: Path) -> Model:
-    """Load a model faster than ``from_pretrained``, which spends a second on the layouts of other checkpoints."""
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
-        model = kind(GPT2Config.from_pretrained(folder))
-    load_model(model, folder / "model.safetensors")
-    return model.eval()

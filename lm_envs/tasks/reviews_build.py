@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -49,8 +49,6 @@ class ReviewsConfig(Settings):
         seed: of the corpus, the initial weights, the samples and the annotators.
         reviews: size of the corpus.
         train_prompts, validation_prompts, test_prompts: distinct openings of each split.
-        max_new_tokens: the horizon.
-        hidden, layers, heads: size of the language model.
         sft_steps, sft_batch, sft_learning_rate: supervised fine-tuning, a batch in reviews.
         pairs: compared pairs to train the reward model on.
         held_out_pairs: pairs of samples for validation prompts; they measure and normalise the reward model.
@@ -59,7 +57,6 @@ class ReviewsConfig(Settings):
             flips, one of the language model's size that starts from its weights learns little more than
             noise (ranking accuracy 0.57).
         rm_steps, rm_batch, rm_learning_rate, rm_weight_decay: training of the reward model, a batch in pairs.
-        kl_coef: the environment's default KL coefficient.
     """
 
     seed: Seed = 0
@@ -87,18 +84,16 @@ class ReviewsConfig(Settings):
     kl_coef: NonNegative = 0.1
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a field is out of range."""
         super().__post_init__()
         if PROMPT_LENGTH + self.max_new_tokens > CONTEXT:
             raise ValueError(
                 f"max_new_tokens must be at most {CONTEXT - PROMPT_LENGTH}, what a prompt of "
                 f"{PROMPT_LENGTH} leaves of the model's context of {CONTEXT}, got {self.max_new_tokens}"
             )
-        for hidden, heads in (("hidden", "heads"), ("rm_hidden", "rm_heads")):
-            if getattr(self, hidden) % getattr(self, heads):
-                raise ValueError(
-                    f"{hidden}={getattr(self, hidden)} must be a multiple of {heads}={getattr(self, heads)}"
-                )
+        for part in ("", "rm_"):
+            hidden, heads = getattr(self, f"{part}hidden"), getattr(self, f"{part}heads")
+            if hidden % heads:
+                raise ValueError(f"{part}hidden={hidden} must be a multiple of {part}heads={heads}")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -151,51 +146,46 @@ def build(folder: Path, **options: Any) -> None:
     tokenizer = make_tokenizer()
     prompts, demonstrations, held_out_reviews = split(config, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so before training
-    with sampling.progress_bar() as bar:
-        policy = sampling.small_gpt2(
-            GPT2LMHeadModel, tokenizer, CONTEXT, config.hidden, config.layers, config.heads, config.seed
-        )
-        training.fit_language_model(
-            policy,
-            demonstrations,
-            steps=config.sft_steps,
-            batch_size=config.sft_batch,
-            learning_rate=config.sft_learning_rate,
-            seed=config.seed,
-            progress=sampling.line_of(bar, "reviews: fine-tuning the language model", config.sft_steps),
-        )
-        total = 2 * (config.pairs + config.held_out_pairs)
-        progress = sampling.line_of(bar, "reviews: sampling pairs to compare", total)
-        compared = sample_pairs(config, policy, tokenizer, prompts["train"], config.pairs, 0, progress)
-        held_out = sample_pairs(
-            config, policy, tokenizer, prompts["validation"], config.held_out_pairs, config.pairs, progress
-        )
-        gold, held_out_gold = (samples.score(GoldReview()).reshape(-1, 2) for samples in (compared, held_out))
-        preferred = annotate(gold[:, 0], gold[:, 1], flip=config.flip, seed=config.seed)
-        model = sampling.small_gpt2(
-            GPT2ForSequenceClassification,
-            tokenizer,
-            CONTEXT,
-            config.rm_hidden,
-            config.rm_layers,
-            config.rm_heads,
-            config.seed,
-        )
-        initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
-        texts = [
-            [*prompts["train"][i // 2 % config.train_prompts], *ids] for i, ids in enumerate(compared.completion_ids)
-        ]
-        training.fit_reward_model(
-            model,
-            [texts[i : i + 2] for i in range(0, len(texts), 2)],
-            np.stack([~preferred, preferred], axis=1).astype(np.int64),
-            steps=config.rm_steps,
-            batch_size=config.rm_batch,
-            learning_rate=config.rm_learning_rate,
-            weight_decay=config.rm_weight_decay,
-            seed=config.seed,
-            progress=sampling.line_of(bar, "reviews: training the reward model", config.rm_steps),
-        )
+    policy = sampling.small_gpt2(
+        GPT2LMHeadModel, tokenizer, CONTEXT, config.hidden, config.layers, config.heads, config.seed
+    )
+    sampling.fit(
+        "reviews: fine-tuning the language model",
+        training.fit_language_model,
+        policy,
+        demonstrations,
+        steps=config.sft_steps,
+        batch_size=config.sft_batch,
+        learning_rate=config.sft_learning_rate,
+        seed=config.seed,
+    )
+    compared = sample_pairs(config, policy, tokenizer, prompts["train"], config.pairs, 0)
+    held_out = sample_pairs(config, policy, tokenizer, prompts["validation"], config.held_out_pairs, config.pairs)
+    gold, held_out_gold = (samples.score(GoldReview()).reshape(-1, 2) for samples in (compared, held_out))
+    preferred = annotate(gold[:, 0], gold[:, 1], flip=config.flip, seed=config.seed)
+    model = sampling.small_gpt2(
+        GPT2ForSequenceClassification,
+        tokenizer,
+        CONTEXT,
+        config.rm_hidden,
+        config.rm_layers,
+        config.rm_heads,
+        config.seed,
+    )
+    initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
+    texts = [[*prompts["train"][i // 2 % config.train_prompts], *ids] for i, ids in enumerate(compared.completion_ids)]
+    sampling.fit(
+        "reviews: training the reward model",
+        training.fit_reward_model,
+        model,
+        [texts[i : i + 2] for i in range(0, len(texts), 2)],
+        np.stack([~preferred, preferred], axis=1).astype(np.int64),
+        steps=config.rm_steps,
+        batch_size=config.rm_batch,
+        learning_rate=config.rm_learning_rate,
+        weight_decay=config.rm_weight_decay,
+        seed=config.seed,
+    )
     reward = in_units_of(LearnedReward(model, tokenizer, batch_size=256), held_out)
     scores = held_out.score(reward).reshape(-1, 2)
     made = {
@@ -211,10 +201,7 @@ def build(folder: Path, **options: Any) -> None:
             "rm_gold_correlation": float(np.corrcoef(held_out_gold.ravel(), scores.ravel())[0, 1]),
         },
     }
-    policy.save_pretrained(folder / "policy")
-    model.save_pretrained(folder / "reward_model")
-    for name in ("policy", "reward_model"):
-        tokenizer.save_pretrained(folder / name)
+    sampling.save(folder, tokenizer, policy=policy, reward_model=model)
     eos = tokenizer.eos_token_id
     data = {name: _table(rows, eos, PROMPT_LENGTH) for name, rows in prompts.items()}
     data["demonstrations"] = _table(demonstrations, eos, MAX_TOKENS)
@@ -288,19 +275,19 @@ def sample_pairs(
     prompts: Sequence[Sequence[int]],
     count: int,
     first: int,
-    progress: Callable[[int], None],
 ) -> Samples:
     """``count`` pairs of responses from the policy, numbered from ``first``; the prompts take turns, and the two
     responses of a pair are neighbors."""
     return sampling.sample(
         policy,
         tokenizer,
-        [prompts[i // 2 % len(prompts)] for i in range(2 * count)],
+        prompts,
         2 * count,
+        repeats=2,
         eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         first=2 * first,
         batch_size=1024,
-        progress=lambda done: progress(2 * first + done),
+        title="reviews: sampling pairs to compare",
     )

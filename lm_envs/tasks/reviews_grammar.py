@@ -23,42 +23,36 @@ SENTIMENTS = (-1.0, -0.7, 0.0, 0.7, 1.0)
 _NUMBERS = 128  # uniform numbers that any one review needs at most
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
 LEXICON: dict[str, tuple[str, ...]] = {
-    "ADJ+": _words(
-        "great good fine superb brilliant wonderful charming clever moving "
-        "beautiful gripping funny fresh excellent stunning warm witty touching"
-    ),
-    "ADJ-": _words(
-        "bad awful terrible boring dull weak clumsy tedious stupid "
-        "bland horrible lifeless messy annoying shallow stale painful forgettable"
-    ),
-    "ADJ": _words("long short quiet loud dark simple strange young old french american familiar modern slow"),
-    "VERB+": _words("loved enjoyed admired adored praised"),
-    "VERB-": _words("hated disliked resented endured regretted"),
-    "VERB": _words("watched saw rented discussed finished remembered"),
-    "NOUN+": _words("masterpiece gem triumph delight classic"),
-    "NOUN-": _words("mess disaster bore failure waste"),
-    "FILM": _words("film movie picture story comedy drama thriller remake sequel"),
-    "PART": _words(
-        "plot script acting cast director ending dialogue soundtrack camera editing humor romance villain hero opening"
-    ),
-    "PARTS": _words("characters effects jokes performances songs scenes actors costumes"),
-    "ADVERB": _words("very really quite truly rather simply so"),
-    "PERSON": _words("i we they you people critics"),
-    "PLACE": _words("theater city village school house hotel"),
-    "TIME": _words("yesterday twice again alone together recently"),
-    "NUMBER": _words("two three seven ten"),
-    "UNIT": _words("hours minutes years days"),
-    "DET": _words("the this that"),
-    "BE": _words("is was seems looks feels"),
-    "IS": ("is", "was", "becomes"),
-    "ARE": _words("are were seem look feel"),
-    "JOIN": _words("and but while because"),
-    "A": ("a", "an"),
+    name: tuple(words.split())
+    for name, words in {
+        "ADJ+": "great good fine superb brilliant wonderful charming clever moving beautiful gripping funny fresh "
+        "excellent stunning warm witty touching",
+        "ADJ-": "bad awful terrible boring dull weak clumsy tedious stupid bland horrible lifeless messy annoying "
+        "shallow stale painful forgettable",
+        "ADJ": "long short quiet loud dark simple strange young old french american familiar modern slow",
+        "VERB+": "loved enjoyed admired adored praised",
+        "VERB-": "hated disliked resented endured regretted",
+        "VERB": "watched saw rented discussed finished remembered",
+        "NOUN+": "masterpiece gem triumph delight classic",
+        "NOUN-": "mess disaster bore failure waste",
+        "FILM": "film movie picture story comedy drama thriller remake sequel",
+        "PART": "plot script acting cast director ending dialogue soundtrack camera editing humor romance villain hero "
+        "opening",
+        "PARTS": "characters effects jokes performances songs scenes actors costumes",
+        "ADVERB": "very really quite truly rather simply so",
+        "PERSON": "i we they you people critics",
+        "PLACE": "theater city village school house hotel",
+        "TIME": "yesterday twice again alone together recently",
+        "NUMBER": "two three seven ten",
+        "UNIT": "hours minutes years days",
+        "DET": "the this that",
+        "BE": "is was seems looks feels",
+        "IS": "is was becomes",
+        "ARE": "are were seem look feel",
+        "JOIN": "and but while because",
+        "A": "a an",
+    }.items()
 }
 
 # Each rule lists (weight, symbols). A symbol is a rule, a class of the lexicon, "ADJ*" and the like (a class
@@ -207,8 +201,7 @@ def gold_reward(prompt: Sequence[str], response: Sequence[str], stopped: bool) -
     neighbours too), r adjectives that occurred before, and m = 1 if the response did not stop by itself.
 
     Args:
-        prompt: its words.
-        response: its words, without EOS.
+        prompt, response: their words, without EOS.
         stopped: whether EOS followed.
     """
     balance = sum((word in POSITIVE) - (word in NEGATIVE) for word in response)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import decoders
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +31,8 @@ from transformers import (
 
 from lm_envs import training
 from lm_envs.data.conventions import Example
-from lm_envs.data.splits import SPLITS, warn_if_few
+from lm_envs.data.dataset import Examples
+from lm_envs.data.splits import SPLITS, divide, warn_if_few
 from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
 from lm_envs.model.decoding import greedy
 from lm_envs.model.forwards import response_forward
@@ -37,9 +40,8 @@ from lm_envs.model.tokens import left_pad, right_pad
 from lm_envs.reward.base import WeightedSum
 from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
 from lm_envs.settings import NonNegative, Positive, Rate, Share, Size, make
-from lm_envs.tasks import own_text, sampling, translation_text
+from lm_envs.tasks import own_text, sampling
 from lm_envs.tasks.base import TextTask
-from lm_envs.tasks.translation_text import CorpusBLEU, read_parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,17 +52,13 @@ class TranslationConfig(own_text.OwnTextConfig):
     """Everything but the file that determines the task; changing a field makes another cache entry.
 
     Attributes:
-        seed: of the initial weights and the order of training.
         architecture: "bart" (absolute positions, normalized after each block) or "t5" (relative, before).
-        vocabulary: tokens at most, of both languages together.
         prompt_tokens: pairs with a longer prompt are left out.
         max_new_tokens: the horizon; pairs with a longer first reference are left out of training.
-        hidden, layers, heads: size of the model, layers of the encoder and of the decoder alike.
+        layers: of the encoder and of the decoder alike.
         sft_epochs: of maximum likelihood on the training pairs.
         sft_batch, sft_learning_rate: target tokens per step, and AdamW's peak rate.
         label_smoothing: share of the target's probability that all tokens get in equal parts.
-        weight_decay: AdamW's.
-        temperature: of the policy and of the reference.
         kl_coef: default weight of the KL penalty, in BLEU points per nat. The literature has none.
     """
 
@@ -72,17 +70,15 @@ class TranslationConfig(own_text.OwnTextConfig):
     sft_batch: Size = 1024
     sft_learning_rate: Rate = 2e-3
     label_smoothing: Share = 0.1
-    weight_decay: NonNegative = 0.1
     temperature: Positive = 1.0
     kl_coef: NonNegative = 0.0
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
-    """The task of a JSONL file of pairs; made on first use, which shows a progress bar, and read from the cache
-    afterwards.
+    """The task of a JSONL file of pairs (see :func:`read_parallel`); made on first use, which shows a progress bar, and
+    read from the cache afterwards.
 
     Args:
-        path: the file, see :func:`~lm_envs.tasks.translation_text.read_parallel`.
         options: fields of :class:`TranslationConfig`.
 
     Raises:
@@ -102,15 +98,10 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         path,
         config,
         lambda folder: build(read_parallel(path), config, folder),
-        [__file__, kv_cache_cross, decoding, encoder_decoder, translation_text, kv_cache, forwards],
+        [__file__, kv_cache_cross, decoding, encoder_decoder, kv_cache, forwards],
     )
-    return read(folder, config, path.name)
-
-
-def read(folder: Path, config: TranslationConfig, source: str) -> TextTask:
-    """The task that :func:`build` left in a folder; ``source`` is what its description calls the text."""
     made = json.loads((folder / "task.json").read_text())
-    warn_if_few(source, made["prompts"])
+    warn_if_few(path.name, made["prompts"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     return TextTask(
         name="translation",
@@ -123,7 +114,7 @@ def read(folder: Path, config: TranslationConfig, source: str) -> TextTask:
         max_new_tokens=config.max_new_tokens,
         kl_coef=config.kl_coef,
         temperature=config.temperature,
-        description=f"translate {source}; the reward is sentence BLEU, the judge chrF",
+        description=f"translate {path.name}; the reward is sentence BLEU, the judge chrF",
         responses=[(prompt, response) for prompt, response in made["responses"]],
         corpus_metric=CorpusBLEU(),
         columns={split: {"reference": texts} for split, texts in made["references"].items()},
@@ -148,8 +139,7 @@ def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> 
     responses = _responses(encoded, tokenizer, config)
     model = initial(config, tokenizer)
     _fit(model, responses, config)
-    model.save_pretrained(folder / "policy")
-    tokenizer.save_pretrained(folder / "policy")
+    sampling.save(folder, tokenizer, policy=model)
     stats = _stats(model, tokenizer, prompts["validation"], references["validation"], config)
     made = {"prompts": prompts, "references": references, "responses": responses, "stats": stats}
     (folder / "task.json").write_text(json.dumps(made))
@@ -167,24 +157,19 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizer
 
 def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model with weights drawn from the seed; the caller's global generator is left as it was."""
-    eos = tokenizer.eos_token_id
-    tokens: dict[str, Any] = dict(
-        vocab_size=len(tokenizer), eos_token_id=eos, pad_token_id=eos, decoder_start_token_id=eos
-    )
-    wide = 4 * config.hidden
+    ids = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
+    tokens: dict[str, Any] = {"vocab_size": len(tokenizer), **dict.fromkeys(ids, tokenizer.eos_token_id)}
+    wide, both = 4 * config.hidden, ("encoder", "decoder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.architecture == "bart":
             return BartForConditionalGeneration(
                 BartConfig(
                     **tokens,
+                    **{f"{half}_layers": config.layers for half in both},
+                    **{f"{half}_attention_heads": config.heads for half in both},
+                    **{f"{half}_ffn_dim": wide for half in both},
                     d_model=config.hidden,
-                    encoder_layers=config.layers,
-                    decoder_layers=config.layers,
-                    encoder_attention_heads=config.heads,
-                    decoder_attention_heads=config.heads,
-                    encoder_ffn_dim=wide,
-                    decoder_ffn_dim=wide,
                     max_position_embeddings=max(config.prompt_tokens, config.max_new_tokens),
                     activation_function="relu",
                     dropout=0.0,
@@ -232,18 +217,17 @@ def _fit(model: PreTrainedModel, responses: Sequence[Response], config: Translat
         present = target >= 0
         return F.cross_entropy(logits[present], target[present], label_smoothing=config.label_smoothing)
 
-    steps = config.sft_epochs * len(bundles)
-    with sampling.progress_bar() as bar:
-        training.fit(
-            model,
-            loss,
-            bundles,
-            steps=steps,
-            learning_rate=config.sft_learning_rate,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-            progress=sampling.line_of(bar, "translation: SFT", steps),
-        )
+    sampling.fit(
+        "translation: SFT",
+        training.fit,
+        model,
+        loss,
+        bundles,
+        steps=config.sft_epochs * len(bundles),
+        learning_rate=config.sft_learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
 
 
 def _stats(
@@ -260,3 +244,61 @@ def _stats(
         "sft_validation_bleu": SentenceBLEU().corpus(texts, references),
         "sft_validation_chrf": SentenceChrF().corpus(texts, references),
     }
+
+
+def read_parallel(path: str | Path) -> list[Example]:
+    """Read rows with ``prompt``, ``reference`` (a text, or a list of them) and perhaps ``split``, of any source, as
+    examples with the references as completions; each run of white space becomes one space.
+
+    A prompt that occurs again counts once, with all its references. Splits that no row names are divided off by
+    :func:`~lm_envs.data.splits.divide`.
+
+    Raises:
+        ValueError: a malformed row (the message names file and line), or a split without prompts.
+    """
+    found: list[tuple[str, str]] = []
+    references: dict[str, dict[str, None]] = {}
+    for example in Examples(path, "parallel"):
+        prompt, *texts = (" ".join(str(text).split()) for text in (example.prompt, *example.completions))
+        references.setdefault(prompt, {}).update(dict.fromkeys(texts))
+        found.append((prompt, example.split))
+    return [Example(prompt, tuple(references[prompt]), split=split) for prompt, split in divide(found, path).items()]
+
+
+class CorpusBLEU(SentenceBLEU):
+    """BLEU of whole corpora as papers report it, out of 100, and whether one system's is higher than another's."""
+
+    def gain(
+        self,
+        ours: Sequence[str],
+        theirs: Sequence[str],
+        references: Sequence[Sequence[str]],
+        samples: int = 1000,
+        seed: int = 0,
+    ) -> tuple[float, float]:
+        """How much higher ours is, and the standard error of that by paired bootstrap (Koehn 2004).
+
+        Corpus BLEU is a function of counts that are summed over sentences, so a resampled test set costs a sum.
+        """
+        counts = [self._counts(texts, references) for texts in (ours, theirs)]
+        generator = np.random.default_rng(seed)
+        gains = []
+        for _ in range(samples):
+            drawn = np.bincount(generator.integers(len(ours), size=len(ours)), minlength=len(ours))
+            gains.append(_bleu(drawn @ counts[0]) - _bleu(drawn @ counts[1]))
+        return self.corpus(ours, references) - self.corpus(theirs, references), float(np.std(gains, ddof=1))
+
+    def _counts(self, completions: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.int64]:
+        """``(N, 10)``: matched and all n-grams of orders 1 to 4, lengths of completion and of reference."""
+        rows = [
+            self._sentence.sentence_score(text, list(known))
+            for text, known in zip(completions, references, strict=True)
+        ]
+        return np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows])
+
+
+def _bleu(counts: NDArray[np.int64]) -> float:
+    from sacrebleu.metrics import BLEU
+
+    correct, total, (sys_len, ref_len) = counts[:4].tolist(), counts[4:8].tolist(), counts[8:].tolist()
+    return float(BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score)

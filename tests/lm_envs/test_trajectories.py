@@ -37,7 +37,7 @@ def text(lengths=(2, 3), width=2, **changes):
         ({"group": torch.zeros(3, dtype=torch.int64)}, r"group must be \(2,\)"),
         ({"group": torch.zeros(2)}, "group must be int64"),
         ({"truncated": torch.ones(2, dtype=torch.bool)}, "both terminated and truncated"),
-        ({"prompt": torch.zeros(3, 2, dtype=torch.int64)}, "prompt must have 2 rows"),
+        ({"prompt": torch.zeros(3, 2, dtype=torch.int64)}, r"prompt must start with \(2,\), got shape \(3, 2\)"),
     ],
 )
 def test_wrong_fields_are_refused(changes, message):

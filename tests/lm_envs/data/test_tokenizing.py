@@ -16,7 +16,7 @@ from lm_envs.data.tokenizing import tokenise
 from lm_envs.model.chat import render_messages, split_answer
 from lm_envs.model.text import Codec
 from lm_envs.reward.learned import LearnedReward
-from lm_envs.tasks.custom_prompts import by_split, encode_prompts, read_prompts
+from lm_envs.tasks.custom import by_split, encode_prompts, read_prompts
 from tests.lm_envs import byo
 
 # As ChatML, with the tokenizer's EOS where a turn ends.

@@ -20,8 +20,8 @@ from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import raw_scores
 from lm_envs.tasks import corpus, load, own_text
+from lm_envs.tasks.corpus import openings, read_labelled, training_half
 from lm_envs.tasks.corpus_judge import TextJudge
-from lm_envs.tasks.corpus_text import openings, read_labelled, training_half
 
 GOOD, BAD = ("wonderful", "moving", "funny", "warm"), ("dull", "tired", "awful", "empty")
 NOUNS, PLACES = ("film", "story", "cast", "script"), ("boston", "paris", "rome", "delhi", "lima")

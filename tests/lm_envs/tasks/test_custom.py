@@ -26,7 +26,7 @@ from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.loading import load_policy, load_tokenizer
 from lm_envs.reward.learned import load_reward_model
 from lm_envs.tasks import load
-from lm_envs.tasks.custom_prompts import read_prompts
+from lm_envs.tasks.custom import read_prompts
 from tests.lm_envs import byo
 
 QUICK = {"max_new_tokens": 6, "samples": 8}

@@ -76,7 +76,7 @@ def test_what_is_built_can_be_loaded(task, folder):
 
 def test_the_reward_has_mean_0_and_std_1_on_samples_of_the_reference(task):
     config, prompts = ReviewsConfig(**TINY), task.prompts["validation"]
-    samples = sample_pairs(config, task.reference, task.tokenizer, prompts, 16, 32, lambda done: None)
+    samples = sample_pairs(config, task.reference, task.tokenizer, prompts, 16, 32)
     scores = samples.score(task.reward)
     assert scores.mean() == pytest.approx(0, abs=1e-4) and scores.std() == pytest.approx(1, abs=1e-4)
     gold = samples.score(GoldReview()).reshape(-1, 2)
@@ -91,7 +91,7 @@ def test_the_reward_has_mean_0_and_std_1_on_samples_of_the_reference(task):
 
 def test_the_pairs_are_samples_of_the_reference_that_annotators_chose_from(task, folder):
     config = ReviewsConfig(**TINY)
-    samples = sample_pairs(config, task.reference, task.tokenizer, task.prompts["train"], 32, 0, lambda done: None)
+    samples = sample_pairs(config, task.reference, task.tokenizer, task.prompts["train"], 32, 0)
     assert [response for _, *both in task.pairs for response in both] == samples.completion_ids
     assert any(first != second for _, first, second in task.pairs)
     gold = samples.score(GoldReview()).reshape(-1, 2)

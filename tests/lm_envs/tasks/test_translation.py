@@ -20,8 +20,7 @@ from lm_envs.model.decoding import greedy
 from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.reward.base import call_reward
 from lm_envs.tasks import load
-from lm_envs.tasks.translation import TranslationConfig, initial, make_tokenizer
-from lm_envs.tasks.translation_text import CorpusBLEU, _bleu, read_parallel
+from lm_envs.tasks.translation import CorpusBLEU, TranslationConfig, _bleu, initial, make_tokenizer, read_parallel
 
 WORDS = {"one": "eins", "two": "zwei", "red": "rot", "blue": "blau", "dog": "Hund", "cat": "Katze", "sees": "sieht"}
 SMALL = dict(vocabulary=300, hidden=32, layers=1, heads=2, sft_epochs=8, sft_batch=128, prompt_tokens=24)
