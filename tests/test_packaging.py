@@ -42,10 +42,11 @@ def built(tmp_path_factory) -> dict[str, Path]:
 
 
 def expected_in_wheel(root: Path) -> set[str]:
-    """Every module under its import name, the suites, the C source, the task's files and the type marker."""
+    """Every module under its import name, the suites, the C source, data files and the type marker."""
     files = [*modules(root), *(root / "benchmarks" / "suites").glob("*.toml"), root / "lm_envs" / "py.typed"]
     files += (root / "kernels").glob("*.c")
     files += (path for path in (root / "lm_envs/tasks/reviews_v0").rglob("*") if path.is_file())
+    files += (root / "lm_envs/feedback/page").iterdir()
     names = (path.relative_to(root) for path in files)
     return {str(name if name.parts[0] == "lm_envs" else Path("lm_envs") / name) for name in names}
 

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +84,7 @@ def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float:
     return float((observed - chance) / (1 - chance)) if chance < 1 else float("nan")
 
 
-def alpha(values: Mapping[Any, Mapping[str, float]], level: str) -> float:
+def alpha(values: Mapping[Any, Mapping[str, float]], level: Literal["nominal", "ordinal"]) -> float:
     """Krippendorff's alpha; NaN with fewer than two values that can be compared, or where all are equal.
 
     Args:

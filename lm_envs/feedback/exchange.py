@@ -144,7 +144,7 @@ def read(path: Path) -> list[Foreign]:
 def _prompt_of(fields: Mapping[str, Any]) -> Text:
     for name in ("prompt", "instruction", "question", "context"):
         if name in fields:
-            return fields[name]  # type: ignore[no-any-return]
+            return fields[name]
     raise ValueError(f"no prompt, instruction, question or context among the fields {', '.join(fields)}")
 
 
@@ -158,8 +158,8 @@ def _label_studio(row: Mapping[str, Any]) -> Iterator[Foreign]:
             value = result["value"]
             if result["type"] == "pairwise":
                 texts = [data[name] for name in _two_texts(data, result["to_name"])]
-                ranks = {"left": (0, 1), "right": (1, 0)}.get(value["selected"], (0, 0))
-                yield _item(_prompt_of(data), texts, ("left", "right")), who, Answer(ranks=ranks, seconds=seconds)
+                chosen = {"left": (0, 1), "right": (1, 0)}.get(value["selected"], (0, 0))
+                yield _item(_prompt_of(data), texts, ("left", "right")), who, Answer(ranks=chosen, seconds=seconds)
             elif result["type"] == "ranker":
                 order = list(next(iter(value["ranker"].values())))
                 given = next(each for each in data.values() if isinstance(each, list))
@@ -205,15 +205,13 @@ def _argilla(row: Mapping[str, Any]) -> Iterator[Foreign]:
 def _battle(row: Mapping[str, Any]) -> Foreign:
     if "conversation_a" in row:
         talks = (row["conversation_a"], row["conversation_b"])
-        before = [list(talk[:-1]) for talk in talks]
+        before: list[list[dict[str, Any]]] = [list(talk[:-1]) for talk in talks]
         prompt: Text = before[0]
         if [turn["content"] for turn in before[0] if turn["role"] == "user"] != [
             turn["content"] for turn in before[1] if turn["role"] == "user"
         ]:
             raise ValueError("the two conversations have other prompts")
         texts = [talk[-1]["content"] for talk in talks]
-        if len(prompt) == 1:
-            prompt = [{"role": "user", "content": prompt[0]["content"]}]
     else:
         prompt, texts = _prompt_of(row), [row["response_a"], row["response_b"]]
     winner = str(row["winner"])

@@ -76,8 +76,9 @@ def bradley_terry(found: Sequence[Battle], *, seed: int = 0) -> dict[str, Interv
     resampled = _fit(np.tensordot(weights, wins, 1))
     low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
     counts = (wins.sum(0) + wins.sum(0).T).sum(1)
+    points = PER_UNIT * np.stack([fitted, low, high])
     return {
-        name: Interval(*(float(PER_UNIT * value[k]) for value in (fitted, low, high)), int(counts[k]))
+        name: Interval(float(points[0, k]), float(points[1, k]), float(points[2, k]), int(counts[k]))
         for name, k in place.items()
     }
 

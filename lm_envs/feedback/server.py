@@ -185,8 +185,11 @@ def _reply(store: Store, annotator: int, task: Task | None) -> Response:
 
 def _reordered(answer: Answer, order: Sequence[int]) -> Answer:
     """The answer with entry k of each list taken from place ``order[k]``."""
-    lists = {name: getattr(answer, name) for name in ("ranks", "ratings", "flags", "reasons")}
-    return replace(answer, **{name: tuple(each[k] for k in order) if each else each for name, each in lists.items()})
+    moved: dict[str, Any] = {}
+    for name in ("ranks", "ratings", "flags", "reasons"):
+        each = getattr(answer, name)
+        moved[name] = tuple(each[k] for k in order) if each else each
+    return replace(answer, **moved)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -357,9 +358,9 @@ def _item(database: sqlite3.Connection, number: int) -> Item:
 def _answer(body: str | None) -> Answer | None:
     if body is None:
         return None
-    fields = json.loads(body)
+    fields: dict[str, Any] = json.loads(body)
     return Answer(**{name: _tuples(value) for name, value in fields.items()})
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(each) for each in value) if isinstance(value, list) else value

@@ -170,7 +170,7 @@ def read_answer(body: Any, settings: StudySettings, count: int) -> Answer:
             raise BadAnswer(f"flags are lists of {', '.join(settings.flags) or 'nothing: this study has no flags'}")
         if not all(isinstance(name, str) for name in ticked):
             raise BadAnswer("flags are names")
-    common = {
+    common: dict[str, Any] = {
         "flags": tuple(tuple(dict.fromkeys(ticked)) for ticked in flags),
         "reasons": tuple(_text(reason, "a reason") for reason in reasons),
         "notes": notes,
