@@ -1,9 +1,8 @@
-"""A C file as a shared library: compiled once per machine, kept in a private folder, and checked before it is loaded.
+"""A C file as a shared library, compiled once per machine and kept in a private folder.
 
-A library is code that runs with the user's rights, so one is loaded only from a folder and a file that the user owns
-and nobody else can write, and only if its SHA-256 is the one written beside it when it was compiled. Anything else is
-compiled again. Where no such folder can be had, the library is compiled into a temporary folder, which is removed as
-soon as the library is loaded.
+A library runs with the user's rights, so one is loaded only if the user alone can write its folder and file, and if its
+SHA-256 is the one written beside it when it was compiled; otherwise it is compiled again. Without such a folder it is
+compiled into a temporary one for each process.
 """
 
 from __future__ import annotations
@@ -32,14 +31,10 @@ class Unavailable(Exception):
 
 
 def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-    """The library of a C file for this machine's processor.
-
-    Args:
-        source: the C file.
-        flags: the compiler's; ``$CC`` or the first of cc, gcc, clang is the compiler.
+    """Compile and load a C file for this processor, by ``$CC`` or the first of cc, gcc, clang, with these flags.
 
     Raises:
-        Unavailable: there is no compiler, it fails, or what it made cannot be loaded.
+        Unavailable: there is no compiler, it fails, or the library cannot be loaded.
     """
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
@@ -81,11 +76,7 @@ def _folder() -> Path:
 
 
 def _private_folder() -> Path:
-    """The cache folder.
-
-    Raises:
-        OSError: it cannot be made or written, is another user's, or others can write it.
-    """
+    """Make the cache folder; raises OSError if this user cannot write it or others can."""
     folder = _folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.is_symlink() or not _ours(folder.stat()) or not os.access(folder, os.W_OK):
@@ -99,7 +90,7 @@ def _ours(status: os.stat_result) -> bool:
 
 
 def _trusted(path: Path) -> bool:
-    """Whether the library is there, ours, and to the byte what was compiled."""
+    """Whether the library exists, is ours, and is what was compiled."""
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or not _ours(status):
@@ -122,9 +113,7 @@ def _compile(compiler: str, flags: Sequence[str], source: Path, path: Path) -> N
                 path.with_suffix(".sha256").write_text(hashlib.sha256(Path(made).read_bytes()).hexdigest())
                 os.replace(made, path)  # whole or not at all
                 return
-        except subprocess.TimeoutExpired as error:
-            raise Unavailable(f"{compiler}: {error}") from None
-        except FileNotFoundError as error:  # the compiler itself
+        except (subprocess.TimeoutExpired, FileNotFoundError) as error:  # FileNotFoundError: the compiler itself
             raise Unavailable(f"{compiler}: {error}") from None
         finally:
             Path(made).unlink(missing_ok=True)
@@ -133,7 +122,7 @@ def _compile(compiler: str, flags: Sequence[str], source: Path, path: Path) -> N
 
 
 def _processor() -> str:
-    """What tells processors with different instructions apart."""
+    """A text that differs between processors with different instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n")
     except OSError:

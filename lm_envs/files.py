@@ -1,11 +1,10 @@
-"""Files that are replaced in one step, and a cache of folders that are built once.
+"""Files that are replaced atomically, and a cache of folders that are built once.
 
-A reader sees the old content of a file or the new one, during a write and after a crash, and never a part.
+A reader sees the old content of a file or the new one, also during a write and after a crash.
 
-A cached folder is keyed by everything that determines it, written whole or not at all, and checked when it is read.
-The root is ``$LM_ENVS_CACHE``, else ``lm-envs`` in the user's cache folder. An entry is
-``<root>/<kind>/<key>/`` with a ``manifest.json`` that holds the size and SHA-256 of each of its files; it is
-built in a temporary folder beside it, under a lock, and renamed into place.
+A cached folder's name is a hash of everything that determines its content: ``<root>/<kind>/<key>/``, where the root is
+``$LM_ENVS_CACHE`` or ``lm-envs`` in the user's cache folder. It is built in a temporary folder beside it, under a lock,
+and renamed; its ``manifest.json`` holds the size and SHA-256 of each file, which are checked when it is read.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TEMPORARY = ".tmp-"  # files and folders of this prefix are unfinished and never
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file's content, or a folder's names."""
+    """Flush a file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,17 +38,13 @@ def sync(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """An unfinished name of its own: two writers of one file must not write into the same temporary one."""
+    """A temporary name that no other writer of the same file has."""
     return path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"[:255]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` when the block ends, and is dropped if it fails.
-
-    Raises:
-        OSError: the disk is full or cannot be written; it names ``path``.
-    """
+    """Open a file that replaces ``path`` when the block ends, or is dropped if it fails; an OSError names ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
@@ -66,7 +61,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of ``path`` when the block ends, and is dropped if it fails."""
+    """Make an empty folder that replaces ``path`` when the block ends, or is dropped if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
@@ -83,7 +78,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder with what is in it; nothing if there is none."""
+    """Delete a file, a link or a whole folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -91,7 +86,7 @@ def remove(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace a file by these bytes, or by this text in UTF-8."""
+    """Replace a file by bytes, or by text in UTF-8."""
     with replacing(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
@@ -100,33 +95,23 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 MANIFEST = "manifest.json"
 # Errors of the place that is written to, where they come out of a build; others are the build's own.
-_OF_THE_PLACE = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENOTDIR EEXIST EISDIR EIO ELOOP ENAMETOOLONG ENOLCK ENOSYS EOPNOTSUPP "
-        "ESTALE EMFILE ENFILE ENODEV ENXIO"
-    ).split()
-    if hasattr(errno, name)
-)
+_OF_THE_PLACE = (
+    "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENOTDIR EEXIST EISDIR EIO ELOOP ENAMETOOLONG ENOLCK ENOSYS ENOTSUP "
+    "EOPNOTSUPP ESTALE EMFILE ENFILE ENODEV ENXIO"
+).split()
 _REMEDY = "free some space there, or set LM_ENVS_CACHE to a folder that can be written"
 _log = logging.getLogger(__name__)
 
 
 class CacheError(OSError, ValueError):
-    """A cache folder cannot be used; the message is one line that says which, why and what to do."""
+    """A cache folder cannot be used; the message says which, why and what to do."""
 
 
 @contextmanager
 def blaming(
     folder: Path, remedy: str = _REMEDY, only: Callable[[OSError], bool] = lambda error: True
 ) -> Iterator[None]:
-    """Turn errors of the file system in the block into a :class:`CacheError`.
-
-    Args:
-        folder: the cache that is to blame.
-        remedy: what the user can do.
-        only: whether an error is the folder's.
-    """
+    """Turn errors of the file system in the block that are a cache folder's (``only``) into a CacheError."""
     try:
         yield
     except CacheError:
@@ -141,11 +126,7 @@ def blaming(
 
 
 def cache_root() -> Path:
-    """``$LM_ENVS_CACHE``, else ``lm-envs`` in the folder the platform gives a user's caches.
-
-    Raises:
-        CacheError: a ``~`` or the user's home folder cannot be resolved.
-    """
+    """Return ``$LM_ENVS_CACHE``, or ``lm-envs`` in the platform's folder for caches; CacheError without a home."""
     chosen = os.environ.get("LM_ENVS_CACHE")
     try:
         if chosen:
@@ -162,13 +143,13 @@ def cache_root() -> Path:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """20 hex digits that depend on every part (JSON values) and not on their order."""
+    """Hash named parts (JSON values) to 20 hex digits, whatever their order."""
     text = json.dumps(parts, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def code_hash(files: Iterable[str | Path]) -> str:
-    """A hash of source files' content, so that what they built is built again when they change."""
+    """Hash source files, so that what they built is built again when they change."""
     digest = hashlib.sha256()
     for file in files:
         content = Path(file).read_bytes()
@@ -177,24 +158,23 @@ def code_hash(files: Iterable[str | Path]) -> str:
 
 
 def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *, needs_bytes: int = 64 << 20) -> Path:
-    """The folder of an entry, built first if it is absent or damaged.
+    """Return the folder of an entry, built first if it is missing or damaged.
 
-    Of several processes that ask at once, one builds and the others wait for it. Whatever interrupts a build, no entry
-    is left half-written.
+    One process builds while others wait. An interrupted build leaves no entry.
 
     Args:
         kind: a folder of the cache, such as a task's name.
         parts: everything that determines the content; JSON values.
         build: fills the empty folder it is given.
-        needs_bytes: free space to ask for before building starts.
+        needs_bytes: free space to require before the build.
 
     Raises:
-        CacheError: the folder cannot be written, or the disk is full; checked before the build and while it writes.
+        CacheError: the folder cannot be written, or the disk is full.
     """
     root = cache_root()
     entry = root / kind / key_of(parts)
     if damaged(entry) is None:
-        return entry  # needs no lock, so a cache that may only be read still serves
+        return entry  # without a lock, so a read-only cache works
     own: list[OSError] = []  # what the build is to blame for
 
     def watched(folder: Path) -> None:
@@ -204,7 +184,7 @@ def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *
             raise OSError(errno.EIO, str(error)) from error
         except OSError as error:
             elsewhere = error.filename is not None and root not in Path(os.fsdecode(error.filename)).parents
-            if elsewhere or error.errno not in _OF_THE_PLACE:
+            if elsewhere or errno.errorcode.get(error.errno or 0) not in _OF_THE_PLACE:
                 own.append(error)
             raise
 
@@ -233,7 +213,7 @@ def _locked(entry: Path) -> Iterator[None]:
 
 
 def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None]) -> None:
-    # What killed builds left: we hold the lock, so nobody uses it.
+    # Left by killed builds: the lock is ours, so nobody uses them.
     for stale in entry.parent.glob(f"{TEMPORARY}*-{entry.name}"):
         shutil.rmtree(stale, ignore_errors=True)
     if entry.exists():
@@ -244,7 +224,7 @@ def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None])
 
 
 def write_manifest(folder: Path, parts: Mapping[str, Any], of: Iterable[Path] | None = None) -> None:
-    """Record the size and SHA-256 of every file in a folder, or of some, and what they were made from."""
+    """Record the size and SHA-256 of every file in a folder, or of some, and their origin."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*") if of is None else of)
@@ -254,10 +234,10 @@ def write_manifest(folder: Path, parts: Mapping[str, Any], of: Iterable[Path] | 
 
 
 def damaged(folder: Path, parts: Mapping[str, Any] | None = None, names: Collection[str] | None = None) -> str | None:
-    """The first file that is missing or differs from the folder's manifest, None if all are there to the byte.
+    """Return the first file that is missing or differs from the folder's manifest, None if the folder is intact.
 
     Args:
-        parts: what the folder has to be made from; None is anything.
+        parts: what the folder must be made from; None is anything.
         names: check these files only.
     """
     name = MANIFEST
@@ -276,6 +256,6 @@ def damaged(folder: Path, parts: Mapping[str, Any] | None = None, names: Collect
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content, which is read in a stream."""
+    """Hash a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

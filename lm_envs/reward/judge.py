@@ -97,13 +97,12 @@ class RemoteJudge(Settings):
             raise ValueError(f"pattern is no regular expression: {error}") from None
         if self._pattern.groups < 1:
             raise ValueError("pattern needs a group around the grade, as in 'Grade: ([0-9]+)'")
-        logprobs: dict[str, Any] = {}
+        self._request: dict[str, Any] = {}
         if self.answers is not None:
             self.answers = {text.strip().casefold(): value for text, value in self.answers.items()}
-            logprobs = {"logprobs": True, "top_logprobs": 20}
-        if self.parameters is None:
-            self.parameters = {"temperature": 0.0, "max_tokens": 64 if self.answers is None else 1}
-        self.parameters = {**logprobs, **self.parameters}
+            self._request = {"logprobs": True, "top_logprobs": 20}
+        few = {"temperature": 0.0, "max_tokens": 64 if self.answers is None else 1}
+        self._request |= few if self.parameters is None else self.parameters
         self.__name__ = self.name
 
     def __call__(self, /, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
@@ -118,7 +117,7 @@ class RemoteJudge(Settings):
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             row = {name: values[i] for name, values in columns.items()} | {"prompt": prompt, "completion": completion}
             messages = self._messages(row)
-            keys.append(self.endpoint.cache_key(messages, self.parameters))
+            keys.append(self.endpoint.cache_key(messages, self._request))
             asked.setdefault(keys[-1], (i, messages))
         found: dict[str, float | None] = {}
         for key in list(asked):
@@ -138,7 +137,7 @@ class RemoteJudge(Settings):
         async def grade(key: str, i: int, messages: list[dict[str, str]]) -> float | None:
             async with slots:
                 try:
-                    choice = await self.endpoint.complete(client, messages, self.parameters)
+                    choice = await self.endpoint.complete(client, messages, self._request)
                 except EndpointError as error:
                     raise self._about(i, completions, error) from None
                 grade = self._told(i, completions, choice)

@@ -131,6 +131,8 @@ def test_what_a_text_means(text, expected):
         ("judge:http://127.0.0.1/v1", "a judge is judge:URL#MODEL or judge:FILE.toml"),
         ("judge:nowhere.toml", "there is no file 'nowhere.toml'"),
         ("nowhere.py:f", "there is no file 'nowhere.py'"),
+        ("bleu\u2028~no/x.py", r"say which function of the file, as in 'bleu\\u2028"),
+        ("a\u2028 - b", r"negative weight: 'a . b\*-1'"),
         ([], "expected a text or several"),
         ([1], "expected a text or several"),
     ],
@@ -138,7 +140,7 @@ def test_what_a_text_means(text, expected):
 def test_what_cannot_be_read(text, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_reward(text)
-    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 WORDS = [
