@@ -18,7 +18,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -198,18 +198,13 @@ def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *
     return entry
 
 
-@contextmanager
-def _locked(entry: Path) -> Iterator[None]:
+def _locked(entry: Path) -> AbstractContextManager[Any]:
     lock = FileLock(entry.with_name(entry.name + ".lock"))
     try:
-        lock.acquire(timeout=0.1)
+        return lock.acquire(timeout=0.1)
     except Timeout:
         _log.warning("waiting for another process that is making %s", entry)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None]) -> None:

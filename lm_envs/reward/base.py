@@ -27,21 +27,6 @@ from torch import Tensor
 from lm_envs.printable import one_line
 from lm_envs.reward.waiting import finished
 
-__all__ = [
-    "RESERVED",
-    "Clip",
-    "Conversational",
-    "Reward",
-    "Standardise",
-    "WeightedSum",
-    "call_reward",
-    "dense_part",
-    "is_dense",
-    "leaves",
-    "reward_name",
-    "scores_or_nan",
-]
-
 RESERVED = ("prompts", "completions", "completion_ids", "finish_reasons")  # no column of the data may be called so
 
 

@@ -87,9 +87,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _tell_pad_from_eos(model: Any, tokenizer: Any) -> None:
-    for token in (tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token):
-        if token is not None and token != tokenizer.eos_token:
-            tokenizer.pad_token = token
-            model.config.pad_token_id = tokenizer.pad_token_id
-            return
-    model.config.pad_token_id = None  # transformers then refuses to pad, instead of skipping a real EOS
+    others = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token)
+    if found := [token for token in others if token not in (None, tokenizer.eos_token)]:
+        tokenizer.pad_token = found[0]
+    # Without a pad id transformers refuses to pad, instead of skipping a real EOS.
+    model.config.pad_token_id = tokenizer.pad_token_id if found else None

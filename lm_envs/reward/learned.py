@@ -237,15 +237,13 @@ def _label(config: Any, label: int | str | None, name: str) -> int | None:
                 f"second), or the label to score by: {listed}"
             )
         return None
+    found = label
     if isinstance(label, str):
-        found = [k for k, text in names.items() if text.casefold() == label.casefold()]
-        if not found and label.isdigit():
-            found = [int(label)]
-    else:
-        found = [label]
-    if not found or not 0 <= found[0] < count:
+        named = [k for k, text in names.items() if text.casefold() == label.casefold()]
+        found = named[0] if named else int(label) if label.isdigit() else -1
+    if found not in range(count):
         raise ValueError(f"reward model {name!r} has no label {label!r}: it has {listed}")
-    return found[0]
+    return int(found)
 
 
 def load_reward_model(
