@@ -31,7 +31,7 @@ VALUES = st.recursive(
     max_leaves=3,
 )
 QUICK = settings(
-    max_examples=30,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
