@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from lm_envs.benchmarks.commands.options import Adapt, Own, planned, with_env, with_own
+from lm_envs.benchmarks.commands.options import Running
 from lm_envs.benchmarks.commands.report import carry_out
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.run.overrides import parse_settings
 from lm_envs.benchmarks.run.suite_files import load_suite
 from lm_envs.benchmarks.run.suites import Suite, TaskSettings
-from lm_envs.settings import Count, Seed, Several, Threads, near
+from lm_envs.settings import Seed, Several, Threads, near
 
 # What tasks of one's own are compared like where nothing else is said.
 _LIKE: dict[tuple[str, ...], str] = {("corpus",): "demo-real", ("translation",): "translation"}
 
 
-@dataclass(frozen=True)
-class Compare:
+@dataclass(frozen=True, kw_only=True)
+class Compare(Running):
     """Compare algorithms: tasks x algorithms x seeds, into a table, plots and a report.
 
     Say what to compare in a suite file, or name it here:
@@ -38,8 +37,6 @@ class Compare:
     names.
     """
 
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder of the results."""
     suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
     """A suite file (TOML), or a built-in suite: demo, demo-real, translation, all, enumerable, smoke."""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
@@ -49,27 +46,14 @@ class Compare:
     "all" are all there are, with the settings and seeds of the suite of that name."""
     seeds: Annotated[tuple[Seed, ...], tyro.conf.arg(metavar="N ...")] = ()
     """Seeds; with --suite instead of its own."""
-    iterations: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
-    """Training iterations of every run."""
-    episodes: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
-    """Training episodes of every run, instead of iterations: an equal number of reward calls for all."""
     test_prompts: Annotated[Several | None, tyro.conf.arg(metavar="N")] = None
     """Test prompts to measure on."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """A setting of an algorithm, as in --set ppo.learning_rate=1e-4; may be given again."""
-    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be given again."""
-    resume: bool = False
-    """Continue what OUT holds."""
     jobs: Threads = 1
     """Runs at a time, each in a process of its own. With small models, as many as there are cores."""
     threads: Annotated[Threads, tyro.conf.arg(metavar="N")] = 1
     """Torch threads per run. Results may differ in their last bits with it."""
-    compile: bool = False
-    """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
-    (docs/throughput.md)."""
-    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
-    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
     def to_suite(self) -> Suite:
         """The comparison that the options describe.
@@ -103,14 +87,12 @@ class Compare:
                 suite = replace(like, name="comparison", tasks=chosen)
         if self.seeds:
             suite = replace(suite, seeds=self.seeds)
-        suite = replace(suite, plan=planned(suite.plan, self.iterations, self.episodes, self.test_prompts))
         for name, values in _by_algorithm(self.set).items():
             running = {run.algorithm for run in suite.runs()}
             if name not in running:
                 raise UserError(f"--set {name}.{next(iter(values))}: {name!r} is not run here: {near(name, running)}")
             suite = replace(suite, overrides={**suite.overrides, name: {**suite.overrides.get(name, {}), **values}})
-        suite = replace(suite, compile=suite.compile or self.compile)
-        return self.adapt.apply(with_own(with_env(suite, self.env), own))
+        return self.applied(suite, own, **({"test_prompts": self.test_prompts} if self.test_prompts else {}))
 
     def run(self, console: Console) -> None:
         """Carry it out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -71,22 +71,10 @@ class _Learn:
 
         given = {"learning_rate": self.learning_rate, "episodes": self.batch_size}
         overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(self.set)
-        names = (
-            "algorithm",
-            "model",
-            "data",
-            "seed",
-            "epochs",
-            "held_out",
-            "max_length",
-            "max_rows",
-            "dtype",
-            "device",
-        )
-        settings = {name: getattr(self, name) for name in names} | {"data": rows_of(self.data)}
+        settings = {field.name: getattr(self, field.name) for field in fields(DataSpec) if hasattr(self, field.name)}
         planned = {name: getattr(self, name) for name in ("iterations", "validate_every", "checkpoint_every")}
         spec = DataSpec(
-            **settings,
+            **settings | {"data": rows_of(self.data)},
             plan=Plan(**planned),
             overrides=overrides,
             adaptation=self.adapt.settings(),
@@ -151,29 +139,22 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
 
     disable_progress_bar()
     check_overrides(spec.algorithm, spec.overrides)
-    opened: list[DataProblem] = []
 
     with gone_if_refused(out, *BEFORE_CONFIG), display(console, 1) as shown:
         if settings_of(out) is not None and not resume:
             raise UserError(f"{out} holds a run already: --resume continues it, another --out starts a new run")
 
         def opener(spec: Any) -> DataProblem:
-            opened.append(DataProblem(spec, out, lambda done: shown.say(f"{done:,} examples tokenized")))
-            for line in [*_about(opened[0].info, out), opened[0].plan()]:
+            opened = DataProblem(spec, out, lambda done: shown.say(f"{done:,} examples tokenized"))
+            for line in [*_about(opened.info, out), opened.plan()]:
                 shown.say(line)
-            return opened[0]
+            return opened
 
         stop = StopRequest(lambda: shown.say("Stopping after this iteration; Ctrl-C again stops at once."))
         with stop.listening():
             try:
-                result = execute(
-                    spec,
-                    out,
-                    threads=threads or torch.get_num_threads(),
-                    notify=shown,
-                    should_stop=stop,
-                    opener=opener,
-                )
+                threads = threads or torch.get_num_threads()
+                result = execute(spec, out, threads=threads, notify=shown, should_stop=stop, opener=opener)
             except Interrupted:
                 shown({"event": "stopped", "run": spec.label})
                 raise

@@ -1,10 +1,11 @@
-"""Options that several commands share: a task of one's own, and which part of a model is trained."""
+"""Options that several commands share: a task of one's own, which part of a model is trained, and how far."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -12,10 +13,10 @@ import tyro
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task, is_control
 from lm_envs.benchmarks.run.overrides import parse_settings
-from lm_envs.benchmarks.run.suites import Plan, Suite, check_adaptation, env_options
+from lm_envs.benchmarks.run.suites import Suite, check_adaptation, env_options
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
-from lm_envs.settings import Positive, Whole
+from lm_envs.settings import Count, Positive, Whole
 
 
 @dataclass(frozen=True)
@@ -117,51 +118,67 @@ class Adapt:
     """Adapters count A / R; twice the rank if not given."""
     lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Linear maps of a layer that get adapters, such as q_proj v_proj; all if not given."""
-
     lora_merge: bool = False
     """Save the tuned model with the adapters added to its weights, instead of the adapters."""
 
-    def settings(self) -> dict[str, Any]:
-        """What was given, in JSON's types.
+    def settings(self, suite: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """What was given, on top of a suite's, in JSON's types.
 
         Raises:
             UserError: the settings contradict each other.
         """
-        given = self._given()
-        check_adaptation(given)
-        return given
-
-    def apply(self, suite: Suite) -> Suite:
-        """The suite with these settings instead of its own.
-
-        Raises:
-            UserError: they contradict each other.
-        """
-        adaptation = {**suite.adaptation, **self._given()}
-        check_adaptation(adaptation)
-        return replace(suite, adaptation=adaptation)
-
-    def _given(self) -> dict[str, Any]:
         given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
         if "lora_targets" in given:
             given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
-        return given
+        check_adaptation(found := {**suite, **given})
+        return found
 
 
-def planned(plan: Plan, iterations: int | None, episodes: int | None, test_prompts: int | None = None) -> Plan:
-    """A plan with what was given on a command line."""
-    budget: dict[str, Any] = {"iterations": iterations, "episodes": episodes} if iterations or episodes else {}
-    return replace(plan, **budget, test_prompts=test_prompts or plan.test_prompts)
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """What commands that train on tasks share."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the results."""
+    iterations: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
+    """Training iterations of every run; the algorithm's own number, or the suite's, if not given."""
+    episodes: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
+    """Training episodes of every run, instead of iterations: an equal number of reward calls for all."""
+    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be given again."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    compile: bool = False
+    """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
+    (docs/throughput.md)."""
+    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
+    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
+
+    def applied(self, suite: Suite, own: dict[str, dict[str, Any]], **plan: Any) -> Suite:
+        """A suite with what was given: the budget, options of the environment, what is adapted, tasks of one's own.
+
+        Args:
+            own: as of :meth:`Own.options`.
+            plan: further fields of the plan.
+
+        Raises:
+            UserError: options contradict each other, or a task of one's own lacks them.
+        """
+        if self.iterations or self.episodes:
+            plan |= {"iterations": self.iterations, "episodes": self.episodes}
+        options = env_options(parse_settings(self.env, "--env", "kl_coef=0.1"), "--env")
+        tasks = [task if is_control(task.name) else replace(task, env={**task.env, **options}) for task in suite.tasks]
+        suite = replace(
+            suite,
+            tasks=tuple(tasks),
+            plan=replace(suite.plan, **plan),
+            adaptation=self.adapt.settings(suite.adaptation),
+            compile=suite.compile or self.compile,
+        )
+        return _with_own(suite, own)
 
 
-def with_env(suite: Suite, items: Sequence[str]) -> Suite:
-    """A suite whose text tasks have these options of the environment."""
-    options = env_options(parse_settings(items, "--env", "kl_coef=0.1"), "--env")
-    tasks = [task if is_control(task.name) else replace(task, env={**task.env, **options}) for task in suite.tasks]
-    return replace(suite, tasks=tuple(tasks))
-
-
-def with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
+def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
     """A suite whose tasks of the user's own know where they come from."""
     named = {base_task(task.name)[0]: task for task in suite.tasks}
     needs = {
@@ -172,10 +189,9 @@ def with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
     for name, option in needs.items():
         if name in named and name not in own and not named[name].options:
             raise UserError(f"task {name!r} needs {option}")
-    for name, options in own.items():
+    for name in own:
         if name not in named:
-            raise UserError(
-                f"{needs[name]} makes the task {name!r}, which is not among those to run: {', '.join(named)}"
-            )
-        suite = suite.with_task_options(name, **options)
-    return suite
+            others = ", ".join(named)
+            raise UserError(f"{needs[name]} makes the task {name!r}, which is not among those to run: {others}")
+    tasks = [replace(task, options={**task.options, **own.get(base_task(task.name)[0], {})}) for task in suite.tasks]
+    return replace(suite, tasks=tuple(tasks))

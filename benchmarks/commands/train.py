@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from lm_envs.benchmarks.commands.options import Adapt, Own, planned, with_env, with_own
+from lm_envs.benchmarks.commands.options import Running
 from lm_envs.benchmarks.commands.report import carry_out
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.overrides import parse_settings
@@ -17,8 +16,8 @@ from lm_envs.benchmarks.run.suites import Plan, Suite, TaskSettings
 from lm_envs.settings import Count, Seed, Threads, Whole
 
 
-@dataclass(frozen=True)
-class Train:
+@dataclass(frozen=True, kw_only=True)
+class Train(Running):
     """Train one algorithm on one task with one seed; control environments too.
 
       lm-envs train --task reviews --algorithm ppo --out runs/ppo --set learning_rate=1e-3
@@ -30,8 +29,6 @@ class Train:
 
     algorithm: Annotated[str, tyro.conf.arg(metavar="NAME")]
     """An algorithm (`lm-envs tasks` lists them)."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder of the results."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions; may be left out
     where the options below make one."""
@@ -39,45 +36,26 @@ class Train:
     """Decides prompts, samples and the order of minibatches."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
-    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be given again."""
-    iterations: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
-    """Training iterations; the algorithm's own number if not given."""
-    episodes: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
-    """Training episodes, instead of iterations."""
     validate_every: Whole = Plan.validate_every
     """Iterations between points of the learning curve, 0 for none."""
     checkpoint_every: Count = Plan.checkpoint_every
     """Iterations between checkpoints."""
-    resume: bool = False
-    """Continue what OUT holds."""
     threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads; as many as there are cores if not given. Results may differ in their last bits with it."""
-    compile: bool = False
-    """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
-    (docs/throughput.md)."""
-    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
-    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
     def run(self, console: Console) -> None:
         """Carry it out."""
         import torch
 
         threads = torch.get_num_threads() if self.threads is None else self.threads
-        plan = replace(
-            planned(Plan(), self.iterations, self.episodes),
-            validate_every=self.validate_every,
-            checkpoint_every=self.checkpoint_every,
-        )
         overrides = {self.algorithm: parse_settings(self.set)} if self.set else {}
         own = self.own.options()
         task = self.task or (next(iter(own)) if len(own) == 1 else None)
         if task is None:
             raise UserError("say what to train on: --task NAME, or --policy, --prompts and --reward-model or --reward")
-        suite = Suite(
-            "training", (TaskSettings(task),), (self.algorithm,), (self.seed,), plan, overrides, compile=self.compile
-        )
-        suite = self.adapt.apply(with_own(with_env(suite, self.env), own))
+        suite = Suite("training", (TaskSettings(task),), (self.algorithm,), (self.seed,), overrides=overrides)
+        plan = {"validate_every": self.validate_every, "checkpoint_every": self.checkpoint_every}
+        suite = self.applied(suite, own, **plan)
         carry_out(suite, self.out, resume=self.resume, threads=threads, console=console)
         model = self.out / suite.runs()[0].label / "model"
         if model.is_dir():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task, best_of, folder_name
-from lm_envs.benchmarks.run.results import COLUMNS, number
+from lm_envs.benchmarks.run.results import COLUMNS, by_method, number
 from lm_envs.benchmarks.run.storage import Records, read_json
 
 # Okabe and Ito's colors, which people with any kind of color vision can tell apart; yellow is left out, it vanishes
@@ -32,17 +32,18 @@ _MARKERS = {"sft": "X", "best-of-n": "D", "expert-iteration": "s", "reinforce": 
 
 @dataclass(frozen=True)
 class Series:
-    """All seeds of one algorithm on one env of a task.
-
-    Attributes:
-        results: one per seed, as in ``result.json``.
-        folders: of the runs, in the same order.
-    """
+    """All seeds of one algorithm on one env of a task: a result per seed, as in ``result.json``."""
 
     task: str
     algorithm: str
     results: tuple[dict[str, Any], ...]
-    folders: tuple[Path, ...]
+    out: Path
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of the runs, in the results' order."""
+        method = self.out / folder_name(self.task) / self.algorithm
+        return [method / f"seed-{result['seed']}" for result in self.results]
 
     @property
     def base(self) -> str:
@@ -96,21 +97,9 @@ def gather(out: Path, rows: list[dict[str, Any]]) -> list[Series]:
         raise UserError(
             f"{out} holds no finished run: nothing to report (a comparison that was stopped goes on with --resume)"
         )
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        missing = [name for name in COLUMNS if name not in row]
-        if missing:
-            raise UserError(f"a result in {out} lacks {missing[0]!r}: it is of another version; run it again")
-        cells.setdefault((row["task"], row["algorithm"]), []).append(row)
-    return [
-        Series(
-            task,
-            algorithm,
-            tuple(found),
-            tuple(out / folder_name(task) / algorithm / f"seed-{row['seed']}" for row in found),
-        )
-        for (task, algorithm), found in cells.items()
-    ]
+    if missing := [name for row in rows for name in COLUMNS if name not in row]:
+        raise UserError(f"a result in {out} lacks {missing[0]!r}: it is of another version; run it again")
+    return [Series(task, algorithm, tuple(found), out) for (task, algorithm), found in by_method(rows).items()]
 
 
 def styles(series: list[Series]) -> dict[str, tuple[str, str]]:

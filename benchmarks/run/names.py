@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,9 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
     name = base_task(name)[0]
     if ":" in name and name not in TASKS:
         module, _, function = name.partition(":")
-        try:
+        found = None
+        with suppress(ModuleNotFoundError, ValueError):  # of a parent package; of a script
             found = find_spec(module)
-        except (ModuleNotFoundError, ValueError):  # of a parent package; of a script
-            found = None
         if found is None:
             raise UserError(
                 f"task {name!r}: there is no module {module!r} on the import path (PYTHONPATH adds folders)"
@@ -98,7 +98,6 @@ def check_task(name: str) -> None:
 
 def check_algorithm(name: str) -> None:
     """Raises UserError unless there is such an algorithm; the message names the near ones."""
-
     if name == "sft" or best_of(name) is not None:
         return
     if name.startswith("best-of-"):

@@ -22,6 +22,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,11 +96,9 @@ def execute(
     should_stop: Callable[[], bool] = lambda: False,
     opener: Callable[[Any], Any] = open_problem,
 ) -> dict[str, Any]:
-    """Carry out a run, or what is left of it, and return its result.
+    """Carry out a run, or what is left of it, in ``out / spec.folder``; return its result.
 
     Args:
-        spec: what to run.
-        out: the comparison's folder; the run's is ``out / spec.folder``.
         threads: of torch. A run that is continued keeps the number it began with: sums depend on it in their last bits.
         notify: called with events "start", "iteration" and "evaluate", dictionaries in JSON's types.
         should_stop: asked after every iteration.
@@ -162,27 +161,24 @@ def check_same(spec: AnySpec, folder: Path) -> dict[str, Any] | None:
     return config
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        spec: AnySpec,
-        folder: Path,
-        threads: int,
-        notify: Notify,
-        should_stop: Callable[[], bool],
-        opener: Callable[[Any], Any],
-    ) -> None:
-        self.spec, self.folder, self.threads = spec, folder, threads
-        self.notify, self.should_stop, self.opener = notify, should_stop, opener
-        self.metrics, self.samples = Records(folder / "metrics.jsonl"), Records(folder / "samples.jsonl")
-        self.checkpoints = Checkpoints(folder / "checkpoints")
-        self.wall_s = 0.0
+    spec: AnySpec
+    folder: Path
+    threads: int
+    notify: Notify
+    should_stop: Callable[[], bool]
+    opener: Callable[[Any], Any]
+    wall_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.metrics, self.samples = Records(self.folder / "metrics.jsonl"), Records(self.folder / "samples.jsonl")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
 
     def execute(self) -> dict[str, Any]:
         config = check_same(self.spec, self.folder)
-        return finished(self.folder) or self._run(config)
-
-    def _run(self, config: dict[str, Any] | None) -> dict[str, Any]:
+        if (result := finished(self.folder)) is not None:
+            return result
         unfinished = sorted(self.folder.rglob(f"{TEMPORARY}*"))  # what killed writes left
         no_folders = [path for name in _FOLDERS if not (path := self.folder / name).is_dir()]
         for path in (*unfinished, *no_folders):
@@ -195,7 +191,8 @@ class _Run:
         if config is None:
             config = self._write_config(problem)
         self.checkpoints.run = config[SEAL]
-        self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": self._total(problem)})
+        total = 0 if problem.agent is None else problem.agent.config.iterations
+        self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": total})
         if problem.agent is None:
             self.samples.cut(0)
         else:
@@ -205,9 +202,6 @@ class _Run:
     def _write_config(self, problem: Problem) -> dict[str, Any]:
         config = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
         return write_sealed(self.folder / "config.json", config | {"inputs": fingerprints(self.spec)})
-
-    def _total(self, problem: Problem) -> int:
-        return 0 if problem.agent is None else problem.agent.config.iterations
 
     def _train(self, problem: Problem) -> None:
         agent = problem.agent
@@ -284,9 +278,9 @@ class _Run:
     def _finish(self, problem: Problem) -> dict[str, Any]:
         """Measure on the test prompts and write the result."""
         self.notify({"event": "evaluate", "run": self.spec.label})
-        measured, samples = problem.evaluate()
+        measured, found = problem.evaluate()
         done = 0 if problem.agent is None else problem.agent.iterations_done
-        self.samples.append(*({"iteration": done, "split": "test", **sample} for sample in samples))
+        self.samples.append(*({"iteration": done, "split": "test", **sample} for sample in found))
         self.samples.seal()
         remove(self.folder / "model")  # half of it, of a process that was killed here
         problem.save_model(self.folder / "model")

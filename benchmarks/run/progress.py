@@ -4,25 +4,13 @@ terminal."""
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lm_envs.benchmarks.run.results import number, plain
-
-
-class Display(Protocol):
-    """Follows the events of :mod:`lm_envs.benchmarks.run.one_run`."""
-
-    def __enter__(self) -> Display: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def __call__(self, event: dict[str, Any]) -> None: ...
-
-    def say(self, text: str) -> None: ...
 
 
 def figures(metrics: dict[str, Any]) -> str:
@@ -55,8 +43,9 @@ def final_figures(result: dict[str, Any]) -> str:
     return text if gold != gold else f"win-rate {100 * win_rate:.0f} %  gold {gold:.2f}  {text}"
 
 
-class Lines:
-    """Plain lines: a start, a line now and then and for the last iteration, an end."""
+class Display:
+    """Follows the events of :mod:`lm_envs.benchmarks.run.one_run` in plain lines: a start, a line now and then and for
+    the last iteration, an end."""
 
     def __init__(self, console: Console, total: int, every_s: float = 15.0) -> None:
         self.console, self.total, self.every_s = console, total, every_s
@@ -64,7 +53,7 @@ class Lines:
         self._known: dict[str, dict[str, Any]] = {}
         self._done = 0
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -74,15 +63,19 @@ class Lines:
         """A line of its own."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def known(self, event: dict[str, Any]) -> dict[str, Any]:
+        """The newest of each metric of a run, with those of an iteration's event."""
+        known = self._known.setdefault(event["run"], {})
+        known.update(event["metrics"])
+        return known
+
     def __call__(self, event: dict[str, Any]) -> None:
-        """Print what an event is worth."""
+        """Show what an event is worth."""
         kind, run = event["event"], event.get("run", "")
         if kind == "start" and event["iteration"]:
             self.say(f"{run}: continuing after iteration {event['iteration']}")
         elif kind == "iteration":
-            known = self._known.setdefault(run, {})
-            known.update(event["metrics"])
-            now = time.monotonic()
+            known, now = self.known(event), time.monotonic()
             last = event["metrics"]["iteration"] == event["of"]
             if last or now - self._last.get(run, -self.every_s) >= self.every_s:
                 self._last[run] = now
@@ -96,10 +89,11 @@ class Lines:
             self.say(f"{run}: FAILED: {event['message']}")
 
 
-class Bars:
+class Bars(Display):
     """A bar per run under way and one for the whole."""
 
     def __init__(self, console: Console, total: int) -> None:
+        super().__init__(console, total)
         self.progress = Progress(
             TextColumn("{task.description}", table_column=None),
             BarColumn(bar_width=18),
@@ -110,18 +104,13 @@ class Bars:
         )
         self._all = self.progress.add_task("[bold]all runs", total=total, figures="")
         self._rows: dict[str, TaskID] = {}
-        self._known: dict[str, dict[str, Any]] = {}
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
-
-    def say(self, text: str) -> None:
-        """A line above the bars."""
-        self.progress.console.print(text, highlight=False, markup=False)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Move the bars."""
@@ -132,9 +121,8 @@ class Bars:
                 row = self._rows[run] = self.progress.add_task(escape(run), total=max(event["of"], 1), figures="")
             self.progress.update(row, completed=event["iteration"])
         elif kind == "iteration":
-            known = self._known.setdefault(run, {})
-            known.update(event["metrics"])
-            self.progress.update(self._rows[run], completed=event["metrics"]["iteration"], figures=figures(known))
+            shown = figures(self.known(event))
+            self.progress.update(self._rows[run], completed=event["metrics"]["iteration"], figures=shown)
         elif kind == "evaluate" and run in self._rows:
             self.progress.update(self._rows[run], figures="measuring on test prompts")
         elif kind in ("done", "stopped", "failed"):
@@ -149,4 +137,4 @@ class Bars:
 
 def display(console: Console, total: int) -> Display:
     """Bars in a terminal, else lines."""
-    return Bars(console, total) if console.is_terminal else Lines(console, total)
+    return (Bars if console.is_terminal else Display)(console, total)

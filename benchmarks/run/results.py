@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,9 +13,8 @@ import numpy as np
 from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.measure.samples import GREEDY, standard_error
 from lm_envs.benchmarks.run.names import is_control
-from lm_envs.benchmarks.run.storage import finished
+from lm_envs.benchmarks.run.storage import finished, write_lines
 from lm_envs.data.splits import ENOUGH_PROMPTS
-from lm_envs.files import write_atomic
 
 COLUMNS = (
     *("task", "algorithm", "seed", "win_rate", "win_rate_se", "gold", "proxy", "kl", "length", "distinct_2"),
@@ -60,17 +57,12 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     def written(value: Any) -> Any:
         if isinstance(value, float):
             return "" if math.isnan(value) else f"{value:.6g}"
-        return "" if value is None else value
+        return value
 
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     known = [name for name in KNOWN_AT_TIMES if any(not math.isnan(number(row.get(name))) for row in rows)]
     if not _differ((row["task"], row.get("kl_coef")) for row in rows):
         known = [name for name in known if name != "kl_coef"]
-    names = (*COLUMNS, *known)
-    writer.writerow(names)
-    writer.writerows([written(row[name] if name in COLUMNS else row.get(name)) for name in names] for row in rows)
-    write_atomic(path, text.getvalue())
+    write_lines(path, [{name: written(value) for name, value in row.items()} for row in rows], (*COLUMNS, *known))
 
 
 def _differ(coefs: Iterable[tuple[str, float | None]]) -> bool:
@@ -83,12 +75,9 @@ def _differ(coefs: Iterable[tuple[str, float | None]]) -> bool:
 class Line:
     """A line of the table: one algorithm on one task, over its seeds.
 
-    Attributes:
-        mean: of each column over the seeds.
-        spread: standard deviation over the seeds (n - 1), NaN for one; for ``win_rate`` the standard error over
-            **prompts** of the outcome averaged over the seeds, since all seeds answer the same prompts against the same
-            SFT samples.
-        prompts: test prompts that it was measured on, None where there are none.
+    ``spread`` is the standard deviation over the seeds (n - 1), NaN for one; for ``win_rate`` the standard error over
+    **prompts** of the outcome averaged over the seeds, since all seeds answer the same prompts against the same SFT
+    samples. ``prompts`` is how many test prompts there were, None where there are none.
     """
 
     task: str
@@ -100,12 +89,17 @@ class Line:
     prompts: int | None = None
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
-    """Results averaged over seeds, in the order of the rows."""
+def by_method(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The rows of each task and algorithm, in their order."""
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["task"], row["algorithm"]), []).append(row)
-    return [_line(task, algorithm, found) for (task, algorithm), found in cells.items()]
+    return cells
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
+    """Results averaged over seeds, in the order of the rows."""
+    return [_line(task, algorithm, found) for (task, algorithm), found in by_method(rows).items()]
 
 
 def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:

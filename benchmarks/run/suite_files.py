@@ -169,10 +169,9 @@ class _Reader:
         evaluation = self.make(_Evaluation, data.evaluation, "[evaluation]")
         every = self.make(_Checkpoints, data.checkpoints, "[checkpoints]").every
         return Plan(
-            budget.iterations,
-            budget.episodes,
-            evaluation.test_prompts,
-            evaluation.validation_prompts,
+            **vars(budget),
+            test_prompts=evaluation.test_prompts,
+            validation_prompts=evaluation.validation_prompts,
             validate_every=evaluation.every,
             checkpoint_every=every,
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.names import base_task, folder_name, is_control
+from lm_envs.benchmarks.run.names import folder_name, is_control
 from lm_envs.settings import Count, Finite, NonNegative, Positive, Settings, Several, Size, Whole, make
 
 
@@ -41,11 +41,7 @@ class Plan(Settings):
 
 @dataclass(frozen=True)
 class EnvOptions(Settings):
-    """Options of the environment that a suite or ``--env`` may set; None is the task's own.
-
-    Attributes:
-        kl_coef, temperature, max_new_tokens, min_new_tokens, missing_eos: as of :class:`lm_envs.env.mdp.TextMDP`.
-    """
+    """Options of :class:`lm_envs.env.mdp.TextMDP` that a suite or ``--env`` may set; None is the task's own."""
 
     kl_coef: NonNegative | None = None
     temperature: Positive | None = None
@@ -116,11 +112,6 @@ class RunSpec:
                 del found[name]
         return found
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RunSpec:
-        """The inverse of :meth:`to_json`."""
-        return cls(**{**data, "plan": Plan(**data["plan"])})
-
 
 @dataclass(frozen=True)
 class Suite:
@@ -147,34 +138,17 @@ class Suite:
     def runs(self) -> list[RunSpec]:
         """The cells: for each task all algorithms with the first seed, then with the next, so that early results say
         most."""
-        found = []
-        for task in self.tasks:
-            for seed in self.seeds:
-                for algorithm in task.algorithms or self.algorithms:
-                    overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
-                    text = not is_control(task.name)
-                    found.append(
-                        RunSpec(
-                            task.name,
-                            algorithm,
-                            seed,
-                            self.plan,
-                            task.env,
-                            task.options,
-                            overrides,
-                            adaptation=self.adaptation if text else {},
-                            compile=self.compile and text,
-                        )
-                    )
-        return found
-
-    def with_task_options(self, name: str, **options: Any) -> Suite:
-        """The same with more options for the loader of the tasks called ``name`` (and of their bandit env)."""
-        tasks = tuple(
-            replace(task, options={**task.options, **options}) if base_task(task.name)[0] == name else task
+        return [
+            self._run(task, algorithm, seed)
             for task in self.tasks
-        )
-        return replace(self, tasks=tasks)
+            for seed in self.seeds
+            for algorithm in task.algorithms or self.algorithms
+        ]
+
+    def _run(self, task: TaskSettings, algorithm: str, seed: int) -> RunSpec:
+        overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
+        models = {} if is_control(task.name) else {"adaptation": self.adaptation, "compile": self.compile}
+        return RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides, **models)  # type: ignore[arg-type]
 
 
 def check_adaptation(settings: Mapping[str, Any]) -> None:

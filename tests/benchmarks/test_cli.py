@@ -19,7 +19,7 @@ from lm_envs.benchmarks.commands.compare import Compare
 from lm_envs.benchmarks.commands.options import Own
 from lm_envs.benchmarks.run import storage
 from lm_envs.benchmarks.run.names import load_task
-from lm_envs.benchmarks.run.results import COLUMNS
+from lm_envs.benchmarks.run.results import COLUMNS, COSTS
 from lm_envs.benchmarks.run.storage import Records
 from lm_envs.benchmarks.run.suite_files import load_suite, parse_suite
 from tests.benchmarks.fake_task import NAME
@@ -71,7 +71,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
     assert run(capsys, "compare", "--suite", suite, "--out", out, "--jobs", "2")[0] == 0
     with open(out / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == list(COLUMNS)
+    assert list(rows[0]) == [*COLUMNS, *COSTS]
     assert [(row["task"], row["algorithm"], row["seed"]) for row in rows] == [
         *((NAME, algorithm, seed) for algorithm in ("sft", "best-of-4", "ppo") for seed in "01"),
         *((f"{NAME}-bandit", "ppo", seed) for seed in "01"),

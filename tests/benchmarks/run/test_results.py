@@ -200,7 +200,7 @@ def test_unknown_algorithms_get_colors_of_their_own():
     from lm_envs.benchmarks.report.series import Series
 
     names = ["ppo", "best-of-4", "best-of-16", "mine", "yours"]
-    style = styles([Series("t", name, (), ()) for name in names])
+    style = styles([Series("t", name, (), Path()) for name in names])
     assert len({color for color, _ in style.values()}) == len(names)
 
 
@@ -249,7 +249,7 @@ def test_all_algorithms_together_can_be_told_apart():
     from lm_envs.benchmarks.report.series import Series, styles
     from lm_envs.benchmarks.run.names import expanded
 
-    found = styles([Series("reviews", name, (), ()) for name in expanded(["all"])])
+    found = styles([Series("reviews", name, (), Path()) for name in expanded(["all"])])
     assert len(found) == len(set(found.values())) > 10
 
 

@@ -9,7 +9,6 @@ import pytest
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task, best_of, check_algorithm, check_task
 from lm_envs.benchmarks.run.suite_files import BUILT_IN, load_suite, parse_suite
-from lm_envs.benchmarks.run.suites import RunSpec
 
 GOOD = """
 name = "mine"
@@ -70,7 +69,6 @@ def test_what_a_suite_says_reaches_its_runs():
     plan = plain.plan
     assert (plan.episodes, plan.iterations, plan.test_prompts, plan.validation_prompts) == (1000, None, 50, 20)
     assert (plan.validate_every, plan.checkpoint_every) == (5, 7)
-    assert RunSpec.from_json(bandit.to_json()) == bandit
 
 
 @pytest.mark.parametrize(
