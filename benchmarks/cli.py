@@ -149,7 +149,6 @@ def _options(command: Any) -> Iterator[str]:
 
 
 def _settings() -> set[str]:
-    """The settings of all algorithms."""
     from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
 
     return {field.name for name in ALGORITHMS if name not in WRAPPERS for field in fields(load(name).Config)}

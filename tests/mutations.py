@@ -1190,8 +1190,8 @@ MUTATIONS = [
     Mutation(
         "an epoch is a pass over rows, not examples",
         "benchmarks/run/data_problem.py",
-        "self.spec.epochs * _examples(self._train) / size",
-        "self.spec.epochs * len(self._train) / size",
+        "self.spec.epochs * _examples(self._train) / settings",
+        "self.spec.epochs * len(self._train) / settings",
         LEARN,
     ),
     Mutation(

@@ -10,47 +10,25 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from lm_envs.benchmarks.speed.settings import SB3, Throughput
 from lm_envs.settings import Count, Size, Threads
 
 
 @dataclass(frozen=True)
-class BenchThroughput:
+class BenchThroughput(Throughput):
     """Measure tokens a second and peak memory of stepping, bulk sampling and training, against `generate`, bare
     forwards and, after `make peers`, TRL's trainers on the same work.
 
     One line per way and size; the ways take turns, and what others took of the machine stands beside them.
     """
 
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
-    shapes: tuple[Literal["small", "larger", "gpt2"], ...] = ("small", "larger")
-    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape. The first is scaled."""
-    ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Only these."""
-    rounds: Count = 7
-    """How often each runs; medians are reported."""
-    threads: Threads = os.cpu_count() or 1
-    """Torch threads."""
-    tables: tuple[Literal["fixed work", "response length", "rows", "vocabulary"], ...] = (
-        "fixed work",
-        "response length",
-        "rows",
-        "vocabulary",
-    )
-    """The fixed work, and the first model over response length, rows and vocabulary."""
-    peaks: bool = True
-    """Do not measure memory, which is done for each way in a process of its own."""
-    add: bool = False
-    """Keep what stands in the result and is not measured again, so that it can be made piece by piece."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
     """The result; if not given, benchmarks/results/throughput-DEVICE.csv, or DEVICE-POLICY with an OMP_WAIT_POLICY."""
 
     def run(self, console: Console) -> None:
-        """Measure."""
         from lm_envs.benchmarks.speed import throughput
 
-        given = {name: value for name, value in vars(self).items() if name != "out"}
-        throughput.run(throughput.Settings(**given), self.out)
+        throughput.run(self, self.out)
 
 
 @dataclass(frozen=True)
@@ -84,7 +62,6 @@ class BenchKernels:
     """Also draw it."""
 
     def run(self, console: Console) -> None:
-        """Measure."""
         from lm_envs.benchmarks.speed import kernels
 
         arguments = kernels.parser().parse_args([])
@@ -100,17 +77,17 @@ class BenchMemory:
     gradients.
     """
 
-    rows: int = 8
+    rows: Size = 8
     """Texts."""
-    tokens: int = 256
+    tokens: Size = 256
     """Of each."""
-    layers: int = 4
+    layers: Size = 4
     """Of the model."""
-    vocabulary: int = 49_152
+    vocabulary: Size = 49_152
     """Its tokens."""
-    threads: int = os.cpu_count() or 1
+    threads: Threads = os.cpu_count() or 1
     """Torch threads."""
-    rounds: int = 3
+    rounds: Count = 3
     """Processes per task and way; medians are reported."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Another checkout of this project, measured in turns with this one."""
@@ -118,7 +95,6 @@ class BenchMemory:
     """The result; benchmarks/results/memory-cpu.csv if not given."""
 
     def run(self, console: Console) -> None:
-        """Measure."""
         from lm_envs.benchmarks.speed import memory
 
         shape = {name: value for name, value in vars(self).items() if name not in ("rounds", "against", "out")}
@@ -126,32 +102,16 @@ class BenchMemory:
 
 
 @dataclass(frozen=True)
-class BenchSB3:
+class BenchSB3(SB3):
     """Measure Stable-Baselines3's PPO with our policy against our own PPO on the same work; they take turns."""
 
-    shapes: tuple[Literal["small", "larger", "gpt2"], ...] = ("small", "larger")
-    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape."""
-    rows: Size = 32
-    """Texts an iteration."""
-    new_tokens: Size = 48
-    """Their exact length."""
-    epochs: Count = 4
-    """Passes over each buffer."""
-    minibatches: Count = 4
-    """Of one way more on the first shape, whose minibatches are smaller than the buffer; 1 leaves it out."""
-    rounds: Count = 5
-    """How often each runs; medians are reported."""
-    threads: Threads = 1
-    """Torch threads."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
     """The result; benchmarks/results/sb3-cpu.csv if not given."""
 
     def run(self, console: Console) -> None:
-        """Measure."""
         from lm_envs.benchmarks.speed import sb3
 
-        given = {name: value for name, value in vars(self).items() if name != "out"}
-        sb3.run(sb3.Settings(**given), self.out)
+        sb3.run(self, self.out)
 
 
 @dataclass(frozen=True)
@@ -167,5 +127,4 @@ class Bench:
     ]
 
     def run(self, console: Console) -> None:
-        """Measure."""
         self.what.run(console)

@@ -31,7 +31,6 @@ class Build:
     """A field of lm_envs.tasks.reviews_build.ReviewsConfig; may be given again."""
 
     def run(self, console: Console) -> None:
-        """Build it."""
         from transformers.utils.logging import disable_progress_bar
 
         from lm_envs.tasks import reviews_build

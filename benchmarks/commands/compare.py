@@ -95,7 +95,6 @@ class Compare(Running):
         return self.applied(suite, own, **({"test_prompts": self.test_prompts} if self.test_prompts else {}))
 
     def run(self, console: Console) -> None:
-        """Carry it out."""
         suite = self.to_suite()
         carry_out(suite, self.out, resume=self.resume, jobs=self.jobs, threads=self.threads, console=console)
 

@@ -36,7 +36,6 @@ class DataCheck:
     """List all bad rows, not the first ten."""
 
     def run(self, console: Console) -> None:
-        """Check it."""
         from lm_envs.benchmarks.commands.data_check import check, show
         from lm_envs.feedback.exchange import rows_of
 
@@ -63,6 +62,5 @@ class DataCommand:
     ]
 
     def run(self, console: Console) -> None:
-        """Do it."""
         assert self.what is not None
         self.what.run(console)

@@ -65,7 +65,6 @@ class _Learn:
     algorithm: ClassVar[str]
 
     def run(self, console: Console) -> None:
-        """Carry it out."""
         from lm_envs.benchmarks.run.data_problem import DataSpec
         from lm_envs.feedback.exchange import rows_of
 

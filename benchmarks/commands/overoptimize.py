@@ -13,7 +13,7 @@ from lm_envs.benchmarks.commands.options import Own
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task
 from lm_envs.benchmarks.run.overrides import parse_settings
-from lm_envs.settings import Count, Seed, Several, near
+from lm_envs.settings import Seed, Several, near
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Overoptimise:
     """Comparisons that each reward model is trained on."""
     algorithm: str = "ppo"
     """What optimizes them, apart from best-of-n."""
-    iterations: Count = 60
+    iterations: Several = 60
     """Its training iterations."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
@@ -42,7 +42,6 @@ class Overoptimise:
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
     def run(self, console: Console) -> None:
-        """Carry it out."""
         from lm_envs.benchmarks.report.overoptimization import Settings, overoptimise
         from lm_envs.benchmarks.run.names import trainable
 

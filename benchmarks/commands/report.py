@@ -21,7 +21,6 @@ class Report:
     """Folder of a comparison."""
 
     def run(self, console: Console) -> None:
-        """Make them."""
         if not self.out.is_dir():
             raise UserError(f"no such folder: {self.out}")
         show(self.out)

@@ -19,7 +19,6 @@ class Tasks:
     """List the tasks and the algorithms, with what they are."""
 
     def run(self, console: Console) -> None:
-        """Show them."""
         for table in listing():
             Console(emoji=False).print(table)
 

@@ -44,7 +44,6 @@ class Train(Running):
     """Torch threads; as many as there are cores if not given. Results may differ in their last bits with it."""
 
     def run(self, console: Console) -> None:
-        """Carry it out."""
         import torch
 
         threads = torch.get_num_threads() if self.threads is None else self.threads

@@ -19,10 +19,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
+from annotated_types import MinLen
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -44,6 +45,8 @@ from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.files import write_atomic
 from lm_envs.reward.learned import LearnedReward
+from lm_envs.settings import Probability, Seed, Several
+from lm_envs.settings import Settings as CheckedSettings
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories
@@ -54,7 +57,7 @@ FLOOR = -1.0  # a gold that fell by a standard deviation: beyond, texts are of n
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CheckedSettings):
     """What is optimized, how far, and how it is measured.
 
     Attributes:
@@ -67,24 +70,16 @@ class Settings:
         seed: decides everything.
     """
 
-    pairs: tuple[int, ...] = (500, 2000, 8000)
-    held_out: int = 512
-    flip: float = 0.25
+    pairs: Annotated[tuple[Several, ...], MinLen(1)] = (500, 2000, 8000)
+    held_out: Several = 512
+    flip: Probability = 0.25
     algorithm: str = "ppo"
     overrides: dict[str, Any] = field(default_factory=dict)
-    iterations: int = 60
-    prompts: int = 64
-    samples: int = 128
+    iterations: Several = 60
+    prompts: Several = 64
+    samples: Several = 128
     reward_model: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where a number is too small."""
-        if not self.pairs or min(self.pairs) < 2:
-            raise ValueError(f"pairs must be sizes of at least 2, got {self.pairs}")
-        for name in ("held_out", "iterations", "prompts", "samples"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+    seed: Seed = 0
 
 
 @dataclass

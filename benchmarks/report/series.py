@@ -41,13 +41,11 @@ class Series:
 
     @property
     def folders(self) -> list[Path]:
-        """Those of the runs, in the results' order."""
         method = self.out / folder_name(self.task) / self.algorithm
         return [method / f"seed-{result['seed']}" for result in self.results]
 
     @property
     def base(self) -> str:
-        """The task's name without its kind of env."""
         return base_task(self.task)[0]
 
     @property
@@ -57,16 +55,13 @@ class Series:
 
     @property
     def label(self) -> str:
-        """How figures call it."""
         return f"{self.algorithm} (bandit)" if self.bandit else self.algorithm
 
     def mean(self, column: str) -> float:
-        """Of a column, over the seeds."""
         return float(np.mean([number(result[column]) for result in self.results]))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json`` of the first seed."""
         return read_json(self.folders[0] / "config.json")
 
     def curve(self, name: str, x: str = "tokens") -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:

@@ -20,7 +20,7 @@ from rich.markup import escape
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
 from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
 from lm_envs.benchmarks.run.overrides import check_overrides
-from lm_envs.benchmarks.run.progress import Display, display
+from lm_envs.benchmarks.run.progress import display
 from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
 from lm_envs.benchmarks.run.suites import RunSpec, Suite
@@ -49,10 +49,7 @@ def check_writable(out: Path) -> None:
 @contextmanager
 def gone_if_refused(out: Path, *ours: str) -> Iterator[None]:
     """Make ``out``, and take away again what was made if what is inside the block raises before there is a run in it.
-
-    Args:
-        ours: files and folders in it that may go with it; with anything else it stays, as it does if it was there.
-    """
+    Files and folders called ``ours`` go with it; with anything else in it, it stays, as it does if it was there."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         check_writable(out)
@@ -69,12 +66,8 @@ def gone_if_refused(out: Path, *ours: str) -> Iterator[None]:
 
 
 def check_folder(out: Path, suite: Suite, resume: bool) -> None:
-    """Whether ``out`` is this comparison's to use; nothing is changed in it.
-
-    Raises:
-        UserError: it holds a comparison and ``resume`` was not asked for, or one with other settings, or somebody's
-        files.
-    """
+    """Raise UserError if ``out`` holds a comparison and ``resume`` was not asked for, or one with other settings, or
+    somebody's files."""
     from lm_envs.benchmarks.run.one_run import check_same
 
     begun = any((out / spec.label / "config.json").exists() for spec in suite.runs())
@@ -153,18 +146,12 @@ def compare(
     threads: int = 1,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Carry out a comparison in ``out``, or what is left of it.
+    """Carry out a comparison in ``out``, or what is left of it; return the results of all finished runs.
 
     Args:
-        suite: what to compare.
-        out: the folder of the results.
         resume: continue what ``out`` holds; more tasks, algorithms or seeds than it began with are welcome.
         jobs: runs at a time, each in a process of its own if more than one.
         threads: torch threads per run. Sums depend on it in their last bits, so it must not depend on ``jobs``.
-        console: where to show progress.
-
-    Returns:
-        the results of all finished runs.
 
     Raises:
         UserError: something is wrong that the user can put right; before any training, if it could be known.
@@ -227,8 +214,7 @@ def write_results(out: Path) -> list[dict[str, Any]]:
 
 
 def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, console: Console) -> None:
-    failed: list[dict[str, Any]] = []
-    ended: list[str] = []
+    ends: dict[str, list[dict[str, Any]]] = {"done": [], "failed": []}
 
     with display(console, len(runs)) as shown:
 
@@ -236,35 +222,22 @@ def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, cons
             shown(event)
             if event["event"] == "done":
                 write_results(out)
-                ended.append(event["run"])
-            elif event["event"] == "failed":
-                failed.append(event)
+            if event["event"] in ends:
+                ends[event["event"]].append(event)
 
         stop = StopRequest(lambda: shown.say("Stopping after this iteration; Ctrl-C again stops at once."))
         with stop.listening():
             if jobs == 1:
-                _one_by_one(runs, out, threads, notify, stop, shown)
+                for run in runs:
+                    notify(event := attempt(run, out, threads=threads, notify=shown, should_stop=stop))
+                    if stop.requested or event.get("fatal"):
+                        break
             else:
                 run_in_workers(runs, out, jobs=jobs, threads=threads, notify=notify, stop=stop)
-    if failed:
-        raise RunsFailed(_failures(failed, len(runs)), len(collect_results(out)))
-    if len(ended) < len(runs):
+    if ends["failed"]:
+        raise RunsFailed(_failures(ends["failed"], len(runs)), len(collect_results(out)))
+    if len(ends["done"]) < len(runs):
         raise Interrupted(str(out))
-
-
-def _one_by_one(
-    runs: Sequence[RunSpec], out: Path, threads: int, notify: Any, stop: StopRequest, shown: Display
-) -> None:
-    from lm_envs.benchmarks.run.one_run import execute
-
-    for run in runs:
-        event = attempt(
-            lambda run=run: execute(run, out, threads=threads, notify=shown, should_stop=stop),  # type: ignore[misc]
-            run.label,
-        )
-        notify(event)
-        if stop.requested or event.get("fatal"):
-            return
 
 
 def _failures(failed: Sequence[dict[str, Any]], total: int) -> str:

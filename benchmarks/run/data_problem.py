@@ -20,6 +20,7 @@ from lm_envs.algos.registry import make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.overrides import check_overrides
+from lm_envs.benchmarks.run.problems import Problem
 from lm_envs.benchmarks.run.suites import Plan
 from lm_envs.data import conventions, packed, sources, tokenizing
 from lm_envs.data.dataset import Examples
@@ -33,7 +34,6 @@ from lm_envs.model.text import Codec
 from lm_envs.model.tokens import context_of
 from lm_envs.reward.initial import reward_start
 from lm_envs.reward.learned import pools_last_token
-from lm_envs.trajectories import Trajectories
 
 KINDS: dict[str, conventions.Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,6 @@ class DataSpec:
         held_out: share of the prompts that is not trained on.
         on_bad: "raise" or "skip".
         max_length: tokens of prompt and completion together; None is what the model reads.
-        max_rows: read no more of the data; None is all.
         dtype, device: of the model, see :class:`~lm_envs.model.loading.Placement`; None is float32 and the CPU.
     """
 
@@ -82,33 +81,26 @@ class DataSpec:
 
     @property
     def task(self) -> str:
-        """As results call it."""
         return self.data
 
     @property
     def label(self) -> str:
-        """As people call it."""
         return self.algorithm
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as nested dictionaries."""
         return json.loads(json.dumps(asdict(self)))
 
 
-class DataProblem:
+class DataProblem(Problem):
     """Data, a model, and the agent that learns one from the other.
 
     Args:
-        spec: the settings.
         out: the run's folder; the tokenized data are kept in it.
         progress: called with how many examples are tokenized.
 
     Attributes:
-        agent: what trains.
         info: of the tokenized data: rows, skipped rows and why.
     """
-
-    env = None
 
     def __init__(self, spec: DataSpec, out: Path, progress: Callable[[int], object] = lambda done: None) -> None:
         self.spec, self.folder, self._progress = spec, out / "data", progress
@@ -135,12 +127,11 @@ class DataProblem:
         self.policy: Any = language or RewardPolicy(self.model)
         settings = {"seed": spec.seed, "micro_batch": _MICRO_BATCH, **checked}
         if "iterations" not in checked:
-            settings["iterations"] = self._iterations(settings["episodes"])
+            passes = math.ceil(self.spec.epochs * _examples(self._train) / settings["episodes"])
+            settings["iterations"] = spec.plan.iterations or max(1, passes)
         self.agent = make_agent(spec.algorithm, self.policy, data=self._train, **settings)
         if spec.algorithm == "dpo" and self._held is not None:
             self._held.keep_reference(self.agent.reference_key)  # type: ignore[attr-defined]
-
-    # ---- data ----
 
     def _packed(self, context: int | None) -> dict[str, Any]:
         """Tokenize the data into the run's folder, unless it holds them; what is known of them."""
@@ -177,13 +168,6 @@ class DataProblem:
                 raise UserError(f"{self.spec.data}: none of {data.read} rows is usable{why}")
         return info()
 
-    def _iterations(self, size: int) -> int:
-        if self.spec.plan.iterations is not None:
-            return self.spec.plan.iterations
-        return max(1, math.ceil(self.spec.epochs * _examples(self._train) / size))
-
-    # ---- model ----
-
     def _to_train(self) -> Any:
         if not self.spec.adaptation and not has_adapters(self.model):
             return self.model.requires_grad_(True)
@@ -192,8 +176,6 @@ class DataProblem:
         if self._rewarding and head is not None:
             head.requires_grad_(True)  # adapters or not, the head is new
         return model
-
-    # ---- what runs ask for ----
 
     def plan(self) -> str:
         """What is trained on, for how long, in a line."""
@@ -205,21 +187,16 @@ class DataProblem:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What ``config.json`` says beyond the spec."""
         return {
             "agent": asdict(self.agent.config),
             "data": {name: value for name, value in self.info.items() if name != "skipped_rows"}
             | {"trained_on": len(self._train), "held_out": 0 if self._held is None else len(self._held)},
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-        }
+        } | self.sizes(self.model)
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """A point of the learning curve: the loss and its like on some held-out examples."""
         return self._measure(_SAMPLE), []
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The result: the same on all held-out examples."""
         return {f"held_out_{name}": value for name, value in self._measure(None).items()}, []
 
     @torch.no_grad()
@@ -248,10 +225,6 @@ class DataProblem:
         added to its weights."""
         merge = self._rewarding or bool(self.spec.adaptation.get("lora_merge", False))
         save_model(self.model, self.tokenizer, folder, merge, () if self._rewarding else self._train.ends)
-
-    def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
-        """None: nothing is sampled."""
-        return []
 
 
 def _examples(data: PackedExamples) -> int:

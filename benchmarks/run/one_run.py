@@ -35,7 +35,7 @@ import lm_envs
 from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.inputs import fingerprints
-from lm_envs.benchmarks.run.problems import ControlProblem, TextProblem, open_problem
+from lm_envs.benchmarks.run.problems import ControlProblem, Problem, TextProblem, open_problem
 from lm_envs.benchmarks.run.storage import (
     SEAL,
     Checkpoints,
@@ -52,10 +52,9 @@ from lm_envs.benchmarks.run.tracking import Tracker
 from lm_envs.files import TEMPORARY, code_hash, remove, write_manifest
 
 if TYPE_CHECKING:
-    from lm_envs.benchmarks.run.data_problem import DataProblem, DataSpec
+    from lm_envs.benchmarks.run.data_problem import DataSpec
 
 AnySpec: TypeAlias = "RunSpec | DataSpec"
-Problem: TypeAlias = "TextProblem | ControlProblem | DataProblem"
 Notify = Callable[[dict[str, Any]], None]
 _WAIT_FOR_OTHER_S = 20
 _RNG = "rng.torch"
@@ -276,7 +275,6 @@ class _Run:
         self.notify({"event": "start", "run": self.spec.label, **start})
 
     def _finish(self, problem: Problem) -> dict[str, Any]:
-        """Measure on the test prompts and write the result."""
         self.notify({"event": "evaluate", "run": self.spec.label})
         measured, found = problem.evaluate()
         done = 0 if problem.agent is None else problem.agent.iterations_done
@@ -293,7 +291,6 @@ class _Run:
         return read_json(self.folder / "result.json")
 
     def _cost(self, problem: Problem, measured: dict[str, Any]) -> dict[str, Any]:
-        """What training and measuring took."""
         wall_s = {"wall_s": self.wall_s + measured.get("inference_s", 0.0)}
         if isinstance(problem, (TextProblem, ControlProblem)):
             return cost.total(problem.agent, problem.given, measured) | wall_s

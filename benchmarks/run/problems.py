@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,13 +58,47 @@ def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
     return agent
 
 
-class TextProblem:
-    """A text task as an MDP or as a bandit env.
+class Problem(Protocol):
+    """What runs ask of a problem: here where nothing is sampled and no language model comes of it.
 
     Attributes:
         agent: what trains, None for SFT itself and best-of-n.
-        env: what it trains on, None likewise.
+        env: what it trains on, None where it needs none.
         policy: what is measured.
+        given: what the data took that were there before the run: comparisons given, and those behind the reward.
+    """
+
+    agent: Any
+    policy: Any
+    env: Any = None
+    given: Counter[str] = Counter()
+
+    def settings(self) -> dict[str, Any]:
+        """What ``config.json`` says beyond the spec."""
+
+    def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """A point of the learning curve, measured alike each time, and some samples."""
+
+    def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The result, and the samples it is the mean of."""
+
+    def save_model(self, folder: Path) -> None:
+        """The tuned model and the tokenizer, as transformers' ``from_pretrained`` reads them."""
+
+    def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
+        """The first texts of a training batch, with their scores."""
+        return []
+
+    def sizes(self, model: Any) -> dict[str, int]:
+        """How many numbers a model has, and how many are trained, those of value heads included."""
+        trained = 0 if self.agent is None else sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+        return {"parameters": sum(p.numel() for p in model.parameters()), "trainable_parameters": trained}
+
+
+class TextProblem(Problem):
+    """A text task as an MDP or as a bandit env.
+
+    Attributes:
         kl_coef: the KL coefficient that training starts with, None where training samples nothing.
         exact: where the task is solved exactly: then the policy is a table, with settings of its own, and what is
             measured are expectations.
@@ -73,8 +107,7 @@ class TextProblem:
     tracked = ("gold", "proxy", "kl", "length")
 
     @property
-    def given(self) -> Counter[str]:
-        """What the data took that were there before the run: comparisons given, and those behind the reward."""
+    def given(self) -> Counter[str]:  # type: ignore[override]
         agent = self.agent
         found = Counter() if agent is None else Counter(agent.given)
         uses_reward = best_of(self.spec.algorithm) is not None if agent is None else agent.uses_reward
@@ -88,7 +121,8 @@ class TextProblem:
             names = ("max_new_tokens", "min_new_tokens", "temperature")
             options |= {name: spec.env[name] for name in names if name in spec.env}
         self.spec, self.task = spec, load_task(spec.task, options)
-        self._options = _env_options(spec)
+        # TOML and JSON have no tuples
+        self._options = {name: tuple(v) if isinstance(v, list) else v for name, v in spec.env.items()}
         self._measures: dict[str, TextVectorEnv] = {}
         face = base_task(spec.task)[1]
         mdp = self._measure("test").mdp
@@ -144,16 +178,13 @@ class TextProblem:
         return self._measures[split]
 
     def settings(self) -> dict[str, Any]:
-        """What ``config.json`` says beyond the spec."""
         mdp = self._measure("test").mdp
         charged = None if self.kl_coef is None or self.env is None else self.env.mdp.kl_in_reward
         return {
             "agent": None if self.agent is None else asdict(self.agent.config),
             "env": {name: getattr(mdp, name) for name in _OPTIONS} | {"kl_coef": self.kl_coef, "kl_in_reward": charged},
             "task": {"description": self.task.description, "stats": dict(self.task.stats)},
-            "parameters": sum(p.numel() for p in self.task.start.parameters()),
-            "trainable_parameters": 0 if self.agent is None else _trainable(self.policy),
-        }
+        } | self.sizes(self.task.start)
 
     def try_out(self) -> None:
         """Let the reference answer two prompts of each split that is used and score them: a broken reward or judge
@@ -162,8 +193,6 @@ class TextProblem:
             samples.sample_reference(self._measure(split), self._reference, 2)
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """A point of the learning curve, on validation prompts with the same random numbers each time, and some
-        samples."""
         found = samples.sample_policy(self._measure("validation"), self.policy, self.spec.plan.validation_prompts, 0)
         metrics = {name: float(np.mean(getattr(found, name))) for name in self.tracked}
         if self.exact is not None:
@@ -171,7 +200,6 @@ class TextProblem:
         return metrics, found.records(4)
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The result on test prompts, and the samples it is the mean of."""
         env, count = self._measure("test"), self.spec.plan.test_prompts
         reference = samples.sample_reference(env, self._reference, count)
         found = samples.sample_policy(env, self.policy, count, self.spec.seed)
@@ -182,17 +210,13 @@ class TextProblem:
         return measured | {"kl_coef": self.kl_coef}, found.records()
 
     def save_model(self, folder: Path) -> None:
-        """The tuned model and the tokenizer, as transformers' ``from_pretrained`` reads them.
-
-        None where there is none that transformers could read: nothing was trained, or a table was, or the policy
-        wants reward tokens before its prompts.
-        """
+        """The tuned model, if transformers could read it: not a table, nor a policy that wants reward tokens before its
+        prompts."""
         if self.agent is not None and isinstance(self.policy, LMPolicy) and self.policy.condition is None:
             merge = bool(self.spec.adaptation.get("lora_merge", False))
             save_model(self.policy.model, self.task.tokenizer, folder, merge, self.task.eos_token_ids)
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
-        """The first texts of a training batch, with their scores."""
         if traj.prompt is None or traj.response is None:
             return []
         mdp = self._measure("test").mdp
@@ -202,30 +226,13 @@ class TextProblem:
         return [f"{p} | {r}  ({s:.2f})" for p, r, s in zip(prompts, responses, scores, strict=True)]
 
 
-def _trainable(policy: Any) -> int:
-    """How many numbers are trained, those of value heads included."""
-    return sum(p.numel() for p in policy.parameters() if p.requires_grad)
-
-
 _OPTIONS = ("temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
 
 
-def _env_options(spec: RunSpec) -> dict[str, Any]:
-    options = dict(spec.env)
-    if isinstance(options.get("missing_eos"), list):  # TOML and JSON have no tuples
-        options["missing_eos"] = tuple(options["missing_eos"])
-    return options
+class ControlProblem(Problem):
+    """A Gymnasium environment with a small feed-forward policy, for checking algorithms on what everybody knows. Its
+    result has the mean return of 100 test episodes as ``proxy``, and the env steps as tokens and reward calls."""
 
-
-class ControlProblem:
-    """A Gymnasium environment with a small feed-forward policy, for checking algorithms on what everybody knows.
-
-    Its result has the mean return of 100 test episodes as ``proxy``, their length, and the env steps as tokens and
-    reward calls.
-    """
-
-    tracked = ("return", "length")
-    given: Counter[str] = Counter()
     _test_episodes = 100
 
     def __init__(self, spec: RunSpec) -> None:
@@ -257,14 +264,11 @@ class ControlProblem:
         self.agent: Agent[Any] = _fit(make_agent(spec.algorithm, self.policy, None, **overrides), spec)
 
     def settings(self) -> dict[str, Any]:
-        """What ``config.json`` says beyond the spec."""
         return {
             "agent": asdict(self.agent.config),
             "env": {"rows": self.env.num_envs, **self.spec.env},
             "task": {"description": f"Gymnasium's {self.spec.task}", "stats": {}},
-            "parameters": sum(p.numel() for p in self.policy.parameters()),
-            "trainable_parameters": _trainable(self.policy),
-        }
+        } | self.sizes(self.policy)
 
     def _returns(self, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         from lm_envs.env.rollout import collect
@@ -275,17 +279,13 @@ class ControlProblem:
         return (traj.reward * traj.mask).sum(dim=1).double().numpy(), traj.lengths.numpy()
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """A point of the learning curve: the mean return of 20 episodes."""
         returns, lengths = self._returns(20, 1 << 20)
         return {"return": float(returns.mean()), "length": float(lengths.mean())}, []
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The result: of the columns those that mean something here."""
         returns, lengths = self._returns(self._test_episodes, (1 << 21) + self.spec.seed)
-        unknown = ("win_rate", "win_rate_se", "gold", "kl", "distinct_2")
-        measured = {name: math.nan for name in unknown}
         return {
-            **measured,
+            **dict.fromkeys(("win_rate", "win_rate_se", "gold", "kl", "distinct_2"), math.nan),
             "proxy": float(returns.mean()),
             "proxy_se": samples.standard_error(returns),
             "length": float(lengths.mean()),
@@ -294,10 +294,3 @@ class ControlProblem:
             "inference_reward_calls": 0,
             "inference_s": 0.0,
         }, []
-
-    def save_model(self, folder: Path) -> None:
-        """None: there is no language model."""
-
-    def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
-        """None: there is no text."""
-        return []

@@ -60,7 +60,6 @@ class Display:
         pass
 
     def say(self, text: str) -> None:
-        """A line of its own."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def known(self, event: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +69,6 @@ class Display:
         return known
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Show what an event is worth."""
         kind, run = event["event"], event.get("run", "")
         if kind == "start" and event["iteration"]:
             self.say(f"{run}: continuing after iteration {event['iteration']}")
@@ -113,7 +111,6 @@ class Bars(Display):
         self.progress.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Move the bars."""
         kind, run = event["event"], event.get("run", "")
         if kind == "start":
             row = self._rows.get(run)

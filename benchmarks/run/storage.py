@@ -152,7 +152,6 @@ class Records:
             return size == 0
 
     def cut(self, size: int) -> None:
-        """Drop everything after this many bytes."""
         if size:
             os.truncate(self.path, size)
         else:
@@ -232,7 +231,6 @@ class Checkpoints:
         return final
 
     def prune(self, keep: int) -> None:
-        """Drop all but the newest ones."""
         for old in self.paths()[:-keep]:
             shutil.rmtree(old)
 

@@ -101,7 +101,6 @@ class RunSpec:
 
     @property
     def folder(self) -> str:
-        """Where it lies in a comparison's folder."""
         return self.label
 
     def to_json(self) -> dict[str, Any]:

@@ -50,5 +50,4 @@ class Tracker:
             self._writer.add_text(tag, "\n".join("    " + line.replace("\n", " ") for line in texts), iteration)
 
     def close(self) -> None:
-        """Write what is pending."""
         self._writer.close()

@@ -61,14 +61,26 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def attempt(run: Callable[[], dict[str, Any]], label: str) -> dict[str, Any]:
+def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> dict[str, Any]:
     """Carry out a run; the event that tells how it ended: "done", "stopped" or "failed".
 
     "failed" is for errors that the user can put right; ``fatal`` says that the other runs would meet it too. Bugs
     propagate.
+
+    Args:
+        logged: what is printed goes to the run's :data:`LOG`.
+        options: of :func:`~lm_envs.benchmarks.run.one_run.execute`.
     """
+    from lm_envs.benchmarks.run.one_run import execute
+
+    label = spec.label
     try:
-        return {"event": "done", "run": label, "result": run()}
+        if logged:
+            (out / spec.folder).mkdir(parents=True, exist_ok=True)
+            with (out / spec.folder / LOG).open("a") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        return {"event": "done", "run": label, "result": execute(spec, out, **options)}
     except Interrupted:
         return {"event": "stopped", "run": label}
     except (UserError, ValueError, FloatingPointError, ImportError, OSError, SystemExit) as error:
@@ -159,7 +171,6 @@ def run_in_workers(
 
 
 def _work(events: Connection, out: Path, threads: int) -> None:
-    """The worker process: runs in, events out."""
     os.setsid()  # a terminal's Ctrl-C reaches it once, through the parent
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -168,18 +179,6 @@ def _work(events: Connection, out: Path, threads: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         from transformers.utils.logging import disable_progress_bar
 
-        from lm_envs.benchmarks.run.one_run import execute
-
         disable_progress_bar()
         while True:
-            spec = events.recv()
-
-            def run(spec: RunSpec = spec) -> dict[str, Any]:
-                folder = out / spec.folder
-                folder.mkdir(parents=True, exist_ok=True)
-                with (folder / LOG).open("a") as log:
-                    os.dup2(log.fileno(), 1)
-                    os.dup2(log.fileno(), 2)
-                return execute(spec, out, threads=threads, notify=events.send, should_stop=stop)
-
-            events.send(attempt(run, spec.label))
+            events.send(attempt(events.recv(), out, True, threads=threads, notify=events.send, should_stop=stop))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +19,13 @@ from stable_baselines3 import PPO
 from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.benchmarks.run.storage import write_lines
 from lm_envs.benchmarks.speed.kernels import RESULTS, machine
+from lm_envs.benchmarks.speed.settings import SB3 as Settings
 from lm_envs.benchmarks.speed.throughput import Load, timed
-from lm_envs.benchmarks.speed.throughput_work import SHAPES, Size, Work
+from lm_envs.benchmarks.speed.throughput_work import Size, Work
 from lm_envs.env.vector import TextVectorEnv
+from lm_envs.settings import check
 
 OURS = "our ppo"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of one run.
-
-    Attributes:
-        shapes: names of :data:`~lm_envs.benchmarks.speed.throughput_work.SHAPES`.
-        rows, new_tokens: texts an iteration, and their exact length.
-        epochs: passes over each buffer.
-        minibatches: a pass's, of the way that shows what they cost on the first shape; 1 leaves it out.
-        rounds: how often each way runs.
-        threads: torch's.
-    """
-
-    shapes: tuple[str, ...] = ("small", "larger")
-    rows: int = 32
-    new_tokens: int = 48
-    epochs: int = 4
-    minibatches: int = 4
-    rounds: int = 5
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.shapes) - set(SHAPES))
-        if unknown:
-            raise ValueError(f"no shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
-        for name in ("rows", "new_tokens", "epochs", "minibatches", "rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rows * self.new_tokens % self.minibatches:
-            raise ValueError(
-                f"{self.rows} x {self.new_tokens} tokens do not divide into {self.minibatches} minibatches"
-            )
 
 
 def sb3(work: Work, epochs: int, minibatches: int) -> Callable[[], object]:
@@ -111,7 +78,15 @@ def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
 
 
 def run(settings: Settings, out: Path | None = None) -> Path:
-    """Measure, print, and write the CSV after every shape; where it is."""
+    """Measure, print, and write the CSV after every shape; where it is.
+
+    Raises:
+        ValueError: a value out of range, or texts that do not divide into the minibatches.
+    """
+    check(settings, "{}")
+    if settings.rows * settings.new_tokens % settings.minibatches:
+        tokens = f"{settings.rows} x {settings.new_tokens} tokens"
+        raise ValueError(f"{tokens} do not divide into {settings.minibatches} minibatches")
     torch.set_num_threads(settings.threads)
     out = out or RESULTS / "sb3-cpu.csv"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ import torch
 from lm_envs.benchmarks.run.storage import write_lines
 from lm_envs.benchmarks.speed.kernels import RESULTS, machine
 from lm_envs.benchmarks.speed.live_memory import LiveMemory
+from lm_envs.benchmarks.speed.settings import Throughput as Settings
 from lm_envs.benchmarks.speed.throughput_peers import PEERS, RIVALS, Peer, installed
-from lm_envs.benchmarks.speed.throughput_work import COMPILED, SHAPES, WAYS, Size, Work
+from lm_envs.benchmarks.speed.throughput_work import COMPILED, WAYS, Size, Work
 from lm_envs.model.compiled import check_tools
+from lm_envs.settings import check as check_types
 
 FOREIGN = 0.1  # share of the machine's time that others may take in a round
 RETRIES = 2
@@ -52,53 +54,18 @@ SCALING = (
     "bulk + reference + reward",
     "ppo 1 epoch",
 )
-TABLES = ("fixed work", "response length", "rows", "vocabulary")
 KEY = ("table", "shape", "vocabulary", "rows", "prompt", "new_tokens", "way")  # what a line is of
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of one run.
-
-    Attributes:
-        shapes: names of :data:`~lm_envs.benchmarks.speed.throughput_work.SHAPES`.
-        ways: names of :data:`~lm_envs.benchmarks.speed.throughput_work.WAYS`, or of
-            :data:`~lm_envs.benchmarks.speed.throughput_peers.PEERS` that are installed; none for all that this machine
-        can.
-        tables: names of :data:`TABLES`: the fixed work, and the first shape over response lengths, rows, vocabularies.
-        rounds: how often each way runs.
-        threads: torch's.
-        device: where.
-        peaks: measure memory.
-        add: keep the lines of the result that are not measured again, and of those that are the memory if that is not.
-    """
-
-    shapes: tuple[str, ...] = ("small", "larger")
-    ways: tuple[str, ...] = ()
-    tables: tuple[str, ...] = TABLES
-    rounds: int = 7
-    threads: int = os.cpu_count() or 1
-    device: str = "cpu"
-    peaks: bool = True
-    add: bool = False
-
-    def __post_init__(self) -> None:
-        missing = [way for way in self.ways if way in PEERS and way not in installed()]
-        if missing:
-            raise ValueError(f"{', '.join(missing)}: not installed here; `make peers` does that")
-        choices: tuple[tuple[str, tuple[str, ...], Any], ...] = (
-            ("shape", self.shapes, SHAPES),
-            ("way", self.ways, {**WAYS, **PEERS}),
-            ("table", self.tables, TABLES),
-        )
-        for what, given, known in choices:
-            unknown = sorted(set(given) - set(known))
-            if unknown:
-                raise ValueError(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no CUDA device here")
+def check(settings: Settings) -> None:
+    """Raise ValueError for a value out of range, or ways or a device that are not here."""
+    check_types(settings, "{}")
+    if missing := [way for way in settings.ways if way in PEERS and way not in installed()]:
+        raise ValueError(f"{', '.join(missing)}: not installed here; `make peers` does that")
+    if unknown := sorted(set(settings.ways) - {*WAYS, *PEERS}):
+        raise ValueError(f"no way {', '.join(unknown)}; there are {', '.join({**WAYS, **PEERS})}")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
 
 
 def sizes(settings: Settings) -> Iterator[tuple[str, Size, tuple[str, ...]]]:
@@ -273,8 +240,9 @@ def run(settings: Settings, out: Path | None = None) -> Path:
     """Measure, print, and write the CSV after every size; where it is.
 
     Raises:
-        ValueError: a shape, a way or a device that is not there.
+        ValueError: a way or a device that is not there.
     """
+    check(settings)
     torch.set_num_threads(settings.threads)
     policy = os.environ.get("OMP_WAIT_POLICY", "").lower()  # of idle threads; what is measured depends on it
     out = out or RESULTS / f"throughput-{settings.device}{policy and f'-{policy}'}.csv"

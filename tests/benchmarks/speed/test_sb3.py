@@ -67,11 +67,11 @@ def test_both_sides_read_each_text_once_an_epoch(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shapes": ("huge",)}, "no shape huge"),
+        ({"shapes": ("huge",)}, "shapes.0. must be .small."),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"rows": 5, "new_tokens": 5}, "5 x 5 tokens do not divide into 4 minibatches"),
     ],
 )
 def test_what_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        sb3.Settings(**given)
+        sb3.run(sb3.Settings(**given))

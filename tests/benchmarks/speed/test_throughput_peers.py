@@ -90,7 +90,7 @@ def test_peers_that_are_not_there_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(throughput_peers, "HOME", tmp_path)
     assert installed() == ()
     with pytest.raises(ValueError, match="trl-1.16 grpo: not installed here; `make peers`"):
-        bench.Settings(ways=("trl-1.16 grpo",))
+        bench.check(bench.Settings(ways=("trl-1.16 grpo",)))
 
 
 @pytest.mark.slow
