@@ -11,7 +11,6 @@ import torch
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.exact_gradients import sampled_cosine
-from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.exact.solver import Exact
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.enumerable import TableLM
@@ -26,20 +25,10 @@ def is_table(task: TextTask) -> bool:
 
 @torch.no_grad()
 def measure(exact: Exact, policy: Any) -> dict[str, Any]:
-    """The measured columns of a result, exact.
-
-    Args:
-        exact: of the environment; its reward is also the judge.
-        policy: a trained one, or :class:`~lm_envs.algos.best_of_n.BestOfN`, whose distribution has a closed form.
-
-    Returns:
-        ``win_rate`` against the reference, ``gold``, ``proxy``, ``kl`` and ``length``, and ``regret`` and
-        ``frontier_gap`` of :class:`~lm_envs.exact.solver.Exact`.
-    """
-    if isinstance(policy, BestOfN):
-        log_p = exact.best_of_n(policy.policy.model, policy.n)
-    else:
-        log_p = exact.sequences(policy)
+    """The measured columns of a result, exact, of a trained policy or of
+    :class:`~lm_envs.algos.best_of_n.BestOfN`, whose distribution has a closed form; the reward is also the judge."""
+    best = isinstance(policy, BestOfN)
+    log_p = exact.best_of_n(policy.policy.model, policy.n) if best else exact.sequences(policy)
     reward = float(exact.reward(log_p))
     return {
         "win_rate": exact.win_rate(log_p, exact.log_ref),
@@ -50,12 +39,6 @@ def measure(exact: Exact, policy: Any) -> dict[str, Any]:
         "regret": exact.regret(log_p),
         "frontier_gap": exact.frontier_gap(log_p),
     }
-
-
-def prepared(agent: Agent[Any], exact: Exact) -> Agent[Any]:
-    """Give an agent that asks for its reference the table, which is faster than the model that holds it."""
-    agent.reference = TabularPolicy(exact)
-    return agent
 
 
 def half_way(exact: Exact) -> torch.Tensor:
@@ -71,13 +54,10 @@ def gradient(agent: Agent[Any], exact: Exact, *, bandit: bool, seed: int) -> dic
     return {"gradient_cosine": cosine, "gradient_cosine_se": error}
 
 
-# What samples said and is known better now: errors of estimates that are none.
-_EXACT = {"win_rate_se": 0.0, "gold_se": 0.0, "proxy_se": 0.0, "kl_se": 0.0, "kl_is_bound": False, "wins": []}
-
-
 def result(exact: Exact, policy: Any) -> dict[str, Any]:
-    """:func:`measure` for a run's result, with the optimal frontier for the figures."""
-    return {**measure(exact, policy), **_EXACT, "frontier": frontier(exact)}
+    """:func:`measure` for a run's result, with the optimal frontier for the figures, and no errors of estimates."""
+    errors = dict.fromkeys(("win_rate_se", "gold_se", "proxy_se", "kl_se"), 0.0)
+    return {**measure(exact, policy), **errors, "kl_is_bound": False, "wins": [], "frontier": frontier(exact)}
 
 
 def frontier(exact: Exact) -> dict[str, list[float]]:

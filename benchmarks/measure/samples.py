@@ -46,11 +46,7 @@ class EachPrompt(TextMDP):
 
 
 def evaluation_env(task: TextTask, split: str, **options: Any) -> TextVectorEnv:
-    """An environment for going through a split once, a prompt per episode.
-
-    Args:
-        options: of :class:`~lm_envs.env.mdp.TextMDP`, such as ``temperature``.
-    """
+    """An environment, with these options of the MDP, for going through a split once, a prompt per episode."""
     env = TextVectorEnv(task, split=split, **options)
     env.mdp = EachPrompt(task, split=split, **options)
     return env
@@ -58,16 +54,15 @@ def evaluation_env(task: TextTask, split: str, **options: Any) -> TextVectorEnv:
 
 @dataclass
 class MeasuredSamples:
-    """Samples of one policy, one per prompt.
+    """N samples of one policy, one per prompt.
 
     Attributes:
-        prompt, response: N decoded texts.
-        finish_reason: N times "stop" or "length".
-        gold: ``(N,)`` the judge's scores, NaN where the task has no judge.
-        proxy: ``(N,)`` the scores that training uses, before the KL penalty.
-        kl: ``(N,)`` nats per sequence, ``sum(log pi - log pi_ref)`` of the sample.
-        length: ``(N,)`` tokens, the EOS included.
-        tokens: N lists of response token ids, without the EOS.
+        finish_reason: "stop" or "length".
+        gold: the judge's scores, NaN where the task has no judge.
+        proxy: the scores that training uses, before the KL penalty.
+        kl: nats per sequence, ``sum(log pi - log pi_ref)`` of the sample.
+        length: tokens, the EOS included.
+        tokens: response token ids, without the EOS.
         seconds: what sampling took.
         corpus: of the first text metric in the judge or the reward, the score of all responses together, out of 100;
             NaN where there is none, or where the task has a metric for greedy responses.
@@ -86,28 +81,13 @@ class MeasuredSamples:
 
     def records(self, count: int | None = None) -> list[dict[str, Any]]:
         """The first ``count`` samples (None: all) in JSON's types."""
-        rows = range(len(self.response) if count is None else min(count, len(self.response)))
-        return [
-            {
-                "prompt": self.prompt[i],
-                "response": self.response[i],
-                "finish_reason": self.finish_reason[i],
-                "gold": float(self.gold[i]),
-                "proxy": float(self.proxy[i]),
-                "kl": float(self.kl[i]),
-                "length": int(self.length[i]),
-            }
-            for i in rows
-        ]
+        texts = {name: getattr(self, name) for name in ("prompt", "response", "finish_reason")}
+        columns = texts | {name: getattr(self, name).tolist() for name in ("gold", "proxy", "kl", "length")}
+        return [dict(zip(columns, row, strict=True)) for row in list(zip(*columns.values(), strict=True))[:count]]
 
 
 def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> MeasuredSamples:
-    """One response to each of the first ``count`` prompts (None: all of the split), scored.
-
-    Args:
-        env: of :func:`evaluation_env`.
-        seed: of the tokens.
-    """
+    """One response to each of the first ``count`` prompts (None: all) of an :func:`evaluation_env`, scored."""
     mdp = env.mdp
     total = len(mdp.prompts) if count is None else min(count, len(mdp.prompts))
     per_prompt = max(1, policy.uniforms_per_response // mdp.max_new_tokens)
@@ -190,14 +170,8 @@ def measure(
 
 
 def wins(gold: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Prompt by prompt: 1 where the judge prefers the policy's sample, 0 where the reference's, 1/2 for a tie.
-
-    Args:
-        gold, reference: ``(N,)`` scores of the two sides for the same prompts.
-
-    Returns:
-        ``(N,)`` float64, NaN where a score is NaN (no judge).
-    """
+    """Prompt by prompt, of ``(N,)`` scores of both sides: 1 where the judge prefers the policy's sample, 0 where the
+    reference's, 1/2 for a tie; NaN where a score is NaN (no judge)."""
     if gold.shape != reference.shape:
         raise ValueError(f"win-rate compares the same prompts: got {gold.shape} and {reference.shape} scores")
     known = ~(np.isnan(gold) | np.isnan(reference))
@@ -214,11 +188,8 @@ def standard_error(values: NDArray[np.float64]) -> float:
 
 
 def distinct_2(tokens: list[list[int]]) -> float:
-    """Different pairs of neighbouring tokens, as a share of all such pairs in all responses together; NaN if there are
-    none.
-
-    Li et al. 2016 (arXiv:1510.03055). It falls with the number of responses, so compare equal numbers.
-    """
+    """Different pairs of neighboring tokens, as a share of all such pairs in all responses together; NaN if there are
+    none (Li et al. 2016, arXiv:1510.03055). It falls with the number of responses, so compare equal numbers."""
     pairs = [pair for row in tokens for pair in zip(row[:-1], row[1:], strict=True)]
     return len(set(pairs)) / len(pairs) if pairs else math.nan
 
@@ -229,15 +200,10 @@ def positive_rate(scores: NDArray[np.float64], threshold: float | None) -> float
 
 
 def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, Any]:
-    """The task's corpus metric of the policy's greedy responses, and the gain over the reference's with its standard
-    error.
+    """The task's corpus metric of the policy's greedy responses to the first ``count`` prompts (None: all), and the
+    gain over the reference's with its standard error.
 
     Nothing where the task has no such metric; NaN for a policy that is no language model (best-of-n).
-
-    Args:
-        mdp: with the prompts of the split.
-        policy: what is measured.
-        count: number of prompts from the start; None: all.
     """
     metric = mdp.task.corpus_metric
     if metric is None:
@@ -255,28 +221,20 @@ def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, An
     references = mdp.columns(np.arange(len(rows)))[metric.column]
     theirs = answers(mdp.reference)
     if policy.model is mdp.reference:
-        return {"corpus_greedy": metric.corpus(theirs, references), "corpus_gain": 0.0, "corpus_gain_se": 0.0}
+        return dict(zip(GREEDY, (metric.corpus(theirs, references), 0.0, 0.0), strict=True))
     ours = answers(policy.model)
     prompts, _ = mdp.codec.decode(rows, [[]] * len(rows))
     texts = list(zip(prompts, theirs, ours, strict=True))
-    gain, error = metric.gain(ours, theirs, references)
-    return {
-        "corpus_greedy": metric.corpus(ours, references),
-        "corpus_gain": gain,
-        "corpus_gain_se": error,
-        "greedy": [dict(zip(("prompt", "sft", "response"), row, strict=True)) for row in texts[:8]],
-    }
+    found = dict(zip(GREEDY, (metric.corpus(ours, references), *metric.gain(ours, theirs, references)), strict=True))
+    return found | {"greedy": [dict(zip(("prompt", "sft", "response"), row, strict=True)) for row in texts[:8]]}
 
 
 def summarise(
-    found: MeasuredSamples,
-    reference: MeasuredSamples,
-    policy: RespondingPolicy,
-    stats: Mapping[str, float] | None = None,
+    found: MeasuredSamples, reference: MeasuredSamples, policy: Any, stats: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """The measured columns of a result, and what they were computed from.
 
-    ``stats`` are the task's: with a ``judge_threshold`` or a ``reward_threshold`` the share of positive samples is
+    With a ``judge_threshold`` or a ``reward_threshold`` in the task's ``stats`` the share of positive samples is
     measured too. The KL of best-of-n has no estimate from samples (its own log-probability is unknown): it gets the
     upper bound ``log n - (n - 1)/n``, and ``kl_is_bound``.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lm_envs.benchmarks.report.plots import Style, as_png, as_svg, figures, png_path
-from lm_envs.benchmarks.report.series import Series, gather, styles
+from lm_envs.benchmarks.report.series import Series, by_task, gather, styles
 from lm_envs.benchmarks.run.names import folder_name
 from lm_envs.benchmarks.run.results import Line, cell, footnotes, number, plain, shown, table, title
 from lm_envs.benchmarks.run.storage import read_json
@@ -73,9 +73,8 @@ def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
 
 def page(held: dict[str, Any], series: list[Series], made: dict[tuple[str, str], Figure]) -> str:
     """The whole page."""
-    name = held.get("name", "comparison")
-    tasks, style = dict.fromkeys(s.base for s in series), styles(series)
-    sections = "".join(_section(task, [s for s in series if s.base == task], made, style) for task in tasks)
+    name, style = held.get("name", "comparison"), styles(series)
+    sections = "".join(_section(task, mine, made, style) for task, mine in by_task(series).items())
     return (
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} – lm-envs</title>'
@@ -88,11 +87,11 @@ def page(held: dict[str, Any], series: list[Series], made: dict[tuple[str, str],
 def headline(lines: Sequence[Line]) -> str:
     """What a reader should take away, in a sentence or two."""
     sft = next((line for line in lines if line.algorithm == "sft"), None)
-    judged = [line for line in lines if line.algorithm != "sft" and not math.isnan(line.mean["gold"])]
+    others = [line for line in lines if line.algorithm != "sft"]
+    judged = [line for line in others if not math.isnan(line.mean["gold"])]
+    if not others:
+        return ""
     if not judged:
-        others = [line for line in lines if line.algorithm != "sft"]
-        if not others:
-            return ""
         best = max(others, key=lambda line: line.mean["proxy"])
         score = f"{best.mean['proxy']:.2f}"
         return f"{_name(best)} has the highest proxy score, {score}. There is no judge to say whether that is real."
@@ -120,10 +119,10 @@ def _section(task: str, series: list[Series], made: dict[tuple[str, str], Figure
     lines = table([result for s in series for result in s.results])
     described = series[0].config.get("task", {})
     stats = described.get("stats") or {}
-    facts = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in stats.items())
-    facts = f" ({facts})" if facts else ""
-    text = [f"<h2>{_text(task)}</h2>"]
-    text.append(f'<p class="note">{_text(described.get("description", ""))}{escape(facts)}</p>')
+    numbers = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in stats.items()}
+    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numbers.items())
+    about = _text(described.get("description", "")) + (escape(f" ({facts})") if facts else "")
+    text = [f'<h2>{_text(task)}</h2><p class="note">{about}</p>']
     if headline(lines):
         text.append(f'<p class="headline">{escape(headline(lines))}</p>')
     text.append(_table(series, lines, style))
@@ -134,10 +133,6 @@ def _section(task: str, series: list[Series], made: dict[tuple[str, str], Figure
             text.append(f'<img alt="{_TITLES[kind]}: {escape(task)}" src="data:image/svg+xml;base64,{data}">')
     text.append(_samples(series, style))
     return "".join(text)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _dot(series: Series, color: str) -> str:
@@ -179,21 +174,19 @@ def chosen_prompts(samples: dict[str, list[dict[str, Any]]]) -> list[tuple[int, 
 
 
 def _samples(series: list[Series], style: Style) -> str:
-    samples = {s.label: s.test_samples() for s in series}
-    samples = {label: found for label, found in samples.items() if found}
+    samples = {s.label: found for s in series if (found := s.test_samples())}
     if not samples:
         return ""
-    text = ["<h3>Sample texts</h3>"]
-    seeds = {s.results[0]["seed"] for s in series}
-    text.append(
-        f'<p class="note">The same test prompts, answered once by each method '
-        f"(seed {', '.join(map(str, sorted(seeds)))}). The first three are the first test prompts, not picked.</p>"
-    )
+    seeds = ", ".join(map(str, sorted({s.results[0]["seed"] for s in series})))
+    text = [
+        f'<h3>Sample texts</h3><p class="note">The same test prompts, answered once by each method (seed {seeds}). '
+        "The first three are the first test prompts, not picked.</p>"
+    ]
     for i, why in chosen_prompts(samples):
         first = next(iter(samples.values()))[i]
         reason = f' <span class="note">({escape(why)})</span>' if why else ""
-        text.append(f'<p class="prompt"><b>{_text(first["prompt"])}</b> …{reason}</p><div class="scroll"><table>')
         text.append(
+            f'<p class="prompt"><b>{_text(first["prompt"])}</b> …{reason}</p><div class="scroll"><table>'
             '<tr><th class="text">method</th><th class="text">continuation</th><th>gold</th><th>proxy</th>'
             '<th title="log of its probability under the policy over that under SFT, nats">log-ratio</th></tr>'
         )
@@ -222,20 +215,14 @@ def _settings(series: list[Series]) -> str:
     versions = series[0].config.get("versions", {})
     text.append(f'<p class="note">{escape(", ".join(f"{k} {v}" for k, v in versions.items()))}</p>')
     for s in series:
-        config = s.config
-        run = config.get("run", {})
-        parts = {
-            "settings": config.get("agent"),
-            "environment": config.get("env"),
-            "plan": run.get("plan"),
-            "task options": run.get("options"),
-        }
-        rows = "".join(
-            f'<tr><td class="text">{escape(part)}</td><td class="text wide"><code>{_text(_pairs(values))}</code></td>'
-            "</tr>"
-            for part, values in parts.items()
-            if values
-        )
+        config, run = s.config, s.config.get("run", {})
+        parts = {"settings": config.get("agent"), "environment": config.get("env")}
+        parts |= {"plan": run.get("plan"), "task options": run.get("options")}
+        rows = ""
+        for part, values in parts.items():
+            if values:
+                pairs = _text(", ".join(f"{key}={value}" for key, value in values.items()))
+                rows += f'<tr><td class="text">{part}</td><td class="text wide"><code>{pairs}</code></td></tr>'
         where = f"{folder_name(s.task)}/{s.algorithm}"
         text.append(f"<details><summary>{escape(where)}</summary><table>{rows}</table></details>")
     return "".join(text)
@@ -244,7 +231,3 @@ def _settings(series: list[Series]) -> str:
 def _text(text: str) -> str:
     """Text of the user's or the policy's, so that its direction and its markup end with it."""
     return f"<bdi>{escape(text)}</bdi>"
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())

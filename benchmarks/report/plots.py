@@ -19,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from lm_envs.benchmarks.report.series import Series, styles
+from lm_envs.benchmarks.report.series import Series, by_task, styles
 from lm_envs.benchmarks.run.names import folder_name
 from lm_envs.benchmarks.run.results import number, table
 
@@ -51,7 +51,7 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
             color, marker = style[s.algorithm]
             rate, error = 100 * line.mean["win_rate"], 200 * line.spread["win_rate"]
             ax.errorbar(rate, place, xerr=error, color=color, capsize=4, linewidth=2)
-            ax.plot(rate, place, marker, color=color, markersize=9, markerfacecolor=_fill(s, color))
+            ax.plot(rate, place, marker, color=color, markersize=9, markerfacecolor="white" if s.bandit else color)
             ax.annotate(f"{rate:.0f} %", (rate, place), (0, 9), textcoords="offset points", ha="center", fontsize=10)
         ax.axvline(50, color="#888888", linestyle="--", linewidth=1)
         ax.set_yticks(range(len(lines)), [s.label for s, _ in reversed(lines)])
@@ -74,11 +74,13 @@ def frontier(series: Sequence[Series], style: Style) -> Figure:
             for s in series:
                 color, marker = style[s.algorithm]
                 for (_, kl), (_, value) in zip(s.curve("kl"), s.curve(name), strict=True):
-                    ax.plot(kl, value, _dash(s), color=color, alpha=0.45, linewidth=1.2)
+                    ax.plot(kl, value, s.dash, color=color, alpha=0.45, linewidth=1.2)
                 for result in s.results:
                     ax.plot(number(result["kl"]), number(result[name]), marker, color=color, alpha=0.5, markersize=4)
                 at, bound = (s.mean("kl"), s.mean(name)), bool(s.results[0].get("kl_is_bound"))
-                ax.plot(*at, marker, color=color, markersize=10, markerfacecolor=_fill(s, color), zorder=5)
+                ax.plot(
+                    *at, marker, color=color, markersize=10, markerfacecolor="white" if s.bandit else color, zorder=5
+                )
                 if bound:
                     arrow = {"arrowstyle": "<-", "color": color, "linewidth": 1.6}
                     ax.annotate("", at, (-24, 0), textcoords="offset points", arrowprops=arrow)
@@ -127,11 +129,11 @@ def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:
             for s in series:
                 color, curves = style[s.algorithm][0], s.curve(name, x_name)
                 for x, y in curves:
-                    ax.plot(x / 1000, y, _dash(s), color=color, alpha=0.25, linewidth=1)
+                    ax.plot(x / 1000, y, s.dash, color=color, alpha=0.25, linewidth=1)
                 shared = [curve for curve in curves if len(curve[0]) == len(curves[0][0])]
                 if shared:
                     x, y = np.mean(shared, axis=0)
-                    ax.plot(x / 1000, y, _dash(s), color=color, linewidth=2.2)
+                    ax.plot(x / 1000, y, s.dash, color=color, linewidth=2.2)
                     ends.append((float(y[-1]), s.label, color))
                 elif s not in trained and name in ("gold", "proxy") and not np.isnan(s.mean(name)):
                     ax.axhline(s.mean(name), color=color, linestyle=":", linewidth=1.6)
@@ -179,14 +181,6 @@ def root(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _square(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.sign(x) * np.square(x)
-
-
-def _fill(s: Series, color: str) -> str:
-    return "white" if s.bandit else color
-
-
-def _dash(s: Series) -> str:
-    return "--" if s.bandit else "-"
 
 
 def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -285,8 +279,7 @@ def figures(series: list[Series]) -> dict[tuple[str, str], Figure]:
     """All figures by (task, kind); the MDP and the bandit env of a task share theirs."""
     style = styles(series)
     found: dict[tuple[str, str], Figure] = {}
-    for task in dict.fromkeys(s.base for s in series):
-        mine = [s for s in series if s.base == task]
+    for task, mine in by_task(series).items():
         made = {"win-rate": win_rates(mine, style), "learning-curves": learning_curves(mine, style)}
         if not all(np.isnan(s.mean("kl")) for s in mine):
             made["frontier"] = frontier(mine, style)

@@ -18,16 +18,15 @@ from lm_envs.benchmarks.run.storage import Records, read_json
 
 # Okabe and Ito's colors, which people with any kind of color vision can tell apart; yellow is left out, it vanishes
 # on white.
-_COLORS = {
-    "sft": "#5b5b5b",
-    "best-of-n": "#E69F00",
-    "expert-iteration": "#009E73",
-    "reinforce": "#0072B2",
-    "a2c": "#CC79A7",
-    "ppo": "#D55E00",
+_STYLES = {
+    "sft": ("#5b5b5b", "X"),
+    "best-of-n": ("#E69F00", "D"),
+    "expert-iteration": ("#009E73", "s"),
+    "reinforce": ("#0072B2", "^"),
+    "a2c": ("#CC79A7", "v"),
+    "ppo": ("#D55E00", "o"),
 }
 _MORE = tuple((("#56B4E9", "#7F3C8D", "#8C6D31", "#1B4F4A")[i % 4], "Ph<>"[(i + i // 4) % 4]) for i in range(16))
-_MARKERS = {"sft": "X", "best-of-n": "D", "expert-iteration": "s", "reinforce": "^", "a2c": "v", "ppo": "o"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,10 @@ class Series:
     @property
     def label(self) -> str:
         return f"{self.algorithm} (bandit)" if self.bandit else self.algorithm
+
+    @property
+    def dash(self) -> str:
+        return "--" if self.bandit else "-"
 
     def mean(self, column: str) -> float:
         return float(np.mean([number(result[column]) for result in self.results]))
@@ -97,15 +100,17 @@ def gather(out: Path, rows: list[dict[str, Any]]) -> list[Series]:
     return [Series(task, algorithm, tuple(found), out) for (task, algorithm), found in by_method(rows).items()]
 
 
+def by_task(series: list[Series]) -> dict[str, list[Series]]:
+    """The series of each task; the MDP and the bandit env of a task share theirs."""
+    return {task: [s for s in series if s.base == task] for task in dict.fromkeys(s.base for s in series)}
+
+
 def styles(series: list[Series]) -> dict[str, tuple[str, str]]:
     """Color and marker by algorithm, the same in every figure of a report."""
     found: dict[str, tuple[str, str]] = {}
     spare = itertools.cycle(_MORE)
     for algorithm in dict.fromkeys(s.algorithm for s in series):
         kind = "best-of-n" if best_of(algorithm) is not None else algorithm
-        taken = {color for color, _ in found.values()}
-        if kind in _COLORS and _COLORS[kind] not in taken:
-            found[algorithm] = _COLORS[kind], _MARKERS[kind]
-        else:
-            found[algorithm] = next(spare)
+        known = kind in _STYLES and _STYLES[kind] not in found.values()
+        found[algorithm] = _STYLES[kind] if known else next(spare)
     return found

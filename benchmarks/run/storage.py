@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
@@ -117,15 +117,11 @@ def finished(folder: Path, names: Collection[str] | None = None) -> dict[str, An
     return read_json(folder / "result.json")
 
 
+@dataclass
 class Records:
-    """An append-only JSON-lines file; checkpoints know how it began, so that a resumed run continues from there.
+    """An append-only JSON-lines file; checkpoints know how it began, so that a resumed run continues from there."""
 
-    Args:
-        path: the file; made with its first record.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write records and hand them to the operating system; a full disk is an error here, not later."""
@@ -163,9 +159,9 @@ class Records:
         Raises:
             UserError: another line is not JSON, or the file cannot be read.
         """
+        found: list[dict[str, Any]] = []
         if not self.path.exists():
-            return []
-        found = []
+            return found
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError as error:
@@ -190,6 +186,7 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass
 class Checkpoints:
     """The last few checkpoints of a run, each a folder ``checkpoint-000012`` with ``tensors.safetensors``,
     ``state.json`` and the hashes of both in ``manifest.json``.
@@ -197,26 +194,19 @@ class Checkpoints:
     A folder is written under a temporary name, synced and renamed, so that one with a final name is whole unless the
     disk damages it; that is noticed by the hashes, and the one before it is used.
 
-    Args:
-        folder: where they lie.
-        run: a hash of what decides the run; a checkpoint of another one is not used. "" takes any.
+    ``run`` is a hash of what decides the run: a checkpoint of another one is not used. "" takes any.
     """
 
-    keep = 2
-
-    def __init__(self, folder: Path, run: str = "") -> None:
-        self.folder, self.run = folder, run
+    folder: Path
+    run: str = ""
+    keep: ClassVar[int] = 2
 
     def paths(self) -> list[Path]:
         """Finished checkpoints, the oldest first."""
         return sorted(path for path in self.folder.glob("checkpoint-*") if path.is_dir())
 
     def save(self, iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and drop those beyond :attr:`keep`; on an error the earlier ones are untouched.
-
-        Raises:
-            OSError: the disk is full or cannot be written.
-        """
+        """Write a checkpoint and drop those beyond :attr:`keep`; on an OSError the earlier ones are untouched."""
         final = self.folder / f"checkpoint-{iteration:06d}"
         # safetensors' own writer reports a full disk as an error type of its own, so serialize and let Python write.
         data = safetensors.save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -260,11 +250,7 @@ class Checkpoints:
         return None
 
     def _read(self, path: Path) -> Checkpoint:
-        """One checkpoint folder.
-
-        Raises:
-            UserError: it is incomplete or damaged, or of another run.
-        """
+        """One checkpoint folder; a UserError where it is incomplete or damaged, or of another run."""
         number = path.name.removeprefix("checkpoint-")
         made_from = {"run": self.run, "iteration": int(number) if number.isdigit() else None}
         if (name := damaged(path, made_from if self.run else None)) is not None:
