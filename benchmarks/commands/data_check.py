@@ -35,7 +35,6 @@ class Report:
     """What was found; it grows by a few numbers a row, not by texts.
 
     Attributes:
-        usable: rows.
         lengths: by name ("prompt", "completion", "together"), one number a text.
         splits: rows by their column ``split``.
         duplicates: rows that say what an earlier one did.
@@ -61,17 +60,14 @@ def check(
     max_rows: int | None = None,
     max_length: int | None = None,
 ) -> Report:
-    """Read a source to its end, as training would.
+    """Read a source to its end, as training would; raise as :class:`~lm_envs.data.dataset.Examples`, never for a bad
+    row.
 
     Args:
         tokenizer: lengths are in its tokens, and what it cannot make tokens of is a bad row; without one they are in
             characters.
         kind: what the rows are to be used as; None is what they are.
-        max_rows: read no more.
         max_length: tokens of prompt and completion; longer rows are bad.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as :class:`~lm_envs.data.dataset.Examples`; never for a bad row.
     """
     data = Examples(source, kind, "skip", max_rows)
     report = Report(data, "characters" if tokenizer is None else "tokens")

@@ -64,10 +64,9 @@ class Settings(CheckedSettings):
         pairs: sizes of the reward models' data; each is a prefix of the same comparisons.
         held_out: pairs that measure the reward models.
         flip: probability that an annotator's choice is recorded the wrong way round.
-        algorithm, overrides, iterations: what optimises each reward model, a registered algorithm that samples.
+        algorithm, overrides, iterations: what optimizes each reward model, a registered algorithm that samples.
         prompts, samples: of best-of-n: test prompts, and responses to each, of which n are a subset.
         reward_model: options of :func:`lm_envs.algos.engine.judged_pairs.make_reward_model`.
-        seed: decides everything.
     """
 
     pairs: Annotated[tuple[Several, ...], MinLen(1)] = (500, 2000, 8000)
@@ -84,7 +83,7 @@ class Settings(CheckedSettings):
 
 @dataclass
 class Curve:
-    """Proxy and gold on the way of one optimiser against one reward model, K points.
+    """Proxy and gold on the way of one optimizer against one reward model, K points.
 
     Attributes:
         pairs: what the reward model was trained on.
@@ -98,9 +97,9 @@ class Curve:
     pairs: int
     accuracy: float
     method: str
-    kl: list[float]
-    proxy: list[float]
-    gold: list[float]
+    kl: list[float] = field(default_factory=list)
+    proxy: list[float] = field(default_factory=list)
+    gold: list[float] = field(default_factory=list)
     fit: dict[str, float] = field(default_factory=dict)
 
     def fitted(self) -> int:
@@ -154,11 +153,11 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
         UserError: the task has no judge, or no learned reward model to take the architecture from.
     """
     task = load_task(name, options)
-    if task.judge is None or not isinstance(task.reward, LearnedReward):
+    template = task.reward
+    if task.judge is None or not isinstance(template, LearnedReward):
         raise UserError(f"over-optimisation of task {name!r} needs a judge and a learned reward model")
-    if not task.reward.is_plain:
-        raise UserError(f"over-optimisation trains reward models of plain text, unlike {task.reward.__name__!r}")
-    template: LearnedReward = task.reward
+    if not template.is_plain:
+        raise UserError(f"over-optimisation trains reward models of plain text, unlike {template.__name__!r}")
     env = TextVectorEnv(task)
     start = LMPolicy.for_mdp(env.mdp, task.start)
     say("sampling pairs to compare")
@@ -178,9 +177,9 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
         )
         accuracy = held.accuracy(reward)
         with_it = replace(task, reward=reward)
-        curves.append(_best_of_n(with_it, *many, moments[1], Curve(pairs, accuracy, "best-of-n", [], [], [])))
+        curves.append(_best_of_n(with_it, *many, moments[1], Curve(pairs, accuracy, "best-of-n")))
         say(f"{settings.algorithm} against it")
-        curves.append(_trained(with_it, settings, moments, Curve(pairs, accuracy, settings.algorithm, [], [], [])))
+        curves.append(_trained(with_it, settings, moments, Curve(pairs, accuracy, settings.algorithm)))
     for curve in curves:
         count = curve.fitted()
         curve.fit = fit(curve.kl[:count], curve.gold[:count], curve.method)

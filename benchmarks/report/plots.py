@@ -193,19 +193,11 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         for i in range(1, len(places)):
             overlap = max(0.0, gap - (places[i] - places[i - 1]))
             places[i - 1 : i + 1] += -overlap / 2, overlap / 2
+    shown: dict[str, Any] = {"fontsize": 9.5, "va": "center", "annotation_clip": False}
+    shown |= dict.fromkeys(("xycoords", "textcoords"), ax.get_yaxis_transform())
     for (y, label, color), place in zip(order, places, strict=True):
-        ax.annotate(
-            label,
-            (1.0, y),
-            (1.05, place),
-            xycoords=ax.get_yaxis_transform(),
-            textcoords=ax.get_yaxis_transform(),
-            color=color,
-            fontsize=9.5,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
-            annotation_clip=False,
-        )
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate(label, (1.0, y), (1.05, place), color=color, arrowprops=line, **shown)
 
 
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
@@ -242,19 +234,13 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
         taken.append(box := box_at(distance, way))
         if distance > 10:
             strokes.append(_along(np.array([here, np.clip(here, box.min, box.max)])))
-        ax.annotate(
-            point.text,
-            point.at,
-            (way[0] * distance, way[1] * distance),
-            textcoords="offset points",
-            color=point.color,
-            fontsize=9.5,
-            ha=_SIDES[int(np.sign(way[0]))][0],
-            va=_SIDES[int(np.sign(way[1]))][1],
-            arrowprops={"arrowstyle": "-", "color": point.color, "linewidth": 0.6} if distance > 10 else None,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            zorder=6,
-        )
+        shown: dict[str, Any] = {"color": point.color, "fontsize": 9.5, "zorder": 6}
+        shown |= {"ha": _SIDES[int(np.sign(way[0]))][0], "va": _SIDES[int(np.sign(way[1]))][1]}
+        shown["path_effects"] = [withStroke(linewidth=2.5, foreground="white")]
+        if distance > 10:
+            shown["arrowprops"] = {"arrowstyle": "-", "color": point.color, "linewidth": 0.6}
+        at = way[0] * distance, way[1] * distance
+        ax.annotate(point.text, point.at, at, textcoords="offset points", **shown)
 
 
 def _along(path: NDArray[np.float64]) -> NDArray[np.float64]:

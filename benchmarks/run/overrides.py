@@ -12,12 +12,9 @@ from lm_envs.benchmarks.errors import UserError
 
 
 def parse_settings(items: Sequence[str], option: str = "--set", example: str = "learning_rate=1e-3") -> dict[str, Any]:
-    """``["learning_rate=1e-3", "anneal=false"]`` as a dictionary.
+    """``["learning_rate=1e-3", "anneal=false"]`` as a dictionary; values are numbers, true, false, none, or else strings.
 
-    Values are numbers, true, false, none, or else strings. ``option`` and ``example`` are for the messages.
-
-    Raises:
-        UserError: an item without "=", or a name given twice.
+    ``option`` and ``example`` are for the UserError of an item without "=", or of a name given twice.
     """
     found: dict[str, Any] = {}
     for item in items:
@@ -43,11 +40,8 @@ def _value(text: str) -> Any:
 
 
 def check_overrides(algorithm: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides of an algorithm's settings with their types put right (an int where a float belongs is one).
-
-    Raises:
-        UserError: no such setting, with the near names, or a value of the wrong type or out of range.
-    """
+    """The overrides of an algorithm's settings with their types put right (an int where a float belongs is one); a
+    UserError for an unknown setting, with the near names, or a value of the wrong type or out of range."""
     from lm_envs.algos.policies.language_model import NO_TRUNCATION
     from lm_envs.algos.registry import make_config
 

@@ -20,12 +20,7 @@ def _made(path: Path) -> int:
 
 
 class Tracker:
-    """Writes scalars and sample texts of one run.
-
-    Args:
-        folder: of the event files.
-        resumed_at: iterations done already: what an earlier, killed process logged after it is hidden.
-    """
+    """Writes scalars and sample texts of one run; hides what a killed process logged after iteration ``resumed_at``."""
 
     def __init__(self, folder: Path, resumed_at: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter

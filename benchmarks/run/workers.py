@@ -27,12 +27,8 @@ _SPAWN = multiprocessing.get_context("spawn")  # a forked process hangs where it
 
 
 class StopRequest:
-    """Ctrl-C, asked politely: the first only sets a flag, which is looked at between iterations; the second interrupts
-    at once, and so does the first while a remote judge is waited for.
-
-    Args:
-        first: called at the first one.
-    """
+    """Ctrl-C, asked politely: the first only calls ``first`` and sets a flag, which is looked at between iterations;
+    the second interrupts at once, and so does the first while a remote judge is waited for."""
 
     def __init__(self, first: Callable[[], None] = lambda: None) -> None:
         self.requested = False
