@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import io
 import os
 import shlex
 import signal
 import sys
 import traceback
+import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -22,7 +26,6 @@ from lm_envs.benchmarks.commands.bench import Bench
 from lm_envs.benchmarks.commands.build import Build
 from lm_envs.benchmarks.commands.compare import Compare
 from lm_envs.benchmarks.commands.data import DataCommand
-from lm_envs.benchmarks.commands.help_text import subcommands
 from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
 from lm_envs.benchmarks.commands.overoptimize import Overoptimise
 from lm_envs.benchmarks.commands.people import People
@@ -152,6 +155,52 @@ def _settings() -> set[str]:
     from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
 
     return {field.name for name in ALGORITHMS if name not in WRAPPERS for field in fields(load(name).Config)}
+
+
+def subcommands(commands: Mapping[str, type[Any]], words: Sequence[str]) -> Any:
+    """A union of commands for :func:`tyro.cli`: in the list of all each has one sentence, by itself its whole text.
+
+    Args:
+        commands: dataclasses by name.
+        words: of the command line; the first says which is asked for.
+    """
+    made = []
+    for name, command in commands.items():
+        text = inspect.getdoc(command) or ""
+        if words[:1] == [name]:
+            _join_lines(command)
+            text = text.replace("\n\n  ", "\n  ")  # tyro would set two empty lines before the examples
+        else:
+            text = " ".join(text.partition("\n\n")[0].split())
+        made.append(Annotated[command, tyro.conf.subcommand(name, description=text)])
+    return typing.Union[tuple(made)]  # noqa: UP007
+
+
+def _join_lines(command: type[Any]) -> None:
+    """Make each field's docstring one paragraph, also in the dataclasses that are its fields."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    for owner in filter(is_dataclass, command.__mro__):
+        for node, behind in pairwise(ast.parse(inspect.getsource(owner)).body[0].body):  # type: ignore[attr-defined]
+            match node, behind:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    shown = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=_hint)
+                    owner.__annotations__[name] = Annotated[hints[name], shown]
+    for inner in _dataclasses(*hints.values()):
+        _join_lines(inner)
+
+
+def _dataclasses(*hints: Any) -> list[type[Any]]:
+    """Those that types are made of, however deep."""
+    found: list[type[Any]] = []
+    for hint in hints:
+        is_class = isinstance(hint, type) and is_dataclass(hint)
+        found += [hint] if is_class else _dataclasses(*typing.get_args(hint))
+    return found
+
+
+def _hint(default: str) -> str:
+    """What stands behind an option's help: nothing where leaving it out is no value."""
+    return "" if default in ("None", "", "False") else f"(default: {default})"
 
 
 if __name__ == "__main__":

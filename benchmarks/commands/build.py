@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.overrides import parse_settings
+from lm_envs.benchmarks.run.suites import parse_settings
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from lm_envs.benchmarks.commands.options import Running
 from lm_envs.benchmarks.commands.report import carry_out
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
-from lm_envs.benchmarks.run.overrides import parse_settings
 from lm_envs.benchmarks.run.suite_files import load_suite
-from lm_envs.benchmarks.run.suites import Suite, TaskSettings
+from lm_envs.benchmarks.run.suites import Suite, TaskSettings, parse_settings
 from lm_envs.settings import Seed, Several, Threads, near
 
 # What tasks of one's own are compared like where nothing else is said.

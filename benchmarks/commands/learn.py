@@ -12,8 +12,7 @@ from rich.table import Table
 
 from lm_envs.benchmarks.commands.options import Adapt
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.run.overrides import parse_settings
-from lm_envs.benchmarks.run.suites import Plan
+from lm_envs.benchmarks.run.suites import Plan, parse_settings
 from lm_envs.settings import Count, Positive, Rate, Seed, Share, Size, Threads, Whole
 
 _SHOWN = 10  # skipped rows on the screen; all are in data/info.json
@@ -132,8 +131,8 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     from lm_envs.benchmarks.run.compare import gone_if_refused
     from lm_envs.benchmarks.run.data_problem import DataProblem
     from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG, execute, settings_of
-    from lm_envs.benchmarks.run.overrides import check_overrides
     from lm_envs.benchmarks.run.progress import display
+    from lm_envs.benchmarks.run.suites import check_overrides
     from lm_envs.benchmarks.run.workers import StopRequest
 
     disable_progress_bar()

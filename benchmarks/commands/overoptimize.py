@@ -12,7 +12,7 @@ from rich.console import Console
 from lm_envs.benchmarks.commands.options import Own
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task
-from lm_envs.benchmarks.run.overrides import parse_settings
+from lm_envs.benchmarks.run.suites import parse_settings
 from lm_envs.settings import Seed, Several, near
 
 

@@ -11,8 +11,7 @@ from rich.console import Console
 from lm_envs.benchmarks.commands.options import Running
 from lm_envs.benchmarks.commands.report import carry_out
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.overrides import parse_settings
-from lm_envs.benchmarks.run.suites import Plan, Suite, TaskSettings
+from lm_envs.benchmarks.run.suites import Plan, Suite, TaskSettings, parse_settings
 from lm_envs.settings import Count, Seed, Threads, Whole
 
 

@@ -38,9 +38,8 @@ from lm_envs.benchmarks.report.plots import STYLE, as_png, root
 from lm_envs.benchmarks.run.inputs import fingerprints
 from lm_envs.benchmarks.run.names import load_task
 from lm_envs.benchmarks.run.one_run import versions
-from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.storage import write_json
-from lm_envs.benchmarks.run.suites import Plan, RunSpec
+from lm_envs.benchmarks.run.suites import Plan, RunSpec, check_overrides
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.files import write_atomic

@@ -19,11 +19,10 @@ from rich.markup import escape
 
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
 from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
-from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.progress import display
 from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
-from lm_envs.benchmarks.run.suites import RunSpec, Suite
+from lm_envs.benchmarks.run.suites import RunSpec, Suite, check_overrides
 from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
 from lm_envs.files import TEMPORARY
 

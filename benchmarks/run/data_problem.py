@@ -19,9 +19,8 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.overrides import check_overrides
 from lm_envs.benchmarks.run.problems import Problem
-from lm_envs.benchmarks.run.suites import Plan
+from lm_envs.benchmarks.run.suites import Plan, check_overrides
 from lm_envs.data import conventions, packed, sources, tokenizing
 from lm_envs.data.dataset import Examples
 from lm_envs.data.packed import PackedExamples, info_of, pack

@@ -16,12 +16,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -48,7 +49,6 @@ from lm_envs.benchmarks.run.storage import (
     write_sealed,
 )
 from lm_envs.benchmarks.run.suites import RunSpec
-from lm_envs.benchmarks.run.tracking import Tracker
 from lm_envs.files import TEMPORARY, code_hash, remove, write_manifest
 
 if TYPE_CHECKING:
@@ -295,3 +295,43 @@ class _Run:
         if isinstance(problem, (TextProblem, ControlProblem)):
             return cost.total(problem.agent, problem.given, measured) | wall_s
         return {"trained_tokens": problem.agent.trained_tokens} | wall_s  # nothing is sampled
+
+
+# What people look at first stands together under "main"; the rest of an algorithm's metrics under "update".
+_MAIN = ("return", "score", "gold", "proxy", "kl", "kl_coef", "entropy", "length", "tokens_per_second")
+_COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "trained_tokens", "iteration")
+
+
+def _made(path: Path) -> int:
+    """The second in which an event file was made; 0 if its name does not say so, or says a time to come."""
+    made = path.name.split(".")[3]
+    return int(made) if made.isdigit() and int(made) <= time.time() else 0
+
+
+class Tracker:
+    """Writes scalars and sample texts of one run; hides what a killed process logged after iteration ``resumed_at``."""
+
+    def __init__(self, folder: Path, resumed_at: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # A reader takes the files in the order of their names, which begin with the second they were made in: a file
+        # that hides what another one holds has to come after it.
+        while any(int(time.time()) <= _made(path) for path in folder.glob("events.out.tfevents.*")):
+            time.sleep(0.05)
+        # Iteration 0 is logged by a fresh start alone; a process that was killed before its first checkpoint left it.
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed_at else 0, flush_secs=30)
+
+    def scalars(self, metrics: Mapping[str, Any], iteration: int, prefix: str | None = None) -> None:
+        """Log the finite numbers among ``metrics``; ``prefix`` None sorts them into main, counters and update."""
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and math.isfinite(value) and name != "iteration":
+                group = prefix or ("main" if name in _MAIN else "counters" if name in _COUNTERS else "update")
+                self._writer.add_scalar(f"{group}/{name}", value, iteration)
+
+    def texts(self, texts: Sequence[str], iteration: int, tag: str) -> None:
+        """Log sample texts as one block, a line each."""
+        if texts:
+            self._writer.add_text(tag, "\n".join("    " + line.replace("\n", " ") for line in texts), iteration)
+
+    def close(self) -> None:
+        self._writer.close()

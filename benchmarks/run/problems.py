@@ -22,8 +22,7 @@ from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
 from lm_envs.benchmarks.run.names import base_task, best_of, is_control, load_task
-from lm_envs.benchmarks.run.overrides import check_overrides
-from lm_envs.benchmarks.run.suites import RunSpec
+from lm_envs.benchmarks.run.suites import RunSpec, check_overrides
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact.solver import Exact
 from lm_envs.trajectories import Trajectories

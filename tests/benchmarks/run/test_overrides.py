@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.overrides import check_overrides, parse_settings
+from lm_envs.benchmarks.run.suites import check_overrides, parse_settings
 
 
 def test_values():
