@@ -83,6 +83,7 @@ class Problem(Protocol):
 
     def save_model(self, folder: Path) -> None:
         """The tuned model and the tokenizer, as transformers' ``from_pretrained`` reads them."""
+        return None
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """The first texts of a training batch, with their scores."""
@@ -121,7 +122,7 @@ class TextProblem(Problem):
             options |= {name: spec.env[name] for name in names if name in spec.env}
         self.spec, self.task = spec, load_task(spec.task, options)
         # TOML and JSON have no tuples
-        self._options = {name: tuple(v) if isinstance(v, list) else v for name, v in spec.env.items()}
+        self._options: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in spec.env.items()}
         self._measures: dict[str, TextVectorEnv] = {}
         face = base_task(spec.task)[1]
         mdp = self._measure("test").mdp

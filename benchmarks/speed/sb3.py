@@ -70,7 +70,7 @@ def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
         for name, own in times.items():
             seconds = statistics.median(own)
             ratio = statistics.median(mine / base for mine, base in zip(own, times[OURS], strict=True))
-            line = {"shape": shape, "vocabulary": work.size.model.vocabulary, "rows": settings.rows}
+            line: dict[str, Any] = {"shape": shape, "vocabulary": work.size.model.vocabulary, "rows": settings.rows}
             line |= {"prompt": work.size.prompt_length, "new_tokens": settings.new_tokens, "epochs": settings.epochs}
             line |= {"way": name, "seconds": round(seconds, 4), "tokens_per_s": round(work.size.tokens / seconds, 1)}
             several.append(line | {"times_ours": round(ratio, 3), "foreign_load": round(foreign, 3)} | about)
