@@ -39,9 +39,9 @@ class Interrupted(Exception):
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user can put right; None for a bug, which deserves its traceback.
 
-    ``ValueError``, ``FloatingPointError`` and ``ImportError`` (an extra that is not installed) count as expected where
-    this package itself raised them: the same types from the inside of a library that we called mean a bug. Of
-    ``OSError`` those count that the system reports, and of ``SystemExit`` those of the user's own code.
+    ``ValueError``, ``FloatingPointError`` and ``ImportError`` count as expected where this package itself raised them:
+    from the inside of a library that we called they mean a bug. Of ``OSError`` those count that the system reports, and
+    of ``SystemExit`` those of the user's own code.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -61,12 +61,8 @@ def explain(error: BaseException) -> str | None:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    frames = error.__traceback__
-    if frames is None:
-        return False
-    while frames.tb_next is not None:
-        frames = frames.tb_next
-    return str(frames.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "lm_envs"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).split(".")[0] == "lm_envs"
 
 
 def one_line(path: Path | str, line: int | None, what: str) -> str:

@@ -92,16 +92,11 @@ class Own:
 
     def _rewards(self) -> dict[str, Any]:
         if self.reward and self.reward_model is not None:
-            raise UserError(
-                f"--reward-model is short for one reward; beside others write --reward "
-                f"'standardise(model:{self.reward_model})'"
-            )
-        try:
-            for texts in (self.reward, (self.judge,) if self.judge is not None and is_spec(self.judge) else ()):
-                if texts:
-                    parse_reward(texts)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+            model = f"standardise(model:{self.reward_model})"
+            raise UserError(f"--reward-model is short for one reward; beside others write --reward {model!r}")
+        for texts in (self.reward, (self.judge,) if self.judge is not None and is_spec(self.judge) else ()):
+            if texts:
+                parse_reward(texts)
         return {"reward": list(self.reward)} if self.reward else {"reward_model": self.reward_model}
 
 

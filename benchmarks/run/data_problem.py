@@ -198,6 +198,9 @@ class DataProblem(Problem):
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return {f"held_out_{name}": value for name, value in self._measure(None).items()}, []
 
+    def costs(self, measured: dict[str, Any]) -> dict[str, int]:
+        return {"trained_tokens": self.agent.trained_tokens}  # nothing is sampled
+
     @torch.no_grad()
     def _measure(self, most: int | None) -> dict[str, float]:
         if self._held is None:

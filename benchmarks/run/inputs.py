@@ -31,16 +31,12 @@ def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
     options = settings.get("options") or {name: settings[name] for name in ("model", "data") if name in settings}
     if "options" in settings:
         options |= {"task": base_task(spec.task)[0], "algorithm": spec.algorithm}
-    texts = [
-        (name, text) for name, value in options.items() for text in (value if isinstance(value, list) else [value])
-    ]
-    found = {
-        f"{name} {place!r}": hashed(place)
-        for name, text in texts
-        if isinstance(text, str)
-        for place, hashed in _places(name, text)
-    }
-    return {name: found_hash for name, found_hash in sorted(found.items()) if found_hash is not None}
+    found = {}
+    for name, value in options.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                found |= {f"{name} {place!r}": hashed(place) for place, hashed in _places(name, text)}
+    return {name: known for name, known in sorted(found.items()) if known is not None}
 
 
 def _places(name: str, text: str) -> Iterator[tuple[str, Callable[[str], str | None]]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _BEST_OF = re.compile(r"best-of-([1-9]\d{0,4})")
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _BANDIT = "-bandit"
+ALL = "all"
 
 
 def folder_name(task: str) -> str:
@@ -35,12 +36,8 @@ def base_task(name: str) -> tuple[str, str]:
 
 
 def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
-    """The text task that a name in a suite means; one of the user's own is ``module:function``.
-
-    Raises:
-        UserError: there is no such module or function.
-        ValueError: from the task's loader.
-    """
+    """The text task that a name in a suite means; one of the user's own is ``module:function``. A UserError if there is
+    no such module or function, ValueErrors of the task's loader."""
     from lm_envs.tasks import TASKS, load
     from lm_envs.tasks.base import TextTask
 
@@ -51,9 +48,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
         with suppress(ModuleNotFoundError, ValueError):  # of a parent package; of a script
             found = find_spec(module)
         if found is None:
-            raise UserError(
-                f"task {name!r}: there is no module {module!r} on the import path (PYTHONPATH adds folders)"
-            )
+            raise UserError(f"task {name!r}: no module {module!r} on the import path (PYTHONPATH adds folders)")
         if not hasattr(import_module(module), function):
             raise UserError(f"task {name!r}: module {module!r} has no function {function!r}")
         TASKS[name] = name
@@ -111,15 +106,11 @@ def check_algorithm(name: str) -> None:
 
 
 def trainable() -> list[str]:
-    """The registered algorithms that can be compared: they train a policy, by sampling or on preferences which
-    simulated annotators make."""
+    """The registered algorithms that train a policy, by sampling or on preferences of simulated annotators."""
     from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
 
     agents = {name: load(name) for name in ALGORITHMS if name not in WRAPPERS}
     return [name for name, agent in agents.items() if agent.preference_data or not agent.needs_data]
-
-
-ALL = "all"
 
 
 def expanded(algorithms: Sequence[str]) -> tuple[str, ...]:

@@ -33,10 +33,9 @@ import torch
 from filelock import FileLock, Timeout
 
 import lm_envs
-from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.inputs import fingerprints
-from lm_envs.benchmarks.run.problems import ControlProblem, Problem, TextProblem, open_problem
+from lm_envs.benchmarks.run.problems import Problem, open_problem
 from lm_envs.benchmarks.run.storage import (
     SEAL,
     Checkpoints,
@@ -283,18 +282,13 @@ class _Run:
         remove(self.folder / "model")  # half of it, of a process that was killed here
         problem.save_model(self.folder / "model")
         run = {"task": self.spec.task, "algorithm": self.spec.algorithm, "seed": self.spec.seed}
-        result = {**run, **measured, **self._cost(problem, measured)}
+        wall_s = self.wall_s + measured.get("inference_s", 0.0)
+        result = {**run, **measured, **problem.costs(measured), "wall_s": wall_s}
         write_json(self.folder / "result.json", result)
         self.checkpoints.prune(1)
         files = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")]
         write_manifest(self.folder, {}, [*files, *(self.folder / "model").rglob("*")])
         return read_json(self.folder / "result.json")
-
-    def _cost(self, problem: Problem, measured: dict[str, Any]) -> dict[str, Any]:
-        wall_s = {"wall_s": self.wall_s + measured.get("inference_s", 0.0)}
-        if isinstance(problem, (TextProblem, ControlProblem)):
-            return cost.total(problem.agent, problem.given, measured) | wall_s
-        return {"trained_tokens": problem.agent.trained_tokens} | wall_s  # nothing is sampled
 
 
 # What people look at first stands together under "main"; the rest of an algorithm's metrics under "update".

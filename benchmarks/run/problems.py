@@ -89,6 +89,10 @@ class Problem(Protocol):
         """The first texts of a training batch, with their scores."""
         return []
 
+    def costs(self, measured: dict[str, Any]) -> dict[str, int]:
+        """What training and measuring took."""
+        return cost.total(self.agent, self.given, measured)
+
     def sizes(self, model: Any) -> dict[str, int]:
         """How many numbers a model has, and how many are trained, those of value heads included."""
         trained = 0 if self.agent is None else sum(p.numel() for p in self.policy.parameters() if p.requires_grad)

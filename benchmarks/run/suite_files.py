@@ -1,38 +1,4 @@
-"""Suites: a TOML file says what a comparison is, and this reads it strictly.
-
-.. code-block:: toml
-
-    name = "mine"
-    tasks = ["reviews", "reviews-bandit"]         # -bandit: a whole response is one action
-    algorithms = ["sft", "best-of-16", "ppo"]
-    seeds = [0, 1, 2]
-    compile = false                               # let torch.compile make programs that sample; docs/throughput.md
-
-    [budget]
-    episodes = 10_000                             # of training, per run; or: iterations = 80
-
-    [evaluation]
-    test_prompts = 256                            # how many; all if left out
-    validation_prompts = 64
-    every = 8                                     # iterations between validations, 0 for none
-
-    [checkpoints]
-    every = 20                                    # iterations
-
-    [adaptation]                                  # of the language model; all of it is trained if left out
-    lora_rank = 8                                 # also: lora_alpha, lora_targets, lora_merge, freeze_layers
-
-    [algorithm.ppo]                               # overrides of the algorithm's settings
-    learning_rate = 3e-4
-
-    [task.reviews-bandit]
-    algorithms = ["ppo"]                          # instead of the suite's
-    kl_coef = 0.05                                # of the environment: kl_coef, temperature, min_new_tokens, ...
-    options = {}                                  # of the task's loader
-
-    [task.reviews-bandit.algorithm.ppo]           # overrides for this task only
-    learning_rate = 1e-4
-"""
+"""Read suites from TOML, strictly; docs/getting_started.md has all keys."""
 
 from __future__ import annotations
 
