@@ -26,7 +26,7 @@ def test_suites_and_command_lines_ask_for_it():
     with pytest.raises(UserError, match="line 3: the suite: compile must be true or false, not 'yes'"):
         parse_suite(text.replace("true", '"yes"'), "mine.toml")
     for asked in (True, False):
-        command = Compare(Path("out"), task=("reviews",), algorithms=("ppo",), compile=asked)
+        command = Compare(out=Path("out"), task=("reviews",), algorithms=("ppo",), compile=asked)
         assert [run.compile for run in command.to_suite().runs()] == [asked]
 
 
