@@ -85,9 +85,11 @@ def test_suites_and_command_lines_say_what_is_adapted():
     runs = {run.task: run for run in parse_suite(SUITE, "mine.toml").runs()}
     assert runs["reviews"].adaptation == {"lora_rank": 8, "lora_targets": ["c_attn"]}
     assert runs["CartPole-v1"].adaptation == {}
-    asked = Compare(Path("out"), task=("reviews",), algorithms=("ppo",), adapt=Adapt(lora_rank=2, lora_targets=("a",)))
+    asked = Compare(
+        out=Path("out"), task=("reviews",), algorithms=("ppo",), adapt=Adapt(lora_rank=2, lora_targets=("a",))
+    )
     assert asked.to_suite().runs()[0].adaptation == {"lora_rank": 2, "lora_targets": ["a"]}
-    assert Compare(Path("out"), task=("reviews",), algorithms=("ppo",)).to_suite().adaptation == {}
+    assert Compare(out=Path("out"), task=("reviews",), algorithms=("ppo",)).to_suite().adaptation == {}
     for old, new, message in [
         ("lora_rank = 8", "lora_rnk = 8", r"line 5: adaptation has no option 'lora_rnk': did you mean 'lora_rank'"),
         ("lora_rank = 8", "lora_rank = -1", "line 5: adaptation: lora_rank must be at least 0, not -1"),
@@ -96,7 +98,7 @@ def test_suites_and_command_lines_say_what_is_adapted():
         with pytest.raises(UserError, match=message):
             parse_suite(SUITE.replace(old, new), "mine.toml")
     with pytest.raises(ValueError, match="mean nothing without lora_rank"):
-        Compare(Path("out"), task=("reviews",), algorithms=("ppo",), adapt=Adapt(lora_alpha=2.0)).to_suite()
+        Compare(out=Path("out"), task=("reviews",), algorithms=("ppo",), adapt=Adapt(lora_alpha=2.0)).to_suite()
 
 
 def test_lora_without_peft_is_told_before_anything_trains(monkeypatch):
