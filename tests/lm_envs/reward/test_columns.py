@@ -11,7 +11,7 @@ import torch
 from lm_envs import rng
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.engine.comparisons import annotated_pairs
-from lm_envs.algos.engine.judged_pairs import compare
+from lm_envs.algos.engine.judged_pairs import judge_pairs
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.benchmarks.measure import samples
 from lm_envs.env.rollout import collect, rollout
@@ -157,7 +157,7 @@ def test_best_of_n_pairs_and_measurements_go_by_rows_too():
     assert first.mean() > 1 and last.max() == 0
     sampled = samples.sample(samples.evaluation_env(made, "test"), policy, None, seed=0)
     assert sampled.gold.tolist() == sampled.proxy.tolist() and seen[-1] == [10.0, 30.0]
-    compared = compare(env.mdp, policy, 0, 20, 0)
+    compared = judge_pairs(env.mdp, policy, 0, 20, 0)
     index = rng.integers(0, rng.PROMPT, sampling.SAMPLE_EPISODES + np.arange(20), 2)
     assert compared.samples.columns["bonus"] == [[10.0, 30.0][i] for i in np.repeat(index, 2)]
     given = replace(made, pairs=[(1, [2, 0], [3, 0]), (0, [2, 0], [3, 0])])
