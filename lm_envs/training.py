@@ -18,16 +18,6 @@ from lm_envs.model.forwards import response_forward
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import raw_scores
 
-__all__ = [
-    "bradley_terry_loss",
-    "fit",
-    "fit_language_model",
-    "fit_reward_model",
-    "next_token_loss",
-    "stream",
-    "take_step",
-]
-
 Progress = Callable[[int, float], None]
 
 
@@ -177,11 +167,8 @@ def fit_language_model(
     bundles: Sequence[Sequence[int]] | None = None,
     **options: Any,
 ) -> list[float]:
-    """Train a causal LM on texts by next-token cross-entropy, the mean over a batch's tokens.
-
-    Args:
-        texts: token ids, EOS included where it is to be learned; at least two tokens each.
-        bundles, options: as for :func:`fit`.
+    """Train a causal LM on texts (token ids, at least two each, EOS included where it is to be learned) by next-token
+    cross-entropy, the mean over a batch's tokens; ``bundles`` and options as for :func:`fit`.
     """
 
     def loss(chosen: list[int]) -> Tensor:
@@ -198,12 +185,8 @@ def fit_language_model(
 def fit_reward_model(
     model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], rank: NDArray[np.int64], **options: Any
 ) -> list[float]:
-    """Train a one-label sequence-classification model on ranked groups by :func:`bradley_terry_loss`.
-
-    Args:
-        groups: N groups of K texts as token ids.
-        rank: ``(N, K)`` int64, 0 is best.
-        options: as for :func:`fit`; ``batch_size`` counts groups.
+    """Train a one-label sequence-classification model by :func:`bradley_terry_loss` on N groups of K texts, token ids,
+    with ranks ``(N, K)`` int64, 0 is best; options as for :func:`fit`, ``batch_size`` in groups.
     """
 
     def loss(chosen: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lm_envs.model.tokens import left_pad, right_pad
 
@@ -189,24 +190,17 @@ class Trajectories:
             if values[0].ndim < 2 or name == "final_obs":
                 return torch.cat(values)
             # Only the axes that count steps differ: T, or the tokens of a bandit's response.
-            shape = [max(value.shape[axis] for value in values) for axis in range(1, values[0].ndim)]
+            shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
             padded = []
             for value in values:
-                left = name == "prompt"
-                out = value.new_full((value.shape[0], *shape), _PADDING.get(name, 0))
-                where = tuple(
-                    slice(size - have, size) if left else slice(0, have)
-                    for size, have in zip(shape, value.shape[1:], strict=True)
-                )
-                out[(slice(None), *where)] = value
-                padded.append(out)
+                extra = [size - have for size, have in zip(shape, value.shape[1:], strict=True)]
+                sides = [side for more in reversed(extra) for side in ((more, 0) if name == "prompt" else (0, more))]
+                padded.append(F.pad(value, sides, value=_PADDING.get(name, 0)))
             return torch.cat(padded)
 
         joined: dict[str, Any] = {f.name: join(f.name) for f in fields(Trajectories)}
-        if (
-            joined["prompt"] is not None
-            and len({part.prompt.shape[1] for part in parts if part.prompt is not None}) > 1
-        ):
+        widths = {part.prompt.shape[1] for part in parts if part.prompt is not None}
+        if joined["prompt"] is not None and len(widths) > 1:
             # obs holds the prompt in its first P places: rebuild it, or P would differ between rows.
             joined["obs"] = torch.cat([joined["prompt"], joined["response"]], dim=1)
         return Trajectories(**joined)
@@ -221,13 +215,10 @@ def demonstrations(
     """Texts as Trajectories of the MDP env, with no reward.
 
     Args:
-        texts: token ids, prompt and response in one; the EOS included where the response ended.
+        texts: token ids, the EOS included where the response ended; ValueError without one behind the prompt.
         prompt_length: how many tokens of each text are its prompt.
         max_new_tokens: longer responses are cut there.
         group: a number per text, equal where they share a prompt.
-
-    Raises:
-        ValueError: a text has nothing after its prompt.
     """
     for i, text in enumerate(texts):
         if len(text) <= prompt_length:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lm_envs.model.fast_layers import fuse
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
@@ -16,20 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_envs.reward.base import Reward
-
-
-class CorpusMetric(Protocol):
-    """What all responses together are worth, measured against a column of the prompts' data."""
-
-    column: str
-
-    def corpus(self, completions: Sequence[str], references: Sequence[Any]) -> float:
-        """The figure, higher is better."""
-        ...
-
-    def gain(self, ours: Sequence[str], theirs: Sequence[str], references: Sequence[Any]) -> tuple[float, float]:
-        """By how much ours is higher, and the standard error of that."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +37,9 @@ class TextTask:
         demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning.
         responses: the same as (prompt, response) where prompts differ in length; the response ends in EOS. Used instead
             of ``demonstrations`` where there are any.
-        corpus_metric: a figure of all greedy responses to a split together, such as corpus BLEU, for reports.
+        corpus_metric: a figure of all greedy responses to a split together, for reports, such as
+            :class:`~lm_envs.tasks.translation.CorpusBLEU`: ``column`` names the references' column, ``corpus(texts,
+            references)`` is the figure, and ``gain(ours, theirs, references)`` a difference and its standard error.
         pairs: (row of ``prompts["train"]``, response, response), two of the reference's responses to that prompt.
             Annotators choose between these where an algorithm learns from preferences, and a learned reward that the
             task comes with was trained on them.
@@ -75,7 +63,7 @@ class TextTask:
     demonstrations: list[list[int]] = field(default_factory=list)
     responses: list[tuple[list[int], list[int]]] = field(default_factory=list)
     pairs: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
-    corpus_metric: CorpusMetric | None = None
+    corpus_metric: Any = None
     stats: Mapping[str, float] = field(default_factory=dict)
     policy: PreTrainedModel | None = None
     more_eos_token_ids: tuple[int, ...] = ()

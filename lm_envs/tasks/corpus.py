@@ -1,9 +1,6 @@
 """A task made of the user's own labeled text: a language model and a byte-level tokenizer trained on it, a reward
 model learned from the labels of one half of the training texts, and a judge of another kind learned from the labels
-of the other half.
-
-The pipeline that built the Reviews task, with people's labels in the place of simulated annotators. All of it
-happens on first use and is cached under the content of the file and every setting.
+of the other half: the pipeline that built the Reviews task, with people's labels for simulated annotators.
 """
 
 from __future__ import annotations
@@ -91,15 +88,11 @@ class CorpusConfig(own_text.OwnTextConfig):
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
-    """The task of a JSONL file of labeled texts (see :func:`read_labelled`); made on first use, which shows progress
-    bars, and read from the cache afterwards.
-
-    Args:
-        options: fields of :class:`CorpusConfig`.
+    """The task of a file of labeled texts (see :func:`read_labelled`); made on first use, with progress bars, and read
+    from the cache afterwards. ``options`` are fields of :class:`CorpusConfig`.
 
     Raises:
-        ValueError: no path, a malformed row (file and line), too few texts, or an option that does not exist or is
-            out of range.
+        ValueError: no path, a malformed row (file and line), too few texts, or a wrong option.
         FileNotFoundError: there is no such file.
         ImportError: scikit-learn is missing; the message says what to install.
         lm_envs.files.CacheError: the cache folder cannot be written.

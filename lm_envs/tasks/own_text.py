@@ -76,7 +76,7 @@ def cached(
     return files.cached(task, parts, build)
 
 
-def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Sequence[str], vocabulary: int, padding_side: str = "left") -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on texts. Its one special token, id 0, ends texts and pads.
 
     Words carry the space before them, the first one too, so that texts join and round-trip.
@@ -93,11 +93,6 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizer
             show_progress=False,
         ),
     )
-    return fast(inner, padding_side="left")
-
-
-def fast(inner: tokenizers.Tokenizer, padding_side: str) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers has them."""
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         eos_token=END,

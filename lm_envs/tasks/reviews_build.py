@@ -124,23 +124,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(folder: Path, **options: Any) -> None:
-    """Build the task's models and data in a new or empty folder, with a progress bar on standard error.
+    """Build the task's models and data in a new or empty folder, with progress bars on standard error.
 
     The folder then holds ``policy/`` and ``reward_model/`` as ``save_pretrained`` leaves them, tokenizer included;
-    ``data.safetensors``, token ids as uint8 (rows end at their first EOS); ``task.json``; and ``manifest.json``, the
-    size and SHA-256 of each of them and what they were built with. Another kind of processor gives slightly other
-    weights.
-
-    ``data.safetensors`` holds the prompts ``train``, ``validation`` and ``test``, ``(N, 8)``; ``demonstrations``,
-    ``(N, 34)``; ``pairs``, ``(N, 2, T)``, two responses of the reference to training prompt ``i % len(train)``; and
-    ``preferred``, ``(N,)``, 1 where the annotators chose the first.
-
-    Args:
-        options: fields of :class:`ReviewsConfig`.
+    ``task.json``; ``manifest.json``, the size and SHA-256 of each file and what they were built with; and
+    ``data.safetensors``, token ids as uint8 (rows end at their first EOS): the prompts ``train``, ``validation`` and
+    ``test``, ``(N, 8)``; ``demonstrations``, ``(N, 34)``; ``pairs``, ``(N, 2, T)``, two responses of the reference to
+    training prompt ``i % len(train)``; and ``preferred``, ``(N,)``, 1 where the annotators chose the first. Another
+    kind of processor gives slightly other weights. ``options`` are fields of :class:`ReviewsConfig`.
 
     Raises:
-        ValueError: an option that does not exist (the message names the near ones) or is out of range, or the corpus
-            has too few distinct openings.
+        ValueError: a wrong option, or the corpus has too few distinct openings.
     """
     config = make(ReviewsConfig, options, "reviews")
     tokenizer = make_tokenizer()

@@ -2,8 +2,7 @@
 
 Reinforcement learning for translation as its literature has it: maximum likelihood first, then a policy gradient on
 the metric itself, with the likelihood of the references mixed in (Ranzato et al. 2016, arXiv:1511.06732; Wu et al.
-2016, arXiv:1609.08144, section 5). The tokenizer and the model are made from scratch on first use, and cached under
-the content of the file and every setting.
+2016, arXiv:1609.08144, section 5).
 """
 
 from __future__ import annotations
@@ -20,14 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedTokenizerFast, T5Config
 
 from lm_envs import training
 from lm_envs.data.conventions import Example
@@ -75,15 +67,11 @@ class TranslationConfig(own_text.OwnTextConfig):
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
-    """The task of a JSONL file of pairs (see :func:`read_parallel`); made on first use, which shows a progress bar, and
-    read from the cache afterwards.
-
-    Args:
-        options: fields of :class:`TranslationConfig`.
+    """The task of a file of pairs (see :func:`read_parallel`); made on first use, which shows a progress bar, and read
+    from the cache afterwards. ``options`` are fields of :class:`TranslationConfig`.
 
     Raises:
-        ValueError: no path, a malformed row (file and line), too few pairs, or an option that does not exist or is out
-            of range.
+        ValueError: no path, a malformed row (file and line), too few pairs, or a wrong option.
         FileNotFoundError: there is no such file.
         ImportError: sacreBLEU is missing; the message says what to install.
         lm_envs.files.CacheError: the cache folder cannot be written.
@@ -150,44 +138,42 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizer
 
     Its one special token ends responses, pads, and starts the decoder, as BART's EOS does.
     """
-    inner = own_text.make_tokenizer(texts, vocabulary).backend_tokenizer
-    inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    return own_text.fast(inner, padding_side="right")
+    tokenizer = own_text.make_tokenizer(texts, vocabulary, padding_side="right")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
 
 
 def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model with weights drawn from the seed; the caller's global generator is left as it was."""
     ids = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
     tokens: dict[str, Any] = {"vocab_size": len(tokenizer), **dict.fromkeys(ids, tokenizer.eos_token_id)}
-    wide, both = 4 * config.hidden, ("encoder", "decoder")
+    made: BartConfig | T5Config
+    if config.architecture == "bart":
+        made = BartConfig(
+            **tokens,
+            **{f"{half}_layers": config.layers for half in ("encoder", "decoder")},
+            **{f"{half}_attention_heads": config.heads for half in ("encoder", "decoder")},
+            **{f"{half}_ffn_dim": 4 * config.hidden for half in ("encoder", "decoder")},
+            d_model=config.hidden,
+            max_position_embeddings=max(config.prompt_tokens, config.max_new_tokens),
+            activation_function="relu",
+            dropout=0.0,
+            init_std=config.hidden**-0.5,  # BART's 0.02 is for a width of 1024; here it would learn late
+            forced_eos_token_id=None,
+        )
+    else:
+        made = T5Config(
+            **tokens,
+            d_model=config.hidden,
+            d_kv=config.hidden // config.heads,
+            d_ff=4 * config.hidden,
+            num_layers=config.layers,
+            num_heads=config.heads,
+            dropout_rate=0.0,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.architecture == "bart":
-            return BartForConditionalGeneration(
-                BartConfig(
-                    **tokens,
-                    **{f"{half}_layers": config.layers for half in both},
-                    **{f"{half}_attention_heads": config.heads for half in both},
-                    **{f"{half}_ffn_dim": wide for half in both},
-                    d_model=config.hidden,
-                    max_position_embeddings=max(config.prompt_tokens, config.max_new_tokens),
-                    activation_function="relu",
-                    dropout=0.0,
-                    init_std=config.hidden**-0.5,  # BART's 0.02 is for a width of 1024; here it would learn late
-                    forced_eos_token_id=None,
-                )
-            ).eval()
-        return T5ForConditionalGeneration(
-            T5Config(
-                **tokens,
-                d_model=config.hidden,
-                d_kv=config.hidden // config.heads,
-                d_ff=wide,
-                num_layers=config.layers,
-                num_heads=config.heads,
-                dropout_rate=0.0,
-            )
-        ).eval()
+        return AutoModelForSeq2SeqLM.from_config(made).eval()
 
 
 Response = tuple[list[int], list[int]]
