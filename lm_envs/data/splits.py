@@ -42,10 +42,7 @@ def divide(found: Sequence[tuple[str, str]], source: object, note: str = "") -> 
 
     Args:
         found: texts with the split of their row, empty for training.
-        source, note: before and behind a message.
-
-    Raises:
-        ValueError: a split is left without a text.
+        source, note: before and behind the message of a ValueError, where a split is left without a text.
     """
     splits: dict[str, str] = {}
     for text, split in found:
@@ -58,10 +55,7 @@ def divide(found: Sequence[tuple[str, str]], source: object, note: str = "") -> 
     for name in SPLITS:
         if name not in splits.values():
             given = sorted({split for _, split in found} - {""})
-            why = (
-                f"the column 'split' has {', '.join(given)}; leave it out to have them divided"
-                if given
-                else "give more"
-            )
+            why = f"the column 'split' has {', '.join(given)}; leave it out to have them divided"
+            why = why if given else "give more"
             raise ValueError(f"{source}: {len(splits)} different texts leave none for {name}: {why}{note}")
     return splits

@@ -23,7 +23,6 @@ def require_sklearn() -> None:
 
 
 def _vectorizer(**options: Any) -> Any:
-    require_sklearn()
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **options)

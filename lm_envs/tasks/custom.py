@@ -113,10 +113,9 @@ def load(**options: Any) -> TextTask:
 
     Raises:
         FileNotFoundError: there is no such file of prompts.
-        ValueError: what does not fit, in one line: a missing folder, a model without the right head, a tokenizer
-            without EOS or larger than its model's vocabulary, policy and reference of different vocabularies, a
-            malformed row or an empty or too long prompt (with file and line), or a reward that cannot be made or gives
-            every sample the same score where it is to be in units of the reference.
+        ValueError: what does not fit, in one line: a missing folder, a model without the right head, a tokenizer that
+            does not go with its model, policy and reference of different vocabularies, a malformed row or an empty or
+            too long prompt (with file and line), or a reward that cannot be made or standardised.
     """
     missing = [name for name in _NEEDED if options.get(name) is None]
     if "reward_model" in missing and options.get("reward") is not None:

@@ -76,20 +76,17 @@ def load(logits: ArrayLike | None = None, rewards: ArrayLike | None = None, **op
         options: fields of :class:`EnumerableConfig`.
 
     Raises:
-        ValueError: an unknown option or one out of range, or a table of another shape or with a number that is not
-            finite.
+        ValueError: a wrong option, or a table of another shape or with a number that is not finite.
     """
     config = make(EnumerableConfig, options, "enumerable")
     tree = config.tree
     shape = (config.prompts, tree.prefixes, tree.vocab_size)
     table = _normal(config.seed, _LOGITS, shape) if logits is None else _table("logits", logits, shape)
-    reference = TableLM(TableLMConfig(tokens=config.tokens, horizon=config.horizon, prompts=config.prompts)).with_table(
-        torch.as_tensor(table)
-    )
-    if rewards is None:
-        score = draw_rewards(config, table)
-    else:
-        score = _table("rewards", rewards, (config.prompts, tree.sequences))
+    reference = TableLM(TableLMConfig(tokens=config.tokens, horizon=config.horizon, prompts=config.prompts))
+    with torch.no_grad():
+        reference.lm_head.weight.copy_(torch.as_tensor(table).reshape(-1, tree.vocab_size).T)
+    size = (config.prompts, tree.sequences)
+    score = draw_rewards(config, table) if rewards is None else _table("rewards", rewards, size)
     tokenizer = make_tokenizer(config.tokens)
     prompts = [encode_prompt(i, config) for i in range(config.prompts)]
     reward = TableReward(score, tokenizer.batch_decode(prompts), tree)
@@ -231,12 +228,6 @@ class TableLM(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """The table, ``(V, prompts * prefixes)``."""
         return self.lm_head
-
-    def with_table(self, logits: Tensor) -> TableLM:
-        """Itself, with the logits ``(prompts, prefixes, V)`` put in."""
-        with torch.no_grad():
-            self.lm_head.weight.copy_(logits.reshape(-1, self._tree.vocab_size).T)
-        return self
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Where each position stands: ``(B, L)`` row of the table, and ``(B, L)`` bool, whether it is one.
