@@ -34,7 +34,6 @@ from lm_envs.trajectories import Trajectories, from_responses
 COLUMNS = ("prompt", "response", "group", "rank", "split", "share")
 """Tokens of the prompt and of the completion, the number of the example, the completion's rank in it (0 the best), the
 split by its column (-1 for none), and a number that depends on the prompt's text alone, by which rows are divided."""
-_FLUSH = 1024  # rows
 
 
 def pack(
@@ -50,7 +49,6 @@ def pack(
         progress: called with how many examples there are, every 20,000 of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[int, ...]] = []
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "rows.bin", "wb") as index:
         for number, found in enumerate(encoded):
             example = found.example
@@ -59,13 +57,10 @@ def pack(
             for i, ids in enumerate(found.completions):
                 tokens.write(np.asarray([*found.prompt, *ids], dtype=np.int32).tobytes())
                 rank = example.ranks[i] if example.ranks else 0
-                rows.append((len(found.prompt), len(ids), number, rank, place, part))
-            if len(rows) >= _FLUSH:
-                index.write(np.asarray(rows, dtype=np.int64).tobytes())
-                rows = []
+                row = (len(found.prompt), len(ids), number, rank, place, part)
+                index.write(np.asarray(row, dtype=np.int64).tobytes())
             if (number + 1) % 20_000 == 0:
                 progress(number + 1)
-        index.write(np.asarray(rows, dtype=np.int64).tobytes())
     known = dict(info())
     (folder / "info.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_manifest(folder, {})

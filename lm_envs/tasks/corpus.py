@@ -161,7 +161,21 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> None:
     reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
     reward_model.transformer.load_state_dict(policy.transformer.state_dict())
     initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
-    _fit_reward_model(reward_model, tokenizer, training_half(rows, 0), config)
+    reward_half = training_half(rows, 0)
+    texts = encode(tokenizer, reward_half, config.max_tokens)
+    labels = torch.tensor([row.label for row in reward_half])
+    bundles = _bundles(texts, config.rm_batch)
+    sampling.fit(
+        "corpus: reward model",
+        training.fit,
+        reward_model,
+        lambda chosen: prefix_loss(reward_model, right_pad([texts[i] for i in chosen]), labels[chosen]),
+        bundles,
+        steps=min(config.rm_steps, config.rm_epochs * len(bundles)),
+        learning_rate=config.rm_learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
     samples = sampling.sample(
         policy,
         tokenizer,
@@ -284,25 +298,6 @@ def prefix_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
     return (0.5 * full + 0.5 * prefixes).mean()
 
 
-def _fit_reward_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], config: CorpusConfig
-) -> None:
-    texts = encode(tokenizer, rows, config.max_tokens)
-    labels = torch.tensor([row.label for row in rows])
-    bundles = _bundles(texts, config.rm_batch)
-    sampling.fit(
-        "corpus: reward model",
-        training.fit,
-        model,
-        lambda chosen: prefix_loss(model, right_pad([texts[i] for i in chosen]), labels[chosen]),
-        bundles,
-        steps=min(config.rm_steps, config.rm_epochs * len(bundles)),
-        learning_rate=config.rm_learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-    )
-
-
 @torch.no_grad()
 def _stats(
     policy: PreTrainedModel,
@@ -315,9 +310,8 @@ def _stats(
 ) -> dict[str, float]:
     """Figures on held-out texts, and of the reference's samples of validation prompts.
 
-    ``perplexity`` per token, ``perplexity_per_word`` whatever the tokenizer (an end counts as a word),
-    ``*_accuracy`` on whole held-out texts, ``*_threshold`` above which a score means label 1, ``sft_*_positive`` the
-    share of samples above it, ``sft_stopped`` of those that end by themselves.
+    ``perplexity_per_word`` holds whatever the tokenizer (an end counts as a word), ``*_threshold`` is the score above
+    which a text counts for label 1, and ``sft_*_positive`` the share of samples above it.
     """
     ids = encode(tokenizer, held_out, config.max_tokens)
     labels = np.array([row.label for row in held_out]) == 1

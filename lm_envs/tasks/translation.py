@@ -118,17 +118,28 @@ def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> 
     encoded = list(zip(pairs, tokenizer([str(pair.prompt) for pair in pairs])["input_ids"], strict=True))
     encoded = [(pair, list(ids)) for pair, ids in encoded if len(ids) <= config.prompt_tokens]
     prompts = {name: [ids for pair, ids in encoded if pair.split == name] for name in SPLITS}
-    for name, rows in prompts.items():
-        if not rows:
+    for name in SPLITS:
+        if not prompts[name]:
             raise ValueError(f"translation: no prompt of {name} has at most prompt_tokens={config.prompt_tokens}")
     references = {
         name: [list(map(str, pair.completions)) for pair, _ in encoded if pair.split == name] for name in SPLITS
     }
-    responses = _responses(encoded, tokenizer, config)
+    rows = [(pair, ids) for pair, ids in encoded if pair.split == "train"]
+    targets = tokenizer([pair.text for pair, _ in rows])["input_ids"]
+    responses = [
+        (ids, [*target, tokenizer.eos_token_id])
+        for (_, ids), target in zip(rows, targets, strict=True)
+        if len(target) < config.max_new_tokens
+    ]
+    if not responses:
+        raise ValueError(f"translation: no reference has at most max_new_tokens={config.max_new_tokens} tokens")
     model = initial(config, tokenizer)
     _fit(model, responses, config)
     sampling.save(folder, tokenizer, policy=model)
-    stats = _stats(model, tokenizer, prompts["validation"], references["validation"], config)
+    found = greedy(model, prompts["validation"], tokenizer.eos_token_id, max_new_tokens=config.max_new_tokens)
+    texts, known = tokenizer.batch_decode(found, skip_special_tokens=True), references["validation"]
+    measured = {"sft_validation_bleu": SentenceBLEU(), "sft_validation_chrf": SentenceChrF()}
+    stats = {name: metric.corpus(texts, known) for name, metric in measured.items()}
     made = {"prompts": prompts, "references": references, "responses": responses, "stats": stats}
     (folder / "task.json").write_text(json.dumps(made))
 
@@ -176,23 +187,7 @@ def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         return AutoModelForSeq2SeqLM.from_config(made).eval()
 
 
-Response = tuple[list[int], list[int]]
-
-
-def _responses(
-    encoded: Sequence[tuple[Example, list[int]]], tokenizer: PreTrainedTokenizerBase, config: TranslationConfig
-) -> list[Response]:
-    """Prompt and first reference of the training pairs, which ends in EOS."""
-    rows = [(pair, ids) for pair, ids in encoded if pair.split == "train"]
-    targets = tokenizer([pair.text for pair, _ in rows])["input_ids"]
-    made = [(ids, [*target, tokenizer.eos_token_id]) for (_, ids), target in zip(rows, targets, strict=True)]
-    found = [(prompt, target) for prompt, target in made if len(target) <= config.max_new_tokens]
-    if not found:
-        raise ValueError(f"translation: no reference has at most max_new_tokens={config.max_new_tokens} tokens")
-    return found
-
-
-def _fit(model: PreTrainedModel, responses: Sequence[Response], config: TranslationConfig) -> None:
+def _fit(model: PreTrainedModel, responses: Sequence[tuple[list[int], list[int]]], config: TranslationConfig) -> None:
     bundles = own_text.token_bundles([(len(target), len(prompt)) for prompt, target in responses], config.sft_batch)
 
     def loss(rows: list[int]) -> Tensor:
@@ -214,22 +209,6 @@ def _fit(model: PreTrainedModel, responses: Sequence[Response], config: Translat
         weight_decay=config.weight_decay,
         seed=config.seed,
     )
-
-
-def _stats(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    references: Sequence[Sequence[str]],
-    config: TranslationConfig,
-) -> dict[str, float]:
-    """Corpus BLEU and chrF of greedy translations of the validation prompts."""
-    found = greedy(model, prompts, tokenizer.eos_token_id, max_new_tokens=config.max_new_tokens)
-    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-    return {
-        "sft_validation_bleu": SentenceBLEU().corpus(texts, references),
-        "sft_validation_chrf": SentenceChrF().corpus(texts, references),
-    }
 
 
 def read_parallel(path: str | Path) -> list[Example]:
