@@ -103,17 +103,14 @@ def _messages(value: Any, name: str) -> list[Message]:
         raise BadExample(f"{name!r} must be a list of messages, not {short(value)}")
     found = []
     for number, message in enumerate(value):
+        which = f"message {number} of {name!r}"
         if not isinstance(message, dict):
-            raise BadExample(
-                f"message {number} of {name!r} must be {{'role': ..., 'content': ...}}, not {short(message)}"
-            )
+            raise BadExample(f"{which} must be {{'role': ..., 'content': ...}}, not {short(message)}")
         for part in ("role", "content"):
             if not isinstance(message.get(part), str):
-                raise BadExample(
-                    f"message {number} of {name!r}: {part!r} must be a string, not {short(message.get(part))}"
-                )
+                raise BadExample(f"{which}: {part!r} must be a string, not {short(message.get(part))}")
         if not message["content"].strip() and message["role"] == "assistant":
-            raise BadExample(f"message {number} of {name!r} is empty")
+            raise BadExample(f"{which} is empty")
         found.append({part: said for part, said in message.items() if said is not None})
     return found
 

@@ -5,7 +5,6 @@ of the other half: the pipeline that built the Reviews task, with people's label
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from lm_envs import rng, training
 from lm_envs.data.conventions import Example
 from lm_envs.data.dataset import Examples
-from lm_envs.data.splits import SPLITS, divide, share, warn_if_few
+from lm_envs.data.splits import SPLITS, divide, share
 from lm_envs.kernels import logprob_kl
 from lm_envs.model import decoding
 from lm_envs.model import tokens as observations
@@ -106,7 +99,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     import sklearn
 
     path = Path(path)
-    folder = own_text.cached(
+    folder, made, tokenizer = own_text.cached(
         "corpus",
         path,
         config,
@@ -114,9 +107,6 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         [__file__, rng, decoding, logprob_kl, learned, base, corpus_judge],
         [sklearn],
     )
-    made = json.loads((folder / "task.json").read_text())
-    warn_if_few(path.name, made["prompts"])
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     return TextTask(
         name="corpus",
         tokenizer=tokenizer,
@@ -136,7 +126,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     )
 
 
-def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> None:
+def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> dict[str, Any]:
     """Make tokenizer, language model, reward model and judge, measure them on held-out texts, and save them."""
     train = [row for row in rows if row.split == "train"]
     held_out = [row for row in rows if row.split != "train"]
@@ -193,8 +183,7 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> None:
     stats = _stats(policy, reward, judge, tokenizer, held_out, samples, config)
     sampling.save(folder, tokenizer, policy=policy, reward_model=reward_model)
     judge.save(folder / "judge")
-    made = {"prompts": prompts, "demonstrations": demonstrations, "stats": stats, "normalise": reward.normalise}
-    (folder / "task.json").write_text(json.dumps(made))
+    return {"prompts": prompts, "demonstrations": demonstrations, "stats": stats, "normalise": reward.normalise}
 
 
 def read_labelled(path: str | Path) -> list[Example]:
@@ -341,6 +330,5 @@ def _stats(
 
 
 def _initial(kind: type[sampling.Model], config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> sampling.Model:
-    return sampling.small_gpt2(
-        kind, tokenizer, config.max_tokens, config.hidden, config.layers, config.heads, config.seed
-    )
+    sizes = (config.hidden, config.layers, config.heads)
+    return sampling.small_gpt2(kind, tokenizer, config.max_tokens, sizes, config.seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +20,14 @@ from transformers import PreTrainedTokenizerFast
 
 from lm_envs import files, training
 from lm_envs.data import conventions, dataset, sources, splits
+from lm_envs.data.splits import warn_if_few
 from lm_envs.model import text
 from lm_envs.model import tokens as observations
 from lm_envs.settings import NonNegative, Seed, Settings, Size
 from lm_envs.tasks import sampling
 
 END = "<|end|>"
+_TASK = "task.json"
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,12 @@ def cached(
     task: str,
     path: Path,
     config: Any,
-    build: Callable[[Path], None],
+    build: Callable[[Path], Mapping[str, Any]],
     code: Iterable[str | ModuleType],
     libraries: Iterable[ModuleType] = (),
-) -> Path:
-    """The folder that ``build`` fills, kept under the file's content, every setting and what makes it.
+) -> tuple[Path, dict[str, Any], PreTrainedTokenizerFast]:
+    """The folder that ``build`` fills, kept under the file's content, every setting and what makes it; what ``build``
+    returned, in JSON's types; and the tokenizer that it saved.
 
     Args:
         code: the source file of the task, and the modules of ours that it uses beyond this one's.
@@ -73,7 +77,14 @@ def cached(
         "code": files.code_hash([source if isinstance(source, str) else str(source.__file__) for source in used]),
         "versions": {one.__name__: one.__version__ for one in (torch, transformers, tokenizers, np, *libraries)},
     }
-    return files.cached(task, parts, build)
+
+    def fill(folder: Path) -> None:
+        (folder / _TASK).write_text(json.dumps(build(folder)))
+
+    folder = files.cached(task, parts, fill)
+    known = json.loads((folder / _TASK).read_text())
+    warn_if_few(path.name, known["prompts"])
+    return folder, known, PreTrainedTokenizerFast.from_pretrained(folder / "policy")
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int, padding_side: str = "left") -> PreTrainedTokenizerFast:

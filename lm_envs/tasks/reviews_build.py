@@ -20,6 +20,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers import Regex, normalizers
 from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -104,13 +105,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {f" {word}": i for i, word in enumerate([*WORDS, UNKNOWN])}
     vocabulary[EOS] = len(vocabulary)
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=f" {UNKNOWN}"))
-    model.normalizer = tokenizers.normalizers.Sequence(
-        [
-            tokenizers.normalizers.Strip(),
-            tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            tokenizers.normalizers.Replace(tokenizers.Regex(r"^(?=\S)"), " "),
-        ]
-    )
+    spaces = [(Regex(r"\s+"), " "), (Regex(r"^(?=\S)"), " ")]
+    steps = [normalizers.Strip(), *(normalizers.Replace(*each) for each in spaces)]
+    model.normalizer = normalizers.Sequence(steps)
     model.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_next")
     model.decoder = tokenizers.decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -140,9 +137,8 @@ def build(folder: Path, **options: Any) -> None:
     tokenizer = make_tokenizer()
     prompts, demonstrations, held_out_reviews = split(config, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so before training
-    policy = sampling.small_gpt2(
-        GPT2LMHeadModel, tokenizer, CONTEXT, config.hidden, config.layers, config.heads, config.seed
-    )
+    sizes = (config.hidden, config.layers, config.heads)
+    policy = sampling.small_gpt2(GPT2LMHeadModel, tokenizer, CONTEXT, sizes, config.seed)
     sampling.fit(
         "reviews: fine-tuning the language model",
         training.fit_language_model,
@@ -157,15 +153,8 @@ def build(folder: Path, **options: Any) -> None:
     held_out = sample_pairs(config, policy, tokenizer, prompts["validation"], config.held_out_pairs, config.pairs)
     gold, held_out_gold = (samples.score(GoldReview()).reshape(-1, 2) for samples in (compared, held_out))
     preferred = annotate(gold[:, 0], gold[:, 1], flip=config.flip, seed=config.seed)
-    model = sampling.small_gpt2(
-        GPT2ForSequenceClassification,
-        tokenizer,
-        CONTEXT,
-        config.rm_hidden,
-        config.rm_layers,
-        config.rm_heads,
-        config.seed,
-    )
+    sizes = (config.rm_hidden, config.rm_layers, config.rm_heads)
+    model = sampling.small_gpt2(GPT2ForSequenceClassification, tokenizer, CONTEXT, sizes, config.seed)
     initialise_reward_head(model.score, torch.Generator().manual_seed(config.seed))
     texts = [[*prompts["train"][i // 2 % config.train_prompts], *ids] for i, ids in enumerate(compared.completion_ids)]
     sampling.fit(

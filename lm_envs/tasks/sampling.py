@@ -46,19 +46,14 @@ def fit(title: str, loop: Callable[..., object], *given: Any, steps: int, **opti
 
 
 def small_gpt2(
-    kind: type[Model],
-    tokenizer: PreTrainedTokenizerBase,
-    positions: int,
-    hidden: int,
-    layers: int,
-    heads: int,
-    seed: int,
+    kind: type[Model], tokenizer: PreTrainedTokenizerBase, positions: int, sizes: tuple[int, int, int], seed: int
 ) -> Model:
-    """Return a GPT-2 with weights drawn from the seed; the caller's global generator is left as it was."""
+    """Return a GPT-2 of a width, layers and heads, with weights drawn from the seed and no global generator."""
+    width, layers, heads = sizes
     architecture = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=positions,
-        n_embd=hidden,
+        n_embd=width,
         n_layer=layers,
         n_head=heads,
         activation_function="relu",  # the cheapest on a CPU

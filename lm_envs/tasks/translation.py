@@ -7,7 +7,6 @@ the metric itself, with the likelihood of the references mixed in (Ranzato et al
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, PreTrainedTokenizerF
 from lm_envs import training
 from lm_envs.data.conventions import Example
 from lm_envs.data.dataset import Examples
-from lm_envs.data.splits import SPLITS, divide, warn_if_few
+from lm_envs.data.splits import SPLITS, divide
 from lm_envs.model import decoding, encoder_decoder, forwards, kv_cache, kv_cache_cross
 from lm_envs.model.decoding import greedy
 from lm_envs.model.forwards import response_forward
@@ -81,16 +80,13 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     config = make(TranslationConfig, options, "translation")
     SentenceBLEU()  # says what is missing before anything is trained
     path = Path(path)
-    folder = own_text.cached(
+    folder, made, tokenizer = own_text.cached(
         "translation",
         path,
         config,
         lambda folder: build(read_parallel(path), config, folder),
         [__file__, kv_cache_cross, decoding, encoder_decoder, kv_cache, forwards],
     )
-    made = json.loads((folder / "task.json").read_text())
-    warn_if_few(path.name, made["prompts"])
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     return TextTask(
         name="translation",
         tokenizer=tokenizer,
@@ -110,7 +106,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     )
 
 
-def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> None:
+def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> dict[str, Any]:
     """Make the tokenizer and the model, measure it on validation pairs, and save them."""
     train = [pair for pair in pairs if pair.split == "train"]
     texts = [str(text) for pair in train for text in (pair.prompt, *pair.completions)]
@@ -140,8 +136,7 @@ def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> 
     texts, known = tokenizer.batch_decode(found, skip_special_tokens=True), references["validation"]
     measured = {"sft_validation_bleu": SentenceBLEU(), "sft_validation_chrf": SentenceChrF()}
     stats = {name: metric.corpus(texts, known) for name, metric in measured.items()}
-    made = {"prompts": prompts, "references": references, "responses": responses, "stats": stats}
-    (folder / "task.json").write_text(json.dumps(made))
+    return {"prompts": prompts, "references": references, "responses": responses, "stats": stats}
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -101,7 +101,7 @@ def test_the_pairs_are_samples_of_the_reference_that_annotators_chose_from(task,
 
 def test_perplexity_by_hand(task):
     """Of a model without weights every token is equally likely."""
-    model = sampling.small_gpt2(type(task.reference), task.tokenizer, 64, 8, 1, 2, 0)
+    model = sampling.small_gpt2(type(task.reference), task.tokenizer, 64, (8, 1, 2), 0)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert perplexity(model, [[1, 2, 3], [4, 5]]) == pytest.approx(len(task.tokenizer))
