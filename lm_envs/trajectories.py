@@ -207,10 +207,7 @@ class Trajectories:
 
 
 def demonstrations(
-    texts: Sequence[Sequence[int]],
-    prompt_length: int,
-    max_new_tokens: int,
-    group: Sequence[int] | None = None,
+    texts: Sequence[Sequence[int]], prompt_length: int, max_new_tokens: int, group: Sequence[int] | None = None
 ) -> Trajectories:
     """Texts as Trajectories of the MDP env, with no reward.
 
