@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs, winners
+from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, winners
 from lm_envs.algos.sft import SFT
 from lm_envs.settings import Rate, Size
 from lm_envs.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
 
 
 @dataclass
@@ -38,8 +35,3 @@ class BinaryFeedME(SFT):
 
     def __init__(self, policy: Any, config: Any = None, data: Trajectories | None = None) -> None:
         super().__init__(policy, config, winners(Comparisons(self.name, data).data))
-
-    @classmethod
-    def data_of(cls, task: TextTask, config: Any) -> Trajectories | None:
-        """Simulated annotators' preferences between a task's reference's samples."""
-        return annotated_pairs(task, config.pairs, config.flip, config.seed)

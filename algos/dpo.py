@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import Before
-from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs, by_group
+from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, by_group
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.advantages import masked
-from lm_envs.algos.ops.preference_losses import dpo_loss
+from lm_envs.algos.ops.losses import dpo_loss
 from lm_envs.algos.policies.adaptation import weights_hash
 from lm_envs.data.packed import PackedExamples
 from lm_envs.settings import Positive, Rate, Size
 from lm_envs.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
 
 _ROWS = 256  # per forward of the reference
 
@@ -73,16 +70,9 @@ class DPO(Agent[DPOConfig]):
         reference = Before(policy, held, rows).logprob.to(held.mask.device)
         self._comparisons.data = replace(held, ref_logprob=reference)
 
-    @classmethod
-    def data_of(cls, task: TextTask, config: DPOConfig) -> Trajectories | None:
-        """Simulated annotators' preferences between a task's reference's samples."""
-        return annotated_pairs(task, config.pairs, config.flip, config.seed)
-
     def batches(self) -> Iterator[Trajectories]:
         """Yield passes over the groups, each in a new order that depends only on the seed and the pass."""
-        size = self.config.episodes
-        assert size is not None
-        return self._comparisons.batches(size, self.config.seed, self.iterations_done)
+        return self._comparisons.batches(self.config, self.iterations_done)
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """Return the mean over groups of the mean over pairs, and the share of pairs that are ordered correctly."""
@@ -104,7 +94,7 @@ class DPO(Agent[DPOConfig]):
 
 
 def preference_loss(traj: Trajectories, now: Any, beta: float) -> tuple[Tensor, dict[str, Metric]]:
-    """Return :func:`~lm_envs.algos.ops.preference_losses.dpo_loss` of a batch of whole groups, and its metrics."""
+    """Return :func:`~lm_envs.algos.ops.losses.dpo_loss` of a batch of whole groups, and its metrics."""
     assert traj.group is not None and traj.rank is not None and traj.ref_logprob is not None
     moved = masked(now.logprob, traj.mask) - masked(traj.ref_logprob, traj.mask).to(now.logprob.dtype)
     ratio, _ = by_group(moved.sum(dim=1), traj.group, 0.0)

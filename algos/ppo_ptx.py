@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from lm_envs.algos.engine.demonstrations import Demonstrations, demonstrations_of
+from lm_envs.algos.engine.demonstrations import MixesDemonstrations
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.settings import Count, NonNegative
-from lm_envs.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
 
 
 @dataclass
@@ -24,7 +19,7 @@ class PPOPtxConfig(PPOConfig):
     """Demonstrations per Adam step."""
 
 
-class PPOPtx(PPO):
+class PPOPtx(MixesDemonstrations, PPO):
     """``PPO's loss - ptx_coef * E[log pi]`` over demonstrations (Ouyang et al. 2022, eq. 2, their gamma).
 
     Both are means over tokens, so the coefficient compares single tokens. (The paper's 27.8 belongs to its own scale of
@@ -35,22 +30,4 @@ class PPOPtx(PPO):
     Config = PPOPtxConfig
     config: PPOPtxConfig
     name = "ppo-ptx"
-    mixes_data = True
-
-    def __init__(self, policy: Any, config: PPOPtxConfig | None = None, data: Trajectories | None = None) -> None:
-        super().__init__(policy, config)
-        self._demonstrations = Demonstrations(self, data, self.config.ptx_coef, self.config.demonstrations)
-
-    @classmethod
-    def data_of(cls, task: TextTask, config: PPOPtxConfig) -> Trajectories | None:
-        """Return a task's demonstrations; None if ``ptx_coef`` is 0."""
-        return demonstrations_of(task) if config.ptx_coef else None
-
-    @classmethod
-    def lacks(cls, task: TextTask, config: Any) -> str | None:
-        """Demonstrations, where they are to be mixed in and there are none."""
-        return "demonstrations" if config.ptx_coef and demonstrations_of(task) is None else None
-
-    def mixture(self, step: int) -> tuple[float, Trajectories] | None:
-        """Return demonstrations and their weight ``ptx_coef``."""
-        return self._demonstrations.mixture(step)
+    mixing_weight = "ptx_coef"

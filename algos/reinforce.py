@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import Before, rewards
-from lm_envs.algos.engine.demonstrations import Demonstrations, demonstrations_of
+from lm_envs.algos.engine.demonstrations import MixesDemonstrations
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import policy_gradient_loss, sequence_mean, tally, value_loss
 from lm_envs.settings import Count, Finite, NonNegative, Rate, Share, Size
 from lm_envs.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
 
 Baseline = Literal["none", "constant", "running_mean", "batch_mean", "leave_one_out", "value"]
 
@@ -54,7 +51,7 @@ class ReinforceConfig(PolicyGradientConfig):
     """Demonstrations per Adam step, if `alpha` is not 0."""
 
 
-class REINFORCE(PolicyGradient[ReinforceConfig]):
+class REINFORCE(MixesDemonstrations, PolicyGradient[ReinforceConfig]):
     """``-(1/B) sum_b sum_t A_t log pi(a_t|s_t)`` with ``A = G - baseline`` (Williams 1992).
 
     The KL penalty is part of the reward, so it enters before the baseline. With baseline "leave_one_out" and whole
@@ -70,26 +67,11 @@ class REINFORCE(PolicyGradient[ReinforceConfig]):
     Config = ReinforceConfig
     name = "reinforce"
     unit = "sequence"
-    mixes_data = True
+    mixing_weight = "alpha"
 
     def __init__(self, policy: Any, config: ReinforceConfig | None = None, data: Trajectories | None = None) -> None:
-        super().__init__(policy, config)
-        self._demonstrations = Demonstrations(self, data, self.config.alpha, self.config.demonstrations)
+        super().__init__(policy, config, data)
         self._mean = self._weight = 0.0  # of past returns, for "running_mean"
-
-    @classmethod
-    def data_of(cls, task: TextTask, config: ReinforceConfig) -> Trajectories | None:
-        """Return a task's demonstrations; None if ``alpha`` is 0."""
-        return demonstrations_of(task) if config.alpha else None
-
-    @classmethod
-    def lacks(cls, task: TextTask, config: Any) -> str | None:
-        """Demonstrations, where they are to be mixed in and there are none."""
-        return "demonstrations" if config.alpha and demonstrations_of(task) is None else None
-
-    def mixture(self, step: int) -> tuple[float, Trajectories] | None:
-        """Return demonstrations and their weight ``alpha``."""
-        return self._demonstrations.mixture(step)
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """Return ``advantage (B, T)``, and with a learned value its ``target (B, T)``."""

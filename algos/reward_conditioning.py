@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, annotated_pairs
+from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig
 from lm_envs.algos.policies.reward_tokens import prepend
 from lm_envs.algos.sft import SFT
 from lm_envs.settings import Rate, Size
 from lm_envs.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
 
 WORSE, BETTER = 0, 1
 
@@ -52,11 +49,6 @@ class RewardConditioning(SFT):
         held = Comparisons(self.name, data).data
         policy.add_reward_tokens(2)  # before Adam collects the parameters
         super().__init__(policy, config, signed(held, policy.vocabulary))
-
-    @classmethod
-    def data_of(cls, task: TextTask, config: Any) -> Trajectories | None:
-        """Simulated annotators' preferences between a task's reference's samples."""
-        return annotated_pairs(task, config.pairs, config.flip, config.seed)
 
     def update(self, traj: Trajectories) -> dict[str, float]:
         """Update as SFT does; from then on the policy samples on ``+``."""

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.comparisons import Comparisons, by_group
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
-from lm_envs.algos.ops.preference_losses import plackett_luce_loss
+from lm_envs.algos.ops.losses import plackett_luce_loss
 from lm_envs.algos.policies.base import Policy
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import raw_scores
 from lm_envs.settings import Rate, Size
 from lm_envs.training import bradley_terry_loss
 from lm_envs.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from lm_envs.tasks.base import TextTask
 
 
 @dataclass
@@ -100,16 +96,9 @@ class RewardModelling(Agent[RewardModellingConfig]):
         if self.config.ranking == "plackett-luce":
             check_strict(self.name, self._comparisons.ranks)
 
-    @classmethod
-    def data_of(cls, task: TextTask, config: RewardModellingConfig) -> Trajectories | None:
-        """Return None: tasks have a reward model, but not its training preferences."""
-        return None
-
     def batches(self) -> Iterator[Trajectories]:
         """Yield passes over the groups, each in a new order that depends only on the seed and the pass."""
-        size = self.config.episodes
-        assert size is not None
-        return self._comparisons.batches(size, self.config.seed, self.iterations_done)
+        return self._comparisons.batches(self.config, self.iterations_done)
 
     def loss(self, traj: Trajectories, now: Scores, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         """Return the mean over groups of the mean over pairs, and the share of pairs that are ordered correctly."""

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.config import AgentConfig
-from lm_envs.algos.engine.demonstrations import demonstrations_of
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.settings import Rate, Size
 from lm_envs.training import stream
 from lm_envs.trajectories import Rows, Trajectories
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
 
 
 @dataclass
@@ -56,11 +52,6 @@ class SFT(Agent[SFTConfig]):
                 "sft learns from demonstrations: pass data=Trajectories, see lm_envs.trajectories.demonstrations"
             )
         self.data = data
-
-    @classmethod
-    def data_of(cls, task: TextTask, config: AgentConfig) -> Trajectories | None:
-        """Return a task's demonstrations that are longer than the longest prompt."""
-        return demonstrations_of(task)
 
     def batches(self) -> Iterator[Trajectories]:
         """Yield passes over the demonstrations, each in a new order that depends only on the seed and the pass."""

@@ -655,10 +655,10 @@ MUTATIONS = [
     ),
     Mutation(
         "the adaptive controller's error is not clipped",
-        "algos/ops/kl_control.py",
+        "algos/engine/kl_coefficient.py",
         "error = min(max(kl / self.target - 1, -self.limit), self.limit)",
         "error = kl / self.target - 1",
-        "tests/algos/ops/test_kl_control.py",
+        "tests/algos/engine/test_kl_control.py",
     ),
     Mutation(
         "the demonstrations' weight is ignored",
@@ -762,7 +762,7 @@ MUTATIONS = [
     ),
     Mutation(
         "DPO forgets beta",
-        "algos/ops/preference_losses.py",
+        "algos/ops/losses.py",
         "return bradley_terry_loss(beta * log_ratio, rank)",
         "return bradley_terry_loss(log_ratio, rank)",
         PREFERENCES,
@@ -1315,10 +1315,10 @@ MUTATIONS = [
     ),
     Mutation(
         "a steered coefficient may turn negative",
-        "algos/ops/kl_control.py",
+        "algos/engine/kl_coefficient.py",
         "self.coef *= 1 + error * share if share <= 1 else (1 + error) ** share",
         "self.coef *= 1 + error * share",
-        "tests/algos/ops/test_kl_control.py",
+        "tests/algos/engine/test_kl_control.py",
     ),
     Mutation(
         "the env casts actions",

@@ -1,8 +1,8 @@
 """The engine every algorithm shares: sampling, minibatches, micro-batches, Adam, counters and checkpoints.
 
 An algorithm is two hooks, ``prepare`` (once per batch, no gradients) and ``loss`` (per minibatch, differentiable), and
-the unit that its loss averages over. The result does not depend on the micro-batch size (law 8) or on being killed
-(law 10).
+the unit that its loss averages over. The result does not depend on the micro-batch size or on being killed (laws 8 and
+10 in docs/laws.md).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from lm_envs.algos.engine.batching import (
     units,
 )
 from lm_envs.algos.engine.checkpoints import take_back, tensors_of
+from lm_envs.algos.engine.comparisons import annotated_pairs
 from lm_envs.algos.engine.config import AgentConfig
-from lm_envs.algos.engine.demonstrations import add_nll_gradient
+from lm_envs.algos.engine.demonstrations import add_nll_gradient, demonstrations_of
 from lm_envs.algos.engine.kl_coefficient import KLCoefficient
 from lm_envs.algos.engine.metrics import Averages, Metric, describe
 from lm_envs.algos.engine.optimizer import make_adam
@@ -40,17 +41,8 @@ from lm_envs.tasks.base import TextTask
 from lm_envs.training import take_step
 from lm_envs.trajectories import Trajectories
 
-_COUNTERS = (
-    "iterations_done",
-    "episodes_done",
-    "samples_done",
-    "tokens_done",
-    "steps_done",
-    "reward_calls",
-    "comparisons_done",
-    "trained_tokens",
-)
-
+_COUNTERS = ("iterations_done", "episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls")
+_COUNTERS += ("comparisons_done", "trained_tokens")
 _WEIGHTS = itertools.count()  # numbers of weights: equal numbers, equal weights
 
 C = TypeVar("C", bound=AgentConfig)
@@ -60,23 +52,20 @@ class Agent(Generic[C]):
     """An algorithm: subclass, set ``Config``, ``name`` and ``unit``, and write ``prepare`` and ``loss``.
 
     Attributes:
-        unit: what ``loss`` averages over, so that parts of a batch can be weighted by their share of it: "token" (real
-            steps), "sequence" (rows) or "group" (rows with the same ``group``; never split over minibatches).
+        unit: what ``loss`` averages over: "token" (real steps), "sequence" (rows) or "group" (rows with the same
+            ``group``; never split over minibatches). Parts of a batch are weighted by their share of it.
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
         preference_data: its data are preferences, which simulated annotators can make for any text task.
         mixes_data: it samples, and may also learn from demonstrations given to it as ``data``.
-        reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution, for algorithms that
-            ask; None takes the text env's, at the first iteration.
-        published_kl_coef: the KL coefficient it was published with, where neither its config nor the env names one;
-            None takes the task's.
-        iterations_done, episodes_done, tokens_done, reward_calls: counters of the run, of what was learned from.
+        reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution; None takes the text
+            env's at the first iteration.
+        published_kl_coef: for where neither its config nor the env names a coefficient; None takes the task's.
+        iterations_done, episodes_done, tokens_done, reward_calls: counters of what was learned from.
         steps_done: env steps taken, those of surplus episodes included.
-        samples_done: responses sampled, or episodes on control; unlike ``episodes_done`` it includes those that
-            annotators compared.
+        samples_done: episodes sampled, those that annotators compared included.
         comparisons_done: pairs that annotators compared during the run, and that something was trained on.
-        trained_tokens: response tokens (steps on control) that the policy was evaluated on with a gradient; each pass
-            counts.
-        given: what the data took that it learns from, see :mod:`lm_envs.algos.engine.cost`.
+        trained_tokens: response tokens (steps on control) evaluated with a gradient; each pass counts.
+        given: what its data took, see :mod:`lm_envs.algos.engine.cost`.
     """
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
@@ -100,8 +89,8 @@ class Agent(Generic[C]):
         if not self._parameters:
             raise ValueError(f"{self.name}: the policy has no parameter that requires a gradient")
         self.optimizer = make_adam(self._parameters, self.name, self.config.learning_rate, self.config.adam_eps)
-        self.iterations_done = self.episodes_done = self.tokens_done = self.steps_done = self.reward_calls = 0
-        self.samples_done = self.comparisons_done = self.trained_tokens = 0
+        self.iterations_done = self.episodes_done = self.samples_done = self.tokens_done = self.steps_done = 0
+        self.reward_calls = self.comparisons_done = self.trained_tokens = 0
         self.given: Mapping[str, int] = {}
         self._kl = KLCoefficient(self.name, self.published_kl_coef)
         self._weights = next(_WEIGHTS)
@@ -114,6 +103,13 @@ class Agent(Generic[C]):
     # ---- what an algorithm writes ----
 
     @classmethod
+    def data_of(cls, task: TextTask, config: Any) -> Trajectories | None:
+        """What it learns from where no data are given; None if the task has no such thing."""
+        if cls.preference_data:
+            return annotated_pairs(task, config.pairs, config.flip, config.seed)
+        return demonstrations_of(task)
+
+    @classmethod
     def prepare_policy(cls, policy: Any, task: Any, config: Any) -> None:
         """Give the policy what this algorithm takes from a task; the registry calls it before it makes the agent."""
 
@@ -121,8 +117,7 @@ class Agent(Generic[C]):
         """What the loss treats as constant; called once per batch, without gradients.
 
         Returns:
-            tensors whose first axis is B, and whose second, if any, is T. The critic learns one named ``target``,
-            whose explained variance is logged.
+            tensors ``(B,)`` or ``(B, T, ...)``; of one named ``target``, the critic's explained variance is logged.
         """
         return {}
 
@@ -135,11 +130,7 @@ class Agent(Generic[C]):
         return None
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
-        """Demonstrations to learn from beside a minibatch: their mean ``-log pi`` and its weight in the loss.
-
-        Args:
-            step: the number of the minibatch, counted over the whole run.
-        """
+        """The weight of ``-log pi`` and demonstrations to learn from beside minibatch number ``step`` of the run."""
         return None
 
     def after_iteration(self) -> None:
@@ -154,7 +145,7 @@ class Agent(Generic[C]):
         return {}, {}
 
     def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`extra_state` gave."""
+        """Take back what :meth:`extra_state` gave."""
 
     @property
     def uses_reward(self) -> bool:
@@ -172,14 +163,15 @@ class Agent(Generic[C]):
         config, start = self.config, time.perf_counter()
         self.policy.eval()
         first = next(iter(self._parameters.values()))
-        device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
+        dtype = torch.promote_types(first.dtype, torch.float32)
         kept = traj.sampled_by is not None and bool((traj.sampled_by == self._weights).all())
-        if traj.mask.device != device:
-            traj = traj.to(device)
+        if traj.mask.device != first.device:
+            traj = traj.to(first.device)
         before = Before(self.policy, traj, config.micro_batch, kept=kept)
         with torch.no_grad():
             # Returns are summed in the batch's float64; the loss works in the policy's precision.
-            fixed = {name: _lower(x, dtype) for name, x in self.prepare(traj, before).items()}
+            prepared = self.prepare(traj, before)
+            fixed = {name: x.to(dtype) if x.is_floating_point() else x for name, x in prepared.items()}
         metrics: dict[str, float] = {}
         if before.knows_value and "target" in fixed:
             known = explained_variance(before.value[:, :-1], fixed["target"], traj.mask)
@@ -190,20 +182,24 @@ class Agent(Generic[C]):
             fixed = flatten_fixed(fixed, traj.mask)
             traj = traj.flatten()
         self.optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = self.learning_rate
-        averages, steps, stopped = Averages(), 0, False
-        for epoch in range(config.epochs):
-            rng = np.random.default_rng((config.seed, self.iterations_done, epoch))
-            first_step = (self.iterations_done * config.epochs + epoch) * config.minibatches
-            for number, index in enumerate(minibatches(traj, self.unit, config.minibatches, rng), first_step):
-                stopped = self._step(traj, fixed, index, averages, epoch, number)
-                steps += not stopped
-                if stopped:
-                    break
-            if stopped:
+        averages, steps = Averages(), 0
+        for epoch, number, index in self._minibatches(traj):
+            part, held = (traj, fixed) if index is None else select(traj, fixed, index)
+            if self._step(part, held, averages, epoch, number):
                 break
+            steps += 1
         self.iterations_done += 1
         metrics["updates"] = steps
         return metrics | averages.means() | {"update_s": time.perf_counter() - start}
+
+    def _minibatches(self, traj: Trajectories) -> Iterator[tuple[int, int, Tensor | None]]:
+        """The epoch, the minibatch's number in the run, and its rows."""
+        config = self.config
+        for epoch in range(config.epochs):
+            rng = np.random.default_rng((config.seed, self.iterations_done, epoch))
+            first = (self.iterations_done * config.epochs + epoch) * config.minibatches
+            for number, index in enumerate(minibatches(traj, self.unit, config.minibatches, rng), first):
+                yield epoch, number, index
 
     @property
     def learning_rate(self) -> float:
@@ -211,18 +207,8 @@ class Agent(Generic[C]):
         left = 1 - self.iterations_done / self.config.iterations if self.config.anneal else 1.0
         return self.config.learning_rate * max(left, 0.0)
 
-    def _step(
-        self,
-        traj: Trajectories,
-        fixed: dict[str, Tensor],
-        index: Tensor | None,
-        averages: Averages,
-        epoch: int,
-        number: int,
-    ) -> bool:
+    def _step(self, traj: Trajectories, fixed: dict[str, Tensor], averages: Averages, epoch: int, number: int) -> bool:
         """One minibatch. Returns True, having changed nothing, where :meth:`should_stop` says so."""
-        if index is not None:
-            traj, fixed = select(traj, fixed, index)
         self.optimizer.zero_grad(set_to_none=True)
         whole, mine = units(traj, self.unit), Averages()
         for rows in micro_batches(traj, self.unit, self.config.micro_batch, self.forward_cost):
@@ -265,10 +251,7 @@ class Agent(Generic[C]):
     # ---- sampling ----
 
     def sample(self, env: Any) -> Trajectories:
-        """A batch from the env: episodes of text, or of control, or ``steps`` env steps as fragments.
-
-        One that overrides it returns every row, so that ``episodes_done`` counts what was sampled.
-        """
+        """A batch from the env; an override returns every row it samples, because ``episodes_done`` counts them."""
         traj, steps = self._sampler.sample(env, self.config, self.episodes_done, self.iterations_done)
         self.steps_done += steps
         return traj
@@ -287,7 +270,7 @@ class Agent(Generic[C]):
         return self._kl.settle(env, self.config, self.kl_in_reward)
 
     def _count(self, traj: Trajectories) -> dict[str, float]:
-        """Adds a sampled batch to the counters; its metrics as sampled."""
+        """Add a sampled batch to the counters; its metrics as sampled."""
         metrics, episodes = describe(traj), len(traj)
         if self._sampler.fragments is not None:
             returns, lengths = self._sampler.fragments.pop_finished()
@@ -303,10 +286,7 @@ class Agent(Generic[C]):
         return metrics
 
     def iteration(self, env: Any = None) -> tuple[Trajectories, dict[str, float]]:
-        """Samples a batch (or takes the next of :meth:`batches`), learns from it, and counts.
-
-        Args:
-            env: a Gymnasium ``Env`` or ``VectorEnv``; not needed by algorithms that learn from data.
+        """Sample a batch from a Gymnasium env or vector env (or take the next of :meth:`batches`), and learn from it.
 
         Returns:
             the batch and the iteration's metrics.
@@ -346,11 +326,10 @@ class Agent(Generic[C]):
     # ---- checkpoints ----
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything a run needs to continue bit for bit: tensors (for safetensors) and counters (for JSON). No pickle.
-        Frozen parameters are not in it, only their hash.
+        """Everything a run needs to continue bit for bit: tensors (for safetensors) and values in JSON's types.
 
-        A control env's inner state cannot be saved, so sampling by ``steps`` starts fresh episodes after a checkpoint,
-        by a seed made of (seed, iteration), in the run that goes on as in one restored from it.
+        Of frozen parameters it holds only a hash. A control env's state cannot be saved, so sampling by ``steps``
+        starts fresh episodes after a checkpoint, in the run that goes on as in one restored from it.
         """
         self._sampler.fragments = None
         counters: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
@@ -363,7 +342,7 @@ class Agent(Generic[C]):
         return tensors_of(self.policy, self._parameters, self.optimizer, more), counters
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Takes back a :meth:`checkpoint`; the agent then continues as the one that made it would have.
+        """Take back a :meth:`checkpoint`; the agent then continues as the one that made it would have.
 
         Raises:
             ValueError: the checkpoint is of another policy, or of one with other frozen weights.
@@ -371,7 +350,7 @@ class Agent(Generic[C]):
         if counters.get("frozen_sha256") != frozen_hash(self.policy):
             raise ValueError(
                 f"{self.name}: the checkpoint is of a policy with other frozen weights: start from the model it was "
-                f"trained on, with the same freeze_layers and lora_rank"
+                "trained on, with the same freeze_layers and lora_rank"
             )
         try:
             more = take_back(self.policy, self._parameters, self.optimizer, tensors)
@@ -400,7 +379,3 @@ def learn(
         if callback is not None:
             callback(agent, traj, metrics)
     return agent
-
-
-def _lower(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x

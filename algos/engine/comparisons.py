@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.model.text import Codec
 from lm_envs.settings import Count, Probability
 from lm_envs.tasks import sampling
+from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
 from lm_envs.training import stream
 from lm_envs.trajectories import Trajectories, demonstrations, from_responses
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
 
 
 @dataclass
@@ -66,13 +64,11 @@ class Comparisons:
         """The rows of a group, int64."""
         return self._order[self._ends[number - 1] if number else 0 : self._ends[number]]
 
-    def batches(self, size: int, seed: int, start: int) -> Iterator[Trajectories]:
-        """Passes over the groups, ``size`` at a time, each in a new order that depends on the seed and the pass
-        alone.
-        """
-        for index in stream(len(self), size, seed, start):
-            # A group drawn twice in one batch (there are fewer than `size`) must not become one group of
-            # twice the texts.
+    def batches(self, config: AgentConfig, start: int) -> Iterator[Trajectories]:
+        """Passes over the groups, ``config.episodes`` at a time, each in an order of its own, from batch ``start`` on."""
+        assert config.episodes is not None
+        for index in stream(len(self), config.episodes, config.seed, start):
+            # A group drawn twice in one batch must not become one group of twice the texts.
             rows = [self.group(int(i)) for i in index]
             batch = self.data.select(torch.cat(rows))
             sizes = torch.tensor([len(r) for r in rows])

@@ -2,49 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import micro_batches, select, units
 from lm_envs.algos.ops.losses import masked_mean, nll, sequence_mean
+from lm_envs.tasks.base import TextTask
 from lm_envs.training import stream
 from lm_envs.trajectories import Trajectories, demonstrations, from_responses
 
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
 
-
-class Demonstrations:
-    """Batches of demonstrations that are a function of the seed and the batch's number alone.
-
-    Args:
-        agent: whose they are; its seed orders them.
-        data: the demonstrations.
-        weight: of their likelihood; 0 takes none.
-        size: how many per batch.
+class MixesDemonstrations:
+    """Mixin of an agent that also learns from ``config.demonstrations`` demonstrations per Adam step.
 
     Raises:
-        ValueError: there is a weight and no data, or data and no weight.
+        ValueError: they have a weight and there are none, or there are some and their weight is 0.
     """
 
-    def __init__(self, agent: Any, data: Trajectories | None, weight: float, size: int) -> None:
+    mixes_data = True
+    mixing_weight: ClassVar[str]
+    """The setting that weighs their likelihood; 0 takes none."""
+    demonstrations: Trajectories | None
+
+    def __init__(self: Any, policy: Any, config: Any = None, data: Trajectories | None = None) -> None:
+        super().__init__(policy, config)  # type: ignore[call-arg]
+        weight = getattr(self.config, self.mixing_weight)
         if weight and (data is None or not len(data)):
             raise ValueError(
-                f"{agent.name} learns from demonstrations beside its samples: pass data=Trajectories, see "
+                f"{self.name} learns from demonstrations beside its samples: pass data=Trajectories, see "
                 "lm_envs.trajectories.demonstrations"
             )
         if data is not None and not weight:
-            raise ValueError(f"{agent.name} was given demonstrations and their weight is 0: it would ignore them")
-        self.data, self.weight, self.size, self._seed = data, weight, size, agent.config.seed
+            raise ValueError(f"{self.name} was given demonstrations and their weight is 0: it would ignore them")
+        self.demonstrations = data
 
-    def mixture(self, step: int) -> tuple[float, Trajectories] | None:
-        """The weight and the batch of that number, of passes over the data, each in a new order; None without data."""
-        if self.data is None:
+    @classmethod
+    def data_of(cls, task: TextTask, config: Any) -> Trajectories | None:
+        return demonstrations_of(task) if getattr(config, cls.mixing_weight) else None
+
+    @classmethod
+    def lacks(cls, task: TextTask, config: Any) -> str | None:
+        wanted = getattr(config, cls.mixing_weight) and demonstrations_of(task) is None
+        return "demonstrations" if wanted else None
+
+    def mixture(self: Any, step: int) -> tuple[float, Trajectories] | None:
+        if self.demonstrations is None:
             return None
-        index = next(stream(len(self.data), self.size, self._seed, step))
-        return self.weight, self.data.select(torch.from_numpy(index))
+        index = next(stream(len(self.demonstrations), self.config.demonstrations, self.config.seed, step))
+        return getattr(self.config, self.mixing_weight), self.demonstrations.select(torch.from_numpy(index))
 
 
 def add_nll_gradient(agent: Any, weight: float, data: Trajectories) -> Tensor:

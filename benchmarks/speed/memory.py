@@ -83,7 +83,7 @@ def _be_child(task: str, **given: int) -> dict[str, float]:
 
     sys.path.pop(0)
     try:
-        from lm_envs.algos.ops.preference_losses import dpo_loss
+        from lm_envs.algos.ops.losses import dpo_loss
         from lm_envs.algos.policies.language_model import LMPolicy
     except ImportError:  # a checkout from before these folders
         from lm_envs.algos.policies import LMPolicy

@@ -11,8 +11,7 @@ from lm_envs.algos import registry
 from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.engine.comparisons import PreferenceConfig, annotated_pairs, preferences, ranks_of, winners
 from lm_envs.algos.online_dpo import extremes
-from lm_envs.algos.ops.losses import masked_mean, nll
-from lm_envs.algos.ops.preference_losses import dpo_loss, plackett_luce_loss
+from lm_envs.algos.ops.losses import dpo_loss, masked_mean, nll, plackett_luce_loss
 from lm_envs.tasks import load
 from lm_envs.tasks.reviews import FOLDER
 from lm_envs.training import bradley_terry_loss

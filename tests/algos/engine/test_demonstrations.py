@@ -29,7 +29,7 @@ def test_the_gradient_is_the_sum_of_both(name, plain, knob, mean, micro_batch, m
     agent = batches.learner(name, micro_batch=micro_batch, demonstrations=8, **{knob: 0.7}, **PLAIN)
     found, metrics = gradient(agent, traj, monkeypatch)
     alone, _ = gradient(batches.learner(plain, **PLAIN), traj, monkeypatch)
-    data = agent._demonstrations.mixture(0)[1]
+    data = agent.mixture(0)[1]
     agent.policy.zero_grad()
     likelihood = mean(nll(agent.policy.evaluate(data).logprob, data.mask), data.mask)
     likelihood.backward()
@@ -59,17 +59,17 @@ def test_a_weight_of_zero_is_the_plain_algorithm_and_needs_no_data():
 
 def test_every_adam_step_sees_other_demonstrations_until_all_were_seen():
     agent = batches.learner("ppo-ptx", demonstrations=4)
-    first = [tuple(row.tolist()) for number in range(3) for row in agent._demonstrations.mixture(number)[1].obs]
-    assert len(set(first)) == len(agent._demonstrations.data) == 12
-    again = agent._demonstrations.mixture(1)[1]
-    assert torch.equal(again.obs, agent._demonstrations.mixture(1)[1].obs)  # a function of the number alone
+    first = [tuple(row.tolist()) for number in range(3) for row in agent.mixture(number)[1].obs]
+    assert len(set(first)) == len(agent.demonstrations) == 12
+    again = agent.mixture(1)[1]
+    assert torch.equal(again.obs, agent.mixture(1)[1].obs)  # a function of the number alone
 
 
 def test_demonstrations_come_from_the_task():
     task = tiny.task(demonstrations=batches.texts())
     env = batches.text_env()
     agent = registry.make_agent("ppo-ptx", batches.text_policy(env), task)
-    assert len(agent._demonstrations.data) == sum(len(text) > task.prompt_length for text in task.demonstrations)
+    assert len(agent.demonstrations) == sum(len(text) > task.prompt_length for text in task.demonstrations)
 
 
 def test_the_likelihood_term_alone_imitates():
@@ -88,7 +88,7 @@ def test_law_1_padding_of_demonstrations_is_not_learned_from(monkeypatch):
     ends = []
     for fill in (0, 5):
         agent = batches.learner("reinforce", alpha=1.0, **PLAIN)
-        data = agent._demonstrations.data
+        data = agent.demonstrations
         data.actions = torch.where(data.mask, data.actions, fill)
         ends.append(gradient(agent, traj, monkeypatch)[0])
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_envs.algos.engine.settings_enumerable import TABULAR, enumerable_settings
+from lm_envs.algos.engine.settings_enumerable import EPISODES, TABULAR
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.reward_tokens import prepend
 from lm_envs.algos.policies.tabular import TabularPolicy
@@ -136,7 +136,8 @@ def test_every_algorithm_with_settings_learns_on_a_table(name):
     overrides = {"pairs": 2000} if "pairs" in TABULAR[name] else {}
     solver = Exact(TextMDP(task))
     policy = TabularPolicy(solver)
-    agent = make_agent(name, policy, task, **(enumerable_settings(name) | overrides))
+    settings = TABULAR[name] | {"iterations": EPISODES // TABULAR[name]["episodes"]} | overrides
+    agent = make_agent(name, policy, task, **settings)
     env = TextVectorEnv(task, 1, group_size=agent.config.group_size)
     for _ in range(20):
         agent.iteration(env)

@@ -1,6 +1,6 @@
 import pytest
 
-from lm_envs.algos.ops.kl_control import AdaptiveKL
+from lm_envs.algos.engine.kl_coefficient import AdaptiveKL
 
 
 def test_adaptive_coefficient_by_hand():
