@@ -1,5 +1,4 @@
-"""How a batch is cut: into minibatches (an Adam step each) and micro-batches (a forward each), by units that stay
-whole."""
+"""Cut a batch into minibatches (an Adam step each) and micro-batches (a forward each), by units that stay whole."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class Before:
         policy: evaluated.
         traj: the batch.
         micro_batch: most rows per forward.
-        kept: the policy's weights are those that sampled the batch, so that its log-probabilities and values, where
-            they came with the sampling, need no forward.
+        kept: the policy's weights are those that sampled the batch: what came with the sampling needs no forward.
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class Before:
         self._traj, self._rows = traj, micro_batch or len(traj)
         self._kept = kept and policy.keeps_logprob
         self._parts: list[Any] | None = None
-        self._value: Tensor | None = None
 
     def _batches(self) -> list[Trajectories]:
         if self._rows >= len(self._traj):
@@ -73,7 +70,7 @@ class Before:
     @property
     def knows_value(self) -> bool:
         """Whether the values have been read."""
-        return self._value is not None
+        return "value" in vars(self)
 
     @property
     def was_read(self) -> bool:
@@ -93,15 +90,10 @@ class Before:
         """``(B, T)``."""
         return torch.cat([part.entropy for part in self._evaluated()])
 
-    @property
+    @cached_property
+    @torch.no_grad()
     def value(self) -> Tensor:
         """``(B, T+1)``."""
-        if self._value is None:
-            self._value = self._read_value()
-        return self._value
-
-    @torch.no_grad()
-    def _read_value(self) -> Tensor:
         if self._kept and not self.was_read:
             if self._traj.value is not None:
                 return self._traj.value
@@ -180,10 +172,9 @@ def gap(logprob: Tensor, traj: Trajectories) -> Tensor:
 def micro_batches(traj: Trajectories, unit: str, most: int | None, forward: float | None = None) -> list[Tensor | None]:
     """Row indices of each forward within a minibatch, ``most`` rows or fewer; a single None is all at once.
 
-    Rows of like length go together, so that little is padded: the sum of the parts is the same in any order. With
-    ``forward``, how many tokens cost as much as one more forward and backward (:func:`cost_of_a_forward`), texts are
-    cut without ``most`` too, where that saves padding worth more. With unit "group" groups stay whole, so one that is
-    larger than ``most`` makes a larger forward.
+    Texts of like length go together, so that little is padded; with ``forward`` (:func:`cost_of_a_forward`) they are
+    cut without ``most`` too, where that saves more padding than it costs. With unit "group" groups stay whole, so a
+    group larger than ``most`` makes a larger forward.
     """
     is_text = traj.prompt is not None and unit != "group"
     if most is None and is_text and forward is not None:
@@ -206,10 +197,7 @@ def micro_batches(traj: Trajectories, unit: str, most: int | None, forward: floa
 
 
 def cost_of_a_forward(module: nn.Module) -> float | None:
-    """Tokens that take as long as what a forward and backward cost apart from their tokens; None where it is not known.
-
-    Each weight has operations of its own to start, and a token's multiplications go by the weights' sizes.
-    """
+    """Tokens that take as long as starting the operations of each weight, forward and backward; None if unknown."""
     sizes = [p.numel() for p in module.parameters()]
     on_cpu = next(module.parameters()).device.type == "cpu"
     return START * len(sizes) / sum(sizes) if on_cpu else None

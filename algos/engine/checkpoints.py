@@ -19,12 +19,7 @@ def tensors_of(
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Copies on the CPU; frozen parameters are not among them.
-
-    Args:
-        parameters: those the optimizer steps, by name.
-        extra: further tensors.
-    """
+    """Copies on the CPU, without frozen parameters; ``parameters`` are those the optimizer steps, by name."""
     tensors = {f"policy.{name}": t for name, t in learned_state(policy).items()}
     for name, parameter in parameters.items():
         tensors |= {f"adam.{key}.{name}": t for key, t in optimizer.state.get(parameter, {}).items()}
@@ -46,13 +41,9 @@ def take_back(
     load_learned_state(policy, _part(tensors, "policy."))
     optimizer.state.clear()
     for name, parameter in parameters.items():
-        state = {
-            key: tensors[f"adam.{key}.{name}"].to(parameter.device, copy=True)
-            for key in _ADAM
-            if f"adam.{key}.{name}" in tensors
-        }
-        if state:
-            optimizer.state[parameter] = state
+        held = {key: tensors[f"adam.{key}.{name}"] for key in _ADAM if f"adam.{key}.{name}" in tensors}
+        if held:
+            optimizer.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in held.items()}
     return _part(tensors, "extra.")
 
 

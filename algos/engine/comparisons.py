@@ -44,8 +44,7 @@ class Comparisons:
     def __init__(self, name: str, data: Any) -> None:
         if data is None or data.group is None or data.rank is None:
             raise ValueError(
-                f"{name} learns from preferences: pass data=Trajectories with group and rank, "
-                "see preferences.preferences"
+                f"{name} learns from preferences: pass data=Trajectories with group and rank, see comparisons.preferences"
             )
         ranks, present = by_group(data.rank, data.group, -1)
         flat = (ranks.amax(dim=1) == ranks.masked_fill(ranks < 0, ranks.max() + 1).amin(dim=1)).nonzero()
@@ -65,7 +64,7 @@ class Comparisons:
         return self._order[self._ends[number - 1] if number else 0 : self._ends[number]]
 
     def batches(self, config: AgentConfig, start: int) -> Iterator[Trajectories]:
-        """Passes over the groups, ``config.episodes`` at a time, each in an order of its own, from batch ``start`` on."""
+        """Passes over the groups, ``config.episodes`` at a time, each in an order of its own, from batch ``start``."""
         assert config.episodes is not None
         for index in stream(len(self), config.episodes, config.seed, start):
             # A group drawn twice in one batch must not become one group of twice the texts.
@@ -116,10 +115,8 @@ def preferences(
 
 
 def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Trajectories:
-    """Pairs of the reference's responses to training prompts, ranked by simulated annotators.
-
-    The annotators follow the task's judge, or its reward where it has none, by
-    :func:`lm_envs.tasks.reviews.annotate`. A function of its arguments.
+    """Pairs of the reference's responses to training prompts, ranked by simulated annotators that follow the task's
+    judge, or its reward where it has none (:func:`lm_envs.tasks.reviews.annotate`).
 
     Args:
         pairs: how many: the task's first ones; if it comes with fewer, responses are sampled, the prompts taking turns.

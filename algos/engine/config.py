@@ -62,7 +62,5 @@ class AgentConfig(Settings):
         if self.episodes is None and self.steps is None:
             raise ValueError(f"{type(self).__name__} needs episodes or steps: how much to sample per iteration")
         if self.steps is None and self.episodes is not None and self.episodes % self.group_size:
-            raise ValueError(
-                f"{type(self).__name__}.episodes must be a multiple of group_size, "
-                f"got {self.episodes} and {self.group_size}"
-            )
+            given = f"{self.episodes} and {self.group_size}"
+            raise ValueError(f"{type(self).__name__}.episodes must be a multiple of group_size, got {given}")

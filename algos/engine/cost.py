@@ -21,15 +21,8 @@ if TYPE_CHECKING:
     from lm_envs.algos.engine.agent import Agent
     from lm_envs.tasks.base import TextTask
 
-COLUMNS = (
-    "tokens_generated",
-    "reward_calls",
-    "comparisons",
-    "given_tokens",
-    "given_episodes",
-    "episodes",
-    "trained_tokens",
-)
+_GIVEN = ("comparisons", "given_tokens", "given_episodes")
+COLUMNS = ("tokens_generated", "reward_calls", *_GIVEN, "episodes", "trained_tokens")
 
 
 def of_preferences(data: Any) -> Counter[str]:

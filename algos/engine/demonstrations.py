@@ -55,14 +55,8 @@ class MixesDemonstrations:
 
 
 def add_nll_gradient(agent: Any, weight: float, data: Trajectories) -> Tensor:
-    """Adds to the policy's ``.grad`` the gradient of ``weight`` times the mean of ``-log pi`` over the agent's
-    unit: over tokens, or over rows of sums over tokens.
-
-    Micro-batches as in the rest of the batch: the gradient does not depend on their size (law 8).
-
-    Returns:
-        the mean, without the weight.
-    """
+    """Add the gradient of ``weight`` times the mean of ``-log pi`` over the agent's unit: over tokens, or over rows of
+    sums over tokens. Returns that mean, without the weight."""
     parameter = next(agent.policy.parameters())
     data = data.to(parameter.device)
     unit = "token" if agent.unit == "token" else "sequence"

@@ -24,17 +24,13 @@ _ROWS = 512  # texts per forward
 
 @dataclass
 class JudgedPairs:
-    """N pairs of responses; the two of a pair stand in rows 2i and 2i + 1.
-
-    Attributes:
-        samples: 2N responses, as rewards take them.
-        gold: ``(N, 2)`` the judge's scores.
-        tokens: how many were generated.
-    """
+    """N pairs of responses: 2N ``samples``, a pair in rows 2i and 2i + 1, and the judge's scores of them."""
 
     samples: Samples
     gold: NDArray[np.float64]
+    """``(N, 2)``."""
     tokens: int
+    """Generated for them."""
 
     def read_by(self, reward: LearnedReward) -> list[list[list[int]]]:
         """N pairs of token ids, as a reward model reads them."""
@@ -86,15 +82,12 @@ def make_reward_model(
     """Train a reward by Bradley-Terry on choices between the two texts of each pair; its model is frozen.
 
     Args:
-        template: gives architecture, tokenizer and batch size, and with start "task" the first weights; it is not
-            changed.
+        template: gives architecture, tokenizer and batch size, and with start "task" the first weights.
         pairs: N pairs of token ids.
         first_is_better: ``(N,)``.
         units: pairs of texts on which the reward has mean 0 and (population) standard deviation 1.
-        name: of the reward.
-        start: "fresh" draws the first weights from the seed.
+        seed: of fresh weights and of the order of the pairs.
         steps, batch_size, learning_rate, weight_decay: as for :func:`lm_envs.training.fit`.
-        seed: of the first weights and of the order of the pairs.
 
     Raises:
         ValueError: the model gives all texts of ``units`` the same score.

@@ -48,9 +48,7 @@ class AdaptiveKL:
 class KLCoefficient:
     """An agent's view of the coefficient, whose one holder is the MDP of the env that it samples.
 
-    Args:
-        name: of the algorithm, for messages.
-        published: the coefficient it was published with, None where it has none.
+    ``name`` is the algorithm's, and ``published`` the coefficient it was published with, None where it has none.
     """
 
     def __init__(self, name: str, published: float | None) -> None:

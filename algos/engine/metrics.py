@@ -22,7 +22,7 @@ class Averages:
         self._weights: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Metric], weight: float) -> None:
-        """Takes in one part. ``weight`` is its number of units, by which scalars count; a pair brings its own count."""
+        """Take in a part. ``weight`` is its number of units, by which scalars count; a pair brings its own count."""
         for name, metric in metrics.items():
             if name.endswith("_max"):
                 self._sums[name] = max(self._sums.get(name, -math.inf), float(metric))  # type: ignore[arg-type]
@@ -38,9 +38,7 @@ class Averages:
 
 
 def describe(traj: Trajectories) -> dict[str, float]:
-    """Means over the rows of a batch: ``length``, and where known ``return``, ``score`` and ``kl`` (nats
-    per sequence).
-    """
+    """Means over rows: ``length``, and where known ``return``, ``score`` and ``kl`` (nats per sequence)."""
     metrics = {"length": float(traj.response_lengths.double().mean())}
     if traj.reward is not None:
         metrics["return"] = float(masked(traj.reward, traj.mask).sum(dim=1).double().mean())

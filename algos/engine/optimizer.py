@@ -31,9 +31,8 @@ def make_adam(parameters: Mapping[str, nn.Parameter], name: str, lr: float, eps:
 class MasterAdam(torch.optim.Adam):
     """Adam that keeps a float32 copy of each parameter of less precision, steps that, and rounds it into the parameter.
 
-    A bfloat16 has 8 significant bits, so a step below 1/512 of a weight is lost when it is taken on the weight itself,
-    and steps of reinforcement learning are smaller: with the copy they add up until they show (Micikevicius et al.
-    2018, section 3.1). Moments are float32 too. The copy is state like they are, so it is in checkpoints. Where
+    A step below 1/512 of a bfloat16 weight is lost on the weight itself; in the copy such steps add up until they show
+    (Micikevicius et al. 2018, section 3.1). Copy and moments are float32 state, so they are in checkpoints. Where
     somebody else wrote a parameter since the last step, what they wrote holds.
     """
 

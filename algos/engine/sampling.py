@@ -16,9 +16,6 @@ from lm_envs.trajectories import Trajectories
 class Sampler:
     """Samples by the settings ``episodes``, ``steps`` and ``seed``; where steps are sampled, episodes go on.
 
-    Args:
-        name: of the algorithm, for messages.
-
     Attributes:
         rows: how many rows :meth:`sample` returned since it was set to 0.
         fragments: the collector whose episodes go on, None where whole episodes are sampled.
@@ -46,10 +43,7 @@ class Sampler:
         return traj, steps
 
     def check_whole(self, traj: Trajectories) -> None:
-        """Raise ValueError where an agent's own ``sample`` dropped rows (or added some) since ``rows`` was 0.
-
-        Episodes are counted by the rows it returns: the next batch would repeat prompts and random numbers of this one.
-        """
+        """Raise ValueError where an agent's own ``sample`` dropped rows (or added some) since ``rows`` was 0."""
         if self.rows not in (0, len(traj)):
             raise ValueError(
                 f"{self.name}: sample() returned {len(traj)} rows and sampled {self.rows}: episodes are counted by the "

@@ -53,7 +53,7 @@ def test_a_weight_of_zero_is_the_plain_algorithm_and_needs_no_data():
         registry.make_agent("ppo-ptx", batches.text_policy(env))
     with pytest.raises(ValueError, match="weight is 0"):
         registry.make_agent("reinforce", batches.text_policy(env), data=demonstrations(batches.texts(), 2, 6))
-    with pytest.raises(ValueError, match="reinforce learns from demonstrations"):
+    with pytest.raises(ValueError, match="reinforce needs demonstrations, which task 'tiny' does not have"):
         registry.make_agent("reinforce", batches.text_policy(env), tiny.task(), alpha=0.1)
 
 
