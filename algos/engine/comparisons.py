@@ -44,7 +44,8 @@ class Comparisons:
     def __init__(self, name: str, data: Any) -> None:
         if data is None or data.group is None or data.rank is None:
             raise ValueError(
-                f"{name} learns from preferences: pass data=Trajectories with group and rank, see comparisons.preferences"
+                f"{name} learns from preferences: pass data=Trajectories with group and rank, see "
+                "comparisons.preferences"
             )
         ranks, present = by_group(data.rank, data.group, -1)
         flat = (ranks.amax(dim=1) == ranks.masked_fill(ranks < 0, ranks.max() + 1).amin(dim=1)).nonzero()

@@ -270,12 +270,13 @@ def test_each_epoch_and_each_iteration_cuts_other_minibatches(monkeypatch):
     seen = []
     step = agent._step
 
-    def noted(traj, fixed, index, *rest):
-        seen.append(tuple(sorted(index.tolist())))
-        return step(traj, fixed, index, *rest)
+    def noted(traj, *rest):
+        seen.append(tuple(sorted(traj.prompt_index.tolist())))
+        return step(traj, *rest)
 
     monkeypatch.setattr(agent, "_step", noted)
     traj = batches.text_batch()
+    traj.prompt_index = torch.arange(len(traj))
     for _ in range(2):
         agent.update(traj)
     passes = [frozenset(seen[i : i + 2]) for i in range(0, 12, 2)]

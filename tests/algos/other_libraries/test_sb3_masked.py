@@ -87,7 +87,7 @@ def test_a_masked_token_is_refused_and_so_is_what_cannot_mask():
         rollout(single, policy(env()).lm, episodes=2)
     with pytest.raises(ValueError, match="LMPolicy does not read action masks"):
         LMPolicy.for_mdp(single.mdp, tiny.gpt2())
-    with pytest.raises(ValueError, match="MDP face"):
+    with pytest.raises(ValueError, match="MDP env"):
         TextBanditVectorEnv(tiny.task(), 2, reference_top_k=2)
     with pytest.raises(ValueError, match="reference_top_k must be at least 1"):
         TextEnv(tiny.task(), reference_top_k=0)
