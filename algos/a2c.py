@@ -1,7 +1,5 @@
 """A2C: one on-policy step per batch, with a learned value."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

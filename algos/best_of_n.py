@@ -1,7 +1,5 @@
 """Best-of-n: sample n responses and keep the one with the highest reward. No training; the cost is at inference."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Binary FeedME: imitate the preferred responses and ignore the others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DPO: learn from preferences directly, without a reward model and without sampling."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Dr. GRPO: GRPO without the two divisions that bias it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

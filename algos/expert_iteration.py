@@ -1,7 +1,5 @@
 """Expert iteration: sample several responses, keep the best, imitate them, repeat."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

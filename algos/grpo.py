@@ -1,7 +1,5 @@
 """GRPO: PPO's clip without a critic; episodes of a prompt are scaled to mean 0 and standard deviation 1."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Iterated RLHF: rounds of annotating the current policy's samples, retraining the reward model, and PPO."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

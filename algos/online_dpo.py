@@ -1,7 +1,5 @@
 """Online DPO: DPO between the best and the worst of the policy's own samples, in every batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

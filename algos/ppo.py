@@ -1,7 +1,5 @@
 """PPO: several epochs per batch within a clipped distance of the policy that sampled it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """PPO-KLPEN: PPO held near the sampling policy by a penalty instead of a clip."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

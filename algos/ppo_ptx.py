@@ -1,7 +1,5 @@
 """PPO-ptx: PPO that keeps learning from the texts of its earlier training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lm_envs.algos.engine.demonstrations import MixesDemonstrations

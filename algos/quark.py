@@ -1,7 +1,5 @@
 """Quark: learn responses conditioned on a reward token, and sample conditioned on the best one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """REINFORCE: the score-function gradient with a choice of baselines."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Binary reward conditioning: learn responses conditioned on a good or bad token, and sample conditioned on good."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

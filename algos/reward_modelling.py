@@ -1,7 +1,5 @@
 """Reward modeling: a scalar per text that orders texts as annotators did."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal

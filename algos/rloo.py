@@ -1,7 +1,5 @@
 """RLOO: REINFORCE on whole responses, each compared with the other responses to its prompt."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

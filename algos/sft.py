@@ -1,7 +1,5 @@
 """Supervised fine-tuning: maximum likelihood on demonstrations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ the unit that its loss averages over. The result does not depend on the micro-ba
 10 in docs/laws.md).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

@@ -1,7 +1,5 @@
 """Cut a batch into minibatches (an Adam step each) and micro-batches (a forward each), by units that stay whole."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any

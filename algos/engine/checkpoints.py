@@ -1,7 +1,5 @@
 """The tensors of a checkpoint by name, for safetensors: what a policy learned, Adam's state, and an algorithm's own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

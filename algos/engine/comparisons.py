@@ -1,7 +1,5 @@
 """Preferences: groups of ranked texts as Trajectories, their batches, and simulated annotators that rank them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The settings every algorithm has."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 

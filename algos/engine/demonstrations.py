@@ -1,7 +1,5 @@
 """Demonstrations learned from beside sampled episodes: REINFORCE's likelihood term and PPO-ptx."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

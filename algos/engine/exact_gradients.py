@@ -1,8 +1,6 @@
 """The expected gradient of an algorithm's loss: by going through every batch it could sample, or, where those are too
 many, estimated from some."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace

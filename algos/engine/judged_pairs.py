@@ -1,7 +1,5 @@
 """Making reward models on the way: judged pairs of a policy's responses, and models trained on choices between them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass

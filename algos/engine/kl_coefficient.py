@@ -1,8 +1,6 @@
 """Which KL coefficient an agent trains with: explicit settings, the algorithm's published one, the task's; and what
 steers it toward a target KL."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Metrics of a batch as sampled, and exact averages of an update's metrics over its parts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Adam (Kingma and Ba 2015), and the same for weights in bfloat16, whose own digits are too few to learn with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the policy-gradient algorithms share: where the KL penalty stands, in the reward or in the loss."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """An agent's batches from an env: episodes of text, episodes of control, or control steps as fragments."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ is a learned value. On CartPole the gradient's norm is clipped low: without, sin
 cat's may hold a reward of 100 or none, and there clipping would weigh the two alike.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 ROWS = 8

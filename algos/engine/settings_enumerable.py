@@ -6,8 +6,6 @@ there, and neither annealing nor whitening, which would blow it up again, helps;
 learns slowly at rarely visited states; and gradients are not clipped by norm, since Adam scales each by itself.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from lm_envs.tasks.enumerable import EnumerableConfig

@@ -4,8 +4,6 @@ The mask is True on real steps, which are a prefix of every row. Masked position
 results are 0 there. The functions are meant to be called without gradients.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

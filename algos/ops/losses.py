@@ -6,8 +6,6 @@ Masked positions change neither a value nor a gradient, even if they hold NaN (l
 Losses are per position; :func:`masked_mean` (unit "token") or :func:`sequence_mean` (unit "sequence") reduces them.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -5,8 +5,6 @@ nobody changes. So where the start is the reference there is one copy of the fro
 switching on and off of adapters: it is the same tensors without them.
 """
 
-from __future__ import annotations
-
 import copy
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """What algorithms ask of a policy, and what it says of the trajectories it is shown."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A small feed-forward policy for control: separate actor and critic, discrete actions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ The models' vocabulary is fixed, and so is the environment's. The tokens are row
 V + 1, ... can be read and never written, so the policy's distribution stays one over V tokens.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

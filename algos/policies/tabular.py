@@ -1,7 +1,5 @@
 """A tabular policy for text environments that can be enumerated: a row of logits and a value per prompt and prefix."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
