@@ -20,7 +20,6 @@ class A2CConfig(PolicyGradientConfig):
     """Settings of :class:`A2C`; the defaults are for a small language model."""
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     lam: Probability = 0.95
     """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
     whiten_advantage: bool = True
@@ -90,11 +89,7 @@ class A2C(PolicyGradient[A2CConfig]):
         entropy = masked_mean(now.entropy, mask)
         loss = policy + config.value_coef * value - config.entropy_coef * entropy
         loss = loss + masked_mean(self.kl_penalty(traj, now), mask)
-        return loss, {
-            "policy_loss": policy.detach(),
-            "value_loss": value.detach(),
-            "entropy": entropy.detach(),
-        }
+        return loss, {"policy_loss": policy.detach(), "value_loss": value.detach(), "entropy": entropy.detach()}
 
 
 def _chosen(evaluation: Any, traj: Trajectories) -> Tensor:

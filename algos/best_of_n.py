@@ -38,16 +38,9 @@ class BestOfN:
 
     @torch.no_grad()
     def answer(self, index: Tensor, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return the best of n responses per prompt.
+        """Return the best of n responses per prompt, with log-probabilities under the *base* policy and no values.
 
-        Args:
-            index: ``(N,)`` int64, the rows of the MDP's prompts, whose columns the reward gets.
-            prompts: ``(N, P)`` int64, left-padded with -1.
-            uniforms: ``(N, n * T)`` float64.
-
-        Returns:
-            response ``(N, T)`` int64 right-padded with -1, and its log-probability under the *base* policy, ``(N, T)``;
-            no values.
+        Arguments are those of :meth:`~lm_envs.algos.policies.base.Policy.answer`, with ``uniforms (N, n * T)``.
         """
         count = len(prompts)
         steps = self.policy.uniforms_per_response

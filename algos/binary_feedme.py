@@ -14,7 +14,6 @@ class BinaryFeedMEConfig(PreferenceConfig):
     """Settings of :class:`BinaryFeedME`; `episodes` is the number of winners per iteration."""
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     episodes: Size | None = 64
     """Preferred responses per iteration."""
 

@@ -25,7 +25,6 @@ class DPOConfig(PreferenceConfig):
     """Settings of :class:`DPO`; `episodes` is the number of groups per iteration."""
 
     learning_rate: Rate = 3e-4
-    """Adam's step size at the start."""
     episodes: Size | None = 64
     """Groups of ranked texts per iteration; a group from a task is a pair."""
     beta: Positive = 0.1
@@ -38,11 +37,8 @@ class DPO(Agent[DPOConfig]):
     The reference is the policy at the agent's construction. A ranking of K texts counts as its pairs, each with weight
     ``1 / (K choose 2)``.
 
-    Args:
-        policy: the policy to train.
-        config: settings.
-        data: preferences, in memory or on disk; without data, simulated annotators rank pairs of the task's reference's
-            samples.
+    ``data`` are preferences, in memory or on disk; without data, simulated annotators rank pairs of the task's
+    reference's samples.
 
     Raises:
         ValueError: no preferences, or a group without a pair.

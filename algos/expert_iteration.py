@@ -24,7 +24,6 @@ class ExpertIterationConfig(AgentConfig):
     whole_episodes = True
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     group_size: Size = 8
     """Consecutive episodes that share a prompt, of which the best are kept."""
     keep: Size = 1

@@ -24,11 +24,9 @@ class GRPOConfig(PolicyGradientConfig):
     whole_episodes = True
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     group_size: Size = 8
     """Consecutive episodes that share a prompt, at least 2; the text env must have the same group_size."""
     minibatches: Count = 2
-    """Adam steps per pass."""
     clip: Positive = 0.2
     """Distance of the ratio to the sampling policy from 1 beyond which it is clipped."""
     kl_loss: KLEstimator | None = "k3"

@@ -144,12 +144,8 @@ class IteratedRLHF(PPO):
         self.tokens_done += fresh.tokens + held.tokens
         self.samples_done += 2 * (count + config.held_out)
         self.comparisons_done += count
-        return {
-            "round": number,
-            "annotations": len(self._choices),
-            "rm_accuracy": held.accuracy(self.reward),
-            "rm_accuracy_before": before,
-        }
+        measured = {"rm_accuracy": held.accuracy(self.reward), "rm_accuracy_before": before}
+        return {"round": number, "annotations": len(self._choices), **measured}
 
     @property
     def uses_reward(self) -> bool:

@@ -22,7 +22,6 @@ class OnlineDPOConfig(AgentConfig):
     whole_episodes = True
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     group_size: Several = 4
     """Consecutive episodes that share a prompt, at least 2, of which the best and the worst are compared."""
     beta: Positive = 0.1

@@ -20,9 +20,7 @@ class ProximalConfig(PolicyGradientConfig):
     """What PPO and PPO-KLPEN share; the defaults are for a small language model."""
 
     epochs: Count = 4
-    """Passes over each batch."""
     minibatches: Count = 2
-    """Adam steps per pass."""
     lam: Probability = 0.95
     """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
     value_clip: Positive | None = 0.2
@@ -44,7 +42,7 @@ C = TypeVar("C", bound=ProximalConfig)
 
 
 class Proximal(PolicyGradient[C]):
-    """Several epochs per batch on a surrogate objective, with a learned value: the part that PPO and PPO-KLPEN share.
+    """Several epochs per batch on a surrogate objective, with a learned value: what PPO and PPO-KLPEN share.
 
     ``surrogate + value_coef * value loss - entropy_coef * H``, means over tokens. ``rho`` is the ratio to the policy
     before the update, re-evaluated on the batch, so that it is exactly 1 at first whatever the precision of sampling.
@@ -89,12 +87,9 @@ class Proximal(PolicyGradient[C]):
         entropy = masked_mean(now.entropy, mask)
         loss = policy + config.value_coef * value - config.entropy_coef * entropy
         loss = loss + masked_mean(self.kl_penalty(traj, now), mask)
-        metrics: dict[str, Metric] = {
-            "policy_loss": policy.detach(),
-            "value_loss": value.detach(),
-            "entropy": entropy.detach(),
-        }
-        return loss, metrics | ratio_metrics(now.logprob, fixed["old_logprob"], mask, self.ratio_clip)
+        moved = ratio_metrics(now.logprob, fixed["old_logprob"], mask, self.ratio_clip)
+        parts = {"policy_loss": policy.detach(), "value_loss": value.detach(), "entropy": entropy.detach()}
+        return loss, {**parts, **moved}
 
     def should_stop(self, metrics: dict[str, float]) -> bool:
         """Return whether the KL to the sampling policy exceeds ``kl_stop``."""

@@ -29,7 +29,6 @@ class QuarkConfig(AgentConfig):
     whole_episodes = True
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     minibatches: Count = 8
     """Adam steps per pass. The meaning of reward tokens is learned slowly: few steps per batch leave them alike."""
     quantiles: Several = 5
@@ -122,11 +121,7 @@ class Quark(Agent[QuarkConfig]):
 
 
 def poolable(traj: Trajectories) -> Trajectories:
-    """Return what the pool keeps of a batch, from an MDP or a bandit env: prompts, responses, scores.
-
-    Raises:
-        ValueError: the batch has no rewards, or is not text.
-    """
+    """Return what the pool keeps of a batch, from an MDP or a bandit env: prompts, responses, scores."""
     score = episode_value(traj)
     if traj.prompt is None or traj.response is None:
         raise ValueError("quark learns from text, but these trajectories have no prompts")

@@ -25,9 +25,7 @@ class ReinforceConfig(PolicyGradientConfig):
     whole_episodes = True
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     group_size: Size = 4
-    """Consecutive episodes that share a prompt; the text env must have the same group_size."""
     baseline: Baseline = "leave_one_out"
     """Subtracted from the returns: nothing, `baseline_constant`, a moving average over past batches, the batch's mean,
     the mean of the other episodes of the prompt (RLOO), or a learned value."""

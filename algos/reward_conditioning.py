@@ -17,7 +17,6 @@ class RewardConditioningConfig(PreferenceConfig):
     """Settings of :class:`RewardConditioning`; `episodes` is the number of responses per iteration."""
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     episodes: Size | None = 128
     """Responses, good and bad, per iteration."""
 
@@ -29,11 +28,8 @@ class RewardConditioning(SFT):
     The two signs are reward tokens before the prompt (:mod:`lm_envs.algos.policies.reward_tokens`). Before its first
     update the policy samples without a token.
 
-    Args:
-        policy: the language model to train.
-        config: settings.
-        data: preferences; the best of a group are good, the rest bad. Without data, simulated annotators rank pairs of
-            the task's reference's samples.
+    ``data`` are preferences; the best of a group are good, the rest bad. Without data, simulated annotators rank pairs
+    of the task's reference's samples.
 
     Raises:
         ValueError: no preferences, or a group without a pair.

@@ -58,7 +58,6 @@ class RewardModellingConfig(AgentConfig):
     """Settings of :class:`RewardModelling`; `episodes` is the number of groups per iteration."""
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     episodes: Size | None = 64
     """Groups of ranked texts per iteration."""
     ranking: Literal["pairs", "plackett-luce"] = "pairs"
@@ -72,10 +71,8 @@ class RewardModelling(Agent[RewardModellingConfig]):
 
     All K texts of a prompt are in one minibatch, so each is read once.
 
-    Args:
-        policy: a policy whose ``evaluate`` returns a ``score (B,)``: :class:`RewardPolicy`.
-        config: settings.
-        data: groups of texts with a ``rank``, 0 the best; see :func:`lm_envs.algos.engine.comparisons.preferences`.
+    The policy is a :class:`RewardPolicy`; ``data`` are groups of texts with a ``rank``, 0 the best, see
+    :func:`lm_envs.algos.engine.comparisons.preferences`.
 
     Raises:
         ValueError: no data, no ranks, a group in which all ranks are equal, or with "plackett-luce" a group with ties.

@@ -21,7 +21,6 @@ class RLOOConfig(PolicyGradientConfig):
     whole_episodes = True
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     group_size: Size = 4
     """Consecutive episodes that share a prompt, at least 2; the text env must have the same group_size."""
 

@@ -21,7 +21,6 @@ class SFTConfig(AgentConfig):
     """Settings of :class:`SFT`; `episodes` is the number of demonstrations per iteration."""
 
     learning_rate: Rate = 1e-3
-    """Adam's step size at the start."""
     episodes: Size | None = 64
     """Demonstrations per iteration."""
 
@@ -29,13 +28,8 @@ class SFTConfig(AgentConfig):
 class SFT(Agent[SFTConfig]):
     """``-log pi(a_t|s_t)`` on demonstrations, the mean over tokens.
 
-    Demonstrations are Trajectories without reward, of text (see :func:`lm_envs.trajectories.demonstrations`) or of
-    control.
-
-    Args:
-        policy: the policy to train.
-        config: settings.
-        data: the demonstrations, in memory or on disk.
+    Demonstrations, in memory or on disk, are Trajectories without reward, of text (see
+    :func:`lm_envs.trajectories.demonstrations`) or of control.
     """
 
     Config = SFTConfig

@@ -21,14 +21,8 @@ def discounted_returns(reward: Tensor, mask: Tensor, gamma: float = 1.0, bootstr
     Sutton and Barto, "Reinforcement Learning", 2nd ed., eq. 3.9. The first column is the return of the row.
 
     Args:
-        reward: ``(B, T)`` float.
-        mask: ``(B, T)`` bool.
-        gamma: discount.
         bootstrap: ``(B,)`` value after the row: V(final_obs) if truncated, 0 if terminated (law 5 in docs/laws.md).
             None is 0.
-
-    Returns:
-        ``(B, T)``, 0 in masked positions.
     """
     future = torch.zeros_like(reward[:, 0]) if bootstrap is None else bootstrap.to(reward.dtype)
     out = torch.zeros_like(reward)
@@ -39,8 +33,7 @@ def discounted_returns(reward: Tensor, mask: Tensor, gamma: float = 1.0, bootstr
 
 
 def value_at_end(value: Tensor, mask: Tensor) -> Tensor:
-    """Return the ``(B,)`` entry of ``value (B, T+1)`` after each row's last real step: 0 if terminated, V(final_obs) if
-    truncated."""
+    """Return ``(B,)``, the entry of ``value (B, T+1)`` after each row's last real step."""
     return value.gather(1, mask.sum(dim=1, keepdim=True)).squeeze(1)
 
 
@@ -52,13 +45,8 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: fl
     bootstrapped return minus V, ``lam = 0`` the one-step error.
 
     Args:
-        reward: ``(B, T)`` float.
         value: ``(B, T+1)``; the entry after the last real step is 0 if the row terminated and V(final_obs) if it was
             truncated. Later entries are ignored.
-        mask: ``(B, T)`` bool.
-
-    Returns:
-        ``(B, T)``, 0 in masked positions.
 
     Raises:
         ValueError: ``value`` is not one column wider than ``reward``.
@@ -73,12 +61,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Return ``(x - mean) / sqrt(var + 1e-8)`` with mean and population variance over the unmasked positions only.
 
     Args:
-        x: ``(B, T)`` float.
-        mask: ``(B, T)`` bool.
         shift_mean: False adds the mean back. For rewards, subtracting it would add a constant per token, a length bias.
-
-    Returns:
-        ``(B, T)``, 0 in masked positions.
     """
     count = mask.sum().clamp(min=1)
     mean = masked(x, mask).sum() / count
@@ -121,11 +104,7 @@ def leave_one_out(x: Tensor, group: Tensor | None = None) -> Tensor:
     """Return the mean of ``x (B, ...)`` over the *other* rows of each row's group, an unbiased baseline.
 
     ``b_i = (sum_j x_j - x_i) / (K - 1)`` (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for
-    free!"; RLOO, Ahmadian et al. 2024).
-
-    Args:
-        x: ``(B,)`` or ``(B, T)`` returns.
-        group: ``(B,)`` int64; None is one group of all rows.
+    free!"; RLOO, Ahmadian et al. 2024). A group of None is one group of all rows.
 
     Raises:
         ValueError: a group has a single row.
@@ -137,13 +116,6 @@ def leave_one_out(x: Tensor, group: Tensor | None = None) -> Tensor:
 
 
 def running_mean(mean: float, weight: float, x: float, decay: float) -> tuple[float, float]:
-    """Update an exponential moving average and its weight, both 0 at first; ``mean / weight`` has no bias toward the
-    start (Adam's correction).
-
-    Args:
-        mean: weighted sum so far.
-        weight: sum of the weights so far.
-        x: new value.
-        decay: share of the past that is kept.
-    """
+    """Update the weighted sum of the values so far and the sum of their weights, both 0 at first, with a value ``x``;
+    ``mean / weight`` is then an exponential moving average without bias toward the start (Adam's correction)."""
     return decay * mean + (1 - decay) * x, decay * weight + (1 - decay)

@@ -19,19 +19,17 @@ KLEstimator = Literal["k1", "k2", "k3", "full"]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """``sum_{b,t} m x / sum_{b,t} m``, a scalar: every token has the same weight."""
+    """``sum_{b,t} m x / sum_{b,t} m``, a scalar: each token has the same weight."""
     return masked(x, mask).sum() / mask.sum()
 
 
 def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """``(1/B) sum_b sum_t m x``, a scalar: sums over a row, mean over rows, as in the score-function gradient of a
-    sequence."""
+    """``(1/B) sum_b sum_t m x``, a scalar, as in the score-function gradient of a sequence."""
     return masked(x, mask).sum() / len(x)
 
 
 def row_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """``(1/B) sum_b (1/|o_b|) sum_t m x``, a scalar: every row has the same weight, so a token of a long row has less
-    (GRPO)."""
+    """``(1/B) sum_b (1/|o_b|) sum_t m x``, a scalar: a token of a long row has less weight (GRPO)."""
     return (masked(x, mask).sum(dim=1) / mask.sum(dim=1)).mean()
 
 
@@ -49,8 +47,7 @@ def importance_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tens
 def ppo_clip_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
     """``max(-A * rho, -A * clamp(rho, 1 - clip, 1 + clip))`` per position, ``(B, T)``.
 
-    Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7, negated. Where the clip is active the
-    gradient is 0; at ``rho = 1`` it is that of :func:`policy_gradient_loss`.
+    Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7, negated; no gradient where the clip holds.
     """
     ratio = importance_ratio(logprob, old_logprob, mask)
     advantage = masked(advantage, mask)
@@ -166,10 +163,7 @@ def kl_estimate(kind: KLEstimator, logprob: Tensor, ref_logprob: Tensor, mask: T
     On samples of an older policy (several epochs) "full" stays the KL at the visited states; the others lack the ratio.
 
     Args:
-        kind: the estimator.
-        logprob: ``(B, T)``; for "full" all log-probabilities, ``(B, T, V)``.
-        ref_logprob: the reference's, of the same shape.
-        mask: ``(B, T)`` bool.
+        logprob, ref_logprob: ``(B, T)``; for "full" all log-probabilities, ``(B, T, V)``.
 
     Raises:
         ValueError: no estimator of that name, or "full" without whole distributions.

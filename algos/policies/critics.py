@@ -21,10 +21,7 @@ class RewardCritic(nn.Module):
     """A value function of its own that starts as a reward model, trunk and head (Ouyang et al. 2022, appendix C.4).
 
     ``V_t`` is the reward model's score of prompt and response *before* token t, in the reward's units: what it
-    would pay if the text stopped there.
-
-    Args:
-        reward: whose model is copied; the copy is trained.
+    would pay if the text stopped there. The model is a copy.
 
     Raises:
         ValueError: the model is no decoder with a linear head, so it has no score before the end.
@@ -55,7 +52,7 @@ class RewardCritic(nn.Module):
 
 
 def value_from_reward_model(policy: Any, task: TextTask | None) -> None:
-    """Gives a policy a value function that starts as the task's reward model.
+    """Give a policy a value function that starts as the task's reward model.
 
     Raises:
         ValueError: the policy or the reward is not of the kind, or the two read different tokens.
@@ -75,9 +72,7 @@ def value_from_reward_model(policy: Any, task: TextTask | None) -> None:
 
 
 def check_value_from(name: str, policy: Any, value_from: ValueFrom) -> None:
-    """Raises ValueError where a value function was asked for that the policy does not have."""
-    if value_from not in ("policy", "reward_model"):
-        raise ValueError(f"value_from must be 'policy' or 'reward_model', got {value_from!r}")
+    """Raise ValueError where a value function was asked for that the policy does not have."""
     if value_from == "reward_model" and not policy.has_own_critic:
         raise ValueError(
             f"{name}: value_from='reward_model' needs the task: use registry.make_agent(..., task=...), or call "

@@ -34,9 +34,8 @@ class LMPolicy(Policy):
     """A causal or encoder-decoder language model as a policy, with a value head on the same trunk.
 
     The trained distribution is the model at one temperature, with EOS masked before ``min_new_tokens``: sampling, the
-        stored
-    log-probability and re-evaluation all use it. Dropout stays off. The value head is linear on the last hidden state
-    *before* the token and starts at zero.
+    stored log-probability and re-evaluation all use it. Dropout stays off. The value head is linear on the last hidden
+    state *before* the token and starts at zero.
 
     Args:
         model: any transformers causal LM, or encoder-decoder: then the encoder reads the prompt.
@@ -141,7 +140,7 @@ class LMPolicy(Policy):
     def use_q_critic(self) -> None:
         """Learn ``Q(s, .)`` by a linear head on the same trunk, which starts at zero."""
         if self.face == "bandit":
-            raise ValueError("a Q critic needs the MDP face: on the bandit face there are V**T actions")
+            raise ValueError("a Q critic needs an MDP env: in a bandit env there are V**T actions")
         if self.q_head is None:
             vocabulary = self.model.get_output_embeddings().weight.shape[0]
             width = self.value_head.in_features
@@ -220,15 +219,6 @@ class LMPolicy(Policy):
         return self.value_head(self._decoder.hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole responses, the fast path.
-
-        Args:
-            prompts: ``(N, P)`` int64, left-padded with -1.
-            uniforms: ``(N, uniforms_per_response)`` float64.
-
-        Returns:
-            response ``(N, T)`` int64 right-padded with -1, logprob ``(N, T)``.
-        """
         return self._generate(prompts, uniforms)
 
     def _generate(

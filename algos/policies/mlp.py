@@ -93,15 +93,7 @@ class MLPPolicy(Policy):
 
     @torch.no_grad()
     def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Actions by inverse CDF, in float64: the first action whose cumulative probability exceeds the uniform.
-
-        Args:
-            obs: ``(N, *shape)``.
-            uniforms: ``(N,)`` float64 in [0, 1).
-
-        Returns:
-            actions ``(N,)`` int64 and their log-probabilities ``(N,)`` float64.
-        """
+        """Actions by inverse CDF, in float64: the first action whose cumulative probability exceeds the uniform."""
         logits = self.actor(self._features(torch.as_tensor(obs))).double().cpu().numpy()
         logits = logits - logits.max(axis=1, keepdims=True)
         weight = np.exp(logits)

@@ -106,8 +106,6 @@ class TabularPolicy(Policy):
 
     @torch.no_grad()
     def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole responses; arguments and results as of
-        :meth:`~lm_envs.algos.policies.language_model.LMPolicy.respond`, float64."""
         count, steps = len(prompts), self.tree.horizon
         table, first = self._masked(), self._first_row(prompts.to(self.logits.device))
         response = torch.full((count, steps), -1, device=first.device)

@@ -114,7 +114,7 @@ def test_truncated_rows_bootstrap_from_the_mean_of_q():
 
 
 def test_no_q_on_the_bandit_face():
-    with pytest.raises(ValueError, match="MDP face"):
+    with pytest.raises(ValueError, match="an MDP env"):
         batches.learner("a2c", "bandit", critic="q")
 
 
