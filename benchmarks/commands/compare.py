@@ -55,11 +55,7 @@ class Compare(Running):
     """Torch threads per run. Results may differ in their last bits with it."""
 
     def to_suite(self) -> Suite:
-        """The comparison that the options describe.
-
-        Raises:
-            UserError: they contradict each other, or name something unknown.
-        """
+        """The comparison that the options describe."""
         own = self.own.options()
         if self.suite is not None:
             if self.task:

@@ -116,15 +116,8 @@ class Dpo(_Learn):
 
 
 def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, console: Console) -> dict[str, Any]:
-    """Carry out a stage in ``out``, or what is left of it, and print what it found.
-
-    Args:
-        spec: a :class:`~lm_envs.benchmarks.run.data_problem.DataSpec`.
-
-    Raises:
-        UserError: something is wrong that the user can put right.
-        Interrupted: Ctrl-C; everything is on disk.
-    """
+    """Carry out a stage (a :class:`~lm_envs.benchmarks.run.data_problem.DataSpec`) in ``out``, or what is left of it,
+    and print what it found."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 

@@ -57,11 +57,7 @@ class Own:
     """Of "custom": accept a model whose cache cannot be kept row by row, at the cost of a whole forward a token."""
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """The loader's options by task.
-
-        Raises:
-            UserError: only some of what "custom" needs, both kinds of reward, or a reward that cannot be read.
-        """
+        """The loader's options by task."""
         found: dict[str, dict[str, Any]] = {}
         if self.corpus is not None:
             found["corpus"] = {"path": str(self.corpus)}
@@ -116,11 +112,7 @@ class Adapt:
     """Save the tuned model with the adapters added to its weights, instead of the adapters."""
 
     def settings(self, suite: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-        """What was given, on top of a suite's, in JSON's types.
-
-        Raises:
-            UserError: the settings contradict each other.
-        """
+        """What was given, on top of a suite's, in JSON's types, checked."""
         given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
         if "lora_targets" in given:
             given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
@@ -154,9 +146,6 @@ class Running:
         Args:
             own: as of :meth:`Own.options`.
             plan: further fields of the plan.
-
-        Raises:
-            UserError: options contradict each other, or a task of one's own lacks them.
         """
         if self.iterations or self.episodes:
             plan |= {"iterations": self.iterations, "episodes": self.episodes}

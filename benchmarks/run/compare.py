@@ -106,12 +106,9 @@ def check_runs(runs: Sequence[RunSpec]) -> None:
 
 def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]:
     """Open every kind of run once, and let each task's reward and judge score two samples: what is wrong shows now, not
-    in an hour.
+    in an hour, and workers find tasks that are built from the user's own text in the cache.
 
-    Tasks that are built from the user's own text are built here, so workers find them in the cache.
-
-    Returns:
-        of a suite of all algorithms, why the task and algorithm of a key cannot be run.
+    Returns why, of a suite of all algorithms, the task and algorithm of a key cannot be run.
     """
     from transformers.utils.logging import disable_progress_bar
 

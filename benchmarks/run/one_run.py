@@ -119,11 +119,8 @@ def execute(
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
-    """The ``config.json`` of a run's folder, None if there is no run in it.
-
-    Raises:
-        UserError: it is damaged, or gone where there is a run.
-    """
+    """The ``config.json`` of a run's folder, None if there is no run in it; a UserError if it is damaged, or gone where
+    there is a run."""
     path = folder / "config.json"
     if path.exists():
         return read_sealed(path)
@@ -242,10 +239,8 @@ class _Run:
             metrics = metrics | {f"validation_{name}": value for name, value in found.items()}
             self.samples.append(*({"iteration": done, "split": "validation", **sample} for sample in samples))
             tracker.scalars(found, done, "validation")
-            texts = [
-                f"{s['prompt']} | {s['response']}  (gold {s['gold']:.2f}, proxy {s['proxy']:.2f})" for s in samples
-            ]
-            tracker.texts(texts, done, "validation")
+            text = "{prompt} | {response}  (gold {gold:.2f}, proxy {proxy:.2f})"
+            tracker.texts([text.format(**sample) for sample in samples], done, "validation")
         self.metrics.append(metrics)
         self.notify({"event": "iteration", "run": self.spec.label, "of": total, "metrics": metrics})
 

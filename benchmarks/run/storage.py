@@ -75,11 +75,7 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], columns: Sequenc
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a run.
-
-    Raises:
-        UserError: it is not JSON.
-    """
+    """The content of a JSON file of a run; a UserError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -87,11 +83,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What :func:`write_sealed` wrote, with the hash under :data:`SEAL`.
-
-    Raises:
-        UserError: it is not JSON, or no longer what was written.
-    """
+    """What :func:`write_sealed` wrote, with the hash under :data:`SEAL`; a UserError if it is no longer that."""
     found = read_json(path)
     content = {name: value for name, value in found.items() if name != SEAL} if isinstance(found, dict) else {}
     if not content or found.get(SEAL) != _hash_of(content):
@@ -154,11 +146,8 @@ class Records:
             remove(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; a last line that a kill cut short is left out.
-
-        Raises:
-            UserError: another line is not JSON, or the file cannot be read.
-        """
+        """All whole records, without a last line that a kill cut short; a UserError if another line is not JSON, or the
+        file cannot be read."""
         found: list[dict[str, Any]] = []
         if not self.path.exists():
             return found
@@ -225,11 +214,8 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def newest(self, records: Sequence[Records] = ()) -> Checkpoint | None:
-        """The newest checkpoint that is whole and whose records are still as they were, or None.
-
-        Raises:
-            UserError: there are whole ones, but records were changed before the first of them.
-        """
+        """The newest checkpoint that is whole and whose records are still as they were, or None; a UserError if there
+        are whole ones, but records were changed before the first of them."""
         spoiled: list[Path] = []
         for path in reversed(self.paths()):
             try:

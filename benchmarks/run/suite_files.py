@@ -23,11 +23,8 @@ T = TypeVar("T")
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
-    """Read a suite: the path of a TOML file, or the name of a built-in one ("demo").
-
-    Raises:
-        UserError: no such file, malformed TOML, an unknown key or a value of the wrong type; with file and line.
-    """
+    """Read a suite: the path of a TOML file, or the name of a built-in one ("demo"). A UserError, with file and line,
+    for malformed TOML, an unknown key or a value of the wrong type."""
     path = Path(name_or_path)
     if path.suffix != ".toml" and (BUILT_IN / f"{path}.toml").is_file():
         path = BUILT_IN / f"{path}.toml"
@@ -163,13 +160,13 @@ class _Reader:
             compile=data.compile,
             every=ALL in data.algorithms,
         )
-        used = {run.algorithm for run in suite.runs()}
+        used = dict.fromkeys(run.algorithm for run in suite.runs())
         for name in [*data.algorithm, *(name for task in suite.tasks for name in task.overrides)]:
             if name not in used:
                 raise self.fail(f"settings for {name!r}, which this suite does not run: {near(name, used)}", name)
         for name in data.tasks:
             self.named(name, check_task)
-        for name in dict.fromkeys(run.algorithm for run in suite.runs()):
+        for name in used:
             self.named(name, check_algorithm)
         return suite
 

@@ -53,11 +53,7 @@ class EnvOptions(Settings):
 
 
 def env_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options of the environment, checked, in JSON's types.
-
-    Raises:
-        SettingError: there is no such option, or it cannot have that value.
-    """
+    """Options of the environment in JSON's types; a SettingError for one that does not exist or has a wrong value."""
     made = make(EnvOptions, values, where)
     found = {name: getattr(made, name) for name in values}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
@@ -153,8 +149,7 @@ class Suite:
 
 
 def check_adaptation(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError or UserError unless these make an
-    :class:`~lm_envs.algos.policies.adaptation.Adaptation` that can be carried out."""
+    """Raise ValueError or UserError unless these make an Adaptation that can be carried out."""
     if not settings:
         return
     from lm_envs.algos.policies.adaptation import Adaptation
