@@ -20,3 +20,8 @@ def one_line(text: str, width: int = 200) -> str:
     """Return one printable line of at most ``width`` characters."""
     text = printable(" ".join(text.split()))
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's type where there is no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lm_envs.data.splits import SPLIT_NAMES
+from lm_envs.printable import first_line
 
 FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
 _CELL = 2**24  # characters; more in one cell of a CSV file means a quote that is never closed
@@ -228,7 +229,7 @@ def _parquet(path: Path) -> Iterator[Read]:
                     yield f"row {number}", values
     except (pyarrow.ArrowException, OSError) as error:
         where = f", after row {number}" if number else ""
-        raise ValueError(f"{path}{where}: not a Parquet file that can be read: {_first_line(error)}") from None
+        raise ValueError(f"{path}{where}: not a Parquet file that can be read: {first_line(error)}") from None
 
 
 def _dataset(source: str) -> Iterator[Read]:
@@ -263,7 +264,7 @@ def _dataset(source: str) -> Iterator[Read]:
     except Exception as error:  # noqa: BLE001
         where = f", after row {number} of {reading}" if number else ""
         raise ValueError(
-            f"{source!r}{where}: not a data set that can be read ({type(error).__name__}: {_first_line(error)}); give "
+            f"{source!r}{where}: not a data set that can be read ({type(error).__name__}: {first_line(error)}); give "
             "a file (.jsonl, .csv, .parquet), a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub"
         ) from None
 
@@ -283,7 +284,3 @@ def _parts(source: str) -> tuple[str, str | None, str | None]:
 def _need(module: str, what: str) -> None:
     if find_spec(module) is None:
         raise ImportError(f"{what} need {module}: pip install 'lm-envs[data]'")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().split("\n") or ["no reason given"])[0]

@@ -28,6 +28,8 @@ DEFAULT_MAP = (
 )
 GAMMA = 0.95
 MAX_STEPS = 100
+EnvOrMap = gymnasium.Env | Sequence[str]
+Floats = NDArray[np.float64]
 
 ACTIONS = ("up", "right", "down", "left")
 _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # clockwise, so the perpendicular ones of `a` are a-1 and a+1
@@ -54,20 +56,6 @@ def check_map(map: Sequence[str]) -> tuple[str, ...]:
     return rows
 
 
-def _check_slip(slip: float) -> float:
-    if not 0.0 <= slip <= 1.0:
-        raise ValueError(f"slip is a probability, got {slip!r}")
-    return float(slip)
-
-
-def _destination(rows: tuple[str, ...], cell: int, action: int) -> int:
-    """The cell a move ends in; a move off the grid stays."""
-    width = len(rows[0])
-    y, x = cell // width + _MOVES[action][0], cell % width + _MOVES[action][1]
-    inside = 0 <= y < len(rows) and 0 <= x < width
-    return y * width + x if inside else cell
-
-
 class CatEnv(gymnasium.Env):
     """Gridworld with the cat, registered as ``lm_envs/Cat-v0`` with a limit of 100 steps (truncation).
 
@@ -85,9 +73,8 @@ class CatEnv(gymnasium.Env):
         gamma: the discount the task is meant for, 0.95; advice to the agent, the env does not use it.
 
     Raises:
-        ValueError: for a map that is not one (naming row and column), a slip that is no probability, an unknown
-            render mode, or an action outside 0..3.
-        RuntimeError: on a step before a reset or after the end of an episode.
+        ValueError: bad map (row and column are named), slip, render mode or action.
+        RuntimeError: a step before a reset or after the end of an episode.
     """
 
     metadata = {"render_modes": ["ansi"], "render_fps": 4}
@@ -96,11 +83,11 @@ class CatEnv(gymnasium.Env):
     def __init__(self, map: Sequence[str] = DEFAULT_MAP, slip: float = 0.0, render_mode: str | None = None) -> None:
         if render_mode not in (None, "ansi"):
             raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}")
-        self.map = check_map(map)
-        self.slip = _check_slip(slip)
-        self.render_mode = render_mode
+        if not 0.0 <= slip <= 1.0:
+            raise ValueError(f"slip is a probability, got {slip!r}")
+        self.map, self.slip, self.render_mode = check_map(map), float(slip), render_mode
         self._cells = "".join(self.map)
-        self._starts = _starts(self.map)
+        self._starts = np.flatnonzero(np.array(list(self._cells)) == START)
         self._cell: int | None = None  # None: no episode is running
         self._shown = int(self._starts[0])
         self.observation_space = spaces.Discrete(len(self._cells))
@@ -123,11 +110,17 @@ class CatEnv(gymnasium.Env):
         draw = self.np_random.random()
         if draw < self.slip:
             direction = (direction + (1 if draw < self.slip / 2 else -1)) % len(ACTIONS)
-        cell = self._shown = _destination(self.map, self._cell, direction)
+        cell = self._shown = self._destination(self._cell, direction)
         content = self._cells[cell]
         terminated = content in TERMINAL
         self._cell = None if terminated else cell
         return cell, REWARD[content], terminated, False, {}
+
+    def _destination(self, cell: int, action: int) -> int:
+        """The cell a move ends in; a move off the grid stays."""
+        width = len(self.map[0])
+        y, x = cell // width + _MOVES[action][0], cell % width + _MOVES[action][1]
+        return y * width + x if 0 <= y < len(self.map) and 0 <= x < width else cell
 
     def render(self) -> str | None:
         """The map with the cat as C in "ansi" mode, else None."""
@@ -138,26 +131,17 @@ class CatEnv(gymnasium.Env):
         return "\n".join(" ".join(cells[i : i + width]) for i in range(0, len(cells), width)) + "\n"
 
 
-def _starts(rows: tuple[str, ...]) -> NDArray[np.int64]:
-    return np.flatnonzero(np.array(list("".join(rows))) == START)
+def _cat(env_or_map: EnvOrMap, slip: float | None) -> CatEnv:
+    """The environment, or one of a map; a slip that is given wins."""
+    if not isinstance(env_or_map, gymnasium.Env):
+        return CatEnv(env_or_map, slip or 0.0)
+    env = env_or_map.unwrapped
+    if not isinstance(env, CatEnv):
+        raise ValueError(f"expected a map or a CatEnv, got {env!r}")
+    return env if slip is None else CatEnv(env.map, slip)
 
 
-def _problem(env_or_map: gymnasium.Env | Sequence[str], slip: float | None) -> tuple[tuple[str, ...], float]:
-    """Map and slip of an env (wrapped or not), or of a map; a slip that is given wins."""
-    own = 0.0
-    if isinstance(env_or_map, gymnasium.Env):
-        env = env_or_map.unwrapped
-        if not isinstance(env, CatEnv):
-            raise ValueError(f"expected a map or a CatEnv, got {env!r}")
-        rows, own = env.map, env.slip
-    else:
-        rows = check_map(env_or_map)
-    return rows, own if slip is None else _check_slip(slip)
-
-
-def dynamics(
-    env_or_map: gymnasium.Env | Sequence[str] = DEFAULT_MAP, slip: float | None = None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def dynamics(env_or_map: EnvOrMap = DEFAULT_MAP, slip: float | None = None) -> tuple[Floats, Floats]:
     """Transition probabilities and expected rewards.
 
     Returns:
@@ -165,28 +149,23 @@ def dynamics(
         episode going on**, so its rows sum to less than 1 where the episode may end; `reward[s, a]` (cells, 4) is the
         expected reward of the move, terminal ones included. Both are 0 for bathtub and meat, where nothing is played.
     """
-    rows, slip = _problem(env_or_map, slip)
-    cells = "".join(rows)
-    continuing = np.zeros((len(cells), len(ACTIONS), len(cells)))
-    reward = np.zeros((len(cells), len(ACTIONS)))
-    for cell in range(len(cells)):
+    env = _cat(env_or_map, slip)
+    cells = env._cells
+    continuing, reward = np.zeros((len(cells), len(ACTIONS), len(cells))), np.zeros((len(cells), len(ACTIONS)))
+    for cell, action in np.ndindex(reward.shape):
         if cells[cell] in TERMINAL:
             continue
-        for action in range(len(ACTIONS)):
-            for turn, probability in ((0, 1.0 - slip), (1, slip / 2), (-1, slip / 2)):
-                end = _destination(rows, cell, (action + turn) % len(ACTIONS))
-                reward[cell, action] += probability * REWARD[cells[end]]
-                if cells[end] not in TERMINAL:
-                    continuing[cell, action, end] += probability
+        for turn, probability in ((0, 1.0 - env.slip), (1, env.slip / 2), (-1, env.slip / 2)):
+            end = env._destination(cell, (action + turn) % len(ACTIONS))
+            reward[cell, action] += probability * REWARD[cells[end]]
+            if cells[end] not in TERMINAL:
+                continuing[cell, action, end] += probability
     return continuing, reward
 
 
 def value_iteration(
-    env_or_map: gymnasium.Env | Sequence[str] = DEFAULT_MAP,
-    gamma: float = GAMMA,
-    slip: float | None = None,
-    tolerance: float = 1e-10,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    env_or_map: EnvOrMap = DEFAULT_MAP, gamma: float = GAMMA, slip: float | None = None, tolerance: float = 1e-10
+) -> tuple[Floats, NDArray[np.int64]]:
     """Optimal values and actions without a step limit: the fixed point of `V(s) = max_a r(s,a) + gamma sum_s' p V(s')`
     (Bellman 1957; Sutton and Barto 2018, section 4.4).
 
@@ -199,8 +178,7 @@ def value_iteration(
     Returns:
         `(V, policy)`, float64 and int64 of shape (cells,). V is 0 in bathtub and meat; ties go to the lower action.
     """
-    if not 0.0 <= gamma < 1.0:
-        raise ValueError(f"gamma must lie in [0, 1), got {gamma!r}")
+    _check_gamma(gamma)
     continuing, reward = dynamics(env_or_map, slip)
     values, change = np.zeros(len(reward)), np.inf
     while change * gamma > tolerance * (1.0 - gamma):  # |V - V*| <= change * gamma / (1 - gamma)
@@ -212,12 +190,12 @@ def value_iteration(
 
 def expected_return(
     policy: NDArray[Any] | Sequence[int],
-    env_or_map: gymnasium.Env | Sequence[str] = DEFAULT_MAP,
+    env_or_map: EnvOrMap = DEFAULT_MAP,
     gamma: float = GAMMA,
     slip: float | None = None,
     limit: int | None = MAX_STEPS,
 ) -> float:
-    """Exact expected discounted return of a policy from the start (the mean over start cells).
+    """Exact expected discounted return of a policy, the mean over start cells.
 
     Args:
         policy: actions (cells,), or probabilities (cells, 4).
@@ -231,31 +209,32 @@ def expected_return(
         ValueError: for a policy of the wrong shape, with an unknown action, or whose rows are not probabilities.
     """
     continuing, reward = dynamics(env_or_map, slip)
-    rows, _ = _problem(env_or_map, slip)
     probability = _probabilities(policy, len(reward))
     step = np.einsum("sa,san->sn", probability, continuing)
     gain = (probability * reward).sum(axis=1)
     if limit is None:
-        if not 0.0 <= gamma < 1.0:
-            raise ValueError(f"gamma must lie in [0, 1) when there is no limit, got {gamma!r}")
+        _check_gamma(gamma)
         values = np.linalg.solve(np.eye(len(gain)) - gamma * step, gain)
     else:
         values = np.zeros(len(gain))
         for _ in range(limit):
             values = gain + gamma * step @ values
-    return float(values[_starts(rows)].mean())
+    return float(values[_cat(env_or_map, slip)._starts].mean())
 
 
-def _probabilities(policy: NDArray[Any] | Sequence[int], cells: int) -> NDArray[np.float64]:
+def _check_gamma(gamma: float) -> None:
+    if not 0.0 <= gamma < 1.0:
+        raise ValueError(f"gamma must lie in [0, 1) where there is no step limit, got {gamma!r}")
+
+
+def _probabilities(policy: NDArray[Any] | Sequence[int], cells: int) -> Floats:
     array = np.asarray(policy)
     if array.shape == (cells,):
         if not np.isin(array, range(len(ACTIONS))).all():
             raise ValueError(f"policy must hold actions 0 to 3, got {np.unique(array).tolist()}")
         return np.eye(len(ACTIONS))[array.astype(np.int64)]
     if array.shape != (cells, len(ACTIONS)):
-        raise ValueError(
-            f"policy must be actions ({cells},) or probabilities ({cells}, {len(ACTIONS)}), got {array.shape}"
-        )
+        raise ValueError(f"policy must be actions ({cells},) or probabilities ({cells}, 4), got {array.shape}")
     if (array < 0).any() or not np.allclose(array.sum(axis=1), 1.0, atol=1e-6):
         raise ValueError("policy rows must be probabilities that sum to 1")
     return array.astype(np.float64)

@@ -1,5 +1,4 @@
-"""What a text environment is, apart from how it is stepped: prompts, masks, scores and the reference's half of the KL
-penalty.
+"""The decision process of a task: prompts, masks, scores and the reference's half of the KL penalty.
 
 The single, vector and bandit envs and the bulk path all read this one definition, so they cannot disagree.
 """
@@ -105,28 +104,21 @@ class TextMDP:
     def _validate(self) -> None:
         if not self.prompts:
             raise ValueError(f"task {self.task.name!r} has no prompts in split {self.split!r}")
-        empty = [i for i, prompt in enumerate(self.prompts) if len(prompt) == 0]
-        if empty:
-            raise ValueError(
-                f"prompt {empty[0]} of split {self.split!r} is empty: a prompt needs at least one token (a BOS "
-                f"token will do)"
-            )
+        empty = next((i for i, prompt in enumerate(self.prompts) if len(prompt) == 0), None)
+        if empty is not None:
+            raise ValueError(f"prompt {empty} of split {self.split!r} is empty: give it a token, such as BOS")
         if not (_finite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature must be positive and finite, got {self.temperature!r}")
         for name in ("max_new_tokens", "min_new_tokens", "group_size", "reference_top_k"):
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) and (value is not None or name != "reference_top_k"):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            if value is not None and value < 1 and name != "min_new_tokens":
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
             )
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
-        if self.reference_top_k is not None and self.reference_top_k < 1:
-            raise ValueError(f"reference_top_k must be at least 1, or None for all tokens, got {self.reference_top_k}")
         check_kl_coef(self.kl_coef)
         mode, amount = (None, 0.0) if self.missing_eos is None else self.missing_eos
         if self.missing_eos is not None and not (mode in MISSING_EOS_MODES and _finite(amount)):
@@ -135,24 +127,18 @@ class TextMDP:
             )
         if mode == "replace" and self.dense:
             raise ValueError(
-                "missing_eos=('replace', x) needs a reward per response: a dense reward has been paid before "
-                "the end is known; "
-                "use ('subtract', x)"
+                "missing_eos=('replace', x) needs a reward per response: a dense reward has been paid before the end "
+                "is known; use ('subtract', x)"
             )
         needed, context = room_for(self.reference, self.prompt_length, self.max_new_tokens)
         if context is not None and needed > context:
             raise ValueError(
                 f"the longest prompt has {self.prompt_length} tokens and responses up to {self.max_new_tokens}: "
-                f"{needed} places are more "
-                f"than the model's context of {context}; shorten the prompts or max_new_tokens"
+                f"{needed} places are more than the model's context of {context}; shorten the prompts or max_new_tokens"
             )
 
     def set_kl_coef(self, kl_coef: float) -> None:
-        """Set the weight of the penalty as the caller's own choice, which an agent's setting may not contradict.
-
-        Raises:
-            ValueError: it is negative or not finite.
-        """
+        """Set the weight of the penalty as the caller's own choice, which an agent's setting may not contradict."""
         check_kl_coef(kl_coef)
         self.kl_coef = self.explicit_kl_coef = float(kl_coef)
 
@@ -175,8 +161,7 @@ class TextMDP:
         return left_pad([self.prompts[i] for i in index.tolist()], self.prompt_length)
 
     def columns(self, index: NDArray[np.int64]) -> dict[str, list[Any]]:
-        """The further columns of prompts number ``index (N,)``, for rewards: N entries by name; empty if there are
-        none."""
+        """The further columns of prompts number ``index (N,)``, for rewards: N entries by name."""
         columns = self.task.columns.get(self.split, {})
         return {name: [values[i] for i in index.tolist()] for name, values in columns.items()}
 
@@ -200,18 +185,13 @@ class TextMDP:
         return mask
 
     def texts(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> tuple[list[str], list[str]]:
-        """The texts of prompts ``(N, P)`` and of the responses to them ``(N, T)``, padded with -1; see
-        :meth:`~lm_envs.model.text.Codec.decode`."""
-        prompts, responses = ([row[row >= 0].tolist() for row in rows] for rows in (prompt, response))
-        return self.codec.decode(prompts, responses)
+        """The texts of prompts ``(N, P)`` and of the responses to them ``(N, T)``, padded with -1."""
+        return self.codec.decode(*([row[row >= 0].tolist() for row in rows] for rows in (prompt, response)))
 
     def describe(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> list[dict[str, Any]]:
         """``prompt``, ``response`` and ``finish_reason`` of finished rows, ``(N, P)`` and ``(N, T)``."""
-        reasons = self.finish_reasons(response)
-        return [
-            {"prompt": p, "response": r, "finish_reason": reason}
-            for p, r, reason in zip(*self.texts(prompt, response), reasons, strict=True)
-        ]
+        found = zip(*self.texts(prompt, response), self.finish_reasons(response), strict=True)
+        return [dict(zip(("prompt", "response", "finish_reason"), row, strict=True)) for row in found]
 
     def samples(self, index: NDArray[np.int64], response: NDArray[np.int64]) -> Samples:
         """Responses ``(N, T)``, padded with -1, to prompts number ``index (N,)``, as rewards take them."""
@@ -226,9 +206,7 @@ class TextMDP:
     def score(
         self, index: NDArray[np.int64], response: NDArray[np.int64], finished: bool = True
     ) -> NDArray[np.float64]:
-        """The reward before the KL penalty, per token.
-
-        Order: the reward's score, then the missing-EOS option. A score per response lands on its last real action.
+        """The reward before the KL penalty, per token: the score, then the missing-EOS option, on the last real action.
 
         Args:
             index: ``(N,)`` int64, which of :attr:`prompts` the responses are to.
@@ -249,8 +227,7 @@ class TextMDP:
         if raw.ndim == 2 and not self.dense:
             name = reward_name(self.task.reward)
             raise ValueError(
-                f"reward {name!r} returned a number per token, which a stepped env must know beforehand: set its "
-                "attribute dense = True"
+                f"reward {name!r} returned a number per token: declare that, set its attribute dense = True"
             )
         if raw.ndim == 2:
             width = min(raw.shape[1], response.shape[1])
@@ -280,12 +257,12 @@ class TextMDP:
         )
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
-        """A NumPy array on the reference's device."""
+        """Move a NumPy array to the reference's device."""
         return torch.as_tensor(array).to(self.device)
 
 
 def check_kl_coef(kl_coef: float) -> None:
-    """Raises ValueError unless the coefficient is a finite number that is not negative."""
+    """Raise ValueError unless the coefficient is a finite number that is not negative."""
     if not (_finite(kl_coef) and kl_coef >= 0):
         raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef!r}")
 

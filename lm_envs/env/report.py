@@ -61,16 +61,14 @@ def _need(env: Any) -> list[Reachable]:
     found = text_envs(env)
     if not found:
         raise TypeError(
-            f"{type(env).__name__} holds no text environment that can be reached: lm_envs.report and "
-            f"lm_envs.set_kl_coef work on "
-            "lm_envs environments, through wrappers and in a SyncVectorEnv, not across processes"
+            f"{type(env).__name__} holds no text environment that can be reached: lm_envs.report and set_kl_coef work "
+            "on lm_envs environments, through wrappers and in a SyncVectorEnv, not across processes"
         )
     return found
 
 
 def report(env: Any, logprobs: ArrayLike) -> None:
-    """Tell the environment the log-probabilities of the actions of the next step, so that it charges the exact KL
-    penalty.
+    """Report the log-probabilities of the next step's actions, so that the environment charges the exact KL penalty.
 
     Args:
         env: a text environment, wrapped or not, or a ``SyncVectorEnv`` of some.
@@ -83,8 +81,7 @@ def report(env: Any, logprobs: ArrayLike) -> None:
     """
     inner = _need(env)
     if len(inner) == 1:
-        inner[0].report(logprobs)
-        return
+        return inner[0].report(logprobs)
     values = np.asarray(logprobs, dtype=np.float64)
     if values.shape != (len(inner),):
         raise ValueError(

@@ -1,5 +1,4 @@
-"""Two ways to sample that mean the same: ``collect`` steps any Gymnasium environment, ``rollout`` is the bulk path
-for text."""
+"""Two equivalent ways to sample: ``collect`` steps any Gymnasium environment, ``rollout`` is the bulk path for text."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lm_envs import rng
 from lm_envs.env.mdp import kl_penalty
@@ -19,21 +19,20 @@ from lm_envs.env.report import report, text_envs
 from lm_envs.trajectories import Trajectories
 
 AHEAD = 32  # uniform numbers drawn at a time
+Floats = NDArray[np.float64]
 
 
 class ActingPolicy(Protocol):
-    """What :func:`collect` needs."""
+    """The policy that :func:`collect` needs."""
 
     sequence_obs: bool
     uniforms_per_action: int
 
-    def act(
-        self, obs: NDArray[Any], uniforms: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+    def act(self, obs: NDArray[Any], uniforms: Floats) -> tuple[NDArray[np.int64], Floats]: ...
 
 
 class RespondingPolicy(Protocol):
-    """What :func:`rollout` needs; see :class:`lm_envs.algos.policies.base.Policy`."""
+    """The policy that :func:`rollout` needs; see :class:`lm_envs.algos.policies.base.Policy`."""
 
     uniforms_per_response: int
 
@@ -56,7 +55,7 @@ class _Episode:
 
 
 class Collector:
-    """Steps an environment and cuts what happened into trajectories.
+    """Step an environment and cut what happens into trajectories.
 
     Episodes are numbered in the order in which they start, rows that start together by row; the uniform that samples
     an action is a function of (seed, episode number, position).
@@ -83,21 +82,19 @@ class Collector:
         """Drop all unfinished episodes and restart."""
         self._seed = seed
         if self._text:
-            obs, _ = self.env.reset(seed=seed, options={"first_episode": first_episode})
+            self._obs, _ = self.env.reset(seed=seed, options={"first_episode": first_episode})
         else:
             # Other environments know no episode numbers: another first episode must still be another start.
-            obs, _ = self.env.reset(seed=_derived_seed(seed, first_episode))
-        self._obs = obs
+            self._obs, _ = self.env.reset(seed=int(rng.integers(seed, rng.RESET, first_episode, 2**31)))
         rows = self.env.num_envs
         self._open = [_Episode(first_episode + row) for row in range(rows)]
         self._next = first_episode + rows
-        self._position = np.zeros(rows, dtype=np.int64)
-        self._restarting = np.zeros(rows, dtype=bool)
+        self._position, self._restarting = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=bool)
         self.steps_taken = 0  # of the environment, those of episodes that nobody asked for included
         self._drawn = np.zeros((rows, AHEAD))
         self._drawn_for = np.full(rows, -1), np.full(rows, -1)  # the episode and the block that a row's numbers are of
-        self._returns = np.zeros(rows)
         self._finished: list[tuple[float, int]] = []
+        self._returns = np.zeros(rows)
 
     def pop_finished(self) -> tuple[list[float], list[int]]:
         """Undiscounted returns and lengths of the episodes that ended since the last call."""
@@ -105,7 +102,7 @@ class Collector:
         return [r for r, _ in finished], [n for _, n in finished]
 
     def steps(self, count: int) -> Trajectories:
-        """So many vector steps, as fragments; what has not ended goes on in the next call.
+        """Take ``count`` vector steps; return fragments of episodes, which the next call continues.
 
         A fragment that the call cut is marked truncated and bootstraps from the observation it stopped at.
         """
@@ -120,9 +117,9 @@ class Collector:
         return self._build(done)
 
     def episodes(self, count: int, first_episode: int) -> Trajectories:
-        """The whole episodes numbered ``first_episode`` and up, in order.
+        """Return the ``count`` whole episodes numbered ``first_episode`` and up, in order.
 
-        All of the first ``count`` that start are taken, not the first that end: those would be too short.
+        They are the first that start, not the first that end: those would be too short.
         """
         done: list[_Episode] = []
         while len(done) < count:
@@ -141,6 +138,7 @@ class Collector:
         obs, reward, terminated, truncated, infos = self.env.step(actions)
         self.steps_taken += int((~self._restarting).sum())
         done: list[_Episode] = []
+        same = self._mode is AutoresetMode.SAME_STEP
         ended = (terminated | truncated) & ~self._restarting
         for row, episode in enumerate(self._open):
             if self._restarting[row]:  # this step only brought the new episode's first observation
@@ -152,7 +150,6 @@ class Collector:
             episode.reward.append(float(reward[row]))
             self._returns[row] += float(reward[row])
             if ended[row]:
-                same = self._mode is AutoresetMode.SAME_STEP
                 episode.terminated = bool(terminated[row])
                 episode.truncated = bool(truncated[row]) and not episode.terminated
                 episode.final_obs = np.array(infos["final_obs"][row] if same else obs[row])
@@ -175,7 +172,7 @@ class Collector:
         self._obs = obs
         return done
 
-    def _next_uniforms(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _next_uniforms(self, numbers: NDArray[np.int64]) -> Floats:
         """A number per row, from blocks drawn ahead: a call for each step costs as much as a small model's layer."""
         block, place = np.divmod(self._position, AHEAD)
         stale = ((self._drawn_for[0] != numbers) | (self._drawn_for[1] != block)).nonzero()[0]
@@ -186,31 +183,23 @@ class Collector:
         return self._drawn[np.arange(len(numbers)), place]
 
     def _build(self, episodes: list[_Episode]) -> Trajectories:
-        rows, steps = len(episodes), max(len(episode.actions) for episode in episodes)
+        def padded(name: str) -> Tensor:
+            rows = [torch.as_tensor(np.stack(getattr(episode, name))) for episode in episodes]
+            return pad_sequence(rows, batch_first=True)
 
-        def padded(values: list[list[Any]], dtype: torch.dtype) -> Tensor:
-            first = np.asarray(values[0][0])
-            out = torch.zeros(rows, steps, *first.shape, dtype=dtype)
-            for row, value in enumerate(values):
-                out[row, : len(value)] = torch.as_tensor(np.stack(value)).to(dtype)
-            return out
-
-        mask = torch.zeros(rows, steps, dtype=torch.bool)
-        for row, episode in enumerate(episodes):
-            mask[row, : len(episode.actions)] = True
+        actions, lengths = padded("actions").long(), torch.tensor([len(e.actions) for e in episodes])
         traj = Trajectories(
-            actions=padded([e.actions for e in episodes], torch.int64),
-            mask=mask,
+            actions=actions,
+            mask=torch.arange(actions.shape[1]) < lengths.unsqueeze(1),
             terminated=torch.tensor([e.terminated for e in episodes]),
             truncated=torch.tensor([e.truncated for e in episodes]),
-            logprob=padded([e.logprob for e in episodes], torch.float64),
-            reward=padded([e.reward for e in episodes], torch.float64),
+            logprob=padded("logprob"),
+            reward=padded("reward"),
         )
         final = torch.as_tensor(np.stack([e.final_obs for e in episodes]))
         if self._text:
             return self._add_text(traj, final, episodes)
-        observed = torch.as_tensor(np.stack(episodes[0].obs)).dtype
-        traj.obs, traj.final_obs = padded([e.obs for e in episodes], observed), final
+        traj.obs, traj.final_obs = padded("obs"), final
         return traj
 
     def _add_text(self, traj: Trajectories, final: Tensor, episodes: list[_Episode]) -> Trajectories:
@@ -223,26 +212,15 @@ class Collector:
             traj.prompt_index = torch.tensor([info["prompt_index"] for info in infos])
             traj.score = torch.tensor([info["score"] for info in infos], dtype=torch.float64)
         if all("ref_logprob" in info for info in infos):
-            reference = torch.as_tensor(np.stack([info["ref_logprob"] for info in infos]))
-            traj.ref_logprob = (
-                reference.sum(dim=1, keepdim=True) if traj.is_bandit else reference[:, : traj.mask.shape[1]]
-            )
+            ref = torch.as_tensor(np.stack([info["ref_logprob"] for info in infos]))
+            traj.ref_logprob = ref.sum(dim=1, keepdim=True) if traj.is_bandit else ref[:, : traj.mask.shape[1]]
         return traj.trim()
 
 
-def _derived_seed(seed: int, first_episode: int) -> int:
-    return int(rng.integers(seed, rng.RESET, first_episode, 2**31))
-
-
 def collect(
-    env: gymnasium.Env | VectorEnv,
-    policy: ActingPolicy,
-    *,
-    episodes: int,
-    first_episode: int = 0,
-    seed: int = 0,
+    env: gymnasium.Env | VectorEnv, policy: ActingPolicy, *, episodes: int, first_episode: int = 0, seed: int = 0
 ) -> Trajectories:
-    """Whole episodes from any Gymnasium environment, by stepping it.
+    """Collect whole episodes from any Gymnasium environment by stepping it.
 
     Args:
         env: single or vector, any autoreset mode; text or control.
@@ -259,23 +237,15 @@ def collect(
 
 
 def rollout(
-    env: gymnasium.Env | VectorEnv,
-    policy: RespondingPolicy,
-    *,
-    episodes: int,
-    first_episode: int = 0,
-    seed: int = 0,
+    env: gymnasium.Env | VectorEnv, policy: RespondingPolicy, *, episodes: int, first_episode: int = 0, seed: int = 0
 ) -> Trajectories:
-    """The same episodes as :func:`collect` of a text environment, in bulk.
-
-    One generation loop, one teacher-forced forward of the reference, one reward call; the environment itself is not
-    stepped and its own rows stay as they are.
+    """Return the same episodes as :func:`collect` of a text environment, in bulk: one generation loop, one
+    teacher-forced forward of the reference, one reward call. The environment's own rows stay as they are.
 
     Args:
         env: a text environment, single or vector, MDP or bandit.
         policy: see :class:`RespondingPolicy`; :class:`lm_envs.algos.policies.language_model.LMPolicy` is one.
-        episodes: how many.
-        first_episode: their numbers are ``first_episode .. first_episode + episodes - 1``.
+        episodes, first_episode: as of :func:`collect`.
         seed: of prompts and tokens.
 
     Returns:
@@ -305,7 +275,6 @@ def rollout(
     ref_logprob = mdp.reference_logprob(prompt, response).double().cpu()
     reward = score - kl_penalty(mdp.charged_kl_coef, logprob, ref_logprob)
     true = torch.ones(episodes, dtype=torch.bool)
-    actions = response
     if inner[0].face == "bandit":
         actions = torch.where(mask, response, mdp.eos_token_id).unsqueeze(1)
         mask = true.unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,19 @@ _UNREPORTED = (
 )
 
 
-class TextRows(Reachable, VectorEnv):
-    """Rows with a prompt and a response, counted episodes, reports, autoreset."""
+Ints, Floats = NDArray[np.int64], NDArray[np.float64]
 
+
+class TextRows(Reachable, VectorEnv):
+    """Rows with a prompt and a response, counted episodes, reports, autoreset.
+
+    A subclass has ``_action_space()``, ``_move(rows, actions, reported, rewards)``, which takes the actions of these
+    rows and adds to their rewards, and ``_kl(row)`` of a finished episode.
+    """
+
+    _action_space: Callable[[], spaces.Space]
+    _move: Callable[[Ints, Ints, Floats, Floats], None]
+    _kl: Callable[[int], float]
     metadata = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
@@ -43,8 +54,7 @@ class TextRows(Reachable, VectorEnv):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}")
         self.mdp = TextMDP(task, **options)
-        self.num_envs = num_envs
-        self.render_mode = render_mode
+        self.num_envs, self.render_mode = num_envs, render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         places, self._prompt_places = self.mdp.prompt_length + self.mdp.max_new_tokens, self.mdp.prompt_length
@@ -53,25 +63,18 @@ class TextRows(Reachable, VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._obs = np.full((num_envs, places), NO_TOKEN, dtype=np.int64)
-        self._prompt_index = np.zeros(num_envs, dtype=np.int64)
-        self._lengths = np.zeros(num_envs, dtype=np.int64)
+        self._prompt_index, self._lengths = np.zeros((2, num_envs), dtype=np.int64)
         self._done = np.ones(num_envs, dtype=bool)  # nothing was started yet
         self._score = np.zeros(num_envs)
-        self._logprob = np.full((num_envs, self.mdp.max_new_tokens), np.nan)
-        self._ref_logprob = np.full((num_envs, self.mdp.max_new_tokens), np.nan)
+        self._logprob, self._ref_logprob = np.full((2, num_envs, self.mdp.max_new_tokens), np.nan)
         self._mask: NDArray[np.int8] | None = None
         self._seed: int | None = None
         self._next_episode = 0
         self._reported: NDArray[np.float64] | None = None
         self._warned = False
 
-    def _action_space(self) -> spaces.Space:
-        raise NotImplementedError  # pragma: no cover
-
-    # Between the agent and the environment
-
     def report(self, logprobs: ArrayLike) -> None:
-        """Tell the log-probabilities of the actions of the coming step; see :func:`lm_envs.report`."""
+        """Report the log-probabilities of the next step's actions; see :func:`lm_envs.report`."""
         values = np.asarray(logprobs, dtype=np.float64)
         if values.shape != (self.num_envs,):
             raise ValueError(
@@ -83,7 +86,7 @@ class TextRows(Reachable, VectorEnv):
             raise ValueError(f"report expects finite log-probabilities <= 0; row {row} has {values[row]}")
         self._reported = values
 
-    def _take_report(self) -> NDArray[np.float64]:
+    def _take_report(self) -> Floats:
         reported, self._reported = self._reported, None
         if reported is not None:
             return reported
@@ -97,11 +100,7 @@ class TextRows(Reachable, VectorEnv):
         shape = (self.num_envs, self.mdp.vocab_size)
         return np.ones(shape, dtype=bool) if self._mask is None else self._mask.astype(bool)
 
-    # Episodes
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Ints, dict[str, Any]]:
         """Start new episodes.
 
         Args:
@@ -149,9 +148,7 @@ class TextRows(Reachable, VectorEnv):
         self._logprob[rows] = self._ref_logprob[rows] = np.nan
         self._done[rows] = False
 
-    def step(
-        self, actions: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+    def step(self, actions: Ints) -> tuple[Ints, Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """Take one action per row.
 
         Returns:
@@ -179,28 +176,17 @@ class TextRows(Reachable, VectorEnv):
             self._start(restarted)
         moving = ~restarted
         rewards = np.zeros(self.num_envs)
-        self._move(actions, moving, reported, rewards)
+        self._move(moving.nonzero()[0], actions, reported, rewards)
         finished = moving & self._done
         infos: dict[str, Any] = {}
         if finished.any():
-            final = self._final_infos(finished)
-            if self.autoreset_mode is AutoresetMode.SAME_STEP:
-                for row, info in final.items():
-                    infos = self._add_info(infos, {"final_obs": self._obs[row].copy(), "final_info": {"lm": info}}, row)
+            same = self.autoreset_mode is AutoresetMode.SAME_STEP
+            for row, lm in self._final_infos(finished).items():
+                info = {"final_obs": self._obs[row].copy(), "final_info": {"lm": lm}} if same else {"lm": lm}
+                infos = self._add_info(infos, info, row)
+            if same:
                 self._start(finished)
-            else:
-                for row, info in final.items():
-                    infos = self._add_info(infos, {"lm": info}, row)
         return self._obs.copy(), rewards, finished, np.zeros(self.num_envs, dtype=bool), self._mask_info(infos)
-
-    def _move(
-        self,
-        actions: NDArray[np.int64],
-        moving: NDArray[np.bool_],
-        reported: NDArray[np.float64],
-        rewards: NDArray[np.float64],
-    ) -> None:
-        raise NotImplementedError  # pragma: no cover
 
     def _final_infos(self, finished: NDArray[np.bool_]) -> dict[int, dict[str, Any]]:
         """``info["lm"]`` by row. What is not known has no key: ``ref_logprob`` ``(T,)`` and ``kl`` need ``kl_coef > 0``
@@ -216,9 +202,6 @@ class TextRows(Reachable, VectorEnv):
             if np.isfinite(kl := self._kl(row)):
                 infos[row]["kl"] = kl
         return infos
-
-    def _kl(self, row: int) -> float:
-        raise NotImplementedError  # pragma: no cover
 
     def _mask_info(self, infos: dict[str, Any]) -> dict[str, Any]:
         self._mask = self._allowed()

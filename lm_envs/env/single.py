@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import gymnasium
@@ -21,15 +22,14 @@ class _SingleRow(Reachable, gymnasium.Env):
     _vector_class: type[TextVectorEnv] | type[TextBanditVectorEnv]
 
     def __init__(self, task: TextTask | str = "reviews", *, render_mode: str | None = None, **options: Any) -> None:
-        self._vector = self._vector_class(
-            task, 1, autoreset_mode=AutoresetMode.DISABLED, render_mode=render_mode, **options
-        )
+        options |= {"autoreset_mode": AutoresetMode.DISABLED, "render_mode": render_mode}
+        self._vector = self._vector_class(task, 1, **options)
         self.mdp, self.face, self.render_mode = self._vector.mdp, self._vector.face, render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
 
     def report(self, logprobs: ArrayLike) -> None:
-        """Tell the log-probability of the coming action; see :func:`lm_envs.report`."""
+        """Report the log-probability of the next action; see :func:`lm_envs.report`."""
         values = np.asarray(logprobs, dtype=np.float64)
         if values.shape not in ((), (1,)):
             raise ValueError(f"report expects the log-probability of one action, a number, got shape {values.shape}")
@@ -66,9 +66,8 @@ def _first(infos: dict[str, Any]) -> dict[str, Any]:
 def _row0(value: Any) -> Any:
     if isinstance(value, dict):
         return _first(value)
-    if isinstance(value[0], np.ndarray):
-        return value[0].copy()
-    return value[0].item() if isinstance(value[0], np.generic) else value[0]
+    first = copy(value[0])
+    return first.item() if isinstance(first, np.generic) else first
 
 
 class TextEnv(_SingleRow):

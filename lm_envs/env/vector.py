@@ -9,7 +9,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from lm_envs.env.mdp import kl_penalty
-from lm_envs.env.rows import TextRows
+from lm_envs.env.rows import Floats, Ints, TextRows
 from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import NO_TOKEN, EosIds, is_eos
@@ -48,15 +48,14 @@ class TextVectorEnv(TextRows):
         super()._start(rows)
         self._score[rows] = 0.0
 
-    def _reference(self, actions: NDArray[np.int64], moving: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """The reference's log-probability of each action in the present state; rows that do not move count for
-        nothing."""
-        logits = self._decoder(self.mdp.tensor(self._obs))
-        lengths = self.mdp.tensor(self._lengths)
+    def _reference(self, rows: Ints, actions: Ints) -> Floats:
+        """The reference's log-probability of these rows' actions in the present state."""
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
-        logits = self.mdp.restrict(logits, lengths)
-        ids = self.mdp.tensor(np.where(moving, actions, 0))
-        return logprob_kl(logits, None, ids, temperature=self.mdp.temperature).logprob.double().cpu().numpy()
+        logits = self.mdp.restrict(self._decoder(self.mdp.tensor(self._obs)), self.mdp.tensor(self._lengths))
+        ids = np.zeros_like(self._lengths)
+        ids[rows] = actions[rows]
+        found = logprob_kl(logits, None, self.mdp.tensor(ids), temperature=self.mdp.temperature).logprob
+        return found.double().cpu().numpy()[rows]
 
     def _allowed(self) -> NDArray[np.int8] | None:
         if self.mdp.reference_top_k is None:
@@ -64,53 +63,36 @@ class TextVectorEnv(TextRows):
         # The decoder keeps these logits, so the penalty of the coming step costs no forward of its own.
         return self.mdp.action_mask(self._lengths, self._decoder(self.mdp.tensor(self._obs)))
 
-    def _move(
-        self,
-        actions: NDArray[np.int64],
-        moving: NDArray[np.bool_],
-        reported: NDArray[np.float64],
-        rewards: NDArray[np.float64],
-    ) -> None:
+    def _move(self, rows: Ints, actions: Ints, reported: Floats, rewards: Floats) -> None:
         if actions.shape != (self.num_envs,):
             raise ValueError(f"actions must have shape ({self.num_envs},), got {actions.shape}")
-        outside = moving & ((actions < 0) | (actions >= self.mdp.vocab_size))
-        if outside.any():
-            row = int(outside.nonzero()[0][0])
+        size, ends, place = self.mdp.vocab_size, is_eos(actions[rows], self.mdp.eos_token_ids), self._lengths[rows]
+        for row in rows[(actions[rows] < 0) | (actions[rows] >= size)]:
+            raise ValueError(f"action {actions[row]} of row {row} is no token: the vocabulary has {size}")
+        for row in rows[ends & (place < self.mdp.min_new_tokens)]:
             raise ValueError(
-                f"action {actions[row]} of row {row} is no token: the vocabulary has {self.mdp.vocab_size}"
+                f"row {row} ended after {self._lengths[row]} tokens, but min_new_tokens={self.mdp.min_new_tokens}: EOS "
+                "is masked there; sample within info['action_mask']"
             )
-        early = moving & is_eos(actions, self.mdp.eos_token_ids) & (self._lengths < self.mdp.min_new_tokens)
-        if early.any():
-            row = int(early.nonzero()[0][0])
-            raise ValueError(
-                f"row {row} ended after {self._lengths[row]} tokens, but "
-                f"min_new_tokens={self.mdp.min_new_tokens}: EOS is masked "
-                "there; sample within info['action_mask']"
-            )
-        rows = moving.nonzero()[0]
         if self.mdp.reference_top_k is not None:
             assert self._mask is not None  # reset made it
-            barred = rows[self._mask[rows, actions[rows]] == 0]
-            if len(barred):
+            for row in rows[self._mask[rows, actions[rows]] == 0]:
                 raise ValueError(
-                    f"token {actions[barred[0]]} of row {barred[0]} is not among the {self.mdp.reference_top_k} that "
+                    f"token {actions[row]} of row {row} is not among the {self.mdp.reference_top_k} that "
                     "reference_top_k allows there: sample within info['action_mask']"
                 )
-        place = self._lengths[rows]
         self._logprob[rows, place] = reported[rows]
         if self.mdp.charged_kl_coef > 0:
-            reference = self._reference(actions, moving)[rows]
+            reference = self._reference(rows, actions)
             self._ref_logprob[rows, place] = reference
             rewards[rows] -= kl_penalty(self.mdp.charged_kl_coef, np.nan_to_num(reported[rows], nan=0.0), reference)
         self._obs[rows, self._prompt_places + place] = actions[rows]
         self._lengths[rows] += 1
-        ended = is_eos(actions[rows], self.mdp.eos_token_ids)
-        self._done[rows] = ended | (self._lengths[rows] == self.mdp.max_new_tokens)
+        self._done[rows] = ends | (self._lengths[rows] == self.mdp.max_new_tokens)
         for finished in (True, False) if self.mdp.dense else (True,):
-            index = (moving & (self._done == finished)).nonzero()[0]
+            index = rows[self._done[rows] == finished]
             if len(index):
-                response = self._obs[index, self._prompt_places :]
-                per_token = self.mdp.score(self._prompt_index[index], response, finished)
+                per_token = self.mdp.score(self._prompt_index[index], self._obs[index, self._prompt_places :], finished)
                 now = per_token[np.arange(len(index)), self._lengths[index] - 1]
                 self._score[index] += now
                 rewards[index] += now
@@ -140,44 +122,32 @@ class TextBanditVectorEnv(TextRows):
     def _kl(self, row: int) -> float:
         return float(self._whole[row] - self._ref_logprob[row, : self._lengths[row]].sum())
 
-    def _move(
-        self,
-        actions: NDArray[np.int64],
-        moving: NDArray[np.bool_],
-        reported: NDArray[np.float64],
-        rewards: NDArray[np.float64],
-    ) -> None:
+    def _move(self, rows: Ints, actions: Ints, reported: Floats, rewards: Floats) -> None:
         shape = (self.num_envs, self.mdp.max_new_tokens)
         if actions.shape != shape:
             raise ValueError(f"actions must have shape {shape}, a whole response a row, got {actions.shape}")
-        rows = moving.nonzero()[0]
         response = cut_after_eos(actions[rows], self.mdp.eos_token_ids)
         if ((response >= self.mdp.vocab_size) | (actions[rows] < 0)).any():
             raise ValueError(f"actions hold something that is no token: the vocabulary has {self.mdp.vocab_size}")
         lengths = (response >= 0).sum(axis=1)
         short = is_eos(response, self.mdp.eos_token_ids).any(axis=1) & (lengths <= self.mdp.min_new_tokens)
         if short.any():
-            raise ValueError(
-                f"row {rows[short][0]} ended after {lengths[short][0] - 1} tokens, but "
-                f"min_new_tokens={self.mdp.min_new_tokens}"
-            )
+            ended = f"row {rows[short][0]} ended after {lengths[short][0] - 1} tokens"
+            raise ValueError(f"{ended}, but min_new_tokens={self.mdp.min_new_tokens}")
         self._obs[rows, self._prompt_places :] = response
-        self._lengths[rows] = lengths
-        self._done[rows] = True
-        self._whole[rows] = reported[rows]
+        self._lengths[rows], self._done[rows], self._whole[rows] = lengths, True, reported[rows]
         # The parts of a reward per token cannot be paid one by one in a single step: the bandit's reward is their sum.
         self._score[rows] = self.mdp.score(self._prompt_index[rows], response).sum(axis=1)
         rewards[rows] = self._score[rows]
         if self.mdp.charged_kl_coef > 0:
             prompt = self._obs[rows, : self._prompt_places]
             scored = self.mdp.reference_logprob(self.mdp.tensor(prompt), self.mdp.tensor(response))
-            reference = scored.double().cpu().numpy()
-            self._ref_logprob[rows] = reference
+            self._ref_logprob[rows] = reference = scored.double().cpu().numpy()
             whole = np.nan_to_num(reported[rows], nan=0.0)
             rewards[rows] -= kl_penalty(self.mdp.charged_kl_coef, whole, reference.sum(axis=1))
 
 
-def cut_after_eos(actions: NDArray[np.int64], eos_token_id: EosIds) -> NDArray[np.int64]:
+def cut_after_eos(actions: Ints, eos_token_id: EosIds) -> Ints:
     """``(N, T)`` responses with -1 behind the first EOS."""
     ends = is_eos(actions, eos_token_id)
     behind = np.cumsum(ends, axis=1) - ends > 0

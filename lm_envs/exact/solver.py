@@ -77,12 +77,10 @@ class Exact:
         self.log_ref = self.table(mdp.reference).detach()
         every = self.responses.numpy()
         rows = [mdp.score(np.full(len(every), x), every).sum(axis=1) for x in range(len(self.prompts))]
-        self.score = torch.stack([torch.as_tensor(row) for row in rows])
-
-    # ---- policies as tables ----
+        self.score = torch.as_tensor(np.stack(rows))
 
     def _deepest(self) -> Tensor:
-        """Return ``(n^(T-1), T)`` responses whose first T-1 tokens visit every prefix; the last token is arbitrary."""
+        """Return ``(n^(T-1), T)`` responses whose first T-1 tokens visit every prefix."""
         last = self.tree.texts()[self.tree.level(self.tree.horizon - 1)]
         last[:, -1] = self.tree.tokens[0]
         return last
@@ -100,11 +98,7 @@ class Exact:
         return list(zip(prompt.split(self.batch_size), response.split(self.batch_size), strict=True))
 
     def table(self, policy: AnyPolicy) -> Tensor:
-        """Return ``(X, S, V)`` log-probabilities of every token after every prefix, differentiable.
-
-        Raises:
-            ValueError: a tensor of another shape.
-        """
+        """Return ``(X, S, V)`` log-probabilities of every token after every prefix, differentiable."""
         if isinstance(policy, Tensor):
             shape = (len(self.prompts), self.tree.prefixes, self.tree.vocab_size)
             if policy.shape != shape:
@@ -125,10 +119,8 @@ class Exact:
     @torch.no_grad()
     def values_of(self, policy: nn.Module) -> Tensor:
         """Return the values ``(X, S)``, float64, of every prefix by a policy's own critic."""
-        parts = [
-            policy.evaluate(_trajectories(prompt, response)).value[:, :-1]  # type: ignore[operator]
-            for prompt, response in self._rows()
-        ]
+        evaluate: Any = policy.evaluate
+        parts = [evaluate(_trajectories(*rows)).value[:, :-1] for rows in self._rows()]
         return self._fold(torch.cat(parts).double().cpu())
 
     def sequences(self, policy: AnyPolicy) -> Tensor:
@@ -154,8 +146,6 @@ class Exact:
         """Return the ``(X, S)`` probabilities of visiting each prefix."""
         return torch.cat(self._reach(self.table(policy))[0][:-1], dim=1).exp()
 
-    # ---- the objective ----
-
     def reward(self, policy: AnyPolicy) -> Tensor:
         """Return ``E[r]``, a scalar."""
         return (self.sequences(policy).exp() * self.score).sum(dim=1).mean()
@@ -174,8 +164,6 @@ class Exact:
     @cached_property
     def _log_ref_sequences(self) -> Tensor:
         return self.sequences(self.log_ref)
-
-    # ---- the optimum ----
 
     @cached_property
     def _soft(self) -> tuple[Tensor, Tensor]:
@@ -233,8 +221,6 @@ class Exact:
         gap = self.optimal_value - self.objective(policy)
         return float(gap / (self.optimal_value - self.reference_value))
 
-    # ---- a policy's values and gradient ----
-
     def values(self, policy: AnyPolicy) -> tuple[Tensor, Tensor]:
         """Return ``V^pi (X, S)`` and ``Q^pi (X, S, V)`` of the environment's rewards: the score at the end, and
         ``beta (log ref - log pi)`` per token; Q includes the penalty of its action."""
@@ -255,13 +241,10 @@ class Exact:
         return float((visits * (value - self.values(policy)[0]) ** 2).sum() / visits.sum())
 
     def gradient(self, policy: nn.Module) -> dict[str, Tensor]:
-        """Return the exact policy gradient, ``dJ / d parameter`` by name, without parameters that J does not depend on,
-        such as a critic's."""
+        """Return the exact policy gradient, ``dJ / d parameter`` by name, of the parameters that J depends on."""
         named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(self.objective(policy), list(named.values()), allow_unused=True)
         return {name: g for name, g in zip(named, found, strict=True) if g is not None}
-
-    # ---- best-of-n and the frontier ----
 
     def best_of_n(self, policy: AnyPolicy, n: int) -> Tensor:
         """Return ``(X, L)`` log-probabilities of the best of n samples; ties go to the earliest.
@@ -324,16 +307,10 @@ class Exact:
         log_p = self.sequences(policy)
         return self.frontier_reward(float(self.kl(log_p))) - float(self.reward(log_p))
 
-    # ---- every episode at once ----
-
     @torch.no_grad()
     def trajectories(self, policy: AnyPolicy) -> tuple[Trajectories, Tensor]:
-        """Return every possible episode with the environment's rewards, and its probability.
-
-        Returns:
-            Trajectories of at most X * L rows of tokens, those of a prompt adjacent and in one ``group``, and their
-            probabilities, which sum to 1; impossible episodes are omitted.
-        """
+        """Return all possible episodes with the environment's rewards, at most X * L, those of a prompt adjacent and in
+        one ``group``; and their probabilities, which sum to 1."""
         table = self.table(policy)
         count = len(self.prompts)
         weight = (self.sequences(table).exp() / count).flatten()
@@ -372,11 +349,16 @@ def _expected(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """Return the cosine of the angle between two gradients, over the parameters of the second."""
-    a, b = (torch.cat([g[name].flatten().double() for name in exact]) for g in (found, exact))
+    a, b = _flat(found, exact)
     return float(a @ b / (a.norm() * b.norm()))
 
 
 def relative_bias(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """Return ``|found - exact| / |exact|``, Euclidean norms over the parameters of the second."""
-    a, b = (torch.cat([g[name].flatten().double() for name in exact]) for g in (found, exact))
+    a, b = _flat(found, exact)
     return float((a - b).norm() / b.norm())
+
+
+def _flat(*gradients: dict[str, Tensor]) -> list[Tensor]:
+    """Each gradient as one vector, over the parameters of the last."""
+    return [torch.cat([gradient[name].flatten().double() for name in gradients[-1]]) for gradient in gradients]

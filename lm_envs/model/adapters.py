@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from lm_envs.printable import first_line
+
 KEYS = "_weight_conversions"  # how transformers names a model's tensors when it saves them
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -24,9 +26,9 @@ def is_adapter(place: str | Path) -> bool:
 
 
 def base_of(place: str | Path, what: str = "policy") -> str:
-    """The model that a folder's adapters were trained on: a folder, or a hub name.
+    """Return the model that a folder's adapters were trained on: a folder, or a hub name.
 
-    A relative path counts from the working directory, and from the adapters' folder where there is nothing.
+    A relative path counts from the working directory, or else from the adapters' folder.
 
     Raises:
         ValueError: they are no low-rank adapters, do not say what of, or that folder is gone.
@@ -38,9 +40,7 @@ def base_of(place: str | Path, what: str = "policy") -> str:
     except (OSError, ValueError) as error:
         raise ValueError(f"{begin}: {CONFIG} cannot be read: {error}") from error
     if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{begin} holds adapters of the kind {config.get('peft_type')!r}; low-rank ones (LORA) can be used"
-        )
+        raise ValueError(f"{begin} holds {config.get('peft_type')!r} adapters; low-rank ones (LORA) can be used")
     name = config.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{begin}: {CONFIG} does not say which model they are for: set base_model_name_or_path")
@@ -58,7 +58,7 @@ def base_of(place: str | Path, what: str = "policy") -> str:
 
 
 def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy") -> PreTrainedModel:
-    """The model with a folder's adapters, frozen, in ``eval`` mode; it *shares* all weights of ``base``.
+    """Return the model with a folder's adapters, frozen, in ``eval`` mode; it *shares* all weights of ``base``.
 
     Raises:
         ImportError: without peft.
@@ -69,6 +69,7 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
     from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
     wrong: list[str] = []
+    misfit = f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}"
     try:
         # Biases that were trained beside the adapters are written over the model's own.
         trained_bias = getattr(PeftConfig.from_pretrained(str(place)), "bias", "none") != "none"
@@ -81,22 +82,18 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
                 mine = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
                 wrong = sorted(mine.intersection(found.missing_keys)) + sorted(found.unexpected_keys)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, KeyError) and "trainable_tokens" in str(error):  # peft saves them once and looks for two
             raise ValueError(
                 f"{what} {str(place)!r}: peft cannot load trained tokens (trainable_token_indices) into a model whose "
                 "output layer is tied to its embeddings: merge the adapters into the model where they were trained"
             ) from error
-        raise ValueError(f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}: {lines[0]}") from error
+        raise ValueError(f"{misfit}: {first_line(error)}") from error
     if hasattr(base, KEYS):  # now the adapters' names for their tensors, which are not those of the model
         setattr(model, KEYS, getattr(base, KEYS))
     elif hasattr(model, KEYS):
         delattr(model, KEYS)
     if wrong:
-        names = ", ".join(wrong[:3])
-        raise ValueError(
-            f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}; they differ in {names}"
-        )
+        raise ValueError(f"{misfit}; they differ in {', '.join(wrong[:3])}")
     if (Path(place) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
     return model.requires_grad_(False).eval()
@@ -104,8 +101,7 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
 
 @contextmanager
 def quiet_layout() -> Iterator[None]:
-    """peft tells of each map whose weight lies the other way round, as GPT-2's do, than the one setting for all says;
-    it goes by the map itself."""
+    """Silence peft's warning of maps whose weight lies the other way round, as GPT-2's do; peft goes by the map."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         yield

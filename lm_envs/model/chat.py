@@ -15,17 +15,13 @@ Text = str | list[Message]
 
 
 class BadExample(ValueError):
-    """What is wrong with one example of the user's data; others may be right."""
+    """One example of the user's data is wrong; others may be right."""
 
 
 def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> str:
     """Write a conversation as one text, special tokens included: encode it with ``add_special_tokens=False``.
-
-    Args:
-        messages: ``{"role": ..., "content": ...}`` each.
-        add_generation_prompt: end in what begins an answer of the assistant's.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -47,15 +43,11 @@ def render_messages(
 def split_answer(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Mapping[str, Any]], answer: Sequence[Mapping[str, Any]]
 ) -> tuple[str, str]:
-    """Return the text of a conversation up to the assistant's answer, as a policy reads it before it writes one, and
-    the text of the answer with the end of its turn.
+    """Return the text of a conversation before the assistant's answer, and of the answer with the end of its turn.
 
     Some templates write more before an answer that is to come than before one that is there (an empty block of
-    thoughts); the answer then begins with its content.
-
-    Raises:
-        ValueError: the tokenizer has no chat template.
-        BadExample: the template refuses the conversation, or writes it differently once it is answered.
+    thoughts); the answer then begins with its content. Errors are those of :func:`render_messages`, and a BadExample
+    where the template writes the conversation differently once it is answered.
     """
     head = render_messages(tokenizer, prompt, add_generation_prompt=True)
     whole = render_messages(tokenizer, [*prompt, *answer], add_generation_prompt=False)

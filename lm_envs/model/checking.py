@@ -1,7 +1,7 @@
-"""Which models are refused, why, and what to do instead: by their config before weights are read, by a trial after.
+"""Models that are refused, by their config before weights are read, or by a trial after.
 
-The trial asks of a model what everything here relies on, and compares it with the model's own answer to one text
-without padding or cache. So a family that nobody tested is either right or refused.
+The trial compares a model's answers with its own answer to one text without padding or cache. So a family that nobody
+tested is either right or refused.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.forwards import response_forward
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
-from lm_envs.model.tokens import NO_TOKEN, left_pad
+from lm_envs.model.tokens import NO_TOKEN, left_pad, right_pad
 
+Texts = list[tuple[Tensor, Tensor]]  # prompt and response
 LENGTHS = ((3, 7), (1, 9), (5, 4))  # tokens of prompt and response of the texts that are tried
 PLACES = 5, 9  # the longest of each
-TOLERANCE = {
-    torch.bfloat16: 0.15,
-    torch.float16: 0.03,
-}  # of the log-probabilities' standard deviation; rounding differs
+TOLERANCE = {torch.bfloat16: 0.15, torch.float16: 0.03}  # of the log-probabilities' standard deviation, for rounding
 EXACT = 3e-3  # the same in float32 and float64: parts of many models are float32 always
 _OTHER_SENSES = ("vision", "audio", "vq", "image", "speech")
 
@@ -33,7 +32,7 @@ def refuse_config(config: Any, what: str) -> None:
     settings = config.to_dict()
     quantised = settings.get("quantization_config")
     if quantised:
-        method = (quantised.get("quant_method") if isinstance(quantised, dict) else None) or "some method"
+        method = (isinstance(quantised, dict) and quantised.get("quant_method")) or "some method"
         raise ValueError(
             f"{what}: its weights are quantized by {method}: they cannot be trained, nor copied as a reference; "
             "save it in full precision (model.dequantize(), then save_pretrained) and load it with dtype bfloat16"
@@ -55,11 +54,10 @@ def refuse_config(config: Any, what: str) -> None:
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool = False, seed: int = 0) -> None:
-    """Try a model on a few short random texts; quick beside loading it (about 25 forwards of up to 11 tokens).
+    """Try a model on a few short random texts: about 25 forwards of up to 11 tokens.
 
-    It must give finite logits, never look at later tokens, give the same log-probabilities whatever stands beside or
-    around a text in a batch (law 4), and the same when tokens come one at a time from a cache whose rows grow, are
-    swapped and restart. Windows longer than the texts are not reached.
+    It must give finite logits, never look at later tokens, and give the same log-probabilities whatever the padding of
+    a batch, and from a cache whose rows grow, are swapped and restart. Windows longer than the texts are not reached.
 
     Args:
         model: on the device and in the precision that it is used in.
@@ -74,10 +72,9 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
     expected = [_alone(model, prompt, response) for prompt, response in texts]
     kind = model.config.model_type
     if not all(bool(x.isfinite().all()) for x in expected):
-        raise ValueError(
-            f"{what}: {kind} gives logits that are NaN or infinite in {_name(model.dtype)}; "
-            "load it with dtype float32, or check its weights"
-        )
+        dtype = str(model.dtype).removeprefix("torch.")
+        cure = "load it with dtype float32, or check its weights"
+        raise ValueError(f"{what}: {kind} gives logits that are NaN or infinite in {dtype}; {cure}")
     gap = _worst(_causality(model, texts, expected), model)
     if gap > _limit(model):
         raise ValueError(
@@ -106,13 +103,14 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
         )
 
 
-def _texts(model: PreTrainedModel, seed: int) -> list[tuple[Tensor, Tensor]]:
+def _texts(model: PreTrainedModel, seed: int) -> Texts:
     generator = torch.Generator().manual_seed(seed)
     width = int(model.get_output_embeddings().weight.shape[0])
-    return [
-        tuple(torch.randint(width, (count,), generator=generator).to(model.device) for count in counts)  # type: ignore[misc]
-        for counts in LENGTHS
-    ]
+
+    def text(count: int) -> Tensor:
+        return torch.randint(width, (count,), generator=generator).to(model.device)
+
+    return [(text(prompt), text(response)) for prompt, response in LENGTHS]
 
 
 def _alone(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
@@ -120,21 +118,19 @@ def _alone(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
     return response_forward(model, prompt[None], response[None]).logits()[0]
 
 
-def _causality(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expected: list[Tensor]) -> list[float]:
+def _causality(model: PreTrainedModel, texts: Texts, expected: list[Tensor]) -> list[float]:
     (prompt, response), known = texts[0], expected[0]
     return [_gap(_alone(model, prompt, response[: t + 1])[t], known[t]) for t in range(len(response))]
 
 
-def _padding(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expected: list[Tensor]) -> list[float]:
+def _padding(model: PreTrainedModel, texts: Texts, expected: list[Tensor]) -> list[float]:
     prompts = torch.as_tensor(left_pad([p.tolist() for p, _ in texts], 7), device=model.device)
-    responses = prompts.new_full((len(texts), 11), NO_TOKEN)
-    for row, (_, response) in enumerate(texts):
-        responses[row, : len(response)] = response
+    responses = F.pad(right_pad([r.tolist() for _, r in texts]), (0, 2), value=NO_TOKEN).to(model.device)
     found = response_forward(model, prompts, responses).logits()
     return [_gap(found[row, : len(known)], known) for row, known in enumerate(expected)]
 
 
-def _stepping(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expected: list[Tensor]) -> list[float]:
+def _stepping(model: PreTrainedModel, texts: Texts, expected: list[Tensor]) -> list[float]:
     """Two rows that grow; each text begins where another one stood."""
     decoder, gaps = Decoder(model, response_places=PLACES[1]), []
     prompt_places, _ = PLACES
@@ -161,10 +157,8 @@ def _stepping(model: PreTrainedModel, texts: list[tuple[Tensor, Tensor]], expect
 
 
 def _gap(found: Tensor, known: Tensor) -> float:
-    """Mean difference of two distributions' log-probabilities in units of their standard deviation, of a typical one.
-
-    The median over positions: where experts are chosen, rounding alone sends a token to another one now and then.
-    """
+    """Mean difference of two distributions' log-probabilities in units of their standard deviation, the median over
+    positions: where experts are chosen, rounding alone sends a token to another one now and then."""
     a, b = (x.float().log_softmax(dim=-1) for x in (found, known))
     return float(((a - b).abs().mean(dim=-1) / b.std(dim=-1).clamp(min=1e-3)).median())
 
@@ -176,7 +170,3 @@ def _worst(gaps: list[float], model: PreTrainedModel) -> float:
 
 def _limit(model: PreTrainedModel) -> float:
     return TOLERANCE.get(model.dtype, EXACT)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -22,14 +22,15 @@ from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.model.kv_cache import GrowingLayer, RowCache, can_cache, layer_types, no_rows
 from lm_envs.model.step_threads import StepThreads
 from lm_envs.model.tokens import names_argument
+from lm_envs.printable import first_line
 
 Backend = Literal["inductor", "eager", None]  # "eager" traces and compiles nothing, None does not even trace
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 COLUMNS = 64  # the columns of buffers are a multiple of this
-# What models raise where they count on a cache of transformers' own, or on a size that is a number.
 TRIED: Backend = "eager"  # what a model is tried with before it is used
 _INSTEAD = "do without compile=True (--compile on the command line)"
+# What models raise where they count on a cache of transformers' own, or on a size that is a number.
 _FAILURES = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
@@ -51,7 +52,7 @@ class FixedLayer(StaticLayer):
         self.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (like.keys, like.values)))
 
     def start(self, prompts: GrowingLayer) -> None:
-        """Hold what another layer holds, of as many rows and columns at most, in the first ones."""
+        """Copy another layer's keys and values, of as many rows and columns at most."""
         for buffer, x in ((self.keys, prompts.keys), (self.values, prompts.values)):
             buffer.zero_()  # what is masked is multiplied by zero, and zero times NaN is NaN
             buffer[: x.shape[0], :, : x.shape[2]] = x
@@ -94,8 +95,7 @@ class _Program:
         self.positions[count:] = 0
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """One more token of every row: logits ``(rows, V)`` and what they are made from, ``(rows, d)``; on CUDA they
-        are there until the next call."""
+        """Logits ``(rows, V)`` and hidden states ``(rows, d)`` after one more token; on CUDA, until the next call."""
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with at_most(self._threads):
@@ -122,10 +122,8 @@ def step_of(model: PreTrainedModel, cache: Cache) -> Step:
 
 
 def _watched(model: PreTrainedModel, seen: list[Tensor]) -> PreTrainedModel:
-    """The same model, module by module, but for a head with the same weights that puts what it is given in ``seen``.
-
-    Programs contain the hooks that were there when they were compiled, so the model's own head may have none for this.
-    """
+    """The same model with a copy of the head that appends its inputs to ``seen``: programs contain the hooks that were
+    there when they were compiled, so the model's own head may have none."""
     head = model.get_output_embeddings()
     watched = copy.copy(head)
     watched._forward_pre_hooks = OrderedDict()
@@ -136,14 +134,13 @@ def _watched(model: PreTrainedModel, seen: list[Tensor]) -> PreTrainedModel:
 
 
 class FixedRows:
-    """Rows of text that grow by a token a step, in fixed shapes: what :func:`~lm_envs.model.decoding.generate` needs
-    of a :class:`~lm_envs.model.kv_cache.RowCache`.
+    """Rows of text that grow by a token a step, in fixed shapes; used as a :class:`~lm_envs.model.kv_cache.RowCache`.
 
-    Made once and used again and again: programs read the model's weights where they lie, and see every change in place.
-    One is compiled for each number of rows, rounded up by :func:`rounded`, and of columns, by :data:`COLUMNS`.
+    Made once and reused: programs read the model's weights where they lie, and see every change in place. One is
+    compiled for each number of rows, rounded up by :func:`rounded`, and of columns, by :data:`COLUMNS`.
 
     Args:
-        model: one that :func:`check_compilable` lets pass.
+        model: one that :func:`check_compilable` accepts.
         room: how many tokens a row grows by, at most.
         backend: torch.compile's; on CUDA "inductor" records CUDA graphs.
     """
@@ -155,7 +152,7 @@ class FixedRows:
         self._programs: dict[tuple[int, int], _Program] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FixedRows:
-        """Of the copied model; without the programs, which read the weights of the one they were made of."""
+        """Copy without the programs, which read the original's weights."""
         return FixedRows(copy.deepcopy(self.model, memo), self._room, self._backend)
 
     @torch.no_grad()
@@ -182,43 +179,34 @@ class FixedRows:
         return logits
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these: they are computed on, and nobody is told."""
+        """Drop all rows but these; they are still computed."""
         self._active = self._active[rows]
 
 
 def rounded(rows: int) -> int:
-    """At least as many, by less than a quarter too many: 1 to 8, then 10, 12, 14, 16, then 20, 24, 28, 32, and so on.
-
-    So few programs serve batches of many sizes.
-    """
+    """Round up by less than a quarter, so that few programs serve many sizes: 1 to 8, 10, 12, 14, 16, 20, 24 ..."""
     step = 1 << max(0, (rows - 1).bit_length() - 3)
     return -(-rows // step) * step
 
 
 def check_compilable(model: PreTrainedModel) -> None:
-    """Try steps in fixed shapes on a few tokens, traced and not compiled, beside the usual ones.
-
-    Raises:
-        ValueError: this model, or this machine, cannot do them; the message says why.
-    """
+    """Try a few steps in fixed shapes, traced and not compiled; ValueError says why model or machine cannot do them."""
     what = f"a {model.config.model_type} cannot be compiled"
     if is_encoder_decoder(model):
         raise ValueError(f"{what}: encoder-decoders keep two caches, and programs know one; {_INSTEAD}")
     if not can_cache(model):
         raise ValueError(f"{what}: {no_rows(model)}")
     if any(kind is not GrowingLayer for kind in layer_types(model) or ()):
-        raise ValueError(
-            f"{what}: some of its layers keep other things than keys and values (recurrent or shared states); "
-            f"{_INSTEAD}"
-        )
+        kept = "some of its layers keep other things than keys and values (recurrent or shared states)"
+        raise ValueError(f"{what}: {kept}; {_INSTEAD}")
     if model.get_output_embeddings() not in model.children():
         raise ValueError(f"{what}: its head lies inside another module; {_INSTEAD}")
     check_tools(model.device.type)
     try:
         error = _deviation(model)
     except _FAILURES as problem:  # torch.compile's own are RuntimeErrors
-        lines = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise ValueError(f"{what}: its steps cannot be traced in fixed shapes ({lines[0]}); {_INSTEAD}") from problem
+        why = first_line(problem)
+        raise ValueError(f"{what}: its steps cannot be traced in fixed shapes ({why}); {_INSTEAD}") from problem
     limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
     if not error <= limit:
         raise ValueError(
@@ -227,11 +215,7 @@ def check_compilable(model: PreTrainedModel) -> None:
 
 
 def check_tools(device: str) -> None:
-    """What programs for this type of device are compiled with.
-
-    Raises:
-        ValueError: it is not there.
-    """
+    """Raise ValueError if what programs for this type of device are compiled with is missing."""
     if device == "cuda":
         if find_spec("triton") is None:
             raise ValueError(f"compiling for CUDA needs Triton, which is not there: pip install triton, or {_INSTEAD}")

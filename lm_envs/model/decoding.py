@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,8 +79,7 @@ def forbid_early_eos(
     Args:
         logits: ``(..., V)``.
         position: how many response tokens precede, an int or a tensor that broadcasts to ``logits.shape[:-1]``.
-        in_place: change ``logits`` itself, which saves a copy. Gradients may flow through them all the same: a token
-            of probability 0 has gradient 0.
+        in_place: change ``logits`` itself. Gradients may flow all the same: a token of probability 0 has gradient 0.
     """
     if min_new_tokens <= 0 or (isinstance(position, int) and position >= min_new_tokens):
         return logits
@@ -106,9 +106,9 @@ def keep_top(logits: Tensor, k: int) -> Tensor:
 class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
-    It compares each observation with the last one it saw: rows that grew by one token take one cached step together,
-    all others are recomputed. Callers never manage a cache and cannot get a stale answer. A model whose cache has no
-    rows that can be exchanged (:func:`~lm_envs.model.kv_cache_cross.rows_of`) is computed in full each time.
+    It compares each observation with the last one: rows that grew by one token take one cached step together, others
+    are recomputed. So no answer is stale. A model whose cache has no rows that can be exchanged
+    (:func:`~lm_envs.model.kv_cache_cross.rows_of`) is computed in full each time.
 
     Args:
         model: causal or encoder-decoder.
@@ -117,8 +117,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, response_places: int = 0, *, hidden: bool = False) -> None:
-        self.model, self._places = model, response_places
-        self._with_hidden = hidden
+        self.model, self._places, self._with_hidden = model, response_places, hidden
         self.reset()
 
     def reset(self) -> None:
@@ -142,7 +141,7 @@ class Decoder:
         self._last = self._next(obs)
         return self._last[0]
 
-    def _forward(self, run: Callable[..., Tensor], *given: Tensor | None) -> tuple[Tensor, ...]:
+    def _forward(self, run: Callable[..., Tensor], *given: Any) -> tuple[Tensor, ...]:
         """Logits and, where they are kept, hidden states of a call that ends with one forward."""
         if not self._with_hidden:
             return (run(*given),)
@@ -157,7 +156,7 @@ class Decoder:
         return self._grow(obs, known, rows) or self._step(obs, known, last_seen, rows)
 
     def _grow(self, obs: Tensor, known: Tensor, rows: RowCache) -> tuple[Tensor, ...] | None:
-        """The usual case, told with few operations: all rows grew by a token once more. None if they did not."""
+        """The usual case, with few operations: all rows grew by a token once more. None if they did not."""
         if self._ends is None or self._furthest + 1 >= obs.shape[1]:
             return None
         place = self._ends + 1
@@ -201,7 +200,7 @@ class Decoder:
         held = int((obs >= 0).sum(dim=1).max())
         self._rows = rows_of(self.model, obs.shape[1] - held, self._places)
         if self._rows is None:
-            return self._forward(lambda: _next_logits(self.model, obs, self._places))
+            return self._forward(_next_logits, self.model, obs, self._places)
         self._obs = obs.clone()
         return self._forward(self._rows.prefill, obs)
 
@@ -225,18 +224,16 @@ def generate(
         prompts: ``(N, P)`` int64, left-padded with -1.
         uniforms: ``(N, max_new_tokens)`` float64 in [0, 1), the number each token is sampled with.
         eos_token_id: or several, any of which ends a response.
-        observe: called before token t is sampled with t, the rows ``(n,)`` that still run, and the hidden states ``(n,
-            d)`` that their logits are made from.
+        observe: called before token t is sampled with t, the rows ``(n,)`` that still run, and the hidden states
+            ``(n, d)`` that their logits are made from.
         fixed: decode in fixed shapes, by these rows; else in shapes that grow.
 
     Returns:
-        response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob of the same shape, 0
-        beyond the end.
+        response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob alike, 0 beyond the end.
     """
     count = prompts.shape[0]
     response = prompts.new_full((count, max_new_tokens), -1)
-    logprob = torch.zeros(count, max_new_tokens, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32)
-    logprob = logprob.to(prompts.device)
+    logprob = torch.zeros_like(response, dtype=torch.promote_types(model.dtype, torch.float32))
     rows = fixed if fixed is not None else rows_of(model, max_new_tokens)
     active = torch.arange(count, device=prompts.device)
     watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if observe is None else head_inputs(model)
@@ -275,26 +272,16 @@ def greedy(
     min_new_tokens: int = 0,
     batch_size: int = 256,
 ) -> list[list[int]]:
-    """The response to each prompt that takes the likeliest token at every step; the EOS included where it stopped.
-
-    Args:
-        prompts: token ids without padding.
-        batch_size: prompts at a time, those of like length together.
-    """
+    """Return the greedy response to each prompt (token ids without padding), its EOS included; ``batch_size`` prompts
+    at a time, those of like length together."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         rows = torch.from_numpy(left_pad([prompts[i] for i in chosen], max(len(prompts[i]) for i in chosen)))
-        response, _ = generate(
-            model,
-            rows.to(model.device),
-            torch.full((len(chosen), max_new_tokens), 0.5, dtype=torch.float64, device=model.device),
-            eos_token_id,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            temperature=GREEDY,
-        )
+        uniforms = torch.full((len(chosen), max_new_tokens), 0.5, dtype=torch.float64, device=model.device)
+        lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        response, _ = generate(model, rows.to(model.device), uniforms, eos_token_id, temperature=GREEDY, **lengths)
         found.update((i, row[row >= 0].tolist()) for i, row in zip(chosen, response, strict=True))
     return [found[i] for i in range(len(prompts))]
 

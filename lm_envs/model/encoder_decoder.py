@@ -1,9 +1,6 @@
-"""Encoder-decoder models (T5, BART and others) as policies: the encoder reads the prompt, the decoder writes the
-response.
+"""The inputs of encoder-decoders (T5, BART and others) as policies: the encoder reads prompts, the decoder responses.
 
-What the rest of the project asks of a language model is the same for both kinds: logits before every response token,
-and a cache by rows. This file turns prompts and responses into an encoder-decoder's inputs; its rows are in
-:mod:`lm_envs.model.kv_cache_cross`.
+Their cache by rows is in :mod:`lm_envs.model.kv_cache_cross`.
 """
 
 from __future__ import annotations
@@ -22,18 +19,13 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def decoder_prefix(model: PreTrainedModel) -> list[int]:
-    """The tokens that stand before every response: the start token, and the first token that generation forces, if any.
-
-    The second is the target language of multilingual models (mBART, NLLB); neither is an action.
-
-    Raises:
-        ValueError: the model does not say which token starts the decoder.
-    """
-    found = {}
-    for name in ("decoder_start_token_id", "forced_bos_token_id"):
-        given = [getattr(place, name, None) for place in (model.config, getattr(model, "generation_config", None))]
-        found[name] = next((token for token in given if token is not None), None)
-    start, forced = found.values()
+    """The tokens before every response, which are no actions: the start token, and the one that generation forces, if
+    any: the target language of multilingual models (mBART, NLLB). ValueError if the model does not name the first."""
+    configs = model.config, getattr(model, "generation_config", None)
+    start, forced = (
+        next((token for config in configs if (token := getattr(config, name, None)) is not None), None)
+        for name in ("decoder_start_token_id", "forced_bos_token_id")
+    )
     if start is None:
         raise ValueError(
             f"the {type(model).__name__} does not say which token starts its decoder: set "
@@ -43,8 +35,7 @@ def decoder_prefix(model: PreTrainedModel) -> list[int]:
 
 
 def decoder_tokens(model: PreTrainedModel, response: Tensor) -> Tensor:
-    """``(B, K + T)`` what the decoder has before it: the prefix of K tokens, then the response ``(B, T)``, -1 where
-    there is none."""
+    """``(B, K + T)`` what the decoder reads: the prefix of K tokens, then the response ``(B, T)``, padded with -1."""
     prefix = response.new_tensor(decoder_prefix(model)).expand(len(response), -1)
     return torch.cat([prefix, response], dim=1)
 
@@ -56,29 +47,21 @@ def encoder_inputs(prompt: Tensor) -> dict[str, Tensor]:
     counted from the first column. S is the longest prompt's length.
     """
     present = prompt >= 0
-    order = present.int().argsort(dim=1, descending=True, stable=True)
     width = int(present.sum(dim=1).max())
-    order = order[:, :width]
-    return {
-        "input_ids": prompt.gather(1, order).clamp(min=0),
-        "attention_mask": present.gather(1, order).long(),
-    }
+    order = present.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    ids, mask = prompt.gather(1, order).clamp(min=0), present.gather(1, order).long()
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def teacher_forced(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> dict[str, Tensor]:
-    """Inputs whose last T logits predict the response.
-
-    Args:
-        prompt: ``(B, P)`` int64, left-padded with -1.
-        response: ``(B, T)`` int64, right-padded with -1.
-    """
+    """Inputs whose last T logits predict the response ``(B, T)``, right-padded with -1, to ``(B, P)`` left-padded."""
     # A decoder looks to the left only, so what stands behind a response's end needs no mask.
     tokens = decoder_tokens(model, response[:, :-1]).clamp(min=0)
     return {**encoder_inputs(prompt), "decoder_input_ids": tokens}
 
 
 def room_for(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tuple[int, int | None]:
-    """How many tokens the model must place in one row of positions, and how many it has, None where it has no limit.
+    """Return how many positions these tokens need, and how many the model has, None where it has no limit.
 
     A causal model reads prompt and response as one text, an encoder-decoder each by itself.
     """

@@ -13,11 +13,8 @@ _ANSWER = "an answer that no template holds"
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that a chat template puts behind what the assistant says; None if it puts none.
-
-    Read off a conversation that the template renders. It is often not the tokenizer's EOS: Gemma's is
-    ``<end_of_turn>`` beside ``<eos>``.
-    """
+    """The special token that a chat template puts behind the assistant's answer, read off a conversation; None if it
+    puts none. It is often not the tokenizer's EOS: Gemma's is ``<end_of_turn>`` beside ``<eos>``."""
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     _, _, behind = render_messages(tokenizer, turns, add_generation_prompt=False).rpartition(_ANSWER)
     special = _special(tokenizer)
@@ -31,8 +28,7 @@ def eos_tokens(
     """Return every token that ends a response, the one that usually does first.
 
     Those are the tokenizer's EOS, in a chat the end of the assistant's turn before it, and what the model's generation
-    config adds, as Llama 3 and Gemma do, as far as they are special tokens: a config's untouched default may
-    well be a word.
+    config adds (Llama 3, Gemma), if it is a special token: a config's untouched default may be a word.
     """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     others = [configured] if isinstance(configured, int) else list(configured or ())

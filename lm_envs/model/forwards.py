@@ -1,5 +1,4 @@
-"""Teacher-forced scoring of given responses: one forward for all positions, logits only where a response token
-stands."""
+"""Teacher-forced scoring of responses: one forward for all positions, logits only where a response token stands."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def rows_at_once(width: int, device: torch.device) -> int:
 
 @dataclass
 class ResponseForward:
-    """What one teacher-forced forward says of responses ``(B, T)``: position t stands *before* token t.
+    """A teacher-forced forward of responses ``(B, T)``: position t stands *before* token t.
 
     Attributes:
         hidden: ``(B, T, d)``, the last hidden states. What lies beyond a row's end is meaningless, here and below.
@@ -61,13 +60,10 @@ def many_logits(model: PreTrainedModel, response: Tensor) -> bool:
 def response_forward(
     model: PreTrainedModel, prompt: Tensor, response: Tensor, exclude: Exclude | None = None
 ) -> ResponseForward:
-    """One forward for all positions of a response. Logits are held where they are few, as reading them once more is
-    faster than computing them twice, or where the head is not understood.
+    """Run one forward for all positions of a response ``(B, T)``, right-padded, to prompts ``(B, P)``, left-padded.
 
-    Args:
-        prompt: ``(B, P)`` int64, left-padded with -1.
-        response: ``(B, T)`` int64, right-padded with -1.
-        exclude: as of :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl`.
+    Logits are held where they are few, as reading them again is faster than computing them twice, or where the head is
+    not understood. ``exclude`` is that of :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl`.
     """
     steps, given = response.shape[1], _inputs(model, prompt, response)
     if many_logits(model, response):
@@ -102,26 +98,18 @@ def _inputs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> dict[st
 
 def _causal_inputs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> dict[str, Tensor]:
     obs = torch.cat([prompt, response[:, :-1]], dim=1)
-    inputs = model_inputs(obs)
     if bool((prompt >= 0).all()):
         # Nothing on the left to hide, and what is on the right is never looked at: plain causal attention is faster.
-        inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(obs)}
-    return inputs
+        return {"input_ids": obs.clamp(min=0), "attention_mask": torch.ones_like(obs)}
+    return model_inputs(obs)
 
 
 def picked_logits(
     model: PreTrainedModel, prompt: Tensor, response: Tensor, row: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits that predict single response tokens; the head is computed for those alone.
+    """Logits ``(N, V)`` before single tokens of responses, and their hidden states ``(N, d)``.
 
-    Args:
-        prompt: ``(B, P)`` int64, left-padded with -1.
-        response: ``(B, T)`` int64, right-padded with -1.
-        row: ``(N,)`` int64, which text.
-        position: ``(N,)`` int64, which of its tokens; the logits stand *before* it.
-
-    Returns:
-        logits ``(N, V)`` and the hidden states ``(N, d)`` they come from.
+    The head is computed for the tokens number ``position (N,)`` of the texts number ``row (N,)`` alone.
     """
     given, picked = _inputs(model, prompt, response), []
 
@@ -150,9 +138,8 @@ def response_logprob(
 ) -> Tensor:
     """Log-probability of every response token under a frozen model, ``(B, T)``, 0 beyond the end.
 
-    ``top_k`` restricts the model to its own likeliest tokens, as
-    :attr:`~lm_envs.env.mdp.TextMDP.reference_top_k` does: others have -inf.
-    Rows of like length are scored together, ``batch_size`` at a time; None takes as many as a forward should read.
+    ``top_k`` restricts the model to its own likeliest tokens: others have -inf. Rows of like length are scored
+    together, ``batch_size`` at a time; None takes as many as a forward should read.
     """
 
     def exclude(logits: Tensor, rows: Tensor) -> None:
@@ -161,20 +148,15 @@ def response_logprob(
             keep_top(logits, top_k)
 
     lengths = (response >= 0).sum(dim=1)
-    order = lengths.argsort(stable=True)
-    result = torch.zeros(response.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=response.device)
-    if batch_size is None:
-        batch_size = rows_at_once(prompt.shape[1] + response.shape[1], response.device)
-    for rows in order.split(batch_size):
+    result = torch.zeros_like(response, dtype=torch.promote_types(model.dtype, torch.float32))
+    batch_size = batch_size or rows_at_once(prompt.shape[1] + response.shape[1], response.device)
+    for rows in lengths.argsort(stable=True).split(batch_size):
         width = max(int(lengths[rows].max()), 1)
-        texts, given = _without_empty_columns(prompt[rows]), response[rows, :width]
+        texts, given = prompt[rows], response[rows, :width]
+        texts = texts[:, int(((texts >= 0).any(dim=0).cumsum(0) == 0).sum()) :]  # without empty columns
         mask = given >= 0
         now = response_forward(model, texts, given, exclude if top_k or min_new_tokens else None)
         found = now.logprob(given.clamp(min=0), temperature=temperature, mask=mask).logprob
         result[rows, :width] = found.to(result.dtype)
         del now  # or its logits stay while the next are made
     return result
-
-
-def _without_empty_columns(prompt: Tensor) -> Tensor:
-    return prompt[:, int(((prompt >= 0).any(dim=0).cumsum(0) == 0).sum()) :]

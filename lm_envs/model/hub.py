@@ -1,5 +1,4 @@
-"""Names on the hub: whether it answers is asked once and briefly, so that nobody waits for libraries to try again and
-again."""
+"""Names on the hub, which is asked once and briefly whether it answers: libraries would try again and again."""
 
 from __future__ import annotations
 
@@ -7,21 +6,16 @@ import functools
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import (
-    constants,
-    get_hf_file_metadata,
-    hf_hub_url,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lm_envs.files import blaming
+from lm_envs.printable import first_line
 
 
 @functools.cache
 def place_of(name: str) -> str:
-    """From where ``from_pretrained`` is to read a model: by its name, or from the cache where the hub does not answer.
+    """Return what ``from_pretrained`` is to read: the name, or the folder in the cache where the hub does not answer.
 
     Raises:
         ConnectionError: it does not answer, and the cache does not hold the model; the message says why.
@@ -60,21 +54,17 @@ def commit_of(name: str) -> str | None:
 
 
 def check_data_set(name: str) -> str | None:
-    """Return the commit of a data set, None where it is not known. Raises ConnectionError where the hub does not
-    answer."""
+    """Return the commit of a data set, None if unknown; ConnectionError where the hub does not answer."""
     return None if constants.HF_HUB_OFFLINE else _ask(name, "README.md", "dataset")
 
 
 def _ask(name: str, file: str, kind: str = "model") -> str | None:
-    """One request, which is not repeated; any answer will do, also that there is no such file. No request for a name
-    that cannot be one of the hub's, which the libraries refuse by themselves. Returns the commit of the file."""
+    """Return a file's commit by one request; any answer will do, also that there is no such file or name."""
     try:
-        return get_hf_file_metadata(
-            hf_hub_url(name, file, repo_type=kind), timeout=constants.HF_HUB_ETAG_TIMEOUT
-        ).commit_hash
+        url = hf_hub_url(name, file, repo_type=kind)
+        return get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).commit_hash
     except (HfHubHTTPError, HFValidationError):
         return None
     # A network fails in the types of whichever client the hub's library is made of.
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(f"the hub ({constants.ENDPOINT}) cannot be reached: {why}") from error
+        raise ConnectionError(f"the hub ({constants.ENDPOINT}) cannot be reached: {first_line(error)}") from error

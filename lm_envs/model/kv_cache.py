@@ -1,8 +1,7 @@
-"""A model's cache, by rows: each holds a text of its own, may be dropped or replaced, and grows in place.
+"""A model's cache by rows: each holds a text of its own, may be dropped or replaced, and grows in place.
 
-Every row's tokens stand together at the right end of the columns, whatever happened to the other rows. So a column's
-distance is a token's distance, which is what sliding windows and relative positions are computed from, and the only
-mask there is hides columns to the left.
+Every row's tokens stand together at the right end of the columns. So a column's distance is a token's distance, which
+sliding windows and relative positions are computed from, and the only mask hides columns to the left.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
@@ -29,7 +29,29 @@ RECOMPUTE = "_lm_envs_recompute"  # the attribute of a model that is to be used 
 ROOM = 16  # columns, at least, that a buffer has left when it is made
 
 
-class GrowingLayer(DynamicLayer):
+class RowLayer:
+    """What rows of a layer need beyond transformers' own; nothing is done where nothing is remembered."""
+
+    def hold(self, rows: Tensor) -> None:
+        """Before a step in which these rows stand still."""
+
+    def release(self, rows: Tensor) -> None:
+        """After it: undo what the step did to them."""
+
+    def put(self, rows: Tensor, other: Any) -> None:
+        """Replace rows by another layer's, which has as many columns at most."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+
+    def widen(self, count: int) -> None:
+        """Add columns at the left end."""
+
+    def narrow(self, count: int) -> None:
+        """Remove columns at the left end."""
+
+
+class GrowingLayer(RowLayer, DynamicLayer):
     """Keys and values of one layer, ``(B, heads, columns, d)``, in buffers with room to their right.
 
     A new column is written in place, where ``torch.cat`` would copy all earlier ones; a full buffer is copied once, to
@@ -61,10 +83,9 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _grow(self, key_states: Tensor, value_states: Tensor, count: int) -> None:
-        held, old = self._end - self._begin, self._buffers
+        held, old, made = self._end - self._begin, self._buffers, []
         # The first columns are a prompt's, whose forward needs memory itself: room for more is made once that is done.
         room = count if old is None else max(count, self._room, held)
-        made = []
         for i, new in enumerate((key_states, value_states)):
             buffer = new.new_empty(*new.shape[:2], held + room, new.shape[-1])
             if old is not None:
@@ -72,37 +93,26 @@ class GrowingLayer(DynamicLayer):
             made.append(buffer)
         self._buffers, self._begin, self._end = (made[0], made[1]), 0, held
 
-    # Rows
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
         if self._buffers is not None:
             self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
             self._show()
 
-    def hold(self, rows: Tensor) -> None:
-        """Before a step in which these rows stand still."""
-
     def release(self, rows: Tensor) -> None:
-        """After it: take their new column back, by moving them a column to the right."""
+        """Take their new column back, by moving them a column to the right."""
         for x in (self.keys, self.values):
             x[rows, :, 1:] = x[rows, :, :-1]  # indexing by a tensor copies first
 
-    def put(self, rows: Tensor, other: GrowingLayer) -> None:
-        """Replace rows by another layer's, which has as many columns at most."""
+    def put(self, rows: Tensor, other: Any) -> None:
         width = other.keys.shape[-2]
         self.keys[rows, :, -width:] = other.keys
         self.values[rows, :, -width:] = other.values
 
     def widen(self, count: int) -> None:
-        """So many columns more at the left end."""
         assert self._buffers is not None
         if self._begin < count:
-            pad = (0, 0, count - self._begin, 0)
-            self._buffers = (
-                torch.nn.functional.pad(self._buffers[0], pad),
-                torch.nn.functional.pad(self._buffers[1], pad),
-            )
+            keys, values = (F.pad(x, (0, 0, count - self._begin, 0)) for x in self._buffers)
+            self._buffers = keys, values
             self._begin, self._end = count, self._end + count - self._begin
         self._begin -= count
         for buffer in self._buffers:
@@ -111,42 +121,34 @@ class GrowingLayer(DynamicLayer):
         self._show()
 
     def narrow(self, count: int) -> None:
-        """So many columns fewer at the left end."""
         self._begin += count
         self._show()
 
 
-class StateLayer(LinearAttentionLayer):
+class StateLayer(RowLayer, LinearAttentionLayer):
     """The convolution's and the recurrence's state of one layer, each a row's whole past."""
 
     def _states(self) -> list[Tensor]:
         return [x for held in (self.conv_states, self.recurrent_states) for x in held.values() if x is not None]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
+        super().batch_select_indices(indices)
         for held in (self.conv_states, self.recurrent_states):
             for name, x in held.items():
                 held[name] = None if x is None else x[indices]
 
     def hold(self, rows: Tensor) -> None:
-        """Before a step in which these rows stand still: remember them."""
         self._held = [x[rows] for x in self._states()]
 
     def release(self, rows: Tensor) -> None:
-        """After it: put them back."""
+        super().release(rows)
         for x, held in zip(self._states(), self._held, strict=True):
             x[rows] = held
 
-    def put(self, rows: Tensor, other: StateLayer) -> None:
-        """Replace rows by another layer's."""
+    def put(self, rows: Tensor, other: Any) -> None:
+        super().put(rows, other)
         for x, new in zip(self._states(), other._states(), strict=True):
             x[rows] = new
-
-    def widen(self, count: int) -> None:
-        """There are no columns."""
-
-    def narrow(self, count: int) -> None:
-        """There are no columns."""
 
 
 class BothLayer(StateLayer, GrowingLayer):
@@ -158,45 +160,12 @@ class BothLayer(StateLayer, GrowingLayer):
 
     def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:
         """Of the keys and values, which come by position, or of a state, which comes by name."""
-        if keys_and_values:
-            GrowingLayer.lazy_initialization(self, *keys_and_values)
-        else:
-            StateLayer.lazy_initialization(self, **states)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        GrowingLayer.batch_select_indices(self, indices)
-        StateLayer.batch_select_indices(self, indices)
-
-    def release(self, rows: Tensor) -> None:
-        """After a step in which these rows stood still: take back their new column and their state."""
-        GrowingLayer.release(self, rows)
-        StateLayer.release(self, rows)
-
-    def put(self, rows: Tensor, other: Any) -> None:
-        """Replace rows by another layer's."""
-        GrowingLayer.put(self, rows, other)
-        StateLayer.put(self, rows, other)
-
-    def widen(self, count: int) -> None:
-        """So many columns more at the left end."""
-        GrowingLayer.widen(self, count)
-
-    def narrow(self, count: int) -> None:
-        """So many columns fewer at the left end."""
-        GrowingLayer.narrow(self, count)
+        kind = GrowingLayer if keys_and_values else StateLayer
+        kind.lazy_initialization(self, *keys_and_values, **states)
 
 
-class EmptyLayer(DummyLayer):
-    """Of a layer that remembers nothing, or reads what another one remembers."""
-
-    def hold(self, rows: Tensor) -> None:
-        """There is nothing to do, here and below."""
-
-    release = widen = narrow = hold
-
-    def put(self, rows: Tensor, other: EmptyLayer) -> None:
-        """There are no rows."""
+class EmptyLayer(RowLayer, DummyLayer):
+    """A layer that remembers nothing, or reads what another one remembers."""
 
 
 _OURS: dict[type, type] = {
@@ -256,9 +225,8 @@ class RowCache:
         if types is None or argument is None:
             raise ValueError(f"rows of a {type(model).__name__}'s cache cannot be exchanged one by one")
         self._types, self._argument = types, argument
-        self._masked = any(
-            issubclass(kind, GrowingLayer) for kind in types
-        )  # a recurrence has no past to mask, and its new tokens are all real
+        # A recurrence has no past to mask, and its new tokens are all real.
+        self._masked = any(issubclass(kind, GrowingLayer) for kind in types)
         self.columns = 0
 
     @torch.no_grad()
@@ -279,7 +247,7 @@ class RowCache:
         return Cache(layers=[kind(self._room) if issubclass(kind, GrowingLayer) else kind() for kind in self._types])
 
     def empty(self) -> RowCache:
-        """Another one of the same model, without rows."""
+        """Another cache of the same model, without rows."""
         return RowCache(self.model)
 
     def _forward(self, **inputs: Tensor | int | None) -> Tensor:
@@ -288,8 +256,7 @@ class RowCache:
         return self.model(**accepted(self.model, **given, use_cache=True)).logits[:, -1]
 
     def _find_padding(self) -> None:
-        """How many columns the shortest and the longest row leave empty: steps do not change it, so few need to know
-        it."""
+        """Count the columns that the shortest and the longest row leave empty; steps do not change that."""
         longest, shortest = (int(x) for x in torch.stack([self.lengths.max(), self.lengths.min()]))
         self._padded, self._dead = self.columns - shortest, self.columns - longest
 
@@ -313,9 +280,8 @@ class RowCache:
             begin = self.columns - 1 - self.lengths
             mask = torch.arange(self.columns, device=tokens.device) >= begin.unsqueeze(1)
         with self._threads.use(len(tokens)):
-            logits = self._forward(
-                input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=self.lengths.unsqueeze(1)
-            )
+            position = self.lengths.unsqueeze(1)
+            logits = self._forward(input_ids=tokens.unsqueeze(1), attention_mask=mask, position_ids=position)
         self.lengths = self.lengths + 1
         if standing is not None:
             for layer in self.cache.layers:
@@ -332,7 +298,7 @@ class RowCache:
         self._trim()
 
     def refill(self, rows: Tensor, obs: Tensor) -> Tensor:
-        """Put other texts in the place of some rows; logits ``(len(rows), V)``. ``obs`` as in :meth:`prefill`."""
+        """Replace the texts of some rows; logits ``(len(rows), V)``. ``obs`` as in :meth:`prefill`."""
         fresh = self.empty()
         logits = fresh.prefill(obs)
         if fresh.columns > self.columns:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,10 +16,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lm_envs.model.encoder_decoder import decoder_tokens, encoder_inputs, is_encoder_decoder
 from lm_envs.model.kv_cache import RECOMPUTE, ROOM, GrowingLayer, RowCache, can_cache
+from lm_envs.model.tokens import names_argument
 
 
 def rows_of(model: PreTrainedModel, room: int = ROOM, response_places: int = 0) -> RowCache | None:
-    """A cache whose rows can be exchanged, None where the model's cannot.
+    """Return a cache whose rows can be exchanged, None where the model's cannot.
 
     Args:
         model: causal or encoder-decoder.
@@ -44,14 +45,12 @@ def _can_place(model: PreTrainedModel) -> bool:
 
 def _position_table(model: PreTrainedModel) -> nn.Module | None:
     table = getattr(model.get_decoder(), "embed_positions", None)
-    if table is None or "position_ids" not in inspect.signature(type(table).forward).parameters:
-        return None
-    return table
+    return table if table is not None and names_argument(table, "position_ids") else None
 
 
 @contextmanager
 def _placed(table: nn.Module | None, position_ids: Tensor, columns: int) -> Iterator[None]:
-    """Within, the decoder's position embeddings are those of ``position_ids (B, L)``, all below ``columns``.
+    """Use the position embeddings of ``position_ids (B, L)``, all below ``columns``, in the decoder.
 
     These decoders count from their cache's length, which is every row's length only where all are equal.
     """
@@ -77,10 +76,7 @@ class CrossRowCache(RowCache):
     The base class keeps the decoder's text: the start token and the response. Here are the encoder's states, and the
     keys and values that the decoder's cross-attention makes of them once; their S columns are padded on the right.
 
-    Args:
-        model: an encoder-decoder.
-        room: how many tokens are expected beyond the first.
-        response_places: how many places, at an observation's end, are the response's.
+    The arguments are those of :func:`rows_of`.
     """
 
     def __init__(self, model: PreTrainedModel, room: int = ROOM, response_places: int = 0) -> None:
@@ -104,13 +100,7 @@ class CrossRowCache(RowCache):
         return super().prefill(decoder_tokens(self.model, response))
 
     def _new_cache(self) -> Cache:
-        room = self._room
-
-        class Layer(GrowingLayer):
-            def __init__(self) -> None:
-                super().__init__(room)
-
-        return Cache(layer_class_to_replicate=Layer)
+        return Cache(layer_class_to_replicate=partial(GrowingLayer, self._room))  # type: ignore[arg-type]
 
     def _forward(self, **inputs: Any) -> Tensor:
         table = _position_table(self.model) if self._padded else None

@@ -23,36 +23,25 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
 from lm_envs.model.checking import refuse_config
 from lm_envs.model.hub import place_of
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
+from lm_envs.printable import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "Placement",
-    "load_policy",
-    "load_tokenizer",
-    "same_vocabulary",
-    "vocabulary_of",
-]
-
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
-
 _TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model", "merges.txt")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """In what precision a model is loaded, and where.
+    """The precision and device that a model is loaded in.
 
     Attributes:
         dtype: "float32", "bfloat16", "float16", "float64", or "auto" for the one it was saved in.
@@ -78,7 +67,7 @@ class Placement:
             try:
                 torch.empty(0, device=self.device)
             except (RuntimeError, AssertionError) as error:
-                raise ValueError(f"device {self.device!r} cannot be used: {_first_line(error)}") from error
+                raise ValueError(f"device {self.device!r} cannot be used: {first_line(error)}") from error
 
     @property
     def torch_dtype(self) -> Any:
@@ -92,14 +81,12 @@ HOST = Placement()  # float32 on the CPU
 def load_policy(
     name: str | Path, what: str = "policy", placement: Placement = HOST, *, recompute: bool = False
 ) -> PreTrainedModel:
-    """A causal or encoder-decoder language model in float32, in ``eval`` mode.
+    """Load a causal or encoder-decoder language model, in ``eval`` mode.
 
     Args:
         name: a folder saved by ``save_pretrained``, or a hub name.
         what: how messages call it.
-        placement: its precision and device.
-        recompute: accept a model whose cache cannot be kept row by row; see
-        :func:`~lm_envs.model.checking.check_model`.
+        recompute: as of :func:`~lm_envs.model.checking.check_model`.
 
     Raises:
         ValueError: there is no such folder or model, it holds no safetensors, it is not a language model, or one that
@@ -111,9 +98,10 @@ def load_policy(
         return with_adapters(base, place, what)
     if _has_encoder(_place(name, what)):
         # BART and similar models are in both lists; with their encoder they are saved as what they are.
-        kind, heads, called = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder-decoder"
+        kind, called = AutoModelForSeq2SeqLM, "an encoder-decoder"
+        heads = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     else:
-        kind, heads, called = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal"
+        kind, called, heads = AutoModelForCausalLM, "a causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     model = _load(kind, heads, name, what, f"{called} language model", placement)
     if rows_of(model) is None:
         if not recompute:
@@ -123,11 +111,7 @@ def load_policy(
 
 
 def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, or of a hub name; it has an EOS. Adapters without one have their model's.
-
-    Raises:
-        ValueError: there is none, or it has no EOS token.
-    """
+    """Load the tokenizer of a folder or hub name, for adapters without one their model's; ValueError without EOS."""
     place = os.path.expanduser(str(name))
     tokenizer = _read_tokenizer(base_of(place, what) if is_adapter(place) and not _has_tokenizer(place) else name, what)
     if tokenizer.eos_token_id is None:
@@ -139,7 +123,7 @@ def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenize
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many tokens a causal language model's output has."""
+    """The width of a language model's output."""
     return int(model.get_output_embeddings().weight.shape[0])
 
 
@@ -164,13 +148,13 @@ def same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel, names: 
 
 
 def _has_encoder(place: str) -> bool:
-    """Whether the config is of an encoder-decoder with its language-model head; False where it cannot be read."""
+    """Whether a config is of an encoder-decoder with its language-model head; False where it cannot be read."""
     try:
         config = read_config(place, "")
     except ValueError:
         return False
     saved = getattr(config, "architectures", None) or []
-    causal = any(architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for architecture in saved)
+    causal = any(architecture in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for architecture in saved)
     return bool(getattr(config, "is_encoder_decoder", False)) and not causal
 
 
@@ -186,10 +170,11 @@ def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
         if not Path(place).is_dir():
-            raise ValueError(_no_folder(place, what, error)) from error
+            missing = f"there is no such folder here, and as a name on the hub it gave {first_line(error)!r}"
+            raise ValueError(f"{what} {place!r}: {missing}") from error
         if (Path(place) / "config.json").is_file():  # where it can stand which tokenizer it is
             read_config(place, what)
-        raise ValueError(f"{what} {place!r}: its tokenizer cannot be read ({_first_line(error)}); {advice}") from error
+        raise ValueError(f"{what} {place!r}: its tokenizer cannot be read ({first_line(error)}); {advice}") from error
 
 
 def _has_tokenizer(place: str) -> bool:
@@ -216,7 +201,7 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
                 ignore_mismatched_sizes=True,  # reported below
             )
     except Exception as error:
-        raise ValueError(f"{what} {place!r} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{what} {place!r} cannot be read: {first_line(error)}") from error
     if info["mismatched_keys"]:
         key, saved, wanted = min(info["mismatched_keys"])
         raise ValueError(
@@ -227,11 +212,8 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         raise ValueError(f"{what} {str(name)!r} is not {expected}: its weights lack {shown}")
     parts = {parameter.device for parameter in model.parameters()}
-    if (
-        len(parts) > 1
-        or torch.device("meta") in parts
-        or len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-    ):
+    mapped = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(parts) > 1 or len(mapped) > 1 or torch.device("meta") in parts:
         raise ValueError(
             f"{what} {place!r}: device_map={placement.device_map!r} spreads it over several devices or the disk; the "
             "rows of its cache and the copy that is trained need one: choose one that holds it whole, or dtype bfloat16"
@@ -244,11 +226,7 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
 
 
 def read_config(place: str, what: str) -> Any:
-    """Read a model's ``config.json``.
-
-    Raises:
-        ValueError: it is broken, of an unknown family, or requires custom code.
-    """
+    """Read a model's ``config.json``; ValueError if it is broken, of an unknown family, or requires custom code."""
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
@@ -262,9 +240,8 @@ def read_config(place: str, what: str) -> Any:
 
 
 def _has_code(place: str) -> bool:
-    path = Path(place) / "config.json"
     try:
-        return "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+        return "auto_map" in json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 
@@ -279,11 +256,7 @@ def _check_head(config: Any, heads: Any, place: str, what: str, expected: str) -
 
 
 def _place(name: str | Path, what: str) -> str:
-    """A folder's path, or a hub name as it is; where the hub cannot be reached, the model's folder in the cache.
-
-    Raises:
-        ValueError: it looks like a folder and is none, or holds no model; or the hub cannot be reached.
-    """
+    """Return a folder's path, a hub name as it is, or the model's folder in the cache if the hub cannot be reached."""
     text = os.path.expanduser(str(name))
     if Path(text).is_dir():
         if is_adapter(text):
@@ -294,14 +267,9 @@ def _place(name: str | Path, what: str) -> str:
         if not (Path(text) / "config.json").is_file():
             raise ValueError(f"{what} {text!r}: the folder holds no config.json; expected one saved by save_pretrained")
         return text
-    if (
-        isinstance(name, Path)
-        or Path(text).exists()
-        or text.startswith((".", os.sep))
-        or text.count("/") > 1
-        or (text.count("/") == 1 and Path(text).parent.is_dir())  # runs/x, where there is runs: no owner on the hub
-        or not text
-    ):
+    beside = text.count("/") == 1 and Path(text).parent.is_dir()  # runs/x, where there is runs: no owner on the hub
+    path = text.startswith((".", os.sep)) or text.count("/") > 1
+    if isinstance(name, Path) or Path(text).exists() or path or beside or not text:
         raise ValueError(f"{what} {text!r}: there is no such folder")
     try:
         return place_of(text)
@@ -310,11 +278,3 @@ def _place(name: str | Path, what: str) -> str:
             f"{what} {text!r}: there is no such folder here, and {error}; give a folder of save_pretrained, or try "
             "again with a network"
         ) from error
-
-
-def _no_folder(place: str, what: str, error: BaseException) -> str:
-    return f"{what} {place!r}: there is no such folder here, and as a name on the hub it gave {_first_line(error)!r}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,7 @@
 """The output layer of a language model as a matrix, so that log-probabilities need no logits of a whole batch.
 
 What a model does to its logits (a soft cap, a scale, a bias) is not looked up by family but measured in each forward:
-the head is given one hidden state, its output is replaced by known numbers, and the model's logits show what became of
-them. A head that is not understood leaves it to its caller to hold logits.
+the head's output is replaced by known numbers, and the model's logits show what became of them.
 """
 
 from __future__ import annotations
@@ -52,13 +51,7 @@ class OutputHead:
         return scaled(F.linear(self.inputs(hidden), self.weight, self.bias), 1 / self.scale, softcap)
 
     def logprob(
-        self,
-        hidden: Tensor,
-        ids: Tensor,
-        *,
-        temperature: float = 1.0,
-        mask: Tensor | None = None,
-        exclude: Exclude | None = None,
+        self, hidden: Tensor, ids: Tensor, *, temperature: float, mask: Tensor | None, exclude: Exclude | None
     ) -> LogprobKL:
         """Log-probability and entropy, as :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl` gives them."""
         options = self._options(temperature, mask) | {"exclude": exclude}
@@ -79,11 +72,8 @@ def _negative(found: LogprobKL, rows: Tensor) -> Tensor:
 
 
 def hidden_and_head(model: PreTrainedModel, given: dict[str, Any]) -> tuple[Tensor, OutputHead] | None:
-    """A forward without logits: what the head would read, ``(B, L, d)``, and the head; None if it is not understood.
-
-    Args:
-        given: what the model is called with.
-    """
+    """Call the model with ``given`` without logits: what the head would read, ``(B, L, d)``, and the head; None if it
+    is not understood."""
     module: nn.Module = model.get_output_embeddings()
     parts = _linear(module, has_adapters(model))
     if parts is None:
@@ -122,20 +112,15 @@ def _linear(module: nn.Module, adapted: bool) -> tuple[Tensor, Tensor | None, Ad
         from peft.utils.other import ModulesToSaveWrapper
 
         if isinstance(module, ModulesToSaveWrapper):
-            own = (
-                module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
-            )
-            return _linear(own, False)
+            off = module.disable_adapters
+            return _linear(module.original_module if off else module.modules_to_save[module.active_adapters[0]], False)
         if isinstance(module, LoraLinear):
             base = _linear(module.base_layer, False)
             names = [] if module.disable_adapters or module.merged else module.active_adapters
             names = [name for name in names if name in module.lora_A]
             up = [module.lora_B[name] for name in names]
-            if (
-                base is None
-                or any(name in module.lora_variant for name in names)
-                or any(b.bias is not None for b in up)
-            ):
+            variants = any(name in module.lora_variant for name in names)
+            if base is None or variants or any(b.bias is not None for b in up):
                 return None
             weight = torch.cat([base[0], *(b.weight.to(base[0].dtype) for b in up)], dim=1) if up else base[0]
             return weight, base[1], tuple((module.lora_A[name].weight, module.scaling[name]) for name in names)

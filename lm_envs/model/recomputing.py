@@ -35,11 +35,10 @@ def _policy(_: object, operation: Any, *given: Any, **__: Any) -> CheckpointPoli
 
 @contextmanager
 def checkpointing(model: PreTrainedModel, *, keep_products: bool = False) -> Iterator[None]:
-    """Forwards within keep each layer's input, and with ``keep_products`` most matrix products and attention too: then
-    little but norms and activations is computed again.
+    """Keep each layer's input in forwards, and with ``keep_products`` most matrix products and attention too.
 
-    transformers does that for layers in train mode: the layers themselves are put there and not what is inside them,
-    so that dropout stays off; so does that which a layer applies by its own flag (BART, OPT).
+    transformers does that for layers in train mode: the layers themselves are put there and not what is inside them, so
+    that dropout stays off; so does that which a layer applies by its own flag (BART, OPT).
     """
     layers = recomputable(model)
     rates = [(layer, name, rate) for layer in layers for name, rate in vars(layer).items()]

@@ -1,5 +1,4 @@
-"""Where text becomes token ids, and token ids become text: the same for environments, fine-tuning, preferences, reward
-models and evaluation."""
+"""Text to token ids and back, the same for environments, fine-tuning, preferences, reward models and evaluation."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ class Codec:
     """The ids of prompts and completions, and the texts of prompts and responses.
 
     A prompt of text gets what the tokenizer puts before and behind it, except an EOS behind; special tokens that are
-    written in it are read as such, and so are those of messages, which the chat template writes. There is one BOS at
-    most. The encoder of an encoder-decoder also gets the EOS, and its responses are texts of their own.
+    written in a prompt or by a chat template are read as such. There is one BOS at most. The encoder of an
+    encoder-decoder also gets the EOS, and its responses are texts of their own.
 
     Args:
         tokenizer: of the model; with a chat template where there are messages.
@@ -42,9 +41,9 @@ class Codec:
     def encode(self, prompt: Text, completions: Sequence[Text] = ()) -> tuple[list[int], list[list[int]]]:
         """Return the ids of a prompt, and those of each completion as a policy that reads these ids has to write it.
 
-        The ids of a completion are those that it has behind its prompt, in one text. Where a token would reach over the
-        boundary, the completion is written so that prompt and completion still decode to the joined text, if the
-        tokenizer can do that. A completion ends at the first token that ends a response; it gets one if it has none.
+        The ids of a completion are those that it has behind its prompt, in one text; where a token would reach over the
+        boundary, ids that decode to the joined text, if there are any. A completion ends at the first token that ends a
+        response; it gets one if it has none.
 
         Args:
             prompt: a text or chat messages; the empty text before a completion that is a text as a whole, of which
@@ -77,8 +76,8 @@ class Codec:
     ) -> tuple[list[str], list[str]]:
         """Return the texts of prompts and of the responses to them, without special tokens.
 
-        Prompt and response are decoded together and cut: joined again they are the text that their ids together stand
-        for. A response that is decoded alone loses the space that many tokenizers write into a word's first token.
+        They are decoded together and cut: a response that is decoded alone loses the space that many tokenizers write
+        into a word's first token.
         """
         different = list(dict.fromkeys(map(tuple, prompts)))
         known = dict(zip(different, self._texts(different), strict=True))
@@ -107,10 +106,8 @@ class Codec:
         parts = [type(tokenizer).__name__, made, template, tokenizer.special_tokens_map, self.apart, self.ends(False)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    # ---- ids ----
-
     def _written(self, prompt: Text, completions: Sequence[Text]) -> tuple[str, list[str]]:
-        """Prompt and completions as text; the completions follow the prompt."""
+        """Prompt and completions as text."""
         if isinstance(prompt, str):
             return prompt, [str(text) for text in completions]
         if not completions:
@@ -153,8 +150,6 @@ class Codec:
         inner, whole = self._ids("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
         place = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
         return whole[:place], whole[place + len(inner) :]
-
-    # ---- texts ----
 
     def _texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True) if rows else []

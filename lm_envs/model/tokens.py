@@ -26,15 +26,8 @@ EosIds = int | tuple[int, ...]  # of the tokens that end a response: chat models
 
 
 def model_inputs(obs: Tensor) -> dict[str, Tensor]:
-    """What a causal LM is called with.
-
-    Args:
-        obs: ``(B, L)`` int64, -1 where there is no token.
-
-    Returns:
-        ``input_ids`` (0 where there is none), ``attention_mask`` (1 on tokens) and ``position_ids``
-        (``cumsum(mask) - 1``, clamped at 0), each ``(B, L)`` int64.
-    """
+    """The arguments of a causal LM for ``obs``, ``(B, L)`` int64, -1 where there is no token: ``input_ids``,
+    ``attention_mask`` (1 on tokens) and ``position_ids`` (``cumsum(mask) - 1``, clamped at 0), of the same shape."""
     present = (obs >= 0).long()
     return {
         "input_ids": obs.clamp(min=0),
@@ -49,7 +42,7 @@ def _parameters(forward: Callable[..., object]) -> frozenset[str]:
 
 
 def accepted(model: nn.Module, **arguments: object) -> dict[str, object]:
-    """Those of the keyword arguments that the model's ``forward`` names (BLOOM has no ``position_ids``, for one)."""
+    """Those of the keyword arguments that the model's ``forward`` names (BLOOM has no ``position_ids``)."""
     names = _parameters(type(model).forward)
     return {name: value for name, value in arguments.items() if name in names}
 
@@ -72,11 +65,10 @@ def context_of(model: nn.Module) -> int | None:
 
 @contextmanager
 def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that receives, at each forward within, the hidden states that the model's head makes logits from."""
+    """A list that receives, at each forward within, the hidden states that the model's head reads."""
     seen: list[Tensor] = []
-    watch = model.get_output_embeddings().register_forward_pre_hook(  # type: ignore[operator]
-        lambda _, given: seen.append(given[0])
-    )
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    watch = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:
         yield seen
     finally:
@@ -104,8 +96,7 @@ def right_align(obs: Tensor) -> Tensor:
     last = (present * (columns + 1)).amax(dim=1)  # (B,) one past the last token
     width = int(present.sum(dim=1).max())
     source = last.unsqueeze(1) - width + torch.arange(width, device=obs.device)
-    aligned = obs.gather(1, source.clamp(min=0))
-    return aligned.masked_fill(source < 0, -1)
+    return obs.gather(1, source.clamp(min=0)).masked_fill(source < 0, NO_TOKEN)
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
@@ -122,24 +113,21 @@ def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *, append_eos: bool = True) -> list[int]:
     """Token ids of a text for a reward model, by its own tokenizer.
 
-    Args:
-        stopped: whether the response ended by itself.
-        append_eos: make the ids end in the tokenizer's EOS exactly if ``stopped`` (a trailing EOS that the tokenizer
-            adds to every text is taken off first). False leaves the ids as the tokenizer wraps them.
+    With ``append_eos`` they end in the tokenizer's EOS exactly if the response ended by itself (``stopped``); a
+    trailing EOS that the tokenizer adds to every text is removed first.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     eos = tokenizer.eos_token_id
     if append_eos and eos is not None:
         while ids and ids[-1] == eos:
             ids = ids[:-1]
-        if stopped:
-            ids = [*ids, eos]
+        ids = [*ids, eos] if stopped else ids
     return ids
 
 
 def right_pad(rows: Sequence[Sequence[int]]) -> Tensor:
     """``(N, longest)`` int64, each row from the left, -1 after it."""
-    out = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int64)
+    out = torch.full((len(rows), max(map(len, rows), default=0)), NO_TOKEN)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
     return out

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from transformers.utils import logging
 
 from lm_envs.model import loading
+from lm_envs.printable import first_line
 from lm_envs.reward.learned import initialise_reward_head
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def reward_start(
                 output_loading_info=True,
             )
     except Exception as error:
-        raise ValueError(f"{what} {place!r} cannot be read: {loading._first_line(error)}") from error
+        raise ValueError(f"{what} {place!r} cannot be read: {first_line(error)}") from error
     lacking = sorted(info["missing_keys"])
     if any(not (key.startswith(_HEADS) or ".pooler." in key) or scores for key in lacking):
         raise ValueError(f"{what} {place!r} cannot be trained on: its weights lack {', '.join(lacking[:3])}")

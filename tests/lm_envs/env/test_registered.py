@@ -82,7 +82,7 @@ def test_statistics_wrappers_keep_their_place_in_info(name):
         _, reward, done, _, info = env.step(env.action_space.sample())
         total += reward
     assert info["episode"]["r"] == pytest.approx(total)
-    assert set(info["lm"]) == {"score", "kl", "prompt", "response", "finish_reason", "ref_logprob"}
+    assert set(info["lm"]) == {"score", "kl", "prompt", "prompt_index", "response", "finish_reason", "ref_logprob"}
 
 
 def test_task_options_reach_the_environment():
