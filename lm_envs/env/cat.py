@@ -47,10 +47,8 @@ def check_map(map: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"map rows differ in length: row 0 has {len(rows[0])} cells, row {y} has {len(row)}")
         for x, cell in enumerate(row):
             if cell not in REWARD:
-                raise ValueError(
-                    f"map row {y}, column {x} holds {cell!r}; cells are S (start), . (empty), B (broom), "
-                    "T (bathtub) and M (meat)"
-                )
+                cells = "cells are S (start), . (empty), B (broom), T (bathtub) and M (meat)"
+                raise ValueError(f"map row {y}, column {x} holds {cell!r}; {cells}")
     if START not in "".join(rows):
         raise ValueError("map has no start: mark at least one cell with S")
     return rows

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +24,9 @@ from lm_envs.model.text import Codec
 from lm_envs.model.tokens import is_eos, left_pad
 from lm_envs.reward.base import call_reward, dense_part, is_dense, reward_name, scores_or_nan
 from lm_envs.reward.units import Samples
+from lm_envs.settings import Count, Finite, Positive, Settings, Whole
 from lm_envs.tasks import load
 from lm_envs.tasks.base import TextTask
-
-MISSING_EOS_MODES = ("replace", "subtract")
 
 # A forked child has none of its parent's OpenMP threads and would wait for them forever; AsyncVectorEnv forks.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
@@ -40,16 +40,16 @@ def kl_penalty(kl_coef: float, logprob: Any, ref_logprob: Any) -> Any:
     return kl_coef * (logprob - ref_logprob)
 
 
-class TextMDP:
-    """The Markov decision process of a task.
+class TextMDP(Settings):
+    """The Markov decision process of a task. Options that are None are the task's.
 
     Args:
         task: a :class:`~lm_envs.tasks.base.TextTask`, or the name of a registered one.
         split: which prompts, a key of ``task.prompts``.
-        kl_coef: beta, the weight of the KL penalty, in score units per nat; None takes the task's.
-        temperature: of the policy and of the reference alike; None takes the task's.
-        max_new_tokens: the horizon; None takes the task's.
-        min_new_tokens: EOS is masked before that many tokens; None takes the task's.
+        kl_coef: beta, the weight of the KL penalty, in score units per nat.
+        temperature: of the policy and of the reference alike.
+        max_new_tokens: the horizon.
+        min_new_tokens: EOS is masked before that many tokens.
         missing_eos: ``("replace", x)`` makes x the score of a response without EOS, ``("subtract", x)`` takes x off it
             (completion only, before the KL penalty); None leaves the score alone.
         group_size: number of consecutive episodes that start from the same prompt.
@@ -66,6 +66,13 @@ class TextMDP:
         ValueError: an argument is out of range; the message says which.
     """
 
+    temperature: Positive
+    max_new_tokens: Count
+    min_new_tokens: Whole
+    missing_eos: tuple[Literal["replace", "subtract"], Finite] | None
+    group_size: Count
+    reference_top_k: Count | None
+
     def __init__(
         self,
         task: TextTask | str,
@@ -75,7 +82,7 @@ class TextMDP:
         temperature: float | None = None,
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
-        missing_eos: tuple[str, float] | None = None,
+        missing_eos: tuple[Literal["replace", "subtract"], float] | None = None,
         group_size: int = 1,
         reference_top_k: int | None = None,
     ) -> None:
@@ -90,9 +97,7 @@ class TextMDP:
         self.explicit_kl_coef = kl_coef
         self.kl_coef = self.task.kl_coef if kl_coef is None else kl_coef
         self.kl_in_reward = True
-        self.missing_eos = missing_eos
-        self.group_size = group_size
-        self.reference_top_k = reference_top_k
+        self.missing_eos, self.group_size, self.reference_top_k = missing_eos, group_size, reference_top_k
         self.reference = self.task.reference
         self.codec = Codec(self.task.tokenizer, self.reference)
         self.eos_token_id, self.eos_token_ids = self.task.eos_token_id, self.task.eos_token_ids
@@ -107,29 +112,15 @@ class TextMDP:
         empty = next((i for i, prompt in enumerate(self.prompts) if len(prompt) == 0), None)
         if empty is not None:
             raise ValueError(f"prompt {empty} of split {self.split!r} is empty: give it a token, such as BOS")
-        if not (_finite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature!r}")
-        for name in ("max_new_tokens", "min_new_tokens", "group_size", "reference_top_k"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) and (value is not None or name != "reference_top_k"):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if value is not None and value < 1 and name != "min_new_tokens":
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens must lie between 0 and max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
-            )
+        self.__post_init__()  # checks the types above
         check_kl_coef(self.kl_coef)
-        mode, amount = (None, 0.0) if self.missing_eos is None else self.missing_eos
-        if self.missing_eos is not None and not (mode in MISSING_EOS_MODES and _finite(amount)):
-            raise ValueError(
-                f"missing_eos must be ('replace', x) or ('subtract', x) with a finite x, got {self.missing_eos!r}"
-            )
+        if self.min_new_tokens > self.max_new_tokens:
+            limit = f"max_new_tokens={self.max_new_tokens}"
+            raise ValueError(f"min_new_tokens must lie between 0 and {limit}, got {self.min_new_tokens}")
+        mode, _ = self.missing_eos or (None, 0.0)
         if mode == "replace" and self.dense:
-            raise ValueError(
-                "missing_eos=('replace', x) needs a reward per response: a dense reward has been paid before the end "
-                "is known; use ('subtract', x)"
-            )
+            why = "a dense reward has been paid before the end is known; use ('subtract', x)"
+            raise ValueError(f"missing_eos=('replace', x) needs a reward per response: {why}")
         needed, context = room_for(self.reference, self.prompt_length, self.max_new_tokens)
         if context is not None and needed > context:
             raise ValueError(
@@ -226,9 +217,7 @@ class TextMDP:
         per_token = np.zeros(response.shape)
         if raw.ndim == 2 and not self.dense:
             name = reward_name(self.task.reward)
-            raise ValueError(
-                f"reward {name!r} returned a number per token: declare that, set its attribute dense = True"
-            )
+            raise ValueError(f"reward {name!r} returned a number per token: set its attribute dense = True")
         if raw.ndim == 2:
             width = min(raw.shape[1], response.shape[1])
             per_token[:, :width] = np.where(response[:, :width] >= 0, raw[:, :width], 0.0)
@@ -263,9 +252,5 @@ class TextMDP:
 
 def check_kl_coef(kl_coef: float) -> None:
     """Raise ValueError unless the coefficient is a finite number that is not negative."""
-    if not (_finite(kl_coef) and kl_coef >= 0):
+    if not (isinstance(kl_coef, Real) and math.isfinite(kl_coef) and kl_coef >= 0):
         raise ValueError(f"kl_coef must be finite and not negative, got {kl_coef!r}")
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and math.isfinite(value)

@@ -84,9 +84,8 @@ def report(env: Any, logprobs: ArrayLike) -> None:
         return inner[0].report(logprobs)
     values = np.asarray(logprobs, dtype=np.float64)
     if values.shape != (len(inner),):
-        raise ValueError(
-            f"report expects one log-probability per environment, shape ({len(inner)},), got shape {values.shape}"
-        )
+        shapes = f"shape ({len(inner)},), got shape {values.shape}"
+        raise ValueError(f"report expects one log-probability per environment, {shapes}")
     for member, value in zip(inner, values, strict=True):
         member.report(value)
 

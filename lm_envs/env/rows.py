@@ -77,9 +77,8 @@ class TextRows(Reachable, VectorEnv):
         """Report the log-probabilities of the next step's actions; see :func:`lm_envs.report`."""
         values = np.asarray(logprobs, dtype=np.float64)
         if values.shape != (self.num_envs,):
-            raise ValueError(
-                f"report expects one log-probability per row, shape ({self.num_envs},), got shape {values.shape}"
-            )
+            shapes = f"shape ({self.num_envs},), got shape {values.shape}"
+            raise ValueError(f"report expects one log-probability per row, {shapes}")
         wrong = ~np.isfinite(values) | (values > 1e-3)
         if wrong.any():
             row = int(wrong.nonzero()[0][0])
@@ -128,10 +127,8 @@ class TextRows(Reachable, VectorEnv):
         if "reset_mask" in options:
             rows = np.asarray(options["reset_mask"])
             if rows.shape != (self.num_envs,) or rows.dtype != bool or not rows.any():
-                raise ValueError(
-                    f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least one "
-                    f"True, got {rows!r}"
-                )
+                shape = f"shape ({self.num_envs},)"
+                raise ValueError(f"options['reset_mask'] must be a bool array of {shape} with a True, got {rows!r}")
         self._start(rows)
         return self._obs.copy(), self._mask_info({})
 
@@ -168,10 +165,8 @@ class TextRows(Reachable, VectorEnv):
         restarted = np.zeros(self.num_envs, dtype=bool)
         if self._done.any():
             if self.autoreset_mode is not AutoresetMode.NEXT_STEP:
-                raise RuntimeError(
-                    f"rows {self._done.nonzero()[0].tolist()} have finished: reset them with "
-                    "reset(options={'reset_mask': ...}) before the next step"
-                )
+                rows = self._done.nonzero()[0].tolist()
+                raise RuntimeError(f"rows {rows} have finished: reset(options={{'reset_mask': ...}}) before step()")
             restarted = self._done.copy()
             self._start(restarted)
         moving = ~restarted

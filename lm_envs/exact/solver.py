@@ -36,16 +36,15 @@ from lm_envs.model.tokens import left_pad
 from lm_envs.tasks.prefix_tree import PrefixTree
 from lm_envs.trajectories import Trajectories
 
-AnyPolicy = Any
-"""Anything with ``evaluate``, a transformers model, a table ``(X, S, V)``, or log-probabilities ``(X, L)``."""
+AnyPolicy = Any  # what a policy may be: see above
 
 
 class Exact:
     """Exact quantities of a small text environment, by enumeration; float64, on the CPU.
 
     Args:
-        mdp: the environment's definition, ``env.mdp``; its split's prompts are equally likely.
-        kl_coef: beta; None uses the definition's.
+        mdp: ``env.mdp``; its split's prompts are equally likely.
+        kl_coef: beta; None uses the MDP's.
         batch_size: rows per forward of a policy.
 
     Attributes:
@@ -134,8 +133,7 @@ class Exact:
         return torch.cat([ended, reached[-1]], dim=1)
 
     def _reach(self, table: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return log-probabilities of reaching the texts of each length 0 .. T, ``(X, n^k)``, and of ending each prefix
-        with EOS, ``(X, S)``."""
+        """Return log-probabilities of reaching the texts of each length, ``(X, n^k)``, and ending there, ``(X, S)``."""
         levels = [table.new_zeros(len(table), 1)]
         for k in range(self.tree.horizon):
             here = table[:, self.tree.level(k)][:, :, self.tree.tokens]
@@ -154,7 +152,9 @@ class Exact:
         """Return ``KL(policy || other)``, nats per sequence, a scalar; ``other`` None is the reference."""
         log_p = self.sequences(policy)
         log_q = self._log_ref_sequences if other is None else self.sequences(other)
-        return _expected(log_p, log_q).mean()
+        never = log_p == -math.inf
+        gap = log_p.masked_fill(never, 0.0) - log_q.masked_fill(never, 0.0)
+        return (log_p.exp() * gap).sum(dim=-1).mean()
 
     def objective(self, policy: AnyPolicy) -> Tensor:
         """Return ``J = E[r] - beta KL``, a scalar, whose gradient is the exact policy gradient."""
@@ -178,18 +178,17 @@ class Exact:
     def backward(self, step: Any) -> tuple[Tensor, Tensor]:
         """Compute V ``(X, S)`` and Q ``(X, S, V)`` by backward recursion: ``step(value after each token, states)``
         returns both for the states of one length."""
-        values: list[Tensor] = []
-        q: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor]] = []
         following = self.score[:, self.tree.prefixes :]  # of texts one token longer
         for k in reversed(range(self.tree.horizon)):
             states = self.tree.level(k)
             after = self.score.new_empty(len(self.score), self.tree.arity**k, self.tree.vocab_size)
             after[:, :, self.tree.tokens] = following.reshape(len(self.score), -1, self.tree.arity)
             after[:, :, self.tree.eos_token_id] = self.score[:, states]
-            following, here = step(after, states)
-            values.insert(0, following)
-            q.insert(0, here)
-        return torch.cat(values, dim=1), torch.cat(q, dim=1)
+            found.insert(0, step(after, states))
+            following = found[0][0]
+        values, q = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return values, q
 
     @property
     def soft_value(self) -> Tensor:
@@ -235,8 +234,7 @@ class Exact:
         return self.backward(step)
 
     def value_error(self, value: Tensor, policy: AnyPolicy) -> float:
-        """Return the mean squared error of values ``(X, S)`` (see :meth:`values_of`) against ``V^pi``, over the
-        prefixes that the policy visits."""
+        """Return the mean squared error of values ``(X, S)`` against ``V^pi``, over the prefixes the policy visits."""
         visits = self.visits(policy).detach()
         return float((visits * (value - self.values(policy)[0]) ** 2).sum() / visits.sum())
 
@@ -272,8 +270,7 @@ class Exact:
         return below, upto
 
     def win_rate(self, policy: AnyPolicy, against: AnyPolicy) -> float:
-        """Return the probability that a response of ``policy`` scores higher than one of ``against`` to the same
-        prompt; ties count half."""
+        """Return the probability that ``policy`` scores higher than ``against`` on a prompt; ties count half."""
         below, upto = self._distribution(self.sequences(against).exp())
         return float((self.sequences(policy).exp() * (below + upto) / 2).sum(dim=1).mean())
 
@@ -338,13 +335,6 @@ def _trajectories(prompt: Tensor, response: Tensor) -> Trajectories:
         prompt=prompt,
         response=response,
     )
-
-
-def _expected(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return ``sum p (log p - log q)`` over the last axis; terms with ``p = 0`` are 0."""
-    never = log_p == -math.inf
-    p, log_p = log_p.exp(), log_p.masked_fill(never, 0.0)
-    return (p * (log_p - log_q.masked_fill(never, 0.0))).sum(dim=-1)
 
 
 def cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

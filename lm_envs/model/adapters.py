@@ -50,10 +50,8 @@ def base_of(place: str | Path, what: str = "policy") -> str:
     if not Path(name).is_dir() and beside.is_dir():
         return str(beside)
     if not Path(name).is_dir() and Path(name).is_absolute():
-        raise ValueError(
-            f"{begin}: its adapters are for {name!r}, and there is no such folder: "
-            f"put the place of that model into base_model_name_or_path of {path}"
-        )
+        gone = f"its adapters are for {name!r}, and there is no such folder"
+        raise ValueError(f"{begin}: {gone}: put that model's place into base_model_name_or_path of {path}")
     return str(name)
 
 

@@ -33,9 +33,8 @@ def render_messages(
             "of an instruction-tuned model, set tokenizer.chat_template and save it again, or give text instead"
         )
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        turns = [dict(message) for message in messages]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         raise BadExample(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
@@ -56,7 +55,5 @@ def split_answer(
         before = render_messages(tokenizer, prompt, add_generation_prompt=False)
         start = whole.find(answer[-1]["content"].strip(), len(before)) if whole.startswith(before) else -1
     if start < 0:
-        raise BadExample(
-            "the tokenizer's chat template writes the conversation before the answer differently once it is answered"
-        )
+        raise BadExample("the chat template writes the conversation before an answer differently once it is answered")
     return head, whole[start:]

@@ -209,9 +209,7 @@ def check_compilable(model: PreTrainedModel) -> None:
         raise ValueError(f"{what}: its steps cannot be traced in fixed shapes ({why}); {_INSTEAD}") from problem
     limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
     if not error <= limit:
-        raise ValueError(
-            f"{what}: steps in fixed shapes give other log-probabilities than without (by {error:.2g}); {_INSTEAD}"
-        )
+        raise ValueError(f"{what}: steps in fixed shapes give other log-probabilities (by {error:.2g}); {_INSTEAD}")
 
 
 def check_tools(device: str) -> None:

@@ -278,7 +278,7 @@ def greedy(
     found: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = torch.from_numpy(left_pad([prompts[i] for i in chosen], max(len(prompts[i]) for i in chosen)))
+        rows = torch.from_numpy(left_pad([prompts[i] for i in chosen], len(prompts[chosen[-1]])))
         uniforms = torch.full((len(chosen), max_new_tokens), 0.5, dtype=torch.float64, device=model.device)
         lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
         response, _ = generate(model, rows.to(model.device), uniforms, eos_token_id, temperature=GREEDY, **lengths)

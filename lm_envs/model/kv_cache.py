@@ -6,6 +6,7 @@ sliding windows and relative positions are computed from, and the only mask hide
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -62,40 +63,36 @@ class GrowingLayer(RowLayer, DynamicLayer):
         super().__init__()
         self._room = max(room, ROOM)
         self._begin = self._end = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: list[Tensor] = []  # keys and values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append columns; all that there are now."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        count = key_states.shape[-2]
-        if self._buffers is None or self._end + count > self._buffers[0].shape[-2]:
-            self._grow(key_states, value_states, count)
-        assert self._buffers is not None
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+        states, count = (key_states, value_states), key_states.shape[-2]
+        if not self._buffers or self._end + count > self._buffers[0].shape[-2]:
+            self._grow(states, count)
+        for buffer, new in zip(self._buffers, states, strict=True):
             buffer[:, :, self._end : self._end + count] = new
         self._end += count
         return self._show()
 
     def _show(self) -> tuple[Tensor, Tensor]:
-        assert self._buffers is not None
         self.keys, self.values = (buffer[:, :, self._begin : self._end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def _grow(self, key_states: Tensor, value_states: Tensor, count: int) -> None:
-        held, old, made = self._end - self._begin, self._buffers, []
+    def _grow(self, states: tuple[Tensor, Tensor], count: int) -> None:
+        held = self._end - self._begin
         # The first columns are a prompt's, whose forward needs memory itself: room for more is made once that is done.
-        room = count if old is None else max(count, self._room, held)
-        for i, new in enumerate((key_states, value_states)):
-            buffer = new.new_empty(*new.shape[:2], held + room, new.shape[-1])
-            if old is not None:
-                buffer[:, :, :held] = old[i][:, :, self._begin : self._end]
-            made.append(buffer)
-        self._buffers, self._begin, self._end = (made[0], made[1]), 0, held
+        room = max(count, self._room, held) if self._buffers else count
+        made = [new.new_empty(*new.shape[:2], held + room, new.shape[-1]) for new in states]
+        for buffer, old in zip(made, self._buffers, strict=bool(self._buffers)):
+            buffer[:, :, :held] = old[:, :, self._begin : self._end]
+        self._buffers, self._begin, self._end = made, 0, held
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self._buffers is not None:
-            self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
+        if self._buffers:
+            self._buffers = [buffer[indices] for buffer in self._buffers]
             self._show()
 
     def release(self, rows: Tensor) -> None:
@@ -109,10 +106,8 @@ class GrowingLayer(RowLayer, DynamicLayer):
         self.values[rows, :, -width:] = other.values
 
     def widen(self, count: int) -> None:
-        assert self._buffers is not None
         if self._begin < count:
-            keys, values = (F.pad(x, (0, 0, count - self._begin, 0)) for x in self._buffers)
-            self._buffers = keys, values
+            self._buffers = [F.pad(buffer, (0, 0, count - self._begin, 0)) for buffer in self._buffers]
             self._begin, self._end = count, self._end + count - self._begin
         self._begin -= count
         for buffer in self._buffers:
@@ -246,10 +241,6 @@ class RowCache:
     def _new_cache(self) -> Cache:
         return Cache(layers=[kind(self._room) if issubclass(kind, GrowingLayer) else kind() for kind in self._types])
 
-    def empty(self) -> RowCache:
-        """Another cache of the same model, without rows."""
-        return RowCache(self.model)
-
     def _forward(self, **inputs: Tensor | int | None) -> Tensor:
         given = {name: x for name, x in inputs.items() if x is not None}
         given[self._argument] = self.cache
@@ -299,8 +290,8 @@ class RowCache:
 
     def refill(self, rows: Tensor, obs: Tensor) -> Tensor:
         """Replace the texts of some rows; logits ``(len(rows), V)``. ``obs`` as in :meth:`prefill`."""
-        fresh = self.empty()
-        logits = fresh.prefill(obs)
+        fresh = copy(self)
+        logits = fresh.prefill(obs)  # gives it a cache of its own
         if fresh.columns > self.columns:
             for layer in self.cache.layers:
                 layer.widen(fresh.columns - self.columns)

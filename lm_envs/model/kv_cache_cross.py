@@ -85,9 +85,6 @@ class CrossRowCache(RowCache):
         self._types, self._masked = [], True
         self.columns = 0
 
-    def empty(self) -> CrossRowCache:
-        return CrossRowCache(self.model, response_places=self._places)
-
     @torch.no_grad()
     def prefill(self, obs: Tensor) -> Tensor:
         """Restart all rows. ``obs`` is ``(B, P + response_places)``, the prompt left-padded and the response

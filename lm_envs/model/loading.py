@@ -115,10 +115,8 @@ def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenize
     place = os.path.expanduser(str(name))
     tokenizer = _read_tokenizer(base_of(place, what) if is_adapter(place) and not _has_tokenizer(place) else name, what)
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{what} {str(name)!r}: the tokenizer has no EOS token, so no response could end; "
-            "set tokenizer.eos_token to one of its tokens and save it again"
-        )
+        cure = "set tokenizer.eos_token to one of its tokens and save it again"
+        raise ValueError(f"{what} {str(name)!r}: the tokenizer has no EOS token, so no response could end; {cure}")
     return tokenizer
 
 
@@ -190,23 +188,16 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about weights that are missing, which is an error here
-            model, info = auto.from_pretrained(
-                place,
-                config=config,
-                dtype=placement.torch_dtype,
-                device_map=placement.device_map,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below
-            )
+            options = dict(config=config, dtype=placement.torch_dtype, device_map=placement.device_map)
+            options |= dict(use_safetensors=True, trust_remote_code=False)
+            # What is missing or of another shape is reported below.
+            model, info = auto.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except Exception as error:
         raise ValueError(f"{what} {place!r} cannot be read: {first_line(error)}") from error
     if info["mismatched_keys"]:
         key, saved, wanted = min(info["mismatched_keys"])
-        raise ValueError(
-            f"{what} {place!r}: its config.json contradicts its weights: {key} is {tuple(saved)}, not {tuple(wanted)}"
-        )
+        shapes = f"{key} is {tuple(saved)}, not {tuple(wanted)}"
+        raise ValueError(f"{what} {place!r}: its config.json contradicts its weights: {shapes}")
     lacking = sorted(info["missing_keys"])
     if lacking:
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
@@ -274,7 +265,5 @@ def _place(name: str | Path, what: str) -> str:
     try:
         return place_of(text)
     except ConnectionError as error:
-        raise ValueError(
-            f"{what} {text!r}: there is no such folder here, and {error}; give a folder of save_pretrained, or try "
-            "again with a network"
-        ) from error
+        cure = "give a folder of save_pretrained, or try again with a network"
+        raise ValueError(f"{what} {text!r}: there is no such folder here, and {error}; {cure}") from error

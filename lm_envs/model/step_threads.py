@@ -1,4 +1,4 @@
-"""How many threads share a forward of one token a row: starting them may take longer than a small operation does."""
+"""The number of threads for a forward of one token a row: starting them may take longer than a small operation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ WORTH = {True: 2**25, False: 2**21}
 
 
 class StepThreads:
-    """How many threads pay off when ``model`` reads one token a row: for its layers, and for its head.
+    """The numbers of threads that pay off when ``model`` reads one token a row on a CPU: for its layers, and its head.
 
-    A layer has a dozen operations, each of which starts all threads, and its products are small; the head has one, that
-    can be large. Their sizes decide, and whether idle threads sleep, and no timing, so that the same run is computed
-    the same way each time. On other devices than a CPU it does not matter.
+    A layer has a dozen small operations, each of which starts all threads; the head has one that can be large. Their
+    sizes decide, and whether idle threads sleep; a timing would change runs' numbers.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
