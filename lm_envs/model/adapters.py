@@ -40,7 +40,8 @@ def base_of(place: str | Path, what: str = "policy") -> str:
     except (OSError, ValueError) as error:
         raise ValueError(f"{begin}: {CONFIG} cannot be read: {error}") from error
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{begin} holds {config.get('peft_type')!r} adapters; low-rank ones (LORA) can be used")
+        kind = config.get("peft_type")
+        raise ValueError(f"{begin} holds adapters of the kind {kind!r}; low-rank ones (LORA) can be used")
     name = config.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{begin}: {CONFIG} does not say which model they are for: set base_model_name_or_path")

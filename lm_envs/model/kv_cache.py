@@ -60,7 +60,7 @@ class GrowingLayer(RowLayer, DynamicLayer):
     """
 
     def __init__(self, room: int = ROOM) -> None:
-        super().__init__()
+        DynamicLayer.__init__(self)  # and not a recurrence's, which may come next
         self._room = max(room, ROOM)
         self._begin = self._end = 0
         self._buffers: list[Tensor] = []  # keys and values
