@@ -141,7 +141,7 @@ class TextRows(Reachable, VectorEnv):
         self._obs[rows] = NO_TOKEN
         self._prompt_index[rows] = self.mdp.prompt_index(self._seed, episodes)
         self._obs[rows, : self._prompt_places] = self.mdp.prompt(self._prompt_index[rows])
-        self._lengths[rows] = 0
+        self._lengths[rows] = self._score[rows] = 0
         self._logprob[rows] = self._ref_logprob[rows] = np.nan
         self._done[rows] = False
 
@@ -205,7 +205,7 @@ class TextRows(Reachable, VectorEnv):
         return infos
 
     def _allowed(self) -> NDArray[np.int8] | None:
-        return self.mdp.action_mask(self._lengths)
+        return None  # in a bandit env, the allowed tokens differ along an action
 
     def render(self) -> tuple[str, ...] | None:
         """The text so far of every row; tokens are colored by their share of the KL where it is known."""

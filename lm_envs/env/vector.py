@@ -44,10 +44,6 @@ class TextVectorEnv(TextRows):
         length = self._lengths[row]
         return float((self._logprob[row, :length] - self._ref_logprob[row, :length]).sum())
 
-    def _start(self, rows: NDArray[np.bool_]) -> None:
-        super()._start(rows)
-        self._score[rows] = 0.0
-
     def _reference(self, rows: Ints, actions: Ints) -> Floats:
         """The reference's log-probability of these rows' actions in the present state."""
         # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
@@ -58,10 +54,9 @@ class TextVectorEnv(TextRows):
         return found.double().cpu().numpy()[rows]
 
     def _allowed(self) -> NDArray[np.int8] | None:
-        if self.mdp.reference_top_k is None:
-            return super()._allowed()
-        # The decoder keeps these logits, so the penalty of the coming step costs no forward of its own.
-        return self.mdp.action_mask(self._lengths, self._decoder(self.mdp.tensor(self._obs)))
+        # The decoder keeps these logits, so the penalty of the next step costs no forward of its own.
+        logits = None if self.mdp.reference_top_k is None else self._decoder(self.mdp.tensor(self._obs))
+        return self.mdp.action_mask(self._lengths, logits)
 
     def _move(self, rows: Ints, actions: Ints, reported: Floats, rewards: Floats) -> None:
         if actions.shape != (self.num_envs,):
@@ -115,9 +110,6 @@ class TextBanditVectorEnv(TextRows):
 
     def _action_space(self) -> spaces.Space:
         return spaces.MultiDiscrete([self.mdp.vocab_size] * self.mdp.max_new_tokens)
-
-    def _mask_info(self, infos: dict[str, Any]) -> dict[str, Any]:
-        return infos  # which tokens are allowed differs along one action: there is no one mask to give
 
     def _kl(self, row: int) -> float:
         return float(self._whole[row] - self._ref_logprob[row, : self._lengths[row]].sum())

@@ -68,20 +68,20 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
     Raises:
         ValueError: one of these fails; the message says which, by how much, and what to do.
     """
-    texts = _texts(model)
+    texts, limit = _texts(model), TOLERANCE.get(model.dtype, EXACT)
     expected = [_alone(model, prompt, response) for prompt, response in texts]
     kind = model.config.model_type
     if not all(bool(x.isfinite().all()) for x in expected):
         where = f"{what}: {kind} gives logits that are NaN or infinite in {str(model.dtype).removeprefix('torch.')}"
         raise ValueError(f"{where}; load it with dtype float32, or check its weights")
     gap = _worst(_causality(model, texts, expected), model)
-    if gap > _limit(model):
+    if gap > limit:
         raise ValueError(
             f"{what}: what {kind} predicts changes with tokens that come later (by {gap:.2g} standard deviations): "
             "it reads from both ends, as encoders do, and is no causal language model"
         )
     gap = max(_padding(model, texts, expected))
-    if gap > _limit(model):
+    if gap > limit:
         raise ValueError(
             f"{what}: the log-probabilities of {kind} change with the padding of a batch (by {gap:.2g} standard "
             "deviations), so ratios and KL would be wrong: not all of its layers in transformers hide padding; "
@@ -92,7 +92,7 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
             raise ValueError(f"{what}: {no_rows(model)}")
         setattr(model, RECOMPUTE, True)
     gap = _worst(_stepping(model, texts, expected), model)
-    if gap > _limit(model):
+    if gap > limit:
         if recompute and rows_of(model) is not None:
             setattr(model, RECOMPUTE, True)
             return
@@ -165,7 +165,3 @@ def _gap(found: Tensor, known: Tensor) -> float:
 def _worst(gaps: list[float], model: PreTrainedModel) -> float:
     """The largest; in half precision without the largest fifth, for the reason given above."""
     return sorted(gaps)[-1 if model.dtype not in TOLERANCE else int(0.8 * (len(gaps) - 1))]
-
-
-def _limit(model: PreTrainedModel) -> float:
-    return TOLERANCE.get(model.dtype, EXACT)

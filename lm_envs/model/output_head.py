@@ -60,15 +60,12 @@ class OutputHead:
     def nll(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The mean over the mask of ``-log p(id)``, its gradients taken on the way."""
         options = self._options(1.0, mask)
-        return linear_loss(self.inputs(hidden), self.weight, None, None, ids, _negative, **options) / mask.sum()
+        total = linear_loss(self.inputs(hidden), self.weight, None, None, ids, lambda p, _: -p.logprob.sum(), **options)
+        return total / mask.sum()
 
     def _options(self, temperature: float, mask: Tensor | None) -> dict[str, Any]:
         softcap = None if self.softcap is None else self.softcap / self.scale
         return {"temperature": temperature / self.scale, "softcap": softcap, "mask": mask, "bias": self.bias}
-
-
-def _negative(found: LogprobKL, rows: Tensor) -> Tensor:
-    return -found.logprob.sum()
 
 
 def hidden_and_head(model: PreTrainedModel, given: dict[str, Any]) -> tuple[Tensor, OutputHead] | None:
