@@ -58,7 +58,7 @@ class TextMDP(Settings):
             frozen, so the mask is a function of the state, and policy and reference alike are renormalized over it.
 
     Attributes:
-        kl_coef: the weight of the penalty now; whatever sets it sets it here.
+        kl_coef: the weight of the penalty now, held here alone.
         explicit_kl_coef: the weight that the caller asked for; None where it is the task's default or an agent's.
         kl_in_reward: whether the reward holds the penalty; False while an agent has it as a term of its loss.
 

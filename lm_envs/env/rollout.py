@@ -76,10 +76,6 @@ class Collector:
         self.env, self.policy = env, policy
         self._text = text_envs(env)
         self._mode = AutoresetMode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        self.reset(seed, first_episode)
-
-    def reset(self, seed: int, first_episode: int = 0) -> None:
-        """Drop all unfinished episodes and restart."""
         self._seed = seed
         if self._text:
             self._obs, _ = self.env.reset(seed=seed, options={"first_episode": first_episode})
@@ -90,7 +86,7 @@ class Collector:
         self._open = [_Episode(first_episode + row) for row in range(rows)]
         self._next = first_episode + rows
         self._position, self._restarting = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=bool)
-        self.steps_taken = 0  # of the environment, those of episodes that nobody asked for included
+        self.steps_taken = 0  # of the environment, also in episodes that are not returned
         self._drawn = np.zeros((rows, AHEAD))
         self._drawn_for = np.full(rows, -1), np.full(rows, -1)  # the episode and the block that a row's numbers are of
         self._finished: list[tuple[float, int]] = []
@@ -249,8 +245,8 @@ def rollout(
         seed: of prompts and tokens.
 
     Returns:
-        Trajectories sorted by episode number, with ``ref_logprob`` whatever the KL coefficient; ``reward`` float64.
-        With ``value`` where the policy knows it.
+        Trajectories sorted by episode number, with ``ref_logprob`` at any KL coefficient, and ``value`` where the
+        policy has it; ``reward`` float64.
 
     Raises:
         TypeError: ``env`` is no text environment.

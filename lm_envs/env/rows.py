@@ -1,4 +1,4 @@
-"""Rows of generated text: what the MDP env and the bandit env share, whatever an action is."""
+"""Rows of generated text: what the MDP env and the bandit env share."""
 
 from __future__ import annotations
 

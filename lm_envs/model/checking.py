@@ -1,7 +1,7 @@
 """Models that are refused, by their config before weights are read, or by a trial after.
 
-The trial compares a model's answers with its own answer to one text without padding or cache. So a family that nobody
-tested is either right or refused.
+The trial compares a model's answers with its own answer to one text without padding or cache. So an untested family is
+either correct or refused.
 """
 
 from __future__ import annotations

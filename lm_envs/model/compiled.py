@@ -90,7 +90,7 @@ class _Program:
         count, columns = len(prompts.lengths), torch.arange(self.mask.shape[1], device=self.mask.device)
         self.place.fill_(prompts.columns)
         self.mask[:count] = columns >= (prompts.columns - prompts.lengths).unsqueeze(1)
-        self.mask[count:] = True  # rows of nobody, which read zeros
+        self.mask[count:] = True  # unused rows, which read zeros
         self.positions[:count, 0] = prompts.lengths
         self.positions[count:] = 0
 

@@ -53,7 +53,7 @@ def _sample(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         flat = weight.view(count, -1)
         torch.sub(x, highest, out=flat[:, :vocabulary]).exp_()
         flat[:, vocabulary:] = 0
-        # Of a block alone, a float32 sum is exact enough.
+        # Within a block, a float32 sum is exact enough.
         blocks = weight.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         total = blocks[:, -1:]
         target = _below(uniforms.unsqueeze(-1) * total, total)

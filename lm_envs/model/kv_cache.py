@@ -154,7 +154,7 @@ class BothLayer(StateLayer, GrowingLayer):
         StateLayer.__init__(self)
 
     def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:
-        """Of the keys and values, which come by position, or of a state, which comes by name."""
+        """Initialize the keys and values, which come by position, or a state, which comes by name."""
         kind = GrowingLayer if keys_and_values else StateLayer
         kind.lazy_initialization(self, *keys_and_values, **states)
 

@@ -103,7 +103,7 @@ def hidden_and_head(model: PreTrainedModel, given: dict[str, Any]) -> tuple[Tens
 
 
 def _linear(module: nn.Module, adapted: bool) -> tuple[Tensor, Tensor | None, Adapters] | None:
-    """Weight, bias and adapters of a linear layer; None of any other, or one that somebody else's hooks change."""
+    """Weight, bias and adapters of a linear layer; None of any other, or one with foreign hooks."""
     if adapted:
         from peft.tuners.lora.layer import Linear as LoraLinear
         from peft.utils.other import ModulesToSaveWrapper
