@@ -23,9 +23,8 @@ _UNREPORTED = (
     "kl_coef * ref_logprob, is charged, which rewards likely text and not staying close to the reference. "
     "Call lm_envs.report(env, logprobs) before each step for the exact penalty, or set kl_coef=0."
 )
-
-
-Ints, Floats = NDArray[np.int64], NDArray[np.float64]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 class TextRows(Reachable, VectorEnv):
@@ -70,7 +69,7 @@ class TextRows(Reachable, VectorEnv):
         self._mask: NDArray[np.int8] | None = None
         self._seed: int | None = None
         self._next_episode = 0
-        self._reported: NDArray[np.float64] | None = None
+        self._reported: Floats | None = None
         self._warned = False
 
     def report(self, logprobs: ArrayLike) -> None:

@@ -280,7 +280,7 @@ def greedy(
         chosen = order[start : start + batch_size]
         rows = torch.from_numpy(left_pad([prompts[i] for i in chosen], len(prompts[chosen[-1]])))
         uniforms = torch.full((len(chosen), max_new_tokens), 0.5, dtype=torch.float64, device=model.device)
-        lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
         response, _ = generate(model, rows.to(model.device), uniforms, eos_token_id, temperature=GREEDY, **lengths)
         found.update((i, row[row >= 0].tolist()) for i, row in zip(chosen, response, strict=True))
     return [found[i] for i in range(len(prompts))]

@@ -97,7 +97,7 @@ class CrossRowCache(RowCache):
         return super().prefill(decoder_tokens(self.model, response))
 
     def _new_cache(self) -> Cache:
-        return Cache(layer_class_to_replicate=partial(GrowingLayer, self._room))  # type: ignore[arg-type]
+        return Cache(layer_class_to_replicate=partial(GrowingLayer, self._room))
 
     def _forward(self, **inputs: Any) -> Tensor:
         table = _position_table(self.model) if self._padded else None
