@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from lm_envs.benchmarks.speed.settings import SB3, Throughput
+from lm_envs.benchmarks.speed.settings import SB3, Memory, Throughput
 from lm_envs.settings import Count, Size, Threads
 
 
@@ -72,23 +71,11 @@ class BenchKernels:
 
 
 @dataclass(frozen=True)
-class BenchMemory:
+class BenchMemory(Memory):
     """Measure time and peak memory of one update of a language model with a large vocabulary, beyond its weights and
     gradients.
     """
 
-    rows: Size = 8
-    """Texts."""
-    tokens: Size = 256
-    """Of each."""
-    layers: Size = 4
-    """Of the model."""
-    vocabulary: Size = 49_152
-    """Its tokens."""
-    threads: Threads = os.cpu_count() or 1
-    """Torch threads."""
-    rounds: Count = 3
-    """Processes per task and way; medians are reported."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Another checkout of this project, measured in turns with this one."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")] = None
@@ -97,8 +84,7 @@ class BenchMemory:
     def run(self, console: Console) -> None:
         from lm_envs.benchmarks.speed import memory
 
-        shape = {name: value for name, value in vars(self).items() if name not in ("rounds", "against", "out")}
-        memory.run(memory.Shape(**shape), self.rounds, self.against, self.out)
+        memory.run(self, self.against, self.out)
 
 
 @dataclass(frozen=True)

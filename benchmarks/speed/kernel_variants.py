@@ -6,6 +6,7 @@ name says what it gives. Needs torch; other libraries are used where they are in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -37,6 +38,11 @@ class Inputs(NamedTuple):
     weight: Tensor | None = None
     ref_hidden: Tensor | None = None
     ref_weight: Tensor | None = None
+
+    @property
+    def linear(self) -> tuple[Any, ...]:
+        """The first arguments of the linear form."""
+        return self.hidden, self.weight, self.ref_hidden, self.ref_weight, self.ids
 
 
 def inputs(size: Any, device: str) -> Inputs:
@@ -92,12 +98,10 @@ def available(size: Any, device: str, names: Sequence[str] | None) -> Iterator[t
 
 def versions() -> dict[str, str]:
     """Of what is compared; empty where it is not installed."""
-    found = {}
-    for package in ("triton", "liger-kernel", "trl"):
-        try:
+    found = dict.fromkeys(("triton", "liger-kernel", "trl"), "")
+    for package in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = ""
     return found
 
 
@@ -149,11 +153,7 @@ def _liger(size: Any, device: str) -> Callable[[Inputs], Outputs] | None:
 
 
 def _linear(implementation: Any, data: Inputs) -> Outputs:
-    assert data.hidden is not None and data.weight is not None
-    found = linear_logprob_kl(
-        data.hidden, data.weight, data.ref_hidden, data.ref_weight, data.ids, implementation=implementation
-    )
-    return _weighted(found, data.upstream)
+    return _weighted(linear_logprob_kl(*data.linear, implementation=implementation), data.upstream)
 
 
 def _loss(data: Inputs) -> Outputs:
@@ -162,8 +162,7 @@ def _loss(data: Inputs) -> Outputs:
     def loss(found: Any, rows: Tensor) -> Tensor:
         return sum((g[rows] * x).sum() for g, x in zip(data.upstream, found, strict=True) if x is not None)
 
-    assert data.hidden is not None and data.weight is not None
-    value = linear_loss(data.hidden, data.weight, data.ref_hidden, data.ref_weight, data.ids, loss)
+    value = linear_loss(*data.linear, loss)
     return [value], [torch.ones_like(value)]
 
 

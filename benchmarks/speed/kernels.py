@@ -23,10 +23,10 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
@@ -41,6 +41,7 @@ import torch  # noqa: E402
 
 from lm_envs.benchmarks.speed import kernel_variants as variants  # noqa: E402
 
+T = TypeVar("T")
 FORMS = ("single", "dual", "linear")
 RESULTS = Path("benchmarks") / "results"
 # Logits read and written, in logits tensors: the policy's once forward; again, and its gradient, backward.
@@ -129,27 +130,54 @@ def measure_cuda(size: Size, names: Sequence[str] | None) -> Iterator[dict[str, 
         yield {"variant": name, "forward": forward, "backward": behind, "peak": peak}
 
 
+def in_turns(names: Iterable[str], rounds: int, call: Callable[[str], T]) -> dict[str, list[T]]:
+    """What a call gives for each name, once a round; every second round goes the other way."""
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in list(found)[:: -1 if turn % 2 else 1]:
+            found[name].append(call(name))
+    return found
+
+
+def ratio(own: Sequence[float], base: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(own, base, strict=True))
+
+
+def child(words: Sequence[str], job: dict[str, Any], threads: int, **more: Any) -> Any:
+    """What a Python process, told a job, prints last, as JSON.
+
+    Raises:
+        RuntimeError: it failed; the message is its last line.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **more.pop("env", {})}
+    command = [sys.executable, *words, json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, **more)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure_cpu(size: Size, names: Sequence[str] | None, rounds: int) -> Iterator[dict[str, Any]]:
     """Each variant in a process of its own, in turns; medians over the rounds."""
-    listed = [name for name, _ in variants.available(size, "cpu", names)]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in listed}
-    for turn in range(rounds):
-        for name in listed if turn % 2 == 0 else reversed(listed):
-            found[name].append(_child({"size": asdict(size), "variant": name}))
-    for name, several in found.items():
-        if any("error" in one for one in several):
-            yield {"variant": name, "error": next(one["error"] for one in several if "error" in one)}
-            continue
-        yield {"variant": name} | {
-            key: statistics.median(one[key] for one in several) for key in ("forward", "backward", "peak")
-        }
+
+    def one(name: str) -> dict[str, Any]:
+        try:
+            return _child(size, name)
+        except RuntimeError as error:
+            return {"error": str(error)}
+
+    for name, several in in_turns([n for n, _ in variants.available(size, "cpu", names)], rounds, one).items():
+        failed = next((found for found in several if "error" in found), None)
+        keys = ("forward", "backward", "peak")
+        yield {"variant": name} | (failed or {key: statistics.median(found[key] for found in several) for key in keys})
 
 
 @functools.cache
 def rates(device: str, size: Size) -> tuple[float, float]:
     """Copy bandwidth (bytes a second, read and written) and matrix-product rate (operations a second), measured now."""
     if device == "cpu":
-        found = _child({"size": asdict(replace(size, rows=min(size.rows, 1024))), "variant": "rates"})
+        found = _child(replace(size, rows=min(size.rows, 1024)), "rates")
         return found["bandwidth"], found["rate"]
     from triton.testing import do_bench
 
@@ -171,13 +199,9 @@ def _rates(size: Size, device: str, timed: Callable[[Callable[[], Any]], float])
     return bandwidth, 2 * rows * size.vocabulary * width / timed(lambda: torch.mm(h, w.t(), out=out))
 
 
-def _child(job: dict[str, Any]) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["size"]["threads"])}
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(job)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if run.returncode != 0:
-        return {"error": (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1]}
-    return json.loads(run.stdout.splitlines()[-1])
+def _child(size: Size, variant: str) -> dict[str, Any]:
+    script = str(Path(__file__).resolve())
+    return child([script, "--child"], {"size": asdict(size), "variant": variant}, size.threads)
 
 
 def _be_child(job: dict[str, Any]) -> dict[str, Any]:
@@ -245,12 +269,8 @@ def machine(device: str) -> dict[str, Any]:
 def measure(size: Size, device: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Lines of one size."""
     bandwidth, rate = rates(device, replace(size, form=""))
-    found = (
-        measure_cuda(size, arguments.variants)
-        if device == "cuda"
-        else measure_cpu(size, arguments.variants, arguments.rounds)
-    )
-    for one in found:
+    names, rounds = arguments.variants, arguments.rounds
+    for one in measure_cuda(size, names) if device == "cuda" else measure_cpu(size, names, rounds):
         for direction in ("forward", "backward", "total"):
             line = {**asdict(size), "variant": one["variant"], "direction": direction, "ms": "", "floor_ms": ""}
             line |= {"of_roofline": "", "peak_in_logits": "", "error": one.get("error", "")}

@@ -64,11 +64,8 @@ def config(job: dict[str, Any], **more: Any) -> GPT2Config:
         n_layer=job["layers"],
         n_head=job["heads"],
         n_positions=max(128, job["prompt_length"] + job["new_tokens"]),
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), EOS),
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **more,
     )
 

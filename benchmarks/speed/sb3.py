@@ -18,7 +18,7 @@ from stable_baselines3 import PPO
 
 from lm_envs.algos.other_libraries.sb3 import CausalLMActorCriticPolicy, TextVecEnv
 from lm_envs.benchmarks.run.storage import write_lines
-from lm_envs.benchmarks.speed.kernels import RESULTS, machine
+from lm_envs.benchmarks.speed.kernels import RESULTS, in_turns, machine, ratio
 from lm_envs.benchmarks.speed.settings import SB3 as Settings
 from lm_envs.benchmarks.speed.throughput import Load, timed
 from lm_envs.benchmarks.speed.throughput_work import Size, Work
@@ -61,19 +61,18 @@ def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
             ways[f"sb3 ppo, {settings.minibatches} minibatches"] = sb3(work, settings.epochs, settings.minibatches)
         for call in ways.values():
             call()  # first calls allocate and fill caches
-        load, times = Load(), {name: [] for name in ways}  # type: tuple[Load, dict[str, list[float]]]
-        for turn in range(settings.rounds):
-            for name in list(ways) if turn % 2 == 0 else reversed(ways):
-                times[name].append(timed(ways[name], "cpu"))
+        load = Load()
+        times = in_turns(ways, settings.rounds, lambda name, ways=ways: timed(ways[name], "cpu"))
         foreign = load.foreign()
         several = []
         for name, own in times.items():
             seconds = statistics.median(own)
-            ratio = statistics.median(mine / base for mine, base in zip(own, times[OURS], strict=True))
             line: dict[str, Any] = {"shape": shape, "vocabulary": work.size.model.vocabulary, "rows": settings.rows}
             line |= {"prompt": work.size.prompt_length, "new_tokens": settings.new_tokens, "epochs": settings.epochs}
             line |= {"way": name, "seconds": round(seconds, 4), "tokens_per_s": round(work.size.tokens / seconds, 1)}
-            several.append(line | {"times_ours": round(ratio, 3), "foreign_load": round(foreign, 3)} | about)
+            several.append(
+                line | {"times_ours": round(ratio(own, times[OURS]), 3), "foreign_load": round(foreign, 3)} | about
+            )
         yield several
 
 
@@ -89,7 +88,6 @@ def run(settings: Settings, out: Path | None = None) -> Path:
         raise ValueError(f"{tokens} do not divide into {settings.minibatches} minibatches")
     torch.set_num_threads(settings.threads)
     out = out or RESULTS / "sb3-cpu.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
     everything: list[dict[str, Any]] = []
     for several in lines(settings):
         everything += several

@@ -35,7 +35,7 @@ class Throughput:
     )
     """The fixed work, and the first model over response length, rows and vocabulary."""
     peaks: bool = True
-    """Do not measure memory, which is done for each way in a process of its own."""
+    """Measure peak memory, for each way in a process of its own."""
     add: bool = False
     """Keep what stands in the result and is not measured again, so that it can be made piece by piece."""
 
@@ -58,3 +58,21 @@ class SB3:
     """How often each runs; medians are reported."""
     threads: Threads = 1
     """Torch threads."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A batch, and a model of SmolLM2-135M's width."""
+
+    rows: Size = 8
+    """Texts."""
+    tokens: Size = 256
+    """Of each."""
+    layers: Size = 4
+    """Of the model."""
+    vocabulary: Size = 49_152
+    """Its tokens."""
+    threads: Threads = os.cpu_count() or 1
+    """Torch threads."""
+    rounds: Count = 3
+    """Processes per task and way; medians are reported."""

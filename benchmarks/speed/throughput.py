@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from lm_envs.benchmarks.run.storage import write_lines
-from lm_envs.benchmarks.speed.kernels import RESULTS, machine
+from lm_envs.benchmarks.speed.kernels import RESULTS, child, machine, ratio
 from lm_envs.benchmarks.speed.live_memory import LiveMemory
 from lm_envs.benchmarks.speed.settings import Throughput as Settings
 from lm_envs.benchmarks.speed.throughput_peers import PEERS, RIVALS, Peer, installed
@@ -45,6 +44,7 @@ FLOORS = {
     "grpo": ("bare forwards", "bare forward+backward"),
     "rloo": ("bare forwards", "bare forward+backward"),
 }
+# The ways over response lengths, rows and vocabularies.
 SCALING = (
     "generate",
     "bare forwards",
@@ -142,47 +142,36 @@ def measure(size: Size, names: Sequence[str], settings: Settings) -> dict[str, d
     counted), ``of_generate`` and ``of_peer`` (the median over rounds of generate's, or the rival's, time by its own).
     """
     with ExitStack() as stack:
-        peers = {name: Peer(name, size, settings.device, settings.threads) for name in names if name in PEERS}
-        for peer in peers.values():
+        peers = [Peer(name, size, settings.device, settings.threads) for name in names if name in PEERS]
+        for peer in peers:
             stack.enter_context(closing(peer))
-        return _measure(Work(size, settings.device), peers, names, settings)
-
-
-def _measure(work: Work, peers: dict[str, Peer], names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    ways = {name: peers[name] if name in peers else work.way(name) for name in names}
-    first = {}  # first calls allocate, compile kernels and fill caches
-    for name, call in ways.items():
-        start = time.perf_counter()
-        call()
-        _wait(settings.device)
-        first[name] = time.perf_counter() - start
-    times: dict[str, list[float]] = {name: [] for name in names}
-    worst = 0.0
-    for turn in range(settings.rounds):
-        for attempt in range(RETRIES):
-            load = Load(tuple(peers.values()))
-            order = list(names) if turn % 2 == 0 else list(reversed(names))
-            found = {name: timed(ways[name], settings.device) for name in order}
-            share = load.foreign()
-            if share <= FOREIGN or attempt == RETRIES - 1:
-                break
-        worst = max(worst, share)
-        for name, seconds in found.items():
-            times[name].append(seconds)
-    result = {}
-    for name in names:
-        result[name] = {
-            "seconds": statistics.median(times[name]),
-            "first": first[name],
-            "foreign": worst,
-            "of_generate": _ratio(times.get("generate"), times[name]),
-            "of_peer": _ratio(times.get(RIVALS.get(name, "")), times[name]),
-        }
+        work, made = Work(size, settings.device), {peer.way: peer for peer in peers}
+        ways = {name: made[name] if name in made else work.way(name) for name in names}
+        first = {}  # first calls allocate, compile kernels and fill caches
+        for name, call in ways.items():
+            start = time.perf_counter()
+            call()
+            _wait(settings.device)
+            first[name] = time.perf_counter() - start
+        times: dict[str, list[float]] = {name: [] for name in names}
+        worst = 0.0
+        for turn in range(settings.rounds):
+            for attempt in range(RETRIES):
+                load = Load(peers)
+                order = list(names)[:: -1 if turn % 2 else 1]
+                found = {name: timed(ways[name], settings.device) for name in order}
+                share = load.foreign()
+                if share <= FOREIGN or attempt == RETRIES - 1:
+                    break
+            worst = max(worst, share)
+            for name, seconds in found.items():
+                times[name].append(seconds)
+    result: dict[str, dict[str, Any]] = {}
+    for name, own in times.items():
+        result[name] = {"seconds": statistics.median(own), "first": first[name], "foreign": worst}
+        for key, base in (("of_generate", "generate"), ("of_peer", RIVALS.get(name, ""))):
+            result[name][key] = ratio(times[base], own) if base in times else None
     return result
-
-
-def _ratio(base: list[float] | None, own: list[float]) -> float | None:
-    return None if base is None else statistics.median(b / o for b, o in zip(base, own, strict=True))
 
 
 def peak(size: Size, name: str, settings: Settings) -> int:
@@ -191,12 +180,7 @@ def peak(size: Size, name: str, settings: Settings) -> int:
         with closing(Peer(name, size, settings.device, settings.threads)) as peer:
             return int(peer.ask("peak"))
     job = {"size": asdict(size), "way": name, "device": settings.device, "threads": settings.threads}
-    command = [sys.executable, "-m", "lm_envs.benchmarks.speed.throughput", json.dumps(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {name!r} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
+    return int(child(["-m", "lm_envs.benchmarks.speed.throughput"], job, settings.threads))
 
 
 def _be_child(job: dict[str, Any]) -> int:
@@ -246,7 +230,6 @@ def run(settings: Settings, out: Path | None = None) -> Path:
     torch.set_num_threads(settings.threads)
     policy = os.environ.get("OMP_WAIT_POLICY", "").lower()  # of idle threads; what is measured depends on it
     out = out or RESULTS / f"throughput-{settings.device}{policy and f'-{policy}'}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
     everything: list[dict[str, Any]] = []
     if settings.add and out.exists():
         with out.open(newline="", encoding="utf-8") as stream:
@@ -277,10 +260,5 @@ def _key(line: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(line[name]) for name in KEY)
 
 
-def main() -> None:
-    """A child that measures memory."""
-    print(json.dumps(_be_child(json.loads(sys.argv[1]))))
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(_be_child(json.loads(sys.argv[1]))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ from lm_envs.model.compiled import FixedRows
 from lm_envs.model.kv_cache import RowCache
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks.base import TextTask
+from lm_envs.trajectories import Trajectories
 
 EOS = 0
 GROUP = 4  # episodes per prompt where an algorithm compares them
@@ -67,7 +68,7 @@ class Size:
     def model(self) -> Shape:
         """The model's shape."""
         found = SHAPES[self.shape]
-        return Shape(found.layers, found.width, found.heads, self.vocabulary or found.vocabulary)
+        return replace(found, vocabulary=self.vocabulary or found.vocabulary)
 
     @property
     def tokens(self) -> int:
@@ -84,12 +85,8 @@ def config_of(size: Size, **more: Any) -> GPT2Config:
         n_layer=shape.layers,
         n_head=shape.heads,
         n_positions=max(128, size.prompt_length + size.new_tokens),
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), EOS),
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **more,
     )
 
@@ -151,12 +148,10 @@ class Work:
 
     def generate(self) -> Callable[[], object]:
         """Hugging Face's cached ``generate``, plain sampling."""
-        kwargs = dict(do_sample=True, top_k=0, pad_token_id=EOS, use_cache=True)
+        kwargs = dict(do_sample=True, top_k=0, pad_token_id=EOS, use_cache=True, max_new_tokens=self.size.new_tokens)
 
         def run() -> None:
-            out = self.model.generate(
-                self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=self.size.new_tokens, **kwargs
-            )
+            out = self.model.generate(self.ids, attention_mask=torch.ones_like(self.ids), **kwargs)
             assert out.shape[1] == self.size.prompt_length + self.size.new_tokens
 
         return run
@@ -212,22 +207,12 @@ class Work:
         task = copy.copy(self.task)
         object.__setattr__(task, "reward", reward or self.task.reward)
         env, policy = TextVectorEnv(task, self.size.rows, kl_coef=kl_coef), self._policy()
-
-        def run() -> None:
-            traj = collect(env, policy, episodes=self.size.rows)
-            assert int(traj.mask.sum()) == self.size.tokens
-
-        return run
+        return self._all_tokens(lambda: collect(env, policy, episodes=self.size.rows))
 
     def bulk(self, compile: bool = False) -> Callable[[], object]:
         """The fast path: generation, reference and reward model."""
         env, policy = self._env(), self._policy(compile=compile)
-
-        def run() -> None:
-            traj = rollout(env, policy, episodes=self.size.rows)
-            assert int(traj.mask.sum()) == self.size.tokens
-
-        return run
+        return self._all_tokens(lambda: rollout(env, policy, episodes=self.size.rows))
 
     def ppo(self, epochs: int, critic: bool = False, compile: bool = False) -> Callable[[], object]:
         """A whole iteration; ``critic`` is a separate model of the policy's size, as in TRL."""
@@ -235,17 +220,18 @@ class Work:
         if critic:
             value_from_reward_model(policy, self.task)
         settings: dict[str, Any] = dict(episodes=self.size.rows, epochs=epochs, minibatches=1, learning_rate=1e-5)
-        return self._iteration(PPO(policy, PPOConfig(**settings)), self._env())
+        agent, env = PPO(policy, PPOConfig(**settings)), self._env()
+        return self._all_tokens(lambda: agent.iteration(env)[0])
 
     def grouped(self, agent: Any, config: Any, compile: bool = False, **settings: Any) -> Callable[[], object]:
         """A whole iteration of an algorithm that compares the responses of a prompt."""
         chosen = config(episodes=self.size.rows, group_size=GROUP, minibatches=1, learning_rate=1e-5, **settings)
-        return self._iteration(agent(self._policy(compile=compile), chosen), self._env(group_size=GROUP))
+        made, env = agent(self._policy(compile=compile), chosen), self._env(group_size=GROUP)
+        return self._all_tokens(lambda: made.iteration(env)[0])
 
-    def _iteration(self, agent: Any, env: TextVectorEnv) -> Callable[[], object]:
+    def _all_tokens(self, sample: Callable[[], Trajectories]) -> Callable[[], object]:
         def run() -> None:
-            traj, _ = agent.iteration(env)
-            assert int(traj.mask.sum()) == self.size.tokens
+            assert int(sample().mask.sum()) == self.size.tokens
 
         return run
 
