@@ -25,7 +25,9 @@ from lm_envs.kernels.logprob_kl import (
     check_arguments,
     choose,
     describe,
+    each,
     logprob_kl_reference,
+    results,
 )
 
 LinearImplementation = Literal["auto", "torch", "chunks", "tiled"]
@@ -76,28 +78,26 @@ def linear_logprob_kl(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
-    ids = _check(hidden, weight, bias, ref_hidden, ref_weight, ids, mask, temperature, softcap, chunk_rows)
+    options = Options(float(temperature), softcap, precise)
+    ids = _check(hidden, weight, bias, ref_hidden, ref_weight, ids, mask, options, chunk_rows)
     if implementation not in get_args(LinearImplementation):
         names = ", ".join(get_args(LinearImplementation))
         raise ValueError(f"implementation must be one of {names}, got {implementation!r}")
-    options = Options(float(temperature), softcap, precise)
     if implementation == "tiled" and not (bias is None and exclude is None):
         raise ValueError('linear_logprob_kl: "tiled" takes neither bias nor exclude; "chunks" does')
     rows = _Rows.of(hidden, ref_hidden, ids, mask)
     if implementation == "torch":
         logits = torch.nn.functional.linear(rows.hidden, weight, bias)
-        ref_logits = (
-            None if rows.ref_hidden is None or ref_weight is None else rows.ref_hidden @ ref_weight.detach().t()
-        )
+        reference = None if ref_weight is None else ref_weight.detach()
+        ref_logits = None if rows.ref_hidden is None or reference is None else rows.ref_hidden @ reference.t()
         for given in (logits, ref_logits):
             if exclude is not None and given is not None:
                 exclude(given.detach(), rows.source)
-        found = tuple(logprob_kl_reference(logits, ref_logits, rows.ids, **options._asdict()))
+        found = logprob_kl_reference(logits, ref_logits, rows.ids, **options._asdict())
     else:
         job = _Job.of(rows, weight, ref_weight, options, implementation == "tiled", exclude, chunk_rows)
         found = _Linear.apply(rows.hidden, weight, bias, rows.ids, job)
-    shaped: list[Any] = [None if x is None else rows.spread(x, ids.shape) for x in found]
-    return LogprobKL(*shaped)
+    return each(found, lambda x: rows.spread(x, ids.shape))
 
 
 def linear_loss(
@@ -130,9 +130,9 @@ def linear_loss(
     Returns:
         a scalar, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
-    ids = _check(hidden, weight, bias, ref_hidden, ref_weight, ids, mask, temperature, softcap, chunk_rows)
-    rows = _Rows.of(hidden, ref_hidden, ids, mask)
     options = Options(float(temperature), softcap, precise)
+    ids = _check(hidden, weight, bias, ref_hidden, ref_weight, ids, mask, options, chunk_rows)
+    rows = _Rows.of(hidden, ref_hidden, ids, mask)
     job = _Job.of(rows, weight, ref_weight, options, False, exclude, chunk_rows)
     return _Loss.apply(rows.hidden, weight, bias, rows.ids, job, loss)
 
@@ -284,11 +284,10 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, ids, stats)
         ctx.job = job
         ctx.set_materialize_grads(False)
-        logprob, ref_logprob, entropy, kl = (stats[i].clone() for i in range(4))
-        if job.ref_hidden is None:
-            return logprob, None, entropy, None
-        ctx.mark_non_differentiable(ref_logprob)
-        return logprob, ref_logprob, entropy, kl
+        found = results(stats, job.ref_hidden is not None)
+        if found.ref_logprob is not None:
+            ctx.mark_non_differentiable(found.ref_logprob)
+        return tuple(found)
 
     @staticmethod
     @once_differentiable
@@ -318,13 +317,12 @@ class _Loss(torch.autograd.Function):
         for rows in chunks:
             z, r = chunks.logits(rows), chunks.ref_logits(rows)
             stats = chunks.forward(z, r, rows)
-            logprob, ref_logprob, entropy, kl = (stats[i].clone() for i in range(4))
-            inputs = [logprob, entropy] if r is None else [logprob, entropy, kl]
+            found = results(stats, r is not None)
+            inputs = [x for x in (found.logprob, found.entropy, found.kl) if x is not None]
             with torch.set_grad_enabled(any(needed)):
                 for x in inputs if any(needed) else []:
                     x.requires_grad_()
-                pair = (None, None) if r is None else (ref_logprob, kl)
-                value = loss(LogprobKL(logprob, pair[0], entropy, pair[1]), job.source[rows])
+                value = loss(found, job.source[rows])
                 if value.shape != ():
                     raise ValueError(f"linear_loss: loss must return a scalar, got {describe(('value', value))}")
                 total += value.detach()
@@ -356,8 +354,7 @@ def _check(
     ref_weight: Tensor | None,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    options: Options,
     chunk_rows: int | None,
 ) -> Tensor:
     """Raises ValueError unless it all fits; ids, int64, 0 where masked."""
@@ -383,4 +380,4 @@ def _check(
         raise ValueError(f"{what}: bias must be (V,) and of the weight's dtype; got {given}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{what}: chunk_rows must be at least 1, got {chunk_rows}")
-    return check_arguments(what, weight.shape[0], ids, mask, temperature, softcap, tensors)
+    return check_arguments(what, weight.shape[0], ids, mask, options, tensors)

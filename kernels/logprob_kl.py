@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -47,14 +48,7 @@ def scaled(logits: Tensor, temperature: float = 1.0, softcap: float | None = Non
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """``log_softmax(logits / temperature)`` over the last axis, float32 at least: the whole distribution.
-
-    Args:
-        logits: ``(..., V)`` floating; -inf excludes a token.
-        temperature: positive.
-
-    Returns:
-        ``(..., V)`` float32, or float64 for float64 logits.
+    """``log_softmax(logits / temperature)`` of ``(..., V)`` logits, float32 at least; -inf excludes a token.
 
     Raises:
         ValueError: a temperature that is not positive and finite.
@@ -110,20 +104,17 @@ def logprob_kl(
     """
     tensors = [("logits", logits), ("ref_logits", ref_logits), ("ids", ids), ("mask", mask)]
     _check_logits(logits, ref_logits, ids, tensors)
-    ids = check_arguments("logprob_kl", logits.shape[-1], ids, mask, temperature, softcap, tensors)
     options = Options(float(temperature), softcap, precise)
+    ids = check_arguments("logprob_kl", logits.shape[-1], ids, mask, options, tensors)
     chosen = choose(implementation, logits, ref_logits, options)
     if chosen == "torch":
-        return logprob_kl_reference(
-            logits, ref_logits, ids, temperature=temperature, softcap=softcap, mask=mask, precise=precise
-        )
+        return logprob_kl_reference(logits, ref_logits, ids, mask=mask, **options._asdict())
     z, r = _rows(logits), None if ref_logits is None else _rows(ref_logits)
     if r is not None and r.shape != z.shape:
         z, r = z.reshape(1, -1, z.shape[-1]), r.reshape(1, -1, r.shape[-1])
     keep = None if mask is None else mask.reshape(-1).contiguous()
     found = _Fused.apply(z, r, ids.reshape(-1).contiguous(), keep, options, backend(chosen))
-    shaped: list[Any] = [None if x is None else x.view(ids.shape) for x in found]
-    return LogprobKL(*shaped)
+    return each(found, lambda x: x.view(ids.shape))
 
 
 def logprob_kl_reference(
@@ -138,10 +129,8 @@ def logprob_kl_reference(
 ) -> LogprobKL:
     """The definition of :func:`logprob_kl` in plain torch; same arguments, results and meaning."""
     if mask is not None:  # before any arithmetic: NaN times zero is NaN
-        logits = torch.where(mask.unsqueeze(-1), logits, torch.zeros_like(logits))
-        ids = torch.where(mask, ids, torch.zeros_like(ids))
-        if ref_logits is not None:
-            ref_logits = torch.where(mask.unsqueeze(-1), ref_logits, torch.zeros_like(ref_logits))
+        logits, ids = logits.masked_fill(~mask.unsqueeze(-1), 0), ids.masked_fill(~mask, 0)
+        ref_logits = None if ref_logits is None else ref_logits.masked_fill(~mask.unsqueeze(-1), 0)
     log_p = torch.log_softmax(scaled(logits, temperature, softcap), dim=-1)
     p = log_p.exp()
     possible = p > 0
@@ -159,12 +148,8 @@ def logprob_kl_reference(
         else:
             terms = p * u
         kl = terms.sum(-1)
-    if mask is not None:
-        zero = torch.zeros((), dtype=logprob.dtype, device=logprob.device)
-        logprob, entropy = torch.where(mask, logprob, zero), torch.where(mask, entropy, zero)
-        if ref_logprob is not None and kl is not None:
-            ref_logprob, kl = torch.where(mask, ref_logprob, zero), torch.where(mask, kl, zero)
-    return LogprobKL(logprob, ref_logprob, entropy, kl)
+    found = LogprobKL(logprob, ref_logprob, entropy, kl)
+    return found if mask is None else each(found, lambda x: x.masked_fill(~mask, 0))
 
 
 def choose(implementation: str, logits: Tensor, ref_logits: Tensor | None, options: Options) -> str:
@@ -210,12 +195,10 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(z, r, ids, keep, stats)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing
-        logprob, ref_logprob, entropy, kl = (stats[i].clone() for i in range(4))
-        if r is None:
-            return logprob, None, entropy, None
-        if not ctx.needs_input_grad[1]:
-            ctx.mark_non_differentiable(ref_logprob)
-        return logprob, ref_logprob, entropy, kl
+        found = results(stats, r is not None)
+        if found.ref_logprob is not None and not ctx.needs_input_grad[1]:
+            ctx.mark_non_differentiable(found.ref_logprob)
+        return tuple(found)
 
     @staticmethod
     @once_differentiable
@@ -229,6 +212,18 @@ class _Fused(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dr = ctx.backend.backward_ref(z, r, ids, keep, stats, ref_coefficients, ctx.options)
         return dz, dr, None, None, None, None
+
+
+def each(found: Iterable[Tensor | None], change: Callable[[Tensor], Tensor]) -> LogprobKL:
+    """The results that are there, changed."""
+    changed: list[Any] = [None if x is None else change(x) for x in found]
+    return LogprobKL(*changed)
+
+
+def results(stats: Tensor, two: bool) -> LogprobKL:
+    """Copies of the first four rows of a backend's sums; of one model without what is of two."""
+    logprob, ref_logprob, entropy, kl = (stats[i].clone() for i in range(4))
+    return LogprobKL(logprob, ref_logprob if two else None, entropy, kl if two else None)
 
 
 def backward_coefficients(stats: Tensor, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
@@ -260,11 +255,8 @@ Named = list[tuple[str, Tensor | None]]
 
 def describe(*tensors: tuple[str, Tensor | None]) -> str:
     """Shape, dtype and device of each, for an error message."""
-
-    def one(x: Tensor) -> str:
-        return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
-
-    return ", ".join(f"{name} {one(x)}" for name, x in tensors if x is not None)
+    given = [(name, x, str(x.dtype).removeprefix("torch.")) for name, x in tensors if x is not None]
+    return ", ".join(f"{name} {tuple(x.shape)} {dtype} on {x.device}" for name, x, dtype in given)
 
 
 def check_numbers(what: str, temperature: float, softcap: float | None) -> None:
@@ -276,48 +268,39 @@ def check_numbers(what: str, temperature: float, softcap: float | None) -> None:
 
 
 def check_arguments(
-    what: str,
-    vocabulary: int,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    tensors: Named,
+    what: str, vocabulary: int, ids: Tensor, mask: Tensor | None, options: Options, tensors: Named
 ) -> Tensor:
     """What both forms ask of their arguments; returns int64 ids, 0 where masked.
 
     Raises:
-        ValueError: it names the ``tensors``, the first of which says the device.
+        ValueError: it describes the ``tensors``.
     """
-    check_numbers(what, temperature, softcap)
+    check_numbers(what, options.temperature, options.softcap)
+    given = describe(*tensors)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{what}: ids must be integers; got {describe(*tensors)}")
+        raise ValueError(f"{what}: ids must be integers; got {given}")
     if mask is not None and (mask.shape != ids.shape or mask.dtype != torch.bool):
-        raise ValueError(f"{what}: mask must be bool and of the shape of ids; got {describe(*tensors)}")
+        raise ValueError(f"{what}: mask must be bool and of the shape of ids; got {given}")
     if len({x.device for _, x in tensors if x is not None}) > 1:
-        raise ValueError(f"{what}: all tensors must be on one device; got {describe(*tensors)}")
+        raise ValueError(f"{what}: all tensors must be on one device; got {given}")
     ids = ids.long()
     if mask is not None:
         ids = ids.masked_fill(~mask, 0)
     if ids.device.type == "cpu" and ids.numel():  # elsewhere to look would be to wait
         least, most = (int(x) for x in torch.aminmax(ids))
         if least < 0 or most >= vocabulary:
-            raise ValueError(
-                f"{what}: ids must be in [0, {vocabulary}) where the mask is True, found {least} to {most}; got "
-                f"{describe(*tensors)}"
-            )
+            found = f"found {least} to {most}; got {given}"
+            raise ValueError(f"{what}: ids must be in [0, {vocabulary}) where the mask is True, {found}")
     return ids
 
 
 def _check_logits(logits: Tensor, ref_logits: Tensor | None, ids: Tensor, tensors: Named) -> None:
+    problem = None
     if logits.ndim < 1 or logits.shape[-1] < 1 or not logits.is_floating_point():
-        raise ValueError(f"logprob_kl: logits must be floating and (..., V) with V >= 1; got {describe(*tensors)}")
-    if logits.shape[:-1] != ids.shape:
-        raise ValueError(
-            f"logprob_kl: logits and ids do not fit, expected (..., V) and (...); got {describe(*tensors)}"
-        )
-    if ref_logits is not None and (ref_logits.shape != logits.shape or not ref_logits.is_floating_point()):
-        raise ValueError(
-            "logprob_kl: logits and ref_logits differ, policy and reference need the same vocabulary; got "
-            f"{describe(*tensors)}"
-        )
+        problem = "logits must be floating and (..., V) with V >= 1"
+    elif logits.shape[:-1] != ids.shape:
+        problem = "logits and ids do not fit, expected (..., V) and (...)"
+    elif ref_logits is not None and (ref_logits.shape != logits.shape or not ref_logits.is_floating_point()):
+        problem = "logits and ref_logits differ, policy and reference need the same vocabulary"
+    if problem is not None:
+        raise ValueError(f"logprob_kl: {problem}; got {describe(*tensors)}")

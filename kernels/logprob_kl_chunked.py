@@ -42,11 +42,10 @@ def forward(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, optio
         buffers = _Buffers(z)
         for rows, x, y in _scaled_blocks(blocks, buffers, options):
             out, here = stats[:, rows], ids[rows].unsqueeze(1)
-            guarded = keep is not None and not bool(keep[rows].all())
-            if guarded:  # what a masked row holds must not reach the arithmetic
-                assert keep is not None
-                x = torch.where(keep[rows].unsqueeze(1), x, 0.0)
-                y = None if y is None else torch.where(keep[rows].unsqueeze(1), y, 0.0)
+            dropped = None if keep is None or bool(keep[rows].all()) else ~keep[rows]
+            if dropped is not None:  # what a masked row holds must not reach the arithmetic
+                x = x.masked_fill(dropped.unsqueeze(1), 0.0)
+                y = None if y is None else y.masked_fill(dropped.unsqueeze(1), 0.0)
             m = x.amax(1, keepdim=True)
             d = torch.sub(x, m, out=buffers(0, x))
             w = torch.exp(d, out=buffers(1, x))
@@ -76,11 +75,9 @@ def forward(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, optio
                 out[3] = b / total - log_z + log_q
                 if options.precise:
                     out[3] = _precise(d, w, e, total, ref_total, log_z, log_q)
+            if dropped is not None:
+                out.masked_fill_(dropped, 0.0)
             out[_GUARD] = float(excluded)
-            if guarded:
-                assert keep is not None
-                out.masked_fill_(~keep[rows], 0.0)
-                out[_GUARD] = float(excluded)
 
     _share(z, r, work)
     return stats

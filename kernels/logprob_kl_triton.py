@@ -51,23 +51,13 @@ def _pair(x: float) -> tuple[float, float]:
 def _arguments(z: Tensor, r: Tensor | None, keep: Tensor | None, options: Options) -> tuple[dict[str, Any], Tensor]:
     """What all kernels take, and the reference's logits, which must be some pointer."""
     other = z if r is None else r
-    high, low = _pair(1.0 / options.temperature)
-    cap_high, cap_low = _pair(options.softcap or 1.0)
-    common = {
-        "N": z.shape[0] * z.shape[1],
-        "inner": z.shape[1],
-        "V": z.shape[2],
-        **dict(zip(("z_outer", "z_inner", "z_stride"), z.stride(), strict=True)),
-        **dict(zip(("r_outer", "r_inner", "r_stride"), other.stride(), strict=True)),
-        "inv_t_high": high,
-        "inv_t_low": low,
-        "cap_high": cap_high,
-        "cap_low": cap_low,
-        "MASKED": keep is not None,
-        "SOFTCAP": options.softcap is not None,
-        "ACC": tl.float64 if z.dtype == torch.float64 else tl.float32,
-    }
-    return common, other
+    common: dict[str, Any] = {"N": z.shape[0] * z.shape[1], "inner": z.shape[1], "V": z.shape[2]}
+    for name, x in (("z", z), ("r", other)):
+        common |= dict(zip((f"{name}_outer", f"{name}_inner", f"{name}_stride"), x.stride(), strict=True))
+    common["inv_t_high"], common["inv_t_low"] = _pair(1.0 / options.temperature)
+    common["cap_high"], common["cap_low"] = _pair(options.softcap or 1.0)
+    common |= {"MASKED": keep is not None, "SOFTCAP": options.softcap is not None}
+    return common | {"ACC": tl.float64 if z.dtype == torch.float64 else tl.float32}, other
 
 
 def splits(rows: int, vocabulary: int, device: torch.device) -> int:
@@ -127,10 +117,10 @@ def backward(
     dz = empty_gradient(z) if out is None else out
     if dz.numel() == 0:
         return dz
+    rows, vocabulary = ids.numel(), z.shape[2]
     common, other = _arguments(z, r, keep, options)
     mask = ids if keep is None else keep
-    strided = {"STRIDED": z.stride(2) != 1 or other.stride(2) != 1, "bucket": z.shape[2].bit_length()}
-    rows, vocabulary = ids.numel(), z.shape[2]
+    strided = {"STRIDED": z.stride(2) != 1 or other.stride(2) != 1, "bucket": vocabulary.bit_length()}
     with _on(z):
         _backward_kernel[lambda meta: (rows * triton.cdiv(vocabulary, meta["BLOCK"]),)](
             z, other, ids, mask, stats, coefficients.contiguous(), dz, **common, **strided, TWO=r is not None
