@@ -46,13 +46,8 @@ def unable(logits: Tensor, ref_logits: Tensor | None, options: Options) -> str |
 
 
 def forward(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, options: Options) -> Tensor:
-    """Results and what backward needs, ``(8, N)`` float32: logprob, ref_logprob, entropy, kl, m, log Z, n, log Q,
-    where m and n are not divided by the temperature.
-
-    Args:
-        z, r: ``(outer, inner, V)``, stride 1 along V.
-        ids, keep: ``(outer * inner,)`` int64 and bool.
-    """
+    """As of :func:`~lm_envs.kernels.logprob_kl_chunked.forward`, ``(8, N)`` float32, m and n not divided by the
+    temperature; z and r have stride 1 along V."""
     stats = torch.empty(8, ids.numel(), dtype=torch.float32)
     call = _function("forward", z.dtype)
     common = _common(z, r, ids, keep)
@@ -71,12 +66,7 @@ def backward(
     options: Options,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``dz_v = ([v = a] g - p_v (c0 + c1 l_v + c2 k_v)) / T``, ``(outer, inner, V)``.
-
-    Args:
-        coefficients: ``(4, N)``: g, c0, c1, c2.
-        out: contiguous, where to write it; may be ``z`` itself.
-    """
+    """As of :func:`~lm_envs.kernels.logprob_kl_chunked.backward`; ``out`` is contiguous and may be ``z`` itself."""
     dz = empty_gradient(z) if out is None else out
     coefficients = coefficients.contiguous()
     call = _function("backward", z.dtype)

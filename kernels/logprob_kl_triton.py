@@ -72,13 +72,8 @@ def splits(rows: int, vocabulary: int, device: torch.device) -> int:
 def forward(
     z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, options: Options, parts: int | None = None
 ) -> Tensor:
-    """Results and what backward needs, ``(8, N)``: logprob, ref_logprob, entropy, kl, m, log Z, n, log Q.
-
-    Args:
-        z, r: ``(outer, inner, V)``, any strides.
-        ids, keep: ``(outer * inner,)`` int64 and bool.
-        parts: of each row, a power of two; chosen by :func:`splits` if None.
-    """
+    """As of :func:`~lm_envs.kernels.logprob_kl_chunked.forward`, ``(8, N)``, of any strides; ``parts`` of each row, a
+    power of two, are chosen by :func:`splits` if None."""
     rows, vocabulary = ids.numel(), z.shape[2]
     stats = torch.zeros(8, rows, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32, device=z.device)
     if rows == 0:
@@ -108,12 +103,8 @@ def backward(
     options: Options,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient in z, ``(outer, inner, V)`` contiguous.
-
-    Args:
-        coefficients: ``(4, N)``: g, c0, c1, c2.
-        out: where to write it; not ``z`` itself, since tuning runs a kernel several times.
-    """
+    """As of :func:`~lm_envs.kernels.logprob_kl_chunked.backward`; ``out`` is not ``z`` itself: tuning runs a kernel
+    several times."""
     dz = empty_gradient(z) if out is None else out
     if dz.numel() == 0:
         return dz
