@@ -174,7 +174,7 @@ def chosen_prompts(samples: dict[str, list[dict[str, Any]]]) -> list[tuple[int, 
 
 
 def _samples(series: list[Series], style: Style) -> str:
-    samples = {s.label: found for s in series if (found := s.test_samples())}
+    samples = {s.label: mine for s in series if (mine := s.test_samples())}
     if not samples:
         return ""
     seeds = ", ".join(map(str, sorted({s.results[0]["seed"] for s in series})))

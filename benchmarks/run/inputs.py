@@ -31,7 +31,7 @@ def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
     options = settings.get("options") or {name: settings[name] for name in ("model", "data") if name in settings}
     if "options" in settings:
         options |= {"task": base_task(spec.task)[0], "algorithm": spec.algorithm}
-    found = {}
+    found: dict[str, str | None] = {}
     for name, value in options.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
