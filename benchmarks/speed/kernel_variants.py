@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     ref_weight: Tensor | None = None
 
     @property
-    def linear(self) -> tuple[Any, ...]:
+    def linear(self) -> tuple[Any, Any, Any, Any, Any]:
         """The first arguments of the linear form."""
         return self.hidden, self.weight, self.ref_hidden, self.ref_weight, self.ids
 

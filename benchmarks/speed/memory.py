@@ -65,8 +65,8 @@ def _be_child(task: str, rows: int, tokens: int, layers: int, vocabulary: int, t
         from lm_envs.algos.ops.losses import dpo_loss
         from lm_envs.algos.policies.language_model import LMPolicy
     except ImportError:  # a checkout from before these folders
-        from lm_envs.algos.policies import LMPolicy
-        from lm_envs.algos.preference_losses import dpo_loss
+        from lm_envs.algos.policies import LMPolicy  # type: ignore[attr-defined,no-redef]
+        from lm_envs.algos.preference_losses import dpo_loss  # type: ignore[import-not-found,no-redef]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lm_envs.trajectories import Trajectories

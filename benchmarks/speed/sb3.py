@@ -61,8 +61,12 @@ def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
             ways[f"sb3 ppo, {settings.minibatches} minibatches"] = sb3(work, settings.epochs, settings.minibatches)
         for call in ways.values():
             call()  # first calls allocate and fill caches
+
+        def one(name: str, ways: dict[str, Callable[[], object]] = ways) -> float:
+            return timed(ways[name], "cpu")
+
         load = Load()
-        times = in_turns(ways, settings.rounds, lambda name, ways=ways: timed(ways[name], "cpu"))
+        times = in_turns(ways, settings.rounds, one)
         foreign = load.foreign()
         several = []
         for name, own in times.items():
