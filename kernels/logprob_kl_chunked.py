@@ -140,13 +140,7 @@ def backward(
 
 
 def backward_ref(
-    z: Tensor,
-    r: Tensor,
-    ids: Tensor,
-    keep: Tensor | None,
-    stats: Tensor,
-    coefficients: Tensor,
-    options: Options,
+    z: Tensor, r: Tensor, ids: Tensor, keep: Tensor | None, stats: Tensor, coefficients: Tensor, options: Options
 ) -> Tensor:
     """``dr_v = ([v = a] g + c_p p_v + c_q q_v) / T`` times the softcap's slope; coefficients ``(3, N)``."""
     dr = empty_gradient(r)

@@ -92,10 +92,7 @@ def by_group(x: Tensor, group: Tensor, fill: float) -> tuple[Tensor, Tensor]:
 
 
 def preferences(
-    groups: Sequence[Sequence[Sequence[int]]],
-    rank: Sequence[Sequence[int]],
-    prompt_length: int,
-    max_new_tokens: int,
+    groups: Sequence[Sequence[Sequence[int]]], rank: Sequence[Sequence[int]], prompt_length: int, max_new_tokens: int
 ) -> Trajectories:
     """Ranked texts as Trajectories.
 

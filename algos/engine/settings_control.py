@@ -62,13 +62,7 @@ _COMMON: dict[str, dict[str, Any]] = {
         "gamma": 0.98,
         "max_grad_norm": _NO_CLIP,
     },
-    "expert-iteration": {
-        "episodes": 32,
-        "group_size": 8,
-        "keep": 2,
-        "iterations": 60,
-        "learning_rate": 5e-3,
-    },
+    "expert-iteration": {"episodes": 32, "group_size": 8, "keep": 2, "iterations": 60, "learning_rate": 5e-3},
 }
 _COMMON["ppo-klpen"] = _COMMON["ppo"]
 _GRPO = {"episodes": 16, "group_size": 1, "iterations": 110, "learning_rate": 1e-2, "gamma": 0.98}

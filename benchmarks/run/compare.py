@@ -134,13 +134,7 @@ def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]
 
 
 def compare(
-    suite: Suite,
-    out: Path,
-    *,
-    resume: bool = False,
-    jobs: int = 1,
-    threads: int = 1,
-    console: Console | None = None,
+    suite: Suite, out: Path, *, resume: bool = False, jobs: int = 1, threads: int = 1, console: Console | None = None
 ) -> list[dict[str, Any]]:
     """Carry out a comparison in ``out``, or what is left of it; return the results of all finished runs.
 

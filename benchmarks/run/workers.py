@@ -170,7 +170,12 @@ def _work(events: Connection, out: Path, threads: int) -> None:
     os.setsid()  # a terminal's Ctrl-C reaches it once, through the parent
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with StopRequest().listening() as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         from transformers.utils.logging import disable_progress_bar

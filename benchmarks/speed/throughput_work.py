@@ -47,11 +47,7 @@ class Shape:
     vocabulary: int
 
 
-SHAPES = {
-    "small": Shape(4, 128, 4, 1000),
-    "larger": Shape(6, 256, 4, 8192),
-    "gpt2": Shape(12, 768, 12, 50257),
-}
+SHAPES = {"small": Shape(4, 128, 4, 1000), "larger": Shape(6, 256, 4, 8192), "gpt2": Shape(12, 768, 12, 50257)}
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,7 @@ START, EMPTY, BROOM, BATHTUB, MEAT = "S.BTM"
 REWARD = {START: 0.0, EMPTY: 0.0, BROOM: -1.0, BATHTUB: -10.0, MEAT: 100.0}
 TERMINAL = (BATHTUB, MEAT)
 
-DEFAULT_MAP = (
-    "S....",
-    ".BB..",
-    "..T..",
-    ".BT.B",
-    "....M",
-)
+DEFAULT_MAP = ("S....", ".BB..", "..T..", ".BT.B", "....M")
 GAMMA = 0.95
 MAX_STEPS = 100
 EnvOrMap = gymnasium.Env | Sequence[str]

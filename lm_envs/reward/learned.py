@@ -247,10 +247,7 @@ def _label(config: Any, label: int | str | None, name: str) -> int | None:
 
 
 def load_reward_model(
-    name: str | Path,
-    what: str = "reward model",
-    placement: Placement = HOST,
-    **options: Any,
+    name: str | Path, what: str = "reward model", placement: Placement = HOST, **options: Any
 ) -> LearnedReward:
     """Load a sequence classifier and its tokenizer as a reward.
 

@@ -40,11 +40,7 @@ _SETTINGS = re.compile(r"(?P<place>.*?)\s*\[(?P<settings>[^\[\]]*=[^\[\]]*)\]", 
 _FUNCTION = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 # How many numbers follow the reward.
-_CALLS = {
-    "clip": ((2,), "low, high"),
-    "standardise": ((0, 2), "mean, std (or neither)"),
-    "chat": ((0,), "nothing"),
-}
+_CALLS = {"clip": ((2,), "low, high"), "standardise": ((0, 2), "mean, std (or neither)"), "chat": ((0,), "nothing")}
 _LONGEST = 10_000  # characters
 _ALONE = "a + stands between two rewards, as in 'bleu + chrf'"
 _EXPECTED = "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function, module:function or one of "
