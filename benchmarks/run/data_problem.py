@@ -190,7 +190,7 @@ class DataProblem(Problem):
             "agent": asdict(self.agent.config),
             "data": {name: value for name, value in self.info.items() if name != "skipped_rows"}
             | {"trained_on": len(self._train), "held_out": 0 if self._held is None else len(self._held)},
-        } | self.sizes(self.model)
+        } | self.sizes(self.model, self.model)
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return self._measure(_SAMPLE), []

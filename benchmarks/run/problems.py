@@ -93,10 +93,11 @@ class Problem(Protocol):
         """What training and measuring took."""
         return cost.total(self.agent, self.given, measured)
 
-    def sizes(self, model: Any) -> dict[str, int]:
-        """How many numbers a model has, and how many are trained, those of value heads included."""
-        trained = 0 if self.agent is None else sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
-        return {"parameters": sum(p.numel() for p in model.parameters()), "trainable_parameters": trained}
+    def sizes(self, model: Any, trained: Any = None) -> dict[str, int]:
+        """How many numbers a model has, and how many of ``trained`` (the policy with its heads) are trained."""
+        module = trained or (None if self.agent is None else self.policy)
+        count = 0 if module is None else sum(p.numel() for p in module.parameters() if p.requires_grad)
+        return {"parameters": sum(p.numel() for p in model.parameters()), "trainable_parameters": count}
 
 
 class TextProblem(Problem):

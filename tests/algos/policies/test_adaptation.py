@@ -322,9 +322,9 @@ def test_in_bfloat16_too():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"freeze_layers": -1}, "freeze_layers must be a whole number of at least 0, got -1"),
+        ({"freeze_layers": -1}, "freeze_layers must be at least 0, not -1"),
         ({"lora_rank": 1.5}, "lora_rank must be a whole number"),
-        ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha must be a positive number"),
+        ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha must be above 0"),
         ({"lora_alpha": 4.0}, "mean nothing without lora_rank"),
         ({"freeze_layers": 3}, "freeze_layers=3, and GPT2LMHeadModel has 2 layers"),
         ({"lora_rank": 2, "lora_targets": ["q_proj"]}, "called 'q_proj'; there are c_attn, c_fc, c_proj"),
