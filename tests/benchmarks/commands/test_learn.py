@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_refused_before_training(folder, tmp_path, capsys):
     assert "holds demonstrations (prompt/completion), and preferences are wanted" in said
     assert "no such file" in refused(capsys, "sft", "--model", model, "--data", tmp_path / "none.jsonl", *out)
     assert "no such folder" in refused(capsys, "sft", "--model", tmp_path / "none", "--data", data, *out)
-    assert "--epochs must be positive" in refused(capsys, "sft", "--model", model, "--data", data, *out, "--epochs", 0)
+    assert "--epochs must be above 0" in refused(capsys, "sft", "--model", model, "--data", data, *out, "--epochs", 0)
     deep = tmp_path / "a" / "b"
     assert "no such folder" in refused(capsys, "sft", "--model", "./none", "--data", data, "--out", deep)
     assert not (tmp_path / "a").exists()

@@ -319,7 +319,7 @@ def test_a_run_of_few_iterations_has_a_learning_curve_too(tmp_path):
 
 def test_room_is_checked_for_the_responses_that_the_env_will_have(tmp_path):
     """`--env max_new_tokens` decides, not the task's own number."""
-    made = {"task": "custom", "algorithm": "ppo", "seed": 0, "plan": Plan(iterations=1, test_prompts=1)}
+    made = {"task": "custom", "algorithm": "ppo", "seed": 0, "plan": Plan(iterations=1, test_prompts=2)}
     options = {**byo.make(tmp_path).options, "samples": 4, "max_new_tokens": 47}
     with pytest.raises(ValueError, match="responses up to 47, together more than the model's context of 48"):
         TextProblem(RunSpec(**made, options=options))
