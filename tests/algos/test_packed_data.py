@@ -9,6 +9,7 @@ import torch
 
 from lm_envs.algos.dpo import DPO, DPOConfig
 from lm_envs.algos.engine.comparisons import Comparisons
+from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.sft import SFT, SFTConfig
 from lm_envs.data.dataset import Examples
@@ -64,7 +65,7 @@ def test_rows_are_those_of_memory(packed):
     for name in ("actions", "mask", "prompt", "response", "obs", "group", "rank", "terminated"):
         assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
     assert stored.longest == (int((memory.prompt >= 0).sum(1).max()), int(memory.lengths.max()))
-    batches = [Comparisons("x", data).batches(4, 0, 0) for data in (stored, memory)]
+    batches = [Comparisons("x", data).batches(AgentConfig(episodes=4, seed=0), 0) for data in (stored, memory)]
     for _ in range(4):
         mine, theirs = map(next, batches)
         assert torch.equal(mine.group, theirs.group) and torch.equal(mine.rank, theirs.rank)
