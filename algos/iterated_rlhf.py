@@ -83,7 +83,7 @@ class IteratedRLHF(PPO):
 
     @classmethod
     def lacks(cls, task: TextTask, config: Any) -> str | None:
-        """Of what annotators and their reward models are made, what the task does not have."""
+        """Return what annotators or their reward models need and the task lacks."""
         if task.judge is None:
             return "a judge for simulated annotators to follow"
         if not isinstance(task.reward, LearnedReward):

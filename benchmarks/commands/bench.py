@@ -44,9 +44,9 @@ class BenchKernels:
     vocabularies: Annotated[tuple[Size, ...], tyro.conf.arg(metavar="V ...")] = ()
     """Sizes of the vocabulary."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
-    """Of the logits."""
+    """Data types of the logits."""
     width: Annotated[Size | None, tyro.conf.arg(metavar="H")] = None
-    """Of the hidden states, for the linear form."""
+    """Width of the hidden states, for the linear form."""
     forms: tuple[Literal["single", "dual", "linear"], ...] = ()
     """One model or two, from logits; or both, from hidden states."""
     variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()

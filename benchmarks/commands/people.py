@@ -217,21 +217,21 @@ class Simulate:
 
     study: Folder
     annotators: Count = 3
-    """How many."""
+    """Number of annotators."""
     strength: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SOURCE=X")] = ()
     """How good a source's responses are; 0 if not given; may be given again."""
     temperature: Annotated[float, tyro.conf.arg(metavar="T")] = 1.0
-    """Of the choices; 0 always takes the better one."""
+    """Temperature of the choices; at 0 the better response always wins."""
     flip: Probability = 0.0
-    """How often an answer is turned round."""
+    """Probability that an answer is reversed."""
     length_bias: float = 0.0
-    """Liking for each character of a response."""
+    """Utility added per character of a response."""
     position_bias: float = 0.0
-    """Liking for the response shown first."""
+    """Utility added to the response shown first."""
     limit: Count | None = None
     """Answers per annotator at most."""
     seed: Seed = 0
-    """Decides the choices."""
+    """Seed of the choices."""
 
     def run(self, console: Console) -> None:
         """Answer."""
@@ -305,7 +305,7 @@ class Export:
 
     study: Folder
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """Where to."""
+    """File to write."""
     layout: Literal["kwise", "pairs", "csv"] = "kwise"
     """Ranked completions (JSONL), TRL's prompt, chosen, rejected (JSONL), or CSV."""
 
@@ -326,7 +326,7 @@ class Forget:
 
     study: Folder
     annotator: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """Who."""
+    """Annotator to delete."""
 
     def run(self, console: Console) -> None:
         """Delete it."""

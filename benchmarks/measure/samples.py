@@ -179,7 +179,7 @@ def wins(gold: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[n
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean of independent values: ``sqrt(sum (x - mean)^2 / (n - 1) / n)``; NaN for fewer than two.
+    """Standard error of a mean of independent values: ``sqrt(sum (x - mean)^2 / (n - 1) / n)``; NaN for fewer than two.
 
     For a win-rate the values are the outcomes per prompt, ties included as 1/2, so it is not the binomial formula,
     which would overstate it where there are ties.

@@ -62,7 +62,7 @@ def _sources(spec: Spec) -> Iterator[Source]:
 
 
 def _model(place: str) -> str | None:
-    """Of weights, config and tokenizer; of adapters also those of their base."""
+    """Hash weights, config and tokenizer, for adapters also those of their base."""
     folder = Path(os.path.expanduser(place))
     if not os.path.isdir(folder):
         return commit_of(place)
@@ -83,7 +83,7 @@ def _rows(place: str) -> str | None:
 
 
 def _module(name: str) -> str | None:
-    """Of a Python file, or of a module's; "" is none of the user's."""
+    """Hash a Python file or a module; None where there is none."""
     if name.endswith(".py"):
         return _file(name)
     try:

@@ -63,7 +63,7 @@ class Size:
 
     @property
     def bytes(self) -> int:
-        """Of one logits tensor."""
+        """Bytes of one logits tensor."""
         return self.rows * self.vocabulary * (2 if self.dtype == "bfloat16" else 4)
 
     def floor(self, direction: str, bandwidth: float, rate: float) -> float:

@@ -53,7 +53,7 @@ class SB3:
     epochs: Count = 4
     """Passes over each buffer."""
     minibatches: Count = 4
-    """Of one way more on the first shape, whose minibatches are smaller than the buffer; 1 leaves it out."""
+    """Minibatches per buffer of one additional way on the first shape; 1 leaves it out."""
     rounds: Count = 5
     """How often each runs; medians are reported."""
     threads: Threads = 1
@@ -67,9 +67,9 @@ class Memory:
     rows: Size = 8
     """Texts."""
     tokens: Size = 256
-    """Of each."""
+    """Tokens per row."""
     layers: Size = 4
-    """Of the model."""
+    """Layers of the model."""
     vocabulary: Size = 49_152
     """Its tokens."""
     threads: Threads = os.cpu_count() or 1

@@ -232,7 +232,7 @@ def check_tools(device: str) -> None:
 
 @torch.no_grad()
 def _deviation(model: PreTrainedModel) -> float:
-    """By how much log-probabilities of three steps differ, at the most, between fixed shapes and others."""
+    """Return the largest difference of log-probabilities over three steps between fixed and growing shapes."""
     last = int(model.get_input_embeddings().weight.shape[0]) - 1
     prompts = torch.tensor([[-1, -1, last], [1, last // 2, last // 3]], device=model.device)
     usual, fixed = RowCache(model), FixedRows(model, 4, TRIED)
