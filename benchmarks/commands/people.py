@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import getpass
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Interval
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from lm_envs import files
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run.storage import jsonable
 from lm_envs.feedback.store import Store
+from lm_envs.feedback.study import MOST
 from lm_envs.settings import Count, Positive, Probability, Seed
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
@@ -40,7 +44,7 @@ class New:
     """A policy to sample from; may be given again."""
     prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """What to sample responses to."""
-    responses: Count = 2
+    responses: Annotated[int, Interval(ge=2, le=MOST)] = 2
     """Responses per prompt, of all policies and temperatures together."""
     temperature: Annotated[tuple[Positive, ...], tyro.conf.arg(metavar="T ...")] = (1.0,)
     """Temperatures to sample at."""
@@ -280,7 +284,7 @@ class Results:
 
         summary = summarize(_open(self.study).judgments(), self.against)
         if self.json:
-            print(json.dumps(summary, indent=1))
+            print(json.dumps(jsonable(summary), indent=1))
             return
         for title, rows in summary.items():
             if not rows:
@@ -364,7 +368,9 @@ def _open(folder: Path) -> Store:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.2f}"
+    return str(value)
 
 
 def _toml(settings: object) -> str:

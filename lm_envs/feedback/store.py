@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lm_envs import rng
-from lm_envs.feedback.study import Answer, Item, Response, StudySettings
+from lm_envs.feedback.study import MOST, Answer, Item, Response, StudySettings
 
 FILE = "study.sqlite"
 _SCHEMA = """
@@ -132,11 +132,10 @@ class Store:
             }
             for item in items:
                 count = len(item.responses)
-                if count < 2 or (self.settings.mode == "pair" and count != 2):
-                    raise ValueError(
-                        f"an item has {count} response(s) and mode {self.settings.mode!r} compares "
-                        f"{'exactly two' if self.settings.mode == 'pair' else 'two or more'}"
-                    )
+                most = 2 if self.settings.mode == "pair" else MOST
+                if not 2 <= count <= most:
+                    wanted = "2" if most == 2 else f"2 to {most}"
+                    raise ValueError(f"an item of mode {self.settings.mode!r} has {wanted} responses, not {count}")
                 prompt = json.dumps(item.prompt)
                 texts = tuple(response.text for response in item.responses)
                 if (prompt, texts) in have:

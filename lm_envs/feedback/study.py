@@ -21,6 +21,7 @@ from lm_envs.settings import Count, Positive, Seed, Settings, make
 SETTINGS = "study.toml"
 Mode = Literal["pair", "rank", "rate"]
 LONGEST = 20_000  # characters of a note or a reason
+MOST = 26  # responses of an item, which are called A to Z
 
 # What InstructGPT's annotators ticked (Ouyang et al. 2022, table 3), in our words.
 INSTRUCT_FLAGS = {

@@ -65,13 +65,16 @@ def test_from_texts_to_ratings_and_rows_of_data(tmp_path: Path, capsys: Any) -> 
     main(simulate)
     capsys.readouterr()
     main(["people", "results", str(study), "--json"])
-    found = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr().out
+    found = json.loads(told)
+    assert "NaN" not in told  # which is no JSON
     assert [row["source"] for row in found["Ratings"]] == ["strong", "middle", "weak"]
     assert [row["answers"] for row in found["Annotators"]] == [40, 40]
     agreement = {row["measure"]: row["value"] for row in found["Agreement between annotators"]}
     assert 0.6 < agreement["raw agreement of two people"] < 1
     main(["people", "results", str(study)])
-    assert "Bradley-Terry" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Bradley-Terry" in told and "nan" not in told
     main(["people", "export", str(study), str(tmp_path / "out.jsonl")])
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().split("\n") if line]
     assert len(rows) == 80 and sorted(rows[0]["ranks"]) == [0, 1, 2]

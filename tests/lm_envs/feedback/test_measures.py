@@ -105,6 +105,11 @@ def test_elo_of_one_battle_by_hand() -> None:
     assert drawn["a"].value == pytest.approx(1000)
 
 
+def test_a_tie_is_half_a_win_and_one_source_fights_no_battle() -> None:
+    found = ratings.battles([judged("x", 3, (1, 0, 1), ("a", "b", "c")), judged("y", 4, (0, 1), ("a", "a"))])
+    assert found == [Battle(3, "a", "b", 0.0), Battle(3, "a", "c", 0.5), Battle(3, "b", "c", 1.0)]
+
+
 def test_cycles() -> None:
     circle = [Battle(0, "a", "b", 1.0), Battle(1, "b", "c", 1.0), Battle(2, "c", "a", 1.0)]
     assert ratings.cycles(circle) == (1, 1)

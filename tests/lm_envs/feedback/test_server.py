@@ -255,3 +255,9 @@ def test_an_answer_on_an_old_version_is_refused_by_the_store_too(tmp_path: Path)
     store.answer(number, task.item, Answer(ranks=(0, 1)), 0)
     with pytest.raises(StaleAnswer):
         store.answer(number, task.item, Answer(ranks=(1, 0)), 0)
+
+
+@pytest.mark.parametrize(("mode", "count"), [("pair", 1), ("pair", 3), ("rank", 1), ("rank", 27)])
+def test_an_item_has_as_many_responses_as_can_be_shown(tmp_path: Path, mode: Any, count: int) -> None:
+    with pytest.raises(ValueError, match=f"not {count}$"):
+        study(tmp_path, responses=count, mode=mode)
