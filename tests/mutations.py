@@ -1603,6 +1603,13 @@ MUTATIONS = [
         "tests/lm_envs/feedback/test_measures.py::test_a_tie_is_half_a_win_and_one_source_fights_no_battle",
     ),
     Mutation(
+        "a method is always the same category",
+        "lm_envs/feedback/agreement.py",
+        "one, other = (i, j) if (judgment.item + i + j) % 2 == 0 else (j, i)",
+        "one, other = (i, j)",
+        "tests/lm_envs/feedback/test_measures.py::test_people_who_agree_that_one_method_is_better_agree_more_than_chance",
+    ),
+    Mutation(
         "kappa forgets chance",
         "lm_envs/feedback/agreement.py",
         "return float(((a == b).mean() - chance) / (1 - chance)) if chance < 1",

@@ -1,8 +1,9 @@
 """How far annotators agree: raw agreement, Cohen's and Fleiss' kappa, Krippendorff's alpha; their biases and times.
 
-A judgment of K responses is read as its K (K - 1) / 2 comparisons: for responses i < j of an item, 1 if i was put
-first, -1 if j was, 0 for a tie. Intervals resample items (percentile bootstrap), because the comparisons of one item
-depend on each other.
+A judgment of K responses is read as its K (K - 1) / 2 comparisons: 1 if one response was put first, -1 if the other was,
+0 for a tie. Which response is the first category alternates between items. If it were always the same method, people who
+agree that it is better would hardly use the other category, and seem to agree by chance. Intervals resample items
+(percentile bootstrap), because the comparisons of one item depend on each other.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def comparisons(judgments: Sequence[Judgment]) -> dict[Unit, dict[str, int]]:
     for judgment in judgments:
         ranks = judgment.answer.ranks
         for i, j in itertools.combinations(range(len(ranks)), 2):
-            found.setdefault((judgment.item, i, j), {})[judgment.annotator] = int(np.sign(ranks[j] - ranks[i]))
+            one, other = (i, j) if (judgment.item + i + j) % 2 == 0 else (j, i)
+            found.setdefault((judgment.item, i, j), {})[judgment.annotator] = int(np.sign(ranks[other] - ranks[one]))
     return found
 
 

@@ -55,8 +55,17 @@ def test_alpha_by_hand() -> None:
 
 def test_a_ranking_is_its_comparisons() -> None:
     said = agreement.comparisons([judged("x", 7, (1, 0, 1), "abc"), judged("y", 7, (0, 1, 2), "abc")])
-    assert said == {(7, 0, 1): {"x": -1, "y": 1}, (7, 0, 2): {"x": 0, "y": 1}, (7, 1, 2): {"x": 1, "y": 1}}
+    assert said == {(7, 0, 1): {"x": -1, "y": 1}, (7, 0, 2): {"x": 0, "y": -1}, (7, 1, 2): {"x": 1, "y": 1}}
     assert agreement.raw_agreement(said) == pytest.approx(1 / 3)
+
+
+def test_people_who_agree_that_one_method_is_better_agree_more_than_chance() -> None:
+    # Of 100 items both put "a" first in 98, each alone in one. With "a" always the first category alpha would be -0.01.
+    found = [judged(who, item, (0, 1)) for who in "xy" for item in range(98)]
+    found += [judged("x", 98, (1, 0)), judged("y", 98, (0, 1)), judged("x", 99, (0, 1)), judged("y", 99, (1, 0))]
+    said = agreement.comparisons(found)
+    assert agreement.raw_agreement(said) == pytest.approx(0.98)
+    assert agreement.alpha(said, "nominal") == pytest.approx(0.96, abs=0.005)
 
 
 def test_biases_count_decided_comparisons_only() -> None:
