@@ -1,7 +1,7 @@
 """How far annotators agree: raw agreement, Cohen's and Fleiss' kappa, Krippendorff's alpha; their biases and times.
 
-A judgment of K responses is read as its K (K - 1) / 2 comparisons: 1 if one response was put first, -1 if the other was,
-0 for a tie. Which response is the first category alternates between items. If it were always the same method, people who
+A judgment of K responses is K (K - 1) / 2 comparisons: 1 if one response was put first, -1 if the other was,
+0 for a tie. Which response is the first category alternates between items. Were it always the same method, people who
 agree that it is better would hardly use the other category, and seem to agree by chance. Intervals resample items
 (percentile bootstrap), because the comparisons of one item depend on each other.
 """
