@@ -16,7 +16,6 @@ from rich.table import Table as RichTable
 
 from lm_envs import files
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.storage import jsonable
 from lm_envs.feedback.store import Store
 from lm_envs.feedback.study import MOST
 from lm_envs.settings import Count, Positive, Probability, Seed
@@ -284,7 +283,7 @@ class Results:
 
         summary = summarize(_open(self.study).judgments(), self.against)
         if self.json:
-            print(json.dumps(jsonable(summary), indent=1))
+            print(json.dumps(files.jsonable(summary), indent=1))
             return
         for title, rows in summary.items():
             if not rows:

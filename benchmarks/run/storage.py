@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import warnings
@@ -25,6 +24,7 @@ from lm_envs.files import (
     MANIFEST,
     TEMPORARY,
     damaged,
+    jsonable,
     remove,
     replacing_folder,
     sha256,
@@ -34,17 +34,6 @@ from lm_envs.files import (
 )
 
 SEAL = "sha256"
-
-
-def jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become None, at any depth."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    return value
 
 
 def held_files(folder: Path, ignored: Collection[str] = ()) -> list[str]:
