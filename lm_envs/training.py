@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,22 @@ def stream(count: int, size: int, seed: int, start: int = 0, *, rest: bool = Tru
         yield batch
 
 
+def add_gradients(losses: Iterable[Tensor]) -> float:
+    """Add up the gradients of a loss that is given in parts, one part's graph at a time, and return the loss.
+
+    Raises:
+        FloatingPointError: a part is NaN or infinite.
+    """
+    total = 0.0
+    for loss in losses:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value}")
+        loss.backward()
+        total += value
+    return total
+
+
 def take_step(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter], max_grad_norm: float) -> Tensor:
     """Scale the gradients down to a norm of at most ``max_grad_norm`` and let the optimizer step.
 
@@ -141,21 +157,18 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8, betas=(0.9, 0.95))
     rising = max(1, round(warmup * steps))
     model.eval()
-    losses = []
+    losses: list[float] = []
     for step, chosen in zip(range(steps), stream(count, min(batch_size, count), seed, rest=False), strict=False):
         rate = min((step + 1) / rising, (steps - step) / max(1, steps - rising))
         optimizer.param_groups[0]["lr"] = learning_rate * rate
         rows = chosen.tolist()
-        value = loss(rows if isinstance(examples, int) else [i for bundle in rows for i in examples[bundle]])
-        if not torch.isfinite(value):
-            raise ValueError(f"the training loss is {value.item()} at step {step + 1}: try a lower learning rate")
+        rows = rows if isinstance(examples, int) else [i for bundle in rows for i in examples[bundle]]
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
         try:
+            losses.append(add_gradients([loss(rows)]))
             take_step(optimizer, parameters, max_grad_norm)
         except FloatingPointError as error:
             raise ValueError(f"{error} at step {step + 1}: try a lower learning rate") from None
-        losses.append(value.item())
         if progress is not None:
             progress(step + 1, losses[-1])
     return losses

@@ -580,8 +580,8 @@ MUTATIONS = [
     Mutation(
         "a batch's loss is a mean of means",
         "algos/engine/agent.py",
-        "(loss * (count / whole)).backward()",
-        "(loss * (len(part) / len(traj))).backward()",
+        "yield loss * (weight * (count / whole))",
+        "yield loss * (weight * (len(part) / len(traj)))",
         AGENT + "::test_law_8_the_micro_batch_size_does_not_change_the_gradient",
     ),
     Mutation(
@@ -663,9 +663,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the demonstrations' weight is ignored",
-        "algos/engine/demonstrations.py",
-        "(weight * share * loss).backward()",
-        "(share * loss).backward()",
+        "algos/engine/agent.py",
+        "yield loss * (weight * (count / whole))",
+        "yield loss * (count / whole)",
         "tests/algos/engine/test_demonstrations.py",
     ),
     Mutation(

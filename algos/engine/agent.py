@@ -6,10 +6,9 @@ the unit that its loss averages over. The result does not depend on the micro-ba
 """
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from lm_envs.algos.engine.batching import (
 from lm_envs.algos.engine.checkpoints import take_back, tensors_of
 from lm_envs.algos.engine.comparisons import annotated_pairs
 from lm_envs.algos.engine.config import AgentConfig
-from lm_envs.algos.engine.demonstrations import add_nll_gradient, demonstrations_of
+from lm_envs.algos.engine.demonstrations import demonstrations_of, likelihood
 from lm_envs.algos.engine.kl_coefficient import KLCoefficient
 from lm_envs.algos.engine.metrics import Averages, Metric, describe
 from lm_envs.algos.engine.optimizer import make_adam
@@ -36,7 +35,7 @@ from lm_envs.algos.engine.sampling import Sampler
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
 from lm_envs.tasks.base import TextTask
-from lm_envs.training import take_step
+from lm_envs.training import add_gradients, take_step
 from lm_envs.trajectories import Trajectories
 
 _SAMPLED = ("episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls", "comparisons_done")
@@ -208,43 +207,53 @@ class Agent(Generic[C]):
     def _step(self, traj: Trajectories, fixed: dict[str, Tensor], averages: Averages, epoch: int, number: int) -> bool:
         """One minibatch. Returns True, having changed nothing, where :meth:`should_stop` says so."""
         self.optimizer.zero_grad(set_to_none=True)
-        whole, mine = units(traj, self.unit), Averages()
-        for rows in micro_batches(traj, self.unit, self.config.micro_batch, self.forward_cost):
-            part, held = (traj, fixed) if rows is None else select(traj, fixed, rows)
-            count = whole if rows is None else units(part, self.unit)
-            now = self.policy.evaluate(part)
-            self.trained_tokens += int(part.response_lengths.sum())
-            loss, metrics = self.loss(part, now, held)
-            if self._watch_gap:
-                metrics = metrics | {"logprob_gap_max": gap(now.logprob.detach(), part)}
-            if not math.isfinite(float(loss.detach())):
-                self._refuse(f"the loss is {float(loss.detach())}", epoch)
-            # Law 8: each part counts by its share of the units, so the sum is the mean over the whole minibatch.
-            (loss * (count / whole)).backward()
-            for kept in (mine, averages):
-                kept.add({"loss": loss.detach(), **metrics}, count)
-        if self.should_stop(mine.means()):
-            self.optimizer.zero_grad(set_to_none=True)
-            return True
-        mixed = self.mixture(number)
-        if mixed is not None:
-            averages.add({"demonstration_nll": add_nll_gradient(self, *mixed)}, 1.0)
-            self.trained_tokens += int(mixed[1].response_lengths.sum())
+        mine = Averages()
         try:
+            add_gradients(self._losses("loss", traj, fixed, self.unit, self.loss, (mine, averages)))
+            if self.should_stop(mine.means()):
+                self.optimizer.zero_grad(set_to_none=True)
+                return True
+            if (mixed := self.mixture(number)) is not None:
+                weight, data = mixed
+                unit = "token" if self.unit == "token" else "sequence"
+                add_gradients(self._losses("demonstration_nll", data, {}, unit, likelihood(unit), (averages,), weight))
             norm = take_step(self.optimizer, self._parameters.values(), self.config.max_grad_norm)
         except FloatingPointError as error:
-            self._refuse(str(error), epoch)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"{self.name}: {error} in iteration {self.iterations_done}, epoch {epoch}; the weights were left as "
+                "they were before this step. Check the rewards and log-probabilities of the batch, or lower "
+                "learning_rate"
+            ) from None
         self._weights = next(_WEIGHTS)
         averages.add({"grad_norm": norm}, 1.0)
         self._watch_gap = False  # from here on the policy is another one
         return False
 
-    def _refuse(self, what: str, epoch: int) -> NoReturn:
-        self.optimizer.zero_grad(set_to_none=True)
-        raise FloatingPointError(
-            f"{self.name}: {what} in iteration {self.iterations_done}, epoch {epoch}; the weights were left as they "
-            "were before this step. Check the rewards and log-probabilities of the batch, or lower learning_rate"
-        )
+    def _losses(
+        self,
+        name: str,
+        traj: Trajectories,
+        fixed: dict[str, Tensor],
+        unit: str,
+        loss_of: Callable[..., tuple[Tensor, dict[str, Metric]]],
+        averages: Iterable[Averages],
+        weight: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """The parts of a weighted mean over a minibatch's units, one per micro-batch; their metrics go to averages."""
+        whole = units(traj, unit)
+        for rows in micro_batches(traj, unit, self.config.micro_batch, self.forward_cost):
+            part, held = (traj, fixed) if rows is None else select(traj, fixed, rows)
+            count = whole if rows is None else units(part, unit)
+            now = self.policy.evaluate(part)
+            self.trained_tokens += int(part.response_lengths.sum())
+            loss, metrics = loss_of(part, now, held)
+            if self._watch_gap and part.logprob is not None:
+                metrics = metrics | {"logprob_gap_max": gap(now.logprob.detach(), part)}
+            # Law 8: each part counts by its share of the units, so the sum is the mean over the whole minibatch.
+            yield loss * (weight * (count / whole))
+            for kept in averages:
+                kept.add({name: loss.detach(), **metrics}, count)
 
     # ---- sampling ----
 

@@ -1,11 +1,11 @@
 """Demonstrations learned from beside sampled episodes: REINFORCE's likelihood term and PPO-ptx."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lm_envs.algos.engine.batching import micro_batches, select, units
 from lm_envs.algos.ops.losses import masked_mean, nll, sequence_mean
 from lm_envs.tasks.base import TextTask
 from lm_envs.training import stream
@@ -49,24 +49,14 @@ class MixesDemonstrations:
         if self.demonstrations is None:
             return None
         index = next(stream(len(self.demonstrations), self.config.demonstrations, self.config.seed, step))
-        return getattr(self.config, self.mixing_weight), self.demonstrations.select(torch.from_numpy(index))
+        chosen = self.demonstrations.select(torch.from_numpy(index))
+        return getattr(self.config, self.mixing_weight), chosen.to(next(self.policy.parameters()).device)
 
 
-def add_nll_gradient(agent: Any, weight: float, data: Trajectories) -> Tensor:
-    """Add the gradient of ``weight`` times the mean of ``-log pi`` over the agent's unit: over tokens, or over rows of
-    sums over tokens. Returns that mean, without the weight."""
-    parameter = next(agent.policy.parameters())
-    data = data.to(parameter.device)
-    unit = "token" if agent.unit == "token" else "sequence"
+def likelihood(unit: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+    """The loss ``-log pi``: its mean over tokens, or over rows of sums over tokens."""
     mean = masked_mean if unit == "token" else sequence_mean
-    whole, total = units(data, unit), torch.zeros((), device=parameter.device)
-    for rows in micro_batches(data, unit, agent.config.micro_batch, agent.forward_cost):
-        part = data if rows is None else select(data, {}, rows)[0]
-        share = units(part, unit) / whole
-        loss = mean(nll(agent.policy.evaluate(part).logprob, part.mask), part.mask)
-        (weight * share * loss).backward()
-        total = total + share * loss.detach()
-    return total
+    return lambda traj, now, fixed: (mean(nll(now.logprob, traj.mask), traj.mask), {})
 
 
 def demonstrations_of(task: TextTask) -> Trajectories | None:

@@ -13,6 +13,7 @@ from transformers import GPT2ForSequenceClassification
 from lm_envs import training
 from lm_envs.reward.learned import initialise_reward_head
 from lm_envs.training import bradley_terry_loss, next_token_loss
+from tests.house import CHECKOUT, modules
 from tests.tiny import gpt2
 
 
@@ -108,6 +109,31 @@ def test_bundles_stay_together_and_their_examples_are_what_the_loss_gets():
     training.fit(nn.Linear(1, 1), lambda rows: seen.append(rows) or zero * 1, bundles, steps=6, learning_rate=0.1)
     order = [int(chosen[0]) for chosen, _ in zip(training.stream(3, 1, 0), range(6), strict=False)]
     assert seen == [bundles[i] for i in order] and sorted(order[:3]) == sorted(order[3:]) == [0, 1, 2]
+
+
+def test_a_losss_parts_add_up_and_none_is_taken_before_the_last_ones_graph_is_gone():
+    """d/dw of 3w^2 and of 4w at w = 2: 12 and 4."""
+    weight, seen = nn.Parameter(torch.tensor(2.0)), []
+
+    def parts():
+        for part in (lambda: 3 * weight**2, lambda: 4 * weight):
+            seen.append(None if weight.grad is None else weight.grad.item())
+            yield part()
+
+    assert training.add_gradients(parts()) == 20.0
+    assert weight.grad.item() == 16.0 and seen == [None, 12.0]
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        training.add_gradients([weight * math.nan])
+    assert weight.grad.item() == 16.0  # the part that is NaN has left it alone
+
+
+def test_gradients_are_taken_in_one_place():
+    """The agent, its demonstrations and the supervised loop add them up there; expected gradients take no step."""
+    found = {str(path.relative_to(CHECKOUT)) for path in modules(CHECKOUT) if ".backward()" in path.read_text()}
+    assert {name for name in found if not name.startswith("benchmarks/speed")} == {
+        "lm_envs/training.py",
+        "algos/engine/exact_gradients.py",
+    }
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
