@@ -33,10 +33,12 @@ from lm_envs.benchmarks.commands.report import Report
 from lm_envs.benchmarks.commands.tasks import Tasks
 from lm_envs.benchmarks.commands.train import Train
 from lm_envs.benchmarks.errors import Interrupted, UserError, explain
+from lm_envs.printable import printable
 from lm_envs.settings import check, near
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 BAD_COMMAND = 2
+LONGEST = 1000  # characters of a message
 
 _COMMANDS: dict[str, type[Any]] = {
     "compare": Compare,
@@ -125,7 +127,9 @@ def _run(words: list[str], debug: bool) -> None:
 
 
 def _refuse(console: Console, message: str) -> None:
-    console.print(f"lm-envs: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    line = printable(message).replace("\n", "\\n")
+    line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    console.print(f"lm-envs: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def _unknown(command: Any, word: str) -> str:

@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -41,6 +42,26 @@ def sync(path: Path) -> None:
 def _beside(path: Path) -> Path:
     """A temporary name that no other writer of the same file has."""
     return path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"[:255]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what processes that were killed meanwhile were writing in a folder."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        pid = path.name.removeprefix(TEMPORARY).partition("-")[0]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            remove(path)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere signal 0 ends a process
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
@@ -84,6 +105,31 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text in UTF-8, without a byte order mark; ValueError, in one line, if it is not that, or no file
+    but a pipe or a device, which may have no end."""
+    refuse_streams(path)
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's content; ValueError, in one line, if it is no TOML."""
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits, brackets thousands deep
+        raise ValueError(f"{path}: not TOML: {error}") from error
+
+
+def refuse_streams(path: Path) -> None:
+    """Raise ValueError for a pipe, a socket or a device."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe, a socket or a device: copy what it gives to a file")
 
 
 def jsonable(value: Any) -> Any:

@@ -24,4 +24,6 @@ def one_line(text: str, width: int = 200) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type where there is no message."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

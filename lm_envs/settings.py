@@ -25,6 +25,8 @@ Size = Annotated[int, Interval(ge=1, le=2**20)]
 """How many of something memory holds at once."""
 Several = Annotated[int, Interval(ge=2, le=2**20)]
 """The same, of at least 2."""
+Rank = Annotated[int, Interval(ge=0, le=2**14)]
+"""Of a low-rank matrix, 0 for none."""
 Threads = Annotated[int, Interval(ge=1, le=1024)]
 """Threads or processes."""
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lm_envs.model.adapters import adapter_parameters, has_adapters, quiet_layout, sharing
 from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.model.endings import eos_tokens
-from lm_envs.settings import Name, Positive, Settings, Whole
+from lm_envs.settings import Name, Positive, Rank, Settings, Whole
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Adaptation(Settings):
     """
 
     freeze_layers: Whole = 0
-    lora_rank: Whole = 0
+    lora_rank: Rank = 0
     lora_alpha: Positive | None = None
     lora_targets: tuple[Name, ...] = ()
     lora_merge: bool = False

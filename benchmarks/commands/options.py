@@ -15,7 +15,7 @@ from lm_envs.benchmarks.run.names import base_task, is_control
 from lm_envs.benchmarks.run.suites import Suite, check_adaptation, env_options, parse_settings
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
-from lm_envs.settings import Count, Positive, Whole
+from lm_envs.settings import Count, Positive, Rank, Whole
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Adapt:
 
     freeze_layers: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
     """Leave the N lower layers, and the embeddings below them, as they are."""
-    lora_rank: Annotated[Whole | None, tyro.conf.arg(metavar="R")] = None
+    lora_rank: Annotated[Rank | None, tyro.conf.arg(metavar="R")] = None
     """Train low-rank adapters of this rank instead of the weights (needs the extra "lora")."""
     lora_alpha: Annotated[Positive | None, tyro.conf.arg(metavar="A")] = None
     """Adapters count A / R; twice the rank if not given."""

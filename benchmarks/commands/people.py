@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -85,7 +86,7 @@ class New:
         if (self.out / SETTINGS).exists():
             raise UserError(f"{self.out} is a study already; give another --out")
         settings = StudySettings(
-            self.out.resolve().name,
+            Path(os.path.abspath(self.out)).name,  # resolve() refuses loops of links with an error of its own
             self.mode,
             question={
                 "pair": "Which response is better?",

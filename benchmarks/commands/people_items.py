@@ -13,8 +13,10 @@ import torch
 from lm_envs import rng
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run.storage import Records
 from lm_envs.data.dataset import Examples
 from lm_envs.feedback.study import Item, Response
+from lm_envs.files import read_text
 from lm_envs.model import loading
 from lm_envs.model.text import Codec
 
@@ -106,8 +108,7 @@ def compared(folder: Path, seed: int, limit: int | None = None) -> Iterator[Item
         raise UserError(f"{folder}: wanted finished runs of one task and seed {seed}, found runs of {tasks}")
     by_prompt: dict[int, tuple[str, list[Response]]] = {}
     for path in runs:
-        records = [json.loads(line) for line in path.read_text().split("\n") if line]
-        for number, record in enumerate(record for record in records if record["split"] == "test"):
+        for number, record in enumerate(each for each in Records(path).read() if each["split"] == "test"):
             prompt, responses = by_prompt.setdefault(number, (record["prompt"], []))
             if prompt != record["prompt"]:
                 raise UserError(f"{path}: other test prompts than the runs beside it; compare them in one suite")
@@ -125,7 +126,7 @@ def of_file(path: Path, limit: int | None = None) -> Iterator[Item]:
         UserError: a row that is no item; it names file and line.
     """
     count = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip() or count == limit:
             continue
         try:

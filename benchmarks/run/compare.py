@@ -24,7 +24,7 @@ from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
 from lm_envs.benchmarks.run.suites import RunSpec, Suite, check_overrides
 from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
-from lm_envs.files import TEMPORARY
+from lm_envs.files import TEMPORARY, remove_unfinished
 
 COMPARISON = "comparison.json"
 
@@ -32,6 +32,7 @@ COMPARISON = "comparison.json"
 def check_writable(out: Path) -> None:
     """Raises UserError unless files can be made in ``out``, which is made if need be."""
     try:
+        str(out).encode()
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out, prefix=TEMPORARY) as file:
             file.write(b"x" * 4096)
@@ -39,6 +40,8 @@ def check_writable(out: Path) -> None:
             os.fsync(file.fileno())
     except FileExistsError as error:
         raise UserError(f"cannot write results to {out}: it is a file; choose a folder with --out") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"cannot write results to {out}: its name is not UTF-8; choose another --out") from error
     except OSError as error:
         raise UserError(
             f"cannot write results to {out}: {error.strerror}; choose another folder with --out, or put that right"
@@ -197,6 +200,8 @@ def _held(out: Path) -> dict[str, Any]:
 
 def write_results(out: Path) -> list[dict[str, Any]]:
     """Collect the finished runs of a folder into ``results.csv``, in the suite's order."""
+    for folder in (out, out / "plots"):
+        remove_unfinished(folder)
     held = _held(out)
     rows = collect_results(out, [task["name"] for task in held.get("tasks", [])], held.get("algorithms", []))
     write_csv(rows, out / "results.csv")

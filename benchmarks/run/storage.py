@@ -25,6 +25,7 @@ from lm_envs.files import (
     TEMPORARY,
     damaged,
     jsonable,
+    read_text,
     remove,
     replacing_folder,
     sha256,
@@ -66,8 +67,8 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], columns: Sequenc
 def read_json(path: Path) -> Any:
     """The content of a JSON file of a run; a UserError if it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or delete its folder and run again") from error
 
 

@@ -14,6 +14,7 @@ from annotated_types import MinLen
 from lm_envs.benchmarks.errors import UserError, one_line
 from lm_envs.benchmarks.run.names import ALL, check_algorithm, check_task, expanded
 from lm_envs.benchmarks.run.suites import EnvOptions, Plan, Suite, TaskSettings, check_adaptation, env_options
+from lm_envs.files import read_text
 from lm_envs.settings import Count, Name, Seed, SettingError, Settings, Several, Size, Table, Unique, Whole, make, near
 
 BUILT_IN = Path(__file__).resolve().parents[1] / "suites"
@@ -35,11 +36,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
         )
     if path.stat().st_size > _LARGEST:
         raise UserError(f"{path}: a suite has at most {_LARGEST:,} bytes, and this has {path.stat().st_size:,}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a suite is UTF-8 text, and this is not ({error.reason})") from error
-    return parse_suite(text, path)
+    return parse_suite(read_text(path), path)
 
 
 def parse_suite(text: str, path: Path | str) -> Suite:

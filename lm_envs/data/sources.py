@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from lm_envs.data.splits import SPLIT_NAMES
+from lm_envs.files import refuse_streams
 from lm_envs.printable import first_line
 
 FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
 _CELL = 2**24  # characters; more in one cell of a CSV file means a quote that is never closed
 _UTF = "text in {}: save it as UTF-8"
 _BINARY = {
+    b"\xff\xfe\x00\x00": _UTF.format("UTF-32"),
     b"\xff\xfe": _UTF.format("UTF-16"),
     b"\xfe\xff": _UTF.format("UTF-16"),
     b"\x00\x00\xfe\xff": _UTF.format("UTF-32"),
@@ -47,12 +49,14 @@ def format_of(source: str | Path) -> str:
 
     Raises:
         FileNotFoundError: it looks like a path, and there is nothing.
+        ValueError: it is a pipe or a device.
     """
     path = Path(os.path.expanduser(source))
     ends = path.suffixes[-2:-1] if path.suffix == ".gz" else path.suffixes[-1:]
     known = FILES.get(ends[0]) if ends else None
     if path.is_file():
         return known or "JSONL"
+    refuse_streams(path)
     name = str(source).partition(":")[0]
     looks_like_a_path = isinstance(source, Path) or known or name.startswith((".", "~", os.sep)) or name.count("/") > 2
     if not path.is_dir() and not Path(os.path.expanduser(name)).is_dir() and looks_like_a_path:
@@ -105,6 +109,8 @@ def _open(path: Path) -> IO[bytes]:
     with path.open("rb") as file:
         head = file.read(4)
     kind = next((kind for start, kind in _BINARY.items() if head.startswith(start)), None)
+    if kind is None and head.count(0) in (2, 3):
+        kind = _UTF.format("UTF-16 or UTF-32")  # without a mark
     if kind is not None:
         raise ValueError(f"{path}, line 1: this is {kind}")
     opened: Any = gzip.open(path, "rb") if head.startswith(b"\x1f\x8b") else path.open("rb")
@@ -118,6 +124,8 @@ def _unpacked(path: Path, rows: Iterator[Read]) -> Iterator[Read]:
             yield where, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip data after {where}: {error}") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _json(path: Path) -> Iterator[Read]:
@@ -239,6 +247,7 @@ def _dataset(source: str) -> Iterator[Read]:
     from lm_envs.model.hub import check_data_set
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error comes as one
     name, config, split = _parts(source)
     if not Path(name).is_dir():
         try:

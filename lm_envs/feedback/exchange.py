@@ -107,10 +107,7 @@ def read(path: Path) -> list[Foreign]:
     Raises:
         ValueError: the file is none of the three, or a row is broken; it names the file and the row.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    text = files.read_text(path)
     try:
         rows = json.loads(text)
         rows = rows if isinstance(rows, list) else [rows]

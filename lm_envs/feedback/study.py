@@ -7,7 +7,6 @@ else (:mod:`lm_envs.feedback.store`).
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from lm_envs.files import read_toml
 from lm_envs.model.chat import Text
 from lm_envs.settings import Count, Positive, Seed, Settings, make
 
@@ -131,11 +131,9 @@ def read_settings(folder: Path) -> StudySettings:
     """
     path = folder / SETTINGS
     try:
-        return make(StudySettings, tomllib.loads(path.read_bytes().decode("utf-8-sig")), str(path), "setting")
+        return make(StudySettings, read_toml(path), str(path), "setting")
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no study: it has no {SETTINGS}; `lm-envs people new` makes one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:

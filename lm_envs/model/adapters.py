@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from lm_envs.files import read_text
 from lm_envs.printable import first_line
 
 KEYS = "_weight_conversions"  # how transformers names a model's tensors when it saves them
@@ -36,14 +37,16 @@ def base_of(place: str | Path, what: str = "policy") -> str:
     path = Path(place) / CONFIG
     begin = f"{what} {str(place)!r}"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{begin}: {CONFIG} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{begin}: {CONFIG} is no JSON object")
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
         raise ValueError(f"{begin} holds adapters of the kind {kind!r}; low-rank ones (LORA) can be used")
     name = config.get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise ValueError(f"{begin}: {CONFIG} does not say which model they are for: set base_model_name_or_path")
     if not (Path(place) / WEIGHTS).is_file():
         raise ValueError(f"{begin} holds no {WEIGHTS}: save them with save_pretrained (pickles are not read)")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +26,9 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
+from lm_envs.files import read_text
 from lm_envs.model.adapters import base_of, is_adapter, with_adapters
 from lm_envs.model.checking import refuse_config
 from lm_envs.model.hub import place_of
@@ -65,7 +69,7 @@ class Placement:
             raise ValueError("device_map needs accelerate: pip install 'lm-envs[accelerate]'; device=NAME does without")
         if self.device is not None:
             try:
-                torch.empty(0, device=self.device)
+                torch.ones(1, device=self.device).item()  # fails on "meta" too, which holds no numbers
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(f"device {self.device!r} cannot be used: {first_line(error)}") from error
 
@@ -165,7 +169,8 @@ def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:
     if Path(place).is_dir() and not _has_tokenizer(place):
         raise ValueError(f"{what} {place!r} holds no tokenizer: {advice}")
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        with quiet():
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
         if not Path(place).is_dir():
             missing = f"there is no such folder here, and as a name on the hub it gave {first_line(error)!r}"
@@ -184,9 +189,10 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
     config = read_config(place, what)
     if auto is not AutoModelForSequenceClassification:
         refuse_config(config, f"{what} {place!r}")
+        _check_generation_config(Path(place) / "generation_config.json")
     _check_head(config, heads, place, what, expected)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")  # about weights that are missing, which is an error here
             options = dict(config=config, dtype=placement.torch_dtype, device_map=placement.device_map)
             options |= dict(use_safetensors=True, trust_remote_code=False)
@@ -198,10 +204,12 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
         key, saved, wanted = min(info["mismatched_keys"])
         shapes = f"{key} is {tuple(saved)}, not {tuple(wanted)}"
         raise ValueError(f"{what} {place!r}: its config.json contradicts its weights: {shapes}")
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-        raise ValueError(f"{what} {str(name)!r} is not {expected}: its weights lack {shown}")
+    if info["missing_keys"]:
+        raise ValueError(f"{what} {str(name)!r} is not {expected}: its weights lack {_some(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        refuse_more_layers(info["unexpected_keys"], model, f"{what} {place!r}")
+        unused = f"its weights hold {_some(info['unexpected_keys'])}, which the model does not use"
+        warnings.warn(f"{what} {place!r}: {unused}", stacklevel=3)
     parts = {parameter.device for parameter in model.parameters()}
     mapped = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(parts) > 1 or len(mapped) > 1 or torch.device("meta") in parts:
@@ -216,10 +224,38 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
     return model.eval()
 
 
+def refuse_more_layers(unused: Iterable[str], model: PreTrainedModel, begin: str) -> None:
+    """Raise ValueError if weights are left that belong to a layer like the model's own: its config says too few."""
+    names = model.state_dict()
+    found = []
+    for key in unused:
+        others = (f"{key[: n.start()]}0{key[n.end() :]}" for n in re.finditer(r"(?<=\.)\d+(?=\.)", key))
+        found += [key] if any(other in names for other in others) else []
+    if found:
+        raise ValueError(f"{begin}: its config.json contradicts its weights, which also hold {_some(found)}")
+
+
+def _some(keys: Iterable[str]) -> str:
+    first = sorted(keys)
+    return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers: what its logs report is refused, or told in our words."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def read_config(place: str, what: str) -> Any:
     """Read a model's ``config.json``; ValueError if it is broken, of an unknown family, or requires custom code."""
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        with quiet():
+            return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
         if "trust_remote_code" in str(error) or _has_code(place):
             raise ValueError(
@@ -232,9 +268,21 @@ def read_config(place: str, what: str) -> Any:
 
 def _has_code(place: str) -> bool:
     try:
-        return "auto_map" in json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "auto_map" in json.loads(read_text(Path(place) / "config.json"))
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
+
+
+def _check_generation_config(path: Path) -> None:
+    """Raise ValueError if the ends of responses cannot be read in it: transformers would go on without them."""
+    if not path.exists():
+        return
+    try:
+        ends = json.loads(read_text(path)).get("eos_token_id")
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {ends!r}")
 
 
 def _check_head(config: Any, heads: Any, place: str, what: str, expected: str) -> None:

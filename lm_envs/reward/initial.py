@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-from transformers.utils import logging
 
 from lm_envs.model import loading
 from lm_envs.printable import first_line
@@ -53,7 +50,7 @@ def reward_start(
     if scores and config.num_labels != 1:
         raise ValueError(f"{what} {place!r} has {config.num_labels} labels; training takes one, a score")
     try:
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), loading.quiet():
             torch.manual_seed(seed)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 place,
@@ -66,6 +63,7 @@ def reward_start(
             )
     except Exception as error:
         raise ValueError(f"{what} {place!r} cannot be read: {first_line(error)}") from error
+    loading.refuse_more_layers(info["unexpected_keys"], model, f"{what} {place!r}")
     lacking = sorted(info["missing_keys"])
     if any(not (key.startswith(_HEADS) or ".pooler." in key) or scores for key in lacking):
         raise ValueError(f"{what} {place!r} cannot be trained on: its weights lack {', '.join(lacking[:3])}")
@@ -74,17 +72,6 @@ def reward_start(
     loading.check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {place!r}")
     _tell_pad_from_eos(model, tokenizer)
     return (model if placement.device is None else model.to(placement.device)).eval(), tokenizer
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' report of missing weights, which the head's always are."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _tell_pad_from_eos(model: Any, tokenizer: Any) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from math import exp
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_envs.files import cache_root
+from lm_envs.files import cache_root, read_toml
 from lm_envs.reward.chat_endpoint import ChatEndpoint, EndpointError
 from lm_envs.reward.waiting import finished
 from lm_envs.settings import Count, Finite, Name, Settings, make, near
@@ -265,10 +264,7 @@ def load_judge(path: str | Path) -> RemoteJudge:
         FileNotFoundError: there is no such file.
         ValueError: it is not TOML, lacks ``url`` or ``model``, or has a wrong setting.
     """
-    try:
-        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML: {error}") from None
+    settings = read_toml(Path(path))
     for name in ("url", "model"):
         if name not in settings:
             raise ValueError(f"{path}: a judge needs {name!r}, a text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
 from typing import Any
 from unittest import mock
@@ -147,3 +148,69 @@ def test_suites_that_are_too_deep_or_too_large(text, tmp_path):
     with pytest.raises(UserError) as error:
         parse_suite(text, "mine.toml")
     assert str(error.value).startswith("mine.toml") and len(str(error.value)) < 300
+
+
+def told(captured, *words: object) -> str:
+    """The one line in which a command is refused."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, words)))
+    lines = [line for line in captured.readouterr().err.split("\n") if line and not line.startswith("warning: ")]
+    assert stop.value.code == 1 and len(lines) == 1 and lines[0].startswith("lm-envs: ") and lines[0].isprintable()
+    return lines[0]
+
+
+@pytest.mark.parametrize("end", ["jsonl", "csv"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "utf-16", "utf-32"])
+def test_wide_text_is_called_that_with_and_without_a_mark(capsys, tmp_path, encoding, end):
+    path = tmp_path / f"rows.{end}"
+    rows = "prompt,completion\na,b\n" if end == "csv" else '{"prompt": "a", "completion": "b"}\n'
+    path.write_text(rows, encoding=encoding)
+    line = told(capsys, "data", "check", path)
+    assert f"{path}, line 1: this is text in UTF-" in line
+    assert encoding.count("-") > 1 or f"in {encoding.upper()}:" in line
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_and_devices_do_not_hang_a_command(capsys, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    study = tmp_path / "study"
+    study.mkdir()
+    os.mkfifo(study / "study.toml")
+    out = ["--out", tmp_path / "out"]
+    for words in (
+        ["data", "check", pipe],
+        ["people", "new", *out, "--texts", pipe],
+        ["people", "new", *out, "--judged", "/dev/zero"],
+        ["people", "results", study],
+    ):
+        assert "a pipe, a socket or a device" in told(capsys, *words)
+
+
+def test_files_that_cannot_be_read_to_the_end_are_named(capsys):
+    if not os.path.exists("/proc/self/mem"):
+        pytest.skip("needs /proc")
+    assert "'/proc/self/mem'" in told(capsys, "data", "check", "/proc/self/mem")
+
+
+def test_strange_places_are_told_in_one_line(capsys, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    deep = "/".join(["y" * 200] * 30)
+    line = told(capsys, "data", "check", deep)
+    assert len(line) < 1100 and line.endswith("File name too long")
+    assert "a\\nb.jsonl" in told(
+        capsys, "train", "--algorithm", "ppo", "--corpus", "a\nb.jsonl", "--out", tmp_path / "o"
+    )
+    (tmp_path / "texts.jsonl").write_text('{"prompt": "p", "completions": ["a", "b"]}\n')
+    assert str(loop) in told(capsys, "people", "new", "--out", loop, "--texts", tmp_path / "texts.jsonl")
+    odd = tmp_path / os.fsdecode(b"a\xff")
+    assert "is not UTF-8" in told(capsys, "train", "--task", "reviews", "--algorithm", "ppo", "--out", odd)
+    assert not os.path.lexists(odd)
+
+
+def test_folders_with_a_broken_file_are_told_in_one_line(capfd, tmp_path):
+    """The library that reads them logs what is wrong too."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_text("nope")
+    assert "not a data set that can be read" in told(capfd, "data", "check", tmp_path / "rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -360,8 +361,20 @@ def test_what_a_killed_first_write_left_does_not_block_the_folder(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".tmp-123-abc-comparison.json").write_text("{")
-    main(["compare", "--task", NAME, "--algorithms", "sft", "--seeds", "0", *SMALL, "--out", str(out)])
-    assert (out / "results.csv").exists()
+    words = ["compare", "--task", NAME, "--algorithms", "sft", "--seeds", "0", *SMALL, "--out", str(out)]
+    main(words)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [
+        f".tmp-{gone.pid}-abc-comparison.json",
+        f"plots/.tmp-{gone.pid}-abc-x.png",
+        f".tmp-{10**12}-abc-results.csv",
+    ]
+    living = [f".tmp-{os.getpid()}-abc-results.csv", ".tmp-mine"]
+    for name in (*left, *living):
+        (out / name).write_text("{")
+    main([*words, "--resume"])
+    assert not [name for name in left if (out / name).exists()] and all((out / name).exists() for name in living)
 
 
 def test_threads_do_not_depend_on_jobs(tmp_path):

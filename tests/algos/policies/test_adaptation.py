@@ -324,6 +324,7 @@ def test_in_bfloat16_too():
     [
         ({"freeze_layers": -1}, "freeze_layers must be at least 0, not -1"),
         ({"lora_rank": 1.5}, "lora_rank must be a whole number"),
+        ({"lora_rank": 2_000_000_000}, "lora_rank must be at most 16384"),
         ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha must be above 0"),
         ({"lora_alpha": 4.0}, "mean nothing without lora_rank"),
         ({"freeze_layers": 3}, "freeze_layers=3, and GPT2LMHeadModel has 2 layers"),

@@ -225,6 +225,16 @@ def _lasting(value: Any) -> Any:
     return value
 
 
+def _content(path: Path) -> Any:
+    if path.name.endswith(".jsonl"):
+        return [_lasting(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.suffix == ".json":
+        return _lasting(json.loads(path.read_text()))
+    if path.suffix == ".csv":
+        return [_lasting(row) for row in csv.DictReader(path.read_text().splitlines())]
+    return path.read_bytes()
+
+
 def facts(out: Path) -> dict[str, Any]:
     """What a finished command leaves that may not depend on kills and damages, by file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -232,21 +242,22 @@ def facts(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if ".tmp-" in name and path.parent != out:
+        if ".tmp-" in name:
             found[name] = "left over"
         elif not path.is_file() or path.name in (".lock", "manifest.json", "report.html") or "tensorboard" in name:
             continue
-        elif path.name.endswith(".jsonl"):
-            found[name] = [_lasting(json.loads(line)) for line in path.read_text().splitlines()]
-        elif path.suffix == ".json":
-            found[name] = _lasting(json.loads(path.read_text()))
-        elif path.suffix == ".csv":
-            found[name] = [_lasting(row) for row in csv.DictReader(path.read_text().splitlines())]
         else:
-            found[name] = path.read_bytes()
+            try:
+                found[name] = _content(path)
+            except (ValueError, AttributeError):  # damaged, and left as it is
+                found[name] = path.read_bytes()
     for place in sorted(out.rglob("tensorboard")):
         read = EventAccumulator(str(place))
-        read.Reload()
+        try:
+            read.Reload()
+        except OSError:  # a folder in the place of an event file
+            found[str(place.relative_to(out))] = "not readable"
+            continue
         tags = [tag for tag in read.Tags()["scalars"] if not tag.endswith(("_s", "per_second"))]
         found[str(place.relative_to(out))] = {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in tags}
     return found

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
@@ -18,6 +19,7 @@ from lm_envs.algos.registry import make_agent
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.adapters import adapter_parameters, has_adapters
 from lm_envs.model.loading import Placement, load_policy, load_tokenizer
+from lm_envs.reward.initial import reward_start
 from lm_envs.reward.learned import load_reward_model
 from lm_envs.tasks import load
 from tests.families import BASE, GROUPED, random_model
@@ -86,7 +88,8 @@ def test_place(folders):
         assert model.device.type == "cpu" and torch.equal(logits(model), logits(plain))
     assert "exclude each other" in refused(lambda: Placement(device="cpu", device_map="auto"))
     assert "dtype must be one of float32" in refused(lambda: Placement("int8"))
-    assert "device 'nowhere' cannot be used" in refused(lambda: Placement(device="nowhere"))
+    for name in ("nowhere", "meta"):
+        assert f"device '{name}' cannot be used" in refused(lambda name=name: Placement(device=name))
     if not torch.cuda.is_available():
         assert "device 'cuda:0' cannot be used" in refused(lambda: Placement(device="cuda:0"))
 
@@ -277,7 +280,8 @@ def test_a_family_that_reads_padding_is_refused_before_any_work(folders, tmp_pat
         ({"hidden_size": "sixteen"}, "its config.json cannot be read: .*'hidden_size'"),
         ({"hidden_size": 20}, "its config.json contradicts its weights: .*, not .*20"),
         ({"num_attention_heads": 3}, "its config.json cannot be read: .*not a multiple"),
-        ({"hidden_act": "nope"}, "'nope'"),
+        ({"hidden_act": "nope"}, "there is no 'nope'"),
+        ({"num_hidden_layers": 1}, "contradicts its weights, which also hold model.layers.1..* and 6 more"),
         ({"architectures": [3]}, "was saved from 3"),
     ],
 )
@@ -289,3 +293,37 @@ def test_a_broken_config_is_told_as_that(folders, tmp_path, changed, said):
     with pytest.raises(ValueError, match=f"^policy '{place}'.*{said}") as found:
         load_tokenizer(place), load_policy(place)
     assert "\n" not in str(found.value)
+
+
+def test_weights_of_more_layers_than_the_config_says_are_refused_and_others_told(folders, tmp_path, capfd):
+    place = shutil.copytree(folders.root / "policy", tmp_path / "policy")
+    weights = load_file(place / "model.safetensors")
+    save_file(weights | {"v_head.weight": torch.zeros(1, 16)}, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="weights hold v_head.weight, which the model does not use"):
+        load_policy(place)
+    assert "REPORT" not in capfd.readouterr().err  # of transformers
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert "contradicts its weights" in refused(lambda: reward_start(place))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"eos_token_id": [1', "[]", '{"eos_token_id": ["</s>"]}', '{"eos_token_id": "x"}']
+)
+def test_the_ends_of_responses_are_not_lost_with_a_broken_file(folders, tmp_path, content):
+    place = shutil.copytree(folders.root / "policy", tmp_path / "policy")
+    (place / "generation_config.json").write_text(content)
+    assert str(place / "generation_config.json") in refused(lambda: load_policy(place))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"peft_type": "LORA", "base_model_name_or_path": [1]}'])
+def test_broken_descriptions_of_adapters_are_told_in_one_line(adapters, tmp_path, content):
+    place = shutil.copytree(adapters, tmp_path / "adapters")
+    (place / "adapter_config.json").write_text(content)
+    assert "adapter_config.json" in refused(lambda: load_policy(place))
+
+
+def test_a_config_of_deep_brackets_is_told_in_one_line(folders, tmp_path):
+    place = shutil.copytree(folders.root / "policy", tmp_path / "policy")
+    (place / "config.json").write_text("[" * 100_000)
+    assert "its config.json cannot be read" in refused(lambda: load_policy(place))
