@@ -317,7 +317,7 @@ MUTATIONS = [
     Mutation(
         "half a surrogate pair is a letter",
         "lm_envs/data/dataset.py",
-        "        _check_letters(row)\n",
+        "        check_letters(row)\n",
         "",
         DATASET,
     ),

@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 
 from lm_envs import files
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.feedback.store import Store
+from lm_envs.feedback.store import FILE, Store
 from lm_envs.feedback.study import MOST
 from lm_envs.settings import Count, Positive, Probability, Seed
 
@@ -70,6 +70,7 @@ class New:
     def run(self, console: Console) -> None:
         """Make it."""
         from lm_envs.benchmarks.commands import people_items
+        from lm_envs.benchmarks.run.compare import gone_if_refused
         from lm_envs.feedback import exchange
         from lm_envs.feedback.study import INSTRUCT_FLAGS, SETTINGS, StudySettings
 
@@ -115,12 +116,12 @@ class New:
             items += people_items.of_file(self.gold)
         if not items:
             raise UserError("there is nothing to judge: no item was found")
-        self.out.mkdir(parents=True, exist_ok=True)
-        store = Store(self.out, settings)
-        count = store.add_items(items)
-        for item, who, answer in judgments:
-            store.take(item, who, answer)
-        files.write_atomic(self.out / SETTINGS, _toml(settings))
+        with gone_if_refused(self.out, *(FILE + end for end in ("", "-wal", "-shm"))):
+            store = Store(self.out, settings)
+            count = store.add_items(items)
+            for item, who, answer in judgments:
+                store.take(item, who, answer)
+            files.write_atomic(self.out / SETTINGS, _toml(settings))
         console.print(
             f"{count} items in {self.out}; next: lm-envs people serve {self.out}", highlight=False, markup=False
         )

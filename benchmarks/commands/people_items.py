@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from lm_envs import rng
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.storage import Records
-from lm_envs.data.dataset import Examples
-from lm_envs.feedback.study import Item, Response
-from lm_envs.files import read_text
+from lm_envs.data.conventions import nested, text_of
+from lm_envs.data.dataset import Examples, check_letters
+from lm_envs.data.sources import read_rows, short
+from lm_envs.feedback.study import Item, Response, dense_ranks
 from lm_envs.model import loading
+from lm_envs.model.chat import BadExample
+from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.text import Codec
 
 _AT_ONCE = 64
@@ -65,6 +69,7 @@ def _write(
     place: str, prompts: Sequence[Any], numbers: Sequence[int], temperature: float, max_new_tokens: int, seed: int
 ) -> list[list[str]]:
     """Per prompt one response of a policy for each of ``numbers``, which count an item's responses."""
+    disable_progress_bar()
     tokenizer = loading.load_tokenizer(place)
     model = loading.load_policy(place)
     loading.check_fits(tokenizer, loading.vocabulary_of(model), "policy")
@@ -72,6 +77,12 @@ def _write(
     ids = [codec.encode(prompt)[0] for prompt in prompts]
     chat = any(not isinstance(prompt, str) for prompt in prompts)
     width = max(len(row) for row in ids)
+    needed, context = room_for(model, width, max_new_tokens)
+    if context is not None and needed > context:
+        raise UserError(
+            f"policy {place!r} reads {context} tokens: prompts of up to {width} and --max-new-tokens {max_new_tokens} "
+            f"take {needed}; shorten either"
+        )
     policy = LMPolicy(model, codec.ends(chat), width, max_new_tokens, temperature=temperature)
     wanted = [(row, number) for row in range(len(ids)) for number in numbers]
     found: list[list[str]] = [[] for _ in ids]
@@ -120,27 +131,43 @@ def compared(folder: Path, seed: int, limit: int | None = None) -> Iterator[Item
 
 
 def of_file(path: Path, limit: int | None = None) -> Iterator[Item]:
-    """Items of a JSONL file: ``prompt``, ``completions``, and ``sources`` and ``ranks`` (of gold items) if given.
+    """Items of a file: rows of ``prompt``, ``completions``, and ``sources`` and ``ranks`` (of gold items) if given.
 
     Raises:
         UserError: a row that is no item; it names file and line.
     """
-    count = 0
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip() or count == limit:
-            continue
+    for where, row in itertools.islice(read_rows(path), limit):
         try:
-            row = json.loads(line)
-            texts = [text if isinstance(text, str) else text[-1]["content"] for text in row["completions"]]
-            sources = row.get("sources") or [f"completion {k + 1}" for k in range(len(texts))]
-            ranks = tuple(int(rank) for rank in row.get("ranks") or ())
-            if len(sources) != len(texts) or (ranks and len(ranks) != len(texts)):
-                raise ValueError(f"{len(texts)} completions, {len(sources)} sources, {len(ranks)} ranks")
-            yield Item(row["prompt"], tuple(map(Response, texts, sources)), known=ranks)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            what = f"no column {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{path}, line {number}: {what}; a row needs prompt and completions") from error
-        count += 1
+            yield _item(row)
+        except BadExample as error:
+            raise UserError(f"{path}, {where}: {error}; a row needs prompt and completions") from error
+
+
+def _item(row: dict[str, Any] | str) -> Item:
+    if isinstance(row, str):
+        raise BadExample(row)
+    if missing := [name for name in ("prompt", "completions") if name not in row]:
+        raise BadExample(f"there is no column {missing[0]!r}")
+    check_letters(row)
+    given = _list(row, "completions")
+    said = [text if isinstance(text, str) else text_of({"completions": text}, "completions") for text in given]
+    texts = [text if isinstance(text, str) else str(text[-1]["content"]) for text in said]
+    sources = _list(row, "sources") or [f"completion {k + 1}" for k in range(len(texts))]
+    ranks = _list(row, "ranks")
+    if len(texts) < 2 or not len(sources) == len(ranks or texts) == len(texts):
+        counts = f"{len(texts)} completions, {len(sources)} sources, {len(ranks)} ranks"
+        raise BadExample(f"{counts}: there must be at least two, with a source and a rank for each or for none")
+    if not all(isinstance(source, str) for source in sources) or not all(type(rank) is int for rank in ranks):
+        raise BadExample("sources must be texts and ranks whole numbers")
+    responses = tuple(map(Response, texts, sources))
+    return Item(text_of(row, "prompt"), responses, known=dense_ranks(ranks))
+
+
+def _list(row: Mapping[str, Any], name: str) -> list[Any]:
+    found = nested(row, name) or []
+    if not isinstance(found, list):
+        raise BadExample(f"{name!r} must be a list, not {short(found)}")
+    return found
 
 
 def in_pairs(items: Iterable[Item]) -> Iterator[Item]:

@@ -35,8 +35,9 @@ from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure.samples import judged
 from lm_envs.benchmarks.report.plots import STYLE, as_png, root
+from lm_envs.benchmarks.run.compare import gone_if_refused
 from lm_envs.benchmarks.run.inputs import fingerprints
-from lm_envs.benchmarks.run.names import load_task
+from lm_envs.benchmarks.run.names import check_task, load_task
 from lm_envs.benchmarks.run.one_run import versions
 from lm_envs.benchmarks.run.storage import write_json
 from lm_envs.benchmarks.run.suites import Plan, RunSpec, check_overrides
@@ -256,8 +257,10 @@ def overoptimise(
     task: str, options: dict[str, Any], settings: Settings, out: Path, say: Callable[[str], None] = lambda text: None
 ) -> list[Curve]:
     """Measure, write and draw; see the module's text for what lies in ``out`` then."""
-    curves = measure(task, options, settings, say)
-    out.mkdir(parents=True, exist_ok=True)
+    check_task(task)
+    check_overrides(settings.algorithm, settings.overrides)
+    with gone_if_refused(out):
+        curves = measure(task, options, settings, say)
     spec = RunSpec(task, settings.algorithm, settings.seed, Plan(), options=options)
     found = {"task": task, "options": options, "settings": asdict(settings), "curves": [asdict(c) for c in curves]}
     write_json(out / "overoptimisation.json", found | {"inputs": fingerprints(spec), "versions": versions()})

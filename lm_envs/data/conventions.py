@@ -83,7 +83,8 @@ class Convention:
 # ---- texts ----
 
 
-def _text(row: Mapping[str, Any], name: str) -> Text:
+def text_of(row: Mapping[str, Any], name: str) -> Text:
+    """A column's text or chat messages; BadExample for anything else, or where it is empty."""
     value = _as_messages(row.get(name), name)
     return _messages(value, name) if isinstance(value, list) else _string(value, name)
 
@@ -149,7 +150,7 @@ def parsed(value: str) -> Any:
     return found
 
 
-def _nested(row: Mapping[str, Any], name: str) -> Any:
+def nested(row: Mapping[str, Any], name: str) -> Any:
     """A list or an object, which CSV files hold as text."""
     value = row.get(name)
     try:
@@ -193,7 +194,7 @@ def _shared(conversations: Sequence[list[Message]]) -> list[Message]:
 
 
 def _prompt(row: Mapping[str, Any]) -> Example:
-    prompt = _text(row, "prompt")
+    prompt = text_of(row, "prompt")
     if isinstance(prompt, list) and _is_said(prompt[-1]):
         raise BadExample("the prompt ends in a message of the assistant's")
     return Example(prompt)
@@ -213,17 +214,17 @@ def _chat(row: Mapping[str, Any]) -> Example:
 
 
 def _demonstration(row: Mapping[str, Any]) -> Example:
-    return Example(*_aligned(_text(row, "prompt"), [_text(row, "completion")]))
+    return Example(*_aligned(text_of(row, "prompt"), [text_of(row, "completion")]))
 
 
 def _chosen(row: Mapping[str, Any]) -> Example:
-    return Example(*_aligned(_text(row, "prompt"), [_text(row, "chosen"), _text(row, "rejected")]), (0, 1))
+    return Example(*_aligned(text_of(row, "prompt"), [text_of(row, "chosen"), text_of(row, "rejected")]), (0, 1))
 
 
 def _dialogue(row: Mapping[str, Any]) -> Example:
     """Whole dialogues (Bai et al. 2022, the data of Anthropic's HH): what they share up to the assistant's last turn is
     the prompt."""
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if isinstance(chosen, list) or isinstance(rejected, list):
         return Example(*_aligned("", [chosen, rejected]), (0, 1))
     end = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)
@@ -243,7 +244,7 @@ def _dialogue(row: Mapping[str, Any]) -> Example:
 
 def _summaries(row: Mapping[str, Any]) -> Example:
     """Comparisons of summaries (Stiennon et al. 2020; the prompt is laid out as in its appendix)."""
-    info, summaries, choice = _nested(row, "info"), _nested(row, "summaries"), _nested(row, "choice")
+    info, summaries, choice = nested(row, "info"), nested(row, "summaries"), nested(row, "choice")
     if not isinstance(info, dict):
         raise BadExample(f"'info' must be an object with 'post', not {short(info)}")
     if not isinstance(summaries, list) or len(summaries) < 2 or not all(isinstance(one, dict) for one in summaries):
@@ -260,14 +261,14 @@ def _summaries(row: Mapping[str, Any]) -> Example:
 
 
 def _ranked(row: Mapping[str, Any]) -> Example:
-    found, ranks = _nested(row, "completions"), _nested(row, "ranks")
+    found, ranks = nested(row, "completions"), nested(row, "ranks")
     if not isinstance(found, list) or len(found) < 2:
         raise BadExample(f"'completions' must be a list of at least two texts, not {short(found)}")
     if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks) or len(ranks) != len(found):
         raise BadExample(f"'ranks' must be {len(found)} whole numbers, the best the lowest, not {short(ranks)}")
-    texts = [_text({"completions": text}, "completions") for text in found]
+    texts = [text_of({"completions": text}, "completions") for text in found]
     order = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
-    prompt, completions = _aligned(_text(row, "prompt"), texts)
+    prompt, completions = _aligned(text_of(row, "prompt"), texts)
     return Example(prompt, completions, tuple(order[rank] for rank in ranks))
 
 

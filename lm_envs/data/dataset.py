@@ -155,7 +155,7 @@ class Examples:
         if missing:
             has = ", ".join(map(repr, row)) or "nothing"
             raise BadExample(f"there is no {missing[0]!r} here, unlike in most rows; this one has {has}")
-        _check_letters(row)
+        check_letters(row)
         example = self.convention.read(row)
         if self.kind not in ASKED_FOR:
             example = as_kind(example, self.kind)
@@ -182,7 +182,7 @@ class Examples:
         return value
 
 
-def _check_letters(row: Mapping[str, Any]) -> None:
+def check_letters(row: Mapping[str, Any]) -> None:
     """Half a surrogate pair is no letter, and no file can be written with it."""
     for name, value in row.items():
         try:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_envs import files
+from lm_envs.data.conventions import text_of
+from lm_envs.data.dataset import check_letters
 from lm_envs.feedback.store import Judgment, Store
 from lm_envs.feedback.study import SETTINGS, Answer, Item, Response, dense_ranks, read_settings
 from lm_envs.model.chat import Text
@@ -111,7 +113,7 @@ def read(path: Path) -> list[Foreign]:
     try:
         rows = json.loads(text)
         rows = rows if isinstance(rows, list) else [rows]
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         except (ValueError, RecursionError) as error:
@@ -121,6 +123,7 @@ def read(path: Path) -> list[Foreign]:
         try:
             if not isinstance(row, dict):
                 raise ValueError("not an object")
+            check_letters(row)
             if "annotations" in row and "data" in row:
                 found += _label_studio(row)
             elif "fields" in row and "responses" in row:
@@ -158,8 +161,11 @@ def _label_studio(row: Mapping[str, Any]) -> Iterator[Foreign]:
                 chosen = {"left": (0, 1), "right": (1, 0)}.get(value["selected"], (0, 0))
                 yield _item(_prompt_of(data), texts, ("left", "right")), who, Answer(ranks=chosen, seconds=seconds)
             elif result["type"] == "ranker":
-                order = list(next(iter(value["ranker"].values())))
-                given = next(each for each in data.values() if isinstance(each, list))
+                orders = list(value["ranker"].values())
+                lists = [each for each in data.values() if isinstance(each, list)]
+                if not orders or not lists:
+                    raise ValueError("a ranking of nothing, or of what is not in the data")
+                order, given = list(orders[0]), lists[0]
                 known = {str(each["id"]): each.get("body", each.get("html", each.get("title"))) for each in given}
                 ranks = tuple(order.index(name) if name in order else len(order) for name in known)
                 item = _item(_prompt_of(data), list(known.values()), tuple(known))
@@ -222,4 +228,5 @@ def _battle(row: Mapping[str, Any]) -> Foreign:
 def _item(prompt: Text, texts: Sequence[Any], sources: Sequence[str]) -> Item:
     if any(not isinstance(text, str) for text in texts):
         raise ValueError("a response is not a text")
-    return Item(prompt, tuple(Response(text, source) for text, source in zip(texts, sources, strict=True)))
+    responses = tuple(Response(text, source) for text, source in zip(texts, sources, strict=True))
+    return Item(text_of({"prompt": prompt}, "prompt"), responses)

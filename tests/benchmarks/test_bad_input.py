@@ -21,6 +21,7 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run import compare
 from lm_envs.benchmarks.run.suite_files import parse_suite
 from lm_envs.settings import SettingError, check
+from tests.lm_envs import byo
 
 COMMANDS = [*_COMMANDS.values(), BenchKernels, BenchThroughput, BenchMemory, BenchSB3, DataCheck]
 NUMBERS = ["0", "-1", "1", "2", "1.5", "1e3", "1e30", "inf", "nan", "1000000000000", str(2**64), "9" * 5000]
@@ -214,3 +215,78 @@ def test_folders_with_a_broken_file_are_told_in_one_line(capfd, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.jsonl").write_text("nope")
     assert "not a data set that can be read" in told(capfd, "data", "check", tmp_path / "rows")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"prompt": "p", "completions": ["a"]}', "1 completions"),
+        ('{"prompt": 5, "completions": ["a", "b"]}', "'prompt' must be a string, not 5"),
+        ('{"prompt": {"a": 1}, "completions": ["a", "b"]}', "'prompt' must be a string"),
+        ('{"prompt": "p", "completions": "ab"}', "'completions' must be JSON"),
+        ('{"prompt": "p", "completions": {"a": 1}}', "'completions' must be a list"),
+        ('{"prompt": "p", "completions": [1, 2]}', "'completions' must be a string, not 1"),
+        ('{"prompt": "p", "completions": ["a", "b"], "sources": [1, 2]}', "sources must be texts"),
+        ('{"prompt": "p", "completions": ["a", "b"], "ranks": [Infinity, 1]}', "ranks whole numbers"),
+        ('{"prompt": "p", "completions": ["a", "b"], "ranks": [1]}', "2 completions, 2 sources, 1 ranks"),
+        ('{"prompt": "\\ud800", "completions": ["a", "b"]}', "lone surrogate"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_texts_for_people_are_checked_row_by_row(capsys, tmp_path, row, said):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"prompt": "p", "completions": ["a", "b"]}\n' * (row[0] == "{") + row)
+    line = told(capsys, "people", "new", "--out", tmp_path / "out", "--texts", path)
+    assert f"{path}, line {1 + (row[0] == '{')}: " in line and said in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "neither JSON nor JSONL"),
+        (
+            '[{"data": {"prompt": "a"}, "annotations": [{"result": [{"type": "ranker", "value": {"ranker": {}}}]}]}]',
+            "rank",
+        ),
+        (
+            '[{"prompt": [5], "model_a": "a", "model_b": "b", "winner": "tie", "response_a": "x", "response_b": "y"}]',
+            "row 1: message 0 of 'prompt'",
+        ),
+        (
+            '[{"prompt": "p", "model_a": "a", "model_b": "b", "winner": "tie", "response_a": "\\ud800"}]',
+            "row 1: 'response_a' holds the lone surrogate",
+        ),
+    ],
+)
+def test_exports_of_other_tools_are_checked_row_by_row(capsys, tmp_path, text, said):
+    path = tmp_path / "export.json"
+    path.write_text(text)
+    line = told(capsys, "people", "new", "--out", tmp_path / "out", "--judged", path)
+    assert str(path) in line and said in line and not (tmp_path / "out").exists()
+
+
+def test_a_study_that_is_refused_leaves_nothing(capsys, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "completions": [str(i) for i in range(100)]}))
+    assert "26 responses" in told(capsys, "people", "new", "--out", tmp_path / "o", "--texts", path, "--mode", "rank")
+    assert not (tmp_path / "o").exists()
+
+
+def test_over_optimisation_checks_settings_and_its_folder_before_it_works(capsys, tmp_path):
+    words = ["overoptimise", "--task", "tests.algos.batches:learned_task", "--out"]
+    with mock.patch("lm_envs.benchmarks.report.overoptimization.measure", side_effect=AssertionError):
+        assert "ppo has no setting 'x'" in told(capsys, *words, tmp_path / "o", "--set", "x=1")
+        (tmp_path / "file").write_text("")
+        assert "it is a file" in told(capsys, *words, tmp_path / "file")
+    assert "no task '..:x'" in told(capsys, "overoptimise", "--task", "..:x", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_responses_that_a_policy_cannot_hold_are_refused(capsys, tmp_path):
+    tokenizer = byo.byte_level_bpe()
+    byo.llama(len(tokenizer)).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    prompts = byo.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "the cat"}])
+    words = ["people", "new", "--policy", tmp_path / "policy", "--prompts", prompts, "--max-new-tokens", "100"]
+    capsys.readouterr()
+    assert f"reads {byo.CONTEXT} tokens" in told(capsys, *words, "--out", tmp_path / "o")
