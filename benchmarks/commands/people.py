@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 
 from lm_envs import files
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.feedback.store import FILE, Store
+from lm_envs.feedback.store import FILE, Store, open_study
 from lm_envs.feedback.study import MOST
 from lm_envs.settings import Count, Positive, Probability, Seed
 
@@ -142,7 +142,7 @@ class Serve:
     """Who answers; may be given again. Your user name, if the study has nobody yet."""
     host: str = "127.0.0.1"
     """Address to listen on; anything but a loopback address lets others in, over plain HTTP."""
-    port: Annotated[int, tyro.conf.arg(metavar="N")] = 8117
+    port: Annotated[int, Interval(ge=1, le=65535), tyro.conf.arg(metavar="N")] = 8117
     """Port to listen on."""
     public: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """What the server is called from outside, behind a proxy that speaks HTTPS."""
@@ -152,7 +152,7 @@ class Serve:
         import ipaddress
         import socket
 
-        store = _open(self.study)
+        store = open_study(self.study)
         try:
             import uvicorn
 
@@ -208,7 +208,7 @@ class Rank:
         """Ask until nothing is left or the input ends."""
         from lm_envs.benchmarks.commands.people_terminal import ask_all
 
-        ask_all(_open(self.study), self.annotator or getpass.getuser())
+        ask_all(open_study(self.study), self.annotator or getpass.getuser())
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Simulate:
         """Answer."""
         from lm_envs.feedback.annotators import Annotator, work
 
-        store = _open(self.study)
+        store = open_study(self.study)
         strength: dict[str, float] = {}
         for text in self.strength:
             name, found, value = text.rpartition("=")
@@ -283,7 +283,7 @@ class Results:
         """Print them."""
         from lm_envs.feedback.summary import summarize
 
-        summary = summarize(_open(self.study).judgments(), self.against)
+        summary = summarize(open_study(self.study).judgments(), self.against)
         if self.json:
             print(json.dumps(files.jsonable(summary), indent=1))
             return
@@ -318,7 +318,7 @@ class Export:
         """Write it."""
         from lm_envs.feedback import exchange
 
-        count = exchange.write(self.file, _open(self.study).judgments(), self.layout)
+        count = exchange.write(self.file, open_study(self.study).judgments(), self.layout)
         console.print(f"{count} rows in {self.file}", highlight=False, markup=False)
 
 
@@ -336,7 +336,7 @@ class Forget:
     def run(self, console: Console) -> None:
         """Delete it."""
         try:
-            count = _open(self.study).forget(self.annotator)
+            count = open_study(self.study).forget(self.annotator)
         except KeyError as error:
             raise UserError(str(error.args[0])) from error
         console.print(f"{count} answers of {self.annotator} are gone", highlight=False, markup=False)
@@ -360,12 +360,6 @@ class People:
     def run(self, console: Console) -> None:
         """Do it."""
         self.what.run(console)
-
-
-def _open(folder: Path) -> Store:
-    from lm_envs.feedback.study import read_settings
-
-    return Store(folder, read_settings(folder))
 
 
 def _cell(value: object) -> str:

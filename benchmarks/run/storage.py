@@ -26,6 +26,7 @@ from lm_envs.files import (
     damaged,
     jsonable,
     read_text,
+    refuse_streams,
     remove,
     replacing_folder,
     sha256,
@@ -92,11 +93,19 @@ def finished(folder: Path, names: Collection[str] | None = None) -> dict[str, An
         names: check these files only, and take a result without a manifest.
     """
     if not (folder / MANIFEST).exists():
-        return read_json(folder / "result.json") if names and (folder / "result.json").exists() else None
+        return _result(folder) if names and (folder / "result.json").exists() else None
     if (name := damaged(folder, names=names)) is not None:
         warnings.warn(f"{folder / name} was damaged after the run was finished: --resume makes it again", stacklevel=1)
         return None
     return read_json(folder / "result.json")
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """A ``result.json`` that no manifest vouches for."""
+    found, kinds = read_json(folder / "result.json"), {"task": str, "algorithm": str, "seed": int}
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f"{folder / 'result.json'} is damaged: it is no result of a run; delete its folder, run again")
+    return found
 
 
 @dataclass
@@ -141,6 +150,7 @@ class Records:
         found: list[dict[str, Any]] = []
         if not self.path.exists():
             return found
+        refuse_streams(self.path)
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError as error:
@@ -148,11 +158,12 @@ class Records:
         for number, line in enumerate(lines, start=1):
             try:
                 found.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                if not isinstance(found[-1], dict):
+                    raise ValueError("not a record")
+            except (ValueError, RecursionError) as error:
                 if number < len(lines):
-                    raise UserError(
-                        f"{self.path}, line {number}: not JSON ({error.msg}); restore or delete the run's folder"
-                    ) from error
+                    why = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+                    raise UserError(f"{self.path}, line {number}: {why}; restore or delete the run's folder") from error
         return found
 
 

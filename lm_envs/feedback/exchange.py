@@ -17,8 +17,8 @@ from typing import Any
 from lm_envs import files
 from lm_envs.data.conventions import text_of
 from lm_envs.data.dataset import check_letters
-from lm_envs.feedback.store import Judgment, Store
-from lm_envs.feedback.study import SETTINGS, Answer, Item, Response, dense_ranks, read_settings
+from lm_envs.feedback.store import Judgment, open_study
+from lm_envs.feedback.study import SETTINGS, Answer, Item, Response, dense_ranks
 from lm_envs.model.chat import Text
 
 Foreign = tuple[Item, str, Answer]  # an item, who judged it, and how
@@ -95,7 +95,7 @@ def rows_of(source: str) -> str:
     if not (folder / SETTINGS).is_file():
         return source
     path = folder / "answers.jsonl"
-    if not write(path, Store(folder, read_settings(folder)).judgments(), "kwise"):
+    if not write(path, open_study(folder).judgments(), "kwise"):
         raise ValueError(f"{folder}: nobody has answered this study yet; `lm-envs people serve {folder}` asks")
     return str(path)
 

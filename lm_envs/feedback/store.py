@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lm_envs import rng
-from lm_envs.feedback.study import MOST, Answer, Item, Response, StudySettings
+from lm_envs.feedback.study import MOST, Answer, Item, Response, StudySettings, read_settings
 
 FILE = "study.sqlite"
 _SCHEMA = """
@@ -105,9 +105,12 @@ class Store:
 
     @contextmanager
     def _open(self, write: bool = False) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
         try:
+            database = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
             database.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
+        try:
             database.execute("PRAGMA synchronous = FULL")
             database.execute("PRAGMA foreign_keys = ON")
             if write:
@@ -115,12 +118,17 @@ class Store:
             yield database
             if write:
                 database.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if database.in_transaction:
                 database.execute("ROLLBACK")
+            if type(error) in (sqlite3.DatabaseError, sqlite3.OperationalError):
+                raise self._damaged(error) from error
             raise
         finally:
             database.close()
+
+    def _damaged(self, error: BaseException) -> ValueError:
+        return ValueError(f"{self.path} cannot be used: {error}; restore it from a copy")
 
     # ---- items ----
 
@@ -325,6 +333,12 @@ class Store:
 
     def judgments(self) -> list[Judgment]:
         """All answers that count, by item and annotator; skipped ones too."""
+        try:
+            return self._judgments()
+        except (json.JSONDecodeError, TypeError) as error:
+            raise self._damaged(error) from error
+
+    def _judgments(self) -> list[Judgment]:
         with self._open() as database:
             contents = {number: _item(database, number) for (number,) in database.execute("SELECT id FROM items")}
             rows = database.execute(
@@ -335,9 +349,20 @@ class Store:
         for name, annotator, item, body, at in rows:
             answer = _answer(body)
             assert answer is not None
-            order = self.order(annotator, item, len(contents[item].responses))
+            count = len(contents[item].responses)
+            if len(answer.ranks) not in (0, count) or not all(type(rank) is int for rank in answer.ranks):
+                raise TypeError(f"the answer of {name} to item {item} does not rank its {count} responses")
+            order = self.order(annotator, item, count)
             found.append(Judgment(name, item, contents[item], order, answer, at))
         return found
+
+
+def open_study(folder: Path) -> Store:
+    """The study in a folder; ValueError, in one line, if it lacks settings or a database."""
+    settings, path = read_settings(folder), folder / FILE
+    if not path.is_file() or path.stat().st_size == 0:
+        raise ValueError(f"{path} is missing or empty: restore it from a copy, or make the study again")
+    return Store(folder, settings)
 
 
 def _texts(database: sqlite3.Connection, item: int) -> tuple[str, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import sqlite3
 import typing
 from typing import Any
 from unittest import mock
@@ -19,6 +21,7 @@ from lm_envs.benchmarks.commands.bench import BenchKernels, BenchMemory, BenchSB
 from lm_envs.benchmarks.commands.data import DataCheck
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run import compare
+from lm_envs.benchmarks.run.storage import Records
 from lm_envs.benchmarks.run.suite_files import parse_suite
 from lm_envs.settings import SettingError, check
 from tests.lm_envs import byo
@@ -290,3 +293,66 @@ def test_responses_that_a_policy_cannot_hold_are_refused(capsys, tmp_path):
     words = ["people", "new", "--policy", tmp_path / "policy", "--prompts", prompts, "--max-new-tokens", "100"]
     capsys.readouterr()
     assert f"reads {byo.CONTEXT} tokens" in told(capsys, *words, "--out", tmp_path / "o")
+
+
+@pytest.fixture
+def study(tmp_path, capsys):
+    texts = byo.write_jsonl(tmp_path / "texts.jsonl", [{"prompt": "p", "completions": ["a", "b"]}])
+    main(["people", "new", "--out", str(tmp_path / "study"), "--texts", str(texts)])
+    main(["people", "simulate", str(tmp_path / "study"), "--annotators", "2"])
+    capsys.readouterr()
+    return tmp_path / "study"
+
+
+def _rewritten(statement: str):
+    def change(path):
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute(statement)
+            database.commit()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(b"noise" * 3000),
+        lambda path: os.truncate(path, 5000),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+        lambda path: (path.unlink(), path.mkdir()),
+        _rewritten("UPDATE answers SET body = 'nope'"),
+        _rewritten("""UPDATE answers SET body = '{"ranks": ["a", 1]}'"""),
+        _rewritten("""UPDATE answers SET body = '{"other": 1}'"""),
+        _rewritten("UPDATE items SET prompt = 'nope'"),
+        _rewritten("DELETE FROM responses"),
+    ],
+)
+def test_a_study_whose_database_is_damaged_is_refused_and_not_begun_again(capsys, study, tmp_path, change):
+    change(study / "study.sqlite")
+    for words in (["people", "results", study], ["people", "export", study, tmp_path / "answers.jsonl"]):
+        assert str(study / "study.sqlite") in told(capsys, *words)
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_ports_are_checked(capsys, study):
+    for port in ("0", "-1", "999999"):
+        assert "--port must be at" in told(capsys, "people", "serve", study, "--port", port)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"task": "reviews"}', '{"task": 5, "algorithm": "ppo", "seed": 0}', "[" * 9000]
+)
+def test_a_result_that_is_none_is_named_by_the_report(capsys, tmp_path, content):
+    path = tmp_path / "reviews" / "ppo" / "seed-0" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert f"{path} is damaged" in told(capsys, "report", tmp_path)
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "[" * 100_000])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"iteration": 0}}\n{line}\n')
+    with pytest.raises(UserError, match=f"{path}, line 2: "):
+        Records(path).read()
