@@ -1,6 +1,6 @@
 """DPO: learn from preferences directly, without a reward model and without sampling."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,33 +54,28 @@ class DPO(Agent[DPOConfig]):
         self, policy: Any, config: DPOConfig | None = None, data: Trajectories | PackedExamples | None = None
     ) -> None:
         super().__init__(policy, config)
-        self._comparisons = Comparisons(self.name, data)
-        held, rows = self._comparisons.data, self.config.micro_batch or _ROWS
+        self.data = Comparisons(self.name, data)
+        held, rows = self.data.data, self.config.micro_batch or _ROWS
         if isinstance(held, PackedExamples):  # reference log-probabilities are kept on disk
             self.reference_key = weights_hash(policy.model.named_parameters())
             device = policy.model.device
             held.keep_reference(self.reference_key, lambda traj: Before(policy, traj.to(device), rows).logprob, rows)
             return
         reference = Before(policy, held, rows).logprob.to(held.mask.device)
-        self._comparisons.data = replace(held, ref_logprob=reference)
-
-    def batches(self) -> Iterator[Trajectories]:
-        """Yield passes over the groups, each in a new order that depends only on the seed and the pass."""
-        return self._comparisons.batches(self.config, self.iterations_done)
+        self.data.data = replace(held, ref_logprob=reference)
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the mean over groups of the mean over pairs, and the share of pairs that are ordered correctly."""
         return preference_loss(traj, now, self.config.beta)
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        held = self._comparisons.data
+        held = self.data.data
         if isinstance(held, PackedExamples):
             return {}, {"reference": self.reference_key}
         assert held.ref_logprob is not None
         return {"ref_logprob": held.ref_logprob}, {}
 
     def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        held = self._comparisons.data
+        held = self.data.data
         if isinstance(held, PackedExamples):
             held.keep_reference(values["reference"])
         else:

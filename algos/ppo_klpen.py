@@ -41,12 +41,10 @@ class PPOKLPen(Proximal[PPOKLPenConfig]):
         self.old_kl_coef = self.config.old_kl_coef
 
     def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
-        """Return the penalized objective, ``(B, T)``."""
         return ppo_penalty_loss(logprob, fixed["old_logprob"], fixed["advantage"], mask, self.old_kl_coef)
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """Prepare as PPO does, and keep the old log-probabilities to measure the update."""
-        self._old = before.logprob
+        self._old = before.logprob  # to measure the update
         return super().prepare(traj, before)
 
     def update(self, traj: Trajectories) -> dict[str, float]:

@@ -1,16 +1,12 @@
 """The algorithms by name. A new one needs one file and one line here."""
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.cost import of_preferences
 from lm_envs.settings import make, near
-
-if TYPE_CHECKING:
-    from lm_envs.algos.engine.agent import Agent
-    from lm_envs.tasks.base import TextTask
+from lm_envs.tasks.base import TextTask
 
 ALGORITHMS: dict[str, str] = {
     "sft": "lm_envs.algos.sft:SFT",

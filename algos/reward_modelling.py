@@ -1,6 +1,5 @@
 """Reward modeling: a scalar per text that orders texts as annotators did."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,16 +86,11 @@ class RewardModelling(Agent[RewardModellingConfig]):
         self, policy: Any, config: RewardModellingConfig | None = None, data: Trajectories | None = None
     ) -> None:
         super().__init__(policy, config)
-        self._comparisons = Comparisons(self.name, data)
+        self.data = Comparisons(self.name, data)
         if self.config.ranking == "plackett-luce":
-            check_strict(self.name, self._comparisons.ranks)
-
-    def batches(self) -> Iterator[Trajectories]:
-        """Yield passes over the groups, each in a new order that depends only on the seed and the pass."""
-        return self._comparisons.batches(self.config, self.iterations_done)
+            check_strict(self.name, self.data.ranks)
 
     def loss(self, traj: Trajectories, now: Scores, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the mean over groups of the mean over pairs, and the share of pairs that are ordered correctly."""
         assert traj.group is not None and traj.rank is not None
         scores, _ = by_group(now.score, traj.group, 0.0)
         ranks, _ = by_group(traj.rank, traj.group, -1)

@@ -18,19 +18,11 @@ from lm_envs.trajectories import Trajectories
 class RLOOConfig(PolicyGradientConfig):
     """Settings of :class:`RLOO`; the defaults are for a small language model."""
 
-    whole_episodes = True
+    whole_episodes = one_step = True
 
     learning_rate: Rate = 1e-3
     group_size: Size = 4
     """Consecutive episodes that share a prompt, at least 2; the text env must have the same group_size."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.epochs != 1 or self.minibatches != 1:
-            raise ValueError(
-                "RLOO takes one on-policy step per batch, because its loss has no importance ratio: use grpo or ppo "
-                "for several epochs or minibatches"
-            )
 
 
 class RLOO(PolicyGradient[RLOOConfig]):

@@ -1,10 +1,8 @@
 """Supervised fine-tuning: maximum likelihood on demonstrations."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
@@ -12,7 +10,6 @@ from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.settings import Rate, Size
-from lm_envs.training import stream
 from lm_envs.trajectories import Rows, Trajectories
 
 
@@ -45,14 +42,6 @@ class SFT(Agent[SFTConfig]):
             )
         self.data = data
 
-    def batches(self) -> Iterator[Trajectories]:
-        """Yield passes over the demonstrations, each in a new order that depends only on the seed and the pass."""
-        size = self.config.episodes
-        assert size is not None
-        for index in stream(len(self.data), size, self.config.seed, self.iterations_done):
-            yield self.data.select(torch.from_numpy(index))
-
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the negative log-likelihood, the mean over tokens."""
         loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
         return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}

@@ -1,16 +1,11 @@
 """logprob_kl from hidden states and an output matrix: the ``(N, V)`` logits never exist, forward or backward.
 
-Rows are taken a chunk at a time; a chunk's logits are one matrix product into a buffer that is used again, and what
-:mod:`lm_envs.kernels.logprob_kl` does with logits is done to the buffer. With g = 2*N*V*H operations a matrix product
-of all rows costs, forward is g a head. Upstream gradients are known only later, so backward computes logits again (g
-for the policy's, g for the reference's if the KL has a gradient) before the 2g that the gradients themselves take.
-:func:`linear_loss` is told the loss beforehand, takes gradients while a chunk's logits are there, and saves that.
+Rows are taken in chunks: a matrix product writes a chunk's logits into a reused buffer, which the implementations of
+:mod:`lm_envs.kernels.logprob_kl` read. Upstream gradients come later, so backward computes the logits again;
+:func:`linear_loss` knows the loss in advance and does not. docs/kernels.md counts the operations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -20,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from lm_envs.kernels.logprob_kl import (
     LogprobKL,
     Options,
+    Rows,
     backend,
     backward_coefficients,
     check_arguments,
@@ -53,7 +49,7 @@ def linear_logprob_kl(
     implementation: LinearImplementation = "auto",
     chunk_rows: int | None = None,
 ) -> LogprobKL:
-    """What ``logprob_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T, ids, ...)`` gives, without the logits.
+    """Compute ``logprob_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T, ids, ...)`` without the logits.
 
     Differentiable in ``hidden``, ``weight`` and ``bias``; the reference is a constant. Memory beyond inputs and
     gradients: a chunk's logits (two of them with a reference), and for weights in low precision their gradient in
@@ -79,25 +75,24 @@ def linear_logprob_kl(
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
     options = Options(float(temperature), softcap, precise)
-    ids = _check(hidden, weight, bias, ref_hidden, ref_weight, ids, mask, options, chunk_rows)
+    inputs = (hidden, weight, ref_hidden, ref_weight, bias, ids, mask)
+    rows, flat, job = _prepare(*inputs, options, exclude, chunk_rows, implementation == "tiled")
     if implementation not in get_args(LinearImplementation):
         names = ", ".join(get_args(LinearImplementation))
         raise ValueError(f"implementation must be one of {names}, got {implementation!r}")
-    if implementation == "tiled" and not (bias is None and exclude is None):
+    if job.tiled and not (bias is None and exclude is None):
         raise ValueError('linear_logprob_kl: "tiled" takes neither bias nor exclude; "chunks" does')
-    rows = _Rows.of(hidden, ref_hidden, ids, mask)
     if implementation == "torch":
-        logits = torch.nn.functional.linear(rows.hidden, weight, bias)
-        reference = None if ref_weight is None else ref_weight.detach()
-        ref_logits = None if rows.ref_hidden is None or reference is None else rows.ref_hidden @ reference.t()
+        logits = torch.nn.functional.linear(rows, weight, bias)
+        r, q = job.ref_hidden, job.ref_weight
+        ref_logits = None if r is None or q is None else r @ q.t()
         for given in (logits, ref_logits):
             if exclude is not None and given is not None:
-                exclude(given.detach(), rows.source)
-        found = logprob_kl_reference(logits, ref_logits, rows.ids, **options._asdict())
+                exclude(given.detach(), job.source)
+        found = logprob_kl_reference(logits, ref_logits, flat, **options._asdict())
     else:
-        job = _Job.of(rows, weight, ref_weight, options, implementation == "tiled", exclude, chunk_rows)
-        found = _Linear.apply(rows.hidden, weight, bias, rows.ids, job)
-    return each(found, lambda x: rows.spread(x, ids.shape))
+        found = _Linear.apply(rows, weight, bias, flat, job)
+    return each(found, lambda x: job.spread(x, ids.shape))
 
 
 def linear_loss(
@@ -116,10 +111,10 @@ def linear_loss(
     exclude: Exclude | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """The sum of a loss over rows, its gradients taken while the logits of a chunk are there: nothing is recomputed.
+    """Sum a loss over rows, and take its gradients while the logits of a chunk are there: nothing is recomputed.
 
-    Equal to ``loss(linear_logprob_kl(...), rows)`` over all rows at once, for 4g instead of 6g (3g instead of 4g
-    without a reference). For PPO, say: ``lambda found, rows: ppo_clip_loss(found.logprob, old[rows], ...).sum() / n``.
+    Equal to ``loss(linear_logprob_kl(...), rows)`` over all rows at once. For PPO, say:
+    ``lambda found, rows: ppo_clip_loss(found.logprob, old[rows], ...).sum() / n``.
 
     Args:
         loss: from the results of a chunk, each ``(R,)``, and which rows of the flattened ``ids`` they are, ``(R,)``
@@ -131,35 +126,9 @@ def linear_loss(
         a scalar, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
     options = Options(float(temperature), softcap, precise)
-    ids = _check(hidden, weight, bias, ref_hidden, ref_weight, ids, mask, options, chunk_rows)
-    rows = _Rows.of(hidden, ref_hidden, ids, mask)
-    job = _Job.of(rows, weight, ref_weight, options, False, exclude, chunk_rows)
-    return _Loss.apply(rows.hidden, weight, bias, rows.ids, job, loss)
-
-
-@dataclass
-class _Rows:
-    """The rows that count, flattened; ``source`` says where they are from."""
-
-    hidden: Tensor
-    ref_hidden: Tensor | None
-    ids: Tensor
-    source: Tensor
-
-    @staticmethod
-    def of(hidden: Tensor, ref_hidden: Tensor | None, ids: Tensor, mask: Tensor | None) -> _Rows:
-        count, ids = ids.numel(), ids.reshape(-1)
-        hidden = hidden.reshape(count, hidden.shape[-1])
-        ref_hidden = None if ref_hidden is None else ref_hidden.detach().reshape(count, ref_hidden.shape[-1])
-        if mask is None:
-            return _Rows(hidden, ref_hidden, ids, torch.arange(ids.numel(), device=ids.device))
-        index = mask.reshape(-1).nonzero().squeeze(1)
-        return _Rows(hidden[index], None if ref_hidden is None else ref_hidden[index], ids[index], index)
-
-    def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
-        if self.source.numel() == shape.numel():
-            return x.view(shape)
-        return x.new_zeros(shape.numel()).index_copy(0, self.source, x).view(shape)
+    inputs = (hidden, weight, ref_hidden, ref_weight, bias, ids, mask)
+    rows, flat, job = _prepare(*inputs, options, exclude, chunk_rows, False)
+    return _Loss.apply(rows, weight, bias, flat, job, loss)
 
 
 class _Job(NamedTuple):
@@ -173,18 +142,14 @@ class _Job(NamedTuple):
     ref_hidden: Tensor | None
     ref_weight: Tensor | None
 
-    @staticmethod
-    def of(
-        rows: _Rows, weight: Tensor, ref_weight: Tensor | None, options: Options, tiled: bool, exclude: Exclude | None,
-        chosen: int | None,
-    ) -> _Job:  # fmt: skip
-        reference = None if ref_weight is None else ref_weight.detach()
-        chunk_rows = _chunk_rows(chosen, weight, len(rows.ids))
-        return _Job(options, tiled, chunk_rows, exclude, rows.source, rows.ref_hidden, reference)
+    def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
+        if self.source.numel() == shape.numel():
+            return x.view(shape)
+        return x.new_zeros(shape.numel()).index_copy(0, self.source, x).view(shape)
 
 
 class _Chunks:
-    """Logits of a chunk of rows in buffers that are used again, and the gradients that come from them."""
+    """Logits of a chunk of rows in reused buffers, and the gradients that come from them."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, job: _Job) -> None:
         self.hidden, self.weight, self.bias, self.ids, self.job = hidden, weight, bias, ids, job
@@ -228,15 +193,15 @@ class _Chunks:
 
     def forward(self, z: Tensor, r: Tensor | None, rows: slice) -> Tensor:
         """The backend's sums of the chunk."""
-        return self.backend.forward(z, r, self.ids[rows], None, self.job.options)
+        return self.backend.forward(Rows(z, r, self.ids[rows], None, self.job.options))
 
     def backward(
-        self, z: Tensor, r: Tensor | None, rows: slice, stats: Tensor, coefficients: Tensor, into: _Gradients
+        self, z: Tensor, r: Tensor | None, rows: slice, stats: Tensor, coefficients: Tensor, into: "_Gradients"
     ) -> None:
         """Write the chunk's rows of the gradient in hidden and add its share to the others. Overwrites ``z``."""
         self._held = -1
-        out, options = self._dz[:, : z.shape[1]], self.job.options
-        dz = self.backend.backward(z, r, self.ids[rows], None, stats, coefficients, options, out=out)[0]
+        given = Rows(z, r, self.ids[rows], None, self.job.options)
+        dz = self.backend.backward(given, stats, coefficients, out=self._dz[:, : z.shape[1]])[0]
         if into.hidden is not None:
             torch.mm(dz, self.weight, out=into.hidden[rows])
         if into.bias is not None:
@@ -258,7 +223,7 @@ class _Gradients(NamedTuple):
     bias: Tensor | None
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> _Gradients:
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> "_Gradients":
         dh = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
         exact = torch.promote_types(weight.dtype, torch.float32)
         dw = torch.zeros_like(weight, dtype=exact) if needed[1] else None
@@ -279,7 +244,7 @@ class _Linear(torch.autograd.Function):
         else:
             chunks = ctx.chunks = _Chunks(hidden, weight, bias, ids, job)
             parts = [chunks.forward(chunks.logits(rows), chunks.ref_logits(rows), rows) for rows in chunks]
-            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            wide = torch.promote_types(hidden.dtype, torch.float32)
             stats = torch.cat(parts, dim=1) if parts else torch.zeros(9, 0, dtype=wide, device=ids.device)
         ctx.save_for_backward(hidden, weight, bias, ids, stats)
         ctx.job = job
@@ -313,7 +278,7 @@ class _Loss(torch.autograd.Function):
         chunks = _Chunks(hidden, weight, bias, ids, job)
         needed = ctx.needs_input_grad[:3]
         into = _Gradients.of(hidden, weight, bias, needed)
-        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32).to(ids.device)
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=ids.device)
         for rows in chunks:
             z, r = chunks.logits(rows), chunks.ref_logits(rows)
             stats = chunks.forward(z, r, rows)
@@ -346,26 +311,18 @@ def _chunk_rows(chosen: int | None, weight: Tensor, rows: int) -> int:
     return chosen or min(max(rows, 1), max(16, CHUNK.get(weight.device.type, CHUNK["cpu"]) // weight.shape[0]))
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    options: Options,
-    chunk_rows: int | None,
-) -> Tensor:
-    """Raises ValueError unless it all fits; ids, int64, 0 where masked."""
+def _prepare(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, bias: Tensor | None,
+    ids: Tensor, mask: Tensor | None, options: Options, exclude: Exclude | None, chunk_rows: int | None, tiled: bool,
+) -> tuple[Tensor, Tensor, _Job]:  # fmt: skip
+    """Check the arguments; the hidden states ``(R, H)`` and int64 ids ``(R,)`` of the rows that count, and the rest."""
+    what, heads = "linear_logprob_kl", (("", hidden, weight), ("ref_", ref_hidden, ref_weight))
     tensors = [("hidden", hidden), ("weight", weight), ("ref_hidden", ref_hidden), ("ref_weight", ref_weight)]
-    tensors += [("bias", bias)] if bias is not None else []
-    tensors += [("ids", ids), ("mask", mask)]
+    tensors += [("bias", bias), ("ids", ids), ("mask", mask)]
     given = describe(*tensors)
-    what = "linear_logprob_kl"
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError(f"{what}: ref_hidden and ref_weight go together; got {given}")
-    for name, h, w in (("", hidden, weight), ("ref_", ref_hidden, ref_weight)):
+    for name, h, w in heads:
         if h is None or w is None:
             continue
         if w.ndim != 2 or h.ndim < 1 or h.shape[-1] != w.shape[1] or h.shape[:-1] != ids.shape:
@@ -380,4 +337,16 @@ def _check(
         raise ValueError(f"{what}: bias must be (V,) and of the weight's dtype; got {given}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{what}: chunk_rows must be at least 1, got {chunk_rows}")
-    return check_arguments(what, weight.shape[0], ids, mask, options, tensors)
+    ids = check_arguments(what, weight.shape[0], ids, mask, options, tensors).reshape(-1)
+    count = len(ids)
+    source = torch.arange(count, device=ids.device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+    ids = ids if mask is None else ids[source]
+
+    def rows_of(x: Tensor) -> Tensor:
+        flat = x.reshape(count, x.shape[-1])
+        return flat if mask is None else flat[source]
+
+    r = None if ref_hidden is None else rows_of(ref_hidden.detach())
+    q = None if ref_weight is None else ref_weight.detach()
+    job = _Job(options, tiled, _chunk_rows(chunk_rows, weight, len(ids)), exclude, source, r, q)
+    return rows_of(hidden), ids, job

@@ -5,8 +5,6 @@ the definition; the fused implementations compute the same without ``(N, V)`` te
 docs/kernels.md derives both directions in the notation used here.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Callable, Iterable
@@ -37,6 +35,16 @@ class Options(NamedTuple):
     temperature: float = 1.0
     softcap: float | None = None
     precise: bool = False
+
+
+class Rows(NamedTuple):
+    """What a backend reads: logits ``(outer, inner, V)`` of both models, and ids and mask ``(outer * inner,)``."""
+
+    z: Tensor
+    r: Tensor | None
+    ids: Tensor
+    keep: Tensor | None
+    options: Options
 
 
 def scaled(logits: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
@@ -191,7 +199,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, options: Options, backend: Any
     ) -> tuple[Tensor | None, ...]:
         # (rows of the backend, N): the first four are the results, the others what its backward needs
-        stats = backend.forward(z, r, ids, keep, options)
+        stats = backend.forward(Rows(z, r, ids, keep, options))
         ctx.save_for_backward(z, r, ids, keep, stats)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)  # an output that is not used costs nothing
@@ -208,9 +216,9 @@ class _Fused(torch.autograd.Function):
         dz = dr = None
         if ctx.needs_input_grad[0]:
             second = r if upstream[3] is not None else None  # only the KL needs the reference's logits again
-            dz = ctx.backend.backward(z, second, ids, keep, stats, coefficients, ctx.options)
+            dz = ctx.backend.backward(Rows(z, second, ids, keep, ctx.options), stats, coefficients)
         if ctx.needs_input_grad[1]:
-            dr = ctx.backend.backward_ref(z, r, ids, keep, stats, ref_coefficients, ctx.options)
+            dr = ctx.backend.backward_ref(Rows(z, r, ids, keep, ctx.options), stats, ref_coefficients)
         return dz, dr, None, None, None, None
 
 

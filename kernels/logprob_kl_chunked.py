@@ -4,20 +4,15 @@ Most of the time of plain torch on a CPU goes into page faults on fresh ``(N, V)
 stays in the cache and only the gradient is new memory. Notation as in docs/kernels.md.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lm_envs.kernels.logprob_kl import Options, Rows
 from lm_envs.kernels.memory import empty_gradient
 from lm_envs.kernels.threads import share
-
-if TYPE_CHECKING:
-    from lm_envs.kernels.logprob_kl import Options
 
 BLOCK = 2**18  # logits of a block of rows: its buffers fit the second-level cache of two cores; measured
 CUDA_BLOCK = 2**26  # there, enough to fill the device
@@ -28,13 +23,9 @@ def unable(logits: Tensor, ref_logits: Tensor | None, options: Options) -> None:
     """It can always be used."""
 
 
-def forward(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, options: Options) -> Tensor:
-    """Results and what backward needs, ``(9, N)``: logprob, ref_logprob, entropy, kl, m, log Z, n, log Q, guarded.
-
-    Args:
-        z, r: ``(outer, inner, V)``.
-        ids, keep: ``(outer * inner,)`` int64 and bool.
-    """
+def forward(given: Rows) -> Tensor:
+    """Results and what backward needs, ``(9, N)``: logprob, ref_logprob, entropy, kl, m, log Z, n, log Q, guarded."""
+    z, r, ids, keep, options = given
     stats = torch.zeros(9, ids.numel(), dtype=_accumulator(z), device=z.device)
 
     def work(blocks: Iterator[_Block]) -> None:
@@ -91,22 +82,14 @@ def _precise(d: Tensor, w: Tensor, e: Tensor, total: Tensor, ref_total: Tensor, 
     return torch.where((u.abs() < 1) & (p > 0), p * near, far).sum(1)
 
 
-def backward(
-    z: Tensor,
-    r: Tensor | None,
-    ids: Tensor,
-    keep: Tensor | None,
-    stats: Tensor,
-    coefficients: Tensor,
-    options: Options,
-    out: Tensor | None = None,
-) -> Tensor:
+def backward(given: Rows, stats: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
     """``dz_v = ([v = a] g - p_v (c0 + c1 l_v + c2 k_v)) / T`` times the softcap's slope, ``(outer, inner, V)``.
 
     Args:
         coefficients: ``(4, N)``: g, c0, c1, c2.
         out: where to write it; may be ``z`` itself.
     """
+    z, r, ids, keep, options = given
     dz = empty_gradient(z) if out is None else out
     flat = dz.view(-1, z.shape[-1])
     scale = 1.0 / options.temperature
@@ -129,20 +112,16 @@ def backward(
             if gone is not None:
                 t.masked_fill_(gone, 0.0)
             d = t.mul_(p).neg_().scatter_add_(1, ids[rows].unsqueeze(1), g)
-            if options.softcap is not None:
-                d.mul_(1 - (x * (options.temperature / options.softcap)).square_().clamp_(max=1.0))
-            if keep is not None:
-                d.masked_fill_(~keep[rows].unsqueeze(1), 0.0)
-            flat[rows].copy_(d)
+            flat[rows].copy_(_finished(d, x, rows, given))
 
     _share(z, r, work)
     return dz
 
 
-def backward_ref(
-    z: Tensor, r: Tensor, ids: Tensor, keep: Tensor | None, stats: Tensor, coefficients: Tensor, options: Options
-) -> Tensor:
+def backward_ref(given: Rows, stats: Tensor, coefficients: Tensor) -> Tensor:
     """``dr_v = ([v = a] g + c_p p_v + c_q q_v) / T`` times the softcap's slope; coefficients ``(3, N)``."""
+    z, r, ids, _, options = given
+    assert r is not None
     dr = empty_gradient(r)
     flat = dr.view(-1, r.shape[-1])
 
@@ -155,14 +134,17 @@ def backward_ref(
             p = torch.sub(x, m, out=buffers(0, x)).sub_(log_z).exp_().mul_(c_p)
             q = torch.sub(y, n, out=buffers(1, x)).sub_(log_q).exp_()
             d = p.addcmul_(q, c_q).scatter_add_(1, ids[rows].unsqueeze(1), g)
-            if options.softcap is not None:
-                d.mul_(1 - (y * (options.temperature / options.softcap)).square_().clamp_(max=1.0))
-            if keep is not None:
-                d.masked_fill_(~keep[rows].unsqueeze(1), 0.0)
-            flat[rows].copy_(d)
+            flat[rows].copy_(_finished(d, y, rows, given))
 
     _share(z, r, work)
     return dr
+
+
+def _finished(d: Tensor, x: Tensor, rows: slice, given: Rows) -> Tensor:
+    """A block's gradient in its scaled logits ``x`` as one in the logits; 0 in masked rows."""
+    if given.options.softcap is not None:
+        d.mul_(1 - (x * (given.options.temperature / given.options.softcap)).square_().clamp_(max=1.0))
+    return d if given.keep is None else d.masked_fill_(~given.keep[rows].unsqueeze(1), 0.0)
 
 
 def _accumulator(z: Tensor) -> torch.dtype:

@@ -4,23 +4,18 @@ The C file beside this one is compiled when first used (see :mod:`~lm_envs.kerne
 :func:`unable` says why and "auto" takes "chunked".
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lm_envs.kernels.logprob_kl import Options, Rows
 from lm_envs.kernels.memory import empty_gradient
 from lm_envs.kernels.native_library import Unavailable, load
 from lm_envs.kernels.threads import share
-
-if TYPE_CHECKING:
-    from lm_envs.kernels.logprob_kl import Options
 
 SOURCE = Path(__file__).with_suffix(".c")
 # No -ffast-math: infinities and NaN keep their meaning. Contraction makes a*b+c one instruction.
@@ -45,61 +40,39 @@ def unable(logits: Tensor, ref_logits: Tensor | None, options: Options) -> str |
     return _library_or_reason()[1]
 
 
-def forward(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, options: Options) -> Tensor:
-    """As of :func:`~lm_envs.kernels.logprob_kl_chunked.forward`, ``(8, N)`` float32, m and n not divided by the
+def forward(given: Rows) -> Tensor:
+    """The sums of :func:`~lm_envs.kernels.logprob_kl_chunked.forward`, ``(8, N)`` float32, m and n not divided by the
     temperature; z and r have stride 1 along V."""
-    stats = torch.empty(8, ids.numel(), dtype=torch.float32)
-    call = _function("forward", z.dtype)
-    common = _common(z, r, ids, keep)
-    _over_rows(z, lambda begin, end: call(*common[0], begin, end, *common[1], 1.0 / options.temperature,
-                                          int(options.precise), stats.data_ptr()))  # fmt: skip
+    stats = torch.empty(8, given.ids.numel(), dtype=torch.float32)
+    _call("forward", given, int(given.options.precise), stats.data_ptr())
     return stats
 
 
-def backward(
-    z: Tensor,
-    r: Tensor | None,
-    ids: Tensor,
-    keep: Tensor | None,
-    stats: Tensor,
-    coefficients: Tensor,
-    options: Options,
-    out: Tensor | None = None,
-) -> Tensor:
-    """As of :func:`~lm_envs.kernels.logprob_kl_chunked.backward`; ``out`` is contiguous and may be ``z`` itself."""
-    dz = empty_gradient(z) if out is None else out
+def backward(given: Rows, stats: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+    """The gradient of :func:`~lm_envs.kernels.logprob_kl_chunked.backward`; ``out`` is contiguous and may be ``z``."""
+    dz = empty_gradient(given.z) if out is None else out
     coefficients = coefficients.contiguous()
-    call = _function("backward", z.dtype)
-    common = _common(z, r, ids, keep)
-    _over_rows(z, lambda begin, end: call(*common[0], begin, end, *common[1], 1.0 / options.temperature,
-                                          stats.data_ptr(), coefficients.data_ptr(), dz.data_ptr()))  # fmt: skip
+    _call("backward", given, stats.data_ptr(), coefficients.data_ptr(), dz.data_ptr())
     return dz
 
 
-def _common(z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arguments before and after the range of rows."""
-    strides = (*z.stride()[:2], *(r.stride()[:2] if r is not None else (0, 0)))
-    pointers = tuple(None if x is None else x.data_ptr() for x in (z, r, ids, keep))
-    return pointers, (ids.numel(), z.shape[1], z.shape[2], (ctypes.c_int64 * 4)(*strides))
-
-
-def _over_rows(z: Tensor, work: Callable[[int, int], None]) -> None:
-    """Call ``work(begin, end)`` on blocks of rows, in torch's number of threads."""
-    rows = z.shape[0] * z.shape[1]
-    step = max(1, BLOCK // z.shape[2])
-
-    def turns(begins: Iterator[int]) -> None:
-        for begin in begins:
-            work(begin, min(begin + step, rows))
-
-    share(range(0, rows, step), -(-rows // step), turns)
-
-
-def _function(direction: str, dtype: torch.dtype) -> Any:
+def _call(direction: str, given: Rows, *more: int) -> None:
+    """Call the library on blocks of rows, in torch's number of threads."""
     library, reason = _library_or_reason()
     if library is None:
         raise RuntimeError(f"logprob_kl_native {reason}")
-    return getattr(library, f"{direction}_{DTYPES[dtype]}")
+    z, r, ids, keep, options = given
+    call = getattr(library, f"{direction}_{DTYPES[z.dtype]}")
+    strides = (ctypes.c_int64 * 4)(*z.stride()[:2], *(r.stride()[:2] if r is not None else (0, 0)))
+    pointers = tuple(None if x is None else x.data_ptr() for x in (z, r, ids, keep))
+    rows, step = ids.numel(), max(1, BLOCK // z.shape[2])
+    behind = (rows, z.shape[1], z.shape[2], strides, 1.0 / options.temperature, *more)
+
+    def turns(begins: Iterator[int]) -> None:
+        for begin in begins:
+            call(*pointers, begin, min(begin + step, rows), *behind)
+
+    share(range(0, rows, step), -(-rows // step), turns)
 
 
 @functools.lru_cache(maxsize=1)

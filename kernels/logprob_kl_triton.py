@@ -3,10 +3,8 @@
 Runs under ``TRITON_INTERPRET=1`` on a CPU, for tests. The kernels are in the module beside this one.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_envs.kernels.logprob_kl import Options, Rows
 from lm_envs.kernels.logprob_kl_triton_kernels import (
     INTERPRETED,
     _backward_kernel,
@@ -22,9 +21,6 @@ from lm_envs.kernels.logprob_kl_triton_kernels import (
     _precise_kernel,
 )
 from lm_envs.kernels.memory import empty_gradient
-
-if TYPE_CHECKING:
-    from lm_envs.kernels.logprob_kl import Options
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -48,8 +44,10 @@ def _pair(x: float) -> tuple[float, float]:
     return high, float(np.float32(x - high))
 
 
-def _arguments(z: Tensor, r: Tensor | None, keep: Tensor | None, options: Options) -> tuple[dict[str, Any], Tensor]:
-    """What all kernels take, and the reference's logits, which must be some pointer."""
+def _arguments(given: Rows) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]:
+    """What kernels take: the reference's logits and the mask, which must be some pointers; what all of them take; and
+    what those take that read whole rows."""
+    z, r, ids, keep, options = given
     other = z if r is None else r
     common: dict[str, Any] = {"N": z.shape[0] * z.shape[1], "inner": z.shape[1], "V": z.shape[2]}
     for name, x in (("z", z), ("r", other)):
@@ -57,7 +55,9 @@ def _arguments(z: Tensor, r: Tensor | None, keep: Tensor | None, options: Option
     common["inv_t_high"], common["inv_t_low"] = _pair(1.0 / options.temperature)
     common["cap_high"], common["cap_low"] = _pair(options.softcap or 1.0)
     common |= {"MASKED": keep is not None, "SOFTCAP": options.softcap is not None}
-    return common | {"ACC": tl.float64 if z.dtype == torch.float64 else tl.float32}, other
+    common["ACC"] = tl.float64 if z.dtype == torch.float64 else tl.float32
+    strided = {"STRIDED": z.stride(2) != 1 or other.stride(2) != 1, "bucket": z.shape[2].bit_length()}
+    return other, ids if keep is None else keep, common, strided
 
 
 def splits(rows: int, vocabulary: int, device: torch.device) -> int:
@@ -69,51 +69,36 @@ def splits(rows: int, vocabulary: int, device: torch.device) -> int:
     return parts
 
 
-def forward(
-    z: Tensor, r: Tensor | None, ids: Tensor, keep: Tensor | None, options: Options, parts: int | None = None
-) -> Tensor:
-    """As of :func:`~lm_envs.kernels.logprob_kl_chunked.forward`, ``(8, N)``, of any strides; ``parts`` of each row, a
-    power of two, are chosen by :func:`splits` if None."""
-    rows, vocabulary = ids.numel(), z.shape[2]
-    stats = torch.zeros(8, rows, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32, device=z.device)
+def forward(given: Rows) -> Tensor:
+    """The sums of :func:`~lm_envs.kernels.logprob_kl_chunked.forward`, ``(8, N)``, of logits with any strides."""
+    z, r, ids = given[:3]
+    rows = ids.numel()
+    stats = torch.zeros(8, rows, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
     if rows == 0:
         return stats
-    common, other = _arguments(z, r, keep, options)
-    mask = ids if keep is None else keep
-    parts = splits(rows, vocabulary, z.device) if parts is None else parts
+    other, mask, common, strided = _arguments(given)
+    parts = splits(rows, z.shape[2], z.device)
     partial = stats if parts == 1 else stats.new_empty(rows * parts, 7)
-    strided = {"STRIDED": z.stride(2) != 1 or other.stride(2) != 1, "bucket": vocabulary.bit_length()}
     split = {"SPLIT": parts, "TWO": r is not None}
     with _on(z):
         _forward_kernel[(rows * parts,)](z, other, ids, mask, stats, partial, **common, **strided, **split)
         if parts > 1:
             _combine_kernel[(rows,)](z, other, ids, mask, stats, partial, **common, **split)
-        if options.precise and r is not None:
+        if given.options.precise and r is not None:
             _precise_kernel[(rows,)](z, other, mask, stats, **common, **strided)
     return stats
 
 
-def backward(
-    z: Tensor,
-    r: Tensor | None,
-    ids: Tensor,
-    keep: Tensor | None,
-    stats: Tensor,
-    coefficients: Tensor,
-    options: Options,
-    out: Tensor | None = None,
-) -> Tensor:
-    """As of :func:`~lm_envs.kernels.logprob_kl_chunked.backward`; ``out`` is not ``z`` itself: tuning runs a kernel
-    several times."""
+def backward(given: Rows, stats: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+    """The gradient of :func:`~lm_envs.kernels.logprob_kl_chunked.backward`; ``out`` is not ``z`` itself: tuning runs a
+    kernel several times."""
+    z, r, ids = given[:3]
     dz = empty_gradient(z) if out is None else out
     if dz.numel() == 0:
         return dz
-    rows, vocabulary = ids.numel(), z.shape[2]
-    common, other = _arguments(z, r, keep, options)
-    mask = ids if keep is None else keep
-    strided = {"STRIDED": z.stride(2) != 1 or other.stride(2) != 1, "bucket": vocabulary.bit_length()}
+    other, mask, common, strided = _arguments(given)
     with _on(z):
-        _backward_kernel[lambda meta: (rows * triton.cdiv(vocabulary, meta["BLOCK"]),)](
+        _backward_kernel[lambda meta: (ids.numel() * triton.cdiv(z.shape[2], meta["BLOCK"]),)](
             z, other, ids, mask, stats, coefficients.contiguous(), dz, **common, **strided, TWO=r is not None
         )
     return dz

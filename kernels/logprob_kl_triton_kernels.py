@@ -5,8 +5,6 @@ them. Float arguments reach a kernel as float32, so each comes as a pair whose s
 as in docs/kernels.md.
 """
 
-from __future__ import annotations
-
 import os
 
 import triton

@@ -4,20 +4,16 @@ A program holds some rows and walks over a part of the vocabulary; a small secon
 docs/kernels.md.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lm_envs.kernels.logprob_kl import Options
 from lm_envs.kernels.logprob_kl_triton import _on, _pair
 from lm_envs.kernels.logprob_kl_triton_kernels import INTERPRETED, _join, _tanh
-
-if TYPE_CHECKING:
-    from lm_envs.kernels.logprob_kl import Options
 
 # (rows, vocabulary, width) of a tile, warps, stages
 _SIZES = [(64, 64, 32, 4, 3), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]

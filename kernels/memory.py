@@ -1,7 +1,5 @@
 """Fresh memory for gradients of the size of logits."""
 
-from __future__ import annotations
-
 import ctypes
 import platform
 

@@ -5,8 +5,6 @@ SHA-256 is the one written beside it when it was compiled; otherwise it is compi
 compiled into a temporary one for each process.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import logging

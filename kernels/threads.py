@@ -1,7 +1,5 @@
 """How many threads work: blocks of rows shared out between them, and few for little work."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator

@@ -146,7 +146,7 @@ MUTATIONS = [
     ),
     Mutation(
         "A2C averages entropy over padding",
-        "algos/a2c.py",
+        "algos/engine/policy_gradient.py",
         "entropy = masked_mean(now.entropy, mask)",
         "entropy = now.entropy.mean()",
         AGENT + "::test_entropy_is_a_mean_over_real_tokens",
@@ -444,11 +444,9 @@ MUTATIONS = [
     ),
     Mutation(
         "whitening comes before the value's target",
-        "algos/ppo.py",
-        "        target = advantage + value\n        if self.config.whiten_advantage:\n"
+        "algos/engine/policy_gradient.py",
         "            advantage = adv.whiten(advantage, traj.mask)\n",
-        "        if self.config.whiten_advantage:\n"
-        "            advantage = adv.whiten(advantage, traj.mask)\n        target = advantage + value\n",
+        "            advantage = adv.whiten(advantage, traj.mask)\n        target = advantage + before.value[:, :-1]\n",
         "tests/algos/test_ppo_variants.py",
     ),
     Mutation(
@@ -722,8 +720,8 @@ MUTATIONS = [
     Mutation(
         "a Q critic's advantage is Q",
         "algos/a2c.py",
-        "advantage = adv.masked(_chosen(before, traj) - before.value[:, :-1], traj.mask)",
-        "advantage = adv.masked(_chosen(before, traj), traj.mask)",
+        "return masked(_chosen(before, traj) - before.value[:, :-1], traj.mask)",
+        "return masked(_chosen(before, traj), traj.mask)",
         CRITICS,
     ),
     Mutation(

@@ -35,7 +35,7 @@ from lm_envs.algos.engine.sampling import Sampler
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
 from lm_envs.tasks.base import TextTask
-from lm_envs.training import add_gradients, take_step
+from lm_envs.training import add_gradients, stream, take_step
 from lm_envs.trajectories import Trajectories
 
 _SAMPLED = ("episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls", "comparisons_done")
@@ -52,6 +52,7 @@ class Agent(Generic[C]):
         unit: what ``loss`` averages over: "token" (real steps), "sequence" (rows) or "group" (rows with the same
             ``group``; never split over minibatches). Parts of a batch are weighted by their share of it.
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
+        data: what an agent that needs data learns from, ``config.episodes`` at a time.
         preference_data: its data are preferences, which simulated annotators can make for any text task.
         mixes_data: it samples, and may also learn from demonstrations given to it as ``data``.
         reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution; None takes the text
@@ -73,6 +74,7 @@ class Agent(Generic[C]):
     mixes_data: ClassVar[bool] = False
     published_kl_coef: ClassVar[float | None] = None
     reference: Any = None
+    data: Any = None
 
     @classmethod
     def lacks(cls, task: TextTask, config: Any) -> str | None:
@@ -95,7 +97,7 @@ class Agent(Generic[C]):
         self.forward_cost = cost_of_a_forward(policy)
         self._sampler = Sampler(self.name, self.policy)
         self._frozen: str | None = None  # the hash of the policy's frozen parameters
-        self._data: Iterator[Trajectories] | None = None
+        self._batches: Iterator[Trajectories] | None = None
 
     # ---- what an algorithm writes ----
 
@@ -123,8 +125,16 @@ class Agent(Generic[C]):
         raise NotImplementedError(f"{type(self).__name__} must define loss")
 
     def batches(self) -> Iterator[Trajectories] | None:
-        """Data to learn from instead of sampling, from iteration ``iterations_done`` on; None samples from the env."""
-        return None
+        """Batches to learn from instead of sampling, from iteration ``iterations_done`` on; None samples from the env.
+
+        By default passes over :attr:`data`, each in an order that depends only on the seed and the pass.
+        """
+        if not self.needs_data:
+            return None
+        size = self.config.episodes
+        assert size is not None
+        order = stream(len(self.data), size, self.config.seed, self.iterations_done)
+        return (self.data.select(torch.from_numpy(index)) for index in order)
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """The weight of ``-log pi`` and demonstrations to learn from beside minibatch number ``step`` of the run."""
@@ -300,10 +310,10 @@ class Agent(Generic[C]):
         """
         start = time.perf_counter()
         metrics: dict[str, float] = {"iteration": self.iterations_done}
-        if self._data is None:
-            self._data = self.batches()
-        if self._data is not None:
-            traj = next(self._data)
+        if self._batches is None:
+            self._batches = self.batches()
+        if self._batches is not None:
+            traj = next(self._batches)
         else:
             if env is None:
                 raise ValueError(f"{self.name}.iteration needs an env to sample from")
@@ -369,7 +379,7 @@ class Agent(Generic[C]):
                 raise ValueError(f"{self.name}: the checkpoint has no {name!r}: another version of lm-envs made it")
             setattr(self, name, counters[name])
         self._kl.restore(counters["kl_coef"], self.config)
-        self._sampler.fragments = self._data = None
+        self._sampler.fragments = self._batches = None
         self.restore_extra(more, counters["extra"])
 
 

@@ -1,6 +1,6 @@
 """Preferences: groups of ranked texts as Trajectories, their batches, and simulated annotators that rank them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from lm_envs.settings import Count, Probability
 from lm_envs.tasks import sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
-from lm_envs.training import stream
 from lm_envs.trajectories import Trajectories, demonstrations, from_responses
 
 
@@ -29,7 +28,7 @@ class PreferenceConfig(AgentConfig):
 
 
 class Comparisons:
-    """Groups of ranked texts, in batches of whole groups.
+    """Groups of ranked texts, selected as wholes.
 
     Args:
         name: of the algorithm, for messages.
@@ -58,20 +57,12 @@ class Comparisons:
         """How many groups."""
         return len(self._ends)
 
-    def group(self, number: int) -> Tensor:
-        """The rows of a group, int64."""
-        return self._order[self._ends[number - 1] if number else 0 : self._ends[number]]
-
-    def batches(self, config: AgentConfig, start: int) -> Iterator[Trajectories]:
-        """Passes over the groups, ``config.episodes`` at a time, each in an order of its own, from batch ``start``."""
-        assert config.episodes is not None
-        for index in stream(len(self), config.episodes, config.seed, start):
-            # A group drawn twice in one batch must not become one group of twice the texts.
-            rows = [self.group(int(i)) for i in index]
-            batch = self.data.select(torch.cat(rows))
-            sizes = torch.tensor([len(r) for r in rows])
-            batch.group = torch.repeat_interleave(torch.arange(len(rows)), sizes)
-            yield batch
+    def select(self, index: Tensor) -> Trajectories:
+        """The rows of some groups, numbered from 0: one that is drawn twice must not become one of twice the texts."""
+        rows = [self._order[self._ends[i - 1] if i else 0 : self._ends[i]] for i in index.tolist()]
+        batch = self.data.select(torch.cat(rows))
+        batch.group = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
+        return batch
 
 
 def by_group(x: Tensor, group: Tensor, fill: float) -> tuple[Tensor, Tensor]:

@@ -5,21 +5,17 @@ what the agent counts. Measuring costs nothing, except that the test responses a
 best-of-n pays for its reward there.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lm_envs.algos.engine.agent import Agent
 from lm_envs.reward.base import leaves
 from lm_envs.reward.learned import LearnedReward
+from lm_envs.tasks.base import TextTask
 from lm_envs.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from lm_envs.algos.engine.agent import Agent
-    from lm_envs.tasks.base import TextTask
 
 _GIVEN = ("comparisons", "given_tokens", "given_episodes")
 COLUMNS = ("tokens_generated", "reward_calls", *_GIVEN, "episodes", "trained_tokens")

@@ -1,15 +1,21 @@
-"""What the policy-gradient algorithms share: where the KL penalty stands, in the reward or in the loss."""
+"""What the policy-gradient algorithms share: where the KL penalty stands, and a learned value beside the policy."""
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.batching import Before, rewards
 from lm_envs.algos.engine.config import AgentConfig
-from lm_envs.algos.ops.losses import KLEstimator, kl_estimate
+from lm_envs.algos.engine.metrics import Metric
+from lm_envs.algos.ops import advantages as adv
+from lm_envs.algos.ops.losses import KLEstimator, kl_estimate, masked_mean, value_loss
+from lm_envs.algos.policies.critics import ValueFrom, check_value_from, value_from_reward_model
+from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.report import text_envs
+from lm_envs.settings import Finite, NonNegative, Probability
 from lm_envs.trajectories import Trajectories
 
 
@@ -17,9 +23,20 @@ from lm_envs.trajectories import Trajectories
 class PolicyGradientConfig(AgentConfig):
     """Adds where the KL penalty stands."""
 
+    one_step: ClassVar[bool] = False
+    """Whether its loss has no importance ratio, so that a batch is on-policy for one step only."""
+
     kl_loss: KLEstimator | None = None
     """Put the KL penalty into the loss, by this estimator, and not into the reward; the env then charges none. None
     leaves it in the reward, whose gradient is exact."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.one_step and (self.epochs != 1 or self.minibatches != 1):
+            raise ValueError(
+                f"{type(self).__name__.removesuffix('Config')} takes one on-policy step per batch, because its loss "
+                "has no importance ratio: use grpo or ppo for several epochs or minibatches"
+            )
 
 
 C = TypeVar("C", bound=PolicyGradientConfig)
@@ -66,7 +83,70 @@ class PolicyGradient(Agent[C]):
 
 def reference_policy(env: Any) -> Any:
     """The frozen reference of a text env, as a policy that evaluates trajectories."""
-    from lm_envs.algos.policies.language_model import LMPolicy  # here, because control needs no transformers
-
     mdp = text_envs(env)[0].mdp
     return LMPolicy.for_mdp(mdp, mdp.reference)
+
+
+@dataclass
+class ActorCriticConfig(PolicyGradientConfig):
+    """Adds a learned value; the defaults are for a small language model."""
+
+    lam: Probability = 0.95
+    """GAE's lambda: 1 is the bootstrapped return minus V, 0 the one-step error."""
+    value_from: ValueFrom = "policy"
+    """What the value function starts from: the policy's trunk, which it shares, with a head at zero; or the reward
+    model, as a separate model."""
+    whiten_advantage: bool = True
+    """Scale advantages to mean 0 and standard deviation 1 over the batch."""
+    value_coef: NonNegative = 0.1
+    """Weight of the value loss."""
+    entropy_coef: Finite = 0.0
+    """Weight of the entropy bonus."""
+
+
+A = TypeVar("A", bound=ActorCriticConfig)
+
+
+class ActorCritic(PolicyGradient[A]):
+    """``surrogate + value_coef * value loss - entropy_coef * H``, means over tokens, with GAE advantages."""
+
+    unit = "token"
+
+    @classmethod
+    def prepare_policy(cls, policy: Any, task: Any, config: Any) -> None:
+        if config.value_from == "reward_model":
+            value_from_reward_model(policy, task)
+
+    def __init__(self, policy: Any, config: A | None = None) -> None:
+        super().__init__(policy, config)
+        check_value_from(self.name, policy, self.config.value_from)
+
+    def advantage(self, gae: Tensor, traj: Trajectories, before: Before) -> Tensor:
+        """The advantage ``(B, T)`` before whitening, given GAE's."""
+        return gae
+
+    def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """The policy's loss per position, ``(B, T)``."""
+        raise NotImplementedError
+
+    def critic_loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> Tensor:
+        """The critic's loss per position, ``(B, T)``."""
+        return value_loss(now.value[:, :-1], fixed["target"], traj.mask)
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        """Return ``advantage`` and ``target``, both ``(B, T)``."""
+        gae = adv.gae(rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
+        target = gae + before.value[:, :-1]
+        advantage = self.advantage(gae, traj, before)
+        if self.config.whiten_advantage:
+            advantage = adv.whiten(advantage, traj.mask)
+        return {"advantage": advantage, "target": target}
+
+    def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
+        config, mask = self.config, traj.mask
+        policy = masked_mean(self.surrogate(now.logprob, fixed, mask), mask)
+        value = masked_mean(self.critic_loss(traj, now, fixed), mask)
+        entropy = masked_mean(now.entropy, mask)
+        loss = policy + config.value_coef * value - config.entropy_coef * entropy
+        loss = loss + masked_mean(self.kl_penalty(traj, now), mask)
+        return loss, {"policy_loss": policy.detach(), "value_loss": value.detach(), "entropy": entropy.detach()}

@@ -1,9 +1,7 @@
 """A causal language model as the network of an actor-critic library: rows of observations in, logits and values out."""
 
-from __future__ import annotations
-
 import copy
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -51,7 +49,7 @@ class LMActorCritic(nn.Module):
         return self.policy.model
 
     @classmethod
-    def for_env(cls, env: Any, model: PreTrainedModel | None = None) -> LMActorCritic:
+    def for_env(cls, env: Any, model: PreTrainedModel | None = None) -> Self:
         """The network for an environment: wrapped or not, single, vector or a ``SyncVectorEnv``.
 
         Args:

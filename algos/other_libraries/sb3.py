@@ -8,10 +8,8 @@ Tokens are sampled by inverse CDF, but their uniform numbers come from torch's g
 because Stable-Baselines3 does not tell a policy which episode it acts in. Prompts depend only on seed and episode.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
@@ -43,12 +41,12 @@ class _SampledTokens(Tensor):
     logprob: Tensor
 
     @classmethod
-    def of(cls, tokens: Tensor, logprob: Tensor) -> _SampledTokens:
+    def of(cls, tokens: Tensor, logprob: Tensor) -> Self:
         found = tokens.as_subclass(cls)
         found.logprob = logprob
         return found
 
-    def cpu(self, *given: Any, **options: Any) -> _SampledTokens:
+    def cpu(self, *given: Any, **options: Any) -> Self:
         return self.of(super().cpu(*given, **options), self.logprob.cpu())
 
     def numpy(self, *given: Any, **options: Any) -> ToldActions:

@@ -1,12 +1,10 @@
 """A text vector environment as a ``VecEnv`` of Stable-Baselines3; see :mod:`lm_envs.algos.other_libraries.sb3`."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -75,7 +73,7 @@ class TextSpace(spaces.Box):
             start=start,
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TextSpace:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # a copy would lose the model, as a pickle does
 
 
@@ -84,7 +82,7 @@ class ToldActions(np.ndarray):
 
     logprob: NDArray[np.float64] | None = None
 
-    def reshape(self, *shape: Any, **options: Any) -> ToldActions:
+    def reshape(self, *shape: Any, **options: Any) -> "ToldActions":
         """Reshape and keep the log-probabilities: ``predict`` of Stable-Baselines3 ends with a reshape."""
         found = super().reshape(*shape, **options).view(ToldActions)
         found.logprob = self.logprob

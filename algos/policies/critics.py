@@ -1,18 +1,14 @@
 """Value functions other than a head on the policy's trunk."""
 
-from __future__ import annotations
-
 import copy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lm_envs.model.tokens import accepted, model_inputs
 from lm_envs.reward.learned import LearnedReward, has_independent_labels, pools_last_token, score_of
-
-if TYPE_CHECKING:
-    from lm_envs.tasks.base import TextTask
+from lm_envs.tasks.base import TextTask
 
 ValueFrom = Literal["policy", "reward_model"]
 

@@ -1,23 +1,19 @@
-"""The policy that is made of a language model."""
-
-from __future__ import annotations
+"""A language model as a policy."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_envs.algos.policies.base import Evaluation, Face, Policy
+from lm_envs.algos.policies.base import Evaluation, Face, TextPolicy, text_evaluation
 from lm_envs.algos.policies.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.env.mdp import TextMDP
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.compiled import FixedRows, check_compilable
-from lm_envs.model.decoding import Decoder, forbid_early_eos, generate, sample
+from lm_envs.model.decoding import Decoder, forbid_early_eos, generate
 from lm_envs.model.fast_layers import fuse
 from lm_envs.model.forwards import early_eos, many_logits, response_forward
 from lm_envs.model.recomputing import checkpointing, recomputable
@@ -30,7 +26,7 @@ NO_TRUNCATION = (
 )
 
 
-class LMPolicy(Policy):
+class LMPolicy(TextPolicy):
     """A causal or encoder-decoder language model as a policy, with a value head on the same trunk.
 
     The trained distribution is the model at one temperature, with EOS masked before ``min_new_tokens``: sampling, the
@@ -45,18 +41,16 @@ class LMPolicy(Policy):
         temperature: divides the logits.
         min_new_tokens: EOS is masked before that many tokens.
         face: "mdp", a token per action, or "bandit", a response per action.
-        autocast: run the model's forwards in this lower precision (``torch.bfloat16``) where that is faster; weights
-            and optimizer keep theirs, and log-probabilities are then recomputed before an update.
-        gradient_checkpointing: keep each layer's input alone for backward, and compute the layer again there: less
+        autocast: run the model's forwards in this lower precision (``torch.bfloat16``); weights and optimizer keep
+            theirs, and log-probabilities are then recomputed before an update.
+        gradient_checkpointing: keep only each layer's input for backward and compute the layer again there: less
             memory for a third more time. Without it, where a batch's logits are many, a layer's products are kept and
-            the rest computed again.
+            the rest is computed again.
         compile: decode whole responses in fixed shapes by a program of ``torch.compile`` for each number of rows, which
-            takes it seconds to minutes to make; see docs/throughput.md for when that pays.
-        top_k, top_p: refused, because the truncated support depends on the policy: a token that was sampled can have
-            probability 0 after an update.
+            takes seconds to minutes to make; see docs/throughput.md.
+        top_k, top_p: refused, because the truncated support moves with the policy.
     """
 
-    sequence_obs = True
     takes_critic = True
 
     def __init__(
@@ -75,33 +69,21 @@ class LMPolicy(Policy):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> None:
-        super().__init__()
         if top_k not in (None, 0) or top_p not in (None, 1.0):
             raise ValueError(NO_TRUNCATION)
-        if face not in ("mdp", "bandit"):
-            raise ValueError(f"face must be 'mdp' or 'bandit', got {face!r}")
-        self.model = fuse(model.eval())
-        self.eos_token_ids = eos_ids(eos_token_id)
-        self.eos_token_id = self.eos_token_ids[0]
-        self.prompt_length = prompt_length
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.min_new_tokens = min_new_tokens
-        self.face = face
-        self.autocast = autocast
-        self.gradient_checkpointing = gradient_checkpointing
+        ends = eos_ids(eos_token_id)
+        super().__init__(face, prompt_length, max_new_tokens, ends[0], temperature)
+        self.model, self.eos_token_ids = fuse(model.eval()), ends
+        self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
+        self.autocast, self.gradient_checkpointing = autocast, gradient_checkpointing
         if gradient_checkpointing and not recomputable(model):
             raise ValueError(f"a {type(model).__name__} has no layers that gradient checkpointing could recompute")
         if compile:
             check_compilable(self.model)
         self._fixed = FixedRows(self.model, max_new_tokens) if compile else None
-        self.uniforms_per_action = max_new_tokens if face == "bandit" else 1
-        self.uniforms_per_response = max_new_tokens
         width = model.get_output_embeddings().weight.shape[1]  # not always the model's own (OPT projects first)
         precise = torch.promote_types(model.dtype, torch.float32)
-        self.value_head = nn.Linear(width, 1, dtype=precise, device=model.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = _head_at_zero(width, 1, precise, model.device)
         self.critic: nn.Module | None = None
         self.q_head: nn.Linear | None = None
         self._decoder = Decoder(model, max_new_tokens)
@@ -109,8 +91,8 @@ class LMPolicy(Policy):
         self._version = -1
 
     @classmethod
-    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, face: Face = "mdp", **options: Any) -> LMPolicy:
-        """The policy that fits a text environment: its horizon, temperature and masks; ``options`` are the others.
+    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, face: Face = "mdp", **options: Any) -> Self:
+        """Make the policy that fits a text env: its horizon, temperature and masks; ``options`` are the others.
 
         Raises:
             ValueError: the model's vocabulary differs from the reference's, or the environment masks by the reference.
@@ -142,12 +124,8 @@ class LMPolicy(Policy):
         if self.face == "bandit":
             raise ValueError("a Q critic needs an MDP env: in a bandit env there are V**T actions")
         if self.q_head is None:
-            vocabulary = self.model.get_output_embeddings().weight.shape[0]
-            width = self.value_head.in_features
-            precise = self.value_head.weight.dtype
-            self.q_head = nn.Linear(width, vocabulary, dtype=precise, device=self.model.device)
-            nn.init.zeros_(self.q_head.weight)
-            nn.init.zeros_(self.q_head.bias)
+            outputs, weight = self.model.get_output_embeddings().weight.shape[0], self.value_head.weight
+            self.q_head = _head_at_zero(weight.shape[1], outputs, weight.dtype, weight.device)
 
     def add_reward_tokens(self, count: int) -> None:
         embedding = ExtendedEmbedding(self.model.get_input_embeddings(), count)
@@ -171,26 +149,12 @@ class LMPolicy(Policy):
     def has_own_critic(self) -> bool:  # type: ignore[override]
         return self.critic is not None
 
-    def train(self, mode: bool = True) -> LMPolicy:
-        """Gradients do not need train mode, and dropout would make the ratio of the first update differ from 1: stays
-        in eval."""
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: dropout would make the ratio of the first update differ from 1."""
         return super().train(False)
 
-    def act(self, obs: NDArray[Any], uniforms: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        device = self.model.device
-        rows = torch.as_tensor(obs, device=device)
-        numbers = torch.as_tensor(uniforms, device=device)
-        if self.face == "bandit":
-            response, logprob = self.respond(rows[:, : self.prompt_length], numbers)
-            # Behind the EOS an action needs some token: the environment reads up to the first EOS.
-            actions = torch.where(response < 0, self.eos_token_id, response)
-            return actions.cpu().numpy(), logprob.double().sum(dim=1).cpu().numpy()
-        tokens, logprob = sample(self.next_logits(rows), numbers, self.temperature)
-        return tokens.cpu().numpy(), logprob.double().cpu().numpy()
-
     def next_logits(self, rows: Tensor) -> Tensor:
-        """Logits ``(N, V)`` of the coming token of observations ``(N, P + T)``, EOS masked before ``min_new_tokens``;
-        rows that grew by a token since the last call take one cached step."""
+        """As :class:`TextPolicy`'s; rows that grew by a token since the last call take one cached step."""
         version = sum(p._version for p in self._weights)
         if version != self._version:  # the weights changed under the cache
             self._weights = tuple(self.model.parameters())
@@ -206,7 +170,7 @@ class LMPolicy(Policy):
         return forbid_early_eos(logits, position, self.eos_token_ids, self.min_new_tokens, in_place=True)
 
     def value_steps(self) -> None:
-        """Let :meth:`next_logits` keep from now on what :meth:`next_value` reads."""
+        """Let :meth:`next_logits` keep what :meth:`next_value` reads."""
         self._decoder = Decoder(self.model, self.max_new_tokens, hidden=True)
 
     @torch.no_grad()
@@ -247,7 +211,7 @@ class LMPolicy(Policy):
 
     @torch.no_grad()
     def answer(self, index: Tensor, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As :meth:`respond`, with the value head's estimates, which cost nothing: the hidden states are there."""
+        """Respond with the value head's estimates, which cost nothing: the hidden states are there."""
         if self.critic is not None or self.q_head is not None or not self.keeps_logprob:
             return *self._generate(prompts, uniforms), None
         value = torch.zeros(
@@ -260,9 +224,7 @@ class LMPolicy(Policy):
         return *self._generate(prompts, uniforms, observe), value
 
     def evaluate(self, traj: Trajectories) -> Evaluation:
-        if traj.prompt is None or traj.response is None:
-            raise ValueError("LMPolicy.evaluate needs trajectories of text, with prompt and response")
-        prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
+        prompt, response = self.texts(traj)
         prompt, mask = self._conditioned(prompt), response >= 0
         spare = torch.is_grad_enabled() and (self.gradient_checkpointing or many_logits(self.model, response))
         keep = not self.gradient_checkpointing
@@ -279,27 +241,20 @@ class LMPolicy(Policy):
             value = self.critic(prompt, response) if self.critic is not None else self.value_head(states).squeeze(-1)
         value = value.to(found.logprob.dtype)
         value = torch.where(mask, value, torch.zeros_like(value))
-        if traj.is_bandit:
-            return Evaluation(
-                found.logprob.sum(dim=1, keepdim=True),
-                found.entropy.sum(dim=1, keepdim=True),
-                torch.nn.functional.pad(value[:, :1], (0, 1)),
-            )
-        # Text always terminates, on EOS or at the horizon: the value at the end is zero.
-        return Evaluation(
-            found.logprob,
-            found.entropy,
-            torch.nn.functional.pad(value, (0, 1)),
-            lambda: log_softmax(forward.logits(), self.temperature),
-            None if q is None else lambda: q,
-        )
+        every_q = None if q is None else lambda: q
+        return text_evaluation(traj, found, value, lambda: log_softmax(forward.logits(), self.temperature), every_q)
 
     def critic_values(self, traj: Trajectories) -> Tensor:
-        if self.critic is None or traj.prompt is None or traj.response is None:
-            raise ValueError("critic_values needs a critic of its own and trajectories of text")
-        prompt, response = traj.prompt.to(self.model.device), traj.response.to(self.model.device)
-        value = self.critic(self._conditioned(prompt), response).to(
-            torch.promote_types(self.model.dtype, torch.float32)
-        )
+        if self.critic is None:
+            return super().critic_values(traj)
+        prompt, response = self.texts(traj)
+        value = self.critic(self._conditioned(prompt), response).to(self.value_head.weight.dtype)
         value = value.masked_fill(response < 0, 0.0)
-        return torch.nn.functional.pad(value[:, :1] if traj.is_bandit else value, (0, 1))
+        return nn.functional.pad(value[:, :1] if traj.is_bandit else value, (0, 1))
+
+
+def _head_at_zero(width: int, outputs: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    head = nn.Linear(width, outputs, dtype=dtype, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

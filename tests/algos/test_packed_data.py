@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 from lm_envs.algos.dpo import DPO, DPOConfig
 from lm_envs.algos.engine.comparisons import Comparisons
-from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.sft import SFT, SFTConfig
 from lm_envs.data.dataset import Examples
 from lm_envs.data.packed import PackedExamples, pack
 from lm_envs.data.tokenizing import tokenise
 from lm_envs.model.text import Codec
+from lm_envs.training import stream
 from lm_envs.trajectories import from_responses
 from tests.lm_envs import byo
 
@@ -65,9 +66,8 @@ def test_rows_are_those_of_memory(packed):
     for name in ("actions", "mask", "prompt", "response", "obs", "group", "rank", "terminated"):
         assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
     assert stored.longest == (int((memory.prompt >= 0).sum(1).max()), int(memory.lengths.max()))
-    batches = [Comparisons("x", data).batches(AgentConfig(episodes=4, seed=0), 0) for data in (stored, memory)]
-    for _ in range(4):
-        mine, theirs = map(next, batches)
+    for index in itertools.islice(stream(len(Comparisons("x", stored)), 4, 0), 4):
+        mine, theirs = (Comparisons("x", data).select(torch.from_numpy(index)) for data in (stored, memory))
         assert torch.equal(mine.group, theirs.group) and torch.equal(mine.rank, theirs.rank)
         assert torch.equal(mine.response, theirs.trim().response)
 

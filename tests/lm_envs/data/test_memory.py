@@ -16,12 +16,14 @@ WORDS = " the old cat saw a small fish and the grey cat ate a bird ."
 MEASURE = """
 import itertools, json, resource, sys
 from pathlib import Path
+import torch
 from transformers import AutoTokenizer
 from lm_envs.algos.engine.comparisons import Comparisons
 from lm_envs.data.dataset import Examples
 from lm_envs.data.packed import PackedExamples, pack
 from lm_envs.data.tokenizing import tokenise
 from lm_envs.model.text import Codec
+from lm_envs.training import stream
 
 folder, on_bad = Path(sys.argv[1]), sys.argv[2]
 codec = Codec(AutoTokenizer.from_pretrained(folder / "model"))
@@ -43,8 +45,8 @@ rows = PackedExamples(folder / on_bad, preferences=True)
 train, held = rows.divide(0.05)
 comparisons = Comparisons("test", train)
 tokens = 0
-for batch in itertools.islice(comparisons.batches(64, 0, 0), 300):
-    tokens += int(batch.mask.sum())
+for index in itertools.islice(stream(len(comparisons), 64, 0), 300):
+    tokens += int(comparisons.select(torch.from_numpy(index)).mask.sum())
 found["learned"] = peak()
 kept = list(tokenise(Examples(folder / "preferences.jsonl", max_rows=20_000), codec, data.rejected))  # the other way
 found["kept"] = peak()
