@@ -24,13 +24,12 @@ from lm_envs.algos.engine.batching import (
     select,
     units,
 )
-from lm_envs.algos.engine.checkpoints import take_back, tensors_of
 from lm_envs.algos.engine.comparisons import annotated_pairs
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.demonstrations import demonstrations_of, likelihood
 from lm_envs.algos.engine.kl_coefficient import KLCoefficient
 from lm_envs.algos.engine.metrics import Averages, Metric, describe
-from lm_envs.algos.engine.optimizer import make_adam
+from lm_envs.algos.engine.optimizer import make_adam, take_back, tensors_of
 from lm_envs.algos.engine.sampling import Sampler
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
@@ -38,8 +37,8 @@ from lm_envs.tasks.base import TextTask
 from lm_envs.training import add_gradients, stream, take_step
 from lm_envs.trajectories import Trajectories
 
-_SAMPLED = ("episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls", "comparisons_done")
-_COUNTERS = ("iterations_done", *_SAMPLED, "trained_tokens")
+_COUNTERS = ("iterations_done", "episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls")
+_COUNTERS += ("comparisons_done", "trained_tokens")
 _WEIGHTS = itertools.count()  # numbers of weights: equal numbers, equal weights
 
 C = TypeVar("C", bound=AgentConfig)

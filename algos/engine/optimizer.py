@@ -1,13 +1,16 @@
-"""Adam (Kingma and Ba 2015), and the same for weights in bfloat16, whose own digits are too few to learn with."""
+"""Adam (Kingma and Ba 2015), the same with master weights for bfloat16, and both in checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from lm_envs.algos.policies.adaptation import learned_state, load_learned_state
+
 MASTER = "master"
+_STATE = ("step", "exp_avg", "exp_avg_sq", MASTER)
 
 
 def make_adam(parameters: Mapping[str, nn.Parameter], name: str, lr: float, eps: float) -> torch.optim.Adam:
@@ -68,7 +71,7 @@ class MasterAdam(torch.optim.Adam):
                 if weight is not p:
                     p.copy_(weight)
 
-    def _state(self, p: nn.Parameter) -> dict[str, torch.Tensor]:
+    def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[p]
         low = p.dtype in (torch.bfloat16, torch.float16)
         if not state:
@@ -81,3 +84,38 @@ class MasterAdam(torch.optim.Adam):
             master = state[MASTER]
             master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
         return state
+
+
+def tensors_of(
+    policy: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Collect a checkpoint's tensors, copied to the CPU: what the policy learned, the optimizer's state of
+    ``parameters``, and others."""
+    tensors = {f"policy.{name}": t for name, t in learned_state(policy).items()}
+    for name, parameter in parameters.items():
+        tensors |= {f"adam.{key}.{name}": t for key, t in optimizer.state.get(parameter, {}).items()}
+    tensors |= {f"extra.{name}": t for name, t in extra.items()}
+    return {name: t.detach().cpu().clone() for name, t in tensors.items()}
+
+
+def take_back(
+    policy: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Put :func:`tensors_of` back into policy and optimizer and return the others; ValueError if the policy differs."""
+    load_learned_state(policy, _part(tensors, "policy."))
+    optimizer.state.clear()
+    for name, parameter in parameters.items():
+        held = {key: tensors[f"adam.{key}.{name}"] for key in _STATE if f"adam.{key}.{name}" in tensors}
+        if held:
+            optimizer.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in held.items()}
+    return _part(tensors, "extra.")
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
