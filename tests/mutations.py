@@ -480,8 +480,8 @@ MUTATIONS = [
     Mutation(
         "the value head starts anywhere",
         "algos/policies/language_model.py",
-        "nn.init.zeros_(self.value_head.weight)",
-        "nn.init.ones_(self.value_head.weight)",
+        "nn.init.zeros_(head.weight)",
+        "nn.init.ones_(head.weight)",
         CRITICS,
     ),
     Mutation(

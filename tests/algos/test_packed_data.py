@@ -84,9 +84,9 @@ def test_dpo_learns_the_same_and_keeps_its_reference_on_disk(packed, tokenizer):
     config = DPOConfig(episodes=4, micro_batch=5)
     stored = DPO(policy(tokenizer), config, packed)
     memory = DPO(policy(tokenizer), config, in_memory(packed))
-    reference = memory._comparisons.data
+    reference = memory.data.data
     index = torch.tensor([3, 20, 1])
-    found, expected = stored._comparisons.data.select(index), reference.select(index).trim(prompt=True)
+    found, expected = stored.data.data.select(index), reference.select(index).trim(prompt=True)
     torch.testing.assert_close(found.ref_logprob, torch.where(expected.mask, expected.ref_logprob, 0.0))
     torch.testing.assert_close(learned(stored), learned(memory), atol=1e-6, rtol=1e-5)
     assert "extra.ref_logprob" not in stored.checkpoint()[0] and "extra.ref_logprob" in memory.checkpoint()[0]

@@ -79,7 +79,7 @@ def test_reward_modelling_from_whole_rankings():
     with torch.no_grad():
         agent.policy.model.score.weight.zero_()
     first = agent.iteration()[1]
-    sizes = torch.bincount(agent._comparisons.data.group)
+    sizes = torch.bincount(agent.data.data.group)
     expected = sum(math.lgamma(int(k) + 1) for k in sizes) / len(sizes)  # log K! of an indifferent model
     assert first["ranking_loss"] == pytest.approx(expected)
     learn(agent)
@@ -131,13 +131,13 @@ def test_dpos_gradient_by_hand():
 
 def test_dpos_reference_is_the_start_even_after_a_checkpoint():
     agent = batches.learner("dpo", learning_rate=1e-2)
-    start = agent._comparisons.data.ref_logprob.clone()
+    start = agent.data.data.ref_logprob.clone()
     learn(agent, iterations=3)
-    assert torch.equal(agent._comparisons.data.ref_logprob, start)
+    assert torch.equal(agent.data.data.ref_logprob, start)
     moved = batches.text_policy(batches.text_env(), seed=5)
     twin = registry.make_agent("dpo", moved, data=batches.ranked(), **{"episodes": 6})
     twin.restore(*agent.checkpoint())
-    assert torch.equal(twin._comparisons.data.ref_logprob, start)
+    assert torch.equal(twin.data.data.ref_logprob, start)
 
 
 def test_the_optimum_of_dpo_is_the_closed_form():
