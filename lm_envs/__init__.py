@@ -1,7 +1,7 @@
 """lm-envs: text generation as a Gymnasium environment.
 
-Importing this package registers the environment ids and nothing more: torch and transformers are imported when an
-environment is made. The sibling rooms import as ``lm_envs.algos``, ``lm_envs.kernels`` and ``lm_envs.benchmarks``.
+Importing this package only registers the environment ids; torch and transformers are imported when an environment is
+made. The sibling packages are ``lm_envs.algos``, ``lm_envs.kernels`` and ``lm_envs.benchmarks``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["report", "set_kl_coef"]
 __version__ = "0.1.0"
 
-# In a checkout the rooms stand beside this folder; installed, they lie inside it.
+# In a checkout these three are siblings of this folder; installed, they are inside it.
 _root = Path(__file__).resolve().parent.parent
 if all((_root / room).is_dir() for room in ("algos", "kernels", "benchmarks")):
     __path__.append(str(_root))
@@ -42,7 +42,7 @@ gymnasium.register(id="lm_envs/Cat-v0", entry_point="lm_envs.env.cat:CatEnv", ma
 
 
 def __getattr__(name: str) -> Any:
-    # report and set_kl_coef need numpy only, but their module pulls the environments' checks: load it when asked.
+    # Their module imports the environments, so it is loaded on first use.
     if name in __all__:
         return getattr(import_module("lm_envs.env.report"), name)
     raise AttributeError(f"module 'lm_envs' has no attribute {name!r}")

@@ -1,10 +1,9 @@
 """Files that are replaced atomically, and a cache of folders that are built once.
 
-A reader sees the old content of a file or the new one, also during a write and after a crash.
-
-A cached folder's name is a hash of everything that determines its content: ``<root>/<kind>/<key>/``, where the root is
-``$LM_ENVS_CACHE`` or ``lm-envs`` in the user's cache folder. It is built in a temporary folder beside it, under a lock,
-and renamed; its ``manifest.json`` holds the size and SHA-256 of each file, which are checked when it is read.
+A reader sees the old content of a file or the new one, also during a write and after a crash. A cached folder,
+``<root>/<kind>/<key>/``, is named after a hash of everything that determines its content; the root is
+``$LM_ENVS_CACHE`` or ``lm-envs`` in the user's cache folder. It is built under a lock in a temporary folder and
+renamed; its ``manifest.json`` holds the size and SHA-256 of each file, which are checked when it is read.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def sync(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A temporary name that no other writer of the same file has."""
+    """Return a temporary name that no other writer of the same file has."""
     return path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}"[:255]
 
 
@@ -133,7 +132,7 @@ def refuse_streams(path: Path) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become None, at any depth."""
+    """Replace NaN and infinity, which JSON lacks, by None at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -152,7 +151,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 # ---- folders that are built once ----
 
 MANIFEST = "manifest.json"
-# Errors of the place that is written to, where they come out of a build; others are the build's own.
+# Errors during a build that are the cache folder's fault; others are the build's own.
 _OF_THE_PLACE = (
     "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENOTDIR EEXIST EISDIR EIO ELOOP ENAMETOOLONG ENOLCK ENOSYS ENOTSUP "
     "EOPNOTSUPP ESTALE EMFILE ENFILE ENODEV ENXIO"
@@ -169,7 +168,7 @@ class CacheError(OSError, ValueError):
 def blaming(
     folder: Path, remedy: str = _REMEDY, only: Callable[[OSError], bool] = lambda error: True
 ) -> Iterator[None]:
-    """Turn errors of the file system in the block that are a cache folder's (``only``) into a CacheError."""
+    """Turn the block's OSErrors for which ``only`` holds into a CacheError about the folder."""
     try:
         yield
     except CacheError:
@@ -216,29 +215,26 @@ def code_hash(files: Iterable[str | Path]) -> str:
 
 
 def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *, needs_bytes: int = 64 << 20) -> Path:
-    """Return the folder of an entry, built first if it is missing or damaged.
+    """Return the folder of an entry, built first if it is missing or damaged; CacheError if it cannot be written.
 
     One process builds while others wait. An interrupted build leaves no entry.
 
     Args:
         kind: a folder of the cache, such as a task's name.
         parts: everything that determines the content; JSON values.
-        build: fills the empty folder it is given.
+        build: fills the empty folder that it receives.
         needs_bytes: free space to require before the build.
-
-    Raises:
-        CacheError: the folder cannot be written, or the disk is full.
     """
     root = cache_root()
     entry = root / kind / key_of(parts)
     if damaged(entry) is None:
         return entry  # without a lock, so a read-only cache works
-    own: list[OSError] = []  # what the build is to blame for
+    own: list[OSError] = []  # errors that are the build's own
 
     def watched(folder: Path) -> None:
         try:
             build(folder)
-        except SafetensorError as error:  # what a disk that fills up raises when weights are saved
+        except SafetensorError as error:  # a full disk raises it when weights are saved
             raise OSError(errno.EIO, str(error)) from error
         except OSError as error:
             elsewhere = error.filename is not None and root not in Path(os.fsdecode(error.filename)).parents
@@ -251,8 +247,16 @@ def cached(kind: str, parts: Mapping[str, Any], build: Callable[[Path], None], *
         if shutil.disk_usage(entry.parent).free < needs_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with _locked(entry):
-            if damaged(entry) is not None:
-                _build(entry, parts, watched)
+            if damaged(entry) is None:
+                return entry
+            # Killed builds left these folders, and under the lock no other process uses them.
+            for stale in entry.parent.glob(f"{TEMPORARY}*-{entry.name}"):
+                shutil.rmtree(stale, ignore_errors=True)
+            if entry.exists():
+                _log.warning("the cached %s is damaged: making it again", entry)
+            with replacing_folder(entry) as folder:
+                watched(folder)
+                write_manifest(folder, parts)
     return entry
 
 
@@ -263,17 +267,6 @@ def _locked(entry: Path) -> AbstractContextManager[Any]:
     except Timeout:
         _log.warning("waiting for another process that is making %s", entry)
         return lock.acquire()
-
-
-def _build(entry: Path, parts: Mapping[str, Any], build: Callable[[Path], None]) -> None:
-    # Left by killed builds: the lock is ours, so nobody uses them.
-    for stale in entry.parent.glob(f"{TEMPORARY}*-{entry.name}"):
-        shutil.rmtree(stale, ignore_errors=True)
-    if entry.exists():
-        _log.warning("the cached %s is damaged: making it again", entry)
-    with replacing_folder(entry) as folder:
-        build(folder)
-        write_manifest(folder, parts)
 
 
 def write_manifest(folder: Path, parts: Mapping[str, Any], of: Iterable[Path] | None = None) -> None:
@@ -290,8 +283,8 @@ def damaged(folder: Path, parts: Mapping[str, Any] | None = None, names: Collect
     """Return the first file that is missing or differs from the folder's manifest, None if the folder is intact.
 
     Args:
-        parts: what the folder must be made from; None is anything.
-        names: check these files only.
+        parts: the required origin of the folder; None for any.
+        names: the files to check; None for all.
     """
     name = MANIFEST
     try:

@@ -9,10 +9,7 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def printable(text: str) -> str:
-    r"""Return the text with everything that steers a terminal written as an escape, such as ``\x1b``.
-
-    Tabs, newlines and all letters stay as they are.
-    """
+    r"""Return the text with characters that control a terminal as escapes such as ``\x1b``; tabs and newlines stay."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -23,7 +20,7 @@ def one_line(text: str, width: int = 200) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's type where there is no message."""
+    """Return the first line of an error's message, or the error's type without one."""
     if isinstance(error, KeyError):
         return f"there is no {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

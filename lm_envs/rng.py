@@ -1,4 +1,4 @@
-"""Counted randomness: uniform numbers that depend on where they are used, not on earlier draws.
+"""Counted randomness: uniform numbers that depend on the place of their use, not on earlier draws.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
 ten rounds of multiplication and exclusive or over a 128-bit counter ``(position, episode low, episode high, stream)``
@@ -26,15 +26,8 @@ _HALF = np.uint64(32)
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox4x32 with ten rounds.
-
-    Args:
-        counter: ``(4, ...)`` uint64, each below 2**32.
-        key: two 32-bit words.
-
-    Returns:
-        ``(4, ...)`` uint64, each below 2**32.
-    """
+    """Philox4x32 with ten rounds: from a counter, ``(4, ...)`` uint64 below 2**32, and a key of two 32-bit words to
+    ``(4, ...)`` uint64 below 2**32."""
     c0, c1, c2, c3 = counter
     k0, k1 = np.uint64(key[0]), np.uint64(key[1])
     for _ in range(10):
@@ -45,16 +38,13 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 
 
 def uniform(seed: int, stream: int, episode: ArrayLike, position: ArrayLike = 0) -> NDArray[np.float64]:
-    """Return uniform numbers in [0, 1) with 53 random bits, a pure function of the four arguments.
+    """Return float64 uniform numbers in [0, 1) with 53 random bits, a pure function of the four arguments.
 
     Args:
         seed: any non-negative integer below 2**64.
         stream: one of the constants of this module.
         episode: integers, any shape.
         position: integers below 2**32, broadcast against ``episode``.
-
-    Returns:
-        float64 of the broadcast shape.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in [0, 2**64), got {seed}")

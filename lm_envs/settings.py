@@ -1,7 +1,7 @@
-"""Settings that users give, in files and on command lines: limits as types, one check for all, hints for unknown names.
+"""Validation of user settings from files and command lines: types with limits, one check, hints for unknown names.
 
-A dataclass that inherits from :class:`Settings` is checked against its annotations when it is made; :func:`make` makes
-one from a mapping (TOML or ``name=value``), and :func:`check` takes any other dataclass, such as a command's.
+A dataclass that inherits from :class:`Settings` checks its fields against their annotations; :func:`make` builds one
+from a mapping (TOML or ``name=value``), and :func:`check` checks any other dataclass, such as a command's.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, Interval(ge=0, le=2**31 - 1)]
 """A whole number of at least 0."""
 Size = Annotated[int, Interval(ge=1, le=2**20)]
-"""How many of something memory holds at once."""
+"""A number of items in memory, at least 1."""
 Several = Annotated[int, Interval(ge=2, le=2**20)]
-"""The same, of at least 2."""
+"""A number of items in memory, at least 2."""
 Rank = Annotated[int, Interval(ge=0, le=2**14)]
-"""Of a low-rank matrix, 0 for none."""
+"""The rank of a matrix, 0 for none."""
 Threads = Annotated[int, Interval(ge=1, le=1024)]
-"""Threads or processes."""
+"""A number of threads or processes."""
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
-"""What PyTorch and NumPy take for a seed."""
+"""A seed for PyTorch and NumPy."""
 Finite = Annotated[float, AllowInfNan(False)]
 Positive = Annotated[float, Gt(0), AllowInfNan(False)]
 NonNegative = Annotated[float, Ge(0), AllowInfNan(False)]
 Rate = Annotated[float, Interval(gt=0, le=1)]
-"""A learning rate; above 1 nothing converges."""
+"""A learning rate, at most 1."""
 Probability = Annotated[float, Interval(ge=0, le=1)]
 Share = Annotated[float, Interval(ge=0, lt=1)]
-"""A part of a whole, never all of it."""
+"""A fraction of a whole, below 1."""
 Name = Annotated[str, MinLen(1)]
 
 
@@ -49,12 +49,12 @@ def _unique(found: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 Unique = AfterValidator(_unique)
-"""Of a tuple: its items differ."""
+"""Annotation of a tuple whose items must differ."""
 Names = Annotated[tuple[Name, ...], MinLen(1)]
 Table = dict[str, Any]
 
 T = TypeVar("T")
-# What pydantic's kinds of errors mean, in our words; others keep its own.
+# Messages for pydantic's error types; other types keep pydantic's.
 _ALLOWED = {
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
@@ -74,12 +74,12 @@ _ALLOWED = {
     "path_type": "a path",
     "is_instance_of": "a {class}",
     "none_required": "none",
-    "value_error": "{error}",  # of our own validators
+    "value_error": "{error}",  # from validators in this package
 }
 
 
 class SettingError(ValueError):
-    """An unknown setting or a wrong value; ``name`` says which."""
+    """An unknown setting or a wrong value; ``name`` is the setting's name."""
 
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)
@@ -87,10 +87,10 @@ class SettingError(ValueError):
 
 
 class Settings:
-    """Base of dataclasses that are checked against their annotations; raises SettingError."""
+    """Base of dataclasses that check their fields against their annotations and raise SettingError."""
 
     def __post_init__(self) -> None:
-        """Check the fields; whole floats become ints where those belong, lists tuples, NumPy's numbers Python's."""
+        """Check the fields, and convert whole floats to ints, lists to tuples, and NumPy's numbers to Python's."""
         for name, value in _checked(type(self), vars(self), f"{type(self).__name__}.{{}}").items():
             object.__setattr__(self, name, value)
 
@@ -99,12 +99,13 @@ def make(kind: type[T], values: Mapping[str, Any], where: str, what: str = "opti
     """Make a dataclass from a mapping.
 
     Args:
-        where: what the settings are of, for messages: "ppo", "[budget]".
-        what: what messages call a setting.
+        where: the owner of the settings in messages, such as "ppo" or "[budget]".
+        what: the noun for a setting in messages.
 
     Raises:
-        SettingError: an unknown setting, with near names; a missing one; a value of another type or out of range.
-        ValueError: settings that do not fit together.
+        SettingError: an unknown setting (the message suggests names), a missing one, or a value of the wrong type or
+            out of range.
+        ValueError: settings that contradict each other.
     """
     known = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
     for name in values:
@@ -121,10 +122,9 @@ def make(kind: type[T], values: Mapping[str, Any], where: str, what: str = "opti
 
 
 def check(settings: Any, name: str = "--{}") -> None:
-    """Check a dataclass and those in its fields; raises SettingError.
+    """Check a dataclass and the dataclasses in its fields; raise SettingError for a wrong value.
 
-    Args:
-        name: how messages write a field's name; with "--", "-" stands for "_".
+    ``name`` formats a field's name for messages; with "--", "-" replaces "_".
     """
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     _checked(type(settings), values, name)
@@ -133,7 +133,7 @@ def check(settings: Any, name: str = "--{}") -> None:
 
 
 def near(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """A hint for an unknown name: the near ones; without any, ``otherwise``, or all known ones."""
+    """Return a hint for an unknown name: similar names; if there are none, ``otherwise`` or all known names."""
     names = sorted(known)
     folded = {n.lower(): n for n in names}
     found = [folded[n] for n in difflib.get_close_matches(str(name).lower(), folded, n=3, cutoff=0.55)]
@@ -143,13 +143,13 @@ def near(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
 
 
 def one_of(value: Any, allowed: Iterable[str], where: str) -> None:
-    """Raise ValueError if a value is none of those allowed; ``where`` names it."""
+    """Raise ValueError if a value is not allowed; ``where`` is its name."""
     if value not in allowed:
         raise ValueError(f"{where} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 def short(value: Any, width: int = 60) -> str:
-    """A value in a message, cut where it is long."""
+    """Return a value's ``repr`` for a message, cut to ``width`` characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists thousands deep
@@ -168,7 +168,7 @@ def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
 
 
 def _checked(kind: type, values: Mapping[str, Any], called: str) -> dict[str, Any]:
-    """Fit the values of a class's fields to its annotations; dataclasses stay as they are."""
+    """Convert the values of a class's fields to its annotations; dataclasses do not change."""
     return {
         name: value if is_dataclass(value) else _fit(_adapter(kind, name), value, called, name)
         for name, value in values.items()
@@ -177,7 +177,7 @@ def _checked(kind: type, values: Mapping[str, Any], called: str) -> dict[str, An
 
 
 def _readings(value: Any) -> Iterator[Any]:
-    """A value and its other readings: TOML and JSON have no tuples, 1e4 is a whole number."""
+    """Yield a value and its other readings: TOML and JSON have no tuples, and 1e4 is a whole number."""
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
         value = int(value) if isinstance(value, numbers.Integral) else float(value)
     yield value

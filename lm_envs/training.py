@@ -1,4 +1,4 @@
-"""Supervised learning: the two losses, the stream of indices, the step, and a deterministic loop budgeted in steps."""
+"""Supervised learning: two losses, the stream of indices, the optimizer step, and a deterministic loop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Progress = Callable[[int, float], None]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is in float64: losses lose no digits that the scores have."""
+    """Return the tensor in float32, or unchanged in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy ``-mean log p(target)``, the mean over the targets that are there.
+    """Cross-entropy ``-mean log p(target)`` over the targets that are present.
 
     Args:
         logits: ``(..., V)``; position t predicts ``targets[..., t]``.
@@ -36,23 +36,20 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     present = targets >= 0
     if not bool(present.any()):
         return logits.sum() * 0.0
-    # Selecting first keeps whatever stands in padded places, NaN included, out of the loss and of its
-    # gradient.
+    # Selecting first keeps NaN in padded places out of the loss and its gradient.
     return F.cross_entropy(at_least_float32(logits[present]), targets[present])
 
 
 def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
-    """``-mean log sigmoid(score_i - score_j)`` over all pairs of a group in which i is ranked before j.
+    """Return ``-mean log sigmoid(score_i - score_j)`` over all pairs of a group in which i is ranked before j.
 
     Bradley and Terry 1952; as in Ouyang et al. 2022 (InstructGPT, eq. 1) the K-choose-2 pairs of one prompt
-    stay in one batch element and weigh ``1 / (K choose 2)`` each, so a prompt counts once whatever its K.
+    stay in one batch element and weigh ``1 / (K choose 2)`` each, so a prompt counts once for any K. The mean is over
+    groups with a pair; 0 if there are none.
 
     Args:
         scores: ``(B, K)``.
         rank: ``(B, K)`` int64, 0 is best; equal ranks make no pair, negative ranks mark absent samples.
-
-    Returns:
-        The mean over the groups that hold a pair; 0 where none does.
     """
     here = rank >= 0
     better = (rank[:, :, None] < rank[:, None, :]) & here[:, :, None] & here[:, None, :]
@@ -66,14 +63,10 @@ def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
 
 
 def stream(count: int, size: int, seed: int, start: int = 0, *, rest: bool = True) -> Iterator[NDArray[np.int64]]:
-    """Endless batches of ``size`` indices below ``count``, from batch number ``start`` on.
+    """Yield endless batches of ``size`` indices below ``count``, from batch number ``start`` on.
 
-    Each pass is a permutation of its own, a function of the seed and the pass alone, so a stream that starts in the
-    middle continues an earlier one exactly.
-
-    Args:
-        rest: a batch may go over from one pass to the next; if not, a pass leaves out the last ``count % size`` indices
-            of its order.
+    Each pass is a permutation that depends on the seed and the pass alone, so a stream can start in the middle. With
+    ``rest`` a batch may span two passes; without it, a pass leaves out the last ``count % size`` indices of its order.
     """
     each = count if rest else count - count % size
     held, order = -1, np.empty(0, dtype=np.int64)
@@ -104,14 +97,8 @@ def add_gradients(losses: Iterable[Tensor]) -> float:
 
 
 def take_step(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter], max_grad_norm: float) -> Tensor:
-    """Scale the gradients down to a norm of at most ``max_grad_norm`` and let the optimizer step.
-
-    Returns:
-        the norm before.
-
-    Raises:
-        FloatingPointError: it is NaN or infinite; no step is taken.
-    """
+    """Clip the gradients to a norm of ``max_grad_norm``, step, and return the norm before; FloatingPointError without a
+    step if it is NaN or infinite."""
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not math.isfinite(float(norm)):
         raise FloatingPointError(f"the gradient's norm is {float(norm)}")
@@ -133,22 +120,17 @@ def fit(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Minimize a loss by AdamW for a number of steps, without dropout: a function of its arguments.
+    """Minimize a loss by AdamW without dropout, a function of the arguments; return the loss of every step.
 
-    The learning rate rises linearly over the first ``warmup`` of the steps and then falls linearly to 0.
+    The learning rate rises linearly over the fraction ``warmup`` of the steps and then falls linearly to 0. ValueError
+    without examples or steps, or if the loss or its gradient stops being finite.
 
     Args:
-        model: whose parameters with ``requires_grad`` are trained.
-        loss: from the indices of a batch's examples to a scalar.
-        examples: how many there are; or bundles of their indices, which stay together.
-        batch_size: examples a step, or bundles.
+        model: its parameters with ``requires_grad`` are trained.
+        loss: maps the indices of a batch's examples to a scalar.
+        examples: their number, or bundles of their indices, which stay together.
+        batch_size: examples or bundles per step.
         progress: called after each step with its number, from 1, and its loss.
-
-    Returns:
-        The loss of every step.
-
-    Raises:
-        ValueError: no examples or no steps, or the loss or its gradient stopped being finite.
     """
     count = examples if isinstance(examples, int) else len(examples)
     if count < 1 or steps < 1 or batch_size < 1:
@@ -180,9 +162,8 @@ def fit_language_model(
     bundles: Sequence[Sequence[int]] | None = None,
     **options: Any,
 ) -> list[float]:
-    """Train a causal LM on texts (token ids, at least two each, EOS included where it is to be learned) by next-token
-    cross-entropy, the mean over a batch's tokens; ``bundles`` and options as for :func:`fit`.
-    """
+    """Train a causal LM on texts (token ids, at least two each, with EOS if it is to be learned) by next-token
+    cross-entropy, the mean over a batch's tokens; ``bundles`` and options as for :func:`fit`."""
 
     def loss(chosen: list[int]) -> Tensor:
         ids = right_pad([texts[i] for i in chosen]).to(model.device)
@@ -199,8 +180,7 @@ def fit_reward_model(
     model: PreTrainedModel, groups: Sequence[Sequence[Sequence[int]]], rank: NDArray[np.int64], **options: Any
 ) -> list[float]:
     """Train a one-label sequence-classification model by :func:`bradley_terry_loss` on N groups of K texts, token ids,
-    with ranks ``(N, K)`` int64, 0 is best; options as for :func:`fit`, ``batch_size`` in groups.
-    """
+    with ranks ``(N, K)`` int64, 0 is best; options as for :func:`fit`, ``batch_size`` in groups."""
 
     def loss(chosen: list[int]) -> Tensor:
         ids = right_pad([text for i in chosen for text in groups[i]]).to(model.device)

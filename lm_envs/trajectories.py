@@ -1,4 +1,4 @@
-"""Trajectories: the one thing agents learn from, for language models and control alike."""
+"""Trajectories, from which all agents learn, for language models and control."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _ROWS = ("obs", "final_obs", "prompt", "response")
 _DTYPES = dict.fromkeys(("mask", "terminated", "truncated"), torch.bool) | dict.fromkeys(
     ("group", "rank", "prompt_index", "prompt", "response"), torch.int64
 )
-_PADDING = {"prompt": -1, "response": -1, "obs": -1}  # what fills a row that is widened; zero elsewhere
+_PADDING = {"prompt": -1, "response": -1, "obs": -1}  # the fill of wider rows; zero for other fields
 
 
 class Rows(Protocol):
-    """Rows that are Trajectories once they are selected: in memory, or on disk until then."""
+    """Rows in memory or on disk that :meth:`select` returns as Trajectories."""
 
     def __len__(self) -> int: ...
 
@@ -33,31 +33,30 @@ class Rows(Protocol):
 class Trajectories:
     """A padded batch of B episodes (or fragments of episodes) of at most T steps.
 
-    Real steps come first in each row; what lies beyond them may hold anything, NaN included, and must change nothing.
-    Demonstrations are trajectories without ``reward``; preferences are groups with a ``rank``.
+    Real steps come first in each row; values beyond them, which may be NaN, must change nothing. Demonstrations are
+    trajectories without ``reward``; preferences are groups with a ``rank``.
 
     Attributes:
         actions: ``(B, T)`` int64; in a bandit env ``(B, 1, T_response)``, the whole response as one action.
         mask: ``(B, T)`` bool, True on real actions, a prefix of every row and never empty.
         terminated: ``(B,)`` bool, the episode really ended: its future is worth zero.
         truncated: ``(B,)`` bool, cut by a time limit or by the collector: bootstrap from ``final_obs``.
-        obs: opaque to algorithms; only the policy reads it. Control: ``(B, T, *shape)``. Text: ``(B, P + T)``, the
-            final observation, of which every earlier one is a prefix.
-        final_obs: control only, ``(B, *shape)``, what was seen after the last action.
+        obs: read by the policy alone. Control: ``(B, T, *shape)``. Text: ``(B, P + T)``, the final observation, of
+            which every earlier one is a prefix.
+        final_obs: control only, ``(B, *shape)``, the observation after the last action.
         logprob: ``(B, T)`` log-probability under the distribution that was sampled from, nats.
         reward: ``(B, T)``.
-        value: ``(B, T + 1)`` the sampling policy's values, where they came with the sampling; 0 after termination.
+        value: ``(B, T + 1)`` the sampling policy's values, if sampling computed them; 0 after termination.
         ref_logprob: ``(B, T)`` log-probability of the same actions under the frozen reference, nats.
         group: ``(B,)`` int64, rows with the same number share a prompt.
-        prompt_index: ``(B,)`` int64, which row of the task's prompts an episode starts from.
-        sampled_by: ``(B,)`` int64, the number of the weights that sampled a row: equal numbers, equal weights.
+        prompt_index: ``(B,)`` int64, the row of the task's prompts that an episode starts from.
+        sampled_by: ``(B,)`` int64, the number of the weights that sampled a row.
         score: ``(B,)`` the reward model's score before the KL penalty.
         prompt: ``(B, P)`` int64, left-padded with -1.
         response: ``(B, T_response)`` int64, right-padded with -1; the EOS is part of it.
         rank: ``(B,)`` int64 within the group, 0 is the best.
 
-    Raises:
-        ValueError: a field has the wrong shape or dtype; the message names it.
+    ValueError names a field of the wrong shape or dtype.
     """
 
     actions: Tensor
@@ -106,7 +105,7 @@ class Trajectories:
 
     @property
     def lengths(self) -> Tensor:
-        """``(B,)`` int64, real steps per row."""
+        """The number of real steps per row, ``(B,)`` int64."""
         return self.mask.sum(dim=1)
 
     @property
@@ -116,7 +115,7 @@ class Trajectories:
 
     @property
     def response_lengths(self) -> Tensor:
-        """``(B,)`` int64, generated tokens per row, the EOS included; for control the number of steps."""
+        """The number of generated tokens per row, EOS included, ``(B,)`` int64; for control, of steps."""
         return self.lengths if self.response is None else (self.response >= 0).sum(dim=1)
 
     def _map(self, fn: Callable[[str, Tensor], Tensor]) -> Trajectories:
@@ -124,19 +123,16 @@ class Trajectories:
         return replace(self, **{name: fn(name, value) for name, value in present.items()})
 
     def select(self, index: Tensor | slice) -> Trajectories:
-        """The rows of ``index`` (int64 indices, a bool mask or a slice), in that order."""
+        """Return the rows of ``index`` (int64 indices, a bool mask or a slice), in that order."""
         return self._map(lambda _, value: value[index])
 
     def to(self, device: torch.device | str) -> Trajectories:
-        """The same on another device."""
+        """Return the trajectories on another device."""
         return self._map(lambda _, value: value.to(device))
 
     def trim(self, *, prompt: bool = False) -> Trajectories:
-        """Without the columns beyond the longest row: a minibatch should not pay for rows it does not hold.
-
-        Args:
-            prompt: also cut the columns before the longest prompt, so that P may differ from the env's.
-        """
+        """Cut the columns beyond the longest row, and with ``prompt`` those before the longest prompt, so that P may
+        differ from the env's."""
         steps = int(self.lengths.max())
         tokens = int(self.response_lengths.max())
         width = self.mask.shape[1]
@@ -162,9 +158,9 @@ class Trajectories:
         return self._map(cut)
 
     def flatten(self) -> Trajectories:
-        """Every real step as a row of its own with T=1 (feed-forward policies; not for text).
+        """Return every real step as a row with T=1, for feed-forward policies, not for text.
 
-        Rows are marked terminated: their value after the step is not asked for, the targets are computed before.
+        Rows are marked terminated: targets were computed before, so no value after the step is needed.
         """
         if self.prompt is not None:
             raise ValueError("Trajectories.flatten is for control: a step of a text depends on the whole row")
@@ -179,7 +175,7 @@ class Trajectories:
 
     @staticmethod
     def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
-        """One batch of all rows, padded to the longest. Fields that not every part has are dropped."""
+        """Join all rows into one batch, padded to the longest, with the fields that every part has."""
         if not parts:
             raise ValueError("Trajectories.concatenate needs at least one part")
 
@@ -209,19 +205,17 @@ class Trajectories:
 def demonstrations(
     texts: Sequence[Sequence[int]], prompt_length: int, max_new_tokens: int, group: Sequence[int] | None = None
 ) -> Trajectories:
-    """Texts as Trajectories of the MDP env, with no reward.
+    """Return texts as Trajectories of the MDP env, without reward.
 
     Args:
-        texts: token ids, the EOS included where the response ended; ValueError without one behind the prompt.
-        prompt_length: how many tokens of each text are its prompt.
-        max_new_tokens: longer responses are cut there.
-        group: a number per text, equal where they share a prompt.
+        texts: token ids, with EOS if the response ended; ValueError if nothing follows the prompt.
+        prompt_length: number of prompt tokens in each text.
+        max_new_tokens: longer responses are cut.
+        group: a number per text, equal for texts with the same prompt.
     """
     for i, text in enumerate(texts):
         if len(text) <= prompt_length:
-            raise ValueError(
-                f"text {i} has {len(text)} tokens and its prompt {prompt_length}: nothing is left to learn"
-            )
+            raise ValueError(f"text {i} has {len(text)} tokens, its prompt {prompt_length}: nothing is left to learn")
     return from_responses(
         [text[:prompt_length] for text in texts],
         [text[prompt_length : prompt_length + max_new_tokens] for text in texts],
@@ -236,18 +230,21 @@ def from_responses(
     prompt_length: int,
     group: Sequence[int] | None = None,
 ) -> Trajectories:
-    """Prompts of at most ``prompt_length`` token ids, and responses of at least one, as :func:`demonstrations`."""
-    prompt = torch.from_numpy(left_pad(prompts, prompt_length))
-    response = right_pad(responses)
-    mask = response >= 0
-    ended = torch.ones(len(response), dtype=torch.bool)
-    return Trajectories(
-        actions=response.clamp(min=0),
-        mask=mask,
-        terminated=ended,
-        truncated=~ended,
-        obs=torch.cat([prompt, response], dim=1),
-        prompt=prompt,
-        response=response,
-        group=None if group is None else torch.as_tensor(group, dtype=torch.int64),
-    )
+    """Return :func:`demonstrations` of prompts, at most ``prompt_length`` token ids each, and responses, at least
+    one."""
+    groups = None if group is None else torch.as_tensor(group, dtype=torch.int64)
+    return whole_episodes(torch.from_numpy(left_pad(prompts, prompt_length)), right_pad(responses), group=groups)
+
+
+def whole_episodes(prompt: Tensor, response: Tensor, **others: Any) -> Trajectories:
+    """Return finished episodes of the MDP env: ``prompt (B, P)`` and ``response (B, T)``, padded with -1.
+
+    Other fields are added; ``actions`` and ``mask`` replace those of the MDP env.
+    """
+    true = torch.ones(len(response), dtype=torch.bool)
+    mdp: dict[str, Any] = {
+        "actions": response.clamp(min=0),
+        "mask": response >= 0,
+        "obs": torch.cat([prompt, response], dim=1),
+    }
+    return Trajectories(**{**mdp, **others}, terminated=true, truncated=~true, prompt=prompt, response=response)

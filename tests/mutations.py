@@ -302,7 +302,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a reward model is trained on special tokens that it will not see",
-        "lm_envs/data/tokenizing.py",
+        "lm_envs/data/packed.py",
         'texts = map("".join, zip(*codec.decode([prompt] * len(rows), rows), strict=True))',
         "texts = codec.tokenizer.batch_decode([prompt + row for row in rows])",
         f"{TOKENIZING} {SAME_IDS}",
@@ -1272,14 +1272,14 @@ MUTATIONS = [
     ),
     Mutation(
         "every reward model's text ends in EOS",
-        "lm_envs/data/tokenizing.py",
+        "lm_envs/data/packed.py",
         "append_eos=reward_eos)",
         "append_eos=True)",
         f"{TOKENIZING} {PACKED}",
     ),
     Mutation(
         "the prompt does not count toward the longest",
-        "lm_envs/data/tokenizing.py",
+        "lm_envs/data/packed.py",
         "[prompt + ids for ids in rows] or [prompt]",
         "rows or [prompt]",
         f"{TOKENIZING}::test_prompt_and_completion_together_are_too_long",
@@ -1468,7 +1468,7 @@ MUTATIONS = [
     ),
     Mutation(
         "text of the policy steers the terminal",
-        "lm_envs/env/rendering.py",
+        "lm_envs/env/rows.py",
         "_colored(printable(piece), kl[i])",
         "_colored(piece, kl[i])",
         TEXT_ENV,

@@ -62,7 +62,7 @@ class LMActorCritic(nn.Module):
         inner = text_envs(env)
         if not inner:
             raise TypeError(f"{type(env).__name__} contains no text environment that can be reached")
-        if inner[0].face != "mdp":
+        if inner[0].is_bandit:
             raise ValueError("an actor-critic over tokens needs a token-level env, whose id does not end in Bandit-v0")
         if model is None:
             model = copy.deepcopy(inner[0].task.start).requires_grad_(True)

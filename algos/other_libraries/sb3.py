@@ -74,7 +74,7 @@ class _TextActorCritic:
                 f"{type(observation_space).__name__}: wrap the environment in TextVecEnv, and do not wrap observations"
             )
         text = observation_space.text
-        if text.face == "bandit":
+        if text.is_bandit:
             raise ValueError(f"{type(self).__name__} writes a token per step, so a bandit env does not fit")
         if text.reference_top_k is not None and not self.takes_masks:
             raise ValueError(

@@ -25,7 +25,7 @@ class TextSpec:
     Attributes:
         prompt_length, max_new_tokens: P and T of the observation.
         eos_token_id, temperature, min_new_tokens, reference_top_k: of the trained distribution.
-        face: "mdp" or "bandit".
+        is_bandit: whether a step is a whole response.
         model_class, config, dtype: make a model of the same shape without ``start``.
         start: the start model; left out of pickles, so that a saved agent holds only its own weights.
     """
@@ -36,7 +36,7 @@ class TextSpec:
     temperature: float
     min_new_tokens: int
     reference_top_k: int | None
-    face: str
+    is_bandit: bool
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class TextSpace(spaces.Box):
             temperature=mdp.temperature,
             min_new_tokens=mdp.min_new_tokens,
             reference_top_k=mdp.reference_top_k,
-            face=env.face,
+            is_bandit=env.is_bandit,
             model_class=type(start),
             config=start.config,
             dtype=start.dtype,

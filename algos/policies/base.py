@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,7 @@ from torch.nn.functional import pad
 
 from lm_envs.kernels.logprob_kl import LogprobKL
 from lm_envs.model.decoding import sample
-from lm_envs.settings import one_of
 from lm_envs.trajectories import Trajectories
-
-Face = Literal["mdp", "bandit"]
 
 
 @dataclass
@@ -128,14 +125,13 @@ class TextPolicy(Policy):
     sequence_obs = True
 
     def __init__(
-        self, face: Face, prompt_length: int, horizon: int, eos_token_id: int, temperature: float = 1.0
+        self, bandit: bool, prompt_length: int, horizon: int, eos_token_id: int, temperature: float = 1.0
     ) -> None:
         super().__init__()
-        one_of(face, get_args(Face), "face")
-        self.face, self.prompt_length, self.eos_token_id = face, prompt_length, eos_token_id
+        self.bandit, self.prompt_length, self.eos_token_id = bandit, prompt_length, eos_token_id
         self.temperature = temperature
         self.uniforms_per_response = horizon
-        self.uniforms_per_action = horizon if face == "bandit" else 1
+        self.uniforms_per_action = horizon if bandit else 1
 
     def next_logits(self, rows: Tensor) -> Tensor:
         """Logits ``(N, V)`` of the next token of observations ``(N, P + T)``, -inf where a token is masked."""
@@ -145,7 +141,7 @@ class TextPolicy(Policy):
         device = next(self.parameters()).device
         rows, numbers = torch.as_tensor(obs, device=device), torch.as_tensor(uniforms, device=device)
         with torch.no_grad():
-            if self.face == "bandit":
+            if self.bandit:
                 response, logprob = self.respond(rows[:, : self.prompt_length], numbers)
                 # An action needs some token behind the EOS: the env reads up to the first EOS.
                 actions = torch.where(response < 0, self.eos_token_id, response)

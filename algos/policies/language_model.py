@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm_envs.algos.policies.base import Evaluation, Face, TextPolicy, text_evaluation
+from lm_envs.algos.policies.base import Evaluation, TextPolicy, text_evaluation
 from lm_envs.algos.policies.reward_tokens import ExtendedEmbedding, prepend
 from lm_envs.env.mdp import TextMDP
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.compiled import FixedRows, check_compilable
 from lm_envs.model.decoding import Decoder, forbid_early_eos, generate
-from lm_envs.model.fast_layers import fuse
 from lm_envs.model.forwards import early_eos, many_logits, response_forward
-from lm_envs.model.recomputing import checkpointing, recomputable
+from lm_envs.model.layers import checkpointing, fuse, recomputable
 from lm_envs.model.tokens import EosIds, eos_ids
 from lm_envs.trajectories import Trajectories
 
@@ -40,7 +39,7 @@ class LMPolicy(TextPolicy):
         max_new_tokens: T, the horizon.
         temperature: divides the logits.
         min_new_tokens: EOS is masked before that many tokens.
-        face: "mdp", a token per action, or "bandit", a response per action.
+        bandit: whether an action is a whole response, not a token.
         autocast: run the model's forwards in this lower precision (``torch.bfloat16``); weights and optimizer keep
             theirs, and log-probabilities are then recomputed before an update.
         gradient_checkpointing: keep only each layer's input for backward and compute the layer again there: less
@@ -62,7 +61,7 @@ class LMPolicy(TextPolicy):
         *,
         temperature: float = 1.0,
         min_new_tokens: int = 0,
-        face: Face = "mdp",
+        bandit: bool = False,
         autocast: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -72,7 +71,7 @@ class LMPolicy(TextPolicy):
         if top_k not in (None, 0) or top_p not in (None, 1.0):
             raise ValueError(NO_TRUNCATION)
         ends = eos_ids(eos_token_id)
-        super().__init__(face, prompt_length, max_new_tokens, ends[0], temperature)
+        super().__init__(bandit, prompt_length, max_new_tokens, ends[0], temperature)
         self.model, self.eos_token_ids = fuse(model.eval()), ends
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.autocast, self.gradient_checkpointing = autocast, gradient_checkpointing
@@ -91,7 +90,7 @@ class LMPolicy(TextPolicy):
         self._version = -1
 
     @classmethod
-    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, face: Face = "mdp", **options: Any) -> Self:
+    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, bandit: bool = False, **options: Any) -> Self:
         """Make the policy that fits a text env: its horizon, temperature and masks; ``options`` are the others.
 
         Raises:
@@ -115,13 +114,13 @@ class LMPolicy(TextPolicy):
             mdp.max_new_tokens,
             temperature=mdp.temperature,
             min_new_tokens=mdp.min_new_tokens,
-            face=face,
+            bandit=bandit,
             **options,
         )
 
     def use_q_critic(self) -> None:
         """Learn ``Q(s, .)`` by a linear head on the same trunk, which starts at zero."""
-        if self.face == "bandit":
+        if self.bandit:
             raise ValueError("a Q critic needs an MDP env: in a bandit env there are V**T actions")
         if self.q_head is None:
             outputs, weight = self.model.get_output_embeddings().weight.shape[0], self.value_head.weight

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lm_envs.algos.policies.base import Evaluation, Face, TextPolicy, text_evaluation
+from lm_envs.algos.policies.base import Evaluation, TextPolicy, text_evaluation
 from lm_envs.algos.policies.reward_tokens import without_tokens
 from lm_envs.exact.solver import Exact
 from lm_envs.kernels.logprob_kl import log_softmax, logprob_kl
@@ -20,7 +20,7 @@ class TabularPolicy(TextPolicy):
         exact: of the environment; gives prompts, prefixes and masks.
         table: ``(X, S, V)`` log-probabilities or logits to start from, at the environment's temperature; None is the
             reference. Masked tokens stay without probability.
-        face: "mdp", a token per action, or "bandit", a response per action.
+        bandit: whether an action is a whole response, not a token.
         value_scale: ratio of values to their parameters, because Adam's steps have the size of the learning rate; with
             a larger scale the critic learns its level before the policy has moved far.
 
@@ -31,8 +31,10 @@ class TabularPolicy(TextPolicy):
     prompts: Tensor
     forbidden: Tensor
 
-    def __init__(self, exact: Exact, table: Tensor | None = None, face: Face = "mdp", value_scale: float = 1.0) -> None:
-        super().__init__(face, exact.prompts.shape[1], exact.tree.horizon, exact.tree.eos_token_id)
+    def __init__(
+        self, exact: Exact, table: Tensor | None = None, bandit: bool = False, value_scale: float = 1.0
+    ) -> None:
+        super().__init__(bandit, exact.prompts.shape[1], exact.tree.horizon, exact.tree.eos_token_id)
         self.tree, self.value_scale = exact.tree, value_scale
         forbidden = exact.log_ref == -math.inf
         start = exact.table(exact.log_ref if table is None else table).detach().masked_fill(forbidden, 0.0)

@@ -18,7 +18,7 @@ from rich.text import Text as Styled
 
 from lm_envs.data.conventions import Example, Kind
 from lm_envs.data.dataset import Examples
-from lm_envs.data.tokenizing import tokenise
+from lm_envs.data.packed import tokenise
 from lm_envs.model.chat import Text
 from lm_envs.model.text import Codec
 

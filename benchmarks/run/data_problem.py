@@ -21,18 +21,16 @@ from lm_envs.algos.reward_modelling import RewardPolicy
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.problems import Problem
 from lm_envs.benchmarks.run.suites import Plan, check_overrides
-from lm_envs.data import conventions, packed, sources, tokenizing
+from lm_envs.data import conventions, packed, sources
 from lm_envs.data.dataset import Examples
-from lm_envs.data.packed import PackedExamples, info_of, pack
-from lm_envs.data.tokenizing import tokenise
+from lm_envs.data.packed import PackedExamples, info_of, pack, tokenise
 from lm_envs.files import code_hash, replacing_folder
 from lm_envs.model import loading, text
 from lm_envs.model.adapters import has_adapters
 from lm_envs.model.checking import check_model
 from lm_envs.model.text import Codec
 from lm_envs.model.tokens import context_of
-from lm_envs.reward.initial import reward_start
-from lm_envs.reward.learned import pools_last_token
+from lm_envs.reward.learned import pools_last_token, reward_start
 
 KINDS: dict[str, conventions.Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -43,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """For pretrained models; the algorithms' own defaults are for the small ones of the embedded tasks."""
 _MICRO_BATCH = 16  # rows a forward, where nothing else is asked for: the gradient is the same
 _SAMPLE = 256  # held-out examples at a point of the learning curve
-_CODE = code_hash(str(module.__file__) for module in (sources, conventions, tokenizing, packed, text))
+_CODE = code_hash(str(module.__file__) for module in (sources, conventions, packed, text))
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class TextProblem(Problem):
         # TOML and JSON have no tuples
         self._options: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in spec.env.items()}
         self._measures: dict[str, TextVectorEnv] = {}
-        face = base_task(spec.task)[1]
+        bandit = base_task(spec.task)[1] == "bandit"
         mdp = self._measure("test").mdp
         self._reference = LMPolicy.for_mdp(mdp, self.task.reference)
         self.agent: Agent[Any] | None = None
@@ -140,7 +140,7 @@ class TextProblem(Problem):
         self.policy: Any = start
         n = best_of(spec.algorithm)
         trained = n is None and spec.algorithm != "sft"
-        if face == "bandit" and not trained:
+        if bandit and not trained:
             raise UserError(
                 f"{spec.label}: SFT and best-of-n need no training, so they have no bandit env: leave them out"
             )
@@ -150,16 +150,16 @@ class TextProblem(Problem):
             overrides = check_overrides(spec.algorithm, spec.overrides)
             if self.exact is None:
                 model = adapted(self.task.start, Adaptation(**spec.adaptation), spec.seed)
-                self.policy = LMPolicy.for_mdp(mdp, model, face=face, compile=spec.compile)  # type: ignore[arg-type]
+                self.policy = LMPolicy.for_mdp(mdp, model, bandit=bandit, compile=spec.compile)
             else:
                 if spec.adaptation or spec.compile:
                     raise UserError(f"{spec.label}: the policy is a table, with no layers to freeze, adapt or compile")
                 table = self.exact.table(self.task.start)
-                self.policy = TabularPolicy(self.exact, table, face, VALUE_SCALE)  # type: ignore[arg-type]
+                self.policy = TabularPolicy(self.exact, table, bandit, VALUE_SCALE)
                 preset = TABULAR.get(spec.algorithm, {})
                 overrides = {name: preset[name] for name in preset if name not in spec.env} | overrides
             self.agent = self._agent(self.policy, overrides)
-            make = TextBanditVectorEnv if face == "bandit" else TextVectorEnv
+            make = TextBanditVectorEnv if bandit else TextVectorEnv
             self.env = make(self.task, split="train", group_size=self.agent.config.group_size, **self._options)
             if not self.agent.needs_data:
                 self.kl_coef = self.agent.settle_kl_coef(self.env)
@@ -174,10 +174,10 @@ class TextProblem(Problem):
         """How the algorithm's direction compares with the exact gradient; nothing where it does not sample."""
         if self.agent is None or self.agent.needs_data or self.exact is None or self.exact.kl_coef == 0:
             return {}
-        face = self.policy.face
-        policy = TabularPolicy(self.exact, exact.half_way(self.exact), face, VALUE_SCALE)
+        bandit = self.policy.bandit
+        policy = TabularPolicy(self.exact, exact.half_way(self.exact), bandit, VALUE_SCALE)
         fresh = self._agent(policy, asdict(self.agent.config))
-        return exact.gradient(fresh, self.exact, bandit=face == "bandit", seed=self.spec.seed)
+        return exact.gradient(fresh, self.exact, bandit=bandit, seed=self.spec.seed)
 
     def _measure(self, split: str) -> TextVectorEnv:
         if split not in self._measures:

@@ -1,4 +1,4 @@
-"""The column conventions that data for fine-tuning comes in, and what each row of them says.
+"""The column conventions of data for fine-tuning, and how each row is read.
 
 Texts are strings, or lists of chat messages: ``{"role": ..., "content": ...}``.
 """
@@ -14,27 +14,27 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lm_envs.data.sources import short
 from lm_envs.model.chat import BadExample, Message, Text
+from lm_envs.settings import short
 
 Kind = Literal["prompts", "demonstrations", "preferences", "labelled", "parallel"]
 
-ASSISTANT = "\n\nAssistant:"  # what begins the assistant's turns in the dialogues of Bai et al. 2022
+ASSISTANT = "\n\nAssistant:"  # begins the assistant's turns in the dialogues of Bai et al. 2022
 
 
 @dataclass(frozen=True)
 class Example:
-    """What one row of data says. Two are equal if they say the same, wherever they stand.
+    """The content of one row of data, compared without its place.
 
     Attributes:
         prompt: a string, or messages of which the last is not the assistant's; empty for a text as a whole.
-        completions: none of a prompt alone; one of a demonstration; the ranked ones of a preference; the translations
+        completions: none for a prompt alone; one for a demonstration; ranked ones for a preference; the translations
             of a parallel text. Strings if ``prompt`` is one; else lists of one message of the assistant's.
         ranks: one per completion of a preference, 0 the best; equal ranks are ties.
-        label: 1 if the completion is wanted, 0 if it is not, -1 where the row does not say.
-        where, source: ``"line 3"``, and the file, folder or hub name that it was read from.
-        split: the row's column ``split``, empty where there is none.
-        columns: what else the row holds beside the prompt, for rewards.
+        label: 1 if the completion is wanted, 0 if it is not, -1 if the row has no label.
+        where, source: ``"line 3"``, and the file, folder or hub name.
+        split: the row's column ``split``, empty if there is none.
+        columns: the row's other columns, for rewards.
     """
 
     prompt: Text
@@ -48,7 +48,7 @@ class Example:
 
     @property
     def text(self) -> str:
-        """The first completion, such as a text as a whole."""
+        """The first completion."""
         return str(self.completions[0])
 
     @property
@@ -58,16 +58,16 @@ class Example:
 
     @property
     def key(self) -> str:
-        """What tells prompts apart; of a text as a whole, the text."""
+        """The prompt as text, or the text as a whole."""
         found = self.prompt or self.completions[0]
         return found if isinstance(found, str) else json.dumps(found, sort_keys=True, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
 class Convention:
-    """A way to lay out rows, called as the columns that it is known by, beside which there may be others.
+    """A way to lay out rows, named after its columns; rows may have others.
 
-    ``read`` gives a row's meaning and raises :class:`~lm_envs.model.chat.BadExample`.
+    ``read`` reads a row and raises :class:`~lm_envs.model.chat.BadExample`.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Convention:
 
 
 def text_of(row: Mapping[str, Any], name: str) -> Text:
-    """A column's text or chat messages; BadExample for anything else, or where it is empty."""
+    """Return a column's text or chat messages; BadExample for other values, or if it is empty."""
     value = _as_messages(row.get(name), name)
     return _messages(value, name) if isinstance(value, list) else _string(value, name)
 
@@ -98,7 +98,7 @@ def _string(value: Any, name: str) -> str:
 
 
 def _messages(value: Any, name: str) -> list[Message]:
-    """Messages with a role and a content; further fields that are set go along to the chat template."""
+    """Check messages, which have a role and a content; other fields go to the chat template."""
     value = _as_messages(value, name)
     if not isinstance(value, list) or not value:
         raise BadExample(f"{name!r} must be a list of messages, not {short(value)}")
@@ -117,7 +117,7 @@ def _messages(value: Any, name: str) -> list[Message]:
 
 
 def _as_messages(value: Any, name: str) -> Any:
-    """Messages that were written out as text, see :func:`parsed`; anything else as it is."""
+    """Parse messages that were written out as text, see :func:`parsed`; return any other value as it is."""
     if isinstance(value, dict) and "role" in value and "content" in value:
         return [value]
     start = value[:100].lstrip(' \t\r\n"\\') if isinstance(value, str) else ""
@@ -137,7 +137,7 @@ def _as_messages(value: Any, name: str) -> Any:
 
 
 def parsed(value: str) -> Any:
-    """What a text says in JSON, be it encoded more than once, or as Python prints it; ValueError if in neither."""
+    """Parse a text as JSON, also encoded more than once, or as Python prints it; ValueError if it is neither."""
     found: Any = value
     try:
         while isinstance(found, str):
@@ -151,7 +151,7 @@ def parsed(value: str) -> Any:
 
 
 def nested(row: Mapping[str, Any], name: str) -> Any:
-    """A list or an object, which CSV files hold as text."""
+    """Return a list or an object, which CSV files hold as text."""
     value = row.get(name)
     try:
         return parsed(value) if isinstance(value, str) else value
@@ -164,8 +164,8 @@ def _is_said(message: Message) -> bool:
 
 
 def _aligned(prompt: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Text, ...]]:
-    """All strings, or all messages: a lone string becomes the message it stands for. A completion that holds the whole
-    conversation loses what all have in common, which then is the prompt."""
+    """Make all texts strings or all messages, wrapping single strings. If completions hold whole conversations, the
+    part that all share becomes the prompt."""
     if isinstance(prompt, str) and all(isinstance(text, str) for text in completions):
         return prompt, tuple(completions)
     said = [[{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in completions]
@@ -184,7 +184,7 @@ def _aligned(prompt: Text, completions: Sequence[Text]) -> tuple[Text, tuple[Tex
 
 
 def _shared(conversations: Sequence[list[Message]]) -> list[Message]:
-    """The messages that all begin with, the last of none among them."""
+    """Return the messages that all conversations begin with, without any conversation's last one."""
     together = zip(*(messages[:-1] for messages in conversations), strict=False)
     same = itertools.takewhile(lambda messages: all(message == messages[0] for message in messages), together)
     return [messages[0] for messages in same]
@@ -222,22 +222,20 @@ def _chosen(row: Mapping[str, Any]) -> Example:
 
 
 def _dialogue(row: Mapping[str, Any]) -> Example:
-    """Whole dialogues (Bai et al. 2022, the data of Anthropic's HH): what they share up to the assistant's last turn is
-    the prompt."""
+    """Whole dialogues (Bai et al. 2022, the data of Anthropic's HH); the prompt is their shared beginning up to the
+    assistant's last turn."""
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if isinstance(chosen, list) or isinstance(rejected, list):
         return Example(*_aligned("", [chosen, rejected]), (0, 1))
     end = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)
     if end < 0:
-        raise BadExample(
-            f"without a column 'prompt', 'chosen' and 'rejected' must be whole dialogues that share a beginning up to "
-            f"{ASSISTANT!r}"
-        )
+        whole = f"whole dialogues that share a beginning up to {ASSISTANT!r}"
+        raise BadExample(f"without a column 'prompt', 'chosen' and 'rejected' must be {whole}")
     end += len(ASSISTANT)
     pair = (_string(chosen[end:], "chosen"), _string(rejected[end:], "rejected"))
     if any(ASSISTANT in text for text in pair):
         raise BadExample(
-            f"'chosen' and 'rejected' part before their last {ASSISTANT!r}, so they do not answer one prompt"
+            f"'chosen' and 'rejected' differ before their last {ASSISTANT!r}: they answer different prompts"
         )
     return Example(chosen[:end], pair, (0, 1))
 
@@ -295,7 +293,7 @@ def _label(row: Mapping[str, Any]) -> int:
 
 
 def _truth(value: Any) -> int | None:
-    """0 or 1, None for what is neither; CSV files write it as text."""
+    """Return 0 or 1, None for other values; CSV files hold text."""
     if isinstance(value, str):
         return {"0": 0, "false": 0, "1": 1, "true": 1}.get(value.strip().lower())
     return int(value) if type(value) in (bool, int) and value in (0, 1) else None
@@ -317,11 +315,11 @@ ASKED_FOR: dict[Kind, Convention] = {
     "labelled": Convention("text/label", "labelled", _labelled),
     "parallel": Convention("prompt/reference", "parallel", _parallel),
 }
-"""Those that are not recognised, because a row of them may be meant otherwise."""
+"""Conventions that must be asked for, because their rows may also be in another one."""
 
 
 def recognise(row: Mapping[str, Any]) -> Convention | None:
-    """The convention of a row, by the names of its columns; None for none of them."""
+    """Return the convention of a row, by the names of its columns, or None."""
     for convention in CONVENTIONS:
         if all(name in row for name in convention.columns):
             if convention.read is _judged and _truth(row["label"]) is None:
@@ -334,8 +332,9 @@ def recognise(row: Mapping[str, Any]) -> Convention | None:
 
 
 def as_kind(example: Example, kind: Kind) -> Example:
-    """An example as prompts, demonstrations or preferences: the prompt of any, and the best completion of a preference,
-    will do for less. BadExample where it holds less than that, or a preference that prefers nothing.
+    """Reduce an example to a kind that needs less: any has a prompt, and a preference has a best completion.
+
+    BadExample if it has less than the kind needs, or is a preference that prefers nothing.
     """
     if kind == "prompts":
         if not example.prompt:

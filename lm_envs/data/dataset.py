@@ -1,6 +1,6 @@
-"""Examples from any source in any of the field's conventions, as a stream.
+"""A stream of examples from any source in any of the field's conventions.
 
-Bad rows stop everything with file and line, or are passed over, counted and listed.
+A bad row raises with file and line, or is skipped, counted and listed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_envs.data.conventions import ASKED_FOR, CONVENTIONS, Convention, Example, Kind, as_kind, parsed, recognise
-from lm_envs.data.sources import Read, format_of, read_rows, short
+from lm_envs.data.sources import Read, format_of, read_rows
 from lm_envs.data.splits import SPLIT_NAMES
 from lm_envs.model.chat import BadExample
+from lm_envs.settings import short
 
 OnBad = Literal["raise", "skip"]
 
-_SPENT = frozenset({"prompt", "messages", "completions", "split"})  # columns that have their say otherwise
-_PEEK = 100  # rows that decide which convention a source is in
-LISTED = 10_000  # bad rows that are kept; more are counted
+_SPENT = frozenset({"prompt", "messages", "completions", "split"})  # columns that are not passed on to rewards
+_PEEK = 100  # rows that decide a source's convention
+LISTED = 10_000  # bad rows that are kept; others are only counted
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Bad:
 
 @dataclass
 class Rejected:
-    """What to do with bad rows, and those there were.
+    """Bad rows, and what to do with them.
 
     Attributes:
-        source: whose rows, for messages.
-        on_bad: "raise" stops at the first, "skip" passes them over.
-        count: how many were passed over.
-        rows: those, the first :data:`LISTED` of them.
+        source: their source, for messages.
+        on_bad: "raise" stops at the first, "skip" skips them.
+        count: the number of skipped rows.
+        rows: the first :data:`LISTED` of them.
     """
 
     source: str | Path
@@ -55,7 +56,7 @@ class Rejected:
             raise ValueError(f"on_bad must be 'raise' or 'skip', got {self.on_bad!r}")
 
     def add(self, where: str, reason: str) -> None:
-        """One more; ValueError, with source and row, if they are to raise."""
+        """Add a bad row, or raise ValueError with source and row."""
         if self.on_bad == "raise":
             raise ValueError(f"{self.source}, {where}: {reason}")
         self.count += 1
@@ -64,28 +65,27 @@ class Rejected:
 
 
 class Examples:
-    """A source's usable examples, in a stream: iterating reads it from the start.
+    """A source's usable examples; iterating streams it from the start.
 
     Args:
         source: a file, a folder, or a name on the hub; see :func:`~lm_envs.data.sources.read_rows`.
-        kind: what its rows are wanted as, see :func:`~lm_envs.data.conventions.as_kind`; None takes them as what they
-            are.
-        on_bad: "raise" stops at the first bad row, "skip" passes over it.
-        max_rows: read no more than the first of them.
+        kind: the kind to read rows as, see :func:`~lm_envs.data.conventions.as_kind`; None for the convention's own.
+        on_bad: "raise" stops at the first bad row, "skip" skips it.
+        max_rows: read only this many rows.
 
     Attributes:
         format: of the source.
-        convention, kind: that of most of the first rows, and what the rows are read as.
-        columns: of the row by which the convention was told.
+        convention, kind: the convention of most of the first rows, and the kind that rows are read as.
+        columns: of the first row in that convention.
         rejected: the bad rows of the last pass.
-        read, unwanted: rows of the last pass, bad ones included; and those that were left out because their completion
-            is labeled as not wanted and demonstrations are imitated.
+        read, unwanted: number of rows in the last pass, bad ones included; and of those left out because demonstrations
+            are imitated and their completion is labeled as unwanted.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the source needs the extra "data".
-        ValueError: no row is in a convention that is known, or one that has what is wanted; while iterating, a bad row
-            that is to raise, or a source that breaks off.
+        ValueError: no row is in a known convention, or the convention lacks the wanted kind; while iterating, a bad
+            row, or a damaged source.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Examples:
         if not votes:
             known = "; ".join(convention.name for convention in CONVENTIONS)
             if strange is None:
-                raise ValueError(f"{self.source}: there is not one row; expected columns of one of these: {known}")
+                raise ValueError(f"{self.source}: there are no rows; expected columns of one of these: {known}")
             where, row = strange
             if isinstance(row, str):
                 raise ValueError(f"{self.source}, {where}: {row}")
@@ -175,7 +175,7 @@ class Examples:
         return SPLIT_NAMES[row["split"]]
 
     def _cell(self, value: Any) -> Any:
-        """CSV files hold lists of objects as JSON."""
+        """Parse a list of objects, which CSV files hold as JSON."""
         if self.format in ("CSV", "TSV") and value.startswith('[{"'):
             with suppress(ValueError):
                 return parsed(value)
@@ -183,11 +183,10 @@ class Examples:
 
 
 def check_letters(row: Mapping[str, Any]) -> None:
-    """Half a surrogate pair is no letter, and no file can be written with it."""
+    """Raise BadExample for half a surrogate pair, which cannot be written to a file."""
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
-            raise BadExample(
-                f"{name!r} holds the lone surrogate {error.object[error.start]!r}: correct the text"
-            ) from None
+            half = error.object[error.start]
+            raise BadExample(f"{name!r} holds the lone surrogate {half!r}: correct the text") from None

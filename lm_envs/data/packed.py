@@ -1,11 +1,11 @@
-"""Tokenized examples on disk: written in a stream and read a few at a time, so memory stays flat whatever the size.
+"""Examples as token ids, and a folder of them that is written in a stream and read a few rows at a time.
 
 .. code-block:: text
 
     <folder>/
         tokens.bin          int32, prompt and completion of row after row; each completion of an example is a row
         rows.bin            int64, six numbers a row: see COLUMNS
-        info.json           what it was made from, and what was found
+        info.json           its origin and counts
         reference-*/        float32, a reference's log-probabilities of the completions; named after its weights
         manifest.json       sizes and hashes of the first three; its presence means that the folder is whole
 """
@@ -17,7 +17,8 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,64 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lm_envs.data.conventions import Example
+from lm_envs.data.dataset import Rejected
 from lm_envs.data.splits import SPLITS, share
-from lm_envs.data.tokenizing import EncodedExample
 from lm_envs.files import MANIFEST, damaged, replacing_folder, sha256, write_manifest
+from lm_envs.model.chat import BadExample
+from lm_envs.model.text import Codec
+from lm_envs.model.tokens import encode_text
 from lm_envs.trajectories import Trajectories, from_responses
 
 COLUMNS = ("prompt", "response", "group", "rank", "split", "share")
 """Tokens of the prompt and of the completion, the number of the example, the completion's rank in it (0 the best), the
-split by its column (-1 for none), and a number that depends on the prompt's text alone, by which rows are divided."""
+split by its column (-1 for none), and a hash of the prompt's text, by which rows are divided."""
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example in token ids. Texts for a reward model are completions of an empty prompt."""
+
+    example: Example
+    prompt: list[int]
+    completions: list[list[int]]
+
+
+def tokenise(
+    examples: Iterable[Example],
+    codec: Codec,
+    rejected: Rejected,
+    max_length: int | None = None,
+    reward_eos: bool | None = None,
+) -> Iterator[EncodedExample]:
+    """Encode a stream of examples as :meth:`~lm_envs.model.text.Codec.encode` does, in order.
+
+    Args:
+        rejected: receives examples that have no tokens, are too long, or are refused by the chat template.
+        max_length: the most tokens of prompt and completion together.
+        reward_eos: for a reward model, whether an EOS follows its texts (``append_eos`` of
+            :func:`~lm_envs.model.tokens.encode_text`). Each completion is then prompt and completion in one text
+            without special tokens, as the model reads it while a policy with the same tokenizer is trained.
+
+    Raises:
+        ValueError: a bad example, or messages without a chat template.
+    """
+    for example in examples:
+        try:
+            prompt, rows = codec.encode(example.prompt, example.completions)
+            if reward_eos is not None:
+                texts = map("".join, zip(*codec.decode([prompt] * len(rows), rows), strict=True))
+                rows = [encode_text(codec.tokenizer, text, True, append_eos=reward_eos) for text in texts]
+                prompt = []
+            lengths = [len(row) for row in [prompt + ids for ids in rows] or [prompt]]
+            if max_length is not None and max(lengths) > max_length:
+                raise BadExample(f"{max(lengths):,} tokens with the completion, more than the {max_length:,} that fit")
+            if not min(lengths):
+                raise BadExample("the tokenizer makes no tokens of it")
+        except BadExample as error:
+            rejected.add(example.where, str(error))
+        else:
+            yield EncodedExample(example, prompt, rows)
 
 
 def pack(
@@ -42,11 +93,11 @@ def pack(
     info: Callable[[], Mapping[str, Any]],
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Write a folder, empty or absent, of a stream of tokenized examples.
+    """Write a stream of tokenized examples to a folder, which is empty or absent.
 
     Args:
-        info: what ``info.json`` says, in JSON's types; called when the stream has ended.
-        progress: called with how many examples there are, every 20,000 of them.
+        info: returns the JSON values of ``info.json``; called when the stream has ended.
+        progress: called with the number of examples, every 20,000 of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "rows.bin", "wb") as index:
@@ -61,27 +112,27 @@ def pack(
                 index.write(np.asarray(row, dtype=np.int64).tobytes())
             if (number + 1) % 20_000 == 0:
                 progress(number + 1)
-    known = dict(info())
-    (folder / "info.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(dict(info()), indent=1, ensure_ascii=False) + "\n"
+    (folder / "info.json").write_text(text, encoding="utf-8")
     write_manifest(folder, {})
 
 
 def info_of(folder: Path) -> dict[str, Any] | None:
-    """A folder's ``info.json``; None where the folder is not whole, or no longer as it was written."""
+    """Return a folder's ``info.json``, None if the folder is incomplete or was changed."""
     return json.loads((folder / "info.json").read_text(encoding="utf-8")) if damaged(folder) is None else None
 
 
 class PackedExamples:
     """A folder that :func:`pack` wrote, or some of its rows, read like :class:`~lm_envs.trajectories.Trajectories`:
-    ``len``, ``select``, ``group``, ``rank``.
+    ``len``, ``select``, ``group``, ``rank``. Only the table and the rows' offsets are in memory.
 
     Args:
-        folder: where it lies.
+        folder: its path.
         preferences: completions have ranks; otherwise they are demonstrations.
 
     Attributes:
-        table: ``(B, 6)`` int64, the :data:`COLUMNS`; with where rows begin, all that is kept in memory.
-        group, rank: ``(B,)`` int64, None of demonstrations.
+        table: ``(B, 6)`` int64, the :data:`COLUMNS`.
+        group, rank: ``(B,)`` int64, None for demonstrations.
     """
 
     def __init__(self, folder: Path, preferences: bool = False) -> None:
@@ -104,18 +155,18 @@ class PackedExamples:
         return len(self.table)
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """``(B,)`` int64, one of the :data:`COLUMNS`."""
+        """Return one of the :data:`COLUMNS`, ``(B,)`` int64."""
         return self.table[:, COLUMNS.index(name)].copy()
 
     def rows(self, index: NDArray[Any]) -> PackedExamples:
-        """Some of the rows, in that order; by their numbers or by ``(B,)`` bool."""
+        """Return the rows of an index or of a ``(B,)`` bool mask, in that order."""
         part = copy.copy(self)
         part._starts = self._starts[index]
         part._show(self.table[index])
         return part
 
     def read(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Token ids of one row's prompt and of its completion."""
+        """Return the token ids of a row's prompt and of its completion."""
         prompt, response = map(int, self.table[row, :2])
         # Read, not mapped: pages of a map would count as this process's memory.
         data = os.pread(self._tokens.fileno(), 4 * (prompt + response), 4 * int(self._starts[row, 0]))
@@ -123,7 +174,7 @@ class PackedExamples:
         return ids[:prompt], ids[prompt:]
 
     def select(self, index: Tensor | slice) -> Trajectories:
-        """The rows of ``index`` (int64 indices or a slice), in that order, with no more padding than they need."""
+        """Return the rows of ``index`` (int64 indices or a slice), in that order, without unneeded padding."""
         chosen = np.arange(len(self))[index if isinstance(index, slice) else index.numpy()]
         prompts, responses = zip(*(self.read(int(row)) for row in chosen), strict=True)
         traj = from_responses(prompts, responses, max(map(len, prompts)))
@@ -149,11 +200,10 @@ class PackedExamples:
         return int(self.table[:, 0].max()), int(self.table[:, 1].max())
 
     def divide(self, held_out: float) -> tuple[PackedExamples, PackedExamples]:
-        """The rows to train on and those to hold out.
+        """Return the rows to train on and those to hold out.
 
-        By the column ``split`` where there is one: validation and test are held out. Else that share of the different
-        prompts, at least one if there are two and never all, by a hash of their text: the same in any
-        order of the rows.
+        With a column ``split``, validation and test are held out. Without one it is that share of the different
+        prompts, at least one of two and never all, chosen by a hash of their text and so in any order of the rows.
         """
         split, shares = self.column("split"), self.column("share")
         if (split >= 0).any():
@@ -171,21 +221,23 @@ class PackedExamples:
         return self.rows(~held), self.rows(held)
 
     def keep_reference(self, key: str, logprob: Callable[[Trajectories], Tensor] | None = None, rows: int = 1) -> None:
-        """Give what is selected from now on a ``ref_logprob``, computed once for all rows of the folder and kept in it.
+        """Add ``ref_logprob`` to rows that are selected from now on, computed once per folder and stored in it.
 
         Args:
             key: a hash of the reference model.
-            logprob: ``(B, T)`` log-probabilities of rows under it, zero beyond the end; needed where they are not kept.
-            rows: a call.
+            logprob: computes ``(B, T)`` log-probabilities under it, zero beyond the end; needed if none are stored.
+            rows: rows per call of ``logprob``.
 
         Raises:
-            ValueError: they are not kept, and there is no ``logprob``.
+            ValueError: none are stored, and there is no ``logprob``.
         """
         folder = self.folder / f"reference-{key[:20]}"
         made_from = {"model": key, "rows": sha256(self.folder / MANIFEST)}
         if damaged(folder, made_from) is not None:
             if logprob is None:
-                raise ValueError(f"{folder} is missing or damaged: it holds what the reference says of the data")
+                raise ValueError(
+                    f"{folder} is missing or damaged: it holds the reference's log-probabilities of the data"
+                )
             whole = PackedExamples(self.folder)
             with replacing_folder(folder) as made, open(made / "logprob.bin", "wb") as file:
                 for start in range(0, len(whole), rows):

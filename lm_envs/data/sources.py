@@ -1,8 +1,7 @@
-"""Rows of data from where users keep them: JSON, JSONL, CSV, TSV and Parquet files, and data sets of the hub or of a
-folder.
+"""Rows of JSON, JSONL, CSV, TSV and Parquet files, and of data sets on the hub or in a folder.
 
-Every source but a JSON list is read in a stream. A row that cannot be read comes as what is wrong with it, so that the
-reader's user decides whether to stop. Nothing here unpickles or executes anything.
+Every source but a JSON list is streamed. In place of a row that cannot be read comes a message, so the caller decides
+whether to stop. Nothing is unpickled or executed.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import IO, Any
 from lm_envs.data.splits import SPLIT_NAMES
 from lm_envs.files import refuse_streams
 from lm_envs.printable import first_line
+from lm_envs.settings import short
 
 FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
 _CELL = 2**24  # characters; more in one cell of a CSV file means a quote that is never closed
@@ -38,18 +38,15 @@ _ROWS = 256  # of a Parquet file, decoded at a time
 _BUFFER = 2**20  # bytes
 
 Read = tuple[str, dict[str, Any] | str]
-"""``"line 3"`` of JSONL and CSV (the line that a row begins on), or ``"row 3"`` of the others, from 1; and the columns
-of the row, or what is wrong with it."""
+"""``"line 3"`` in JSONL and CSV (where the row begins) or ``"row 3"`` in others, from 1; and the columns of the row, or
+a message about it."""
 
 
 def format_of(source: str | Path) -> str:
-    """``"JSONL"``, ``"CSV"``, ``"Parquet"``, or ``"data set"`` for a folder or a name on the hub.
+    """Return ``"JSONL"``, ``"CSV"``, ``"Parquet"``, ..., or ``"data set"`` for a folder or a name on the hub.
 
-    Files go by the end of their name (``.gz`` behind it is unpacked); any other end is taken for JSONL.
-
-    Raises:
-        FileNotFoundError: it looks like a path, and there is nothing.
-        ValueError: it is a pipe or a device.
+    The end of a file's name decides (before ``.gz``); JSONL is the default. FileNotFoundError if a path does not exist,
+    ValueError for a pipe or a device.
     """
     path = Path(os.path.expanduser(source))
     ends = path.suffixes[-2:-1] if path.suffix == ".gz" else path.suffixes[-1:]
@@ -65,16 +62,16 @@ def format_of(source: str | Path) -> str:
 
 
 def read_rows(source: str | Path) -> Iterator[Read]:
-    """The rows of a source, in a stream.
+    """Stream the rows of a source.
 
     Args:
-        source: a file; or a folder or hub name that the library ``datasets`` reads, with ``/CONFIG`` and ``:SPLIT``
-            behind it where there are several. Without ``:SPLIT`` all splits are read, and rows get a column ``split``.
+        source: a file; or a folder or hub name that the library ``datasets`` reads, with an optional ``/CONFIG`` and
+            ``:SPLIT`` behind it. Without ``:SPLIT`` all splits are read, and rows get a column ``split``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: Parquet or a data set, without the extra "data".
-        ValueError: the whole cannot be read, such as damaged Parquet or gzip, or a CSV file without a header.
+        ImportError: Parquet or a data set needs the extra "data".
+        ValueError: the source cannot be read, such as damaged Parquet or gzip, or a CSV file without a header.
     """
     kind = format_of(source)
     path = Path(os.path.expanduser(source))
@@ -86,7 +83,7 @@ def read_rows(source: str | Path) -> Iterator[Read]:
 
 
 def fingerprint(source: str | Path) -> str:
-    """A hash of what a file or the files of a folder hold; of a data set on the hub, its name and its commit."""
+    """Return a hash of a file or of a folder's files; for a data set on the hub, its name and its commit."""
     place, split = Path(os.path.expanduser(source)), None
     if not place.exists():
         name, _, split = _parts(str(source))
@@ -105,7 +102,7 @@ def fingerprint(source: str | Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """A text file's bytes, unpacked if they are gzip's; ValueError if it begins like something else than UTF-8."""
+    """Open a text file's bytes, unpacked from gzip; ValueError if it does not begin like UTF-8."""
     with path.open("rb") as file:
         head = file.read(4)
     kind = next((kind for start, kind in _BINARY.items() if head.startswith(start)), None)
@@ -129,7 +126,7 @@ def _unpacked(path: Path, rows: Iterator[Read]) -> Iterator[Read]:
 
 
 def _json(path: Path) -> Iterator[Read]:
-    """An object a line, or one list of objects."""
+    """Read an object per line, or one list of objects."""
     with _open(path) as stream:
         if stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             stream.seek(0)
@@ -153,7 +150,7 @@ def _json(path: Path) -> Iterator[Read]:
 
 
 def _value(raw: bytes) -> tuple[Any, str]:
-    """What JSON says, or as text what is wrong with it and on which line."""
+    """Parse JSON; return the value, or a message and its line."""
     try:
         found = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode().strip(), object_pairs_hook=_keys_once)
     except UnicodeDecodeError as error:
@@ -169,18 +166,12 @@ def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f"the name {name!r} stands twice in one object")
+        raise ValueError(f"the name {name!r} occurs twice in one object")
     return found
 
 
 def _object(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f'expected a JSON object, as in {{"text": ...}}, not {short(value)}'
-
-
-def short(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[Read]:
@@ -195,13 +186,11 @@ def _csv(path: Path, delimiter: str) -> Iterator[Read]:
             raise ValueError(f"{path}, line 1: not CSV: {error}") from None
         header = [name.strip() for name in header or ()]
         if len(header) == 1 and (other := next((sign for sign in "\t;," if sign in header[0]), None)):
-            raise ValueError(
-                f"{path}, line 1: one column, {header[0]!r}: in a {'TSV' if delimiter != ',' else 'CSV'} file columns "
-                f"are parted by {delimiter!r}, here perhaps by {other!r}"
-            )
+            kind = f"{'TSV' if delimiter != ',' else 'CSV'} file is {delimiter!r}, here perhaps {other!r}"
+            raise ValueError(f"{path}, line 1: one column, {header[0]!r}: the separator in a {kind}")
         if not header or not all(header) or len(set(header)) < len(header):
             raise ValueError(
-                f"{path}, line 1: a CSV file begins with the names of its columns, each once; here: {header}"
+                f"{path}, line 1: a CSV file begins with the names of its columns, each once, not {header}"
             )
         while True:
             where = f"line {reader.line_num + 1}"

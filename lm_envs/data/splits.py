@@ -1,4 +1,4 @@
-"""Dividing a user's rows into training, validation and test, the same way whatever their order."""
+"""Division of a user's rows into training, validation and test, independent of their order."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "dev": "validation", "val": "validation"}
-"""What a split may be called, and which it is."""
+"""Accepted names of splits, and the split each means."""
 _HELD_OUT_SHARE = 0.1
 ENOUGH_PROMPTS = 100
-"""Test prompts below which a task warns and a table says how few there were."""
+"""With fewer test prompts a task warns, and a table names their number."""
 
 
 def share(text: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on the text and the purpose alone: dividing by it needs no seed and no order."""
+    """Return a number in [0, 1) that depends on the text and the purpose alone, so no seed or order matters."""
     digest = hashlib.sha256(f"{purpose}\0{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def warn_if_few(source: object, prompts: Mapping[str, Sequence[object]]) -> None:
-    """Warn where results will be the mean over too few test prompts; ``prompts`` by split."""
+    """Warn if results will be the mean over too few test prompts; ``prompts`` by split."""
     count = len(prompts["test"])
     if count < ENOUGH_PROMPTS:
         sizes = ", ".join(f"{len(prompts[name])} {name}" for name in SPLITS)
@@ -34,15 +34,14 @@ def warn_if_few(source: object, prompts: Mapping[str, Sequence[object]]) -> None
 
 
 def divide(found: Sequence[tuple[str, str]], source: object, note: str = "") -> dict[str, str]:
-    """The split of each different text, each split of :data:`SPLITS` with at least one.
+    """Return the split of each different text; each of :data:`SPLITS` gets at least one.
 
-    A text that occurs in several splits belongs to the one furthest from training (test, then validation), so that
-    nothing held out is trained on. A held-out split that no row has gets a tenth of the training texts, at least
-    one, by their hashes.
+    A text in several splits belongs to the one furthest from training (test, then validation), so no held-out text is
+    trained on. A held-out split without rows gets a tenth of the training texts, at least one, by their hashes.
 
     Args:
         found: texts with the split of their row, empty for training.
-        source, note: before and behind the message of a ValueError, where a split is left without a text.
+        source, note: begin and end the message of the ValueError if a split has no text.
     """
     splits: dict[str, str] = {}
     for text, split in found:

@@ -1,8 +1,8 @@
 """The cat of reinforcement-learning lectures: a small gridworld whose optimum can be computed.
 
-The cat wants the meat (+100, the episode ends), would rather not step on a broom (-1) and must not fall into the
-bathtub (-10, the episode ends). On the default map the shortest clean ways pass right by a bathtub. They are the
-best ones while every move succeeds; on slippery ground the best one leads over a broom instead.
+The cat wants the meat (+100, the episode ends) and avoids brooms (-1) and the bathtub (-10, the episode ends). On the
+default map the shortest clean paths pass a bathtub. They are optimal while every move succeeds; on slippery ground the
+optimal path leads over a broom.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # clockwise, so the perpendicular o
 
 
 def check_map(map: Sequence[str]) -> tuple[str, ...]:
-    """The map as a tuple of rows, or ValueError saying which row or cell is wrong."""
+    """Return the map as a tuple of rows; ValueError names a wrong row or cell."""
     if isinstance(map, str):
         raise ValueError(f"map must be a list of rows, got one string: use {map.split()!r}")
     rows = tuple(map)
@@ -52,17 +52,16 @@ class CatEnv(gymnasium.Env):
     """Gridworld with the cat, registered as ``lm_envs/Cat-v0`` with a limit of 100 steps (truncation).
 
     Observation ``Discrete(rows * columns)``: the cell, row by row from the top left. Action ``Discrete(4)``: up, right,
-    down, left. A move off the grid stays where it is. The reward is that of the cell the move ends in, also when it
-    stays there: empty 0, broom -1, bathtub -10 and meat +100, and the last two terminate. Every episode starts in a
-    cell marked S, drawn uniformly if there are several.
+    down, left; a move off the grid does nothing. The reward is that of the resulting cell: empty 0, broom -1, bathtub
+    -10 and meat +100, and the last two terminate. Episodes start in a cell marked S, uniformly if there are several.
 
     Args:
         map: rows of equal length of the cells ``S`` start, ``.`` empty, ``B`` broom, ``T`` bathtub, ``M`` meat.
-        slip: probability that a move goes to one of the two perpendicular directions, each equally likely.
+        slip: probability of a move in one of the two perpendicular directions, each equally likely.
         render_mode: None or "ansi", the map with the cat as C.
 
     Attributes:
-        gamma: the discount the task is meant for, 0.95; advice to the agent, the env does not use it.
+        gamma: the recommended discount, 0.95; the env does not use it.
 
     Raises:
         ValueError: bad map (row and column are named), slip, render mode or action.
@@ -98,7 +97,7 @@ class CatEnv(gymnasium.Env):
         if not self.action_space.contains(action):
             raise ValueError(f"action must be an int from 0 to 3 ({', '.join(ACTIONS)}), got {action!r}")
         direction = int(action)
-        # One draw a step whatever the probability: envs that differ in slip alone start every episode alike.
+        # Always one draw per step, so that envs that differ in slip alone start every episode alike.
         draw = self.np_random.random()
         if draw < self.slip:
             direction = (direction + (1 if draw < self.slip / 2 else -1)) % len(ACTIONS)
@@ -109,13 +108,13 @@ class CatEnv(gymnasium.Env):
         return cell, REWARD[content], terminated, False, {}
 
     def _destination(self, cell: int, action: int) -> int:
-        """The cell a move ends in; a move off the grid stays."""
+        """Return the cell that a move ends in."""
         width = len(self.map[0])
         y, x = cell // width + _MOVES[action][0], cell % width + _MOVES[action][1]
         return y * width + x if 0 <= y < len(self.map) and 0 <= x < width else cell
 
     def render(self) -> str | None:
-        """The map with the cat as C in "ansi" mode, else None."""
+        """Return the map with the cat as C in "ansi" mode, else None."""
         if self.render_mode is None:
             return None
         cells = self._cells[: self._shown] + "C" + self._cells[self._shown + 1 :]
@@ -124,7 +123,7 @@ class CatEnv(gymnasium.Env):
 
 
 def _cat(env_or_map: EnvOrMap, slip: float | None) -> CatEnv:
-    """The environment, or one of a map; a slip that is given wins."""
+    """Return the environment, or one of a map, with the given slip."""
     if not isinstance(env_or_map, gymnasium.Env):
         return CatEnv(env_or_map, slip or 0.0)
     env = env_or_map.unwrapped
@@ -134,12 +133,11 @@ def _cat(env_or_map: EnvOrMap, slip: float | None) -> CatEnv:
 
 
 def dynamics(env_or_map: EnvOrMap = DEFAULT_MAP, slip: float | None = None) -> tuple[Floats, Floats]:
-    """Transition probabilities and expected rewards.
+    """Return transition probabilities and expected rewards.
 
-    Returns:
-        `(continuing, reward)`: `continuing[s, a, s']` (cells, 4, cells) is the probability of arriving in s' **with the
-        episode going on**, so its rows sum to less than 1 where the episode may end; `reward[s, a]` (cells, 4) is the
-        expected reward of the move, terminal ones included. Both are 0 for bathtub and meat, where nothing is played.
+    `continuing[s, a, s']` (cells, 4, cells) is the probability of arriving in s' **without the episode ending**, so
+    rows may sum to less than 1; `reward[s, a]` (cells, 4) is the expected reward of the move, also at an end. Both are
+    0 for bathtub and meat.
     """
     env = _cat(env_or_map, slip)
     cells = env._cells
@@ -158,17 +156,16 @@ def dynamics(env_or_map: EnvOrMap = DEFAULT_MAP, slip: float | None = None) -> t
 def value_iteration(
     env_or_map: EnvOrMap = DEFAULT_MAP, gamma: float = GAMMA, slip: float | None = None, tolerance: float = 1e-10
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """Optimal values and actions without a step limit: the fixed point of `V(s) = max_a r(s,a) + gamma sum_s' p V(s')`
-    (Bellman 1957; Sutton and Barto 2018, section 4.4).
+    """Return optimal values and actions without a step limit, float64 and int64 of shape (cells,).
+
+    The fixed point of `V(s) = max_a r(s,a) + gamma sum_s' p V(s')` (Bellman 1957; Sutton and Barto 2018, section 4.4).
+    V is 0 in bathtub and meat; ties go to the lower action.
 
     Args:
         env_or_map: a CatEnv, wrapped or not, or a map.
         gamma: discount, 0 <= gamma < 1.
         slip: None is the env's own (0 for a map).
-        tolerance: largest error of a value that is left.
-
-    Returns:
-        `(V, policy)`, float64 and int64 of shape (cells,). V is 0 in bathtub and meat; ties go to the lower action.
+        tolerance: the largest error of a value.
     """
     _check_gamma(gamma)
     continuing, reward = dynamics(env_or_map, slip)
@@ -187,18 +184,13 @@ def expected_return(
     slip: float | None = None,
     limit: int | None = MAX_STEPS,
 ) -> float:
-    """Exact expected discounted return of a policy, the mean over start cells.
+    """Return the exact expected discounted return of a policy, the mean over start cells.
 
     Args:
-        policy: actions (cells,), or probabilities (cells, 4).
-        env_or_map: a CatEnv, wrapped or not, or a map.
-        gamma: discount; below 1 when there is no limit.
-        slip: None is the env's own (0 for a map).
-        limit: steps after which nothing more is counted, 100 as in ``lm_envs/Cat-v0``; None for no limit, which is what
-            `value_iteration` solves.
-
-    Raises:
-        ValueError: for a policy of the wrong shape, with an unknown action, or whose rows are not probabilities.
+        policy: actions (cells,), or probabilities (cells, 4); ValueError for others.
+        env_or_map, slip: as for `value_iteration`.
+        gamma: discount; below 1 without a limit.
+        limit: number of steps that count, 100 as in ``lm_envs/Cat-v0``; None for no limit, as in `value_iteration`.
     """
     continuing, reward = dynamics(env_or_map, slip)
     probability = _probabilities(policy, len(reward))
@@ -216,7 +208,7 @@ def expected_return(
 
 def _check_gamma(gamma: float) -> None:
     if not 0.0 <= gamma < 1.0:
-        raise ValueError(f"gamma must lie in [0, 1) where there is no step limit, got {gamma!r}")
+        raise ValueError(f"gamma must be in [0, 1) without a step limit, got {gamma!r}")
 
 
 def _probabilities(policy: NDArray[Any] | Sequence[int], cells: int) -> Floats:

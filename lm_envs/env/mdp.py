@@ -1,6 +1,6 @@
 """The decision process of a task: prompts, masks, scores and the reference's half of the KL penalty.
 
-The single, vector and bandit envs and the bulk path all read this one definition, so they cannot disagree.
+The single, vector and bandit envs and the bulk path share this definition, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -28,42 +28,39 @@ from lm_envs.settings import Count, Finite, Positive, Settings, Whole
 from lm_envs.tasks import load
 from lm_envs.tasks.base import TextTask
 
-# A forked child has none of its parent's OpenMP threads and would wait for them forever; AsyncVectorEnv forks.
+# A forked child, as in AsyncVectorEnv, lacks its parent's OpenMP threads and would wait for them forever.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def kl_penalty(kl_coef: float, logprob: Any, ref_logprob: Any) -> Any:
-    """``kl_coef * (logprob - ref_logprob)``, which the reward of each action loses.
+    """Return ``kl_coef * (logprob - ref_logprob)``, which is subtracted from the reward of each action.
 
-    The k1 estimator of the KL to the reference: signed, never clamped. Numbers, arrays or tensors of one shape.
+    The k1 estimator of the KL to the reference: signed, never clamped. Arguments are numbers, arrays or tensors.
     """
     return kl_coef * (logprob - ref_logprob)
 
 
 class TextMDP(Settings):
-    """The Markov decision process of a task. Options that are None are the task's.
+    """The Markov decision process of a task. Options that are None are the task's; ValueError if one is out of range.
 
     Args:
         task: a :class:`~lm_envs.tasks.base.TextTask`, or the name of a registered one.
-        split: which prompts, a key of ``task.prompts``.
+        split: a key of ``task.prompts``.
         kl_coef: beta, the weight of the KL penalty, in score units per nat.
-        temperature: of the policy and of the reference alike.
+        temperature: of the policy and of the reference.
         max_new_tokens: the horizon.
         min_new_tokens: EOS is masked before that many tokens.
-        missing_eos: ``("replace", x)`` makes x the score of a response without EOS, ``("subtract", x)`` takes x off it
-            (completion only, before the KL penalty); None leaves the score alone.
+        missing_eos: ``("replace", x)`` makes x the score of a response without EOS, ``("subtract", x)`` subtracts x
+            from it (before the KL penalty); None does neither.
         group_size: number of consecutive episodes that start from the same prompt.
-        reference_top_k: in each state only the k tokens that the reference finds likeliest are allowed; None allows
-            all. The idea behind NLPO (Ramamurthy et al. 2023, section 4), with the mask taken from the reference: it is
-            frozen, so the mask is a function of the state, and policy and reference alike are renormalized over it.
+        reference_top_k: allow in each state only the reference's k likeliest tokens; None allows all. NLPO's idea
+            (Ramamurthy et al. 2023, section 4) with the mask of the frozen reference, so that it is a function of the
+            state; policy and reference are renormalized over it.
 
     Attributes:
-        kl_coef: the weight of the penalty now, held here alone.
-        explicit_kl_coef: the weight that the caller asked for; None where it is the task's default or an agent's.
+        kl_coef: the present weight of the penalty, held here alone.
+        explicit_kl_coef: the weight that the caller asked for; None if it is the task's default or an agent's.
         kl_in_reward: whether the reward holds the penalty; False while an agent has it as a term of its loss.
-
-    Raises:
-        ValueError: an argument is out of range; the message says which.
     """
 
     temperature: Positive
@@ -103,10 +100,7 @@ class TextMDP(Settings):
         self.eos_token_id, self.eos_token_ids = self.task.eos_token_id, self.task.eos_token_ids
         self.prompt_length = self.task.prompt_length
         self.vocab_size = int(self.reference.get_output_embeddings().weight.shape[0])
-        self._validate()
         self.device = self.reference.device
-
-    def _validate(self) -> None:
         if not self.prompts:
             raise ValueError(f"task {self.task.name!r} has no prompts in split {self.split!r}")
         empty = next((i for i, prompt in enumerate(self.prompts) if len(prompt) == 0), None)
@@ -129,13 +123,13 @@ class TextMDP(Settings):
             )
 
     def set_kl_coef(self, kl_coef: float) -> None:
-        """Set the weight of the penalty as the caller's own choice, which an agent's setting may not contradict."""
+        """Set the weight of the penalty as the caller's choice, which an agent's setting may not contradict."""
         check_kl_coef(kl_coef)
         self.kl_coef = self.explicit_kl_coef = float(kl_coef)
 
     @property
     def charged_kl_coef(self) -> float:
-        """What the reward is charged with: :attr:`kl_coef`, or 0 where the penalty stands in a loss."""
+        """The weight of the penalty in the reward: :attr:`kl_coef`, or 0 if the penalty is in a loss."""
         return self.kl_coef if self.kl_in_reward else 0.0
 
     @property
@@ -144,27 +138,27 @@ class TextMDP(Settings):
         return is_dense(self.task.reward)
 
     def prompt_index(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which of :attr:`prompts` each episode starts from: a function of the seed and the episode's group alone."""
+        """Return the row of :attr:`prompts` for each episode, a function of the seed and the episode's group alone."""
         return rng.integers(seed, rng.PROMPT, episodes // self.group_size, len(self.prompts))
 
     def prompt(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens of prompts number ``index (N,)``, ``(N, P)`` int64, left-padded with -1."""
+        """Return the tokens of prompts number ``index (N,)``, ``(N, P)`` int64, left-padded with -1."""
         return left_pad([self.prompts[i] for i in index.tolist()], self.prompt_length)
 
     def columns(self, index: NDArray[np.int64]) -> dict[str, list[Any]]:
-        """The further columns of prompts number ``index (N,)``, for rewards: N entries by name."""
+        """Return the columns of prompts number ``index (N,)`` for rewards, N entries by name."""
         columns = self.task.columns.get(self.split, {})
         return {name: [values[i] for i in index.tolist()] for name, values in columns.items()}
 
     def restrict(self, ref_logits: Tensor, lengths: Tensor) -> Tensor:
-        """The reference's logits ``(N, V)`` after ``lengths (N,)`` response tokens, -inf where a token is not allowed;
-        in place, and doing it twice changes nothing."""
+        """Set the reference's logits ``(N, V)`` after ``lengths (N,)`` response tokens to -inf where a token is not
+        allowed, in place; a second call changes nothing."""
         logits = forbid_early_eos(ref_logits, lengths, self.eos_token_ids, self.min_new_tokens, in_place=True)
         return logits if self.reference_top_k is None else keep_top(logits, self.reference_top_k)
 
     def action_mask(self, lengths: NDArray[np.int64], ref_logits: Tensor | None = None) -> NDArray[np.int8] | None:
-        """``(N, V)`` int8, 1 where a token is allowed after ``lengths`` response tokens; None where nothing is ever
-        masked. ``ref_logits (N, V)``, which ``reference_top_k`` needs, are restricted in place."""
+        """Return ``(N, V)`` int8, 1 where a token is allowed after ``lengths`` response tokens; None if no token is
+        ever masked. ``ref_logits (N, V)``, which ``reference_top_k`` needs, are restricted in place."""
         if self.reference_top_k is not None:
             if ref_logits is None:
                 raise ValueError("reference_top_k makes the action mask of the reference's logits, and there are none")
@@ -176,36 +170,29 @@ class TextMDP(Settings):
         return mask
 
     def texts(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> tuple[list[str], list[str]]:
-        """The texts of prompts ``(N, P)`` and of the responses to them ``(N, T)``, padded with -1."""
+        """Return the texts of prompts ``(N, P)`` and of the responses to them ``(N, T)``, padded with -1."""
         return self.codec.decode(*([row[row >= 0].tolist() for row in rows] for rows in (prompt, response)))
 
-    def describe(self, prompt: NDArray[np.int64], response: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """``prompt``, ``response`` and ``finish_reason`` of finished rows, ``(N, P)`` and ``(N, T)``."""
-        found = zip(*self.texts(prompt, response), self.finish_reasons(response), strict=True)
-        return [dict(zip(("prompt", "response", "finish_reason"), row, strict=True)) for row in found]
-
     def samples(self, index: NDArray[np.int64], response: NDArray[np.int64]) -> Samples:
-        """Responses ``(N, T)``, padded with -1, to prompts number ``index (N,)``, as rewards take them."""
+        """Return responses ``(N, T)``, padded with -1, to prompts number ``index (N,)``, as rewards take them."""
         ids = [row[row >= 0].tolist() for row in response]
         prompts, completions = self.codec.decode([list(self.prompts[i]) for i in index.tolist()], ids)
         return Samples(prompts, completions, ids, self.finish_reasons(response), self.columns(index))
 
     def finish_reasons(self, response: NDArray[np.int64]) -> list[str]:
-        """``"stop"`` where the response ends in EOS, else ``"length"``."""
+        """Return ``"stop"`` for a response that ends in EOS, else ``"length"``."""
         return ["stop" if stopped else "length" for stopped in is_eos(response, self.eos_token_ids).any(axis=1)]
 
     def score(
         self, index: NDArray[np.int64], response: NDArray[np.int64], finished: bool = True
     ) -> NDArray[np.float64]:
-        """The reward before the KL penalty, per token: the score, then the missing-EOS option, on the last real action.
+        """Return the reward before the KL penalty, ``(N, T)`` float64: a score, with the missing-EOS option, at the
+        last real action, or a dense reward.
 
         Args:
-            index: ``(N,)`` int64, which of :attr:`prompts` the responses are to.
+            index: ``(N,)`` int64, the rows of :attr:`prompts`.
             response: ``(N, T)`` int64, right-padded with -1, EOS included.
-            finished: False where more tokens will come, of a dense reward: what is paid at the end is left out.
-
-        Returns:
-            ``(N, T)`` float64, 0 beyond the end.
+            finished: False for rows with a dense reward that will continue: rewards at the end are left out.
         """
         given = self.samples(index, response).given
         if finished:
@@ -234,7 +221,7 @@ class TextMDP(Settings):
         return per_token
 
     def reference_logprob(self, prompt: Tensor, response: Tensor) -> Tensor:
-        """``(N, T)`` log-probabilities of the response under the reference, teacher-forced, 0 beyond the end."""
+        """Return the response's ``(N, T)`` log-probabilities under the reference, teacher-forced, 0 beyond the end."""
         return response_logprob(
             self.reference,
             prompt.to(self.device),

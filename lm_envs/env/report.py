@@ -1,11 +1,11 @@
-"""Between an agent and a text environment: its log-probabilities, and the weight of the KL penalty.
+"""An agent's report of its log-probabilities to a text environment, and the weight of the KL penalty.
 
-Functions, not methods, because Gymnasium's wrappers hide the methods of what they wrap.
+Both are functions, because Gymnasium's wrappers hide methods.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class Reachable:
-    """A text environment that :func:`report` and :func:`set_kl_coef` reach; every one of them derives from this.
+    """The base of every text environment, by which :func:`report` and :func:`set_kl_coef` find it.
 
     Attributes:
-        mdp: what is played.
-        face: "mdp", a token per step, or "bandit", a response per step.
+        mdp: the decision process.
+        is_bandit: whether a step is a whole response, not a token.
     """
 
     mdp: TextMDP
-    face: Literal["mdp", "bandit"]
+    is_bandit: bool
 
     @property
     def task(self) -> TextTask:
-        """The task that is played."""
+        """The task."""
         return self.mdp.task
 
     @property
@@ -45,12 +45,12 @@ class Reachable:
         self.mdp.set_kl_coef(kl_coef)
 
     def report(self, logprobs: ArrayLike) -> None:
-        """Tell the log-probability of the coming actions; see :func:`lm_envs.report`."""
+        """Report the log-probability of the next actions; see :func:`lm_envs.report`."""
         raise NotImplementedError
 
 
 def text_envs(env: Any) -> list[Reachable]:
-    """The text environments inside ``env``: itself, what wrappers hide, or the members of a ``SyncVectorEnv``."""
+    """Return the text environments in ``env``: itself, one inside wrappers, or the members of a ``SyncVectorEnv``."""
     inner = getattr(env, "unwrapped", env)
     if isinstance(inner, Reachable):
         return [inner]
@@ -76,8 +76,8 @@ def report(env: Any, logprobs: ArrayLike) -> None:
             log-probability of the whole response.
 
     Raises:
-        ValueError: wrong shape, or something that is no log-probability.
-        TypeError: there is no text environment inside ``env``.
+        ValueError: wrong shape, or a number that is not a log-probability.
+        TypeError: there is no text environment in ``env``.
     """
     inner = _need(env)
     if len(inner) == 1:
@@ -91,13 +91,13 @@ def report(env: Any, logprobs: ArrayLike) -> None:
 
 
 def set_kl_coef(env: Any, kl_coef: float) -> None:
-    """Set the weight of the KL penalty (score units per nat) from the next step on, as a schedule of your own does.
+    """Set the weight of the KL penalty (score units per nat) from the next step on, as in a schedule of your own.
 
-    An agent whose own setting says otherwise refuses the environment.
+    An agent with another setting refuses the environment.
 
     Raises:
         ValueError: negative or not finite.
-        TypeError: there is no text environment inside ``env``.
+        TypeError: there is no text environment in ``env``.
     """
     for member in _need(env):
         member.set_kl_coef(kl_coef)

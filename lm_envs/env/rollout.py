@@ -1,4 +1,4 @@
-"""Two equivalent ways to sample: ``collect`` steps any Gymnasium environment, ``rollout`` is the bulk path for text."""
+"""Two equivalent ways to sample: ``collect`` steps any Gymnasium environment, ``rollout`` samples text in bulk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lm_envs import rng
 from lm_envs.env.mdp import kl_penalty
 from lm_envs.env.report import report, text_envs
-from lm_envs.trajectories import Trajectories
+from lm_envs.trajectories import Trajectories, whole_episodes
 
 AHEAD = 32  # uniform numbers drawn at a time
 Floats = NDArray[np.float64]
@@ -41,7 +41,7 @@ class RespondingPolicy(Protocol):
 
 @dataclass
 class _Episode:
-    """One row's episode, or fragment of one, while it grows."""
+    """A row's growing episode, or a fragment of one."""
 
     number: int
     obs: list[Any] = field(default_factory=list)
@@ -55,13 +55,13 @@ class _Episode:
 
 
 class Collector:
-    """Step an environment and cut what happens into trajectories.
+    """Step an environment and cut its episodes into trajectories.
 
-    Episodes are numbered in the order in which they start, rows that start together by row; the uniform that samples
-    an action is a function of (seed, episode number, position).
+    Episodes are numbered in the order in which they start, those that start together by row; the uniform for an action
+    is a function of (seed, episode number, position).
 
     Args:
-        env: any Gymnasium environment or vector environment, any autoreset mode.
+        env: any Gymnasium environment or vector environment, in any autoreset mode.
         policy: see :class:`ActingPolicy`.
         seed: of the environment and of the actions.
         first_episode: the number of the first episode.
@@ -80,7 +80,7 @@ class Collector:
         if self._text:
             self._obs, _ = self.env.reset(seed=seed, options={"first_episode": first_episode})
         else:
-            # Other environments know no episode numbers: another first episode must still be another start.
+            # Other environments have no episode numbers, but another first episode must start differently.
             self._obs, _ = self.env.reset(seed=int(rng.integers(seed, rng.RESET, first_episode, 2**31)))
         rows = self.env.num_envs
         self._open = [_Episode(first_episode + row) for row in range(rows)]
@@ -88,19 +88,19 @@ class Collector:
         self._position, self._restarting = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=bool)
         self.steps_taken = 0  # of the environment, also in episodes that are not returned
         self._drawn = np.zeros((rows, AHEAD))
-        self._drawn_for = np.full(rows, -1), np.full(rows, -1)  # the episode and the block that a row's numbers are of
+        self._drawn_for = np.full(rows, -1), np.full(rows, -1)  # the episode and the block of a row's numbers
         self._finished: list[tuple[float, int]] = []
         self._returns = np.zeros(rows)
 
     def pop_finished(self) -> tuple[list[float], list[int]]:
-        """Undiscounted returns and lengths of the episodes that ended since the last call."""
+        """Return undiscounted returns and lengths of the episodes that ended since the last call."""
         finished, self._finished = self._finished, []
         return [r for r, _ in finished], [n for _, n in finished]
 
     def steps(self, count: int) -> Trajectories:
         """Take ``count`` vector steps; return fragments of episodes, which the next call continues.
 
-        A fragment that the call cut is marked truncated and bootstraps from the observation it stopped at.
+        A fragment that the call cuts is marked truncated and bootstraps from its last observation.
         """
         done: list[_Episode] = []
         for _ in range(count):
@@ -113,9 +113,9 @@ class Collector:
         return self._build(done)
 
     def episodes(self, count: int, first_episode: int) -> Trajectories:
-        """Return the ``count`` whole episodes numbered ``first_episode`` and up, in order.
+        """Return the ``count`` whole episodes from number ``first_episode`` on, in order.
 
-        They are the first that start, not the first that end: those would be too short.
+        They are the first to start, since the first to end would be too short.
         """
         done: list[_Episode] = []
         while len(done) < count:
@@ -137,7 +137,7 @@ class Collector:
         same = self._mode is AutoresetMode.SAME_STEP
         ended = (terminated | truncated) & ~self._restarting
         for row, episode in enumerate(self._open):
-            if self._restarting[row]:  # this step only brought the new episode's first observation
+            if self._restarting[row]:  # this step only returned the new episode's first observation
                 continue
             if not self.policy.sequence_obs:
                 episode.obs.append(np.array(self._obs[row]))
@@ -169,7 +169,7 @@ class Collector:
         return done
 
     def _next_uniforms(self, numbers: NDArray[np.int64]) -> Floats:
-        """A number per row, from blocks drawn ahead: a call for each step costs as much as a small model's layer."""
+        """Return a number per row, from blocks drawn ahead: a call per step costs as much as a small model's layer."""
         block, place = np.divmod(self._position, AHEAD)
         stale = ((self._drawn_for[0] != numbers) | (self._drawn_for[1] != block)).nonzero()[0]
         if len(stale):
@@ -219,9 +219,8 @@ def collect(
     """Collect whole episodes from any Gymnasium environment by stepping it.
 
     Args:
-        env: single or vector, any autoreset mode; text or control.
-        episodes: how many.
-        first_episode: their numbers are ``first_episode .. first_episode + episodes - 1``.
+        env: single or vector, in any autoreset mode; text or control.
+        episodes, first_episode: their numbers are ``first_episode .. first_episode + episodes - 1``.
         seed: of prompts, environment and actions.
 
     Returns:
@@ -235,18 +234,17 @@ def collect(
 def rollout(
     env: gymnasium.Env | VectorEnv, policy: RespondingPolicy, *, episodes: int, first_episode: int = 0, seed: int = 0
 ) -> Trajectories:
-    """Return the same episodes as :func:`collect` of a text environment, in bulk: one generation loop, one
-    teacher-forced forward of the reference, one reward call. The environment's own rows stay as they are.
+    """Return the episodes of :func:`collect` for a text environment, in bulk: one generation loop, one teacher-forced
+    forward of the reference, one reward call. The environment's own rows do not change.
 
     Args:
         env: a text environment, single or vector, MDP or bandit.
         policy: see :class:`RespondingPolicy`; :class:`lm_envs.algos.policies.language_model.LMPolicy` is one.
-        episodes, first_episode: as of :func:`collect`.
-        seed: of prompts and tokens.
+        episodes, first_episode, seed: as for :func:`collect`.
 
     Returns:
-        Trajectories sorted by episode number, with ``ref_logprob`` at any KL coefficient, and ``value`` where the
-        policy has it; ``reward`` float64.
+        Trajectories sorted by episode number, with ``ref_logprob`` at any KL coefficient, and ``value`` if the policy
+        has it; ``reward`` float64.
 
     Raises:
         TypeError: ``env`` is no text environment.
@@ -270,28 +268,21 @@ def rollout(
     score = torch.as_tensor(mdp.score(index, response.numpy()))
     ref_logprob = mdp.reference_logprob(prompt, response).double().cpu()
     reward = score - kl_penalty(mdp.charged_kl_coef, logprob, ref_logprob)
-    true = torch.ones(episodes, dtype=torch.bool)
-    if inner[0].face == "bandit":
-        actions = torch.where(mask, response, mdp.eos_token_id).unsqueeze(1)
-        mask = true.unsqueeze(1)
+    others: dict[str, Tensor] = {}
+    if inner[0].is_bandit:
+        others["actions"] = torch.where(mask, response, mdp.eos_token_id).unsqueeze(1)
+        others["mask"] = mask = torch.ones(episodes, 1, dtype=torch.bool)
         logprob, ref_logprob, reward = (x.sum(dim=1, keepdim=True) for x in (logprob, ref_logprob, reward))
-    else:
-        actions = torch.where(mask, response, 0)
     if value is not None:
-        value = torch.nn.functional.pad(value[:, : mask.shape[1]].cpu(), (0, 1))
-    return Trajectories(
-        actions=actions,
-        mask=mask,
-        terminated=true,
-        truncated=~true,
-        obs=torch.cat([prompt, response], dim=1),
+        others["value"] = torch.nn.functional.pad(value[:, : mask.shape[1]].cpu(), (0, 1))
+    return whole_episodes(
+        prompt,
+        response,
         logprob=logprob,
         reward=reward,
         ref_logprob=ref_logprob,
-        value=value,
         group=torch.as_tensor(numbers // mdp.group_size),
         score=score.sum(dim=1),
         prompt_index=torch.as_tensor(index),
-        prompt=prompt,
-        response=response,
+        **others,
     ).trim()

@@ -1,4 +1,4 @@
-"""Rows of generated text: what the MDP env and the bandit env share."""
+"""Rows of generated text, the base of the MDP env and the bandit env, and their rendering."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from lm_envs.env.mdp import TextMDP
-from lm_envs.env.rendering import render_text
 from lm_envs.env.report import Reachable
 from lm_envs.model.tokens import NO_TOKEN
+from lm_envs.printable import printable
 from lm_envs.tasks.base import TextTask
 
 _UNREPORTED = (
@@ -23,15 +23,18 @@ _UNREPORTED = (
     "kl_coef * ref_logprob, is charged, which rewards likely text and not staying close to the reference. "
     "Call lm_envs.report(env, logprobs) before each step for the exact penalty, or set kl_coef=0."
 )
+_FULL_SCALE = 3.0  # nats: a token this much likelier (or less likely) than under the reference has the strongest color
+_LIKELIER = (224, 218, 212, 206)  # 256-color palette, pale to strong: the policy says it more than the reference
+_RARER = (195, 153, 117, 75)
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
 class TextRows(Reachable, VectorEnv):
-    """Rows with a prompt and a response, counted episodes, reports, autoreset.
+    """Rows with a prompt and a response, counted episodes, reports and autoreset.
 
-    A subclass has ``_action_space()``, ``_move(rows, actions, reported, rewards)``, which takes the actions of these
-    rows and adds to their rewards, and ``_kl(row)`` of a finished episode.
+    Subclasses define ``_action_space()``; ``_move(rows, actions, reported, rewards)``, which takes the actions of these
+    rows and adds to their rewards; and ``_kl(row)`` of a finished episode.
     """
 
     _action_space: Callable[[], spaces.Space]
@@ -63,7 +66,7 @@ class TextRows(Reachable, VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._obs = np.full((num_envs, places), NO_TOKEN, dtype=np.int64)
         self._prompt_index, self._lengths = np.zeros((2, num_envs), dtype=np.int64)
-        self._done = np.ones(num_envs, dtype=bool)  # nothing was started yet
+        self._done = np.ones(num_envs, dtype=bool)  # no episode has started
         self._score = np.zeros(num_envs)
         self._logprob, self._ref_logprob = np.full((2, num_envs, self.mdp.max_new_tokens), np.nan)
         self._mask: NDArray[np.int8] | None = None
@@ -94,7 +97,7 @@ class TextRows(Reachable, VectorEnv):
         return np.full(self.num_envs, np.nan)
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """``(num_envs, V)`` bool, the tokens allowed now: ``info["action_mask"]`` under sb3-contrib's name."""
+        """Return the allowed tokens, ``(num_envs, V)`` bool: ``info["action_mask"]`` under sb3-contrib's name."""
         shape = (self.num_envs, self.mdp.vocab_size)
         return np.ones(shape, dtype=bool) if self._mask is None else self._mask.astype(bool)
 
@@ -102,12 +105,12 @@ class TextRows(Reachable, VectorEnv):
         """Start new episodes.
 
         Args:
-            seed: of the counted randomness; given, episodes count from 0 again. None goes on with the next episodes.
-            options: ``first_episode``, the number of the first of the new episodes (rows take consecutive numbers);
+            seed: of the counted randomness; episodes then count from 0 again. None continues with the next episodes.
+            options: ``first_episode``, the number of the first new episode (rows take consecutive numbers);
                 ``reset_mask``, ``(num_envs,)`` bool, to start only these rows (autoreset mode "disabled").
 
         Returns:
-            observations ``(num_envs, P + T)`` int64, and info with ``action_mask`` where tokens are masked.
+            observations ``(num_envs, P + T)`` int64, and info with ``action_mask`` if tokens are masked.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -132,7 +135,7 @@ class TextRows(Reachable, VectorEnv):
         return self._obs.copy(), self._mask_info({})
 
     def _start(self, rows: NDArray[np.bool_]) -> None:
-        """Put the next episodes into these rows, the lowest row first."""
+        """Start the next episodes in these rows, the lowest row first."""
         count = int(rows.sum())
         episodes = np.arange(self._next_episode, self._next_episode + count)
         self._next_episode += count
@@ -149,10 +152,10 @@ class TextRows(Reachable, VectorEnv):
 
         Returns:
             observations, rewards ``(num_envs,)`` float64, terminated, truncated (never: the length limit is part of the
-            task), and info: ``info["lm"]`` of the rows that finished, ``action_mask`` where tokens are masked.
+            task), and info: ``info["lm"]`` of the rows that finished, ``action_mask`` if tokens are masked.
 
         Raises:
-            ValueError: actions that are no integers, of the wrong shape or out of range, or a masked token.
+            ValueError: actions that are not integers, of the wrong shape or out of range, or a masked token.
             RuntimeError: a finished row was stepped in autoreset mode "disabled".
         """
         actions = np.asarray(actions)
@@ -183,13 +186,15 @@ class TextRows(Reachable, VectorEnv):
         return self._obs.copy(), rewards, finished, np.zeros(self.num_envs, dtype=bool), self._mask_info(infos)
 
     def _final_infos(self, finished: NDArray[np.bool_]) -> dict[int, dict[str, Any]]:
-        """``info["lm"]`` by row. What is not known has no key: ``ref_logprob`` ``(T,)`` and ``kl`` need ``kl_coef > 0``
-        all through the episode, and ``kl`` a report at every step."""
+        """Return ``info["lm"]`` by row. ``ref_logprob`` ``(T,)`` and ``kl`` are there only with ``kl_coef > 0``
+        throughout the episode, and ``kl`` only with a report at every step."""
         rows = finished.nonzero()[0]
-        texts = self.mdp.describe(self._obs[rows, : self._prompt_places], self._obs[rows, self._prompt_places :])
+        found = self.mdp.samples(self._prompt_index[rows], self._obs[rows, self._prompt_places :])
         infos: dict[int, dict[str, Any]] = {}
-        for row, text in zip(rows.tolist(), texts, strict=True):
-            infos[row] = {**text, "score": float(self._score[row]), "prompt_index": int(self._prompt_index[row])}
+        for i, row in enumerate(rows.tolist()):
+            infos[row] = {"prompt": found.prompts[i], "response": found.completions[i]}
+            infos[row] |= {"finish_reason": found.finish_reasons[i], "score": float(self._score[row])}
+            infos[row]["prompt_index"] = int(self._prompt_index[row])
             reference = self._ref_logprob[row, : self._lengths[row]]
             if np.isfinite(reference).all():
                 infos[row]["ref_logprob"] = np.pad(reference, (0, self.mdp.max_new_tokens - len(reference)))
@@ -204,13 +209,36 @@ class TextRows(Reachable, VectorEnv):
         return infos
 
     def _allowed(self) -> NDArray[np.int8] | None:
-        return None  # in a bandit env, the allowed tokens differ along an action
+        return None  # along a bandit env's action, the allowed tokens differ
 
     def render(self) -> tuple[str, ...] | None:
-        """The text so far of every row; tokens are colored by their share of the KL where it is known."""
+        """Return the text of every row so far, with tokens colored by their known share of the KL."""
         if self.render_mode is None:
             return None
         return tuple(
             render_text(self.mdp, self._obs[row], self._logprob[row] - self._ref_logprob[row])
             for row in range(self.num_envs)
         )
+
+
+def render_text(mdp: TextMDP, obs: Ints, kl: Floats) -> str:
+    """Return the observation ``(P + T,)`` for a terminal: the prompt in bold, then the response's tokens, colored by
+    ``kl (T,)``, ``log pi - log pi_ref`` in nats; NaN is unknown."""
+    prompt, response = (row[row >= 0].tolist() for row in (obs[: mdp.prompt_length], obs[mdp.prompt_length :]))
+    decode = mdp.task.tokenizer.decode
+    before = decode(prompt)
+    parts = [f"\x1b[1m{printable(decode(prompt, skip_special_tokens=True))}\x1b[0m"]
+    for i in range(len(response)):
+        # Decode the growing text and show what each token added: spaces and byte-level pieces come out right.
+        text = decode(prompt + response[: i + 1])
+        piece, before = text[len(before) :], text
+        parts.append(_colored(printable(piece), kl[i]))
+    return "".join(parts)
+
+
+def _colored(piece: str, kl: float) -> str:
+    if np.isnan(kl) or abs(kl) < 0.1:
+        return piece
+    palette = _LIKELIER if kl > 0 else _RARER
+    level = min(int(abs(kl) / _FULL_SCALE * len(palette)), len(palette) - 1)
+    return f"\x1b[30;48;5;{palette[level]}m{piece}\x1b[0m"

@@ -1,4 +1,4 @@
-"""Text generation as single Gymnasium environments: one row of the vector environments."""
+"""Text generation as single Gymnasium environments, one row of the vector environments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm_envs.tasks.base import TextTask
 
 
 class _SingleRow(Reachable, gymnasium.Env):
-    """A vector environment of one row with the row's axis taken off."""
+    """A vector environment of one row, without the row's axis."""
 
     metadata = {"render_modes": ["ansi"]}
     _vector_class: type[TextVectorEnv] | type[TextBanditVectorEnv]
@@ -24,7 +24,7 @@ class _SingleRow(Reachable, gymnasium.Env):
     def __init__(self, task: TextTask | str = "reviews", *, render_mode: str | None = None, **options: Any) -> None:
         options |= {"autoreset_mode": AutoresetMode.DISABLED, "render_mode": render_mode}
         self._vector = self._vector_class(task, 1, **options)
-        self.mdp, self.face, self.render_mode = self._vector.mdp, self._vector.face, render_mode
+        self.mdp, self.is_bandit, self.render_mode = self._vector.mdp, self._vector.is_bandit, render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
 
@@ -36,7 +36,7 @@ class _SingleRow(Reachable, gymnasium.Env):
         self._vector.report(values.reshape(1))
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """``(V,)`` bool, the tokens allowed now (the name is sb3-contrib's)."""
+        """Return the tokens allowed now, ``(V,)`` bool (the name is sb3-contrib's)."""
         return self._vector.action_masks()[0]
 
     def reset(
@@ -53,13 +53,13 @@ class _SingleRow(Reachable, gymnasium.Env):
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(infos)
 
     def render(self) -> str | None:
-        """The text so far, tokens colored by their share of the KL."""
+        """Return the text so far, with tokens colored by their share of the KL."""
         rows = self._vector.render()
         return None if rows is None else rows[0]
 
 
 def _first(infos: dict[str, Any]) -> dict[str, Any]:
-    """The info of row 0 without the vector form's presence masks."""
+    """Return the info of row 0 without the vector form's presence masks."""
     return {key: _row0(value) for key, value in infos.items() if not key.startswith("_")}
 
 

@@ -27,11 +27,10 @@ class TextVectorEnv(TextRows):
         num_envs: rows.
         autoreset_mode: "SameStep" (default), "NextStep" or "Disabled", as Gymnasium defines them.
         render_mode: None or "ansi".
-        options: of :class:`~lm_envs.env.mdp.TextMDP`: ``split``, ``kl_coef``, ``temperature``, ``max_new_tokens``,
-            ``min_new_tokens``, ``missing_eos``, ``group_size``, ``reference_top_k``.
+        options: of :class:`~lm_envs.env.mdp.TextMDP`, such as ``split`` and ``kl_coef``.
     """
 
-    face = "mdp"
+    is_bandit = False
 
     def __init__(self, task: TextTask | str = "reviews", num_envs: int = 1, **arguments: Any) -> None:
         super().__init__(task, num_envs, **arguments)
@@ -45,8 +44,8 @@ class TextVectorEnv(TextRows):
         return float((self._logprob[row, :length] - self._ref_logprob[row, :length]).sum())
 
     def _reference(self, rows: Ints, actions: Ints) -> Floats:
-        """The reference's log-probability of these rows' actions in the present state."""
-        # In place, though the decoder keeps them: a row that stands still stays at its position, and under its mask.
+        """Return the reference's log-probability of these rows' actions in the present state."""
+        # In place, though the decoder keeps the logits: a row that stands still keeps its position and so its mask.
         logits = self.mdp.restrict(self._decoder(self.mdp.tensor(self._obs)), self.mdp.tensor(self._lengths))
         ids = np.zeros_like(self._lengths)
         ids[rows] = actions[rows]
@@ -54,7 +53,7 @@ class TextVectorEnv(TextRows):
         return found.double().cpu().numpy()[rows]
 
     def _allowed(self) -> NDArray[np.int8] | None:
-        # The decoder keeps these logits, so the penalty of the next step costs no forward of its own.
+        # The decoder keeps these logits, so the next step's penalty needs no forward.
         logits = None if self.mdp.reference_top_k is None else self._decoder(self.mdp.tensor(self._obs))
         return self.mdp.action_mask(self._lengths, logits)
 
@@ -96,11 +95,11 @@ class TextVectorEnv(TextRows):
 class TextBanditVectorEnv(TextRows):
     """A response per step: the action is ``MultiDiscrete([V] * T)``, read up to and including its first EOS.
 
-    One step, always terminated. The return of the same tokens is that of :class:`TextVectorEnv`. Reported is the
-    log-probability of the whole response.
+    Every step terminates. The same tokens have the return of :class:`TextVectorEnv`. Agents report the log-probability
+    of the whole response.
     """
 
-    face = "bandit"
+    is_bandit = True
 
     def __init__(self, task: TextTask | str = "reviews", num_envs: int = 1, **arguments: Any) -> None:
         super().__init__(task, num_envs, **arguments)
@@ -128,7 +127,7 @@ class TextBanditVectorEnv(TextRows):
             raise ValueError(f"{ended}, but min_new_tokens={self.mdp.min_new_tokens}")
         self._obs[rows, self._prompt_places :] = response
         self._lengths[rows], self._done[rows], self._whole[rows] = lengths, True, reported[rows]
-        # The parts of a reward per token cannot be paid one by one in a single step: the bandit's reward is their sum.
+        # In a single step, the reward is the sum of a dense reward's parts.
         self._score[rows] = self.mdp.score(self._prompt_index[rows], response).sum(axis=1)
         rewards[rows] = self._score[rows]
         if self.mdp.charged_kl_coef > 0:
@@ -140,7 +139,7 @@ class TextBanditVectorEnv(TextRows):
 
 
 def cut_after_eos(actions: Ints, eos_token_id: EosIds) -> Ints:
-    """``(N, T)`` responses with -1 behind the first EOS."""
+    """Return responses ``(N, T)`` with -1 behind the first EOS."""
     ends = is_eos(actions, eos_token_id)
     behind = np.cumsum(ends, axis=1) - ends > 0
     return np.where(behind, NO_TOKEN, actions)

@@ -11,9 +11,8 @@ masks. With beta the KL coefficient, ``r`` the score and ``ref`` the reference, 
     J^* - J(\pi) = \beta\, KL(\pi\|\pi^*)
 
 all averaged over the prompts. A policy is an object with ``evaluate``, a transformers model, a table of
-log-probabilities ``(X, S, V)`` over X prompts, S prefixes and V tokens, or, where only whole responses matter,
-log-probabilities ``(X, L)`` of the L sequences; prefixes and sequences are numbered as in
-:mod:`lm_envs.tasks.prefix_tree`.
+log-probabilities ``(X, S, V)`` over X prompts, S prefixes and V tokens, or, if only whole responses matter,
+log-probabilities ``(X, L)`` of the L sequences, all in the order of :class:`~lm_envs.tasks.enumerable.PrefixTree`.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.forwards import response_forward
 from lm_envs.model.tokens import left_pad
-from lm_envs.tasks.prefix_tree import PrefixTree
-from lm_envs.trajectories import Trajectories
+from lm_envs.tasks.enumerable import PrefixTree
+from lm_envs.trajectories import Trajectories, whole_episodes
 
-AnyPolicy = Any  # what a policy may be: see above
+AnyPolicy = Any  # one of those above
 
 
 class Exact:
@@ -56,8 +55,7 @@ class Exact:
         score: ``(X, L)`` the reward before the KL penalty.
         log_ref: ``(X, S, V)`` the reference's log-probabilities; -inf where a token is masked.
 
-    Raises:
-        ValueError: too many sequences, a reward per token, or several EOS tokens.
+    ValueError for too many sequences, a reward per token, or several EOS tokens.
     """
 
     def __init__(self, mdp: TextMDP, *, kl_coef: float | None = None, batch_size: int = 8192) -> None:
@@ -111,7 +109,7 @@ class Exact:
                 logits = forbid_early_eos(logits, position, self.mdp.eos_token_id, self.mdp.min_new_tokens)
                 parts.append(log_softmax(logits, self.mdp.temperature))
             else:
-                parts.append(policy.evaluate(_trajectories(prompt, response)).log_probs())
+                parts.append(policy.evaluate(whole_episodes(prompt, response)).log_probs())
         # Normalized again in float64: a float32 model's probabilities sum to 1 only up to rounding.
         return self._fold(torch.cat(parts).double().cpu().log_softmax(dim=-1))
 
@@ -119,7 +117,7 @@ class Exact:
     def values_of(self, policy: nn.Module) -> Tensor:
         """Return the values ``(X, S)``, float64, of every prefix by a policy's own critic."""
         evaluate: Any = policy.evaluate
-        parts = [evaluate(_trajectories(*rows)).value[:, :-1] for rows in self._rows()]
+        parts = [evaluate(whole_episodes(*rows)).value[:, :-1] for rows in self._rows()]
         return self._fold(torch.cat(parts).double().cpu())
 
     def sequences(self, policy: AnyPolicy) -> Tensor:
@@ -192,18 +190,18 @@ class Exact:
 
     @property
     def soft_value(self) -> Tensor:
-        """``(X, S)``, ``V*(s) = beta log sum_a ref(a|s) exp(Q*(s,a) / beta)``; the largest Q* where beta is 0."""
+        """``V*(s) = beta log sum_a ref(a|s) exp(Q*(s,a) / beta)``, ``(X, S)``; the largest Q* if beta is 0."""
         return self._soft[0]
 
     @property
     def optimal_value(self) -> Tensor:
-        """``J*``, a scalar."""
+        """The optimum ``J*``, a scalar."""
         return self.soft_value[:, 0].mean()
 
     @cached_property
     def optimal_policy(self) -> Tensor:
-        """``(X, S, V)``, ``log pi* = log ref + (Q* - V*) / beta``; where beta is 0 the reference restricted to the
-        best actions."""
+        """``log pi* = log ref + (Q* - V*) / beta``, ``(X, S, V)``; if beta is 0, the reference restricted to the best
+        actions."""
         value, q = self._soft
         if self.kl_coef > 0:
             return self.log_ref + (q - value.unsqueeze(2)) / self.kl_coef
@@ -211,7 +209,7 @@ class Exact:
 
     @cached_property
     def reference_value(self) -> Tensor:
-        """``J_ref``, the reference's objective, a scalar."""
+        """The reference's objective ``J_ref``, a scalar."""
         return self.reward(self._log_ref_sequences)
 
     @torch.no_grad()
@@ -313,28 +311,14 @@ class Exact:
         weight = (self.sequences(table).exp() / count).flatten()
         step = (slice(None), self.states, self._actions)
         logprob, ref = (x[step].masked_fill(~self.mask, 0.0).flatten(0, 1) for x in (table, self.log_ref))
-        response = self.responses.repeat(count, 1)
-        traj = _trajectories(self.prompts.repeat_interleave(len(self.responses), dim=0), response)
-        score = self.score.flatten()
-        traj.logprob, traj.ref_logprob, traj.score = logprob, ref, score
-        traj.reward = -kl_penalty(self.kl_coef, logprob, ref)
-        traj.reward[torch.arange(len(traj)), traj.lengths - 1] += score
-        traj.group = traj.prompt_index = torch.arange(count).repeat_interleave(len(self.responses))
+        prompt, response = self.prompts.repeat_interleave(len(self.responses), dim=0), self.responses.repeat(count, 1)
+        score, reward = self.score.flatten(), -kl_penalty(self.kl_coef, logprob, ref)
+        index = torch.arange(count).repeat_interleave(len(self.responses))
+        more = {"logprob": logprob, "ref_logprob": ref, "score": score, "group": index, "prompt_index": index}
+        traj = whole_episodes(prompt, response, reward=reward, **more)
+        reward[torch.arange(len(traj)), traj.lengths - 1] += score
         possible = weight > 0
         return traj.select(possible), weight[possible]
-
-
-def _trajectories(prompt: Tensor, response: Tensor) -> Trajectories:
-    true = torch.ones(len(response), dtype=torch.bool)
-    return Trajectories(
-        actions=response.clamp(min=0),
-        mask=response >= 0,
-        terminated=true,
-        truncated=~true,
-        obs=torch.cat([prompt, response], dim=1),
-        prompt=prompt,
-        response=response,
-    )
 
 
 def cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
@@ -350,5 +334,5 @@ def relative_bias(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 
 
 def _flat(*gradients: dict[str, Tensor]) -> list[Tensor]:
-    """Each gradient as one vector, over the parameters of the last."""
+    """Return each gradient as one vector, over the parameters of the last."""
     return [torch.cat([gradient[name].flatten().double() for name in gradients[-1]]) for gradient in gradients]

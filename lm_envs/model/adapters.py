@@ -1,4 +1,4 @@
-"""Adapters in peft's format, on a model whose weights they share: reading a folder of them, and telling them apart."""
+"""Adapters in peft's format, on a model whose weights they share."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ def is_adapter(place: str | Path) -> bool:
 
 
 def base_of(place: str | Path, what: str = "policy") -> str:
-    """Return the model that a folder's adapters were trained on: a folder, or a hub name.
+    """Return the folder or hub name of the model that a folder's adapters were trained on.
 
-    A relative path counts from the working directory, or else from the adapters' folder.
-
-    Raises:
-        ValueError: they are no low-rank adapters, do not say what of, or that folder is gone.
+    A relative path counts from the working directory, or else from the adapters' folder. ValueError if the adapters are
+    not low-rank, do not name the model, or its folder is missing.
     """
     path = Path(place) / CONFIG
     begin = f"{what} {str(place)!r}"
@@ -63,8 +61,8 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
     """Return the model with a folder's adapters, frozen, in ``eval`` mode; it *shares* all weights of ``base``.
 
     Raises:
-        ImportError: without peft.
-        ValueError: they do not fit this model.
+        ImportError: peft is not installed.
+        ValueError: the adapters do not fit this model.
     """
     if find_spec("peft") is None:
         raise ImportError(f"{what} {str(place)!r} holds adapters, which need peft: pip install 'lm-envs[lora]'")
@@ -73,7 +71,7 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
     wrong: list[str] = []
     misfit = f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}"
     try:
-        # Biases that were trained beside the adapters are written over the model's own.
+        # Biases that were trained with the adapters replace the model's own.
         trained_bias = getattr(PeftConfig.from_pretrained(str(place)), "bias", "none") != "none"
         model: Any = sharing(base, () if trained_bias else base.parameters())
         with quiet_layout():
@@ -90,7 +88,7 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
                 "output layer is tied to its embeddings: merge the adapters into the model where they were trained"
             ) from error
         raise ValueError(f"{misfit}: {first_line(error)}") from error
-    if hasattr(base, KEYS):  # now the adapters' names for their tensors, which are not those of the model
+    if hasattr(base, KEYS):  # peft put the names of the adapters' tensors there
         setattr(model, KEYS, getattr(base, KEYS))
     elif hasattr(model, KEYS):
         delattr(model, KEYS)
@@ -103,14 +101,14 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
 
 @contextmanager
 def quiet_layout() -> Iterator[None]:
-    """Silence peft's warning of maps whose weight lies the other way round, as GPT-2's do; peft goes by the map."""
+    """Silence peft's warning about layers with transposed weights, such as GPT-2's, which peft handles."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         yield
 
 
 def sharing(model: PreTrainedModel, shared: Iterable[nn.Parameter]) -> Any:
-    """A deep copy that has these parameters in common with the original."""
+    """Return a deep copy that shares these parameters with the original."""
     return copy.deepcopy(model, {id(p): p for p in shared})
 
 
@@ -120,7 +118,7 @@ def has_adapters(model: PreTrainedModel) -> bool:
 
 
 def adapter_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The parameters of a model's adapters; none of a model without."""
+    """Return the parameters of a model's adapters."""
     if not has_adapters(model):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,4 +1,4 @@
-"""Chat messages as the text that a model reads, by its tokenizer's chat template."""
+"""Chat messages as text, by a tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Text = str | list[Message]
 
 
 class BadExample(ValueError):
-    """One example of the user's data is wrong; others may be right."""
+    """One example of the user's data is wrong; others may be usable."""
 
 
 def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> str:
-    """Write a conversation as one text, special tokens included: encode it with ``add_special_tokens=False``.
+    """Write a conversation as one text with special tokens: encode it with ``add_special_tokens=False``.
 
     Raises:
         ValueError: the tokenizer has no chat template.
-        BadExample: its template refuses the conversation.
+        BadExample: the template refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -44,9 +44,9 @@ def split_answer(
 ) -> tuple[str, str]:
     """Return the text of a conversation before the assistant's answer, and of the answer with the end of its turn.
 
-    Some templates write more before an answer that is to come than before one that is there (an empty block of
-    thoughts); the answer then begins with its content. Errors are those of :func:`render_messages`, and a BadExample
-    where the template writes the conversation differently once it is answered.
+    Some templates write more before a coming answer than before a given one (an empty block of thoughts); the answer
+    then begins with its content. Errors are those of :func:`render_messages`, and BadExample if the template writes the
+    conversation differently once it is answered.
     """
     head = render_messages(tokenizer, prompt, add_generation_prompt=True)
     whole = render_messages(tokenizer, [*prompt, *answer], add_generation_prompt=False)

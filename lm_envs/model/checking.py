@@ -1,6 +1,6 @@
-"""Models that are refused, by their config before weights are read, or by a trial after.
+"""Refusal of models that cannot be used: by their config before weights are read, and by a trial after.
 
-The trial compares a model's answers with its own answer to one text without padding or cache. So an untested family is
+The trial compares a model's predictions with its own for one text without padding or cache, so an untested family is
 either correct or refused.
 """
 
@@ -20,7 +20,7 @@ from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.model.tokens import NO_TOKEN, left_pad, right_pad
 
 Texts = list[tuple[Tensor, Tensor]]  # prompt and response
-LENGTHS = ((3, 7), (1, 9), (5, 4))  # tokens of prompt and response of the texts that are tried
+LENGTHS = ((3, 7), (1, 9), (5, 4))  # tokens of prompt and response of the trial's texts
 PLACES = 5, 9  # the longest of each
 TOLERANCE = {torch.bfloat16: 0.15, torch.float16: 0.03}  # of the log-probabilities' standard deviation, for rounding
 EXACT = 3e-3  # the same in float32 and float64: parts of many models are float32 always
@@ -28,7 +28,7 @@ _OTHER_SENSES = ("vision", "audio", "vq", "image", "speech")
 
 
 def refuse_config(config: Any, what: str) -> None:
-    """Raise ValueError if a config is of a model that cannot be a policy; ``what`` begins the message."""
+    """Raise ValueError if a model cannot be a policy by its config; ``what`` begins the message."""
     settings = config.to_dict()
     quantised = settings.get("quantization_config")
     if quantised:
@@ -54,19 +54,16 @@ def refuse_config(config: Any, what: str) -> None:
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool = False) -> None:
-    """Try a model on a few short random texts: about 25 forwards of up to 11 tokens.
+    """Try a model on a few short random texts, in about 25 forwards of up to 11 tokens; ValueError if it fails.
 
-    It must give finite logits, never look at later tokens, and give the same log-probabilities whatever the padding of
-    a batch, and from a cache whose rows grow, are swapped and restart. Windows longer than the texts are not reached.
+    Its logits must be finite and independent of later tokens, of a batch's padding, and of a cache whose rows grow, are
+    swapped and restart. Windows longer than the texts are not reached.
 
     Args:
-        model: on the device and in the precision that it is used in.
+        model: on the device and in the precision of its use.
         what: begins the messages.
-        recompute: accept a model whose cache cannot be kept by rows, and compute each token from its whole text, which
-            costs time in the square of the length; the model remembers that, and so do its copies.
-
-    Raises:
-        ValueError: one of these fails; the message says which, by how much, and what to do.
+        recompute: accept a model whose cache cannot be kept by rows, and compute each token from its whole text, in
+            time quadratic in the length; the model and its copies remember that.
     """
     texts, limit = _texts(model), TOLERANCE.get(model.dtype, EXACT)
     expected = [_alone(model, prompt, response) for prompt, response in texts]
@@ -77,8 +74,8 @@ def check_model(model: PreTrainedModel, what: str = "policy", *, recompute: bool
     gap = _worst(_causality(model, texts, expected), model)
     if gap > limit:
         raise ValueError(
-            f"{what}: what {kind} predicts changes with tokens that come later (by {gap:.2g} standard deviations): "
-            "it reads from both ends, as encoders do, and is no causal language model"
+            f"{what}: the predictions of {kind} change with later tokens (by {gap:.2g} standard deviations): "
+            "it reads from both ends, as encoders do, and is not a causal language model"
         )
     gap = max(_padding(model, texts, expected))
     if gap > limit:
@@ -113,7 +110,7 @@ def _texts(model: PreTrainedModel) -> Texts:
 
 
 def _alone(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
-    """``(T, V)`` logits of one text, without padding."""
+    """Return ``(T, V)`` logits of one text, without padding."""
     return response_forward(model, prompt[None], response[None]).logits()[0]
 
 
@@ -130,7 +127,7 @@ def _padding(model: PreTrainedModel, texts: Texts, expected: list[Tensor]) -> li
 
 
 def _stepping(model: PreTrainedModel, texts: Texts, expected: list[Tensor]) -> list[float]:
-    """Two rows that grow; each text begins where another one stood."""
+    """Decode in two rows that grow; each text begins in a row that another one has left."""
     decoder, gaps = Decoder(model, response_places=PLACES[1]), []
     prompt_places, _ = PLACES
     obs = torch.full((2, sum(PLACES)), NO_TOKEN, device=model.device)
@@ -147,7 +144,7 @@ def _stepping(model: PreTrainedModel, texts: Texts, expected: list[Tensor]) -> l
                 obs[row, prompt_places - len(prompt) : prompt_places] = prompt
                 running[row] = number, 0
             elif number >= 0:
-                running[row] = -1, 0  # nothing is left: it stands still
+                running[row] = -1, 0  # no text is left: the row stands still
         if all(number < 0 for number, _ in running):
             break
         logits = decoder(obs)
@@ -156,12 +153,12 @@ def _stepping(model: PreTrainedModel, texts: Texts, expected: list[Tensor]) -> l
 
 
 def _gap(found: Tensor, known: Tensor) -> float:
-    """Mean difference of two distributions' log-probabilities in units of their standard deviation, the median over
-    positions: where experts are chosen, rounding alone sends a token to another one now and then."""
+    """Mean difference of log-probabilities in units of their standard deviation, the median over positions: in
+    mixtures of experts, rounding alone sometimes sends a token to another expert."""
     a, b = (x.float().log_softmax(dim=-1) for x in (found, known))
     return float(((a - b).abs().mean(dim=-1) / b.std(dim=-1).clamp(min=1e-3)).median())
 
 
 def _worst(gaps: list[float], model: PreTrainedModel) -> float:
-    """The largest; in half precision without the largest fifth, for the reason given above."""
+    """The largest; in half precision without the largest fifth, because of experts as in :func:`_gap`."""
     return sorted(gaps)[-1 if model.dtype not in TOLERANCE else int(0.8 * (len(gaps) - 1))]

@@ -1,7 +1,7 @@
-"""Decoding in shapes that never change, so that ``torch.compile`` makes one program of a step: an option.
+"""Optional decoding in fixed shapes, so that ``torch.compile`` makes one program of a step.
 
-Prompts are read as usual, into a growing cache; then their columns are copied to buffers of one size, on which the
-program runs. Rows that have finished stay until all have.
+Prompts are read into a growing cache, whose columns are then copied to buffers of one size for the program. Finished
+rows stay until all have finished.
 """
 
 from __future__ import annotations
@@ -28,22 +28,19 @@ Backend = Literal["inductor", "eager", None]  # "eager" traces and compiles noth
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 COLUMNS = 64  # the columns of buffers are a multiple of this
-TRIED: Backend = "eager"  # what a model is tried with before it is used
+TRIED: Backend = "eager"  # for the trial of a model before its use
 _INSTEAD = "do without compile=True (--compile on the command line)"
-# What models raise where they count on a cache of transformers' own, or on a size that is a number.
+# Errors of models that expect a cache of transformers' own, or sizes that are numbers.
 _FAILURES = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 class FixedLayer(StaticLayer):
-    """Keys and values of one layer in buffers that stay where they are and as large.
-
-    Windows are left to the model's mask, as in a :class:`~lm_envs.model.kv_cache.GrowingLayer`.
+    """Keys and values of one layer in buffers of fixed place and size; the model's mask handles windows.
 
     Args:
-        like: a layer of the same model that holds something.
-        rows: of the buffers.
-        columns: of the buffers.
-        place: ``()`` int64, the column of the next token: one tensor for all layers, which its owner moves.
+        like: a layer of the same model that is not empty.
+        rows, columns: of the buffers.
+        place: ``()`` int64, the column of the next token: one tensor for all layers, which its owner increments.
     """
 
     def __init__(self, like: GrowingLayer, rows: int, columns: int, place: Tensor) -> None:
@@ -52,13 +49,13 @@ class FixedLayer(StaticLayer):
         self.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (like.keys, like.values)))
 
     def start(self, prompts: GrowingLayer) -> None:
-        """Copy another layer's keys and values, of as many rows and columns at most."""
+        """Copy another layer's keys and values, which have no more rows and columns."""
         for buffer, x in ((self.keys, prompts.keys), (self.values, prompts.values)):
-            buffer.zero_()  # what is masked is multiplied by zero, and zero times NaN is NaN
+            buffer.zero_()  # masked values are multiplied by zero, and zero times NaN is NaN
             buffer[: x.shape[0], :, : x.shape[2]] = x
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one column; the whole buffers."""
+        """Write one column; return the whole buffers."""
         place = self.cumulative_length.view(1)
         self.keys.index_copy_(2, place, key_states)
         self.values.index_copy_(2, place, value_states)
@@ -80,11 +77,11 @@ class _Program:
         if backend is not None:
             options: dict[str, Any] = dict(mode="reduce-overhead") if self._graphs else dict(backend=backend)
             self._step = torch.compile(self._step, dynamic=False, fullgraph=True, **options)
-        # A layer's, for the head too: inside a program they cannot be changed.
+        # A layer's number serves the head too: it cannot change inside a program.
         self._threads = StepThreads(model).of(rows)[0]
 
     def start(self, prompts: RowCache) -> None:
-        """Go on from these prompts."""
+        """Continue these prompts."""
         for layer, held in zip(self.layers, prompts.cache.layers, strict=True):
             layer.start(held)
         count, columns = len(prompts.lengths), torch.arange(self.mask.shape[1], device=self.mask.device)
@@ -106,7 +103,7 @@ class _Program:
 
 
 def step_of(model: PreTrainedModel, cache: Cache) -> Step:
-    """``step(tokens (B, 1), mask (B, columns), positions (B, 1)) -> logits (B, V), hidden (B, d)``."""
+    """Return ``step(tokens (B, 1), mask (B, columns), positions (B, 1)) -> logits (B, V), hidden (B, d)``."""
     seen: list[Tensor] = []
     twin = _watched(model, seen)
     placed = names_argument(model, "position_ids")
@@ -116,14 +113,14 @@ def step_of(model: PreTrainedModel, cache: Cache) -> Step:
         found = twin(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
         return found.logits[:, -1], seen.pop()[:, -1]
 
-    # torch.compile gives up on a piece of code that it compiled eight times: each program gets its own.
+    # torch.compile gives up on code that it has compiled eight times, so each program gets its own.
     step.__code__ = step.__code__.replace()
     return step
 
 
 def _watched(model: PreTrainedModel, seen: list[Tensor]) -> PreTrainedModel:
-    """The same model with a copy of the head that appends its inputs to ``seen``: programs contain the hooks that were
-    there when they were compiled, so the model's own head may have none."""
+    """Return the model with a copy of its head that appends its inputs to ``seen``: compiled programs contain hooks, so
+    the model's own head may have none."""
     head = model.get_output_embeddings()
     watched = copy.copy(head)
     watched._forward_pre_hooks = OrderedDict()
@@ -134,18 +131,19 @@ def _watched(model: PreTrainedModel, seen: list[Tensor]) -> PreTrainedModel:
 
 
 class FixedRows:
-    """Rows of text that grow by a token a step, in fixed shapes; used as a :class:`~lm_envs.model.kv_cache.RowCache`.
+    """Rows of text that grow by a token a step in fixed shapes, with :class:`~lm_envs.model.kv_cache.RowCache`'s
+    methods.
 
-    Made once and reused: programs read the model's weights where they lie, and see every change in place. One is
-    compiled for each number of rows, rounded up by :func:`rounded`, and of columns, by :data:`COLUMNS`.
+    Reuse one object: programs see in-place changes of the model's weights. One is compiled for each number of rows,
+    rounded up by :func:`rounded`, and of columns, rounded up to :data:`COLUMNS`.
 
     Args:
         model: one that :func:`check_compilable` accepts.
-        room: how many tokens a row grows by, at most.
+        room: the most tokens that a row grows by.
         backend: torch.compile's; on CUDA "inductor" records CUDA graphs.
     """
 
-    hidden: Tensor  # (n, d) what the logits of the last :meth:`advance` are made from
+    hidden: Tensor  # (n, d) hidden states behind the logits of the last :meth:`advance`
 
     def __init__(self, model: PreTrainedModel, room: int, backend: Backend = "inductor") -> None:
         self.model, self._room, self._backend = model, room, backend
@@ -157,11 +155,11 @@ class FixedRows:
 
     @torch.no_grad()
     def prefill(self, prompts: Tensor) -> Tensor:
-        """Restart all rows. ``prompts`` is ``(n, P)``, left-padded with -1; logits ``(n, V)``."""
+        """Restart all rows with prompts ``(n, P)``, left-padded with -1; return logits ``(n, V)``."""
         held = RowCache(self.model)
         logits = held.prefill(prompts)
         count, width = prompts.shape
-        # By the places of prompts, and not by the longest of these: that would be another program now and then.
+        # The size depends on the places of prompts, not on their lengths, so that programs are reused.
         size = rounded(count), -(-(width + self._room) // COLUMNS) * COLUMNS
         if size not in self._programs:
             self._programs[size] = _Program(self.model, held, *size, self._backend)
@@ -172,7 +170,7 @@ class FixedRows:
 
     @torch.no_grad()
     def advance(self, tokens: Tensor) -> Tensor:
-        """One more token, ``(n,)``, of each row that was kept; logits ``(n, V)``."""
+        """Add a token, ``(n,)``, to each row that was kept; return logits ``(n, V)``."""
         self._program.tokens[self._active, 0] = tokens
         # Copies: the memory of CUDA graphs is written again by the next step.
         logits, self.hidden = (x.index_select(0, self._active) for x in self._program.run())
@@ -190,7 +188,7 @@ def rounded(rows: int) -> int:
 
 
 def check_compilable(model: PreTrainedModel) -> None:
-    """Try a few steps in fixed shapes, traced and not compiled; ValueError says why model or machine cannot do them."""
+    """Try a few steps in fixed shapes, traced and not compiled; ValueError if model or machine cannot do them."""
     what = f"a {model.config.model_type} cannot be compiled"
     if is_encoder_decoder(model):
         raise ValueError(f"{what}: encoder-decoders keep two caches, and programs know one; {_INSTEAD}")
@@ -213,10 +211,10 @@ def check_compilable(model: PreTrainedModel) -> None:
 
 
 def check_tools(device: str) -> None:
-    """Raise ValueError if what programs for this type of device are compiled with is missing."""
+    """Raise ValueError if the compiler for this type of device is missing."""
     if device == "cuda":
         if find_spec("triton") is None:
-            raise ValueError(f"compiling for CUDA needs Triton, which is not there: pip install triton, or {_INSTEAD}")
+            raise ValueError(f"compiling for CUDA needs Triton: pip install triton, or {_INSTEAD}")
         return
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -232,7 +230,7 @@ def check_tools(device: str) -> None:
 
 @torch.no_grad()
 def _deviation(model: PreTrainedModel) -> float:
-    """Return the largest difference of log-probabilities over three steps between fixed and growing shapes."""
+    """Return the largest difference of log-probabilities between fixed and growing shapes over three steps."""
     last = int(model.get_input_embeddings().weight.shape[0]) - 1
     prompts = torch.tensor([[-1, -1, last], [1, last // 2, last // 3]], device=model.device)
     usual, fixed = RowCache(model), FixedRows(model, 4, TRIED)

@@ -1,4 +1,4 @@
-"""Incremental decoding: next-token logits of many rows with one forward a step, and sampling by inverse CDF."""
+"""Incremental decoding: next-token logits of many rows by one forward a step, and sampling by inverse CDF."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from lm_envs.model.kv_cache import RowCache
 from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.model.tokens import EosIds, accepted, eos_ids, head_inputs, is_eos, left_pad, model_inputs, right_align
 
-GREEDY = 1e-6  # a temperature that leaves one token; of tokens equally likely, to rounding, any
-SHARED = {True: 2**19, False: 2**15}  # logits for each thread, at least, if waking one is slow
-WHOLE = 2**11  # tokens up to which one cumulative sum and search are faster than two
-BLOCK = 64  # tokens whose probabilities are summed before the search: a cumulative sum of all is slower than the rest
+GREEDY = 1e-6  # a temperature that leaves one token, or any of those with equal logits
+SHARED = {True: 2**19, False: 2**15}  # the fewest logits per thread, by whether waking one is slow
+WHOLE = 2**11  # vocabularies up to this size take one cumulative sum and search, larger ones two
+BLOCK = 64  # tokens whose probabilities are summed before the search, as a cumulative sum of all is slow
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Sample by inverse CDF: the token whose interval of the cumulative distribution holds the uniform.
 
     Args:
-        logits: ``(N, V)``; -inf excludes a token.
+        logits: ``(N, V)``; -inf excludes a token. ``temperature`` divides them.
         uniforms: ``(N,)`` float64 in [0, 1).
-        temperature: divides the logits.
 
     Returns:
         tokens ``(N,)`` int64 and their log-probabilities ``(N,)``.
@@ -43,7 +42,7 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[
 def _sample(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     count, vocabulary = x.shape
     highest = x.amax(dim=-1, keepdim=True)
-    # float64 in all that is summed up: the rounding of a float32 sum would starve late tokens.
+    # Sums are in float64: the rounding of a float32 sum would starve late tokens.
     if vocabulary <= WHOLE:
         cdf = (x - highest).exp_().cumsum(dim=-1, dtype=torch.float64)
         total = cdf[:, -1:]
@@ -67,19 +66,18 @@ def _sample(x: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:
-    """Less than the total, so that an interval of no length at the end cannot be hit."""
+    """Keep the target below the total, so that an empty interval at the end cannot be hit."""
     return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def forbid_early_eos(
     logits: Tensor, position: Tensor | int, eos_token_id: EosIds, min_new_tokens: int, *, in_place: bool = False
 ) -> Tensor:
-    """Logits with EOS at -inf where fewer than ``min_new_tokens`` tokens stand before it.
+    """Return logits ``(..., V)`` with EOS at -inf where fewer than ``min_new_tokens`` tokens stand before it.
 
     Args:
-        logits: ``(..., V)``.
-        position: how many response tokens precede, an int or a tensor that broadcasts to ``logits.shape[:-1]``.
-        in_place: change ``logits`` itself. Gradients may flow all the same: a token of probability 0 has gradient 0.
+        position: number of response tokens before, an int or a tensor that broadcasts to ``logits.shape[:-1]``.
+        in_place: change ``logits`` itself; gradients stay right, because a token of probability 0 has gradient 0.
     """
     if min_new_tokens <= 0 or (isinstance(position, int) and position >= min_new_tokens):
         return logits
@@ -95,7 +93,8 @@ def forbid_early_eos(
 
 
 def keep_top(logits: Tensor, k: int) -> Tensor:
-    """``(..., V)`` logits with all but the ``k`` highest of each row at -inf, in place; as :func:`forbid_early_eos`."""
+    """Set all but the ``k`` highest of each row of logits ``(..., V)`` to -inf, in place as
+    :func:`forbid_early_eos`."""
     if k < logits.shape[-1]:
         values = logits.detach()
         lost = torch.ones_like(values, dtype=torch.bool).scatter_(-1, values.topk(k).indices, False)
@@ -107,13 +106,13 @@ class Decoder:
     """Next-token logits for rows that the caller may extend, swap or restart at any time.
 
     It compares each observation with the last one: rows that grew by one token take one cached step together, others
-    are recomputed. So no answer is stale. A model whose cache has no rows that can be exchanged
-    (:func:`~lm_envs.model.kv_cache_cross.rows_of`) is computed in full each time.
+    are recomputed. A model whose rows cannot be exchanged (:func:`~lm_envs.model.kv_cache_cross.rows_of`) is computed
+    in full each time.
 
     Args:
         model: causal or encoder-decoder.
-        response_places: T, how many of an observation's places are the response's; only an encoder-decoder needs it.
-        hidden: also keep the hidden states that the logits are made from, for value heads.
+        response_places: T, the number of an observation's places for the response; only an encoder-decoder needs it.
+        hidden: also keep the hidden states behind the logits, for value heads.
     """
 
     def __init__(self, model: PreTrainedModel, response_places: int = 0, *, hidden: bool = False) -> None:
@@ -121,7 +120,7 @@ class Decoder:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: needed after the model's weights change."""
+        """Forget everything; call it after the model's weights change."""
         self._rows: RowCache | None = None
         self._obs: Tensor | None = None
         self._last: tuple[Tensor, ...] | None = None
@@ -130,19 +129,19 @@ class Decoder:
 
     @property
     def hidden(self) -> Tensor:
-        """``(B, d)`` hidden states of the last call, for ``Decoder(model, hidden=True)``."""
+        """The hidden states of the last call, ``(B, d)``, with ``Decoder(model, hidden=True)``."""
         if self._last is None or not self._with_hidden:
             raise RuntimeError("call a Decoder(model, hidden=True) first")
         return self._last[1]
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
-        """Logits ``(B, V)`` after the last token of every row of ``obs`` ``(B, P + T)``, -1 where there is no token."""
+        """Return logits ``(B, V)`` after the last token of every row of ``obs (B, P + T)``, padded with -1."""
         self._last = self._next(obs)
         return self._last[0]
 
     def _forward(self, run: Callable[..., Tensor], *given: Any) -> tuple[Tensor, ...]:
-        """Logits and, where they are kept, hidden states of a call that ends with one forward."""
+        """Return logits and, if they are kept, hidden states of a call that ends with one forward."""
         if not self._with_hidden:
             return (run(*given),)
         with head_inputs(self.model) as seen:
@@ -156,7 +155,7 @@ class Decoder:
         return self._grow(obs, known, rows) or self._step(obs, known, last_seen, rows)
 
     def _grow(self, obs: Tensor, known: Tensor, rows: RowCache) -> tuple[Tensor, ...] | None:
-        """The usual case, with few operations: all rows grew by a token once more. None if they did not."""
+        """Advance all rows with few operations if each grew by a token again; else return None."""
         if self._ends is None or self._furthest + 1 >= obs.shape[1]:
             return None
         place = self._ends + 1
@@ -171,7 +170,7 @@ class Decoder:
         change = known != obs
         place = change.int().argmax(dim=1, keepdim=True)
         moved = change.any(dim=1)
-        # Grown by one token: one place differs, it was empty, and it is next to the last token and the last now.
+        # A row grew by one token if one place differs, was empty, follows a token and is now the last.
         last = obs.gather(1, place)
         end = ((obs >= 0) * torch.arange(obs.shape[1], device=obs.device)).amax(dim=1, keepdim=True)
         grown = (known.gather(1, place) < 0) & (place == end) & (obs.gather(1, (place - 1).clamp(min=0)) >= 0)
@@ -222,14 +221,15 @@ def generate(
 
     Args:
         prompts: ``(N, P)`` int64, left-padded with -1.
-        uniforms: ``(N, max_new_tokens)`` float64 in [0, 1), the number each token is sampled with.
-        eos_token_id: or several, any of which ends a response.
+        uniforms: ``(N, max_new_tokens)`` float64 in [0, 1), one per token.
+        eos_token_id: one or several, any of which ends a response.
         observe: called before token t is sampled with t, the rows ``(n,)`` that still run, and the hidden states
-            ``(n, d)`` that their logits are made from.
-        fixed: decode in fixed shapes, by these rows; else in shapes that grow.
+            ``(n, d)`` behind their logits.
+        fixed: rows to decode in fixed shapes; None decodes in growing ones.
 
     Returns:
-        response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob alike, 0 beyond the end.
+        response ``(N, max_new_tokens)`` int64, right-padded with -1, EOS included; logprob of the same shape, 0 beyond
+        the end.
     """
     count = prompts.shape[0]
     response = prompts.new_full((count, max_new_tokens), -1)
@@ -272,8 +272,8 @@ def greedy(
     min_new_tokens: int = 0,
     batch_size: int = 256,
 ) -> list[list[int]]:
-    """Return the greedy response to each prompt (token ids without padding), its EOS included; ``batch_size`` prompts
-    at a time, those of like length together."""
+    """Return the greedy response to each prompt (token ids without padding), EOS included; ``batch_size`` prompts of
+    similar length at a time."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
@@ -287,7 +287,7 @@ def greedy(
 
 
 def _next_logits(model: PreTrainedModel, obs: Tensor, response_places: int = 0) -> Tensor:
-    """``(B, V)`` without a cache."""
+    """Return ``(B, V)`` without a cache."""
     if is_encoder_decoder(model):
         prompt, response = obs.split([obs.shape[1] - response_places, response_places], dim=1)
         inputs = teacher_forced(model, prompt, F.pad(response, (0, 1)))

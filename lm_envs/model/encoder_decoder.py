@@ -1,7 +1,4 @@
-"""The inputs of encoder-decoders (T5, BART and others) as policies: the encoder reads prompts, the decoder responses.
-
-Their cache by rows is in :mod:`lm_envs.model.kv_cache_cross`.
-"""
+"""The inputs of encoder-decoders (T5, BART and others): the encoder reads prompts, the decoder responses."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from lm_envs.model.tokens import context_of, names_argument
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model has an encoder of its own for the prompt (a BART loaded as a causal LM has none)."""
+    """Whether the model has an encoder for the prompt (a BART loaded as a causal LM has none)."""
     config = getattr(model, "config", None)
     return bool(getattr(config, "is_encoder_decoder", False)) and names_argument(model, "decoder_input_ids")
 
 
 def decoder_prefix(model: PreTrainedModel) -> list[int]:
-    """The tokens before every response, which are no actions: the start token, and the one that generation forces, if
-    any: the target language of multilingual models (mBART, NLLB). ValueError if the model does not name the first."""
+    """Return the tokens before every response, which are not actions: the start token, and a forced one such as the
+    target language of mBART and NLLB. ValueError if the model does not name the first."""
     configs = model.config, getattr(model, "generation_config", None)
     start, forced = (
         next((token for config in configs if (token := getattr(config, name, None)) is not None), None)
@@ -35,16 +32,16 @@ def decoder_prefix(model: PreTrainedModel) -> list[int]:
 
 
 def decoder_tokens(model: PreTrainedModel, response: Tensor) -> Tensor:
-    """``(B, K + T)`` what the decoder reads: the prefix of K tokens, then the response ``(B, T)``, padded with -1."""
+    """Return the decoder's ids ``(B, K + T)``: the prefix of K tokens, then the response ``(B, T)``, padded with -1."""
     prefix = response.new_tensor(decoder_prefix(model)).expand(len(response), -1)
     return torch.cat([prefix, response], dim=1)
 
 
 def encoder_inputs(prompt: Tensor) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` ``(B, S)`` of prompts ``(B, P)`` padded with -1.
+    """Return ``input_ids`` and ``attention_mask`` ``(B, S)`` of prompts ``(B, P)`` padded with -1, moved to the left.
 
-    Moved to the left end: the encoders have no ``position_ids``, and where positions are absolute (BART) they are
-    counted from the first column. S is the longest prompt's length.
+    Encoders have no ``position_ids``, and absolute positions (BART) count from the first column. S is the longest
+    prompt's length.
     """
     present = prompt >= 0
     width = int(present.sum(dim=1).max())
@@ -54,16 +51,16 @@ def encoder_inputs(prompt: Tensor) -> dict[str, Tensor]:
 
 
 def teacher_forced(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> dict[str, Tensor]:
-    """Inputs whose last T logits predict the response ``(B, T)``, right-padded with -1, to ``(B, P)`` left-padded."""
-    # A decoder looks to the left only, so what stands behind a response's end needs no mask.
+    """Return inputs whose last T logits predict the response ``(B, T)``, right-padded, to ``(B, P)``, left-padded."""
+    # A decoder looks to the left only, so padding behind a response needs no mask.
     tokens = decoder_tokens(model, response[:, :-1]).clamp(min=0)
     return {**encoder_inputs(prompt), "decoder_input_ids": tokens}
 
 
 def room_for(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tuple[int, int | None]:
-    """Return how many positions these tokens need, and how many the model has, None where it has no limit.
+    """Return the positions that these tokens need, and those that the model has, None for no limit.
 
-    A causal model reads prompt and response as one text, an encoder-decoder each by itself.
+    A causal model reads prompt and response as one text, an encoder-decoder as two.
     """
     if is_encoder_decoder(model):
         return max(prompt_tokens, new_tokens + len(decoder_prefix(model)) - 1), context_of(model)

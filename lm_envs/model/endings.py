@@ -1,4 +1,4 @@
-"""The tokens that end what a model writes: each EOS it was taught, and the end of a chat's turn."""
+"""The tokens that end a response: each EOS that the model was taught, and the end of a chat's turn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _ANSWER = "an answer that no template holds"
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that a chat template puts behind the assistant's answer, read off a conversation; None if it
-    puts none. It is often not the tokenizer's EOS: Gemma's is ``<end_of_turn>`` beside ``<eos>``."""
+    """Return the special token that a chat template puts behind the assistant's answer, or None.
+
+    It often differs from the tokenizer's EOS: Gemma has ``<end_of_turn>`` beside ``<eos>``.
+    """
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     _, _, behind = render_messages(tokenizer, turns, add_generation_prompt=False).rpartition(_ANSWER)
     special = _special(tokenizer)
@@ -25,10 +27,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def eos_tokens(
     model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
 ) -> tuple[int, ...]:
-    """Return every token that ends a response, the one that usually does first.
+    """Return every token that ends a response, the usual one first.
 
-    Those are the tokenizer's EOS, in a chat the end of the assistant's turn before it, and what the model's generation
-    config adds (Llama 3, Gemma), if it is a special token: a config's untouched default may be a word.
+    Those are, in a chat, the end of the assistant's turn, the tokenizer's EOS, and those of the model's generation
+    config (Llama 3, Gemma) that are special tokens: a config's default may be a word.
     """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     others = [configured] if isinstance(configured, int) else list(configured or ())
@@ -39,6 +41,6 @@ def eos_tokens(
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Special tokens by their text: those with a role, and those added as such (ends of turns often are)."""
+    """Return special tokens by their text: those with a role, and added ones, as ends of turns often are."""
     found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return found | {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

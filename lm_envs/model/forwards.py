@@ -1,4 +1,4 @@
-"""Teacher-forced scoring of responses: one forward for all positions, logits only where a response token stands."""
+"""Teacher-forced scoring of responses: one forward for all positions, logits for response tokens only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lm_envs.model.encoder_decoder import is_encoder_decoder, teacher_forced
 from lm_envs.model.output_head import OutputHead, hidden_and_head
 from lm_envs.model.tokens import EosIds, accepted, head_inputs, model_inputs
 
-# Scored at a time, by whether it is CUDA. More is no faster on a CPU, and takes memory that must be mapped first.
+# Tokens per forward, by whether it is on CUDA. On a CPU more take memory and are no faster.
 TOKENS = {False: 2**10, True: 2**17}
 
 
 def rows_at_once(width: int, device: torch.device) -> int:
-    """How many texts of ``width`` tokens one forward without gradients should read."""
+    """Return the number of texts of ``width`` tokens that one forward without gradients should read."""
     return max(1, TOKENS[device.type == "cuda"] // max(width, 1))
 
 
@@ -29,8 +29,8 @@ class ResponseForward:
     """A teacher-forced forward of responses ``(B, T)``: position t stands *before* token t.
 
     Attributes:
-        hidden: ``(B, T, d)``, the last hidden states. What lies beyond a row's end is meaningless, here and below.
-        head: makes logits of them; None where they are held.
+        hidden: ``(B, T, d)``, the last hidden states. Values beyond a row's end are meaningless, here and below.
+        head: computes logits from them; None if logits are held.
     """
 
     hidden: Tensor
@@ -39,21 +39,21 @@ class ResponseForward:
     _exclude: Exclude | None = None
 
     def logits(self) -> Tensor:
-        """``(B, T, V)``, computed where they are not held, with excluded tokens at -inf."""
+        """Return ``(B, T, V)`` with excluded tokens at -inf, computed unless they are held."""
         if self._held is not None:
             return self._held
         assert self.head is not None
         return _excluded(self.head.logits(self.hidden), self._exclude)
 
     def logprob(self, ids: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> LogprobKL:
-        """Log-probability of ``ids`` and entropy, ``(B, T)``."""
+        """Return the log-probability of ``ids`` and the entropy, ``(B, T)``."""
         if self.head is None:
             return logprob_kl(self.logits(), None, ids, temperature=temperature, mask=mask)
         return self.head.logprob(self.hidden, ids, temperature=temperature, mask=mask, exclude=self._exclude)
 
 
 def many_logits(model: PreTrainedModel, response: Tensor) -> bool:
-    """Whether a response's logits are more than a chunk of them."""
+    """Whether a response has more logits than one chunk."""
     return response.numel() * model.get_output_embeddings().weight.shape[0] > CHUNK[response.device.type]
 
 
@@ -62,15 +62,15 @@ def response_forward(
 ) -> ResponseForward:
     """Run one forward for all positions of a response ``(B, T)``, right-padded, to prompts ``(B, P)``, left-padded.
 
-    Logits are held where they are few, as reading them again is faster than computing them twice, or where the head is
-    not understood. ``exclude`` is that of :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl`.
+    Logits are held if they are few, since that is faster than computing them twice, or if the head is not understood.
+    ``exclude`` is that of :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl`.
     """
     steps, given = response.shape[1], _inputs(model, prompt, response)
     if many_logits(model, response):
         found = hidden_and_head(model, given)
         if found is not None:
             return ResponseForward(found[0][:, -steps:], found[1], None, exclude)
-    with head_inputs(model) as seen:  # where the model takes logits_to_keep, the response's positions alone
+    with head_inputs(model) as seen:  # the response's positions alone, if the model takes logits_to_keep
         logits = model(**given).logits[:, -steps:]
     return ResponseForward(seen[0][:, -steps:], None, _excluded(logits, exclude), exclude)
 
@@ -79,13 +79,13 @@ def _excluded(logits: Tensor, exclude: Exclude | None) -> Tensor:
     if exclude is None:
         return logits
     logits = logits.contiguous()
-    flat = logits.detach().view(-1, logits.shape[-1])  # gradients may flow all the same: that of probability 0 is 0
+    flat = logits.detach().view(-1, logits.shape[-1])  # gradients stay right: that of probability 0 is 0
     exclude(flat, torch.arange(len(flat), device=flat.device))
     return logits
 
 
 def early_eos(steps: int, eos_token_id: EosIds, min_new_tokens: int) -> Exclude | None:
-    """What excludes EOS at the first ``min_new_tokens`` of ``steps`` positions."""
+    """Return a function that excludes EOS at the first ``min_new_tokens`` of ``steps`` positions, None for 0."""
     if min_new_tokens <= 0:
         return None
     return lambda logits, rows: forbid_early_eos(logits, rows % steps, eos_token_id, min_new_tokens, in_place=True)
@@ -99,7 +99,7 @@ def _inputs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> dict[st
 def _causal_inputs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> dict[str, Tensor]:
     obs = torch.cat([prompt, response[:, :-1]], dim=1)
     if bool((prompt >= 0).all()):
-        # Nothing on the left to hide, and what is on the right is never looked at: plain causal attention is faster.
+        # Without left padding, plain causal attention suffices and is faster.
         return {"input_ids": obs.clamp(min=0), "attention_mask": torch.ones_like(obs)}
     return model_inputs(obs)
 
@@ -107,9 +107,9 @@ def _causal_inputs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> 
 def picked_logits(
     model: PreTrainedModel, prompt: Tensor, response: Tensor, row: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, V)`` before single tokens of responses, and their hidden states ``(N, d)``.
+    """Return logits ``(N, V)`` and hidden states ``(N, d)`` before tokens ``position (N,)`` of texts ``row (N,)``.
 
-    The head is computed for the tokens number ``position (N,)`` of the texts number ``row (N,)`` alone.
+    The head is computed for these tokens alone.
     """
     given, picked = _inputs(model, prompt, response), []
 
@@ -136,10 +136,10 @@ def response_logprob(
     top_k: int | None = None,
     batch_size: int | None = None,
 ) -> Tensor:
-    """Log-probability of every response token under a frozen model, ``(B, T)``, 0 beyond the end.
+    """Return the log-probability of every response token under a frozen model, ``(B, T)``, 0 beyond the end.
 
-    ``top_k`` restricts the model to its own likeliest tokens: others have -inf. Rows of like length are scored
-    together, ``batch_size`` at a time; None takes as many as a forward should read.
+    ``top_k`` restricts the model to its likeliest tokens; others have -inf. Rows of similar length are scored together,
+    ``batch_size`` at a time; None chooses a size.
     """
 
     def exclude(logits: Tensor, rows: Tensor) -> None:

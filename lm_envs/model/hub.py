@@ -1,4 +1,4 @@
-"""Names on the hub, which is asked once and briefly whether it answers: libraries would try again and again."""
+"""Names on the hub, which is asked once and briefly, because libraries retry for long."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lm_envs.printable import first_line
 
 @functools.cache
 def place_of(name: str) -> str:
-    """Return what ``from_pretrained`` is to read: the name, or the folder in the cache where the hub does not answer.
+    """Return the argument for ``from_pretrained``: the name, or the folder in the cache if the hub does not answer.
 
     Raises:
-        ConnectionError: it does not answer, and the cache does not hold the model; the message says why.
+        ConnectionError: the hub does not answer, and the cache does not hold the model.
         CacheError: the cache does not hold the model and cannot be written.
     """
-    if constants.HF_HUB_OFFLINE:  # in which the libraries do not wait either
+    if constants.HF_HUB_OFFLINE:  # the libraries do not wait then
         return name
     kept = None
     try:
         kept = snapshot_download(name, local_files_only=True)
     except HFValidationError:
         return name
-    except (OSError, RuntimeError):  # not there, or a folder that cannot be read
+    except (OSError, RuntimeError):  # missing or unreadable
         folder = Path(constants.HF_HUB_CACHE)
         with blaming(folder, "set HF_HUB_CACHE or HF_HOME to a folder that can be written"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def place_of(name: str) -> str:
 
 
 def commit_of(name: str) -> str | None:
-    """The commit of a model on the hub, or in the cache where the hub does not answer; None where it is not known."""
+    """Return the commit of a model on the hub, or in the cache if the hub does not answer; None if unknown."""
     try:
         found = None if constants.HF_HUB_OFFLINE else _ask(name, "config.json")
         cached = found or try_to_load_from_cache(name, "config.json")
@@ -54,17 +54,17 @@ def commit_of(name: str) -> str | None:
 
 
 def check_data_set(name: str) -> str | None:
-    """Return the commit of a data set, None if unknown; ConnectionError where the hub does not answer."""
+    """Return the commit of a data set, None if unknown; ConnectionError if the hub does not answer."""
     return None if constants.HF_HUB_OFFLINE else _ask(name, "README.md", "dataset")
 
 
 def _ask(name: str, file: str, kind: str = "model") -> str | None:
-    """Return a file's commit by one request; any answer will do, also that there is no such file or name."""
+    """Return a file's commit by one request; None if there is no such file or name."""
     try:
         url = hf_hub_url(name, file, repo_type=kind)
         return get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).commit_hash
     except (HfHubHTTPError, HFValidationError):
         return None
-    # A network fails in the types of whichever client the hub's library is made of.
+    # The client of the hub's library decides the types of a network's errors.
     except Exception as error:
         raise ConnectionError(f"the hub ({constants.ENDPOINT}) cannot be reached: {first_line(error)}") from error

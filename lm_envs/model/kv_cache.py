@@ -1,7 +1,7 @@
-"""A model's cache by rows: each holds a text of its own, may be dropped or replaced, and grows in place.
+"""A model's cache by rows: each row holds a text, can be dropped or replaced, and grows in place.
 
-Every row's tokens stand together at the right end of the columns. So a column's distance is a token's distance, which
-sliding windows and relative positions are computed from, and the only mask hides columns to the left.
+Every row's tokens stand at the right end of the columns, so distances of columns are distances of tokens, as sliding
+windows and relative positions need, and the only mask hides columns on the left.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from transformers.cache_utils import (
 from lm_envs.model.step_threads import StepThreads
 from lm_envs.model.tokens import accepted, model_inputs, names_argument, right_align
 
-RECOMPUTE = "_lm_envs_recompute"  # the attribute of a model that is to be used without a cache
-ROOM = 16  # columns, at least, that a buffer has left when it is made
+RECOMPUTE = "_lm_envs_recompute"  # the attribute of a model that is used without a cache
+ROOM = 16  # the fewest free columns of a new buffer
 
 
 class RowLayer:
-    """What rows of a layer need beyond transformers' own; nothing is done where nothing is remembered."""
+    """Operations on rows that transformers' layers lack; no-ops for a layer without memory."""
 
     def hold(self, rows: Tensor) -> None:
-        """Before a step in which these rows stand still."""
+        """Prepare a step in which these rows stand still."""
 
     def release(self, rows: Tensor) -> None:
-        """After it: undo what the step did to them."""
+        """Undo that step's effect on these rows."""
 
     def put(self, rows: Tensor, other: Any) -> None:
-        """Replace rows by another layer's, which has as many columns at most."""
+        """Replace rows by another layer's, which has no more columns."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
@@ -55,8 +55,8 @@ class RowLayer:
 class GrowingLayer(RowLayer, DynamicLayer):
     """Keys and values of one layer, ``(B, heads, columns, d)``, in buffers with room to their right.
 
-    A new column is written in place, where ``torch.cat`` would copy all earlier ones; a full buffer is copied once, to
-    one with as much room again. Layers with a sliding window keep all columns too: the model's mask hides the old ones.
+    A new column is written in place, while ``torch.cat`` would copy all earlier ones; a full buffer is copied to one of
+    twice the size. Layers with a sliding window also keep all columns; the model's mask hides old ones.
     """
 
     def __init__(self, room: int = ROOM) -> None:
@@ -66,7 +66,7 @@ class GrowingLayer(RowLayer, DynamicLayer):
         self._buffers: list[Tensor] = []  # keys and values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append columns; all that there are now."""
+        """Append columns; return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         states, count = (key_states, value_states), key_states.shape[-2]
@@ -83,7 +83,7 @@ class GrowingLayer(RowLayer, DynamicLayer):
 
     def _grow(self, states: tuple[Tensor, Tensor], count: int) -> None:
         held = self._end - self._begin
-        # The first columns are a prompt's, whose forward needs memory itself: room for more is made once that is done.
+        # The first columns are a prompt's, whose forward needs memory itself: room for others is made later.
         room = max(count, self._room, held) if self._buffers else count
         made = [new.new_empty(*new.shape[:2], held + room, new.shape[-1]) for new in states]
         for buffer, old in zip(made, self._buffers, strict=bool(self._buffers)):
@@ -96,7 +96,7 @@ class GrowingLayer(RowLayer, DynamicLayer):
             self._show()
 
     def release(self, rows: Tensor) -> None:
-        """Take their new column back, by moving them a column to the right."""
+        """Move these rows a column to the right, over their new column."""
         for x in (self.keys, self.values):
             x[rows, :, 1:] = x[rows, :, :-1]  # indexing by a tensor copies first
 
@@ -111,7 +111,7 @@ class GrowingLayer(RowLayer, DynamicLayer):
             self._begin, self._end = count, self._end + count - self._begin
         self._begin -= count
         for buffer in self._buffers:
-            # What stood there may be anything; a masked column is multiplied by zero, and zero times NaN is NaN.
+            # The memory may hold NaN, and a masked column is multiplied by zero: zero times NaN is NaN.
             buffer[:, :, self._begin : self._begin + count] = 0
         self._show()
 
@@ -121,7 +121,7 @@ class GrowingLayer(RowLayer, DynamicLayer):
 
 
 class StateLayer(RowLayer, LinearAttentionLayer):
-    """The convolution's and the recurrence's state of one layer, each a row's whole past."""
+    """The states of a layer's convolution and recurrence, each a row's whole past."""
 
     def _states(self) -> list[Tensor]:
         return [x for held in (self.conv_states, self.recurrent_states) for x in held.values() if x is not None]
@@ -160,7 +160,7 @@ class BothLayer(StateLayer, GrowingLayer):
 
 
 class EmptyLayer(RowLayer, DummyLayer):
-    """A layer that remembers nothing, or reads what another one remembers."""
+    """A layer without memory, or one that reads another layer's."""
 
 
 _OURS: dict[type, type] = {
@@ -174,10 +174,8 @@ _OURS: dict[type, type] = {
 
 
 def layer_types(model: PreTrainedModel) -> list[type] | None:
-    """Our layer for each of the model's, None where the model has some that rows cannot be exchanged in.
-
-    Those are chunked attention, whose windows begin at fixed columns, and caches of kinds that are not known here.
-    """
+    """Return our layer for each of the model's, None if one does not let rows be exchanged: chunked attention, whose
+    windows begin at fixed columns, or a kind of cache that is unknown here."""
     config = model.config.get_text_config(decoder=True)
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         return None
@@ -190,12 +188,12 @@ def layer_types(model: PreTrainedModel) -> list[type] | None:
 
 
 def can_cache(model: PreTrainedModel) -> bool:
-    """Whether a :class:`RowCache` can be made of this model, and it was not decided to do without."""
+    """Whether this model works with a :class:`RowCache` and is not marked for use without a cache."""
     return not getattr(model, RECOMPUTE, False) and _argument(model) is not None and layer_types(model) is not None
 
 
 def no_rows(model: PreTrainedModel) -> str:
-    """What to say of a model for which :func:`can_cache` does not hold."""
+    """Return the message about a model for which :func:`can_cache` is False."""
     return (
         f"the cache of {model.config.model_type} cannot be kept row by row, so each token would take a forward of its "
         "whole text; allow that with recompute=True (--recompute on the command line), or use another family"
@@ -211,7 +209,7 @@ class RowCache:
 
     Args:
         model: one for which :func:`can_cache` holds.
-        room: how many tokens are expected beyond the first.
+        room: the expected number of tokens after the first ones.
     """
 
     def __init__(self, model: PreTrainedModel, room: int = ROOM) -> None:
@@ -226,7 +224,7 @@ class RowCache:
 
     @torch.no_grad()
     def prefill(self, obs: Tensor) -> Tensor:
-        """Restart all rows. ``obs`` is ``(B, L)``, each row's tokens together, -1 elsewhere; logits ``(B, V)``."""
+        """Restart all rows with ``obs (B, L)``, contiguous tokens with -1 elsewhere; return logits ``(B, V)``."""
         obs = right_align(obs)
         self.cache = self._new_cache()
         self.lengths = (obs >= 0).sum(dim=1)  # (B,)
@@ -247,20 +245,15 @@ class RowCache:
         return self.model(**accepted(self.model, **given, use_cache=True)).logits[:, -1]
 
     def _find_padding(self) -> None:
-        """Count the columns that the shortest and the longest row leave empty; steps do not change that."""
+        """Count the columns that the shortest and the longest row leave empty; steps do not change them."""
         longest, shortest = (int(x) for x in torch.stack([self.lengths.max(), self.lengths.min()]))
         self._padded, self._dead = self.columns - shortest, self.columns - longest
 
     @torch.no_grad()
     def advance(self, tokens: Tensor, standing: Tensor | None = None) -> Tensor:
-        """One more token per row.
+        """Add a token, ``(B,)`` int64, to each row; return logits ``(B, V)``.
 
-        Args:
-            tokens: ``(B,)`` int64; anything in [0, V) where the row stands still.
-            standing: indices of rows that stand still, or None.
-
-        Returns:
-            logits ``(B, V)``, meaningless where the row stood still.
+        Rows whose indices are in ``standing`` stand still: their token may be any, and their logits are meaningless.
         """
         if standing is not None:
             for layer in self.cache.layers:
@@ -289,7 +282,7 @@ class RowCache:
         self._trim()
 
     def refill(self, rows: Tensor, obs: Tensor) -> Tensor:
-        """Replace the texts of some rows; logits ``(len(rows), V)``. ``obs`` as in :meth:`prefill`."""
+        """Replace the texts of some rows by ``obs``, as in :meth:`prefill`; return logits ``(len(rows), V)``."""
         fresh = copy(self)
         logits = fresh.prefill(obs)  # gives it a cache of its own
         if fresh.columns > self.columns:
@@ -306,7 +299,7 @@ class RowCache:
         self.lengths[rows] = other.lengths
 
     def _trim(self) -> None:
-        """Forget the columns that no row uses."""
+        """Remove the columns that no row uses."""
         self._find_padding()
         if self._dead:
             for layer in self.cache.layers:

@@ -1,4 +1,4 @@
-"""The rows of an encoder-decoder: a decoder's cache as any other, and beside it what its encoder made of prompts."""
+"""The rows of an encoder-decoder: its decoder's cache, and its encoder's states."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from lm_envs.model.tokens import names_argument
 
 
 def rows_of(model: PreTrainedModel, room: int = ROOM, response_places: int = 0) -> RowCache | None:
-    """Return a cache whose rows can be exchanged, None where the model's cannot.
+    """Return a cache whose rows can be exchanged, None if the model's cannot.
 
     Args:
         model: causal or encoder-decoder.
-        room: how many tokens are expected beyond the first.
-        response_places: how many of an observation's places, at its end, are the response's. A causal model does not
-            tell them from the prompt's.
+        room: the expected number of tokens after the first ones.
+        response_places: number of places for the response at the end of an observation, for an encoder-decoder.
     """
     if is_encoder_decoder(model):
         usable = _can_place(model) and not getattr(model, RECOMPUTE, False)
@@ -35,10 +34,8 @@ def rows_of(model: PreTrainedModel, room: int = ROOM, response_places: int = 0) 
 
 
 def _can_place(model: PreTrainedModel) -> bool:
-    """Whether rows of different lengths can stand at the right end of the decoder's columns.
-
-    They can where positions are distances (T5), or are looked up by a module that can be asked for them (BART).
-    """
+    """Whether rows of different lengths can stand at the right end of the decoder's columns: positions are distances
+    (T5), or a module looks them up (BART)."""
     relative = getattr(model.config, "relative_attention_num_buckets", None) is not None
     return relative or _position_table(model) is not None
 
@@ -52,7 +49,7 @@ def _position_table(model: PreTrainedModel) -> nn.Module | None:
 def _placed(table: nn.Module | None, position_ids: Tensor, columns: int) -> Iterator[None]:
     """Use the position embeddings of ``position_ids (B, L)``, all below ``columns``, in the decoder.
 
-    These decoders count from their cache's length, which is every row's length only where all are equal.
+    Such decoders count from the cache's length, which is a row's length only if all lengths are equal.
     """
     if table is None:
         yield
@@ -71,24 +68,22 @@ def _placed(table: nn.Module | None, position_ids: Tensor, columns: int) -> Iter
 
 
 class CrossRowCache(RowCache):
-    """Cache of B rows of an encoder-decoder that grow by a token a step.
+    """Cache of B rows of an encoder-decoder that grow by a token a step; the arguments are those of :func:`rows_of`.
 
-    The base class keeps the decoder's text: the start token and the response. Here are the encoder's states, and the
-    keys and values that the decoder's cross-attention makes of them once; their S columns are padded on the right.
-
-    The arguments are those of :func:`rows_of`.
+    The base class holds the decoder's text: the start token and the response. This one adds the encoder's states, and
+    their keys and values in the decoder's cross-attention, with S columns padded on the right.
     """
 
     def __init__(self, model: PreTrainedModel, room: int = ROOM, response_places: int = 0) -> None:
         self.model, self._room, self._places = model, room, response_places
-        # As many layers as the decoder has: they are made when it fills them.
+        # The decoder makes its layers when it fills them.
         self._types, self._masked = [], True
         self.columns = 0
 
     @torch.no_grad()
     def prefill(self, obs: Tensor) -> Tensor:
-        """Restart all rows. ``obs`` is ``(B, P + response_places)``, the prompt left-padded and the response
-        right-padded with -1; logits ``(B, V)``."""
+        """Restart all rows with ``obs (B, P + response_places)``, the prompt left-padded and the response right-padded
+        with -1; return logits ``(B, V)``."""
         prompt, response = obs.split([obs.shape[1] - self._places, self._places], dim=1)
         inputs = encoder_inputs(prompt)
         self._mask = inputs["attention_mask"]
@@ -133,8 +128,8 @@ class CrossRowCache(RowCache):
 
 
 def _replaced(held: Tensor, rows: Tensor, new: Tensor, dim: int) -> Tensor:
-    """``held`` with other rows in these places, both padded with zeros to the wider one's columns."""
+    """Return ``held`` with other rows in these places, both padded with zeros to the wider one's columns."""
     width = max(held.shape[dim], new.shape[dim])
-    # Zeros, not just anything: a masked column is multiplied by zero, and zero times NaN is NaN.
+    # Zeros, because a masked column is multiplied by zero, and zero times NaN is NaN.
     held, new = (F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, width - x.shape[dim])) for x in (held, new))
     return held.index_copy(0, rows, new)

@@ -1,7 +1,7 @@
-"""Loading models and tokenizers of the user's own: folders of ``save_pretrained``, or hub names, by the same code.
+"""Loading of models and tokenizers from folders of ``save_pretrained`` or hub names.
 
-Weights come from safetensors and code only from transformers itself: nothing in a folder is executed. What does not
-fit is refused before anything runs, in one line.
+Weights come from safetensors and code from transformers alone: nothing in a folder is executed. Models that do not fit
+are refused in one line, before anything runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 from transformers.models.auto import modeling_auto
@@ -49,11 +48,8 @@ class Placement:
 
     Attributes:
         dtype: "float32", "bfloat16", "float16", "float64", or "auto" for the one it was saved in.
-        device: such as "cuda:1"; None is the CPU. Not with ``device_map``.
-        device_map: of accelerate, such as "auto" or "cuda": weights go straight to the device. All must fit on one.
-
-    Raises:
-        ValueError: there is no such precision or device, or both places are given.
+        device: such as "cuda:1"; None is the CPU. Excludes ``device_map``.
+        device_map: accelerate's, such as "auto" or "cuda": weights go straight to the device, which must hold all.
     """
 
     dtype: str = "float32"
@@ -75,7 +71,7 @@ class Placement:
 
     @property
     def torch_dtype(self) -> Any:
-        """As ``from_pretrained`` takes it: torch's, or "auto"."""
+        """The argument of ``from_pretrained``: torch's dtype, or "auto"."""
         return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
@@ -89,24 +85,18 @@ def load_policy(
 
     Args:
         name: a folder saved by ``save_pretrained``, or a hub name.
-        what: how messages call it.
-        recompute: as of :func:`~lm_envs.model.checking.check_model`.
+        what: the model's name in messages.
+        recompute: see :func:`~lm_envs.model.checking.check_model`.
 
     Raises:
-        ValueError: there is no such folder or model, it holds no safetensors, it is not a language model, or one that
-            cannot be used (:func:`~lm_envs.model.checking.refuse_config`).
+        ValueError: there is no such model, it holds no safetensors, or it is not a language model that can be used
+            (:func:`~lm_envs.model.checking.refuse_config`).
     """
     place = os.path.expanduser(str(name))
     if is_adapter(place):
         base = load_policy(base_of(place, what), f"the base of {what}", placement, recompute=recompute)
         return with_adapters(base, place, what)
-    if _has_encoder(_place(name, what)):
-        # BART and similar models are in both lists; with their encoder they are saved as what they are.
-        kind, called = AutoModelForSeq2SeqLM, "an encoder-decoder"
-        heads = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    else:
-        kind, called, heads = AutoModelForCausalLM, "a causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    model = _load(kind, heads, name, what, f"{called} language model", placement)
+    model = _load(name, what, placement, None)
     if rows_of(model) is None:
         if not recompute:
             raise ValueError(f"{what} {place!r}: {no_rows(model)}")
@@ -115,7 +105,7 @@ def load_policy(
 
 
 def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or hub name, for adapters without one their model's; ValueError without EOS."""
+    """Load a tokenizer, for adapters without one that of their model; ValueError if it has no EOS."""
     place = os.path.expanduser(str(name))
     tokenizer = _read_tokenizer(base_of(place, what) if is_adapter(place) and not _has_tokenizer(place) else name, what)
     if tokenizer.eos_token_id is None:
@@ -139,33 +129,12 @@ def check_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: str) -
         )
 
 
-def same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel, names: tuple[str, str]) -> None:
-    """Raise ValueError if a policy and its reference do not share one vocabulary; ``names`` are for the message."""
-    widths = vocabulary_of(policy), vocabulary_of(reference)
-    if widths[0] != widths[1]:
-        raise ValueError(
-            f"policy {names[0]!r} has {widths[0]} output tokens and reference {names[1]!r} {widths[1]}: "
-            "the KL penalty compares them token by token, so they must share one vocabulary"
-        )
-
-
-def _has_encoder(place: str) -> bool:
-    """Whether a config is of an encoder-decoder with its language-model head; False where it cannot be read."""
-    try:
-        config = read_config(place, "")
-    except ValueError:
-        return False
-    saved = getattr(config, "architectures", None) or []
-    causal = any(architecture in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for architecture in saved)
-    return bool(getattr(config, "is_encoder_decoder", False)) and not causal
-
-
 def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:
     place = os.path.expanduser(str(name))
     if not is_adapter(place):
         place = _place(name, what)
     advice = "save it beside the model with tokenizer.save_pretrained"
-    # Without any of its files, some classes of tokenizers come up empty instead of failing.
+    # Some classes of tokenizers are empty without their files, instead of failing.
     if Path(place).is_dir() and not _has_tokenizer(place):
         raise ValueError(f"{what} {place!r} holds no tokenizer: {advice}")
     try:
@@ -175,7 +144,7 @@ def _read_tokenizer(name: str | Path, what: str) -> PreTrainedTokenizerBase:
         if not Path(place).is_dir():
             missing = f"there is no such folder here, and as a name on the hub it gave {first_line(error)!r}"
             raise ValueError(f"{what} {place!r}: {missing}") from error
-        if (Path(place) / "config.json").is_file():  # where it can stand which tokenizer it is
+        if (Path(place) / "config.json").is_file():  # which may name the tokenizer
             read_config(place, what)
         raise ValueError(f"{what} {place!r}: its tokenizer cannot be read ({first_line(error)}); {advice}") from error
 
@@ -184,32 +153,57 @@ def _has_tokenizer(place: str) -> bool:
     return any(file for pattern in _TOKENIZER_FILES for file in Path(place).glob(pattern))
 
 
-def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, placement: Placement) -> Any:
+def _load(name: str | Path, what: str, placement: Placement, auto: Any) -> Any:
+    """Load a classifier, or with ``auto`` None the language model that the config is of; refuse missing weights."""
     place = _place(name, what)
     config = read_config(place, what)
-    if auto is not AutoModelForSequenceClassification:
+    expected, heads = "a sequence-classification model", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    saved = getattr(config, "architectures", None) or []
+    if auto is None:
+        auto, expected = AutoModelForCausalLM, "a causal language model"
+        heads = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        # BART and similar models have both heads; their architecture names the one with an encoder.
+        if getattr(config, "is_encoder_decoder", False) and not any(name in heads.values() for name in saved):
+            auto, expected = AutoModelForSeq2SeqLM, "an encoder-decoder language model"
+            heads = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         refuse_config(config, f"{what} {place!r}")
         _check_generation_config(Path(place) / "generation_config.json")
-    _check_head(config, heads, place, what, expected)
+    known: Collection[str] = [n for names in heads.values() for n in ([names] if isinstance(names, str) else names)]
+    if saved and not any(architecture in known for architecture in saved):
+        raise ValueError(f"{what} {place!r} was saved from {', '.join(map(str, saved))}; expected {expected}")
+    if config.model_type not in heads:
+        raise ValueError(f"{what} {place!r}: transformers has no {config.model_type!r} as {expected}")
+    model, info = read_weights(auto, name, what, placement, config=config)
+    if info["missing_keys"]:
+        raise ValueError(f"{what} {str(name)!r} is not {expected}: its weights lack {_some(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        unused = f"its weights hold {_some(info['unexpected_keys'])}, which the model does not use"
+        warnings.warn(f"{what} {place!r}: {unused}", stacklevel=3)
+    return model
+
+
+def read_weights(
+    auto: Any, name: str | Path, what: str, placement: Placement, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return a model in ``eval`` mode, and the keys that its files and the model do not share.
+
+    ``options`` are those of ``from_pretrained``. ValueError if files cannot be read, contradict the config, or do not
+    fit on one device.
+    """
+    place = _place(name, what)
+    options |= dict(dtype=placement.torch_dtype, device_map=placement.device_map, ignore_mismatched_sizes=True)
+    options |= dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     try:
         with warnings.catch_warnings(), quiet():
-            warnings.simplefilter("ignore")  # about weights that are missing, which is an error here
-            options = dict(config=config, dtype=placement.torch_dtype, device_map=placement.device_map)
-            options |= dict(use_safetensors=True, trust_remote_code=False)
-            # What is missing or of another shape is reported below.
-            model, info = auto.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            warnings.simplefilter("ignore")  # about missing weights, which the caller judges
+            model, info = auto.from_pretrained(place, **options)
     except Exception as error:
         raise ValueError(f"{what} {place!r} cannot be read: {first_line(error)}") from error
     if info["mismatched_keys"]:
         key, saved, wanted = min(info["mismatched_keys"])
         shapes = f"{key} is {tuple(saved)}, not {tuple(wanted)}"
         raise ValueError(f"{what} {place!r}: its config.json contradicts its weights: {shapes}")
-    if info["missing_keys"]:
-        raise ValueError(f"{what} {str(name)!r} is not {expected}: its weights lack {_some(info['missing_keys'])}")
-    if info["unexpected_keys"]:
-        refuse_more_layers(info["unexpected_keys"], model, f"{what} {place!r}")
-        unused = f"its weights hold {_some(info['unexpected_keys'])}, which the model does not use"
-        warnings.warn(f"{what} {place!r}: {unused}", stacklevel=3)
+    _refuse_more_layers(info["unexpected_keys"], model, f"{what} {place!r}")
     parts = {parameter.device for parameter in model.parameters()}
     mapped = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(parts) > 1 or len(mapped) > 1 or torch.device("meta") in parts:
@@ -220,12 +214,12 @@ def _load(auto: Any, heads: Any, name: str | Path, what: str, expected: str, pla
     if placement.device is not None:
         model = model.to(placement.device)
     if not Path(os.path.expanduser(str(name))).is_dir():
-        model.name_or_path = str(name)  # also where it came from the cache
-    return model.eval()
+        model.name_or_path = str(name)  # also if it came from the cache
+    return model.eval(), info
 
 
-def refuse_more_layers(unused: Iterable[str], model: PreTrainedModel, begin: str) -> None:
-    """Raise ValueError if weights are left that belong to a layer like the model's own: its config says too few."""
+def _refuse_more_layers(unused: Iterable[str], model: PreTrainedModel, begin: str) -> None:
+    """Raise ValueError if unused weights belong to a layer like the model's own: its config has too few."""
     names = model.state_dict()
     found = []
     for key in unused:
@@ -242,7 +236,7 @@ def _some(keys: Iterable[str]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers: what its logs report is refused, or told in our words."""
+    """Silence transformers' logs, since the errors and warnings here replace them."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -259,7 +253,7 @@ def read_config(place: str, what: str) -> Any:
     except Exception as error:
         if "trust_remote_code" in str(error) or _has_code(place):
             raise ValueError(
-                f"{what} {place!r} needs code of its own (auto_map in its config.json), and none is executed here "
+                f"{what} {place!r} needs code of its own (auto_map in its config.json), which is never executed here "
                 "(trust_remote_code stays false): use a family that transformers has itself"
             ) from error
         why = "; ".join(line.strip() for line in str(error).splitlines()[:2])
@@ -274,7 +268,7 @@ def _has_code(place: str) -> bool:
 
 
 def _check_generation_config(path: Path) -> None:
-    """Raise ValueError if the ends of responses cannot be read in it: transformers would go on without them."""
+    """Raise ValueError if the ends of responses cannot be read in it, since transformers would go on without them."""
     if not path.exists():
         return
     try:
@@ -285,23 +279,14 @@ def _check_generation_config(path: Path) -> None:
         raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {ends!r}")
 
 
-def _check_head(config: Any, heads: Any, place: str, what: str, expected: str) -> None:
-    known: Collection[str] = [n for names in heads.values() for n in ([names] if isinstance(names, str) else names)]
-    saved = getattr(config, "architectures", None) or []
-    if saved and not any(architecture in known for architecture in saved):
-        raise ValueError(f"{what} {place!r} was saved from {', '.join(map(str, saved))}; expected {expected}")
-    if config.model_type not in heads:
-        raise ValueError(f"{what} {place!r}: transformers has no {config.model_type!r} as {expected}")
-
-
 def _place(name: str | Path, what: str) -> str:
-    """Return a folder's path, a hub name as it is, or the model's folder in the cache if the hub cannot be reached."""
+    """Return a folder's path, a hub name, or the model's folder in the cache if the hub cannot be reached."""
     text = os.path.expanduser(str(name))
     if Path(text).is_dir():
         if is_adapter(text):
             raise ValueError(
-                f"{what} {text!r} holds adapters of {base_of(text, what)!r} and no model, and what is wanted here is a "
-                "whole one: train with --lora-merge, which saves that, or add them to it by peft's merge_and_unload"
+                f"{what} {text!r} holds adapters of {base_of(text, what)!r}, and a whole model is needed here: train "
+                "with --lora-merge, which saves one, or add them to it by peft's merge_and_unload"
             )
         if not (Path(text) / "config.json").is_file():
             raise ValueError(f"{what} {text!r}: the folder holds no config.json; expected one saved by save_pretrained")

@@ -1,7 +1,7 @@
 """The output layer of a language model as a matrix, so that log-probabilities need no logits of a whole batch.
 
-What a model does to its logits (a soft cap, a scale, a bias) is not looked up by family but measured in each forward:
-the head's output is replaced by known numbers, and the model's logits show what became of them.
+The model's changes to its logits (a soft cap, a scale, a bias) are not looked up by family but measured in each
+forward, from its logits for a head output of known numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lm_envs.kernels.linear_logprob_kl import Exclude, linear_logprob_kl, linear
 from lm_envs.kernels.logprob_kl import LogprobKL, scaled
 from lm_envs.model.adapters import has_adapters
 
-_LARGE = 2.0**14  # a scale is read off a logit of this size, exactly; a soft cap is reached
+_LARGE = 2.0**14  # a logit of this size shows a scale exactly, and reaches a soft cap
 Adapters = tuple[tuple[Tensor, float], ...]
 
 
@@ -31,7 +31,7 @@ class OutputHead:
     Attributes:
         weight: ``(V, H)``; low-rank adapters' B beside the layer's own columns.
         bias: ``(V,)`` or None.
-        adapters: their A ``(r, d)`` and scale, whose products with the hidden states are further inputs.
+        adapters: their A ``(r, d)`` and scale, whose products with the hidden states are additional inputs.
     """
 
     weight: Tensor
@@ -41,24 +41,24 @@ class OutputHead:
     adapters: Adapters = ()
 
     def inputs(self, hidden: Tensor) -> Tensor:
-        """``(..., H)`` of hidden states ``(..., d)``."""
+        """Return ``(..., H)`` for hidden states ``(..., d)``."""
         more = [F.linear(hidden.to(a.dtype), a) * scale for a, scale in self.adapters]
         return torch.cat([x.to(self.weight.dtype) for x in (hidden, *more)], dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``(..., V)`` of hidden states ``(..., d)``, float32 at least."""
+        """Return ``(..., V)``, at least float32, for hidden states ``(..., d)``."""
         softcap = None if self.softcap is None else self.softcap / self.scale
         return scaled(F.linear(self.inputs(hidden), self.weight, self.bias), 1 / self.scale, softcap)
 
     def logprob(
         self, hidden: Tensor, ids: Tensor, *, temperature: float, mask: Tensor | None, exclude: Exclude | None
     ) -> LogprobKL:
-        """Log-probability and entropy, as :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl` gives them."""
+        """Call :func:`~lm_envs.kernels.linear_logprob_kl.linear_logprob_kl` for log-probability and entropy."""
         options = self._options(temperature, mask) | {"exclude": exclude}
         return linear_logprob_kl(self.inputs(hidden), self.weight, None, None, ids, **options)
 
     def nll(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The mean over the mask of ``-log p(id)``, its gradients taken on the way."""
+        """Return the mean over the mask of ``-log p(id)``; its gradients are computed on the way."""
         options = self._options(1.0, mask)
         total = linear_loss(self.inputs(hidden), self.weight, None, None, ids, lambda p, _: -p.logprob.sum(), **options)
         return total / mask.sum()
@@ -69,8 +69,8 @@ class OutputHead:
 
 
 def hidden_and_head(model: PreTrainedModel, given: dict[str, Any]) -> tuple[Tensor, OutputHead] | None:
-    """Call the model with ``given`` without logits: what the head would read, ``(B, L, d)``, and the head; None if it
-    is not understood."""
+    """Call the model without computing logits; return its last hidden states ``(B, L, d)`` and its head, None if the
+    head is not understood."""
     module: nn.Module = model.get_output_embeddings()
     parts = _linear(module, has_adapters(model))
     if parts is None:
@@ -103,7 +103,7 @@ def hidden_and_head(model: PreTrainedModel, given: dict[str, Any]) -> tuple[Tens
 
 
 def _linear(module: nn.Module, adapted: bool) -> tuple[Tensor, Tensor | None, Adapters] | None:
-    """Weight, bias and adapters of a linear layer; None of any other, or one with foreign hooks."""
+    """Return weight, bias and adapters of a linear layer; None for any other, or one with foreign hooks."""
     if adapted:
         from peft.tuners.lora.layer import Linear as LoraLinear
         from peft.utils.other import ModulesToSaveWrapper
@@ -128,7 +128,7 @@ def _linear(module: nn.Module, adapted: bool) -> tuple[Tensor, Tensor | None, Ad
 
 
 def _curve(probe: Tensor, found: Tensor) -> tuple[float, float | None, Tensor | None] | None:
-    """Scale, soft cap and shift ``(V,)`` that make ``found`` of ``probe``; None if there are none."""
+    """Return the scale, soft cap and shift ``(V,)`` that turn ``probe`` into ``found``; None if none do."""
     if torch.finfo(found.dtype).eps > torch.finfo(torch.float32).eps:
         return None
     shift = found[0, 0]

@@ -1,4 +1,4 @@
-"""Text to token ids and back, the same for environments, fine-tuning, preferences, reward models and evaluation."""
+"""The one conversion between text and token ids, for environments, fine-tuning, reward models and evaluation."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lm_envs.model.endings import eos_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What a completion is put behind to see how it is written inside a text, where it cannot be seen behind its prompt.
+# Texts before a completion that show its tokens inside a text, if its prompt does not.
 _ANCHORS = ("", "\n", ".", ":", "a", "0", "(", "x")
 
 
 class Codec:
     """The ids of prompts and completions, and the texts of prompts and responses.
 
-    A prompt of text gets what the tokenizer puts before and behind it, except an EOS behind; special tokens that are
-    written in a prompt or by a chat template are read as such. There is one BOS at most. The encoder of an
-    encoder-decoder also gets the EOS, and its responses are texts of their own.
+    A prompt of text gets the tokens that the tokenizer adds to it, except an EOS, and at most one BOS; special tokens
+    written in a prompt or by a chat template are read as such. The encoder of an encoder-decoder also gets the EOS, and
+    its responses are separate texts.
 
     Args:
-        tokenizer: of the model; with a chat template where there are messages.
-        model: whose generation config may name further ends of a response; None for a causal model without one.
+        tokenizer: of the model; with a chat template if there are messages.
+        model: its generation config may name other ends of a response; None for a causal model without one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
@@ -41,13 +41,13 @@ class Codec:
     def encode(self, prompt: Text, completions: Sequence[Text] = ()) -> tuple[list[int], list[list[int]]]:
         """Return the ids of a prompt, and those of each completion as a policy that reads these ids has to write it.
 
-        The ids of a completion are those that it has behind its prompt, in one text; where a token would reach over the
-        boundary, ids that decode to the joined text, if there are any. A completion ends at the first token that ends a
-        response; it gets one if it has none.
+        A completion has the ids that it has behind its prompt in one text; if a token would span the boundary, ids that
+        decode to the joined text, if any do. It ends at the first token that ends a response, which is added if
+        missing.
 
         Args:
-            prompt: a text or chat messages; the empty text before a completion that is a text as a whole, of which
-                the first token becomes the prompt if the tokenizer has no BOS.
+            prompt: a text or chat messages. It is empty for completions that are whole texts; without a BOS, their
+                first token then becomes the prompt.
             completions: texts, or one message of the assistant's each.
 
         Raises:
@@ -76,8 +76,7 @@ class Codec:
     ) -> tuple[list[str], list[str]]:
         """Return the texts of prompts and of the responses to them, without special tokens.
 
-        They are decoded together and cut: a response that is decoded alone loses the space that many tokenizers write
-        into a word's first token.
+        Both are decoded together and cut, because many tokenizers write a space into a word's first token.
         """
         different = list(dict.fromkeys(map(tuple, prompts)))
         known = dict(zip(different, self._texts(different), strict=True))
@@ -91,14 +90,14 @@ class Codec:
         return heads, [text[len(head) :] for head, text in zip(heads, whole, strict=True)]
 
     def ends(self, chat: bool) -> tuple[int, ...]:
-        """The tokens that end a response to a text, or to a chat; the one that usually does first."""
+        """Return the tokens that end a response to a text or to a chat, the usual one first."""
         if chat not in self._ends:
             self._ends[chat] = eos_tokens(self._model, self.tokenizer, chat=chat)
         return self._ends[chat]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides what :meth:`encode` returns."""
+        """A hash of everything that determines :meth:`encode`."""
         tokenizer: Any = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         made = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
@@ -107,7 +106,7 @@ class Codec:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _written(self, prompt: Text, completions: Sequence[Text]) -> tuple[str, list[str]]:
-        """Prompt and completions as text."""
+        """Return prompt and completions as text."""
         if isinstance(prompt, str):
             return prompt, [str(text) for text in completions]
         if not completions:
@@ -138,7 +137,7 @@ class Codec:
         return [*row[:stop], *(row[stop : stop + 1] or ends[:1])]
 
     def _one_bos(self, ids: list[int]) -> list[int]:
-        """A text may begin with the BOS that the tokenizer puts before it."""
+        """Remove a repeated BOS: a text may begin with the one that the tokenizer adds."""
         bos = self.tokenizer.bos_token_id
         while bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]
@@ -146,7 +145,7 @@ class Codec:
 
     @cached_property
     def _wrapping(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before a text and behind it."""
+        """The tokens that the tokenizer adds before and behind a text."""
         inner, whole = self._ids("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
         place = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
         return whole[:place], whole[place + len(inner) :]

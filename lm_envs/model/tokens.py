@@ -1,4 +1,4 @@
-"""The observation of a text environment, and what a transformers model needs made from it.
+"""The observation of a text environment, and the inputs of a transformers model for it.
 
 One row is ``P + T`` int64: P places of prompt, left-padded, then T of response, right-padded; -1 is no token. So the
 text is contiguous, the prompt always ends at place P, and masks come from places, never from pad ids.
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 NO_TOKEN = -1
 
-EosIds = int | tuple[int, ...]  # of the tokens that end a response: chat models have several
+EosIds = int | tuple[int, ...]  # the tokens that end a response: chat models have several
 
 
 def model_inputs(obs: Tensor) -> dict[str, Tensor]:
-    """The arguments of a causal LM for ``obs``, ``(B, L)`` int64, -1 where there is no token: ``input_ids``,
-    ``attention_mask`` (1 on tokens) and ``position_ids`` (``cumsum(mask) - 1``, clamped at 0), of the same shape."""
+    """Return ``input_ids``, ``attention_mask`` (1 on tokens) and ``position_ids`` (``cumsum(mask) - 1``, clamped at 0),
+    ``(B, L)`` each, for ``obs (B, L)`` int64, -1 where there is no token."""
     present = (obs >= 0).long()
     return {
         "input_ids": obs.clamp(min=0),
@@ -42,7 +42,7 @@ def _parameters(forward: Callable[..., object]) -> frozenset[str]:
 
 
 def accepted(model: nn.Module, **arguments: object) -> dict[str, object]:
-    """Those of the keyword arguments that the model's ``forward`` names (BLOOM has no ``position_ids``)."""
+    """Return the keyword arguments that the model's ``forward`` names (BLOOM has no ``position_ids``)."""
     names = _parameters(type(model).forward)
     return {name: value for name, value in arguments.items() if name in names}
 
@@ -53,9 +53,9 @@ def names_argument(model: nn.Module, name: str) -> bool:
 
 
 def context_of(model: nn.Module) -> int | None:
-    """Return the most tokens a model reads at once, None where its config does not say.
+    """Return the most tokens that a model reads at once, None if its config does not say.
 
-    RoBERTa and similar models number positions from the one behind the pad id: 514 places are 512 tokens.
+    RoBERTa and similar models number positions from the pad id plus 1: 514 places are 512 tokens.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
     tables: list[Any] = [getattr(module, "position_embeddings", None) for module in model.modules()]
@@ -65,7 +65,7 @@ def context_of(model: nn.Module) -> int | None:
 
 @contextmanager
 def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that receives, at each forward within, the hidden states that the model's head reads."""
+    """Yield a list that receives the inputs of the model's head at each forward."""
     seen: list[Tensor] = []
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     watch = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -76,12 +76,12 @@ def head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def eos_ids(eos_token_id: EosIds) -> tuple[int, ...]:
-    """The ids as a tuple."""
+    """Return the ids as a tuple."""
     return (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
 
 
 def is_eos(tokens: Tensor | NDArray[np.int64], eos_token_id: EosIds) -> Any:
-    """Which tokens end a response: bool, of the tokens' shape and kind."""
+    """Return which tokens end a response: bool, of the tokens' shape and kind."""
     first, *others = eos_ids(eos_token_id)
     found: Any = tokens == first
     for other in others:
@@ -90,7 +90,7 @@ def is_eos(tokens: Tensor | NDArray[np.int64], eos_token_id: EosIds) -> Any:
 
 
 def right_align(obs: Tensor) -> Tensor:
-    """Shift every row so that its last token stands in the last column, and cut what no row needs. ``(B, L)``."""
+    """Shift every row ``(B, L)`` so that its last token stands in the last column, and cut unused columns."""
     present = obs >= 0
     columns = torch.arange(obs.shape[1], device=obs.device)
     last = (present * (columns + 1)).amax(dim=1)  # (B,) one past the last token
@@ -100,7 +100,7 @@ def right_align(obs: Tensor) -> Tensor:
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
-    """``(len(rows), width)`` int64, each row at the right end, -1 before it."""
+    """Return ``(len(rows), width)`` int64, each row at the right end, -1 before it."""
     out = np.full((len(rows), width), NO_TOKEN, dtype=np.int64)
     for i, row in enumerate(rows):
         if len(row) > width:
@@ -111,10 +111,10 @@ def left_pad(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.int64]:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *, append_eos: bool = True) -> list[int]:
-    """Token ids of a text for a reward model, by its own tokenizer.
+    """Return a text's token ids for a reward model, by its own tokenizer.
 
-    With ``append_eos`` they end in the tokenizer's EOS exactly if the response ended by itself (``stopped``); a
-    trailing EOS that the tokenizer adds to every text is removed first.
+    With ``append_eos`` they end in EOS if and only if the response ended by itself (``stopped``), also with a tokenizer
+    that adds one to every text.
     """
     ids: list[int] = tokenizer(text)["input_ids"]
     eos = tokenizer.eos_token_id
@@ -126,7 +126,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *,
 
 
 def right_pad(rows: Sequence[Sequence[int]]) -> Tensor:
-    """``(N, longest)`` int64, each row from the left, -1 after it."""
+    """Return ``(N, longest)`` int64, each row from the left, -1 after it."""
     out = torch.full((len(rows), max(map(len, rows), default=0)), NO_TOKEN)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)

@@ -8,8 +8,7 @@ A reward is any callable in the convention of TRL's reward functions::
 with one entry per sample in each list, that returns one number per sample, or one per response token (a dense
 reward). Texts have no special tokens; ``completion_ids`` include the EOS of a response that stopped; ``columns`` are
 those of the prompts' data. A reward receives the arguments that its signature names, and may be ``async``. None in
-place of a number says that the reward does not apply to that sample: a weighted sum leaves it out there, and at least
-one part has to apply.
+place of a number means that the reward does not apply to that sample; in a weighted sum at least one part must apply.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch import Tensor
 from lm_envs.printable import one_line
 from lm_envs.reward.waiting import finished
 
-RESERVED = ("prompts", "completions", "completion_ids", "finish_reasons")  # no column of the data may be called so
+RESERVED = ("prompts", "completions", "completion_ids", "finish_reasons")  # names that no column may have
 
 
 class Reward(Protocol):
@@ -36,7 +35,7 @@ class Reward(Protocol):
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> Sequence[float | None] | Sequence[Sequence[float] | None] | NDArray[Any] | Tensor | Awaitable[Any]:
-        """One number per sample, or one per response token."""
+        """Return one number per sample, or one per response token."""
         ...
 
 
@@ -67,7 +66,7 @@ def is_dense(reward: AnyReward) -> bool:
 
 
 def dense_part(reward: AnyReward) -> AnyReward:
-    """Return the part of a dense reward that pays before the end, without what pays once per response."""
+    """Return the part of a dense reward that pays before the end, without parts that pay once per response."""
     if isinstance(reward, WeightedSum):
         return WeightedSum([(weight, dense_part(part)) for weight, part in reward.parts if is_dense(part)])
     if isinstance(reward, Clip):
@@ -84,19 +83,14 @@ def call_reward(
     finish_reasons: Sequence[str],
     **columns: Sequence[Any],
 ) -> NDArray[np.float64]:
-    """Call a reward and check what it returns.
-
-    Args:
-        reward: the callable.
-        prompts, completions, completion_ids, finish_reasons: N entries each.
-        columns: further columns of the data, N entries each.
+    """Call a reward on N samples and check its result.
 
     Returns:
         ``(N,)`` float64, or ``(N, T)`` for a dense reward: T is the longest response, 0 beyond a response's end.
 
     Raises:
         ValueError: the reward requires a missing column, raises, exits, or returns other than N finite numbers or N
-            rows as long as their responses. The message is one line with the reward's name and the sample.
+            rows as long as their responses. The message names the reward and the sample.
     """
     given = dict(zip(RESERVED, (prompts, completions, completion_ids, finish_reasons), strict=True))
     found = scores_or_nan(reward, {**given, **columns})
@@ -118,7 +112,7 @@ def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDAr
     if isinstance(raw, Tensor):
         raw = raw.detach().cpu().double().numpy()
     try:
-        if isinstance(raw, (str, bytes, Mapping, Set)):  # of letters, of keys, in no order
+        if isinstance(raw, (str, bytes, Mapping, Set)):  # iterable, but not over numbers in order
             raise TypeError
         rows = list(raw)
     except TypeError:
@@ -153,7 +147,7 @@ def scores_or_nan(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> NDAr
 
 
 def _numbers(row: Any) -> NDArray[np.float64]:
-    """Convert one entry. Raises TypeError for texts, complex numbers and dates, which NumPy would convert."""
+    """Convert one entry; TypeError for texts, complex numbers and dates, which NumPy would convert."""
     values = row.detach().cpu().double().numpy() if isinstance(row, Tensor) else np.asarray(row)
     if values.dtype.kind not in "biufO":
         raise TypeError
@@ -161,7 +155,7 @@ def _numbers(row: Any) -> NDArray[np.float64]:
 
 
 def _returned(reward: AnyReward, name: str, given: Mapping[str, Sequence[Any]]) -> Any:
-    """Call the reward; an error in a user's function says where it was raised, and for which sample."""
+    """Call the reward; add the place and the sample to errors of a user's function."""
     accepted = _accepted(reward, given)
     try:
         return _call(reward, accepted)
@@ -185,18 +179,18 @@ def _call(reward: AnyReward, given: Mapping[str, Any]) -> Any:
 def _culprit(
     reward: AnyReward, accepted: Mapping[str, Sequence[Any]], given: Mapping[str, Sequence[Any]], error: BaseException
 ) -> str:
-    """Find the sample that raises the error by itself, by halving the batch; else give the number of samples."""
+    """Find the sample that raises the error alone, by halving the batch; else return the number of samples."""
 
     def raises(start: int, stop: int) -> bool:
         try:
             _call(reward, {name: values[start:stop] for name, values in accepted.items()})
-        except (Exception, SystemExit) as again:  # noqa: BLE001, of the user's code
+        except (Exception, SystemExit) as again:  # noqa: BLE001, from the user's code
             return type(again) is type(error)
         return False
 
     start, stop = 0, len(given["completions"])
     whole = f"a batch of {stop} samples"
-    if stop == 0 or isinstance(error, OSError):  # of the network or the disk, not of a sample
+    if stop == 0 or isinstance(error, OSError):  # the network's or the disk's fault, not a sample's
         return whole
     while stop - start > 1:
         middle = (start + stop) // 2
@@ -229,7 +223,7 @@ def _accepted(reward: AnyReward, given: Mapping[str, Sequence[Any]]) -> dict[str
 
 
 def _bound(reward: AnyReward) -> set[str]:
-    """Names that no column is passed by: a partial's settings, and ``self`` of a method."""
+    """Return the parameters that are bound already: a partial's settings, and ``self`` of a method."""
     names: set[str] = set()
     while isinstance(reward, functools.partial):
         names |= set(reward.keywords)
@@ -253,25 +247,21 @@ Rewards = NDArray[np.float64] | list[Any]
 
 
 def _with_nones(values: NDArray[np.float64]) -> Rewards:
-    """NaN as None again, for callers that use the composition as a reward."""
+    """Turn NaN into None again, for callers that use the composition as a reward."""
     missing = _missing(values)
     return [None if m else v for v, m in zip(values, missing.tolist(), strict=True)] if missing.any() else values
 
 
 def _missing(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """``(N,)``: where a reward, or any token's of a dense one, is NaN."""
+    """Return ``(N,)`` bool: whether a reward, or any token of a dense one, is NaN."""
     return np.asarray(np.isnan(values).any(axis=tuple(range(1, values.ndim))))
 
 
 class WeightedSum:
-    """``sum_k weight_k * reward_k`` over the parts that are not None, None where all are. If one part is dense, the
-    others land on the response's last token.
+    """``sum_k weight_k * reward_k`` over the ``(weight, reward)`` pairs that apply; None if none does.
 
-    Args:
-        parts: ``(weight, reward)`` pairs, at least one.
-
-    Raises:
-        ValueError: there are no parts, or a weight is not finite.
+    If one part is dense, the others are added at the response's last token. ValueError without parts, or if a weight is
+    not finite.
     """
 
     def __init__(self, parts: Sequence[tuple[float, AnyReward]]) -> None:
@@ -284,7 +274,7 @@ class WeightedSum:
         self.__name__ = " + ".join(f"{weight:g}*{reward_name(reward)}" for weight, reward in self.parts)
 
     def __call__(self, /, **given: Any) -> Rewards:
-        """As any reward; messages name the part at fault."""
+        """Score samples; messages name the part at fault."""
         found = [(weight, scores_or_nan(reward, given)) for weight, reward in self.parts]
         lengths = np.array([len(ids) for ids in given["completion_ids"]], dtype=np.int64)
         dense = any(values.ndim == 2 for _, values in found)
@@ -302,7 +292,7 @@ class WeightedSum:
 
 
 class Clip:
-    """``min(max(reward, low), high)``, per number the reward gives."""
+    """``min(max(reward, low), high)`` for each number of the reward."""
 
     def __init__(self, reward: AnyReward, low: float, high: float) -> None:
         if not low < high:
@@ -311,17 +301,15 @@ class Clip:
         self.__name__ = f"clip({reward_name(reward)}, {low:g}, {high:g})"
 
     def __call__(self, /, **given: Any) -> Rewards:
-        """As any reward."""
+        """Score samples."""
         return _with_nones(scores_or_nan(self.reward, given).clip(self.low, self.high))
 
 
 class Standardise:
     """``(reward - mean) / std``; :func:`lm_envs.reward.units.in_units_of` takes the moments from samples.
 
-    Dense rewards are refused: a shift of each token's reward would pay for length.
-
-    Raises:
-        ValueError: std is not positive, or, when called, the reward is dense.
+    ValueError if std is not positive, or, when called, if the reward is dense: a shift of each token's reward would pay
+    for length.
     """
 
     def __init__(self, reward: AnyReward, mean: float, std: float) -> None:
@@ -333,7 +321,7 @@ class Standardise:
         self.__name__ = f"standardise({reward_name(reward)})"
 
     def __call__(self, /, **given: Any) -> Rewards:
-        """As any reward."""
+        """Score samples."""
         values = scores_or_nan(self.reward, given)
         if values.ndim == 2:
             raise ValueError(f"reward {reward_name(self.reward)!r} is dense: standardizing it would pay for length")
@@ -352,7 +340,7 @@ class Conversational:
         self.__name__ = reward_name(reward)
 
     def __call__(self, /, prompts: Sequence[str], completions: Sequence[str], **given: Any) -> Rewards:
-        """As any reward, of texts."""
+        """Score samples given as texts."""
         messages = given.get("messages") or [[{"role": "user", "content": text}] for text in prompts]
         replies = [[{"role": "assistant", "content": text}] for text in completions]
         return _with_nones(scores_or_nan(self.reward, {**given, "prompts": messages, "completions": replies}))

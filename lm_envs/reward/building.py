@@ -11,7 +11,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -43,31 +42,21 @@ def build_reward(
         spec: from :func:`~lm_envs.reward.specs.parse_reward`.
         samples: makes samples of the reference, for ``standardise`` without numbers; called at most once.
         batch_size: texts per forward of a learned model.
-        conversational: the prompts are chat messages, which the user's functions receive, as from TRL.
-        what: how messages call a learned model.
+        conversational: prompts are chat messages, which the user's functions receive as from TRL.
+        what: a learned model's name in messages.
         placement: device and precision of learned models.
 
     Raises:
         ImportError: a metric's library is not installed.
-        ValueError: a model cannot be loaded, a file fails or has no such function, a setting does not exist, or a part
-            to be standardised gives every sample the same score.
+        ValueError: a model cannot be loaded, a file fails or has no such function, a setting does not exist, or a
+            standardized part gives every sample the same score.
     """
-    builder = _Builder(functools.cache(samples) if samples else None, batch_size, conversational, what, placement)
-    return builder.build(spec)
+    make_samples = None if samples is None else functools.cache(samples)
 
-
-@dataclass(frozen=True)
-class _Builder:
-    samples: Callable[[], Samples] | None
-    batch_size: int
-    conversational: bool
-    what: str
-    placement: Placement
-
-    def build(self, spec: Spec) -> AnyReward:
+    def build(spec: Spec) -> AnyReward:
         if isinstance(spec, Source):
-            return self.source(spec)
-        parts = [self.build(part) for part in spec.parts]
+            return source(spec)
+        parts = [build(part) for part in spec.parts]
         reward = parts[0]
         if spec.how == "sum":
             return WeightedSum(list(zip(spec.numbers, parts, strict=True)))
@@ -77,11 +66,11 @@ class _Builder:
             return reward if isinstance(reward, Conversational) else Conversational(reward)
         if spec.numbers:
             return standardised(reward, *spec.numbers)
-        if self.samples is None:
+        if make_samples is None:
             raise ValueError("standardise needs mean and std here: there are no samples of a reference to take them of")
-        return in_units_of(reward, self.samples())
+        return in_units_of(reward, make_samples())
 
-    def source(self, spec: Source) -> AnyReward:
+    def source(spec: Source) -> AnyReward:
         if spec.kind == "metric":
             return make_metric(spec.place, **spec.settings)
         if spec.kind == "judge":
@@ -89,10 +78,11 @@ class _Builder:
         if spec.kind == "model":
             if wrong := [name for name in spec.settings if name not in ("label", "output", "template", "batch_size")]:
                 raise ValueError(f"reward model:{spec.place} takes label, output and template, not {', '.join(wrong)}")
-            options = {"batch_size": self.batch_size, **spec.settings}
-            return load_reward_model(spec.place, self.what, self.placement, **options)
+            return load_reward_model(spec.place, what, placement, **{"batch_size": batch_size, **spec.settings})
         found = _function(spec, f"reward {spec.place}:{spec.name}")
-        return Conversational(found) if self.conversational else found
+        return Conversational(found) if conversational else found
+
+    return build(spec)
 
 
 def _function(spec: Source, where: str) -> AnyReward:
@@ -130,7 +120,7 @@ def _import(name: str, where: str) -> ModuleType:
 
 
 def _told(error: BaseException, file: str | None = None) -> str:
-    """One line on what the user's code raised, and where."""
+    """Return one line with the error of the user's code and its place."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if file in (None, frame.filename)]
     line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
     place = f"{frames[-1].filename if file is None else file}, line {line}: " if line else f"{file}: " if file else ""
@@ -157,6 +147,6 @@ def _run_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise ValueError(_told(error, str(path))) from error
     finally:
-        with contextlib.suppress(ValueError):  # the file took it off itself
+        with contextlib.suppress(ValueError):  # the file may have removed it
             sys.path.remove(str(path.parent))
     return module

@@ -1,4 +1,4 @@
-"""A client for chat completions over an OpenAI-compatible endpoint: retries with backoff, and a cache on disk.
+"""A client for chat completions over an OpenAI-compatible endpoint, with retries, backoff, and a cache on disk.
 
 It follows no redirects. The key is read from an environment variable for each request, never kept, shown or written,
 and sent only over https or to this machine.
@@ -46,7 +46,7 @@ class EndpointError(ValueError):
 
 
 class _Again(Exception):
-    """A failure worth another attempt, ``after`` the seconds for which the server asks, if it does."""
+    """A failure worth another attempt, ``after`` the seconds that the server asks for, if it does."""
 
     def __init__(self, what: str, after: float | None = None) -> None:
         super().__init__(what)
@@ -67,9 +67,6 @@ class ChatEndpoint(Settings):
             at least the server's Retry-After.
         longest_wait: seconds; a longer Retry-After is an error.
         cache: a folder for answers, by a hash of URL, model and request; None for no cache.
-
-    Raises:
-        ValueError: the URL is neither http nor https or holds a password, or a number is out of range.
     """
 
     url: str
@@ -108,12 +105,9 @@ class ChatEndpoint(Settings):
             return host == "localhost"
 
     def client(self) -> httpx2.AsyncClient:
-        """Return an async context manager, the client for :meth:`complete`.
-
-        Raises:
-            EndpointError: the environment's proxy or certificates cannot be used.
-        """
-        for log in map(logging.getLogger, ("httpx2", "httpcore2")):  # what the server says may repeat the key
+        """Return an async context manager, the client for :meth:`complete`; EndpointError if the environment's proxy or
+        certificates cannot be used."""
+        for log in map(logging.getLogger, ("httpx2", "httpcore2")):  # a server may repeat the key
             log.setLevel(log.level or logging.WARNING)
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "lm-envs"}
         try:
@@ -133,10 +127,8 @@ class ChatEndpoint(Settings):
     ) -> dict[str, Any]:
         """Return the first choice of a completion: ``message`` with its ``content``, ``finish_reason``, ``logprobs``.
 
-        ``parameters`` are further fields of the request, JSON values.
-
-        Raises:
-            EndpointError: the server refused, or every attempt failed.
+        ``parameters`` are other fields of the request, JSON values. EndpointError if the server refuses, or every
+        attempt fails.
         """
         data = json.dumps({"model": self.model, "messages": list(messages), **parameters}).encode()
         for attempt in range(1, self.attempts + 1):
@@ -202,12 +194,12 @@ class ChatEndpoint(Settings):
             raise _Again(f"gave no chat completion but {one_line(without_key(text, key))}") from None
 
     def cache_key(self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any]) -> str:
-        """Return 64 hex digits: a hash of the address, the model, the messages and the parameters."""
+        """Hash the address, the model, the messages and the parameters to 64 hex digits."""
         text = json.dumps([self.url, self.model, list(messages), dict(parameters)], sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def cached(self, key: str) -> dict[str, Any] | None:
-        """Return the answer in the cache, None if it has none that can be read."""
+        """Return the answer in the cache, None if it is missing or unreadable."""
         try:
             found = None if self.cache is None else json.loads(self._place(key).read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -215,7 +207,7 @@ class ChatEndpoint(Settings):
         return found if isinstance(found, dict) and isinstance(found.get("message"), dict) else None
 
     def check_cache(self) -> None:
-        """Raise CacheError if answers cannot be kept, before any is paid for."""
+        """Raise CacheError if answers cannot be stored, before any is paid for."""
         if self.cache is not None:
             with blaming(self.cache, _REMEDY):
                 self.cache.mkdir(parents=True, exist_ok=True)
@@ -223,7 +215,7 @@ class ChatEndpoint(Settings):
                     probe.write(b" " * 4096)
 
     def keep(self, key: str, choice: Mapping[str, Any]) -> None:
-        """Write an answer to the cache atomically; raises CacheError if that fails."""
+        """Write an answer to the cache atomically, or raise CacheError."""
         if self.cache is not None:
             with blaming(self.cache, _REMEDY):
                 write_atomic(self._place(key), json.dumps(choice))
@@ -234,8 +226,8 @@ class ChatEndpoint(Settings):
 
 
 def without_key(value: Any, key: str) -> Any:
-    """Hide the key, which some servers repeat, in a JSON value: every run of its characters, plain or encoded, of at
-    least six (for a key of fewer than twelve, all of it)."""
+    """Hide the key, which some servers repeat, in a JSON value: every run of at least six of its characters, plain or
+    encoded (for a key of fewer than twelve, only all of it)."""
     if isinstance(value, list):
         return [without_key(item, key) for item in value]
     if isinstance(value, dict):
@@ -264,7 +256,7 @@ def _character(match: re.Match[str]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the innermost exception says, of those that caused one."""
+    """Return the message of the innermost cause of an exception."""
     while inner := next(iter(getattr(error, "exceptions", ())), None) or error.__cause__ or error.__context__:
         error = inner
     if isinstance(error, ConnectionError) and error.errno:
@@ -273,7 +265,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _said(found: Any) -> str:
-    """The message of ``{"error": {"message": ...}}`` and similar answers; empty if there is none."""
+    """Return the message of ``{"error": {"message": ...}}`` and similar answers; empty if there is none."""
     for names in (("error", "detail"), ("message",)):
         if isinstance(found, dict):
             found = next((found[name] for name in names if name in found), found)

@@ -1,4 +1,4 @@
-"""Reward models: sequence classifiers of any family in transformers, each with its own tokenizer."""
+"""Reward models: sequence classifiers of any family in transformers with their tokenizers, as rewards or to train."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from lm_envs.model.fast_layers import fuse
 from lm_envs.model.forwards import rows_at_once
-from lm_envs.model.loading import HOST, Placement, _load, _read_tokenizer, check_fits
+from lm_envs.model.layers import fuse
+from lm_envs.model.loading import HOST, Placement, _load, _place, _read_tokenizer, check_fits, read_config, read_weights
 from lm_envs.model.tokens import accepted, context_of, encode_text, right_pad
 from lm_envs.settings import one_of
 
@@ -27,10 +27,12 @@ __all__ = ["LearnedReward", "Output", "pools_last_token", "raw_scores", "score_o
 
 Output = Literal["log_odds", "logit", "probability"]
 Template = Literal["text", "chat"]
+# How the weights of new heads are called.
+_HEADS = ("score.", "classifier.", "classification_head.", "pooler.", "pre_classifier.")
 
 
 def pools_last_token(model: nn.Module) -> bool:
-    """Whether a classifier is decoder-style: a linear ``score`` on the last token's hidden state."""
+    """Whether a classifier is decoder-style: a linear ``score`` of the last token's hidden state."""
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 
@@ -39,12 +41,12 @@ def raw_scores(
 ) -> Tensor:
     """Score token ids with a sequence classifier, differentiably.
 
-    A decoder-style head reads the last token **by position**. The stock heads look for the last id that differs from
-    the pad id, and so skip a real EOS if pad and EOS share an id.
+    A decoder-style head reads the last token **by position**; stock heads look for the last id that differs from the
+    pad id, and so skip a real EOS if pad and EOS share an id.
 
     Args:
-        ids: ``(N, L)`` int64, right-padded with -1; at least one token a row.
-        pad_token_id: the id of padding; it only matters to encoders that derive positions from it.
+        ids: ``(N, L)`` int64, right-padded with -1; at least one token per row.
+        pad_token_id: the id of padding, for encoders that derive positions from it.
         label, output: as for :func:`score_of`.
 
     Returns:
@@ -65,7 +67,7 @@ def raw_scores(
 
 
 def has_independent_labels(model: nn.Module) -> bool:
-    """Whether each label has a probability of its own, instead of all sharing one."""
+    """Whether each label has its own probability, instead of all sharing one."""
     return getattr(model.config, "problem_type", None) == "multi_label_classification"
 
 
@@ -75,10 +77,10 @@ def score_of(
     """Reduce a classifier's logits ``(..., K)`` to one number, ``(...)``.
 
     Args:
-        label: whose score; None is the only one of K = 1 and the second of K = 2.
+        label: the label to score; None is the only one of K = 1 and the second of K = 2.
         output: ``"log_odds"``, ``log p - log(1 - p)`` of the label's probability (for one label, its logit);
             ``"logit"``; or ``"probability"``.
-        independent: the labels do not exclude each other, so each has a probability of its own.
+        independent: each label has its own probability.
     """
     if label is None:
         label = min(logits.shape[-1] - 1, 1)
@@ -96,16 +98,16 @@ class LearnedReward:
 
     It reads prompt and completion as one text. For decoder-style models, the tokenizer's EOS follows if and only if the
     response stopped; for encoders, the tokenizer adds its usual special tokens. With ``template="chat"`` it reads a
-    conversation in the tokenizer's chat template, without the end of turn if the response did not stop. If a text is
-    longer than the model's context, the start of its prompt is cut after leading special tokens, with one warning.
+    conversation in the tokenizer's chat template, without the end of turn if the response did not stop. In a text
+    longer than the model's context, the start of the prompt is cut after leading special tokens, with one warning.
 
     Args:
         model: any ``AutoModelForSequenceClassification``.
         tokenizer: the model's own.
         normalise: ``(mean, std)``: the reward is ``(score - mean) / std``.
         batch_size: the most texts per forward; texts of similar length go together.
-        name: what messages and results call it.
-        label: whose score it is, a number from 0 or a name in the config's ``id2label``, such as ``"POSITIVE"``. None
+        name: the name in messages and results.
+        label: the label to score, a number from 0 or a name in the config's ``id2label``, such as ``"POSITIVE"``. None
             is the only one, or the second of two.
         output: ``"log_odds"``, ``"logit"`` or ``"probability"``, see :func:`score_of`.
         template: ``"text"`` or ``"chat"``.
@@ -144,7 +146,7 @@ class LearnedReward:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it reads plain text and scores the default label's log-odds, as a model trained from it will."""
+        """Whether it reads plain text and scores the default label's log-odds, as models trained from it do."""
         default = self.model.config.num_labels <= 2 and self.label in (None, self.model.config.num_labels - 1)
         return default and self.output == "log_odds" and self.template == "text"
 
@@ -192,10 +194,8 @@ class LearnedReward:
         messages: Sequence[Sequence[Mapping[str, str]]] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """Score each sample; without ``finish_reasons`` every response counts as stopped.
-
-        A chat template reads ``messages``, or else each prompt as one message of the user.
-        """
+        """Score each sample; without ``finish_reasons`` every response counts as stopped, and without ``messages`` a
+        chat template reads each prompt as one message of the user."""
         reasons = ["stop"] * len(completions) if finish_reasons is None else finish_reasons
         rows = []
         for i, (prompt, completion, reason) in enumerate(zip(prompts, completions, reasons, strict=True)):
@@ -226,7 +226,7 @@ class LearnedReward:
 
 
 def _label(config: Any, label: int | str | None, name: str) -> int | None:
-    """The number of a label, None for the default."""
+    """Return the number of a label, None for the default."""
     count = config.num_labels
     names = {int(number): text for number, text in (config.id2label or {}).items()}
     listed = ", ".join(f"{k} ({names[k]})" if k in names else str(k) for k in range(count))
@@ -253,22 +253,15 @@ def load_reward_model(
 
     Args:
         name: a folder saved by ``save_pretrained`` (model and tokenizer), or a hub name.
-        what: how messages call it.
+        what: the model's name in messages.
         placement: its precision and device.
-        options: other arguments of :class:`~lm_envs.reward.learned.LearnedReward`.
+        options: other arguments of :class:`LearnedReward`.
 
     Raises:
-        ValueError: there is no such folder or model, it holds no safetensors, it is no sequence classifier (a
-            language model's folder has no reward head), or its tokenizer is missing or larger than its vocabulary.
+        ValueError: there is no such model, it holds no safetensors, it is not a sequence classifier (a language model
+            has no reward head), or its tokenizer is missing or larger than its vocabulary.
     """
-    model = _load(
-        AutoModelForSequenceClassification,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        name,
-        what,
-        "a sequence-classification model",
-        placement,
-    )
+    model = _load(name, what, placement, AutoModelForSequenceClassification)
     tokenizer = _read_tokenizer(name, what)
     check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {str(name)!r}")
     return LearnedReward(model, tokenizer, name=str(name), **options)
@@ -280,3 +273,48 @@ def initialise_reward_head(head: nn.Linear, generator: torch.Generator) -> None:
         head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
         if head.bias is not None:
             head.bias.zero_()
+
+
+def reward_start(
+    name: str | Path, seed: int = 0, placement: Placement = HOST
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a sequence classifier with one label to train, in ``eval`` mode, and its tokenizer.
+
+    Args:
+        name: a folder saved by ``save_pretrained``, or a hub name, of a classifier with one label, or of a language
+            model or bare trunk, which gets a new head (:func:`initialise_reward_head`).
+        seed: of the head.
+        placement: its precision and device.
+
+    Returns:
+        the model and the tokenizer. Their pad id differs from the EOS if the vocabulary has another special token,
+        because transformers' own heads look for the last token that is not the pad.
+
+    Raises:
+        ValueError: there is no such model, it cannot score texts, has several labels, or no fitting tokenizer.
+    """
+    what = "reward model"
+    place = _place(name, what)
+    tokenizer = _read_tokenizer(name, what)
+    config = read_config(place, what)
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if config.model_type not in known:
+        raise ValueError(f"{what} {place!r}: transformers has no {config.model_type!r} that scores texts")
+    scores = any(name in known.values() for name in getattr(config, "architectures", None) or [])
+    if scores and config.num_labels != 1:
+        raise ValueError(f"{what} {place!r} has {config.num_labels} labels; training takes one, a score")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = read_weights(AutoModelForSequenceClassification, name, what, placement, num_labels=1)
+    lacking = sorted(info["missing_keys"])
+    if any(not (key.startswith(_HEADS) or ".pooler." in key) or scores for key in lacking):
+        raise ValueError(f"{what} {place!r} cannot be trained on: its weights lack {', '.join(lacking[:3])}")
+    if lacking and isinstance(getattr(model, "score", None), nn.Linear):
+        initialise_reward_head(model.score, torch.Generator().manual_seed(seed))
+    check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {place!r}")
+    others = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token)
+    if found := [token for token in others if token not in (None, tokenizer.eos_token)]:
+        tokenizer.pad_token = found[0]
+    # Without a pad id transformers refuses to pad, instead of skipping a real EOS.
+    model.config.pad_token_id = tokenizer.pad_token_id if found else None
+    return model, tokenizer

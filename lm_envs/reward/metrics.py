@@ -1,7 +1,7 @@
 """Overlap with reference texts: BLEU and chrF by sacreBLEU, ROUGE by rouge-score.
 
 The references are in a column of the data, by default ``reference``: one text per sample, or a list of correct texts.
-As rewards, metrics score sentences, in [0, 1]; ``corpus`` gives the figure that papers report. They need
+As rewards, metrics score sentences in [0, 1]; ``corpus`` returns the figure that papers report. They need
 ``pip install 'lm-envs[metrics]'``.
 """
 
@@ -26,12 +26,7 @@ _SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u
 
 
 class TextMetric:
-    """Base of metrics.
-
-    Args:
-        column: the column with the references.
-        name: what messages and results call it.
-    """
+    """Base of metrics; ``column`` holds the references, ``name`` is the name in messages and results."""
 
     def __init__(self, column: str, name: str) -> None:
         self.column, self.__name__ = column, name
@@ -41,25 +36,19 @@ class TextMetric:
         raise NotImplementedError
 
     def _corpus(self, completions: list[str], references: list[list[str]]) -> float:
-        raise NotImplementedError
+        return 100 * sum(map(self.sentence, completions, references)) / len(completions)
 
     def corpus(self, completions: Sequence[str], references: References) -> float:
-        """Score N texts with N references (or lists of them) together, as papers do: out of 100.
-
-        Raises:
-            ValueError: there are no texts, or their numbers differ.
-        """
+        """Score N texts with N references (or lists of them) together, as papers do, out of 100; ValueError if there
+        are no texts, or their numbers differ."""
         rows = [_as_list(row, self.__name__, i) for i, row in enumerate(references)]
         if len(rows) != len(completions) or not rows:
             raise ValueError(f"{self.__name__}: {len(completions)} texts and {len(rows)} references")
         return self._corpus(list(completions), rows)
 
     def __call__(self, completions: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
-        """Score each sample in [0, 1]; None (not applicable) if its reference is None.
-
-        Raises:
-            ValueError: the data lack the column, or a reference is neither a text nor a list of texts.
-        """
+        """Score each sample in [0, 1]; None (not applicable) if its reference is None. ValueError if the column is
+        missing, or a reference is neither a text nor a list of texts."""
         if self.column not in columns:
             raise ValueError(
                 f"reward {self.__name__!r} compares with the column {self.column!r}, which the data lack: give every "
@@ -72,7 +61,7 @@ class TextMetric:
 
 
 class _SacreBLEU(TextMetric):
-    """A metric of sacreBLEU's, and the one with its settings for a corpus."""
+    """A metric of sacreBLEU, with one object for sentences and one for corpora."""
 
     def __init__(self, column: str, name: str, metric: Any, whole: Any) -> None:
         super().__init__(column, name)
@@ -83,7 +72,7 @@ class _SacreBLEU(TextMetric):
         return self._sentence.sentence_score(completion, references).score / 100
 
     def _corpus(self, completions: list[str], references: list[list[str]]) -> float:
-        # sacreBLEU takes a list over samples per reference number, with None where a sample has fewer.
+        # sacreBLEU takes a list over samples per reference number, with None if a sample has fewer.
         streams = [list(row) for row in itertools.zip_longest(*references)]
         return self._whole.corpus_score(completions, streams).score
 
@@ -96,9 +85,9 @@ class SentenceBLEU(_SacreBLEU):
 
     Args:
         column: the column with the references.
-        smoothing: of orders without a match: ``"exp"`` (NIST's), ``"floor"``, ``"add-k"`` (Lin and Och 2004 with
+        smoothing: for orders without a match: ``"exp"`` (NIST's), ``"floor"``, ``"add-k"`` (Lin and Och 2004 with
             ``smooth_value=1``; counts missing orders as matched) or ``"none"``.
-        smooth_value: of ``floor`` and ``add-k``; None takes sacreBLEU's (0.1 and 1).
+        smooth_value: for ``floor`` and ``add-k``; None is sacreBLEU's (0.1 and 1).
         tokenize: sacreBLEU's tokenizer: ``"13a"``, ``"intl"``, ``"zh"``, ``"char"``, ...
         lowercase: compare without case.
 
@@ -128,7 +117,7 @@ class SentenceChrF(_SacreBLEU):
 
     Args:
         column: the column with the references.
-        word_order: the longest n-grams of words that count beside those of characters.
+        word_order: the longest n-grams of words that count in addition to those of characters.
         lowercase: compare without case.
 
     Raises:
@@ -144,7 +133,7 @@ class SentenceChrF(_SacreBLEU):
 
 
 class Rouge(TextMetric):
-    """ROUGE by rouge-score (Lin 2004); the best of several references counts.
+    """ROUGE by rouge-score (Lin 2004), with the best of several references.
 
     Args:
         kind: ``"rouge1"``, ``"rouge2"``, ... (n-grams), ``"rougeL"`` (longest common subsequence of the text) or
@@ -188,12 +177,9 @@ class Rouge(TextMetric):
         found = (self._scorer.score(reference, completion)[self.kind] for reference in references)
         return float(max(getattr(score, self.measure) for score in found))
 
-    def _corpus(self, completions: list[str], references: list[list[str]]) -> float:
-        return 100 * sum(map(self.sentence, completions, references)) / len(completions)  # the mean
-
 
 class _UnicodeWords:
-    """Words of any script; rouge-score's own tokenizer, which may stem, takes the ASCII ones."""
+    """A tokenizer for words of any script; rouge-score's own, which may stem, handles the ASCII ones."""
 
     def __init__(self, ascii_tokenizer: Any) -> None:
         self._ascii = ascii_tokenizer
@@ -216,12 +202,8 @@ METRICS: Mapping[str, Callable[..., TextMetric]] = {
 
 
 def make_metric(name: str, **options: Any) -> TextMetric:
-    """Make a metric by its name in :data:`METRICS` and its class's arguments.
-
-    Raises:
-        ImportError: its library is not installed.
-        ValueError: there is no such metric or option.
-    """
+    """Make a metric by its name in :data:`METRICS` and its class's arguments; ValueError if there is no such metric or
+    option, ImportError if its library is not installed."""
     if name not in METRICS:
         raise ValueError(f"there is no text metric {name!r}; there are {', '.join(METRICS)}")
     try:

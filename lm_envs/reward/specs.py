@@ -1,10 +1,10 @@
-"""Rewards written as text, for command lines and suite files: ``bleu*0.5``, ``clip(model:DIR, -2, 2)``, ...
+"""Rewards as text, for command lines and suite files: ``bleu*0.5``, ``clip(model:DIR, -2, 2)``, ...
 
 The grammar, where ``...`` repeats:
 
 .. code-block:: text
 
-    reward    = part + part ...                     the weighted sum; the plus stands between spaces
+    reward    = part + part ...                     the weighted sum, with spaces around the plus
     part      = source | part * weight | weight * part | (reward)
               | clip(reward, low, high) | standardise(reward) | standardise(reward, mean, std) | chat(reward)
     source    = model:PLACE                         a sequence classifier: a folder or a hub name
@@ -13,7 +13,7 @@ The grammar, where ``...`` repeats:
               | bleu | chrf | chrf++ | rouge1 | rouge2 | rougeL | rougeLsum
     source may be followed by its settings, as in bleu[column=german, lowercase=true]
 
-``standardise`` without numbers takes the moments of samples of the reference; ``chat`` hands its reward messages.
+``standardise`` without numbers uses the moments of samples of the reference; ``chat`` passes messages to its reward.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ _CALL = re.compile(r"(?P<name>clip|standardise|chat)\s*\((?P<inside>.*)\)", re.D
 _SETTINGS = re.compile(r"(?P<place>.*?)\s*\[(?P<settings>[^\[\]]*=[^\[\]]*)\]", re.DOTALL)
 _FUNCTION = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-# How many numbers follow the reward.
+# The number of numbers behind the reward.
 _CALLS = {"clip": ((2,), "low, high"), "standardise": ((0, 2), "mean, std (or neither)"), "chat": ((0,), "nothing")}
 _LONGEST = 10_000  # characters
-_ALONE = "a + stands between two rewards, as in 'bleu + chrf'"
+_ALONE = "a + needs a reward on both sides, as in 'bleu + chrf'"
 _EXPECTED = "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function, module:function or one of "
 
 
 @dataclass(frozen=True)
 class Source:
-    """A reward by itself.
+    """A single reward.
 
     Attributes:
         kind: ``"model"``, ``"judge"``, ``"file"``, ``"module"`` or ``"metric"``.
         place: the folder, address, file, module or metric.
-        name: of the function, or the judge's model.
+        name: of the function, or of the judge's model.
         settings: from the brackets.
     """
 
@@ -76,7 +76,7 @@ Spec = Source | Combined
 
 
 def is_spec(text: str) -> bool:
-    """Whether a text is meant as a reward, not as the name of a model."""
+    """Whether a text is a reward, not the name of a model."""
     if not text or os.path.isdir(text):
         return False
     return bool(
@@ -90,11 +90,9 @@ def is_spec(text: str) -> bool:
 
 
 def parse_reward(texts: str | Sequence[str]) -> Spec:
-    """Parse a reward's text; several are summed. Reads no model and runs no file.
+    """Parse a reward's text, or the sum of several, without reading a model or running a file.
 
-    Raises:
-        ValueError: it does not follow the grammar, or names a missing file or folder; the message names the part and
-            what was expected.
+    ValueError if it does not follow the grammar or names a missing file or folder; the message names the part.
     """
     rows = [texts] if isinstance(texts, str) else list(texts)
     if not rows or not all(isinstance(row, str) for row in rows):
@@ -156,7 +154,7 @@ def _split(text: str, at: str) -> list[str]:
     for i, letter in enumerate(text):
         depth += (letter in "([") - (letter in ")]")
         if depth < 0:
-            raise ValueError(f"reward {text!r}: a bracket closes that was not opened")
+            raise ValueError(f"reward {text!r}: a bracket is closed that was not opened")
         if depth == 0 and text.startswith(at, i) and i >= start:
             parts.append(text[start:i])
             start = i + len(at)
@@ -195,23 +193,23 @@ def _source(text: str) -> Source:
 
 
 def _slip(text: str) -> str | None:
-    """Explain a sum or a product that could not be read as one."""
+    """Explain a sum or a product that could not be parsed."""
     terms = [term.strip().replace("\0", "+") for term in _split(text.replace("chrf++", "chrf\0\0"), "+")]
     if len(terms) > 1:
         if not all(terms):
             return _ALONE
-        return f"the + of a sum stands between spaces: {' + '.join(terms)!r}"
+        return f"the + of a sum needs spaces around it: {' + '.join(terms)!r}"
     words = [word.strip() for word in _split(text, "*")]
     if len(words) > 1:
         if not all(words):
             where = "behind" if not words[-1] else "before"
-            return f"nothing stands {where} the *; a weight is written 'bleu*0.5'"
+            return f"the * has nothing {where} it; write a weight as in 'bleu*0.5'"
         wrong = [word for word in words if not _is_number(word) and not is_spec(word)] or words[-1:]
-        return f"{wrong[0]!r} is no number; a weight is one, as in 'bleu*0.5'"
+        return f"{wrong[0]!r} is not a number; write a weight as in 'bleu*0.5'"
     before, minus, after = text.partition(" - ")
     if minus:
         added = f"{before.strip()} + {after.strip()}*-1"
-        return f"rewards are added; what counts against has a negative weight: {added!r}"
+        return f"rewards are only added; give a penalty a negative weight: {added!r}"
     call = re.match(r"(\w+)\s*\(", text)
     if call and call[1] not in _CALLS:
         return f"there is no {call[1]!r}: {near(call[1], _CALLS)}"
@@ -221,7 +219,7 @@ def _slip(text: str) -> str | None:
 def _judge(place: str, settings: dict[str, Any], text: str) -> Source:
     if place.endswith(".toml"):
         if settings:
-            raise ValueError(f"reward {text!r}: the settings of that judge stand in its file")
+            raise ValueError(f"reward {text!r}: the settings of that judge belong in its file")
         _must_exist(place, text)
         return Source("judge", place)
     url, _, model = place.partition("#")

@@ -24,7 +24,7 @@ class Samples:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The keyword arguments of a reward."""
+        """The keyword arguments for a reward."""
         return {name: value for name, value in vars(self).items() if name != "columns"} | self.columns
 
     def score(self, reward: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -34,11 +34,8 @@ class Samples:
 
 
 def in_units_of(reward: Any, samples: Samples) -> Any:
-    """Shift and scale a reward to mean 0 and (population) standard deviation 1 on the samples to which it applies.
-
-    Raises:
-        ValueError: the reward is dense, applies to no sample, or gives all the same score.
-    """
+    """Shift and scale a reward to mean 0 and (population) standard deviation 1 on the samples to which it applies;
+    ValueError if it is dense, applies to no sample, or gives all the same score."""
     name, scores = reward_name(reward), scores_or_nan(reward, samples.given)
     if scores.ndim == 2:
         raise ValueError(f"reward {name!r} is dense: standardizing it would pay for length")
@@ -46,11 +43,8 @@ def in_units_of(reward: Any, samples: Samples) -> Any:
 
 
 def moments(scores: np.ndarray[Any, np.dtype[np.float64]], name: str) -> tuple[float, float]:
-    """Return the mean and the population standard deviation of scores ``(N,)`` of the reward ``name``.
-
-    Raises:
-        ValueError: there are no scores, or all are the same up to the rounding of float32.
-    """
+    """Return the mean and the population standard deviation of scores ``(N,)`` of the reward ``name``; ValueError if
+    there are none, or all are the same up to the rounding of float32."""
     if not len(scores):
         raise ValueError(f"reward {name!r} applies to none of the reference's samples")
     mean, std = float(scores.mean()), float(scores.std())
@@ -63,12 +57,8 @@ def moments(scores: np.ndarray[Any, np.dtype[np.float64]], name: str) -> tuple[f
 
 
 def standardised(reward: Any, mean: float, std: float) -> Any:
-    """Return ``(reward - mean) / std``: a learned reward with new moments, any other one in a ``Standardise``.
-
-    Raises:
-        ValueError: the mean is not finite, or std is not finite and positive.
-    """
-    made: Any = Standardise(reward, mean, std)  # checks them
+    """Return ``(reward - mean) / std``: a learned reward with new moments, or else a :class:`Standardise`."""
+    made: Any = Standardise(reward, mean, std)  # raises ValueError for wrong moments
     if not isinstance(reward, LearnedReward):
         return made
     inner_mean, inner_std = reward.normalise

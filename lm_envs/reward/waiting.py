@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 _LOOP = "async rewards"
-_waiting = 0  # calls of `finished` that have not returned
+_waiting = 0  # running calls of `finished`
 
 
 def waiting() -> bool:
@@ -20,9 +20,9 @@ def waiting() -> bool:
 
 
 def finished(awaitable: Awaitable[Any]) -> Any:
-    """Wait for an async reward's result; an interrupt cancels it.
+    """Wait for an async reward's result on this process's one event loop, so that a reward can keep a client.
 
-    All run on one event loop of this process, so a reward can keep a client.
+    An interrupt cancels it.
     """
     global _waiting
 
@@ -32,7 +32,7 @@ def finished(awaitable: Awaitable[Any]) -> Any:
         except (SystemExit, KeyboardInterrupt) as error:  # would end the loop
             return None, error
 
-    here = threading.current_thread().name  # a reward on a loop that calls another must not wait for its own loop
+    here = threading.current_thread().name  # a reward that calls another must not wait for its own loop
     loop = _event_loop(os.getpid(), here if here.startswith(_LOOP) else "")
     future = asyncio.run_coroutine_threadsafe(wait(), loop)
     _waiting += 1
@@ -48,7 +48,7 @@ def finished(awaitable: Awaitable[Any]) -> Any:
 
 @functools.cache
 def _event_loop(process: int, within: str) -> asyncio.AbstractEventLoop:
-    """A loop in a thread: the caller's own may be running, as in notebooks."""
+    """Start a loop in a thread, as the caller's own may be running (in notebooks)."""
     loop = asyncio.new_event_loop()
     loop.set_default_executor(_Daemons())
     threading.Thread(target=loop.run_forever, name=f"{_LOOP} {within}", daemon=True).start()
@@ -56,7 +56,7 @@ def _event_loop(process: int, within: str) -> asyncio.AbstractEventLoop:
 
 
 class _Daemons(ThreadPoolExecutor):
-    """A daemon thread per call: looking up an address must not keep the program from ending."""
+    """A daemon thread per call, so that looking up an address cannot keep the program from ending."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Start the call."""

@@ -29,14 +29,10 @@ _loaded: dict[tuple[str, tuple[tuple[str, Any], ...]], TextTask] = {}
 
 
 def load(name: str, **options: Any) -> TextTask:
-    """Load the task registered under a name. Within a process, the same name and options give the same object.
+    """Load the task with a name of :data:`TASKS`. In a process, the same name and options give the same object.
 
-    Args:
-        name: a key of :data:`TASKS`.
-        options: passed to the task's loader; hashable values, or lists of them.
-
-    Raises:
-        ValueError: no such task (the message names the near ones), or no such option.
+    ``options`` go to the task's loader; they are hashable values, or lists of them. ValueError for an unknown task (the
+    message suggests names) or option.
     """
     if name not in TASKS:
         raise ValueError(f"no task {name!r}: {near(name, TASKS)}")
@@ -52,7 +48,7 @@ def load(name: str, **options: Any) -> TextTask:
             inspect.signature(loader).bind(**options)
         except TypeError as error:
             raise ValueError(f"options of task {name!r}: {error}") from None
-        with torch.random.fork_rng(devices=[]):  # constructors of models draw weights that are then read from files
+        with torch.random.fork_rng(devices=[]):  # models draw weights before they read theirs from files
             _loaded[key] = loader(**options)
     return _loaded[key]
 

@@ -1,4 +1,4 @@
-"""What a text task is: a reference model, its tokenizer, prompts, the reward that trains and the judge that decides."""
+"""A text task: a reference model, its tokenizer, prompts, a training reward and a judge."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.model.fast_layers import fuse
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
+from lm_envs.model.layers import fuse
 from lm_envs.reward.base import RESERVED
 
 if TYPE_CHECKING:
@@ -23,29 +23,30 @@ class TextTask:
     """A text-generation task; environments, agents and comparisons read it and never change it.
 
     Attributes:
-        name: how results call it.
+        name: the name in results.
         reference: the frozen model that the KL penalty is measured from (the SFT model), in ``eval`` mode.
         prompts: token ids without padding, by split (``"train"``, ``"validation"``, ``"test"``).
-        reward: what trains: usually a learned reward model, a proxy of the judge.
-        judge: gold, for win-rates; None when there is none.
-        eos_token_id, more_eos_token_ids: end a response, several in chat models; may equal the tokenizer's pad id.
+        reward: the training reward, usually a learned model and a proxy of the judge.
+        judge: the gold reward, for win-rates; None for no win-rates.
+        eos_token_id, more_eos_token_ids: the tokens that end a response, several in chat models; may equal the
+            tokenizer's pad id.
         max_new_tokens: the horizon.
         min_new_tokens: EOS is masked before that many tokens.
         kl_coef: the environment's default weight of the KL penalty, in score units per nat.
-        temperature: of the policy and of the reference alike.
+        temperature: of the policy and of the reference.
         description: one line for listings.
         demonstrations: full texts as token ids (prompt, continuation, EOS), for supervised fine-tuning.
-        responses: the same as (prompt, response) where prompts differ in length; the response ends in EOS. Used instead
-            of ``demonstrations`` where there are any.
+        responses: (prompt, response ending in EOS) for prompts of different lengths; replaces ``demonstrations``.
         corpus_metric: a figure of all greedy responses to a split together, for reports, such as
             :class:`~lm_envs.tasks.translation.CorpusBLEU`: ``column`` names the references' column, ``corpus(texts,
             references)`` is the figure, and ``gain(ours, theirs, references)`` a difference and its standard error.
         pairs: (row of ``prompts["train"]``, response, response), two of the reference's responses to that prompt.
-            Annotators choose between these where an algorithm learns from preferences, and a learned reward that the
-            task comes with was trained on them.
-        stats: figures about the task's making, such as the reward model's accuracy, for reports.
+            Algorithms that learn from preferences have annotators choose between them, as the task's own learned
+            reward did.
+        stats: figures about how the task was made, such as the reward model's accuracy, for reports.
         policy: the model that training starts from, None for the reference; it shares the reference's vocabulary.
-        columns: further columns of the prompts' data, which rewards get: by split, then by name, one entry per prompt.
+        columns: other columns of the prompts' data, which rewards receive: by split, then by name, one entry per
+            prompt.
     """
 
     name: str
@@ -70,18 +71,14 @@ class TextTask:
     columns: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Freeze the models: the reference is what KL is measured from, and training uses a copy of the start.
-
-        Raises:
-            ValueError: a column has another length than its prompts, or a name that rewards use for something else.
-        """
+        """Freeze the models, since training uses a copy; raise ValueError for columns that rewards cannot receive."""
         if self.columns:
             self._check_columns()
         fuse(self.reference.eval().requires_grad_(False))
         fuse(self.start.eval().requires_grad_(False))
         for model in {id(model): model for model in (self.reference, self.start)}.values():
             if rows_of(model) is None and not getattr(model, RECOMPUTE, False):
-                warnings.warn(f"task {self.name!r}: {no_rows(model)}; it is used so all the same", stacklevel=3)
+                warnings.warn(f"task {self.name!r}: {no_rows(model)}; it is used anyway", stacklevel=3)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -105,9 +102,9 @@ class TextTask:
         for split, columns in self.columns.items():
             for name, values in columns.items():
                 if name in RESERVED:
-                    raise ValueError(f"task {self.name!r}: rewards get something else as {name!r}: rename the column")
-                if len(values) != len(self.prompts[split]):
                     raise ValueError(
-                        f"task {self.name!r}: {len(values)} entries of {name!r} for the {len(self.prompts[split])} "
-                        f"prompts of {split}"
+                        f"task {self.name!r}: rewards receive something else as {name!r}: rename the column"
                     )
+                if len(values) != len(self.prompts[split]):
+                    wanted = f"{len(self.prompts[split])} prompts of {split}"
+                    raise ValueError(f"task {self.name!r}: {len(values)} entries of {name!r} for the {wanted}")

@@ -1,6 +1,7 @@
-"""A task made of the user's own labeled text: a language model and a byte-level tokenizer trained on it, a reward
-model learned from the labels of one half of the training texts, and a judge of another kind learned from the labels
-of the other half: the pipeline that built the Reviews task, with people's labels for simulated annotators.
+"""A task made from a user's labeled text, by the pipeline that built Reviews with people's labels for simulated ones.
+
+A byte-level tokenizer and a language model are trained on the texts. The labels of half of the training texts train a
+reward model, those of the other half a judge of another kind.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,24 +31,23 @@ from lm_envs.reward import base, learned
 from lm_envs.reward.learned import LearnedReward, initialise_reward_head, raw_scores
 from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.settings import NonNegative, Positive, Rate, Several, Size, Whole, make
-from lm_envs.tasks import corpus_judge, own_text, sampling
+from lm_envs.tasks import sampling
 from lm_envs.tasks.base import TextTask
-from lm_envs.tasks.corpus_judge import TextJudge, require_sklearn
 
 
 @dataclass(frozen=True)
-class CorpusConfig(own_text.OwnTextConfig):
-    """Everything but the file that determines the task; changing a field makes another cache entry.
+class CorpusConfig(sampling.OwnTextConfig):
+    """Everything but the file that determines the task; each combination has its own cache entry.
 
     Attributes:
-        prompt_words, prompt_tokens: words of an opening, and tokens beyond which it is left out.
-        min_new_tokens: EOS is masked before that many tokens: short texts would pay the least KL penalty.
-        max_tokens: longer texts are cut to this many tokens for the language model and the reward model.
-        lm_steps, lm_epochs: the language model's training, whichever is over first.
+        prompt_words, prompt_tokens: words of an opening, and the most tokens that it may have.
+        min_new_tokens: EOS is masked before that many tokens, because short texts would pay the least KL penalty.
+        max_tokens: longer texts are cut to this many tokens for both models.
+        lm_steps, lm_epochs: limits of the language model's training; the first one reached ends it.
         lm_batch, lm_learning_rate: tokens per step, and AdamW's peak rate.
-        rm_steps, rm_epochs, rm_batch, rm_learning_rate: the reward model's, which starts from the language model,
-            likewise; a batch in texts.
-        samples: of the language model; they measure and normalise the reward model.
+        rm_steps, rm_epochs, rm_batch, rm_learning_rate: the same for the reward model, which starts from the language
+            model; the batch is in texts.
+        samples: responses of the language model that measure and normalise the reward model.
     """
 
     prompt_words: Size = 5
@@ -72,7 +73,7 @@ class CorpusConfig(own_text.OwnTextConfig):
         if self.prompt_tokens + self.max_new_tokens > self.max_tokens:
             raise ValueError(
                 f"prompt_tokens={self.prompt_tokens} and max_new_tokens={self.max_new_tokens} are together "
-                f"more than max_tokens={self.max_tokens}, which is what the models are trained on"
+                f"more than max_tokens={self.max_tokens}, the length of the texts that the models are trained on"
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
@@ -81,8 +82,10 @@ class CorpusConfig(own_text.OwnTextConfig):
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
-    """The task of a file of labeled texts (see :func:`read_labelled`); made on first use, with progress bars, and read
-    from the cache afterwards. ``options`` are fields of :class:`CorpusConfig`.
+    """Make the task of a file of labeled texts (see :func:`read_labelled`), with progress bars, or read it from the
+    cache.
+
+    ``options`` are fields of :class:`CorpusConfig`.
 
     Raises:
         ValueError: no path, a malformed row (file and line), too few texts, or a wrong option.
@@ -95,16 +98,17 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
             "corpus is made of a file of your own: give path=FILE.jsonl, rows with 'text' and 'label' (0 or 1)"
         )
     config = make(CorpusConfig, options, "corpus")
-    require_sklearn()
-    import sklearn
-
+    try:
+        import sklearn
+    except ImportError as error:
+        raise ImportError("the judge needs scikit-learn: pip install 'lm-envs[corpus]'") from error
     path = Path(path)
-    folder, made, tokenizer = own_text.cached(
+    folder, made, tokenizer = sampling.cached(
         "corpus",
         path,
         config,
         lambda folder: build(read_labelled(path), config, folder),
-        [__file__, rng, decoding, logprob_kl, learned, base, corpus_judge],
+        [__file__, rng, decoding, logprob_kl, learned, base],
         [sklearn],
     )
     return TextTask(
@@ -113,7 +117,7 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
         reference=GPT2LMHeadModel.from_pretrained(folder / "policy", dtype=torch.float32),
         prompts=made["prompts"],
         reward=sampling.saved_reward(folder, tokenizer, made["normalise"], "label_reward_model"),
-        judge=TextJudge.load(folder / "judge"),
+        judge=TextJudge(*made["judge"]),
         eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=config.max_new_tokens,
         min_new_tokens=config.min_new_tokens,
@@ -130,13 +134,15 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> dict[s
     """Make tokenizer, language model, reward model and judge, measure them on held-out texts, and save them."""
     train = [row for row in rows if row.split == "train"]
     held_out = [row for row in rows if row.split != "train"]
-    tokenizer = own_text.make_tokenizer([row.text for row in train], config.vocabulary)
+    tokenizer = sampling.make_tokenizer([row.text for row in train], config.vocabulary)
     prompts = _prompts(rows, tokenizer, config)
     demonstrations = encode(tokenizer, train, config.max_tokens)
     judge_half = training_half(rows, 1)
     judge = TextJudge.fit([row.text for row in judge_half], [row.label for row in judge_half])
-    policy = _initial(GPT2LMHeadModel, config, tokenizer)
-    bundles = own_text.token_bundles([(len(text),) for text in demonstrations], config.lm_batch)
+    shape = (tokenizer, config.max_tokens, (config.hidden, config.layers, config.heads), config.seed)
+    options = {"weight_decay": config.weight_decay, "seed": config.seed}
+    policy = sampling.small_gpt2(GPT2LMHeadModel, *shape)
+    bundles = sampling.token_bundles([(len(text),) for text in demonstrations], config.lm_batch)
     sampling.fit(
         "corpus: language model",
         training.fit_language_model,
@@ -145,10 +151,9 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> dict[s
         bundles,
         steps=min(config.lm_steps, config.lm_epochs * len(bundles)),
         learning_rate=config.lm_learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
+        **options,
     )
-    reward_model = _initial(GPT2ForSequenceClassification, config, tokenizer)
+    reward_model = sampling.small_gpt2(GPT2ForSequenceClassification, *shape)
     reward_model.transformer.load_state_dict(policy.transformer.state_dict())
     initialise_reward_head(reward_model.score, torch.Generator().manual_seed(config.seed))
     reward_half = training_half(rows, 0)
@@ -163,8 +168,7 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> dict[s
         bundles,
         steps=min(config.rm_steps, config.rm_epochs * len(bundles)),
         learning_rate=config.rm_learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
+        **options,
     )
     samples = sampling.sample(
         policy,
@@ -182,20 +186,19 @@ def build(rows: Sequence[Example], config: CorpusConfig, folder: Path) -> dict[s
     reward = in_units_of(LearnedReward(reward_model, tokenizer, batch_size=256), samples)
     stats = _stats(policy, reward, judge, tokenizer, held_out, samples, config)
     sampling.save(folder, tokenizer, policy=policy, reward_model=reward_model)
-    judge.save(folder / "judge")
-    return {"prompts": prompts, "demonstrations": demonstrations, "stats": stats, "normalise": reward.normalise}
+    found = {"prompts": prompts, "demonstrations": demonstrations, "stats": stats}
+    return found | {"normalise": reward.normalise, "judge": judge.arguments}
 
 
 def read_labelled(path: str | Path) -> list[Example]:
-    """Read rows with ``text``, ``label`` (0 or 1) and perhaps ``split``, of any source; each run of white space becomes
-    one space.
+    """Read rows with ``text``, ``label`` (0 or 1) and an optional ``split`` from any source.
 
-    A text that occurs again counts once, with its first label. Texts without ``split`` are divided by
-    :func:`~lm_envs.data.splits.divide`.
+    Each run of white space becomes one space. A repeated text counts once, with its first label.
+    :func:`~lm_envs.data.splits.divide` divides texts without ``split``.
 
     Raises:
         ValueError: a malformed row (the message names file and line), or too few texts: each half of the training
-            texts needs some of either label, validation and test one.
+            texts needs two of either label, validation and test one.
     """
     labels: dict[str, int] = {}
     found = []
@@ -217,14 +220,14 @@ def read_labelled(path: str | Path) -> list[Example]:
 
 
 def training_half(rows: Sequence[Example], half: int) -> list[Example]:
-    """The training texts whose labels the reward model (half 0) or the judge (half 1) learns from."""
+    """Return the training texts whose labels the reward model (half 0) or the judge (half 1) learns from."""
     return [row for row in rows if row.split == "train" and (share(row.text, "half") < 0.5) == (half == 0)]
 
 
 def openings(rows: Sequence[Example], words: int) -> dict[str, list[str]]:
-    """The first ``words`` words of the texts that go on after them.
+    """Return the first ``words`` words of each longer text, by split.
 
-    Each opening occurs once and in one split only: test before validation before training.
+    An opening belongs to one split only: test before validation before training.
     """
     found: dict[str, list[str]] = {}
     taken: set[str] = set()
@@ -237,7 +240,7 @@ def openings(rows: Sequence[Example], words: int) -> dict[str, list[str]]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_tokens: int) -> list[list[int]]:
-    """Texts as token ids that end in EOS, cut to ``max_tokens`` (then without it)."""
+    """Return the token ids of texts, ending in EOS unless they were cut to ``max_tokens``."""
     eos = tokenizer.eos_token_id
     return [[*ids, eos][:max_tokens] for ids in tokenizer([row.text for row in rows])["input_ids"]]
 
@@ -258,17 +261,16 @@ def _prompts(
 
 
 def _bundles(texts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Indices of texts of nearly one length together, ``size`` at a time; without padding an epoch takes half."""
+    """Indices of texts, ``size`` of nearly one length together: with little padding an epoch takes half the time."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def prefix_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    """Logistic loss of a decoder-style classifier that reads texts and, in the same forward, all their prefixes.
+    """Logistic loss of a decoder-style classifier on texts and, in the same forward, on all their prefixes.
 
-    ``mean_i [ l(full_i) / 2 + mean_{t < T_i} l(prefix_i,t) / 2 ]`` with ``l = -log sigmoid(+-score)``. A causal
-    model's state at place t has seen the prefix only, so the score means something on texts that break off, as
-    samples at the length limit do.
+    ``mean_i [ l(full_i) / 2 + mean_{t < T_i} l(prefix_i,t) / 2 ]`` with ``l = -log sigmoid(+-score)``. So the score
+    also holds for texts that break off, as samples at the length limit do.
 
     Args:
         ids: ``(N, L)`` int64, right-padded with -1, at least two tokens a row.
@@ -277,9 +279,8 @@ def prefix_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
     present = ids >= 0
     hidden = model.base_model(**observations.model_inputs(ids), use_cache=False).last_hidden_state
     logits = model.score(hidden).squeeze(-1)
-    each = F.binary_cross_entropy_with_logits(
-        logits, labels[:, None].to(logits.dtype).expand_as(logits), reduction="none"
-    )
+    targets = labels[:, None].to(logits.dtype).expand_as(logits)
+    each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     last = present.sum(dim=1) - 1
     before = torch.arange(ids.shape[1], device=ids.device) < last[:, None]
     full = each.gather(1, last[:, None]).squeeze(1)
@@ -297,10 +298,10 @@ def _stats(
     samples: Samples,
     config: CorpusConfig,
 ) -> dict[str, float]:
-    """Figures on held-out texts, and of the reference's samples of validation prompts.
+    """Measure the models on held-out texts and on the reference's samples for validation prompts.
 
-    ``perplexity_per_word`` holds whatever the tokenizer (an end counts as a word), ``*_threshold`` is the score above
-    which a text counts for label 1, and ``sft_*_positive`` the share of samples above it.
+    ``perplexity_per_word`` does not depend on the tokenizer (an end counts as a word), ``*_threshold`` is the score
+    above which a text counts as label 1, and ``sft_*_positive`` the share of samples above it.
     """
     ids = encode(tokenizer, held_out, config.max_tokens)
     labels = np.array([row.label for row in held_out]) == 1
@@ -329,6 +330,55 @@ def _stats(
     }
 
 
-def _initial(kind: type[sampling.Model], config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> sampling.Model:
-    sizes = (config.hidden, config.layers, config.heads)
-    return sampling.small_gpt2(kind, tokenizer, config.max_tokens, sizes, config.seed)
+class TextJudge:
+    """The probability that a text has label 1: logistic regression on TF-IDF weights of words and pairs of words.
+
+    It shares nothing with the reward model. It reads prompt and completion as one text; above :attr:`threshold` the
+    text counts as label 1.
+
+    Args:
+        terms: the words and pairs, V of them.
+        idf, weight: ``(V,)`` float64, inverse document frequencies and weights.
+        bias: of the log-odds.
+    """
+
+    __name__ = "judge"
+    threshold = 0.5
+
+    def __init__(self, terms: Sequence[str], idf: ArrayLike, weight: ArrayLike, bias: float) -> None:
+        self.weight, self.bias = np.asarray(weight, dtype=np.float64), bias
+        self._vectorizer = _vectorizer(vocabulary=terms)
+        self._vectorizer.idf_ = np.asarray(idf, dtype=np.float64)
+        self.arguments = [list(terms), np.asarray(idf).tolist(), self.weight.tolist(), bias]  # in JSON's types
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], labels: Sequence[int]) -> TextJudge:
+        """Learn from labeled texts, at least one of each label; ValueError if they have no words."""
+        from sklearn.linear_model import LogisticRegression
+
+        # Terms of a single text cannot be told from noise, but a handful of texts may have no others.
+        vectorizer = _vectorizer(min_df=2 if len(texts) >= 1000 else 1)
+        try:
+            features = vectorizer.fit_transform(texts)
+        except ValueError as error:
+            raise ValueError(f"the judge cannot learn from these {len(texts)} texts: {error}") from error
+        model = LogisticRegression(C=10.0, max_iter=1000).fit(features, list(labels))
+        return cls(
+            vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, model.coef_[0], float(model.intercept_[0])
+        )
+
+    def probability(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return ``(N,)`` float64 in (0, 1)."""
+        log_odds = self._vectorizer.transform(texts) @ self.weight + self.bias
+        return np.asarray(1 / (1 + np.exp(-log_odds)))
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """Return one probability per sample."""
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return self.probability(texts).tolist() if texts else []
+
+
+def _vectorizer(**options: Any) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **options)

@@ -1,6 +1,6 @@
-"""Bring your own: a task of a user's policy, rewards and prompts, from folders of ``save_pretrained`` or hub names.
+"""A task made of a user's policy, rewards and prompts, from folders of ``save_pretrained`` or hub names.
 
-Whatever does not fit together is refused here, in one line, before any training.
+Parts that do not fit together are refused here, in one line, before any training.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.text import Codec
 from lm_envs.reward.base import RESERVED, Standardise, leaves, reward_name
 from lm_envs.reward.building import build_reward
-from lm_envs.reward.learned import LearnedReward, load_reward_model
+from lm_envs.reward.learned import LearnedReward
 from lm_envs.reward.metrics import TextMetric
-from lm_envs.reward.specs import Spec, is_spec, parse_reward
+from lm_envs.reward.specs import Source, is_spec, parse_reward
 from lm_envs.reward.units import Samples, in_units_of
 from lm_envs.settings import Name, Names, NonNegative, Positive, Seed, Settings, Several, Size, Whole, make
 from lm_envs.tasks import sampling
@@ -34,7 +34,6 @@ from lm_envs.tasks.base import TextTask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NEEDED = ("policy", "reward_model", "prompts")  # reward_model or reward
 _NAMED = 3  # bad rows in the warning about them
 
 
@@ -44,26 +43,25 @@ class CustomConfig(Settings):
 
     Attributes:
         policy: the model to tune and its tokenizer: a folder of ``save_pretrained`` (or of adapters), or a hub name.
-        reward_model: a sequence classifier with its own tokenizer, likewise; short for a ``reward`` of
-            ``model:PLACE``, put in units of the reference.
-        reward: what trains, as :mod:`lm_envs.reward.specs` reads it; several texts are summed.
-        prompts: a source with ``prompt`` (text or chat messages) and perhaps ``split`` (train, validation, test) a
-            row, or another convention with prompts; see :class:`~lm_envs.data.dataset.Examples`.
-        reference: what the KL penalty is measured from, None for the policy as it starts; "base" for the model under
-            its adapters.
-        judge: what decides win-rates: another reward model's place, or a reward as text; None for no win-rates.
+        prompts: a source whose rows have ``prompt`` (text or chat messages) and an optional ``split`` (train,
+            validation, test), or follow another convention; see :class:`~lm_envs.data.dataset.Examples`.
+        reward_model: the folder or hub name of a sequence classifier with its own tokenizer; short for
+            ``reward="standardise(model:PLACE)"``.
+        reward: the training reward as text, in the grammar of :mod:`lm_envs.reward.specs`; several texts are summed.
+        reference: the model that the KL penalty is measured from, None for the policy as it starts; "base" for the
+            model under its adapters.
+        judge: the reward for win-rates: the place of a reward model, or a reward as text; None for no win-rates.
         min_new_tokens: EOS is masked before that many tokens.
         kl_coef: default weight of the KL penalty, in units of the reward per nat.
-        normalise: put the reward in units of its standard deviation over samples of the reference, with mean 0; None
-            does so with ``reward_model`` and leaves a ``reward`` as it is written.
-        samples: how many samples that takes.
+        normalise: shift and scale the reward to mean 0 and standard deviation 1 over samples of the reference; None
+            does so with ``reward_model`` and not with ``reward``.
+        samples: number of those samples.
         batch_size: texts per forward of the reward model and of the judge.
-        dtype: of the policy and the reference: "float32", "bfloat16", "float64", or "auto" for what they were saved in.
-        reward_dtype: of the reward models and the judge, likewise.
+        dtype, reward_dtype: of policy and reference, and of reward models and judge: "float32", "bfloat16", "float64",
+            or "auto" for the one they were saved in.
         device, device_map: where all models go; see :class:`~lm_envs.model.loading.Placement`.
         recompute: accept a policy whose cache cannot be kept row by row.
-        bad: what a row of prompts does that cannot be read, is empty or too long: "raise" stops everything, "skip"
-            passes it over.
+        bad: "raise" stops at a row that cannot be read, is empty or too long; "skip" leaves it out.
     """
 
     policy: Name
@@ -90,10 +88,8 @@ class CustomConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reward_model is not None and self.reward is not None:
-            raise ValueError(
-                f"reward_model is short for one reward, so give one of the two: reward "
-                f"'standardise(model:{self.reward_model})' says the same and can be added to others"
-            )
+            same = f"reward 'standardise(model:{self.reward_model})' says the same and can be added to others"
+            raise ValueError(f"reward_model is short for one reward, so give one of the two: {same}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}"
@@ -105,30 +101,30 @@ class CustomConfig(Settings):
 
 
 def load(**options: Any) -> TextTask:
-    """The task made of the user's parts.
+    """Make the task of the user's parts.
 
     Args:
-        options: fields of :class:`CustomConfig`; ``policy``, ``prompts`` and one of ``reward_model`` and ``reward`` are
+        options: fields of :class:`CustomConfig`; ``policy``, ``prompts``, and ``reward_model`` or ``reward`` are
             needed.
 
     Raises:
         FileNotFoundError: there is no such file of prompts.
-        ValueError: what does not fit, in one line: a missing folder, a model without the right head, a tokenizer that
-            does not go with its model, policy and reference of different vocabularies, a malformed row or an empty or
-            too long prompt (with file and line), or a reward that cannot be made or standardised.
+        ValueError: a part is missing or does not fit the others, a row of the prompts is malformed, empty or too long
+            (with file and line), or a reward cannot be made or standardized.
     """
-    missing = [name for name in _NEEDED if options.get(name) is None]
-    if "reward_model" in missing and options.get("reward") is not None:
-        missing.remove("reward_model")
+    rewarded = options.get("reward") is not None
+    needed = ("policy", "reward_model", "prompts")
+    missing = [name for name in needed if options.get(name) is None and not (name == "reward_model" and rewarded)]
     if missing:
-        raise ValueError(
-            f"custom is made of parts of your own: give {', '.join(_NEEDED)}; missing: {', '.join(missing)}"
-        )
+        gap = f"give {', '.join(needed)}; missing: {', '.join(missing)}"
+        raise ValueError(f"custom is made of parts of your own: {gap}")
     plain: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
     config = make(CustomConfig, plain, "custom")
-    # What is quick to check comes first: models can take minutes to load.
-    reward_spec = None if config.reward is None else parse_reward(config.reward)
-    judge_spec = None if config.judge is None or not is_spec(config.judge) else parse_reward(config.judge)
+    # Quick checks come first: models can take minutes to load.
+    reward_spec = Source("model", str(config.reward_model)) if config.reward is None else parse_reward(config.reward)
+    judge_spec = None
+    if config.judge is not None:
+        judge_spec = parse_reward(config.judge) if is_spec(config.judge) else Source("model", config.judge)
     rejected = Rejected(config.prompts, config.bad)
     texts = read_prompts(config.prompts, rejected)
     conversational = any(not isinstance(prompt.prompt, str) for prompt in texts)
@@ -159,25 +155,18 @@ def load(**options: Any) -> TextTask:
             columns=columns.get("train"),
         )
 
-    place = config.placement(config.reward_dtype)
-
-    def built(spec: Spec | None, name: str | None, what: str) -> Any:
-        if spec is None:
-            return None if name is None else load_reward_model(name, what, place, batch_size=config.batch_size)
-        return build_reward(
-            spec,
-            samples=samples,
-            batch_size=config.batch_size,
-            conversational=conversational,
-            what=what,
-            placement=place,
-        )
-
-    reward = built(reward_spec, config.reward_model, "reward model")
-    judge = built(judge_spec, config.judge, "judge")
+    build = functools.partial(
+        build_reward,
+        samples=samples,
+        batch_size=config.batch_size,
+        conversational=conversational,
+        placement=config.placement(config.reward_dtype),
+    )
+    reward = build(reward_spec, what="reward model")
+    judge = None if judge_spec is None else build(judge_spec, what="judge")
     for found in (reward, judge):
         check_references(found, [prompt for prompt, _ in encoded])
-    if config.normalise or (config.normalise is None and reward_spec is None):
+    if config.normalise or (config.normalise is None and config.reward is None):
         reward = in_units_of(reward, samples())
     stats: dict[str, float] = {"bad_prompts": rejected.count} if rejected.count else {}
     if isinstance(reward, (LearnedReward, Standardise)):
@@ -206,35 +195,37 @@ def load(**options: Any) -> TextTask:
 def _policy_and_reference(
     config: CustomConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Both, tried out; the same object where the policy is its own reference. Adapters share their base's weights."""
-    placement, recompute = config.placement(config.dtype), config.recompute
-    base = None
-    if is_adapter(Path(config.policy).expanduser()):
-        place = Path(config.policy).expanduser()
-        base = loading.load_policy(base_of(place), "the base of policy", placement, recompute=recompute)
+    """Load and try both; one object if the policy is its own reference. Adapters share their base's weights."""
+    load = functools.partial(loading.load_policy, placement=config.placement(config.dtype), recompute=config.recompute)
+    place, recompute = Path(config.policy).expanduser(), config.recompute
+    if config.reference != "base":
+        policy = base = load(config.policy, "policy")
+    elif is_adapter(place):
+        base = load(base_of(place), "the base of policy")
         policy = with_adapters(base, place)
     else:
-        policy = loading.load_policy(config.policy, "policy", placement, recompute=recompute)
+        raise ValueError(
+            f"reference 'base' is the model under a policy's adapters, and policy {config.policy!r} has "
+            "none: leave reference out, or give a folder (./base, if it is called so)"
+        )
     loading.check_fits(tokenizer, loading.vocabulary_of(policy), f"policy {config.policy!r}")
     check_model(policy, f"policy {config.policy!r}", recompute=recompute)
-    if config.reference is None:
-        return policy, policy
-    if config.reference == "base":
-        if base is None:
-            raise ValueError(
-                f"reference 'base' is the model under a policy's adapters, and policy {config.policy!r} has "
-                "none: leave reference out, or give a folder (./base, if it is called so)"
-            )
+    if config.reference in (None, "base"):
         return policy, base
-    reference = loading.load_policy(config.reference, "reference", placement, recompute=recompute)
-    loading.same_vocabulary(policy, reference, (config.policy, config.reference))
+    reference = load(config.reference, "reference")
+    widths = loading.vocabulary_of(policy), loading.vocabulary_of(reference)
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"policy {config.policy!r} has {widths[0]} output tokens and reference {config.reference!r} {widths[1]}: "
+            "the KL penalty compares them token by token, so they must share one vocabulary"
+        )
     _check_same_tokens(tokenizer, config)
     check_model(reference, f"reference {config.reference!r}", recompute=recompute)
     return policy, reference
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, config: CustomConfig) -> None:
-    """Raise ValueError where the reference comes with a tokenizer whose words, special tokens aside, have other ids."""
+    """Raise ValueError if the reference has a tokenizer whose words, special tokens aside, have other ids."""
     try:
         theirs = loading.load_tokenizer(str(config.reference), "reference")
     except ValueError:
@@ -249,18 +240,18 @@ def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, config: CustomConfig)
 
 
 def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[Example]:
-    """Read prompts, and their column ``split`` if they have one; divided as :func:`~lm_envs.data.splits.divide` says.
+    """Read prompts and divide them into splits by :func:`~lm_envs.data.splits.divide`.
 
     Rows with the same prompt and the same columns count once.
 
     Args:
         source: in any convention that has prompts; see :class:`~lm_envs.data.dataset.Examples`.
-        rejected: gets malformed rows and empty prompts; without it they raise.
+        rejected: receives malformed rows and empty prompts; without it they raise.
 
     Raises:
-        ValueError: a bad row that is to raise (the message names file and line), or a split without prompts.
+        ValueError: a bad row (the message names file and line), or a split without prompts.
     """
-    rows: dict[tuple[str, str], Example] = {}  # equal prompts may stand beside different references
+    rows: dict[tuple[str, str], Example] = {}  # equal prompts may have different references
     found: list[tuple[str, str]] = []
     data = Examples(source, "prompts")
     data.rejected = rejected = rejected or data.rejected
@@ -272,11 +263,11 @@ def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[E
 
 
 def check_references(reward: Any, prompts: Sequence[Example]) -> None:
-    """Raise ValueError, with file and line, where a text metric would find no reference to compare with."""
+    """Raise ValueError, with file and line, if a text metric would find no reference to compare with."""
     parts = [] if reward is None else list(leaves(reward))
     for metric in (part for part in parts if isinstance(part, TextMetric)):
         if not any(metric.column in prompt.columns for prompt in prompts):
-            continue  # the metric itself says that there is no such column
+            continue  # the metric reports a missing column
         for prompt in prompts:
             given = prompt.columns.get(metric.column)
             texts = [given] if isinstance(given, str) else given
@@ -298,16 +289,11 @@ def encode_prompts(
 ) -> list[tuple[Example, list[int]]]:
     """Return prompts with their token ids, as :meth:`~lm_envs.model.text.Codec.encode` makes them.
 
-    Args:
-        codec: of the policy.
-        max_new_tokens: for which there must be room.
-        readers: the models that read the prompts.
-        rejected: gets prompts that have no tokens, leave no room for the response in the model's context, or are
-            refused by the chat template.
+    ``rejected`` receives prompts that have no tokens, leave no room for ``max_new_tokens`` in the context of a reader,
+    or are refused by the chat template.
 
     Raises:
-        ValueError: a bad prompt that is to raise, with file and line; messages without a chat template; or no prompt is
-            left for a split.
+        ValueError: a bad prompt, with file and line; messages without a chat template; or a split without prompts.
     """
     found: list[tuple[Example, list[int]]] = []
     for prompt in prompts:
@@ -335,7 +321,7 @@ def encode_prompts(
 
 
 def passed_over(rejected: Rejected) -> str:
-    """How many rows were bad, and the first of them."""
+    """Say how many rows were bad, and list the first ones."""
     first = "; ".join(f"{bad.where}: {bad.reason}" for bad in rejected.rows[:_NAMED])
     rows = "1 bad row was" if rejected.count == 1 else f"{rejected.count:,} bad rows were"
     more = "; ..." if rejected.count > _NAMED else ""
@@ -348,18 +334,18 @@ def by_split(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, list[lis
 
 
 def columns_of(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, dict[str, list[Any]]]:
-    """The columns that the prompts' rows hold beside them, by split and name, in the order of :func:`by_split`; None
-    where a row lacks one. Of chat prompts the column ``messages`` holds the messages.
+    """Return the other columns of the prompts' rows, by split and name, in the order of :func:`by_split`; None for a
+    row that lacks one. With chat prompts, the column ``messages`` holds the messages.
 
     Raises:
-        ValueError: a column is called as something else that rewards get; with file and line.
+        ValueError: a column has a name that rewards use for something else; with file and line.
     """
     prompts = [prompt for prompt, _ in encoded]
     names: dict[str, Any] = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     for name in RESERVED:
         if name in names:
             where = next(prompt.place for prompt in prompts if name in prompt.columns)
-            raise ValueError(f"{where}: rewards get something else as {name!r}: rename that column")
+            raise ValueError(f"{where}: rewards receive something else as {name!r}: rename that column")
     rows = [{**names, **prompt.columns} for prompt in prompts]
     if any(not isinstance(prompt.prompt, str) for prompt in prompts):
         names["messages"] = None
@@ -368,8 +354,5 @@ def columns_of(encoded: Sequence[tuple[Example, list[int]]]) -> dict[str, dict[s
             row["messages"] = [{"role": "user", "content": text}] if isinstance(text, str) else text
     if not names:
         return {}
-    pairs = list(zip(rows, prompts, strict=True))
-    return {
-        split: {name: [row[name] for row, prompt in pairs if prompt.split == split] for name in names}
-        for split in SPLITS
-    }
+    held = {split: [row for row, one in zip(rows, prompts, strict=True) if one.split == split] for split in SPLITS}
+    return {split: {name: [row[name] for row in held[split]] for name in names} for split in SPLITS}

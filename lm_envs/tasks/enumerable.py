@@ -1,9 +1,8 @@
 """A task whose every response can be enumerated, so that the optimum is known to machine precision.
 
-Five tokens and EOS, a horizon of five, four prompts: 781 prefixes and 3,906 sequences per prompt. The reference is a
-table of logits per prompt and prefix, the reward a table per prompt and sequence; both are given, or drawn from the
-seed. :class:`lm_envs.exact.solver.Exact` solves it. The reference is a transformers model in float64, and prompts and
-responses are texts, as in any other text environment.
+It has five tokens and EOS, a horizon of five and four prompts: 781 prefixes and 3,906 sequences per prompt. The
+reference, a transformers model in float64, is a table of logits per prompt and prefix; the reward is a table per prompt
+and sequence. Both are given or drawn from the seed. :class:`lm_envs.exact.solver.Exact` solves the task.
 """
 
 from __future__ import annotations
@@ -28,24 +27,102 @@ from lm_envs import rng
 from lm_envs.data.splits import SPLITS
 from lm_envs.settings import NonNegative, Seed, Settings, Size, make
 from lm_envs.tasks.base import TextTask
-from lm_envs.tasks.prefix_tree import PrefixTree
 
 EOS = "<eos>"
+MAX_SEQUENCES = 2_000_000
 _NOISE = 0.5  # standard deviation of the part of a reward that its tokens do not explain, before scaling
 _LOGITS, _WEIGHTS, _NOISES = 0, 1, 2  # which of the tables a counted number is for
 
 
-@dataclass(frozen=True)
-class EnumerableConfig(Settings):
-    """The sizes of the task, and what its tables are drawn from.
+class PrefixTree:
+    """Numbers for all texts over V tokens, EOS included, up to a horizon of T tokens.
+
+    With n = V - 1 tokens besides EOS, whose ids in order have the ranks 0 .. n-1, the empty text has the number 0 and
+    ``f(a_1 .. a_k) = n f(a_1 .. a_{k-1}) + 1 + a_k``, as in a heap: by length, then lexicographically. A text shorter
+    than T is a **prefix**, a state in which a token is chosen; there are ``S = (n^T - 1) / (n - 1)``. A **sequence** is
+    what an episode can end with: a prefix and EOS, which has the prefix's number, or T tokens without EOS, which have
+    the numbers from S on; there are ``S + n^T``.
 
     Attributes:
-        tokens: n, besides EOS; they are called a, b, c, ...
-        horizon: T, most tokens of a response, EOS included.
+        arity: n.
+        prefixes, sequences: how many there are.
+
+    Raises:
+        ValueError: an argument out of range, or more than :data:`MAX_SEQUENCES` sequences.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_id: int, horizon: int) -> None:
+        if vocab_size < 3 or not 0 <= eos_token_id < vocab_size:
+            found = f"got {vocab_size} tokens with EOS {eos_token_id}"
+            raise ValueError(f"a prefix tree needs two tokens besides EOS, and EOS among them, {found}")
+        if horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {horizon}")
+        self.vocab_size, self.eos_token_id, self.horizon = vocab_size, eos_token_id, horizon
+        self.arity = vocab_size - 1
+        self.prefixes = sum(self.arity**k for k in range(horizon))
+        self.sequences = self.prefixes + self.arity**horizon
+        if self.sequences > MAX_SEQUENCES:
+            raise ValueError(
+                f"{self.arity} tokens and a horizon of {horizon} make {self.sequences:,} sequences, more than the "
+                f"{MAX_SEQUENCES:,} that are enumerated: use fewer tokens or a shorter horizon"
+            )
+        self.tokens = torch.tensor([i for i in range(vocab_size) if i != eos_token_id])
+        """``(n,)`` int64, token ids by rank."""
+
+    def level(self, length: int) -> slice:
+        """Return the numbers of the texts of a length."""
+        start = sum(self.arity**k for k in range(length))
+        return slice(start, start + self.arity**length)
+
+    def states(self, response: Tensor) -> Tensor:
+        """Return the prefix before each token, and the text after the last.
+
+        Args:
+            response: ``(..., t)`` int64, right-padded with -1, at most T tokens, EOS included.
+
+        Returns:
+            ``(..., t + 1)`` int64; padding and EOS change nothing, so the last column is the sequence's number.
+        """
+        text = (response >= 0) & (response != self.eos_token_id)
+        rank = response - (response > self.eos_token_id).long()
+        state = response.new_zeros(response.shape[:-1])
+        columns = [state]
+        for t in range(response.shape[-1]):
+            state = torch.where(text[..., t], state * self.arity + 1 + rank[..., t], state)
+            columns.append(state)
+        return torch.stack(columns, dim=-1)
+
+    def texts(self) -> Tensor:
+        """Return ``(sequences, T)`` int64: the tokens of every text, without EOS, right-padded with -1."""
+        parts = []
+        for length in range(self.horizon + 1):
+            place = torch.arange(self.arity**length)
+            digits = [place // self.arity ** (length - 1 - t) % self.arity for t in range(length)]
+            level = torch.full((len(place), self.horizon), -1)
+            if digits:
+                level[:, :length] = self.tokens[torch.stack(digits, dim=1)]
+            parts.append(level)
+        return torch.cat(parts)
+
+    def responses(self) -> Tensor:
+        """Return ``(sequences, T)`` int64: the same with the EOS that a sequence ends in."""
+        found = self.texts()
+        rows = torch.arange(self.prefixes)
+        found[rows, (found[: self.prefixes] >= 0).sum(dim=1)] = self.eos_token_id
+        return found
+
+
+@dataclass(frozen=True)
+class EnumerableConfig(Settings):
+    """The sizes of the task, and the seed of its tables.
+
+    Attributes:
+        tokens: n, without EOS; they are called a, b, c, ...
+        horizon: T, the most tokens of a response, EOS included.
         prompts: how many; every split has all of them.
         kl_coef: beta, in units of the reward (standard deviation near 1) per nat.
-        seed: of the tables that are not given. Draws differ in how hard they are: the optimum of the default is 3.1
-            nats from the reference, and a table learns it sooner than most of its neighbours.
+        seed: of the tables that are not given. Draws differ in difficulty: the optimum of the default is 3.1 nats from
+            the reference, and a table learns it sooner than most of its neighbors.
     """
 
     tokens: Annotated[int, Interval(ge=2, le=len(string.ascii_lowercase))] = 5
@@ -56,7 +133,7 @@ class EnumerableConfig(Settings):
 
     @property
     def tree(self) -> PrefixTree:
-        """The numbers of prefixes and sequences; EOS is the last token id."""
+        """The numbering of prefixes and sequences; EOS is the last token id."""
         return PrefixTree(self.tokens + 1, self.tokens, self.horizon)
 
     @property
@@ -66,13 +143,12 @@ class EnumerableConfig(Settings):
 
 
 def load(logits: ArrayLike | None = None, rewards: ArrayLike | None = None, **options: Any) -> TextTask:
-    """The task.
+    """Make the task.
 
     Args:
-        logits: ``(prompts, prefixes, tokens + 1)`` of the reference, finite, EOS last; prefixes as
-            :class:`~lm_envs.tasks.prefix_tree.PrefixTree` numbers them. None draws standard normal ones.
-        rewards: ``(prompts, sequences)``, finite. None draws them: for each prompt a standard normal weight per token
-            (EOS included), summed over the sequence, plus noise; see :func:`draw_rewards`.
+        logits: ``(prompts, prefixes, tokens + 1)`` of the reference, finite, EOS last, in the order of
+            :class:`PrefixTree`. None draws standard normal ones.
+        rewards: ``(prompts, sequences)``, finite. None draws them by :func:`draw_rewards`.
         options: fields of :class:`EnumerableConfig`.
 
     Raises:
@@ -109,15 +185,16 @@ def load(logits: ArrayLike | None = None, rewards: ArrayLike | None = None, **op
 
 
 def _normal(seed: int, table: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Standard normal numbers, counted: those of a place depend on the seed, the table and the place alone."""
+    """Standard normal numbers; each depends on the seed, the table and its place alone."""
     uniform = rng.uniform(seed, rng.TABLE, table, np.arange(math.prod(shape)))
     # Half a step up: the numbers lie in [0, 1), and 0 would be -inf.
     return torch.special.ndtri(torch.as_tensor(uniform + 2.0**-54)).numpy().reshape(shape)
 
 
 def draw_rewards(config: EnumerableConfig, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``(prompts, sequences)``: weights per token plus noise. Under the reference the mean is 0, and the variance among
-    the responses to a prompt 1 on average; prompts differ in their mean, as they do elsewhere."""
+    """Draw ``(prompts, sequences)``: the sum of a sequence's weights, a standard normal one per prompt and token (EOS
+    included), plus noise. Under the reference the mean is 0 and the variance among the responses to a prompt is 1 on
+    average; prompts differ in their mean."""
     tree = config.tree
     weights = _normal(config.seed, _WEIGHTS, (config.prompts, tree.vocab_size))
     noise = _normal(config.seed, _NOISES, (config.prompts, tree.sequences))
@@ -140,12 +217,12 @@ def _table(name: str, values: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.f
 
 
 def encode_prompt(number: int, config: EnumerableConfig) -> list[int]:
-    """A prompt's tokens: its number to the base ``tokens``, the highest digit first."""
+    """Return a prompt's tokens: its number to the base ``tokens``, the highest digit first."""
     return [number // config.tokens**k % config.tokens for k in reversed(range(config.prompt_length))]
 
 
 def make_tokenizer(tokens: int) -> PreTrainedTokenizerFast:
-    """Words a, b, c, ... with spaces between them; EOS comes last and pads."""
+    """Return a tokenizer of the words a, b, c, ... with spaces between them; EOS comes last and pads."""
     words = [*string.ascii_lowercase[:tokens], EOS]
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -164,7 +241,7 @@ class TableReward:
     def __call__(
         self, *, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]] = (), **columns: Any
     ) -> NDArray[np.float64]:
-        """``(N,)`` float64; read are the ids, not the texts.
+        """Return ``(N,)`` float64, from the ids alone.
 
         Raises:
             ValueError: no ids, a prompt that is not one of the task's, or a completion longer than the horizon.
@@ -204,10 +281,10 @@ class TableLMConfig(PreTrainedConfig):
 
 
 class TableLM(PreTrainedModel):
-    """A causal language model that is a table: a row of logits per prompt and prefix, float64.
+    """A causal language model that is a table: a row of float64 logits per prompt and prefix, without a cache.
 
-    It is linear in one-hot features of (prompt, prefix), which are its hidden states; so a linear head on them, such
-    as :class:`~lm_envs.algos.policies.language_model.LMPolicy`'s value head, is a table too. It keeps no cache.
+    Its hidden states are one-hot features of (prompt, prefix), so a linear head on them, such as the value head of
+    :class:`~lm_envs.algos.policies.language_model.LMPolicy`, is a table too.
     """
 
     config_class = TableLMConfig
@@ -230,28 +307,19 @@ class TableLM(PreTrainedModel):
         return self.lm_head
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each position stands: ``(B, L)`` row of the table, and ``(B, L)`` bool, whether it is one.
+        """Return each position's row of the table, ``(B, L)``, and whether it has one, ``(B, L)`` bool.
 
-        A position within the prompt, in the padding, or behind the horizon or EOS has no row.
+        A position within the prompt, in the padding, or behind the horizon or EOS has none.
         """
         length, n = self._sizes.prompt_length, self._sizes.tokens
+        real = attention_mask > 0
         place = attention_mask.cumsum(dim=1)  # 1 at the first token
-        prompt = torch.zeros_like(input_ids[:, 0])
-        state = torch.zeros_like(prompt)
-        alive = torch.ones_like(prompt, dtype=torch.bool)
-        rows, known = [], []
-        for column in range(input_ids.shape[1]):
-            token, real = input_ids[:, column], attention_mask[:, column] > 0
-            alive = alive & ~(real & (token >= n))
-            asks = real & (place[:, column] <= length)
-            prompt = torch.where(asks & alive, prompt * n + token, prompt)
-            grows = real & ~asks & alive
-            state = torch.where(grows, state * n + 1 + token, state)
-            alive = alive & (state < self._tree.prefixes) & (prompt < self._sizes.prompts)
-            rows.append(prompt * self._tree.prefixes + state)
-            known.append(alive & real & (place[:, column] >= length))
-        found, valid = torch.stack(rows, dim=1), torch.stack(known, dim=1)
-        return found.masked_fill(~valid, 0), valid
+        asks = real & (place <= length)
+        prompt = (input_ids.where(asks, 0) * n ** (length - place).clamp(min=0)).cumsum(dim=1)
+        state = self._tree.states(input_ids.where(real & ~asks, -1))[:, 1:]
+        known = real & (place >= length) & (place < length + self._sizes.horizon) & (prompt < self._sizes.prompts)
+        known &= (real & (input_ids >= n)).cumsum(dim=1) == 0
+        return (prompt * self._tree.prefixes + state).masked_fill(~known, 0), known
 
     def forward(
         self,
@@ -261,8 +329,8 @@ class TableLM(PreTrainedModel):
         output_hidden_states: bool = False,
         **unused: Any,
     ) -> CausalLMOutput:
-        """Logits ``(B, L, V)`` float64, or of the last ``logits_to_keep`` positions; 0 where there is no row (see
-        :meth:`states`). Hidden states ``(B, L, prompts * prefixes)`` are one-hot."""
+        """Return logits ``(B, L, V)`` float64, or those of the last ``logits_to_keep`` positions; 0 where
+        :meth:`states` finds no row. Hidden states ``(B, L, prompts * prefixes)`` are one-hot."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         rows, known = self.states(input_ids, attention_mask)

@@ -1,8 +1,7 @@
-"""Reviews-v0: a small language model continues movie reviews.
+"""Reviews-v0: a small language model continues movie reviews, as in sentiment continuation on IMDB.
 
-A reward model learned from noisy simulated annotators scores them, and the gold reward that the annotators follow is
-known. The task mirrors sentiment continuation on IMDB. Its models and data are files in the package
-(``reviews_v0/``), so scores are comparable between machines; :mod:`lm_envs.tasks.reviews_build` made them.
+A reward model learned from noisy simulated annotators scores them, and the gold reward of the annotators is known. The
+models and data are files in ``reviews_v0/``, made by :mod:`lm_envs.tasks.reviews_build` and the same on every machine.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class GoldReview:
         finish_reasons: Sequence[str] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """One score per completion; without ``finish_reasons`` every response counts as stopped."""
+        """Return one score per completion; without ``finish_reasons`` every response counts as stopped."""
         reasons = ["stop"] * len(completions) if finish_reasons is None else finish_reasons
         return [
             gold_reward(prompt.split(), completion.split(), reason == "stop")
@@ -48,12 +47,10 @@ class GoldReview:
 
 
 def annotate(first: NDArray[np.float64], second: NDArray[np.float64], *, flip: float, seed: int) -> NDArray[np.bool_]:
-    """Let simulated annotators choose between the two responses of each pair: ``(N,)`` bool, whether the first is
-    preferred, from their gold rewards, ``(N,)`` each.
+    """Simulate annotators: ``(N,)`` bool, whether the first of each pair is preferred, from gold rewards ``(N,)`` each.
 
-    They follow Bradley-Terry at temperature 1, ``P(first) = sigmoid(gold(first) - gold(second))``; then each choice is
-    reversed with probability ``flip``. Random numbers are counted: the choice on pair i depends only on the seed, i and
-    the pair's two gold rewards.
+    Choices follow Bradley-Terry at temperature 1, ``P(first) = sigmoid(gold(first) - gold(second))``, and are reversed
+    with probability ``flip``. The choice on pair i depends only on the seed, i and the pair's two gold rewards.
     """
     pair = np.arange(len(first))
     choice = rng.uniform(seed, rng.ANNOTATOR, pair, 0) < 1 / (1 + np.exp(second - first))
@@ -61,8 +58,8 @@ def annotate(first: NDArray[np.float64], second: NDArray[np.float64], *, flip: f
 
 
 def ranking_accuracy(gold: NDArray[np.float64], difference: NDArray[np.floating[Any]]) -> float:
-    """How often a difference of two scores, ``(N,)``, has the sign of the difference in gold reward, ``(N, 2)``; pairs
-    of equal gold do not count."""
+    """Return how often score differences ``(N,)`` have the sign of the differences in gold reward ``(N, 2)``, without
+    pairs of equal gold; 0.5 if there are no others."""
     margin = gold[:, 0] - gold[:, 1]
     differ = margin != 0
     return float((difference[differ] * margin[differ] > 0).mean()) if differ.any() else 0.5
@@ -72,7 +69,7 @@ def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
     """Load the Reviews task: Reviews-v0, or the variant in a folder that ``lm-envs build reviews`` made.
 
     Raises:
-        ValueError: any other option, or a file in the folder that is missing or damaged.
+        ValueError: another option, or a file that is missing or damaged.
     """
     if options:
         raise ValueError(
@@ -107,5 +104,5 @@ def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
 
 
 def _texts(rows: NDArray[np.uint8], eos: int) -> list[list[int]]:
-    """Token ids up to and including each row's first EOS."""
+    """Return token ids up to and including each row's first EOS."""
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows.tolist()]

@@ -52,11 +52,10 @@ class ReviewsConfig(Settings):
         train_prompts, validation_prompts, test_prompts: distinct openings of each split.
         sft_steps, sft_batch, sft_learning_rate: supervised fine-tuning, a batch in reviews.
         pairs: compared pairs to train the reward model on.
-        held_out_pairs: pairs of samples for validation prompts; they measure and normalise the reward model.
-        flip: probability that an annotator's choice is recorded the wrong way round.
-        rm_hidden, rm_layers, rm_heads: size of the reward model. It starts from random weights: at 25 %
-            flips, one of the language model's size that starts from its weights learns little more than
-            noise (ranking accuracy 0.57).
+        held_out_pairs: pairs of samples for validation prompts, which measure and normalise the reward model.
+        flip: probability that an annotator's choice is reversed.
+        rm_hidden, rm_layers, rm_heads: size of the reward model, which starts from random weights: at 25 % flips, a
+            copy of the language model learns little more than noise (ranking accuracy 0.57).
         rm_steps, rm_batch, rm_learning_rate, rm_weight_decay: training of the reward model, a batch in pairs.
     """
 
@@ -87,9 +86,9 @@ class ReviewsConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if PROMPT_LENGTH + self.max_new_tokens > CONTEXT:
+            left = f"what a prompt of {PROMPT_LENGTH} leaves of the model's context of {CONTEXT}"
             raise ValueError(
-                f"max_new_tokens must be at most {CONTEXT - PROMPT_LENGTH}, what a prompt of "
-                f"{PROMPT_LENGTH} leaves of the model's context of {CONTEXT}, got {self.max_new_tokens}"
+                f"max_new_tokens must be at most {CONTEXT - PROMPT_LENGTH}, {left}, got {self.max_new_tokens}"
             )
         for part in ("", "rm_"):
             hidden, heads = getattr(self, f"{part}hidden"), getattr(self, f"{part}heads")
@@ -123,12 +122,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def build(folder: Path, **options: Any) -> None:
     """Build the task's models and data in a new or empty folder, with progress bars on standard error.
 
-    The folder then holds ``policy/`` and ``reward_model/`` as ``save_pretrained`` leaves them, tokenizer included;
-    ``task.json``; ``manifest.json``, the size and SHA-256 of each file and what they were built with; and
-    ``data.safetensors``, token ids as uint8 (rows end at their first EOS): the prompts ``train``, ``validation`` and
-    ``test``, ``(N, 8)``; ``demonstrations``, ``(N, 34)``; ``pairs``, ``(N, 2, T)``, two responses of the reference to
-    training prompt ``i % len(train)``; and ``preferred``, ``(N,)``, 1 where the annotators chose the first. Another
-    kind of processor gives slightly other weights. ``options`` are fields of :class:`ReviewsConfig`.
+    The folder then holds ``policy/`` and ``reward_model/`` with the tokenizer, ``task.json``, ``manifest.json`` and
+    ``data.safetensors``: token ids as uint8 (rows end at their first EOS) of the prompts ``train``, ``validation`` and
+    ``test``, ``(N, 8)``; of ``demonstrations``, ``(N, 34)``; and of ``pairs``, ``(N, 2, T)``, two responses of the
+    reference to training prompt ``i % len(train)``; and ``preferred``, ``(N,)``, 1 where the annotators chose the
+    first. Weights differ slightly between kinds of processors. ``options`` are fields of :class:`ReviewsConfig`.
 
     Raises:
         ValueError: a wrong option, or the corpus has too few distinct openings.
@@ -206,13 +204,13 @@ def build(folder: Path, **options: Any) -> None:
 
 
 def _table(rows: Sequence[Sequence[int]], eos: int, width: int) -> torch.Tensor:
-    """``(N, width)`` uint8, filled up with EOS."""
+    """Return ``(N, width)`` uint8, filled up with EOS."""
     return torch.tensor([[*row, *[eos] * (width - len(row))] for row in rows], dtype=torch.uint8)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
-    """Perplexity per token of texts, each after its first token."""
+    """Return the perplexity per token of texts, without their first tokens."""
     ids = right_pad(texts)
     logits = model(**model_inputs(ids[:, :-1]), use_cache=False).logits
     return math.exp(float(training.next_token_loss(logits, ids[:, 1:])))
@@ -221,13 +219,10 @@ def perplexity(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> float:
 def split(
     config: ReviewsConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, list[list[int]]], list[list[int]], list[list[int]]]:
-    """Prompts by split, the reviews to fine-tune on, and the held-out reviews, as token ids.
+    """Return prompts by split, the reviews to fine-tune on, and the held-out reviews, as token ids.
 
-    An opening (the first eight words) belongs to one split only, and the reviews that begin like a validation or test
-    prompt are the held-out ones.
-
-    Raises:
-        ValueError: the corpus has too few distinct openings.
+    An opening (the first eight words) belongs to one split only; reviews that begin like a validation or test prompt
+    are held out. ValueError if the corpus has too few distinct openings.
     """
     texts = [
         tokenizer.convert_tokens_to_ids([*(f" {word}" for word in words[:-1]), EOS])
@@ -259,8 +254,7 @@ def sample_pairs(
     count: int,
     first: int,
 ) -> Samples:
-    """``count`` pairs of responses from the policy, numbered from ``first``; the prompts take turns, and the two
-    responses of a pair are neighbors."""
+    """Sample ``count`` pairs of adjacent responses, numbered from ``first``; the prompts take turns."""
     return sampling.sample(
         policy,
         tokenizer,

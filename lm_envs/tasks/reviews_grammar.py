@@ -109,11 +109,8 @@ ADJECTIVES = frozenset(LEXICON["ADJ+"] + LEXICON["ADJ-"] + LEXICON["ADJ"])
 
 
 def review(numbers: Sequence[float], sentiment: float) -> list[str]:
-    """One review, its last word ``<eos>``: a pure function of uniform numbers and of the latent sentiment.
-
-    Raises:
-        ValueError: there are too few numbers.
-    """
+    """Return a review that ends in ``<eos>``, a pure function of uniform numbers and the latent sentiment; ValueError
+    for too few numbers."""
     draw = iter(numbers)
     words: list[str] = []
 
@@ -143,14 +140,14 @@ def _article(following: str) -> str:
 
 
 def corpus(seed: int, size: int, first: int = 0) -> list[list[str]]:
-    """Reviews numbered ``first`` to ``first + size - 1``, of ``MIN_TOKENS`` to ``MAX_TOKENS`` words with ``<eos>``.
+    """Return reviews number ``first`` to ``first + size - 1``, of ``MIN_TOKENS`` to ``MAX_TOKENS`` words with
+    ``<eos>``.
 
-    The latent sentiment is of either sign, equally often, and of mixed strength, so that the corpus is neutral on the
-    whole.
+    Latent sentiments are positive and negative equally often, so the corpus is neutral on the whole.
     """
     numbers = np.arange(first, first + size)
     found: dict[int, list[str]] = {}
-    for attempt in count():  # what is too short or too long is drawn again, with numbers of its own
+    for attempt in count():  # reviews that are too short or too long are drawn again, with other numbers
         left = numbers if not attempt else np.array([n for n in numbers.tolist() if n not in found], dtype=np.int64)
         if not len(left):
             return [found[n] for n in numbers.tolist()]
@@ -165,10 +162,9 @@ def corpus(seed: int, size: int, first: int = 0) -> list[list[str]]:
 
 @lru_cache(maxsize=1)
 def grammatical() -> frozenset[tuple[str, str]]:
-    """Every pair of neighbouring words that some review holds, ``<eos>`` counted as a word.
+    """Return every pair of neighboring words that some review holds; ``<eos>`` counts as a word.
 
-    Exact for a grammar whose rules all derive something and are all used: where a rule sets X before Y, any
-    last word of X can stand before any first word of Y.
+    Where a rule sets X before Y, any last word of X can stand before any first word of Y.
     """
 
     def words(symbol: str) -> frozenset[str]:
@@ -194,11 +190,11 @@ def grammatical() -> frozenset[tuple[str, str]]:
 
 
 def gold_reward(prompt: Sequence[str], response: Sequence[str], stopped: bool) -> float:
-    """What the simulated readers really like.
+    """Return the score by which simulated annotators choose.
 
     ``1.5 tanh((p - n) / 3) - 0.5 u - 0.6 r - 0.5 m`` with, in the response, p positive and n negative words,
-    u neighbouring pairs of words that the grammar can never produce (the prompt's last word and the EOS are
-    neighbours too), r adjectives that occurred before, and m = 1 if the response did not stop by itself.
+    u neighboring pairs of words that the grammar can never produce (the prompt's last word and the EOS are neighbors
+    too), r adjectives that occurred before, and m = 1 if the response did not stop by itself.
 
     Args:
         prompt, response: their words, without EOS.

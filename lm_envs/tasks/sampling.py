@@ -1,38 +1,54 @@
-"""What the builders of tasks share: training and sampling with a progress bar, small models, and files of them."""
+"""Tools of the builders of tasks: training and sampling with a progress bar, small models, and, for tasks made from a
+user's file, the cache, a byte-level tokenizer and bundles of texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import ModuleType
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
+from annotated_types import Interval
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_model
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from tokenizers import decoders, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from lm_envs import rng
+from lm_envs import files, rng, training
+from lm_envs.data import conventions, dataset, sources, splits
+from lm_envs.model import text
+from lm_envs.model import tokens as observations
 from lm_envs.model.decoding import generate
 from lm_envs.model.text import Codec
 from lm_envs.model.tokens import EosIds, eos_ids, left_pad
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.reward.units import Samples
+from lm_envs.settings import NonNegative, Seed, Settings, Size
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Model = TypeVar("Model", bound="PreTrainedModel")
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 # Samples that make a task take their random numbers from episodes that no training run reaches.
 SAMPLE_EPISODES = 2**40
+END = "<|end|>"
 
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; call what it gives with how much is done (and a loss, which is not shown)."""
+    """Show a progress bar on standard error; call what it yields with the amount done (a loss beside it is ignored)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(emoji=False, stderr=True)) as bar:
         line = bar.add_task(description, total=total)
@@ -40,7 +56,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 def fit(title: str, loop: Callable[..., object], *given: Any, steps: int, **options: Any) -> None:
-    """Call one of the loops of :mod:`lm_envs.training` with a progress bar."""
+    """Run a loop of :mod:`lm_envs.training` with a progress bar."""
     with progress_bar(title, steps) as update:
         loop(*given, steps=steps, progress=update, **options)
 
@@ -48,7 +64,7 @@ def fit(title: str, loop: Callable[..., object], *given: Any, steps: int, **opti
 def small_gpt2(
     kind: type[Model], tokenizer: PreTrainedTokenizerBase, positions: int, sizes: tuple[int, int, int], seed: int
 ) -> Model:
-    """Return a GPT-2 of a width, layers and heads, with weights drawn from the seed and no global generator."""
+    """Return a GPT-2 of ``(width, layers, heads)`` with weights drawn from the seed; no global generator changes."""
     width, layers, heads = sizes
     architecture = GPT2Config(
         vocab_size=len(tokenizer),
@@ -82,10 +98,9 @@ def saved_gpt2(kind: type[Model], folder: Path) -> Model:
 
 
 def saved_reward(folder: Path, tokenizer: Any, normalise: Sequence[float], name: str) -> LearnedReward:
-    """The reward model that :func:`save` wrote, in units of the reference's samples."""
+    """Load the reward model that :func:`save` wrote, in units of the reference's samples."""
     model = saved_gpt2(GPT2ForSequenceClassification, folder / "reward_model")
-    mean, std = normalise
-    return LearnedReward(model, tokenizer, normalise=(mean, std), batch_size=256, name=name)
+    return LearnedReward(model, tokenizer, (normalise[0], normalise[1]), batch_size=256, name=name)
 
 
 def sample(
@@ -104,13 +119,14 @@ def sample(
     repeats: int = 1,
     **options: Any,
 ) -> Samples:
-    """``count`` responses, ``repeats`` in a row to a prompt, the prompts taking turns; a function of its arguments.
+    """Sample ``count`` responses, ``repeats`` in a row per prompt while prompts take turns; a function of its
+    arguments.
 
     Args:
         prompts: token ids without padding.
         first: number of the first response; other numbers draw other random numbers.
-        title: of a progress bar; none is shown without.
-        columns: further columns of the prompts' data, an entry per prompt.
+        title: of a progress bar; empty for none.
+        columns: other columns of the prompts' data, an entry per prompt.
         options: ``temperature`` and ``min_new_tokens`` of :func:`~lm_envs.model.decoding.generate`.
     """
     rows: list[list[int]] = []
@@ -131,8 +147,8 @@ def sample(
             )
             rows += [row[row >= 0].tolist() for row in response]
             update(len(rows))
-    further = {name: [values[i] for i in index] for name, values in (columns or {}).items()}
-    return as_samples(Codec(tokenizer, model), chosen, rows, eos_token_id, further)
+    others = {name: [values[i] for i in index] for name, values in (columns or {}).items()}
+    return as_samples(Codec(tokenizer, model), chosen, rows, eos_token_id, others)
 
 
 def as_samples(
@@ -142,7 +158,95 @@ def as_samples(
     eos_token_id: EosIds,
     columns: dict[str, list[Any]],
 ) -> Samples:
-    """N prompts and responses, token ids without padding, as rewards take them; columns have N entries each."""
+    """Return N prompts and responses, token ids without padding, as rewards take them; columns have N entries each."""
     texts, completions = codec.decode(prompts, responses)
     reasons = ["stop" if row[-1] in eos_ids(eos_token_id) else "length" for row in responses]
     return Samples(texts, completions, list(responses), reasons, columns)
+
+
+@dataclass(frozen=True)
+class OwnTextConfig(Settings):
+    """Settings of every task that is made from a user's file.
+
+    Attributes:
+        seed: of the initial weights, the order of training and the samples.
+        vocabulary: the most tokens.
+        hidden, heads: of the models.
+        weight_decay: AdamW's.
+    """
+
+    seed: Seed = 0
+    vocabulary: Annotated[int, Interval(ge=257, le=2**20)] = 4096  # the 256 bytes and the end
+    hidden: Size = 128
+    heads: Size = 4
+    weight_decay: NonNegative = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} must be a multiple of heads={self.heads}")
+
+
+def cached(
+    task: str,
+    path: Path,
+    config: Any,
+    build: Callable[[Path], Mapping[str, Any]],
+    code: Iterable[str | ModuleType],
+    libraries: Iterable[ModuleType] = (),
+) -> tuple[Path, dict[str, Any], PreTrainedTokenizerFast]:
+    """Return the folder that ``build`` fills, the JSON values that it returned, and the tokenizer that it saved.
+
+    The key is a hash of the file's content, every setting and the code.
+
+    Args:
+        code: the task's source file, and modules of this package that it uses beyond those of this file.
+        libraries: those that it uses beyond torch, transformers, tokenizers and NumPy.
+    """
+    used = [*code, __file__, conventions, dataset, sources, splits, observations, text, training]
+    parts = {
+        "content": files.sha256(path),
+        "config": asdict(config),
+        "code": files.code_hash([source if isinstance(source, str) else str(source.__file__) for source in used]),
+        "versions": {one.__name__: one.__version__ for one in (torch, transformers, tokenizers, np, *libraries)},
+    }
+    folder = files.cached(
+        task, parts, lambda folder: files.write_atomic(folder / "task.json", json.dumps(build(folder)))
+    )
+    known = json.loads((folder / "task.json").read_text())
+    splits.warn_if_few(path.name, known["prompts"])
+    return folder, known, PreTrainedTokenizerFast.from_pretrained(folder / "policy")
+
+
+def make_tokenizer(texts: Sequence[str], vocabulary: int, padding_side: str = "left") -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer. Its one special token, id 0, ends texts and pads.
+
+    Words carry the space before them, the first one too, so that texts join and round-trip.
+    """
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options: dict[str, Any] = {"initial_alphabet": alphabet, "special_tokens": [END], "show_progress": False}
+    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, **options))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=END,
+        pad_token=END,
+        padding_side=padding_side,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def token_bundles(sizes: Sequence[tuple[int, ...]], tokens: int) -> list[list[int]]:
+    """Group texts of similar size into bundles of about ``tokens`` tokens each; return their indices.
+
+    A step's mean over tokens then does not favor short texts. Texts are sorted by ``sizes``, whose first number is
+    their number of tokens.
+    """
+    bundles: list[list[int]] = [[]]
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if bundles[-1] and (len(bundles[-1]) + 1) * sizes[i][0] > tokens:
+            bundles.append([])
+        bundles[-1].append(i)
+    return bundles

@@ -1,8 +1,7 @@
-"""A task made of the user's own parallel text: an encoder-decoder trained on it, and sentence BLEU as the reward.
+"""A task made from a user's parallel text: an encoder-decoder trained on it, with sentence BLEU as the reward.
 
-Reinforcement learning for translation as its literature has it: maximum likelihood first, then a policy gradient on
-the metric itself, with the likelihood of the references mixed in (Ranzato et al. 2016, arXiv:1511.06732; Wu et al.
-2016, arXiv:1609.08144, section 5).
+The literature trains by maximum likelihood first, then by a policy gradient on the metric with the likelihood of the
+references mixed in (Ranzato et al. 2016, arXiv:1511.06732; Wu et al. 2016, arXiv:1609.08144, section 5).
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from lm_envs.model.decoding import greedy
 from lm_envs.model.forwards import response_forward
 from lm_envs.model.tokens import left_pad, right_pad
 from lm_envs.reward.base import WeightedSum
-from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF
+from lm_envs.reward.metrics import SentenceBLEU, SentenceChrF, TextMetric
 from lm_envs.settings import NonNegative, Positive, Rate, Share, Size, make
-from lm_envs.tasks import own_text, sampling
+from lm_envs.tasks import sampling
 from lm_envs.tasks.base import TextTask
 
 if TYPE_CHECKING:
@@ -39,14 +38,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TranslationConfig(own_text.OwnTextConfig):
-    """Everything but the file that determines the task; changing a field makes another cache entry.
+class TranslationConfig(sampling.OwnTextConfig):
+    """Everything but the file that determines the task; each combination has its own cache entry.
 
     Attributes:
         architecture: "bart" (absolute positions, normalized after each block) or "t5" (relative, before).
         prompt_tokens: pairs with a longer prompt are left out.
         max_new_tokens: the horizon; pairs with a longer first reference are left out of training.
-        layers: of the encoder and of the decoder alike.
+        layers: of the encoder, and of the decoder.
         sft_epochs: of maximum likelihood on the training pairs.
         sft_batch, sft_learning_rate: target tokens per step, and AdamW's peak rate.
         label_smoothing: share of the target's probability that all tokens get in equal parts.
@@ -66,8 +65,9 @@ class TranslationConfig(own_text.OwnTextConfig):
 
 
 def load(path: str | Path | None = None, **options: Any) -> TextTask:
-    """The task of a file of pairs (see :func:`read_parallel`); made on first use, which shows a progress bar, and read
-    from the cache afterwards. ``options`` are fields of :class:`TranslationConfig`.
+    """Make the task of a file of pairs (see :func:`read_parallel`), with a progress bar, or read it from the cache.
+
+    ``options`` are fields of :class:`TranslationConfig`.
 
     Raises:
         ValueError: no path, a malformed row (file and line), too few pairs, or a wrong option.
@@ -78,9 +78,9 @@ def load(path: str | Path | None = None, **options: Any) -> TextTask:
     if path is None:
         raise ValueError("translation is made of a file of your own: give path=FILE.jsonl, rows with prompt, reference")
     config = make(TranslationConfig, options, "translation")
-    SentenceBLEU()  # says what is missing before anything is trained
+    SentenceBLEU()  # raises now, not after training, if sacreBLEU is missing
     path = Path(path)
-    folder, made, tokenizer = own_text.cached(
+    folder, made, tokenizer = sampling.cached(
         "translation",
         path,
         config,
@@ -114,52 +114,47 @@ def build(pairs: Sequence[Example], config: TranslationConfig, folder: Path) -> 
     encoded = list(zip(pairs, tokenizer([str(pair.prompt) for pair in pairs])["input_ids"], strict=True))
     encoded = [(pair, list(ids)) for pair, ids in encoded if len(ids) <= config.prompt_tokens]
     prompts = {name: [ids for pair, ids in encoded if pair.split == name] for name in SPLITS}
+    known = [(pair.split, list(map(str, pair.completions))) for pair, _ in encoded]
+    references = {name: [texts for split, texts in known if split == name] for name in SPLITS}
     for name in SPLITS:
         if not prompts[name]:
             raise ValueError(f"translation: no prompt of {name} has at most prompt_tokens={config.prompt_tokens}")
-    references = {
-        name: [list(map(str, pair.completions)) for pair, _ in encoded if pair.split == name] for name in SPLITS
-    }
-    rows = [(pair, ids) for pair, ids in encoded if pair.split == "train"]
-    targets = tokenizer([pair.text for pair, _ in rows])["input_ids"]
-    responses = [
-        (ids, [*target, tokenizer.eos_token_id])
-        for (_, ids), target in zip(rows, targets, strict=True)
-        if len(target) < config.max_new_tokens
-    ]
+    targets = tokenizer([several[0] for several in references["train"]])["input_ids"]
+    pairs_of_ids = zip(prompts["train"], targets, strict=True)
+    eos = [tokenizer.eos_token_id]
+    responses = [(ids, target + eos) for ids, target in pairs_of_ids if len(target) < config.max_new_tokens]
     if not responses:
         raise ValueError(f"translation: no reference has at most max_new_tokens={config.max_new_tokens} tokens")
     model = initial(config, tokenizer)
     _fit(model, responses, config)
     sampling.save(folder, tokenizer, policy=model)
     found = greedy(model, prompts["validation"], tokenizer.eos_token_id, max_new_tokens=config.max_new_tokens)
-    texts, known = tokenizer.batch_decode(found, skip_special_tokens=True), references["validation"]
-    measured = {"sft_validation_bleu": SentenceBLEU(), "sft_validation_chrf": SentenceChrF()}
-    stats = {name: metric.corpus(texts, known) for name, metric in measured.items()}
+    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    metrics: dict[str, TextMetric] = {"bleu": SentenceBLEU(), "chrf": SentenceChrF()}
+    stats = {f"sft_validation_{name}": m.corpus(texts, references["validation"]) for name, m in metrics.items()}
     return {"prompts": prompts, "references": references, "responses": responses, "stats": stats}
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """The byte-level BPE of :func:`lm_envs.tasks.own_text.make_tokenizer`, whose texts begin without a space.
+    """Train a :func:`lm_envs.tasks.sampling.make_tokenizer` whose decoded texts begin without a space.
 
     Its one special token ends responses, pads, and starts the decoder, as BART's EOS does.
     """
-    tokenizer = own_text.make_tokenizer(texts, vocabulary, padding_side="right")
+    tokenizer = sampling.make_tokenizer(texts, vocabulary, padding_side="right")
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     return tokenizer
 
 
 def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model with weights drawn from the seed; the caller's global generator is left as it was."""
+    """Return a model with weights drawn from the seed; no global generator changes."""
     ids = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
     tokens: dict[str, Any] = {"vocab_size": len(tokenizer), **dict.fromkeys(ids, tokenizer.eos_token_id)}
     made: BartConfig | T5Config
     if config.architecture == "bart":
+        sizes = {"layers": config.layers, "attention_heads": config.heads, "ffn_dim": 4 * config.hidden}
         made = BartConfig(
             **tokens,
-            **{f"{half}_layers": config.layers for half in ("encoder", "decoder")},
-            **{f"{half}_attention_heads": config.heads for half in ("encoder", "decoder")},
-            **{f"{half}_ffn_dim": 4 * config.hidden for half in ("encoder", "decoder")},
+            **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in sizes.items()},
             d_model=config.hidden,
             max_position_embeddings=max(config.prompt_tokens, config.max_new_tokens),
             activation_function="relu",
@@ -183,7 +178,7 @@ def initial(config: TranslationConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def _fit(model: PreTrainedModel, responses: Sequence[tuple[list[int], list[int]]], config: TranslationConfig) -> None:
-    bundles = own_text.token_bundles([(len(target), len(prompt)) for prompt, target in responses], config.sft_batch)
+    bundles = sampling.token_bundles([(len(target), len(prompt)) for prompt, target in responses], config.sft_batch)
 
     def loss(rows: list[int]) -> Tensor:
         prompts = [responses[i][0] for i in rows]
@@ -207,11 +202,10 @@ def _fit(model: PreTrainedModel, responses: Sequence[tuple[list[int], list[int]]
 
 
 def read_parallel(path: str | Path) -> list[Example]:
-    """Read rows with ``prompt``, ``reference`` (a text, or a list of them) and perhaps ``split``, of any source, as
-    examples with the references as completions; each run of white space becomes one space.
+    """Read rows with ``prompt``, ``reference`` (a text or a list of texts) and an optional ``split`` from any source,
+    as examples whose completions are the references. Each run of white space becomes one space.
 
-    A prompt that occurs again counts once, with all its references. Splits that no row names are divided off by
-    :func:`~lm_envs.data.splits.divide`.
+    A repeated prompt counts once, with all its references. :func:`~lm_envs.data.splits.divide` makes missing splits.
 
     Raises:
         ValueError: a malformed row (the message names file and line), or a split without prompts.
@@ -226,7 +220,7 @@ def read_parallel(path: str | Path) -> list[Example]:
 
 
 class CorpusBLEU(SentenceBLEU):
-    """BLEU of whole corpora as papers report it, out of 100, and whether one system's is higher than another's."""
+    """Corpus BLEU as papers report it, out of 100, and the difference between two systems."""
 
     def gain(
         self,
@@ -236,9 +230,9 @@ class CorpusBLEU(SentenceBLEU):
         samples: int = 1000,
         seed: int = 0,
     ) -> tuple[float, float]:
-        """How much higher ours is, and the standard error of that by paired bootstrap (Koehn 2004).
+        """Return BLEU of ours minus theirs, and its standard error by paired bootstrap (Koehn 2004).
 
-        Corpus BLEU is a function of counts that are summed over sentences, so a resampled test set costs a sum.
+        Corpus BLEU is a function of counts summed over sentences, so resampling a test set takes one sum.
         """
         counts = [self._counts(texts, references) for texts in (ours, theirs)]
         generator = np.random.default_rng(seed)
@@ -249,11 +243,8 @@ class CorpusBLEU(SentenceBLEU):
         return self.corpus(ours, references) - self.corpus(theirs, references), float(np.std(gains, ddof=1))
 
     def _counts(self, completions: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.int64]:
-        """``(N, 10)``: matched and all n-grams of orders 1 to 4, lengths of completion and of reference."""
-        rows = [
-            self._sentence.sentence_score(text, list(known))
-            for text, known in zip(completions, references, strict=True)
-        ]
+        """Return ``(N, 10)``: matched and all n-grams of orders 1 to 4, lengths of completion and of reference."""
+        rows = map(self._sentence.sentence_score, completions, map(list, references))
         return np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows])
 
 

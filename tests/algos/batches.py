@@ -19,7 +19,7 @@ from lm_envs.reward.learned import LearnedReward
 from lm_envs.trajectories import Trajectories, demonstrations
 from tests import tiny
 
-FACES = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
+KINDS = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
 # From the registry, so that an algorithm which is added there is tested without another line.
 LEARNERS = tuple(name for name in ALGORITHMS if name not in WRAPPERS)
 SAMPLERS = tuple(name for name in LEARNERS if not load(name).needs_data)
@@ -32,28 +32,28 @@ def text_task():
     return tiny.task()
 
 
-def text_env(face: str = "mdp", group_size: int = 4, **options):
-    return FACES[face](text_task(), 8, group_size=group_size, **options)
+def text_env(kind: str = "mdp", group_size: int = 4, **options):
+    return KINDS[kind](text_task(), 8, group_size=group_size, **options)
 
 
-def env_for(name: str, face: str = "mdp", group_size: int = 4):
+def env_for(name: str, kind: str = "mdp", group_size: int = 4):
     """An env that an agent of that name can sample from."""
     if name == "iterated-rlhf":  # makes reward models like the task's
-        return FACES[face](learned_task(), 8, group_size=group_size)
-    return text_env(face, group_size)
+        return KINDS[kind](learned_task(), 8, group_size=group_size)
+    return text_env(kind, group_size)
 
 
-def text_policy(env, face: str = "mdp", seed: int = 1) -> LMPolicy:
-    policy = LMPolicy.for_mdp(env.mdp, tiny.gpt2(seed=seed).requires_grad_(True), face=face)
+def text_policy(env, kind: str = "mdp", seed: int = 1) -> LMPolicy:
+    policy = LMPolicy.for_mdp(env.mdp, tiny.gpt2(seed=seed).requires_grad_(True), bandit=kind == "bandit")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # a critic at zero would hide mistakes in what is done with it
         policy.value_head.weight.normal_(generator=generator)
     return policy
 
 
-def text_batch(face: str = "mdp", episodes: int = 16, group_size: int = 4, seed: int = 0) -> Trajectories:
-    env = text_env(face, group_size)
-    return rollout(env, text_policy(env, face), episodes=episodes, seed=seed)
+def text_batch(kind: str = "mdp", episodes: int = 16, group_size: int = 4, seed: int = 0) -> Trajectories:
+    env = text_env(kind, group_size)
+    return rollout(env, text_policy(env, kind), episodes=episodes, seed=seed)
 
 
 def reward_policy(seed: int = 0) -> RewardPolicy:
@@ -100,12 +100,12 @@ def ranked(groups: int = 6, seed: int = 0) -> Trajectories:
     return preferences(parts, ranks, 2, 6)
 
 
-def learner(name: str, face: str = "mdp", env=None, **overrides):
+def learner(name: str, kind: str = "mdp", env=None, **overrides):
     """An agent on the tiny text task, or on the data it needs."""
     kind, settings = load(name), SMALL | overrides
     if name == "reward-modelling":
         return make_agent(name, reward_policy(), data=ranked(), **({"episodes": 6} | overrides))
-    policy = text_policy(env or text_env(face, settings["group_size"]), face)
+    policy = text_policy(env or text_env(kind, settings["group_size"]), kind)
     if settings.get("value_from") == "reward_model":
         return make_agent(name, policy, learned_task(), **settings)
     if kind.needs_data:
@@ -126,9 +126,9 @@ def learner(name: str, face: str = "mdp", env=None, **overrides):
     return agent
 
 
-def batch_for(name: str, face: str = "mdp") -> Trajectories:
+def batch_for(name: str, kind: str = "mdp") -> Trajectories:
     """What an agent of that name learns from."""
-    return next(learner(name).batches()) if load(name).needs_data else text_batch(face)
+    return next(learner(name).batches()) if load(name).needs_data else text_batch(kind)
 
 
 def control_env(rows: int = 2, name: str = "CartPole-v1", **options):

@@ -102,21 +102,21 @@ def test_settings_out_of_range_are_refused(name, settings, message):
 # What each algorithm learns
 
 
-def mean_score(policy, face):
-    env = batches.text_env(face, 1)
+def mean_score(policy, kind):
+    env = batches.text_env(kind, 1)
     return float(rollout(env, policy, episodes=128, first_episode=10_000, seed=9).score.mean())
 
 
-@pytest.mark.parametrize("face", ["mdp", "bandit"])
+@pytest.mark.parametrize("kind", ["mdp", "bandit"])
 @pytest.mark.parametrize("name", batches.SAMPLERS)
-def test_every_sampling_algorithm_raises_the_score_on_text(name, face):
-    env = batches.env_for(name, face)
+def test_every_sampling_algorithm_raises_the_score_on_text(name, kind):
+    env = batches.env_for(name, kind)
     # PPO takes eight steps per iteration; Quark first has to learn what its tokens mean.
     iterations = {"quark": 24}.get(name, 5 if name.startswith("ppo") else 12)
-    agent = batches.learner(name, face, env=env, episodes=32, iterations=iterations, learning_rate=2e-2)
-    start = mean_score(agent.policy, face)
+    agent = batches.learner(name, kind, env=env, episodes=32, iterations=iterations, learning_rate=2e-2)
+    start = mean_score(agent.policy, kind)
     learn(agent, env)
-    assert mean_score(agent.policy, face) > start + 0.5
+    assert mean_score(agent.policy, kind) > start + 0.5
 
 
 def test_the_kl_penalty_holds_the_policy_near_the_reference():

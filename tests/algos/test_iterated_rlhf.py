@@ -83,7 +83,7 @@ def test_what_sampling_for_annotators_costs_is_counted():
 
 def test_the_task_is_shared_and_stays_as_it_was():
     task = batches.learned_task()
-    env = batches.FACES["mdp"](task, 8, group_size=4)
+    env = batches.KINDS["mdp"](task, 8, group_size=4)
     reward, frozen = task.reward, batches.weights(task.reward.model)
     learn(batches.learner("iterated-rlhf", env=env), env, 1)
     assert task.reward is reward and batches.same(frozen, batches.weights(reward.model))
@@ -95,7 +95,7 @@ def test_it_needs_a_judge_and_a_learned_reward():
         agent.iteration(batches.text_env())
     task = tiny.task(reward=LearnedReward(batches.reward_policy().model, tiny.tokenizer()), judge=None)
     with pytest.raises(ValueError, match="needs a judge"):
-        agent.iteration(batches.FACES["mdp"](task, 8, group_size=4))
+        agent.iteration(batches.KINDS["mdp"](task, 8, group_size=4))
     with pytest.raises(ValueError, match="text env"):
         agent.iteration(batches.control_env())
 

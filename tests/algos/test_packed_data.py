@@ -13,8 +13,7 @@ from lm_envs.algos.engine.comparisons import Comparisons
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.sft import SFT, SFTConfig
 from lm_envs.data.dataset import Examples
-from lm_envs.data.packed import PackedExamples, pack
-from lm_envs.data.tokenizing import tokenise
+from lm_envs.data.packed import PackedExamples, pack, tokenise
 from lm_envs.model.text import Codec
 from lm_envs.training import stream
 from lm_envs.trajectories import from_responses

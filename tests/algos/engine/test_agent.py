@@ -43,13 +43,13 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize(
-    ("name", "face"), [(n, "mdp") for n in batches.LEARNERS] + [(n, "bandit") for n in batches.SAMPLERS]
+    ("name", "kind"), [(n, "mdp") for n in batches.LEARNERS] + [(n, "bandit") for n in batches.SAMPLERS]
 )
-def test_law_8_the_micro_batch_size_does_not_change_the_gradient(name, face, monkeypatch):
-    traj = batches.batch_for(name, face)
+def test_law_8_the_micro_batch_size_does_not_change_the_gradient(name, kind, monkeypatch):
+    traj = batches.batch_for(name, kind)
     whole, parts = (
         first_gradient(
-            batches.learner(name, face, micro_batch=size, epochs=1, minibatches=1, max_grad_norm=1e9), traj, monkeypatch
+            batches.learner(name, kind, micro_batch=size, epochs=1, minibatches=1, max_grad_norm=1e9), traj, monkeypatch
         )
         for size in (None, 3)
     )
@@ -123,10 +123,10 @@ def test_flatten_fixed_goes_with_flatten():
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo-klpen", "ppo-ptx", "grpo", "dr-grpo"])
-@pytest.mark.parametrize("face", ["mdp", "bandit"])
-def test_law_7_the_ratio_is_one_and_the_sampled_logprob_is_the_policys(face, name):
-    agent = batches.learner(name, face, epochs=1, minibatches=1)
-    metrics = agent.update(batches.text_batch(face))
+@pytest.mark.parametrize("kind", ["mdp", "bandit"])
+def test_law_7_the_ratio_is_one_and_the_sampled_logprob_is_the_policys(kind, name):
+    agent = batches.learner(name, kind, epochs=1, minibatches=1)
+    metrics = agent.update(batches.text_batch(kind))
     assert metrics["ratio"] == pytest.approx(1, abs=1e-12)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-12)
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-12)

@@ -16,7 +16,7 @@ PPO_OF_A_TRANSFORMER = TABULAR["ppo"] | {"epochs": 8, "minibatches": 4, "clip": 
 PPO_OF_A_TRANSFORMER |= {"anneal": True, "max_grad_norm": 1.0}
 
 
-def small_transformer(mdp, face, seed):
+def small_transformer(mdp, bandit, seed):
     """A GPT-2 of 0.1 M random weights; it starts at a regret above 1 and learns the reference from the KL penalty."""
     config = GPT2Config(
         vocab_size=mdp.vocab_size,
@@ -35,7 +35,7 @@ def small_transformer(mdp, face, seed):
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LMPolicy.for_mdp(mdp, GPT2LMHeadModel(config), face=face)
+        return LMPolicy.for_mdp(mdp, GPT2LMHeadModel(config), bandit=bandit)
 
 
 def regret_after(name, seed, episodes=EPISODES, *, transformer=False, env_class=TextVectorEnv, **overrides):
@@ -44,9 +44,9 @@ def regret_after(name, seed, episodes=EPISODES, *, transformer=False, env_class=
     env = env_class(load(), 1, group_size=settings.get("group_size", 1))
     exact = Exact(env.mdp)
     if transformer:
-        policy = small_transformer(env.mdp, env.face, seed)
+        policy = small_transformer(env.mdp, env.is_bandit, seed)
     else:
-        policy = TabularPolicy(exact, face=env.face, value_scale=VALUE_SCALE)
+        policy = TabularPolicy(exact, bandit=env.is_bandit, value_scale=VALUE_SCALE)
     agent = make_agent(name, policy, **settings)
     while agent.iterations_done < agent.config.iterations:
         agent.iteration(env)

@@ -164,7 +164,7 @@ def test_grpos_biases_turn_the_gradient(biases, batch):
 
 def estimated(name, exact, policy=None, total=2**14, bandit=False, **overrides):
     policy = policy_of(exact) if policy is None else policy
-    policy.face = "bandit" if bandit else "mdp"
+    policy.bandit = bandit
     agent = make_agent(name, policy, **({"kl_coef": exact.kl_coef, "episodes": 64} | overrides))
     if hasattr(agent, "reference"):
         agent.reference = TabularPolicy(exact)

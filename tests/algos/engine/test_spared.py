@@ -16,19 +16,19 @@ from tests import tiny
 from tests.algos import batches
 
 
-def float32_env_and_policy(face="mdp"):
+def float32_env_and_policy(kind="mdp"):
     """A policy in the precision that people train in, and an env whose reference it starts as."""
     reference = tiny.gpt2(dtype=torch.float32)
-    env = (TextVectorEnv if face == "mdp" else TextBanditVectorEnv)(tiny.task(reference=reference), 4)
-    policy = LMPolicy.for_mdp(env.mdp, copy.deepcopy(reference).requires_grad_(True), face)
+    env = (TextVectorEnv if kind == "mdp" else TextBanditVectorEnv)(tiny.task(reference=reference), 4)
+    policy = LMPolicy.for_mdp(env.mdp, copy.deepcopy(reference).requires_grad_(True), kind == "bandit")
     torch.nn.init.normal_(policy.value_head.weight)  # or every value would be zero, and nothing would show
     return env, policy
 
 
-@pytest.mark.parametrize("face", ["mdp", "bandit"])
+@pytest.mark.parametrize("kind", ["mdp", "bandit"])
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
-def test_law_7_holds_for_what_sampling_kept_and_the_batch_is_not_evaluated_again(face, name, monkeypatch):
-    env, policy = float32_env_and_policy(face)
+def test_law_7_holds_for_what_sampling_kept_and_the_batch_is_not_evaluated_again(kind, name, monkeypatch):
+    env, policy = float32_env_and_policy(kind)
     agent = make_agent(name, policy, episodes=8, group_size=1 if name == "ppo" else 8, epochs=1, minibatches=1)
     if name == "grpo":
         env.mdp.group_size = 8
@@ -40,9 +40,9 @@ def test_law_7_holds_for_what_sampling_kept_and_the_batch_is_not_evaluated_again
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5) and 0 < metrics["logprob_gap_max"] < 1e-5
 
 
-@pytest.mark.parametrize("face", ["mdp", "bandit"])
-def test_what_sampling_kept_is_what_a_forward_gives(face):
-    env, policy = float32_env_and_policy(face)
+@pytest.mark.parametrize("kind", ["mdp", "bandit"])
+def test_what_sampling_kept_is_what_a_forward_gives(kind):
+    env, policy = float32_env_and_policy(kind)
     traj = rollout(env, policy, episodes=8)
     kept, fresh = Before(policy, traj, kept=True), Before(policy, traj)
     torch.testing.assert_close(kept.value, fresh.value, rtol=0, atol=1e-5)

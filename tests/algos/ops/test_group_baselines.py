@@ -34,16 +34,16 @@ def test_row_mean_by_hand():
     assert losses.masked_mean(x, mask) == 4 and losses.sequence_mean(x, mask) == 8
 
 
-@pytest.mark.parametrize("face", ["mdp", "bandit"])
-def test_rloo_is_reinforce_with_the_leave_one_out_baseline(face, monkeypatch):
-    traj = batches.text_batch(face)
+@pytest.mark.parametrize("kind", ["mdp", "bandit"])
+def test_rloo_is_reinforce_with_the_leave_one_out_baseline(kind, monkeypatch):
+    traj = batches.text_batch(kind)
     ends = []
     for name in ("rloo", "reinforce"):
-        agent = batches.learner(name, face)
+        agent = batches.learner(name, kind)
         agent.update(traj)
         ends.append(batches.weights(agent.policy))
     assert batches.same(*ends)
-    other = batches.learner("reinforce", face, baseline="batch_mean")  # negative control
+    other = batches.learner("reinforce", kind, baseline="batch_mean")  # negative control
     other.update(traj)
     assert not batches.same(ends[0], batches.weights(other.policy))
 

@@ -96,7 +96,7 @@ def test_truncation_is_told_and_bootstraps():
 
 def test_attributes_and_methods():
     venv = VecMonitor(env(4, render_mode="ansi"))
-    assert venv.get_attr("face") == ["mdp"] * 4 and len(venv.get_attr("task", [0, 2])) == 2
+    assert venv.get_attr("is_bandit") == [False] * 4 and len(venv.get_attr("task", [0, 2])) == 2
     assert not venv.has_attr("no_such_thing") and venv.has_attr("action_masks")
     venv.set_attr("kl_coef", 0.5)
     assert venv.get_attr("kl_coef") == [0.5] * 4

@@ -14,9 +14,9 @@ from tests.algos import batches
 V = len(tiny.WORDS)
 
 
-def conditioned_policy(face="mdp", token=1):
-    env = batches.text_env(face)
-    policy = batches.text_policy(env, face)
+def conditioned_policy(kind="mdp", token=1):
+    env = batches.text_env(kind)
+    policy = batches.text_policy(env, kind)
     policy.add_reward_tokens(2)
     with torch.no_grad():
         extra = policy.model.get_input_embeddings().extra
@@ -61,10 +61,10 @@ def test_until_it_is_asked_the_policy_is_as_it_was():
     assert torch.equal(found.logprob, plain.logprob) and torch.equal(found.value, plain.value)
 
 
-@pytest.mark.parametrize("face", ["mdp", "bandit"])
-def test_sampling_stored_and_evaluated_logprob_are_of_one_distribution(face):
+@pytest.mark.parametrize("kind", ["mdp", "bandit"])
+def test_sampling_stored_and_evaluated_logprob_are_of_one_distribution(kind):
     """Law 7 and law 2 with a token before the prompt: both paths, and a token given in the prompt."""
-    env, policy = conditioned_policy(face)
+    env, policy = conditioned_policy(kind)
     bulk = rollout(env, policy, episodes=24, seed=3)
     step = collect(env, policy, episodes=24, seed=3)
     assert torch.equal(bulk.response, step.response)

@@ -15,7 +15,7 @@ from lm_envs.exact.solver import Exact
 from lm_envs.tasks.enumerable import load
 from tests import tiny
 
-FACES = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
+KINDS = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
 OPTIONS = dict(temperature=1.3, min_new_tokens=1)
 
 
@@ -35,12 +35,12 @@ def test_it_is_the_table_it_was_made_of():
     assert bool((policy.log_probs()[:, 0, 3] == -torch.inf).all())
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_law_2_and_law_7(face, rows):
+def test_law_2_and_law_7(kind, rows):
     solver, table = solver_and_table(**OPTIONS)
-    env = FACES[face](solver.mdp.task, rows, group_size=2, **OPTIONS)
-    policy = TabularPolicy(solver, table, face=face)
+    env = KINDS[kind](solver.mdp.task, rows, group_size=2, **OPTIONS)
+    policy = TabularPolicy(solver, table, bandit=kind == "bandit")
     bulk, stepped = (way(env, policy, episodes=60, seed=5) for way in (rollout, collect))
     assert bulk.response.tolist() == stepped.response.tolist() and set(bulk.response_lengths.tolist()) == {2, 3}
     for name in ("logprob", "reward"):
@@ -61,23 +61,23 @@ def test_law_3_frequencies_are_the_table():
     assert counts[~cells].sum() == 0 and chi2 < int(cells.sum()) + 4 * (2 * int(cells.sum())) ** 0.5
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_it_evaluates_as_the_language_model_of_the_same_table(face):
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_evaluates_as_the_language_model_of_the_same_table(kind):
     """Against LMPolicy on the task's own model, gradients included; NaN in masked places changes nothing (law 1)."""
     solver, _ = solver_and_table(**OPTIONS)
     model = load(tokens=3, horizon=3, prompts=4, seed=9).reference.requires_grad_(True)
-    lm = LMPolicy.for_mdp(solver.mdp, model, face=face)
+    lm = LMPolicy.for_mdp(solver.mdp, model, bandit=kind == "bandit")
     table = model.lm_head.weight.T.detach().unflatten(0, (4, -1)) / 1.3
-    mine = TabularPolicy(solver, table, face=face, value_scale=2.0)
+    mine = TabularPolicy(solver, table, bandit=kind == "bandit", value_scale=2.0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         mine.value.normal_(generator=generator)
         lm.value_head.weight.copy_(2.0 * mine.value.unsqueeze(0))
-    traj = rollout(FACES[face](solver.mdp.task, 1, **OPTIONS), mine, episodes=100, seed=2)
+    traj = rollout(KINDS[kind](solver.mdp.task, 1, **OPTIONS), mine, episodes=100, seed=2)
     ours, theirs = mine.evaluate(traj), lm.evaluate(traj)
     for name in ("logprob", "entropy", "value"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-12)
-    if face == "mdp":
+    if kind == "mdp":
         mask = traj.mask
         torch.testing.assert_close(ours.log_probs()[mask], theirs.log_probs()[mask], rtol=0, atol=1e-12)
     for found in (ours, theirs):
@@ -86,12 +86,12 @@ def test_it_evaluates_as_the_language_model_of_the_same_table(face):
     torch.testing.assert_close(mine.value.grad, 2.0 * lm.value_head.weight.grad[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["reinforce", "a2c", "ppo", "expert-iteration"])
-def test_agents_learn_with_it(name, face):
+def test_agents_learn_with_it(name, kind):
     task = load(tokens=2, horizon=2, prompts=2)
-    env = FACES[face](task, 8, group_size=4)
-    policy = TabularPolicy(Exact(env.mdp), face=face)
+    env = KINDS[kind](task, 8, group_size=4)
+    policy = TabularPolicy(Exact(env.mdp), bandit=kind == "bandit")
     agent = make_agent(name, policy, episodes=64, group_size=4, iterations=40, learning_rate=0.05, anneal=False)
     solver = Exact(env.mdp, kl_coef=0.0 if name == "expert-iteration" else None)
     before = float(solver.objective(policy).detach())
@@ -103,10 +103,10 @@ def test_agents_learn_with_it(name, face):
     assert after - before > 0.4 * (float(solver.optimal_value) - before)
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_reward_tokens_have_tables_of_their_own(face):
+@pytest.mark.parametrize("kind", KINDS)
+def test_reward_tokens_have_tables_of_their_own(kind):
     solver, table = solver_and_table(**OPTIONS)
-    env, policy = FACES[face](solver.mdp.task, 5, **OPTIONS), TabularPolicy(solver, table, face=face)
+    env, policy = KINDS[kind](solver.mdp.task, 5, **OPTIONS), TabularPolicy(solver, table, bandit=kind == "bandit")
     policy.add_reward_tokens(2)
     with torch.no_grad():  # what is masked stays so
         policy.token_logits += torch.randn(policy.token_logits.shape, generator=torch.Generator().manual_seed(4))
@@ -146,8 +146,6 @@ def test_every_algorithm_with_settings_learns_on_a_table(name):
 
 def test_what_it_cannot_do_is_refused():
     solver, table = solver_and_table()
-    with pytest.raises(ValueError, match="face must be"):
-        TabularPolicy(solver, table, face="x")
     with pytest.raises(ValueError, match="finite log-probabilities"):
         TabularPolicy(solver, table.clone().index_fill_(2, torch.tensor([1]), -torch.inf))
     with pytest.raises(ValueError, match=r"row 1 has the prompt \[3, 3\], which the table does not have"):

@@ -26,8 +26,7 @@ from lm_envs.benchmarks.run.data_problem import DataProblem, DataSpec
 from lm_envs.model import loading
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import left_pad
-from lm_envs.reward.initial import reward_start
-from lm_envs.reward.learned import load_reward_model
+from lm_envs.reward.learned import load_reward_model, reward_start
 from tests.lm_envs import byo
 
 SUBJECTS, VERBS = ["old cat", "grey cat", "small bird"], ["saw", "ate", "hid"]
@@ -258,7 +257,9 @@ def test_part_of_a_model_is_trained(folder, tmp_path):
     assert result["held_out_loss"] < before(out)["validation_loss"]
     learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "sft", "--lora-rank", 2)
     for read in (reward_start, load_reward_model):
-        with pytest.raises(ValueError, match=f"adapters of '{folder}/model' and no model.* --lora-merge"):
+        with pytest.raises(
+            ValueError, match=f"adapters of '{folder}/model', and a whole model is needed.* --lora-merge"
+        ):
             read(tmp_path / "sft" / "model")
 
 

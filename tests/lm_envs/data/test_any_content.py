@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from lm_envs.benchmarks.commands.data_check import check
 from lm_envs.data.conventions import CONVENTIONS
 from lm_envs.data.dataset import Examples, Rejected
-from lm_envs.data.packed import PackedExamples, pack
+from lm_envs.data.packed import PackedExamples, pack, tokenise
 from lm_envs.data.sources import FILES
-from lm_envs.data.tokenizing import tokenise
 from lm_envs.model.text import Codec
 from tests.lm_envs import byo
 from tests.lm_envs.model.test_text import TURNS
@@ -126,7 +125,7 @@ def test_tables(cells, end):
         ("prompt,completion\n".encode("utf-16"), ".csv", "line 1: this is text in UTF-16: save it as UTF-8"),
         (b"PK\x03\x04....", ".jsonl", "line 1: this is a ZIP archive"),
         (b'{"prompt": "a"}\r{"prompt": "b"}\r', ".jsonl", "line 1: .* not in a carriage return alone"),
-        (b'{"prompt": "a", "prompt": "b"}\n', ".jsonl", "line 1: .*the name 'prompt' stands twice"),
+        (b'{"prompt": "a", "prompt": "b"}\n', ".jsonl", "line 1: .*the name 'prompt' occurs twice"),
         (gzip.compress(b"prompt,completion\na,b\n")[:-9], ".csv.gz", "damaged gzip data after line 2"),
     ],
     ids=["semicolons", "utf-16", "zip", "carriage returns", "a name twice", "cut gzip"],

@@ -199,7 +199,10 @@ def test_a_bad_row_is_fatal_or_passed_over_by_its_line(tmp_path, bad, reason):
     [
         ({"chosen": "hello", "rejected": "what"}, "whole dialogues"),
         ({"chosen": f"{HUMAN} a", "rejected": f"{HUMAN} a"}, "the same text"),
-        ({"chosen": f"{HUMAN} a\n\nHuman: b\n\nAssistant: c", "rejected": f"{HUMAN} d"}, "do not answer one prompt"),
+        (
+            {"chosen": f"{HUMAN} a\n\nHuman: b\n\nAssistant: c", "rejected": f"{HUMAN} d"},
+            "they answer different prompts",
+        ),
         ({"prompt": "p", "completions": [" a"], "ranks": [1]}, "at least two texts"),
         ({"prompt": "p", "completions": [" a", " b"], "ranks": [1]}, "2 whole numbers"),
         ({"prompt": "p", "completions": [" a", " b"], "ranks": [1, True]}, "2 whole numbers"),
@@ -247,7 +250,7 @@ def test_files_that_are_broken_as_a_whole(tmp_path):
     with pytest.raises(ValueError, match=r"damaged gzip data after line \d\d+"):
         list(Examples(tmp_path / "a.jsonl.gz"))
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="not one row"):
+    with pytest.raises(ValueError, match="there are no rows"):
         Examples(tmp_path / "empty.jsonl")
     with pytest.raises(ValueError, match=r"line 1: the columns 'question' are in no known convention: prompt/comp"):
         Examples(write(tmp_path / "strange.jsonl", [{"question": "?"}]))

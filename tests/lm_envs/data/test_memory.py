@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from lm_envs.algos.engine.comparisons import Comparisons
 from lm_envs.data.dataset import Examples
 from lm_envs.data.packed import PackedExamples, pack
-from lm_envs.data.tokenizing import tokenise
+from lm_envs.data.packed import tokenise
 from lm_envs.model.text import Codec
 from lm_envs.training import stream
 

@@ -11,8 +11,7 @@ import pytest
 
 from lm_envs.data.conventions import Example
 from lm_envs.data.dataset import Examples, Rejected
-from lm_envs.data.packed import PackedExamples, info_of, pack
-from lm_envs.data.tokenizing import tokenise
+from lm_envs.data.packed import PackedExamples, info_of, pack, tokenise
 from lm_envs.model.chat import render_messages, split_answer
 from lm_envs.model.text import Codec
 from lm_envs.reward.learned import LearnedReward

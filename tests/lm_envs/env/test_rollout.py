@@ -17,8 +17,8 @@ from tests import tiny
 OPTIONS = dict(kl_coef=0.3, temperature=1.3, min_new_tokens=1, missing_eos=("subtract", 0.7), group_size=2)
 
 
-def policy_for(env, face="mdp"):
-    return LMPolicy.for_mdp(env.unwrapped.mdp, tiny.gpt2(seed=1), face=face)
+def policy_for(env, kind="mdp"):
+    return LMPolicy.for_mdp(env.unwrapped.mdp, tiny.gpt2(seed=1), bandit=kind == "bandit")
 
 
 def assert_same(a, b):
@@ -132,17 +132,17 @@ def test_a_broken_env_is_caught(broken):
         assert_same(rollout(env, policy, episodes=24, seed=4), collect(env, policy, episodes=24, seed=4))
 
 
-@pytest.mark.parametrize("face", ["mdp", "bandit"])
-def test_evaluation_agrees_with_what_was_sampled(face):
+@pytest.mark.parametrize("kind", ["mdp", "bandit"])
+def test_evaluation_agrees_with_what_was_sampled(kind):
     """Law 7: before the first update the ratio is 1 and, the policy being the reference, the KL is 0."""
-    env = (TextVectorEnv if face == "mdp" else TextBanditVectorEnv)(tiny.task(), 4, **OPTIONS)
-    policy = LMPolicy.for_mdp(env.mdp, tiny.gpt2(seed=0), face=face)
+    env = (TextVectorEnv if kind == "mdp" else TextBanditVectorEnv)(tiny.task(), 4, **OPTIONS)
+    policy = LMPolicy.for_mdp(env.mdp, tiny.gpt2(seed=0), bandit=kind == "bandit")
     traj = rollout(env, policy, episodes=16, seed=2)
     now = policy.evaluate(traj)
     torch.testing.assert_close(now.logprob, traj.logprob, rtol=0, atol=1e-9)
     torch.testing.assert_close(traj.ref_logprob, traj.logprob, rtol=0, atol=1e-9)
     assert now.value.shape == (16, traj.mask.shape[1] + 1) and bool((now.value == 0).all())
-    if face == "mdp":
+    if kind == "mdp":
         full = now.log_probs()
         picked = full.gather(2, traj.actions.unsqueeze(2)).squeeze(2)
         torch.testing.assert_close(picked[traj.mask], now.logprob[traj.mask])

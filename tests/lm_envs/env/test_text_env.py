@@ -11,7 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import lm_envs
-from lm_envs.env.rendering import render_text
+from lm_envs.env.rows import render_text
 from lm_envs.env.single import TextBanditEnv, TextEnv
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from tests import tiny
@@ -114,7 +114,7 @@ def test_unreported_logprobs_warn_once_and_charge_the_reference_half():
 def test_an_episode_knows_nothing_of_the_one_before_in_its_row(env):
     """Without a penalty the reference is not asked: what it said before must not pass for new."""
     env = env(tiny.task(), kl_coef=0.5, render_mode="ansi")
-    bandit = env.face == "bandit"
+    bandit = env.is_bandit
     action = np.full(env.mdp.max_new_tokens, tiny.EOS) if bandit else tiny.EOS
     env.reset(seed=0)
     lm_envs.report(env, -30.0)
@@ -215,13 +215,13 @@ def test_prompts_follow_seed_episode_and_group_alone():
     assert vector.reset(seed=9, options={"first_episode": 4})[0][:5].tolist() == prompts[4:]
 
 
-@pytest.mark.parametrize("face", [TextBanditEnv, TextBanditVectorEnv])
-def test_bandit_reads_up_to_the_first_eos(face):
+@pytest.mark.parametrize("env_class", [TextBanditEnv, TextBanditVectorEnv])
+def test_bandit_reads_up_to_the_first_eos(env_class):
     task = tiny.task()
-    env = face(task, kl_coef=0.5)
+    env = env_class(task, kl_coef=0.5)
     env.reset(seed=2)
     action = np.array([2, 2, tiny.EOS, 3, 3, 3])
-    batched = face is TextBanditVectorEnv
+    batched = env_class is TextBanditVectorEnv
     lm_envs.report(env, [-4.0] if batched else -4.0)
     obs, reward, terminated, _, info = env.step(action[None] if batched else action)
     lm = info["final_info"]["lm"] if batched else info["lm"]

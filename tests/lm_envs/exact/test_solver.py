@@ -188,7 +188,7 @@ def test_the_gradient_is_that_of_finite_differences():
 def test_any_kind_of_policy_gives_the_same_table(exact):
     model = load(seed=7).reference
     table = exact.table(model)
-    for policy in (LMPolicy.for_mdp(exact.mdp, model), LMPolicy.for_mdp(exact.mdp, model, face="bandit"), table):
+    for policy in (LMPolicy.for_mdp(exact.mdp, model), LMPolicy.for_mdp(exact.mdp, model, bandit=True), table):
         torch.testing.assert_close(exact.table(policy), table, rtol=0, atol=1e-14)
     small = Exact(exact.mdp, batch_size=37)
     torch.testing.assert_close(small.table(model), table, rtol=0, atol=1e-14)

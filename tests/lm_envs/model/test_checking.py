@@ -49,7 +49,7 @@ def test_recurrences_that_read_padding_are_refused(name, settings, dtype):
 def test_an_encoder_is_refused():
     config = transformers.BertConfig(**BASE, is_decoder=False)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match="mine: what bert predicts changes with tokens that come later"):
+    with pytest.raises(ValueError, match="mine: the predictions of bert change with later tokens"):
         check_model(model, "mine")
 
 
@@ -64,7 +64,7 @@ def test_a_cache_without_rows_needs_a_word():
 
 def test_a_task_says_that_its_model_is_slow():
     model = random_model("Llama4Text", CHUNKED)
-    with pytest.warns(UserWarning, match="'tiny': the cache of llama4_text cannot be kept row by row.* all the same"):
+    with pytest.warns(UserWarning, match="'tiny': the cache of llama4_text cannot be kept row by row.* used anyway"):
         tiny.task(reference=model)
     check_model(model, recompute=True)
     with warnings.catch_warnings():

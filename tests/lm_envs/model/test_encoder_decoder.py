@@ -226,11 +226,11 @@ def test_law_2_bulk_path_is_step_path(family, rows):
     assert (bulk.logprob - bulk.ref_logprob).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("face", ["mdp", "bandit"])
+@pytest.mark.parametrize("kind", ["mdp", "bandit"])
 @pytest.mark.parametrize("family", ["T5", "Bart"])
-def test_law_7_act_is_evaluate_and_the_value_reads_the_state_before(family, face):
-    env = TextVectorEnv(task(family), 4, **OPTIONS) if face == "mdp" else TextBanditEnv(task(family), **OPTIONS)
-    policy = LMPolicy.for_mdp(env.mdp, build(family), face=face)
+def test_law_7_act_is_evaluate_and_the_value_reads_the_state_before(family, kind):
+    env = TextVectorEnv(task(family), 4, **OPTIONS) if kind == "mdp" else TextBanditEnv(task(family), **OPTIONS)
+    policy = LMPolicy.for_mdp(env.mdp, build(family), bandit=kind == "bandit")
     torch.nn.init.normal_(policy.value_head.weight)
     traj = rollout(env, policy, episodes=8, seed=2)
     now = policy.evaluate(traj)
@@ -238,7 +238,7 @@ def test_law_7_act_is_evaluate_and_the_value_reads_the_state_before(family, face
     torch.testing.assert_close(traj.ref_logprob, traj.logprob, rtol=0, atol=1e-9)
     torch.testing.assert_close(now.value[traj.mask.new_ones(8, 1).nonzero()[:, 0], 0], traj.value[:, 0])
     assert bool((now.value[:, -1] == 0).all()) and bool((now.value[:, 0] != 0).all())
-    if face == "mdp":
+    if kind == "mdp":
         torch.testing.assert_close(now.value, traj.value, rtol=0, atol=1e-9)
         changed = traj.select(slice(None))
         changed.prompt = traj.prompt.clone()

@@ -193,9 +193,9 @@ def test_responses_end_on_any_of_them_on_every_path(early):
     assert ends > set(EVERY)  # each of them, and the length
     torch.testing.assert_close(policy.evaluate(bulk).logprob, bulk.logprob, check_dtype=False)
     bandit = TextBanditVectorEnv(task, 4)
-    whole = rollout(bandit, LMPolicy.for_mdp(bandit.mdp, tiny.gpt2(seed=1), face="bandit"), episodes=40, seed=1)
+    whole = rollout(bandit, LMPolicy.for_mdp(bandit.mdp, tiny.gpt2(seed=1), bandit=True), episodes=40, seed=1)
     torch.testing.assert_close(whole.reward[:, 0], bulk.reward.sum(dim=1), rtol=0, atol=1e-9)
-    stepped = collect(bandit, LMPolicy.for_mdp(bandit.mdp, tiny.gpt2(seed=1), face="bandit"), episodes=40, seed=1)
+    stepped = collect(bandit, LMPolicy.for_mdp(bandit.mdp, tiny.gpt2(seed=1), bandit=True), episodes=40, seed=1)
     torch.testing.assert_close(stepped.reward, whole.reward, rtol=0, atol=1e-9)
     trained = LMPolicy.for_mdp(env.mdp, tiny.gpt2().requires_grad_(True))
     _, metrics = PPO(trained, PPOConfig(episodes=16, iterations=1)).iteration(env)

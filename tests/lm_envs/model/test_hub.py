@@ -13,8 +13,7 @@ from huggingface_hub import constants
 from lm_envs.data.dataset import Examples
 from lm_envs.files import CacheError
 from lm_envs.model import hub, loading
-from lm_envs.reward.initial import reward_start
-from lm_envs.reward.learned import load_reward_model
+from lm_envs.reward.learned import load_reward_model, reward_start
 from tests.lm_envs import byo
 
 

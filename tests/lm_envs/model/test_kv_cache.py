@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lm_envs.model.decoding import Decoder
-from lm_envs.model.fast_layers import fuse
 from lm_envs.model.kv_cache import GrowingLayer, RowCache, can_cache
+from lm_envs.model.layers import fuse
 from tests.families import GROUPED, random_model
 from tests.tiny import gpt2
 

@@ -19,8 +19,7 @@ from lm_envs.algos.registry import make_agent
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.adapters import adapter_parameters, has_adapters
 from lm_envs.model.loading import Placement, load_policy, load_tokenizer
-from lm_envs.reward.initial import reward_start
-from lm_envs.reward.learned import load_reward_model
+from lm_envs.reward.learned import load_reward_model, reward_start
 from lm_envs.tasks import load
 from tests.families import BASE, GROUPED, random_model
 from tests.lm_envs import byo

@@ -108,21 +108,21 @@ def test_what_a_text_means(text, expected):
         ("blue", "reward 'blue': did you mean 'bleu'"),
         ("my reward", "expected model:DIR, judge:URL#MODEL, judge:FILE.toml, FILE.py:function.* bleu, chrf"),
         ("", "expected model:DIR"),
-        ("bleu + ", "a . stands between two rewards"),
-        ("bleu+chrf", "the . of a sum stands between spaces: 'bleu . chrf'"),
+        ("bleu + ", "a . needs a reward on both sides"),
+        ("bleu+chrf", "the . of a sum needs spaces around it: 'bleu . chrf'"),
         ("bleu*0.5+chrf++*2", r"'bleu\*0.5 . chrf\+\+'"),
-        ("bleu*x", r"reward 'bleu\*x': 'x' is no number; a weight is one, as in 'bleu\*0.5'"),
-        ("clip(0.5*x*chrf, 0, 1)", r"reward 'x\*chrf': 'x' is no number"),
-        ("bleu*", r"nothing stands behind the \*"),
+        ("bleu*x", r"reward 'bleu\*x': 'x' is not a number; write a weight as in 'bleu\*0.5'"),
+        ("clip(0.5*x*chrf, 0, 1)", r"reward 'x\*chrf': 'x' is not a number"),
+        ("bleu*", r"the \* has nothing behind it"),
         ("bleu - chrf", r"negative weight: 'bleu . chrf\*-1'"),
-        ("model:a*x", "'x' is no number"),
+        ("model:a*x", "'x' is not a number"),
         ("model:a+model:b", "'model:a . model:b'"),
         ("clipp(bleu, 0, 1)", "did you mean 'clip'"),
         ("clip(bleu, 1)", "clip takes low, high, as numbers"),
         ("clip(bleu, low, 1)", "clip takes low, high"),
         ("standardise(bleu, 1)", "standardise takes mean, std .or neither."),
         ("clip(bleu, 0, 1", "a bracket is not closed"),
-        ("bleu)", "a bracket closes that was not opened"),
+        ("bleu)", "a bracket is closed that was not opened"),
         ("bleu*1e999", "weight must be finite"),
         ("bleu[column]", "expected model:DIR"),
         ("bleu[column=a, b]", "settings are name=value, not 'b'"),
@@ -180,7 +180,7 @@ def test_folders_and_files_without_what_is_needed(tmp_path, mine):
     with pytest.raises(ValueError, match=r"say which function of the file, as in .*my rewards.py:function"):
         parse_reward(mine)
     (tmp_path / "judge.toml").write_text("")
-    with pytest.raises(ValueError, match="the settings of that judge stand in its file"):
+    with pytest.raises(ValueError, match="the settings of that judge belong in its file"):
         parse_reward(f"judge:{tmp_path}/judge.toml[workers=2]")
 
 

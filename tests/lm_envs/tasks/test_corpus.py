@@ -19,9 +19,8 @@ from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.tokens import right_pad
 from lm_envs.reward.learned import raw_scores
-from lm_envs.tasks import corpus, load, own_text
-from lm_envs.tasks.corpus import openings, read_labelled, training_half
-from lm_envs.tasks.corpus_judge import TextJudge
+from lm_envs.tasks import corpus, load, sampling
+from lm_envs.tasks.corpus import TextJudge, openings, read_labelled, training_half
 
 GOOD, BAD = ("wonderful", "moving", "funny", "warm"), ("dull", "tired", "awful", "empty")
 NOUNS, PLACES = ("film", "story", "cast", "script"), ("boston", "paris", "rome", "delhi", "lima")
@@ -234,7 +233,7 @@ def test_each_learns_from_the_labels_of_its_own_half(flipped, task, source, cach
 
 def test_long_texts_are_cut(source):
     rows = read_labelled(source)
-    tokenizer = own_text.make_tokenizer([row.text for row in rows], 300)
+    tokenizer = sampling.make_tokenizer([row.text for row in rows], 300)
     whole, cut = (corpus.encode(tokenizer, rows, limit) for limit in (1000, 10))
     assert all(ids[-1] == tokenizer.eos_token_id for ids in whole)
     assert cut == [ids[:10] for ids in whole] and len(tokenizer) == 300
@@ -245,8 +244,9 @@ def test_long_texts_are_cut(source):
 
 def test_prefix_loss_is_the_loss_of_every_prefix():
     config = corpus.CorpusConfig(**SMALL)
-    tokenizer = own_text.make_tokenizer(["a b c d"], 257)
-    model = corpus._initial(corpus.GPT2ForSequenceClassification, config, tokenizer)
+    tokenizer = sampling.make_tokenizer(["a b c d"], 257)
+    sizes = (config.hidden, config.layers, config.heads)
+    model = sampling.small_gpt2(corpus.GPT2ForSequenceClassification, tokenizer, config.max_tokens, sizes, 0)
     with torch.no_grad():
         model.score.weight.normal_(generator=torch.Generator().manual_seed(1))
     texts, labels = [[5, 6, 7, 8, 0], [9, 10, 0]], torch.tensor([1, 0])
@@ -268,7 +268,7 @@ def test_prefix_loss_is_the_loss_of_every_prefix():
 # The judge
 
 
-def test_the_judge_is_scikit_learns_pipeline(tmp_path):
+def test_the_judge_is_scikit_learns_pipeline():
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -279,10 +279,9 @@ def test_the_judge_is_scikit_learns_pipeline(tmp_path):
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
     ).fit(texts, labels)
     judge = TextJudge.fit(texts, labels)
-    judge.save(tmp_path / "judge")
     asked = ["the film is warm", "the film is dull , moving and dull", "unheard of", ""]
     expected = pipeline.predict_proba(asked)[:, 1]
-    for found in (judge, TextJudge.load(tmp_path / "judge")):
+    for found in (judge, TextJudge(*json.loads(json.dumps(judge.arguments)))):
         np.testing.assert_allclose(found.probability(asked), expected, rtol=1e-9)
     split = [text.partition(" is") for text in asked]
     np.testing.assert_allclose(judge([a for a, _, _ in split], [b + c for _, b, c in split]), expected, rtol=1e-9)
@@ -327,7 +326,7 @@ def test_made_once_and_made_again_when_something_changes(task, source, cache, tm
 def test_what_is_cached_is_data(task, cache):
     files = [path for path in cache.glob("corpus/*/**/*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
-    assert load_file(next(path for path in files if path.parent.name == "judge" and path.suffix == ".safetensors"))
+    assert load_file(next(path for path in files if path.parent.name == "policy" and path.suffix == ".safetensors"))
 
 
 def test_building_is_a_function_of_its_arguments(task, source, tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_a_row_without_a_column_has_none_there(folders, tmp_path):
 
 def test_a_column_with_a_name_that_rewards_use_is_refused(folders, tmp_path):
     path = byo.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"a {i}", "completion_ids": 1} for i in range(4)])
-    with pytest.raises(ValueError, match="line 1: rewards get something else as 'completion_ids'"):
+    with pytest.raises(ValueError, match="line 1: rewards receive something else as 'completion_ids'"):
         custom(folders, "MINE:letters", prompts=str(path))
 
 

@@ -16,8 +16,7 @@ from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.model.forwards import response_logprob
 from lm_envs.model.kv_cache import can_cache
 from lm_envs.model.tokens import model_inputs
-from lm_envs.tasks.enumerable import EnumerableConfig, TableLM, TableLMConfig, encode_prompt, load
-from lm_envs.tasks.prefix_tree import PrefixTree
+from lm_envs.tasks.enumerable import EnumerableConfig, PrefixTree, TableLM, TableLMConfig, encode_prompt, load
 
 SMALL = dict(tokens=2, horizon=3, prompts=3)
 
@@ -172,11 +171,11 @@ def test_rewards_are_a_weight_per_token_plus_noise():
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("env_class, face", [(TextVectorEnv, "mdp"), (TextBanditVectorEnv, "bandit")])
-def test_law_2_bulk_path_is_step_path(rows, env_class, face):
+@pytest.mark.parametrize("env_class, kind", [(TextVectorEnv, "mdp"), (TextBanditVectorEnv, "bandit")])
+def test_law_2_bulk_path_is_step_path(rows, env_class, kind):
     options = dict(group_size=2, temperature=1.3, min_new_tokens=1, missing_eos=("subtract", 0.5))
     env = env_class(load(), rows, **options)
-    policy = LMPolicy.for_mdp(env.mdp, load(seed=5).reference, face=face)
+    policy = LMPolicy.for_mdp(env.mdp, load(seed=5).reference, bandit=kind == "bandit")
     bulk, stepped = (way(env, policy, episodes=40, seed=4) for way in (rollout, collect))
     assert bulk.response.tolist() == stepped.response.tolist()
     for name in ("logprob", "ref_logprob", "reward", "score"):
