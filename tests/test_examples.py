@@ -48,6 +48,7 @@ def episode_return(policy, env_id):
     return float(torch.where(traj.mask, traj.reward, 0.0).sum(1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("env_id", "iterations", "gain"), [("CartPole-v1", 8, 20.0), ("lm_envs/Cat-v0", 12, 20.0)])
 def test_it_learns_on_control(awr, env_id, iterations, gain):
     agent = awr.train(env_id, iterations)
@@ -55,6 +56,7 @@ def test_it_learns_on_control(awr, env_id, iterations, gain):
     assert episode_return(agent.policy, env_id) > start + gain
 
 
+@pytest.mark.slow
 def test_it_learns_on_reviews(awr, capsys):
     awr.train("lm_envs/Reviews-v0", 10, episodes=64)
     returns = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]

@@ -14,6 +14,7 @@ from lm_envs.env.rollout import rollout
 from lm_envs.trajectories import demonstrations
 from tests import tiny
 from tests.algos import batches
+from tests.marks import slow_unless
 
 
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
@@ -400,7 +401,7 @@ def end(name, settings):
     return batches.weights(agent.policy)
 
 
-@pytest.mark.parametrize("name", batches.LEARNERS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name != "iterated-rlhf", batches.LEARNERS))
 def test_no_setting_is_dead(name):
     config = registry.load(name).Config
     ends = {}

@@ -10,6 +10,7 @@ from lm_envs.env.cat import CatEnv, expected_return, value_iteration
 from lm_envs.env.rollout import collect
 from lm_envs.trajectories import Trajectories
 from tests.algos import batches
+from tests.marks import slow_unless
 
 CONTROL = ("ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "grpo", "dr-grpo", "expert-iteration")
 
@@ -52,7 +53,10 @@ def test_the_committed_settings_run_everywhere(name):
         assert metrics.get("logprob_gap_max", 0.0) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "grpo", "dr-grpo"])
+LEARNERS = ["ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "grpo", "dr-grpo"]
+
+
+@pytest.mark.parametrize("name", slow_unless({"ppo", "reinforce"}.__contains__, LEARNERS))
 def test_a_little_training_helps_on_cartpole(name):
     budget = 4000
     changes = {"reinforce": {"episodes": 8, "learning_rate": 0.01}, "a2c": {"learning_rate": 3e-3}}.get(name, {})

@@ -45,6 +45,7 @@ def test_the_reward_model_learns_what_the_judge_likes():
     assert found[0][1]["rm_accuracy"] < 0.15
 
 
+@pytest.mark.slow
 def test_the_second_round_compares_what_the_policy_writes_then():
     agent, env, found = ran(3, rounds=2, learning_rate=2e-2, episodes=64, annotations=2048, rm_steps=120)
     before, after = agent._texts[:1024], agent._texts[1024:]

@@ -377,6 +377,7 @@ def test_what_a_killed_first_write_left_does_not_block_the_folder(tmp_path):
     assert not [name for name in left if (out / name).exists()] and all((out / name).exists() for name in living)
 
 
+@pytest.mark.slow
 def test_threads_do_not_depend_on_jobs(tmp_path):
     command = ["compare", "--task", NAME, "--algorithms", "sft", "best-of-2", "--seeds", "0", "--test-prompts", "6"]
     for jobs in ("1", "2"):

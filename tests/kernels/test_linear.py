@@ -288,6 +288,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark from /proc")
 def test_memory_does_not_grow_with_rows_times_vocabulary():
     few, many = (int(python("-c", MEMORY, rows, cwd=CHECKOUT, path=CHECKOUT)) for rows in ("200", "3200"))

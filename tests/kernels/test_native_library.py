@@ -16,6 +16,7 @@ import tests.kernels.conftest  # noqa: F401
 from lm_envs.kernels import native_library
 from lm_envs.kernels.native_library import Unavailable, load
 from tests.house import CHECKOUT
+from tests.marks import slow_unless
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None and shutil.which("gcc") is None, reason="no compiler on this machine"
@@ -113,7 +114,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", slow_unless({"a bit flipped", "another library"}.__contains__, DAMAGE))
 def test_what_is_damaged_or_not_ours_is_compiled_again(place, damage):
     assert place.answer() == 42
     DAMAGE[damage](place)

@@ -16,6 +16,7 @@ from lm_envs.env.mdp import TextMDP
 from lm_envs.exact.solver import Exact, cosine, relative_bias
 from lm_envs.tasks.enumerable import load
 from tests.algos.engine.stationary import no_penalty, reverse_state_kl, state_kl, unreported
+from tests.marks import slow_unless
 
 BASE = {"episodes": 8, "group_size": 1, "kl_coef": 0.3}
 
@@ -101,7 +102,7 @@ def test_dr_grpo_is_exact_but_for_the_mean_that_counts_the_episode_itself(batch,
     assert matches(found, {"logits": (batch - 1) / batch * target["logits"]})
 
 
-@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("batch", slow_unless((2).__eq__, [2, 3]))
 def test_a_mean_that_counts_the_episode_itself_shrinks_the_gradient(batch):
     """Its stated bias: (B-1)/B of the exact gradient, over independent prompts; the direction is kept."""
     exact = solver(horizon=2)
@@ -125,6 +126,7 @@ def test_negative_controls_are_seen():
         both("reinforce", exact, batch=3, same_prompt=False, baseline="batch_mean")
 
 
+@pytest.mark.slow
 def test_whitening_keeps_the_direction_only_nearly():
     """Reported, not hidden: whitened over so small batches the expected gradient turns."""
     exact = solver(horizon=2)
@@ -174,14 +176,17 @@ def estimated(name, exact, policy=None, total=2**14, bandit=False, **overrides):
 @pytest.mark.parametrize("bandit", [False, True])
 @pytest.mark.parametrize(
     "name, overrides",
-    [
-        ("reinforce", {}),
-        ("rloo", {}),
-        ("dr-grpo", {}),
-        ("a2c", {"lam": 1.0, "whiten_advantage": False}),
-        ("ppo", {"lam": 1.0, "whiten_advantage": False}),
-        ("ppo-klpen", {"lam": 1.0, "whiten_advantage": False}),
-    ],
+    slow_unless(
+        lambda case: case[0] in ("rloo", "ppo"),
+        [
+            ("reinforce", {}),
+            ("rloo", {}),
+            ("dr-grpo", {}),
+            ("a2c", {"lam": 1.0, "whiten_advantage": False}),
+            ("ppo", {"lam": 1.0, "whiten_advantage": False}),
+            ("ppo-klpen", {"lam": 1.0, "whiten_advantage": False}),
+        ],
+    ),
 )
 def test_the_estimate_finds_no_bias_where_there_is_none(name, overrides, bandit):
     found, error = estimated(name, solver(), bandit=bandit, **overrides)

@@ -84,6 +84,7 @@ def test_an_example_is_short(name):
     assert len((CHECKOUT / "examples" / f"{name}.py").read_text().splitlines()) < 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_charges_the_exact_penalty(name, tiny_ids, rewards, monkeypatch):
     """The policy is the reference and stays it, so each token's penalty is zero, if its own row's was reported."""
@@ -119,6 +120,7 @@ def test_an_example_takes_one_forward_for_logits_and_value(name, tiny_ids, monke
     assert sum(reads) == 2 * passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_learns(name, tiny_ids, rewards):
     figures = run(name, "lm_envs/Tiny-v0", 24, learning_rate=3e-3)
@@ -246,6 +248,7 @@ def test_published_ppo_runs_unchanged(maker, tiny_ids):
     assert np.isfinite(curve).all() and finished > 0
 
 
+@pytest.mark.slow
 def test_published_ppo_learns(tiny_ids):
     torch.manual_seed(0)
     curve, _ = published_ppo(MAKERS["native"](kl_coef=0.0), updates=30)

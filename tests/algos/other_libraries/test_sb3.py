@@ -251,6 +251,7 @@ def example():
     return module
 
 
+@pytest.mark.slow
 def test_the_example_runs_shortened(capsys):
     found = example().main(tokens=2 * 8 * 24, rows=8, texts=16)
     assert set(found) == {"ppo", "a2c", "maskable-ppo"} and all(np.isfinite(line).all() for line in found.values())

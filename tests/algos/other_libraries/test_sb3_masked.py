@@ -104,6 +104,7 @@ def test_masks_of_all_tokens_change_nothing():
     assert masked.action_masks().all()
 
 
+@pytest.mark.slow
 def test_maskable_ppo_learns_saves_and_predicts(tmp_path):
     venv = VecMonitor(TextVecEnv(TextVectorEnv(tiny.task(), 8, reference_top_k=5)))
     settings = WHOLE | dict(n_epochs=4, stats_window_size=40, seed=0)

@@ -82,6 +82,7 @@ def test_with_an_exact_critic_the_expected_gradient_is_exact(kind):
     torch.testing.assert_close(found, exact)
 
 
+@pytest.mark.slow
 def test_a_q_critic_learns_on_text_and_on_control():
     env = batches.text_env()
     agent = batches.learner("a2c", env=env, critic="q", iterations=20, episodes=64, learning_rate=1e-2, value_coef=1.0)

@@ -129,6 +129,7 @@ def test_reward_tokens_have_tables_of_their_own(kind):
     assert int(policy.state_dict()["condition"]) == 1 and "condition" not in TabularPolicy(solver).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TABULAR))
 def test_every_algorithm_with_settings_learns_on_a_table(name):
     """Reward up from the start's on a small environment; those that learn from pairs, too."""

@@ -29,6 +29,7 @@ from lm_envs.model.adapters import with_adapters
 from lm_envs.model.loading import load_policy
 from tests.benchmarks.commands.test_learn import learn
 from tests.lm_envs import byo
+from tests.marks import slow_unless
 
 RANK = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 ADAPTERS = {
@@ -130,7 +131,14 @@ def held_out(out: Path, preferences: bool) -> list[tuple[list[int], list[int]]]:
     return [tuple(ids.tolist() for ids in held.read(row)) for row in range(len(held))]
 
 
-@pytest.mark.parametrize(("command", "run"), [*(("sft", run) for run in RUNS), *(("dpo", run) for run in BY_DPO)])
+CASES = [*(("sft", run) for run in RUNS), *(("dpo", run) for run in BY_DPO)]
+QUICK = {
+    ("sft", run) for run in ("whole, tied", "frozen", "lora, merged", "modules_to_save on tied, merged", "head on tied")
+}
+QUICK |= {("dpo", run) for run in ("encoder-decoder", "lora on llama", "head on tied, merged")}
+
+
+@pytest.mark.parametrize(("command", "run"), slow_unless(QUICK.__contains__, CASES))
 def test_the_saved_policy_is_the_one_that_was_measured(brought, tmp_path, command, run):
     kind, more, name = RUNS[run]
     start = adapters(brought, kind, name) if name else brought / kind

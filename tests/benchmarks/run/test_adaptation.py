@@ -18,6 +18,7 @@ from lm_envs.benchmarks.run.suite_files import parse_suite
 from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
+from tests.marks import slow_unless
 
 LORA, FROZEN = {"lora_rank": 4}, {"freeze_layers": 1}
 # Width 16: c_attn 16 x 48, c_proj 16 x 16, c_fc 16 x 64, c_proj 64 x 16 a layer; two layers; the value head is 17.
@@ -39,7 +40,7 @@ def tensors(out: Path, run: RunSpec) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("adaptation", "trained"), SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+@pytest.mark.parametrize("algorithm", slow_unless("ppo".__eq__, ["ppo", "reinforce"]))
 def test_a_short_run_raises_the_score_and_says_what_it_trains(tmp_path, algorithm, adaptation, trained):
     run = spec(adaptation, algorithm=algorithm)
     execute(run, tmp_path)
@@ -51,7 +52,7 @@ def test_a_short_run_raises_the_score_and_says_what_it_trains(tmp_path, algorith
     assert held == trained + (160 if not adaptation else 0)  # the tied output layer is in a state_dict twice
 
 
-@pytest.mark.parametrize("adaptation", [LORA, FROZEN], ids=["lora", "frozen"])
+@pytest.mark.parametrize("adaptation", slow_unless(LORA.__eq__, [LORA, FROZEN]), ids=["lora", "frozen"])
 def test_interrupted_and_continued_is_the_same_run(tmp_path, adaptation):
     run = spec(adaptation)
     execute(run, tmp_path / "whole")

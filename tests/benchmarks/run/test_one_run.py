@@ -129,6 +129,7 @@ def test_killed_and_resumed_is_the_same_run(tmp_path, whole, moment, at):
     assert lasting(out) == lasting(whole)
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(tmp_path):
     out = tmp_path / "out"
     suite = write_suite(tmp_path, iterations=24, every=1)

@@ -24,6 +24,7 @@ def carried_out(command: str, *wanted: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_some_kills_failures_and_damages():
     said = carried_out("train,dpo", "kill=60", "raise=120", "damage=3")
     assert [line.split(" of ")[0] for line in said] == [

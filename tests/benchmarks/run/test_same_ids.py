@@ -24,6 +24,7 @@ from lm_envs.reward.learned import LearnedReward, raw_scores
 from lm_envs.tasks import load
 from tests.lm_envs import byo
 from tests.lm_envs.tokenizers import KINDS
+from tests.marks import slow_unless
 
 CHATML = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
 OPENED = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -126,7 +127,7 @@ def test_law_of_chats(kind, template, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("conversational", [False, True], ids=["texts", "chats"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_unless({"metaspace", "word_piece"}.__contains__, KINDS))
 def test_law_of_an_encoder_decoder(kind, conversational, tmp_path, monkeypatch):
     made = KINDS[kind]()
     made.chat_template = TEMPLATES["newline behind the turn"]

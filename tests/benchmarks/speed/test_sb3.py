@@ -17,6 +17,7 @@ from lm_envs.benchmarks.speed.throughput_work import Size, Work
 pytestmark = pytest.mark.usefixtures("tiny_shape")
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path, capsys):
     out, words = tmp_path / "t.csv", ["--shapes", "small", "--rows", "4", "--new-tokens", "6", "--rounds", "2"]
     main(["bench", "sb3", *words, "--out", str(out)])

@@ -15,6 +15,7 @@ from lm_envs.benchmarks.speed.throughput_work import Size, Work
 pytestmark = pytest.mark.usefixtures("tiny_shape")
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path, capsys):
     out = tmp_path / "t.csv"
     ways = ["step", "bulk + reference + reward", "bare forwards", "bare forward", "ppo 1 epoch"]

@@ -68,6 +68,7 @@ def test_rivals_are_ways_and_ratios_are_within_a_round(stands_in, monkeypatch):
     assert found["grpo"]["of_generate"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_shape")
 def test_what_is_not_measured_anew_stays(stands_in, tmp_path):
     out = tmp_path / "t.csv"

@@ -254,6 +254,7 @@ def test_kl_of_best_of_n_stays_under_its_bound(exact, n):
         assert float(few.kl(few.best_of_n(few.log_ref, 2))) < float(plain.kl(plain.best_of_n(plain.log_ref, 2))) - 1e-4
 
 
+@pytest.mark.slow
 def test_best_of_n_of_the_library_is_distributed_so():
     """100,000 samples: score, win-rate and KL within three standard errors of the exact ones, and not of another n."""
     task, count, n = load(), 100_000, 4

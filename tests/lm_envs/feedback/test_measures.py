@@ -147,6 +147,7 @@ def simulated(seed: int, items: int) -> list[Battle]:
     return ratings.battles(found)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_strengths_of_simulated_annotators(monkeypatch: pytest.MonkeyPatch) -> None:
     # Sorting by Gumbel noise of unit scale is Plackett-Luce, whose pairs are Bradley-Terry. 60 studies, 3 ratings each.
     monkeypatch.setattr(ratings, "RESAMPLES", 200)
@@ -159,6 +160,7 @@ def test_intervals_cover_the_strengths_of_simulated_annotators(monkeypatch: pyte
     assert 0.89 <= np.mean(covered) <= 0.99, np.mean(covered)
 
 
+@pytest.mark.slow
 def test_a_biased_annotator_is_noticed(tmp_path: Path) -> None:
     store = Store(tmp_path, StudySettings("s", "pair", seed=3))
     store.add_items([Item(f"p{k}", (Response("x" * 5, "a"), Response("y" * 50, "b"))) for k in range(200)])

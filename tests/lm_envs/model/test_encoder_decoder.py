@@ -19,6 +19,7 @@ from lm_envs.model.forwards import response_forward, response_logprob
 from lm_envs.model.kv_cache_cross import CrossRowCache, rows_of
 from lm_envs.model.tokens import left_pad
 from tests import tiny
+from tests.marks import slow_unless
 from tests.tiny import EOS
 
 START, LANGUAGE = 9, 8
@@ -213,7 +214,7 @@ OPTIONS = dict(kl_coef=0.3, temperature=8.0, min_new_tokens=1, group_size=2)
 
 
 @pytest.mark.parametrize("family", ["T5", "Bart", "MBart", "M2M100"])
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", slow_unless((7).__eq__, [1, 7]))
 def test_law_2_bulk_path_is_step_path(family, rows):
     env = TextVectorEnv(task(family), rows, **OPTIONS)
     policy = LMPolicy.for_mdp(env.mdp, build(family, seed=1))
@@ -264,6 +265,7 @@ def test_ppo_starts_at_ratio_one_and_learns(family):
     torch.testing.assert_close(bulk.logprob, steps.logprob, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["T5", "Bart"])
 def test_reinforce_raises_the_reward(family):
     made = task(family)

@@ -184,6 +184,7 @@ def test_greedy_is_what_transformers_generates_from_what_is_saved(task, tmp_path
     assert tokenizer.batch_decode(theirs, skip_special_tokens=True) == ours
 
 
+@pytest.mark.slow
 def test_reinforce_with_the_references_likelihood_raises_bleu_on_test_prompts(task):
     env, test = TextVectorEnv(task, group_size=4), evaluation_env(task, "test")
     policy = LMPolicy.for_mdp(env.mdp, adapted(task.reference))
@@ -205,6 +206,7 @@ def test_reinforce_with_the_references_likelihood_raises_bleu_on_test_prompts(ta
     assert found["corpus_gain_se"] > 0 and len(found["greedy"]) == 8
 
 
+@pytest.mark.slow
 def test_the_command(path, tmp_path, monkeypatch, capsys):
     """Compare makes the task, trains on it, reports BLEU, and saves a model that transformers loads."""
     out = tmp_path / "out"
