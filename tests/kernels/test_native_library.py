@@ -114,7 +114,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", slow_unless({"a bit flipped", "another library"}.__contains__, DAMAGE))
+@pytest.mark.parametrize("damage", slow_unless("a bit flipped".__eq__, DAMAGE))
 def test_what_is_damaged_or_not_ours_is_compiled_again(place, damage):
     assert place.answer() == 42
     DAMAGE[damage](place)
@@ -122,7 +122,9 @@ def test_what_is_damaged_or_not_ours_is_compiled_again(place, damage):
     assert place.answer() == 42 and place.calls == 2  # and kept
 
 
-@pytest.mark.parametrize("kind", ["others may write the folder", "a file", "a link", "read-only"])
+@pytest.mark.parametrize(
+    "kind", slow_unless("a link".__eq__, ["others may write the folder", "a file", "a link", "read-only"])
+)
 def test_without_a_private_folder_nothing_is_kept_or_left(place, kind):
     folder = place.cache / "native"
     place.cache.mkdir()

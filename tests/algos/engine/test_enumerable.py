@@ -68,6 +68,7 @@ def test_the_small_transformer_learns_on_both_faces():
         assert start > 1 and regret_after("ppo", 0, 4096, transformer=True, env_class=env_class) < start - 0.3
 
 
+@pytest.mark.slow
 def test_the_measure_tells_bad_from_good():
     """Negative control: training for another coefficient than the one that is measured leaves the regret high."""
     right = regret_after("reinforce", 0, 20_480)

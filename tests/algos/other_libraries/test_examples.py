@@ -23,6 +23,7 @@ from lm_envs.algos.other_libraries import network
 from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
 from tests.house import CHECKOUT
+from tests.marks import slow_unless
 
 EXAMPLES = ("cleanrl_style_ppo", "torchrl_ppo", "tianshou_ppo")
 TOTAL = {"cleanrl_style_ppo": "total_timesteps", "torchrl_ppo": "total_frames", "tianshou_ppo": "total_steps"}
@@ -104,7 +105,7 @@ def test_an_example_charges_the_exact_penalty(name, tiny_ids, rewards, monkeypat
     assert np.abs(rewards).max() > 0.1
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", slow_unless("cleanrl_style_ppo".__eq__, EXAMPLES))
 def test_an_example_takes_one_forward_for_logits_and_value(name, tiny_ids, monkeypatch):
     reads, read = [], network.read_states
 

@@ -109,7 +109,7 @@ def resume(suite: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "at"),
-    [("reward", 9), ("judge", 6)],
+    [("reward", 9), pytest.param("judge", 6, marks=pytest.mark.slow)],
     ids=["during an iteration", "between two iterations"],
 )
 def test_killed_and_resumed_is_the_same_run(tmp_path, whole, moment, at):

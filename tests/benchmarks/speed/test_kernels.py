@@ -27,6 +27,7 @@ def test_floors_by_hand():
     assert [linear.floor(x, 1, 100) for x in ("forward", "backward", "total")] == pytest.approx([4, 4, 8])
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path, capsys):
     out, image = tmp_path / "k.csv", tmp_path / "k.png"
     variants = ["native", "torch", "chunks", "loss"]

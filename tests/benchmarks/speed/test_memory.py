@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 
+import pytest
+
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.speed import memory
 from tests.house import CHECKOUT
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path):
     small = ["--rows", "2", "--tokens", "4", "--layers", "1", "--vocabulary", "50", "--threads", "1", "--rounds", "1"]
     main(["bench", "memory", *small, "--against", str(CHECKOUT), "--out", str(tmp_path / "memory.csv")])

@@ -108,6 +108,7 @@ def test_seconds_are_seconds():
     assert 0.02 < bench.timed(lambda: time.sleep(0.02), "cpu") < 1
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_call():
     """A process of its own, whose mark is above what the logits of one forward take."""
     size = Size("small", rows=8, vocabulary=4096)

@@ -13,6 +13,7 @@ from lm_envs import tasks
 from lm_envs.env.single import TextBanditEnv, TextEnv
 from lm_envs.env.vector import TextVectorEnv
 from tests import tiny
+from tests.marks import slow_unless
 
 
 def draws(**options):
@@ -55,7 +56,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("imported", "said"), [("import lm_envs.env.mdp", "ends with 0"), ("", "hangs")])
+FORKED = [("import lm_envs.env.mdp", "ends with 0"), ("", "hangs")]
+
+
+@pytest.mark.parametrize(("imported", "said"), slow_unless(lambda case: case[0], FORKED))
 def test_a_child_forked_after_threads_were_used_computes(imported, said, tmp_path):
     """The second case is the negative control: plain torch waits for the parent's threads."""
     path = tmp_path / "forks.py"
@@ -68,7 +72,7 @@ def make_tiny():
     return TextEnv(tiny.task(), kl_coef=0.0)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("context", slow_unless({"fork", "spawn"}.__contains__, ["fork", "spawn", "forkserver"]))
 def test_async_vector_envs_step_whatever_starts_their_processes(context):
     rewards = []
     env = AsyncVectorEnv([make_tiny] * 2, context=context)
