@@ -1,4 +1,4 @@
-"""The command line, ``lm-envs``: its commands, and how errors end."""
+"""The command line ``lm-envs``: its commands, and the exit with an error."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _COMMANDS: dict[str, type[Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The program. Exits with 0, 1 (an error the user can put right), 2 (a bad command line) or 130 (Ctrl-C).
+    """Run the program; exit with 0, 1 (an error the user can put right), 2 (a bad command line) or 130 (Ctrl-C).
 
     ``--traceback`` anywhere shows where an error came from.
     """
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # where they take ASCII only
+            stream.reconfigure(errors="replace")  # for terminals that take ASCII only
     warnings.formatwarning, format_of_python = _format_warning, warnings.formatwarning
     try:
         _run(words, debug)
@@ -81,12 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.formatwarning = format_of_python
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """What we tell the user, without the line of code that told it."""
-    told = f"{category.__name__}: " if category is not UserWarning else ""
-    return f"warning: {told}{message}\n"
+def _format_warning(message: Warning | str, category: type[Warning], *place: Any, **code: Any) -> str:
+    """Format a warning for users, without the line of code that raised it."""
+    return f"warning: {'' if category is UserWarning else f'{category.__name__}: '}{message}\n"
 
 
 def _run(words: list[str], debug: bool) -> None:
@@ -110,7 +107,7 @@ def _run(words: list[str], debug: bool) -> None:
         command.run(console)
     except (Interrupted, KeyboardInterrupt):
         with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left to do is to end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
         again = shlex.join(["lm-envs", *words, *([] if "--resume" in words else ["--resume"])])
         console.print(f"Stopped. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(INTERRUPTED) from None
@@ -133,7 +130,7 @@ def _refuse(console: Console, message: str) -> None:
 
 
 def _unknown(command: Any, word: str) -> str:
-    """What is wrong with a word of the command line that belongs to no option."""
+    """The message about a word of the command line that belongs to no option."""
     name = next(name for name, kind in _COMMANDS.items() if isinstance(command, kind))
     if not word.startswith("-"):
         return f"{name}: nothing takes {word!r}; `lm-envs {name} --help` lists the options"
@@ -162,11 +159,11 @@ def _settings() -> set[str]:
 
 
 def subcommands(commands: Mapping[str, type[Any]], words: Sequence[str]) -> Any:
-    """A union of commands for :func:`tyro.cli`: in the list of all each has one sentence, by itself its whole text.
+    """Make a union of commands for :func:`tyro.cli`: with one sentence each in the list, with the whole text alone.
 
     Args:
         commands: dataclasses by name.
-        words: of the command line; the first says which is asked for.
+        words: the command line; the first word chooses the command.
     """
     made = []
     for name, command in commands.items():
@@ -194,7 +191,7 @@ def _join_lines(command: type[Any]) -> None:
 
 
 def _dataclasses(*hints: Any) -> list[type[Any]]:
-    """Those that types are made of, however deep."""
+    """The dataclasses within types, at any depth."""
     found: list[type[Any]] = []
     for hint in hints:
         is_class = isinstance(hint, type) and is_dataclass(hint)
@@ -203,7 +200,7 @@ def _dataclasses(*hints: Any) -> list[type[Any]]:
 
 
 def _hint(default: str) -> str:
-    """What stands behind an option's help: nothing where leaving it out is no value."""
+    """The default after an option's help; nothing if the default is no value."""
     return "" if default in ("None", "", "False") else f"(default: {default})"
 
 

@@ -1,7 +1,4 @@
-"""What the command line says when something is wrong that the user can put right: one line, never a traceback.
-
-Only errors of expected kinds are shortened. A bug keeps its traceback, whatever its type.
-"""
+"""Errors that the user can put right, which the command line reports in one line. Bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -21,11 +18,11 @@ _REMEDIES = {
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says what is wrong, where, and what to do."""
+    """An error that the user can put right; its message has the fault, the place and the remedy."""
 
 
 class RunsFailed(UserError):
-    """Some runs of a comparison failed; ``finished`` says how many did not."""
+    """Some runs of a comparison failed; ``finished`` is the number of those that did not."""
 
     def __init__(self, message: str, finished: int) -> None:
         super().__init__(message)
@@ -33,15 +30,14 @@ class RunsFailed(UserError):
 
 
 class Interrupted(Exception):
-    """The user asked to stop, and what has to be kept for ``--resume`` is on disk."""
+    """The user asked to stop, and everything that ``--resume`` needs is on disk."""
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error that the user can put right; None for a bug, which deserves its traceback.
+    """Return one line for an error that the user can put right, None for a bug, which gets a traceback.
 
-    ``ValueError``, ``FloatingPointError`` and ``ImportError`` count as expected where this package itself raised them:
-    from the inside of a library that we called they mean a bug. Of ``OSError`` those count that the system reports, and
-    of ``SystemExit`` those of the user's own code.
+    A ``ValueError``, ``FloatingPointError`` or ``ImportError`` is expected if this package raised it; from inside a
+    library it is a bug. An ``OSError`` is expected if the system reports it, a ``SystemExit`` from the user's own code.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -66,5 +62,5 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def one_line(path: Path | str, line: int | None, what: str) -> str:
-    """``file, line n: what``, the form in which errors in the user's files are told."""
+    """Return ``file, line n: what``, the form of errors in the user's files."""
     return f"{path}, line {line}: {what}" if line is not None else f"{path}: {what}"

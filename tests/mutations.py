@@ -1026,8 +1026,8 @@ MUTATIONS = [
     Mutation(
         "a budget of episodes is rounded down",
         "benchmarks/run/problems.py",
-        "return math.ceil(spec.plan.episodes / agent.config.episodes)",
-        "return math.floor(spec.plan.episodes / agent.config.episodes)",
+        "math.ceil(most / config.episodes)",
+        "math.floor(most / config.episodes)",
         RECOMPUTED,
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""``lm-envs compare``: its options, and the suite that they describe."""
+"""The options of ``lm-envs compare``, and the suite that they describe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lm_envs.benchmarks.run.suite_files import load_suite
 from lm_envs.benchmarks.run.suites import Suite, TaskSettings, parse_settings
 from lm_envs.settings import Seed, Several, Threads, near
 
-# What tasks of one's own are compared like where nothing else is said.
+# The suite whose settings a task of the user's own gets by default.
 _LIKE: dict[tuple[str, ...], str] = {("corpus",): "demo-real", ("translation",): "translation"}
 
 
@@ -32,30 +32,29 @@ class Compare(Running):
       lm-envs compare --corpus reviews.jsonl --out runs/real
 
     OUT then holds results.csv, report.html, plots/ and a folder per run with its checkpoints. Ctrl-C stops after the
-    iteration under way; the same command with --resume goes on, and skips what is finished. `lm-envs tasks` lists
-    names.
+    iteration under way; the same command with --resume continues and skips finished runs. `lm-envs tasks` lists names.
     """
 
     suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
     """A suite file (TOML), or a built-in suite: demo, demo-real, translation, all, enumerable, smoke."""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
-    """A task, instead of a suite; may be given again. "-bandit" behind a name makes a whole response one action."""
+    """A task, instead of a suite; may be repeated. In NAME-bandit a whole response is one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Algorithms; with --suite instead of its own. Without either, a text task gets the demo's six and its settings;
-    "all" are all there are, with the settings and seeds of the suite of that name."""
+    """Algorithms; they replace those of --suite. Without either, a text task gets the demo's six and its settings;
+    "all" stands for every algorithm, with the settings and seeds of the suite of that name."""
     seeds: Annotated[tuple[Seed, ...], tyro.conf.arg(metavar="N ...")] = ()
-    """Seeds; with --suite instead of its own."""
+    """Seeds; they replace those of --suite."""
     test_prompts: Annotated[Several | None, tyro.conf.arg(metavar="N")] = None
     """Test prompts to measure on."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """A setting of an algorithm, as in --set ppo.learning_rate=1e-4; may be given again."""
+    """A setting of an algorithm, as in --set ppo.learning_rate=1e-4; may be repeated."""
     jobs: Threads = 1
-    """Runs at a time, each in a process of its own. With small models, as many as there are cores."""
+    """Runs at a time, each in a process of its own. With small models, take as many as there are cores."""
     threads: Annotated[Threads, tyro.conf.arg(metavar="N")] = 1
-    """Torch threads per run. Results may differ in their last bits with it."""
+    """Torch threads per run. The last bits of results may depend on it."""
 
     def to_suite(self) -> Suite:
-        """The comparison that the options describe."""
+        """Return the comparison that the options describe."""
         own = self.own.options()
         if self.suite is not None:
             if self.task:
@@ -95,12 +94,11 @@ class Compare(Running):
 
 
 def _only(suite: Suite, algorithms: tuple[str, ...]) -> Suite:
-    """A suite with other algorithms; a task that has a list of its own keeps to those of it."""
+    """A suite with other algorithms; a task that has a list of its own gets those that are in it."""
     tasks = []
     for task in suite.tasks:
         mine = tuple(name for name in algorithms if task.algorithms is None or name in task.algorithms)
-        if mine:
-            tasks.append(replace(task, algorithms=mine))
+        tasks += [replace(task, algorithms=mine)] if mine else []
     if not tasks:
         raise UserError(f"no task of the suite {suite.name!r} takes any of {', '.join(algorithms)}")
     return replace(suite, tasks=tuple(tasks), algorithms=algorithms)

@@ -1,4 +1,4 @@
-"""``lm-envs data check``: its options."""
+"""The options of ``lm-envs data check``."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lm_envs.settings import Count
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Say what a file of prompts, demonstrations or preferences holds, and what is wrong with it.
+    """Check a file of prompts, demonstrations or preferences, and report its contents and its faults.
 
       lm-envs data check preferences.jsonl --tokenizer DIR
 
-    Its convention and columns, how many rows are usable and how long they are, duplicates, and the bad rows with
-    their line and the reason. Exits with 1 if no row is usable.
+    It prints the convention and the columns, how many rows are usable and how long they are, duplicates, and the bad
+    rows with their line and the reason. Exits with 1 if no row is usable.
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """JSONL, CSV, Parquet, a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Whose tokens to count: a folder of save_pretrained, or a hub name; characters without one."""
+    """The tokenizer to count tokens with: a folder of save_pretrained, or a hub name; without one, count characters."""
     use: Literal["prompts", "demonstrations", "preferences"] | None = None
-    """What the rows are to be used as; what they are if not given."""
+    """The use of the rows; decided by their columns if not given."""
     max_length: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Rows with more tokens are bad."""
     max_rows: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
-    """Look at no more rows."""
+    """Read no more rows."""
     all_bad: bool = False
     """List all bad rows, not the first ten."""
 
@@ -54,7 +54,7 @@ class DataCheck:
 
 @dataclass(frozen=True)
 class DataCommand:
-    """Say what a file of data holds, and what is wrong with it: `lm-envs data check FILE`."""
+    """Check a file of data, and report its contents and its faults: `lm-envs data check FILE`."""
 
     what: Annotated[
         Annotated[DataCheck, tyro.conf.subcommand("check", prefix_name=False)] | Annotated[None, tyro.conf.Suppress],

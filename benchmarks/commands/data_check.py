@@ -1,4 +1,4 @@
-"""What a file of data holds: its convention, how many rows are usable, how long they are, and every bad row."""
+"""The report of ``lm-envs data check``: a file's convention, its usable rows, their lengths, and every bad row."""
 
 from __future__ import annotations
 
@@ -32,24 +32,16 @@ _BAD = 10  # shown, where not all are asked for
 
 @dataclass
 class Report:
-    """What was found; it grows by a few numbers a row, not by texts.
-
-    Attributes:
-        lengths: by name ("prompt", "completion", "together"), one number a text.
-        splits: rows by their column ``split``.
-        duplicates: rows that say what an earlier one did.
-        repeats: the first of them, ``(where, where before)``.
-        prompts: different ones.
-    """
+    """Facts about a file; they grow by a few numbers a row, not by texts."""
 
     data: Examples
     unit: str = "characters"
     usable: int = 0
-    lengths: dict[str, array[int]] = field(default_factory=dict)
-    splits: Counter[str] = field(default_factory=Counter)
-    duplicates: int = 0
-    repeats: list[tuple[str, str]] = field(default_factory=list)
-    prompts: int = 0
+    lengths: dict[str, array[int]] = field(default_factory=dict)  # of prompt, completion, together: a number a text
+    splits: Counter[str] = field(default_factory=Counter)  # rows by their column "split"
+    duplicates: int = 0  # rows that say what an earlier one did
+    repeats: list[tuple[str, str]] = field(default_factory=list)  # the first of them: where, and where before
+    prompts: int = 0  # different ones
 
 
 def check(
@@ -60,13 +52,12 @@ def check(
     max_rows: int | None = None,
     max_length: int | None = None,
 ) -> Report:
-    """Read a source to its end, as training would; raise as :class:`~lm_envs.data.dataset.Examples`, never for a bad
-    row.
+    """Read a source to its end as training would; errors are those of :class:`~lm_envs.data.dataset.Examples`, and bad
+    rows are none.
 
     Args:
-        tokenizer: lengths are in its tokens, and what it cannot make tokens of is a bad row; without one they are in
-            characters.
-        kind: what the rows are to be used as; None is what they are.
+        tokenizer: counts lengths, which are in characters without one; rows that it cannot read are bad.
+        kind: the use of the rows; None is what they are.
         max_length: tokens of prompt and completion; longer rows are bad.
     """
     data = Examples(source, kind, "skip", max_rows)
@@ -76,11 +67,11 @@ def check(
     for example, prompt, completions in _measured(data, tokenizer, max_length):
         report.usable += 1
         report.splits[example.split] += 1
-        names = (["prompt"] if prompt else []) + (["completion", "together"] if completions else [])
         for length in completions or [0]:
-            found = {"prompt": prompt, "completion": length, "together": prompt + length}
-            for name in names:
-                report.lengths.setdefault(name, array("q")).append(found[name])
+            found = {"prompt": prompt} if prompt else {}
+            found |= {"completion": length, "together": prompt + length} if completions else {}
+            for name, number in found.items():
+                report.lengths.setdefault(name, array("q")).append(number)
         prompts.add(_hash(example.key))
         same = _hash(repr((example.prompt, example.completions, example.ranks, example.label)))
         if same in seen:
@@ -101,7 +92,7 @@ def _hash(text: str) -> int:
 def _measured(
     data: Examples, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
 ) -> Iterator[tuple[Example, int, list[int]]]:
-    """Usable rows with the length of the prompt and of each completion."""
+    """Yield usable rows with the length of the prompt and of each completion."""
     if tokenizer is None:
         for example in data:
             yield example, _characters(example.prompt), [_characters(text) for text in example.completions]
@@ -115,7 +106,7 @@ def _characters(text: Text) -> int:
 
 
 def render(report: Report, all_bad: bool = False) -> RenderableType:
-    """The report as the terminal shows it; of bad rows the first :data:`_BAD`, or all that are kept."""
+    """Render the report for the terminal, with the first :data:`_BAD` bad rows, or all that are kept."""
     data, bad = report.data, report.data.rejected
     head = Table.grid(padding=(0, 2))
     other = [name for name in data.columns if name not in data.convention.columns]
@@ -124,8 +115,8 @@ def render(report: Report, all_bad: bool = False) -> RenderableType:
     columns = ", ".join(data.convention.columns) + (f"; also {', '.join(other)}" if other else "")
     head.add_row("columns", escape(columns))
     share = f" ({100 * report.usable / data.read:.1f} %)" if data.read else ""
-    colour = "green" if not bad.count else "yellow" if report.usable else "red"
-    head.add_row("rows", f"{data.read:,}, of them [{colour}]{report.usable:,} usable{share}[/], {bad.count:,} bad")
+    color = "green" if not bad.count else "yellow" if report.usable else "red"
+    head.add_row("rows", f"{data.read:,}, of them [{color}]{report.usable:,} usable{share}[/], {bad.count:,} bad")
     if data.unwanted:
         head.add_row("unwanted", f"{data.unwanted:,} more are labeled false, which sft leaves out")
     head.add_row("prompts", f"{report.prompts:,} different")
@@ -156,7 +147,7 @@ def render(report: Report, all_bad: bool = False) -> RenderableType:
 
 
 def _reasons(report: Report) -> str:
-    """How many bad rows there are of some kinds that have a name."""
+    """Count bad rows by kind, where a kind has a name."""
     words = {"empty": "empty", "same text": "chosen and rejected alike", "that fit": "too long", "not JSON": "not JSON"}
     found = Counter(
         next((name for sign, name in words.items() if sign in one.reason), "other") for one in report.data.rejected.rows
@@ -165,7 +156,7 @@ def _reasons(report: Report) -> str:
 
 
 def show(report: Report, *, all_bad: bool = False) -> None:
-    """Print it."""
+    """Print a report."""
     console = Console(emoji=False)
     if not console.is_terminal:
         console = Console(emoji=False, width=160, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``lm-envs sft``, ``reward-model`` and ``dpo``: from a model and a file to a model, one stage of the pipeline each."""
+"""``lm-envs sft``, ``reward-model`` and ``dpo``: stages of the pipeline, each from a model and a file to a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.suites import Plan, parse_settings
 from lm_envs.settings import Count, Positive, Rate, Seed, Share, Size, Threads, Whole
 
-_SHOWN = 10  # skipped rows on the screen; all are in data/info.json
+_SHOWN = 10  # skipped rows on the screen; data/info.json has all
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,23 @@ class _Learn:
     batch_size: Annotated[Size | None, tyro.conf.arg(metavar="N")] = None
     """Examples a batch; 32 if not given."""
     learning_rate: Annotated[Rate | None, tyro.conf.arg(metavar="X")] = None
-    """Adam's step size at the start; the default suits pretrained models, small ones want more."""
+    """Adam's step size at the start; the default suits pretrained models, small ones need more."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """Another setting of the algorithm, as in --set micro_batch=4; may be given again."""
+    """Another setting of the algorithm, as in --set micro_batch=4; may be repeated."""
     bad: Literal["raise", "skip"] = "raise"
-    """What a bad row does: stop everything before any training, or be passed over and listed."""
+    """A bad row stops everything before any training (raise), or is left out and listed (skip)."""
     max_length: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Rows with more tokens are bad; what the model reads if not given."""
     max_rows: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Read no more rows of the data."""
     held_out: Share = 0.05
-    """Share of the prompts that is measured on and not trained on, where the data have no column "split"."""
+    """Share of the prompts to measure on and not to train on, where the data have no column "split"."""
     seed: Seed = 0
-    """Decides the order of the data, and new weights."""
+    """Seed of the order of the data and of new weights."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """The model's precision: float32 (the default), bfloat16, float64, or auto."""
     device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Where the model goes, as in cuda:1; the CPU if not given."""
+    """The model's device, as in cuda:1; the CPU if not given."""
     validate_every: Whole = Plan.validate_every
     """Iterations between measurements on held-out rows, 0 for none."""
     checkpoint_every: Count = 100
@@ -87,7 +87,8 @@ class Sft(_Learn):
 
       lm-envs sft --model base --data demonstrations.jsonl --out runs/sft
 
-    Of preferences it imitates the chosen. OUT/model then holds the model, for the next stage and for transformers.
+    From preferences it learns the chosen completions. OUT/model then holds the model, for the next stage and for
+    transformers.
     """
 
     algorithm = "sft"
@@ -116,22 +117,22 @@ class Dpo(_Learn):
 
 
 def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, console: Console) -> dict[str, Any]:
-    """Carry out a stage (a :class:`~lm_envs.benchmarks.run.data_problem.DataSpec`) in ``out``, or what is left of it,
-    and print what it found."""
+    """Carry out a stage (a :class:`~lm_envs.benchmarks.run.data_problem.DataSpec`) in ``out``, or the rest of it, and
+    print its results."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     from lm_envs.benchmarks.run.compare import gone_if_refused
     from lm_envs.benchmarks.run.data_problem import DataProblem
     from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG, execute, settings_of
-    from lm_envs.benchmarks.run.progress import display
+    from lm_envs.benchmarks.run.progress import Display
     from lm_envs.benchmarks.run.suites import check_overrides
     from lm_envs.benchmarks.run.workers import StopRequest
 
     disable_progress_bar()
     check_overrides(spec.algorithm, spec.overrides)
 
-    with gone_if_refused(out, *BEFORE_CONFIG), display(console, 1) as shown:
+    with gone_if_refused(out, *BEFORE_CONFIG), Display(console, 1) as shown:
         if settings_of(out) is not None and not resume:
             raise UserError(f"{out} holds a run already: --resume continues it, another --out starts a new run")
 
@@ -141,20 +142,19 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
                 shown.say(line)
             return opened
 
-        stop = StopRequest(lambda: shown.say("Stopping after this iteration; Ctrl-C again stops at once."))
-        with stop.listening():
-            try:
+        try:
+            with StopRequest(shown.say).listening() as stop:
                 threads = threads or torch.get_num_threads()
                 result = execute(spec, out, threads=threads, notify=shown, should_stop=stop, opener=opener)
-            except Interrupted:
-                shown({"event": "stopped", "run": spec.label})
-                raise
+        except Interrupted:
+            shown({"event": "stopped", "run": spec.label})
+            raise
     _show(out, result)
     return result
 
 
 def _about(info: dict[str, Any], out: Path) -> list[str]:
-    """What was read, and the first of the rows that were not."""
+    """Lines about the rows that were read, and the first that were not."""
     lines = [f"{info['examples']:,} {info['kind']} of {info['rows']:,} rows ({info['convention']}, {info['format']})"]
     if info["unwanted"]:
         lines.append(f"{info['unwanted']:,} rows left out: their label says that the completion is not wanted")
@@ -166,7 +166,7 @@ def _about(info: dict[str, Any], out: Path) -> list[str]:
 
 
 def _show(out: Path, result: dict[str, Any]) -> None:
-    """The figures on held-out rows before and after, and where the model is."""
+    """Print the figures on held-out rows before and after, and where the model is."""
     from lm_envs.benchmarks.run.storage import Records
 
     before = next(iter(Records(out / "metrics.jsonl").read()), {})

@@ -1,4 +1,4 @@
-"""Options that several commands share: a task of one's own, which part of a model is trained, and how far."""
+"""Options that several commands share: a task of the user's own, which part of a model is trained, and how far."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from lm_envs.settings import Count, Positive, Rank, Whole
 
 @dataclass(frozen=True)
 class Own:
-    """Where a task of your own comes from, and how its models are loaded."""
+    """The source of a task of your own, and how its models are loaded."""
 
     corpus: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Make the task "corpus" of your labeled text: a JSONL file with "text" and "label" (0 or 1), and "split" if you
-    like."""
+    """Make the task "corpus" from your labeled text: a JSONL file with "text" and "label" (0 or 1), and optionally
+    "split"."""
     parallel: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Make the task "translation" of your parallel text: a JSONL file with "prompt" and "reference", and "split" if you
-    like."""
+    """Make the task "translation" from your parallel text: a JSONL file with "prompt" and "reference", and optionally
+    "split"."""
     policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Make the task "custom": the policy to tune, a folder of save_pretrained or a hub name."""
     reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": the reward model, with its own tokenizer; a folder or a hub name. Its score is put in units of the
-    reference's samples; short for --reward 'standardise(model:DIR)'."""
+    """Reward model of "custom", with its own tokenizer: a folder or a hub name. Its scores are standardized by those of
+    the reference's samples; short for --reward 'standardise(model:DIR)'."""
     reward: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="REWARD")] = ()
-    """Of "custom", instead of --reward-model: what trains; given again, they are summed. model:DIR, bleu, chrf, rougeL
-    (against the prompts' column "reference"), judge:URL#MODEL, my_file.py:function (runs that file); as in
-    --reward 'bleu*0.5', 'clip(model:DIR, -2, 2)', 'standardise(my_file.py:f)'."""
+    """Reward of "custom" for training, instead of --reward-model; if repeated, they are summed. One is model:DIR, bleu,
+    chrf, rougeL (against the prompts' column "reference"), judge:URL#MODEL or my_file.py:function (runs that file); as
+    in --reward 'bleu*0.5', 'clip(model:DIR, -2, 2)', 'standardise(my_file.py:f)'."""
     prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Of "custom": JSONL, CSV or Parquet with a "prompt" a row (text or chat messages), and "split" (train, validation,
-    test) if you like; or a data set of the hub. `lm-envs data check FILE` says what it holds."""
+    """Prompts of "custom": JSONL, CSV or Parquet with a "prompt" a row (text or chat messages), and optionally "split"
+    (train, validation, test); or a data set of the hub. `lm-envs data check FILE` says what it holds."""
     bad: Literal["raise", "skip"] = "raise"
-    """Of "custom": what a bad row of prompts does: stop everything before any training, or be passed over and told."""
+    """A bad row of the prompts stops everything before any training (raise), or is left out with a warning (skip)."""
     judge: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": another reward model or reward, which decides win-rates; without one there are none."""
+    """Judge of "custom", which decides win-rates: another reward model or reward; without one there are none."""
     reference: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Of "custom": what the KL penalty is measured from; the policy as it starts if not given; "base" for the model
-    under a policy's adapters."""
+    """Reference of "custom" for the KL penalty; the policy as it starts if not given; "base" for the model under a
+    policy's adapters."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Of "custom": the precision of policy and reference: float32 (the default), bfloat16, float64, or auto."""
+    """Precision of the policy and the reference of "custom": float32 (the default), bfloat16, float64, or auto."""
     device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Of "custom": where its models go, as in cuda:1; the CPU if not given."""
+    """Device of the models of "custom", as in cuda:1; the CPU if not given."""
     device_map: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Of "custom": the same by accelerate, as in auto; each model has to fit on one device."""
+    """The same through accelerate, as in auto; each model has to fit on one device."""
     recompute: bool = False
-    """Of "custom": accept a model whose cache cannot be kept row by row, at the cost of a whole forward a token."""
+    """Accept a model for "custom" whose cache cannot be kept row by row, at the cost of a whole forward a token."""
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """The loader's options by task."""
+        """Return the loader's options by task."""
         found: dict[str, dict[str, Any]] = {}
         if self.corpus is not None:
             found["corpus"] = {"path": str(self.corpus)}
@@ -76,14 +76,9 @@ class Own:
                     f"missing: {', '.join(missing)}"
                 )
             found["custom"] = custom | more
-        for path in (self.corpus, self.parallel):
-            if path is not None and not path.is_file():
-                raise UserError(f"no such file: {path}")
-        if self.prompts is not None:
-            try:
-                format_of(self.prompts)
-            except FileNotFoundError as error:
-                raise UserError(f"no such file: {self.prompts}") from error
+        for source in (self.corpus, self.parallel, self.prompts):
+            if source is not None:
+                format_of(source)  # raises FileNotFoundError
         return found
 
     def _rewards(self) -> dict[str, Any]:
@@ -98,21 +93,21 @@ class Own:
 
 @dataclass(frozen=True)
 class Adapt:
-    """Which part of the language model is trained; all of it if nothing is given."""
+    """The part of the language model to train; all of it if nothing is given."""
 
     freeze_layers: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
     """Leave the N lower layers, and the embeddings below them, as they are."""
     lora_rank: Annotated[Rank | None, tyro.conf.arg(metavar="R")] = None
     """Train low-rank adapters of this rank instead of the weights (needs the extra "lora")."""
     lora_alpha: Annotated[Positive | None, tyro.conf.arg(metavar="A")] = None
-    """Adapters count A / R; twice the rank if not given."""
+    """Scale the adapters by A / R; twice the rank if not given."""
     lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Linear maps of a layer that get adapters, such as q_proj v_proj; all if not given."""
     lora_merge: bool = False
     """Save the tuned model with the adapters added to its weights, instead of the adapters."""
 
     def settings(self, suite: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-        """What was given, on top of a suite's, in JSON's types, checked."""
+        """Return the given settings, on top of a suite's, in JSON's types, checked."""
         given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
         if "lora_targets" in given:
             given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
@@ -122,7 +117,7 @@ class Adapt:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """What commands that train on tasks share."""
+    """Options of the commands that train on tasks."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the results."""
@@ -131,20 +126,20 @@ class Running:
     episodes: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Training episodes of every run, instead of iterations: an equal number of reward calls for all."""
     env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be given again."""
+    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be repeated."""
     resume: bool = False
     """Continue what OUT holds."""
     compile: bool = False
-    """Let the policy sample by programs that torch.compile makes of it, for seconds to minutes each: for long runs
+    """Compile the policy's sampling with torch.compile, which takes seconds to minutes each time: for long runs
     (docs/throughput.md)."""
     adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
     def applied(self, suite: Suite, own: dict[str, dict[str, Any]], **plan: Any) -> Suite:
-        """A suite with what was given: the budget, options of the environment, what is adapted, tasks of one's own.
+        """Return a suite with the given budget, options of the environment, adaptation, and the user's own tasks.
 
         Args:
-            own: as of :meth:`Own.options`.
+            own: from :meth:`Own.options`.
             plan: further fields of the plan.
         """
         if self.iterations or self.episodes:
@@ -162,7 +157,7 @@ class Running:
 
 
 def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:
-    """A suite whose tasks of the user's own know where they come from."""
+    """A suite whose tasks of the user's own have their sources."""
     named = {base_task(task.name)[0]: task for task in suite.tasks}
     needs = {
         "corpus": "--corpus FILE.jsonl",

@@ -1,4 +1,4 @@
-"""``lm-envs overoptimise``: its options."""
+"""The options of ``lm-envs overoptimise``."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Overoptimise:
     pairs: Annotated[tuple[Several, ...], tyro.conf.arg(metavar="N ...")] = (500, 2000, 8000)
     """Comparisons that each reward model is trained on."""
     algorithm: str = "ppo"
-    """What optimizes them, apart from best-of-n."""
+    """The algorithm that optimizes them, apart from best-of-n."""
     iterations: Several = 60
-    """Its training iterations."""
+    """Training iterations of the algorithm."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
+    """A setting of the algorithm, as in --set learning_rate=1e-3; may be repeated."""
     seed: Seed = 0
-    """Decides everything."""
+    """Seed of everything."""
     own: Annotated[Own, tyro.conf.arg(name="")] = Own()
 
     def run(self, console: Console) -> None:
@@ -47,13 +47,8 @@ class Overoptimise:
 
         if self.algorithm not in trainable():
             raise UserError(f"no algorithm {self.algorithm!r}: {near(self.algorithm, trainable())}")
-        settings = Settings(
-            pairs=self.pairs,
-            algorithm=self.algorithm,
-            overrides=parse_settings(self.set),
-            iterations=self.iterations,
-            seed=self.seed,
-        )
+        given = {name: getattr(self, name) for name in ("pairs", "algorithm", "iterations", "seed")}
+        settings = Settings(**given, overrides=parse_settings(self.set))
         options = self.own.options().get(base_task(self.task)[0], {})
         curves = overoptimise(
             self.task, options, settings, self.out, lambda text: console.print(text, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""``lm-envs report``, and how every comparison ends: with its table and its report."""
+"""``lm-envs report``, and the end of every comparison: its table and its report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_envs.benchmarks.run.suites import Suite
 
 @dataclass(frozen=True)
 class Report:
-    """Make results.csv, the plots and report.html of a folder again, from the finished runs."""
+    """Write results.csv, the plots and report.html of a folder again, from the finished runs."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of a comparison."""
@@ -27,7 +27,7 @@ class Report:
 
 
 def carry_out(suite: Suite, out: Path, **options: Any) -> None:
-    """Run a comparison and show what it found; where some runs failed, what the others found."""
+    """Run a comparison and show its results; if some runs failed, those of the others."""
     from lm_envs.benchmarks.run.compare import compare
 
     try:
@@ -40,7 +40,7 @@ def carry_out(suite: Suite, out: Path, **options: Any) -> None:
 
 
 def show(out: Path) -> None:
-    """Write the report of a folder, and print its table."""
+    """Write the report of a folder and print its table."""
     from lm_envs.benchmarks.report.html import write_report
     from lm_envs.benchmarks.run.compare import write_results
     from lm_envs.benchmarks.run.results import rich_table, table

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,36 +15,30 @@ from lm_envs.benchmarks.run.suite_files import BUILT_IN, load_suite
 
 @dataclass(frozen=True)
 class Tasks:
-    """List the tasks and the algorithms, with what they are."""
+    """List the tasks, the algorithms and the built-in suites, each with a line about it."""
 
     def run(self, console: Console) -> None:
-        for table in listing():
+        from lm_envs.algos.registry import ALGORITHMS
+        from lm_envs.tasks import TASKS
+
+        tasks = Table("task", "what it is", title="Tasks", title_justify="left")
+        for name, place in TASKS.items():
+            tasks.add_row(name, _first_line(place))
+        tasks.add_row("<task>-bandit", "The same task with a whole response as one action")
+        tasks.add_row("<module>:<function>", "Your own: a function on the import path that returns a TextTask")
+        tasks.add_row("<id>", "A Gymnasium environment with discrete actions, such as CartPole-v1 or lm_envs/Cat-v0")
+        algorithms = Table("algorithm", "what it is", title="Algorithms", title_justify="left")
+        algorithms.add_row("sft", "The reference itself, untouched: the baseline of every comparison")
+        algorithms.add_row("best-of-<n>", _first_line("lm_envs.algos.best_of_n"))
+        for name in trainable():
+            algorithms.add_row(name, _first_line(ALGORITHMS[name]))
+        suites = Table("suite", "what it compares", title="Built-in suites", title_justify="left")
+        for path in sorted(BUILT_IN.glob("*.toml")):
+            suites.add_row(path.stem, load_suite(path).description)
+        for table in (tasks, algorithms, suites):
             Console(emoji=False).print(table)
 
 
-def _first_line(documented: Any) -> str:
-    text = inspect.getdoc(documented) or ""
-    paragraph = text.split("\n\n")[0]
-    return " ".join(paragraph.split())
-
-
-def listing() -> list[Table]:
-    """Tables of the tasks, the algorithms and the built-in suites."""
-    from lm_envs.algos.registry import ALGORITHMS
-    from lm_envs.tasks import TASKS
-
-    tasks = Table("task", "what it is", title="Tasks", title_justify="left")
-    for name, place in TASKS.items():
-        tasks.add_row(name, _first_line(import_module(place.split(":")[0])))
-    tasks.add_row("<task>-bandit", "The same task with a whole response as one action")
-    tasks.add_row("<module>:<function>", "Your own: a function on the import path that returns a TextTask")
-    tasks.add_row("<id>", "A Gymnasium environment with discrete actions, such as CartPole-v1 or lm_envs/Cat-v0")
-    algorithms = Table("algorithm", "what it is", title="Algorithms", title_justify="left")
-    algorithms.add_row("sft", "The reference itself, untouched: what everything is compared with")
-    algorithms.add_row("best-of-<n>", _first_line(import_module("lm_envs.algos.best_of_n")))
-    for name in trainable():
-        algorithms.add_row(name, _first_line(import_module(ALGORITHMS[name].split(":")[0])))
-    suites = Table("suite", "what it compares", title="Built-in suites", title_justify="left")
-    for path in sorted(BUILT_IN.glob("*.toml")):
-        suites.add_row(path.stem, load_suite(path).description)
-    return [tasks, algorithms, suites]
+def _first_line(module: str) -> str:
+    text = inspect.getdoc(import_module(module.split(":")[0])) or ""
+    return " ".join(text.split("\n\n")[0].split())

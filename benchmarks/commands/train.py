@@ -1,4 +1,4 @@
-"""``lm-envs train``: its options."""
+"""The options of ``lm-envs train``."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class Train(Running):
     algorithm: Annotated[str, tyro.conf.arg(metavar="NAME")]
     """An algorithm (`lm-envs tasks` lists them)."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions; may be left out
-    where the options below make one."""
+    """A task (`lm-envs tasks` lists them) or the id of a Gymnasium environment with discrete actions; not needed if the
+    options below make one."""
     seed: Seed = 0
-    """Decides prompts, samples and the order of minibatches."""
+    """Seed of prompts, samples and the order of minibatches."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """A setting of the algorithm, as in --set learning_rate=1e-3; may be given again."""
+    """A setting of the algorithm, as in --set learning_rate=1e-3; may be repeated."""
     validate_every: Whole = Plan.validate_every
     """Iterations between points of the learning curve, 0 for none."""
     checkpoint_every: Count = Plan.checkpoint_every
     """Iterations between checkpoints."""
     threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
-    """Torch threads; as many as there are cores if not given. Results may differ in their last bits with it."""
+    """Torch threads; all cores if not given. The last bits of results may depend on it."""
 
     def run(self, console: Console) -> None:
         import torch

@@ -1,8 +1,7 @@
-"""Measuring a policy: one sample for each prompt of a split, scored by the reward that trains (proxy) and the judge
-(gold).
+"""Measuring a policy: a sample for each prompt of a split, scored by the training reward (proxy) and the judge (gold).
 
-Prompts come in their order, each once, so all policies answer the same ones; the tokens' random numbers are a function
-of the seed.
+Prompts come in order, each once, so all policies answer the same ones; the tokens' random numbers are a function of the
+seed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from lm_envs.tasks.base import TextTask
 from lm_envs.trajectories import Trajectories
 
 # Far from the seeds people train with, and from each other: the SFT side of a comparison is an independent sample, so
-# SFT compared with itself is near one half, and not exactly there by sharing its random numbers.
+# SFT compared with itself is near one half, not exactly there because of equal random numbers.
 _POLICY_SEED = 1 << 40
 _REFERENCE_SEED = 1 << 41
 _ROWS_AT_ONCE = 1024
@@ -38,15 +37,15 @@ GREEDY = ("corpus_greedy", "corpus_gain", "corpus_gain_se")
 
 
 class EachPrompt(TextMDP):
-    """A task whose episode e starts from prompt e: for going through a split once."""
+    """A task whose episode e starts from prompt e, to go through a split once."""
 
     def prompt_index(self, seed: int, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The prompts in their order, whatever the seed."""
+        """Return the prompts in order, whatever the seed."""
         return (episodes // self.group_size) % len(self.prompts)
 
 
 def evaluation_env(task: TextTask, split: str, **options: Any) -> TextVectorEnv:
-    """An environment, with these options of the MDP, for going through a split once, a prompt per episode."""
+    """Make an environment with these options of the MDP that goes through a split once, a prompt per episode."""
     env = TextVectorEnv(task, split=split, **options)
     env.mdp = EachPrompt(task, split=split, **options)
     return env
@@ -54,40 +53,30 @@ def evaluation_env(task: TextTask, split: str, **options: Any) -> TextVectorEnv:
 
 @dataclass
 class MeasuredSamples:
-    """N samples of one policy, one per prompt.
-
-    Attributes:
-        finish_reason: "stop" or "length".
-        gold: the judge's scores, NaN where the task has no judge.
-        proxy: the scores that training uses, before the KL penalty.
-        kl: nats per sequence, ``sum(log pi - log pi_ref)`` of the sample.
-        length: tokens, the EOS included.
-        tokens: response token ids, without the EOS.
-        seconds: what sampling took.
-        corpus: of the first text metric in the judge or the reward, the score of all responses together, out of 100;
-            NaN where there is none, or where the task has a metric for greedy responses.
-    """
+    """N samples of one policy, one per prompt."""
 
     prompt: list[str]
     response: list[str]
-    finish_reason: list[str]
-    gold: NDArray[np.float64]
-    proxy: NDArray[np.float64]
-    kl: NDArray[np.float64]
-    length: NDArray[np.int64]
-    tokens: list[list[int]]
-    seconds: float
+    finish_reason: list[str]  # "stop" or "length"
+    gold: NDArray[np.float64]  # the judge's scores, NaN if the task has no judge
+    proxy: NDArray[np.float64]  # the scores that training uses, before the KL penalty
+    kl: NDArray[np.float64]  # nats per sequence, ``sum(log pi - log pi_ref)`` of the sample
+    length: NDArray[np.int64]  # tokens, with the EOS
+    tokens: list[list[int]]  # response token ids, without the EOS
+    seconds: float  # time for sampling
+    # Score of all responses together, out of 100, by the first text metric in the judge or the reward; NaN without one,
+    # or if the task has a metric for greedy responses.
     corpus: float = math.nan
 
     def records(self, count: int | None = None) -> list[dict[str, Any]]:
-        """The first ``count`` samples (None: all) in JSON's types."""
+        """Return the first ``count`` samples (None: all) in JSON's types."""
         texts = {name: getattr(self, name) for name in ("prompt", "response", "finish_reason")}
         columns = texts | {name: getattr(self, name).tolist() for name in ("gold", "proxy", "kl", "length")}
         return [dict(zip(columns, row, strict=True)) for row in list(zip(*columns.values(), strict=True))[:count]]
 
 
 def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> MeasuredSamples:
-    """One response to each of the first ``count`` prompts (None: all) of an :func:`evaluation_env`, scored."""
+    """Sample and score a response to each of the first ``count`` prompts (None: all) of an :func:`evaluation_env`."""
     mdp = env.mdp
     total = len(mdp.prompts) if count is None else min(count, len(mdp.prompts))
     per_prompt = max(1, policy.uniforms_per_response // mdp.max_new_tokens)
@@ -117,15 +106,15 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
 
 
 def judged(mdp: TextMDP, traj: Trajectories) -> tuple[Samples, NDArray[np.float64]]:
-    """A batch as rewards take it, and the judge's scores ``(B,)``, NaN where the task has no judge."""
+    """Return a batch as rewards take it, and the judge's scores ``(B,)``, NaN if the task has no judge."""
     assert traj.prompt_index is not None and traj.response is not None
     samples = mdp.samples(traj.prompt_index.numpy(), traj.response.numpy())
     return samples, np.full(len(traj), np.nan) if mdp.task.judge is None else samples.score(mdp.task.judge)
 
 
 def corpus_score(rewards: Sequence[Any], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> float:
-    """The score of all responses together by the first text metric among these rewards and their parts, out of 100; NaN
-    if there is none. Responses without a reference are left out."""
+    """Score all responses together by the first text metric among these rewards and their parts, out of 100; NaN
+    without one. Responses without a reference are left out."""
     parts = (part for reward in rewards if reward is not None for part in leaves(reward))
     metric = next((part for part in parts if isinstance(part, TextMetric)), None)
     if metric is None or metric.column not in columns:
@@ -135,24 +124,24 @@ def corpus_score(rewards: Sequence[Any], responses: Sequence[str], columns: Mapp
 
 
 def sample_policy(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> MeasuredSamples:
-    """:func:`sample` with random numbers that training never uses, another set for every ``seed`` of a run."""
+    """Return :func:`sample` with random numbers that training never uses, others for every ``seed`` of a run."""
     return sample(env, policy, count, _POLICY_SEED + seed)
 
 
 def sample_reference(env: TextVectorEnv, policy: RespondingPolicy, count: int | None) -> MeasuredSamples:
-    """The SFT side of every win-rate: :func:`sample` with random numbers of its own, the same for all runs."""
+    """Sample the SFT side of every win-rate, with random numbers of its own, the same for all runs."""
     return sample(env, policy, count, _REFERENCE_SEED)
 
 
 def measure(
     model: PreTrainedModel, task: TextTask, *, split: str = "test", prompts: int | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """A causal LM beside the task's start: win-rate, gold, proxy and KL, one sample each for the same prompts.
+    """Compare a causal LM with the task's start, by one sample of each for the same prompts.
 
     Args:
-        model: whatever trained it; it shares the task's vocabulary.
+        model: any model with the task's vocabulary.
         prompts: number of prompts from the start of the split; None takes all.
-        seed: of the model's samples; those of the start are the same whatever it is.
+        seed: seed of the model's samples; those of the start are always the same.
 
     Returns:
         ``win_rate``, ``gold``, ``proxy``, ``kl`` (nats per response, from the task's reference) and ``length``, for
@@ -170,8 +159,8 @@ def measure(
 
 
 def wins(gold: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Prompt by prompt, of ``(N,)`` scores of both sides: 1 where the judge prefers the policy's sample, 0 where the
-    reference's, 1/2 for a tie; NaN where a score is NaN (no judge)."""
+    """Compare ``(N,)`` scores prompt by prompt: 1 if the judge prefers the policy's sample, 0 if the reference's, 1/2
+    for a tie; NaN if a score is NaN (no judge)."""
     if gold.shape != reference.shape:
         raise ValueError(f"win-rate compares the same prompts: got {gold.shape} and {reference.shape} scores")
     known = ~(np.isnan(gold) | np.isnan(reference))
@@ -181,29 +170,28 @@ def wins(gold: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[n
 def standard_error(values: NDArray[np.float64]) -> float:
     """Standard error of a mean of independent values: ``sqrt(sum (x - mean)^2 / (n - 1) / n)``; NaN for fewer than two.
 
-    For a win-rate the values are the outcomes per prompt, ties included as 1/2, so it is not the binomial formula,
-    which would overstate it where there are ties.
+    For a win-rate the values are the outcomes per prompt, ties as 1/2; the binomial formula would overstate it.
     """
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def distinct_2(tokens: list[list[int]]) -> float:
-    """Different pairs of neighboring tokens, as a share of all such pairs in all responses together; NaN if there are
-    none (Li et al. 2016, arXiv:1510.03055). It falls with the number of responses, so compare equal numbers."""
+    """Share of different pairs of neighboring tokens among all such pairs in all responses; NaN if there are none (Li
+    et al. 2016, arXiv:1510.03055). It falls with the number of responses, so compare equal numbers."""
     pairs = [pair for row in tokens for pair in zip(row[:-1], row[1:], strict=True)]
     return len(set(pairs)) / len(pairs) if pairs else math.nan
 
 
 def positive_rate(scores: NDArray[np.float64], threshold: float | None) -> float:
-    """Share of scores above a threshold, which a task may have for its reward or its judge; NaN where it has none."""
+    """Share of scores above a threshold, which a task may have for its reward or its judge; NaN without one."""
     return math.nan if threshold is None else float((scores > threshold).mean())
 
 
 def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, Any]:
-    """The task's corpus metric of the policy's greedy responses to the first ``count`` prompts (None: all), and the
-    gain over the reference's with its standard error.
+    """Score the policy's greedy responses to the first ``count`` prompts (None: all) by the task's corpus metric, with
+    the gain over the reference's and its standard error.
 
-    Nothing where the task has no such metric; NaN for a policy that is no language model (best-of-n).
+    Empty if the task has no such metric; NaN for a policy that is no language model (best-of-n).
     """
     metric = mdp.task.corpus_metric
     if metric is None:
@@ -213,10 +201,8 @@ def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, An
     rows = list(mdp.prompts if count is None else mdp.prompts[:count])
 
     def answers(model: Any) -> list[str]:
-        found = greedy(
-            model, rows, mdp.eos_token_ids, max_new_tokens=mdp.max_new_tokens, min_new_tokens=mdp.min_new_tokens
-        )
-        return mdp.codec.decode(rows, found)[1]
+        limits = {"max_new_tokens": mdp.max_new_tokens, "min_new_tokens": mdp.min_new_tokens}
+        return mdp.codec.decode(rows, greedy(model, rows, mdp.eos_token_ids, **limits))[1]
 
     references = mdp.columns(np.arange(len(rows)))[metric.column]
     theirs = answers(mdp.reference)
@@ -232,15 +218,15 @@ def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, An
 def summarise(
     found: MeasuredSamples, reference: MeasuredSamples, policy: Any, stats: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """The measured columns of a result, and what they were computed from.
+    """Compute the measured columns of a result.
 
-    With a ``judge_threshold`` or a ``reward_threshold`` in the task's ``stats`` the share of positive samples is
-    measured too. The KL of best-of-n has no estimate from samples (its own log-probability is unknown): it gets the
-    upper bound ``log n - (n - 1)/n``, and ``kl_is_bound``.
+    A ``judge_threshold`` or ``reward_threshold`` in the task's ``stats`` adds the share of positive samples. The KL of
+    best-of-n cannot be estimated from samples (its own log-probability is unknown): it gets the upper bound
+    ``log n - (n - 1)/n``, and ``kl_is_bound``.
     """
     outcome = wins(found.gold, reference.gold)
     best = policy if isinstance(policy, BestOfN) else None
-    # The bound is on the KL from the policy that was sampled: from another reference nothing is known.
+    # The bound is on the KL from the policy that was sampled; the KL from another reference is unknown.
     bound = kl_bound(best.n) if best and best.policy.model is best.mdp.reference else math.nan
     inference_tokens = best.tokens_generated if best else int(found.length.sum())
     return {

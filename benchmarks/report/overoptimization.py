@@ -1,15 +1,8 @@
 """Over-optimization of reward models (Gao, Schulman and Hilton 2022, "Scaling laws for reward model overoptimization").
 
 Reward models are trained on more and more of the same comparisons; each is then optimized by best-of-n and by an
-algorithm of the registry, without a KL penalty, and what it says (proxy) is drawn with what the judge says (gold)
-against the square root of the KL from the start. Scores are gains over the start, each in units of its standard
-deviation there.
-
-.. code-block:: text
-
-    <out>/
-        overoptimisation.json   settings, every point, the fits
-        overoptimisation.png    the drawing
+algorithm of the registry, without a KL penalty. Its scores (proxy) are drawn with the judge's (gold) against the square
+root of the KL from the start. Scores are gains over the start, in units of their standard deviation there.
 """
 
 from __future__ import annotations
@@ -34,7 +27,7 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure.samples import judged
-from lm_envs.benchmarks.report.plots import STYLE, as_png, root
+from lm_envs.benchmarks.report.plots import STYLE, as_file, root
 from lm_envs.benchmarks.run.compare import gone_if_refused
 from lm_envs.benchmarks.run.inputs import fingerprints
 from lm_envs.benchmarks.run.names import check_task, load_task
@@ -53,66 +46,48 @@ from lm_envs.trajectories import Trajectories
 
 _COLORS = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 _SAMPLES_SEED = 1 << 42  # of best-of-n's samples; training draws others
-FLOOR = -1.0  # a gold that fell by a standard deviation: beyond, texts are of no kind that the fits were made for
+FLOOR = -1.0  # gold fell by a standard deviation: beyond, texts are unlike those that the fits are for
 
 
 @dataclass(frozen=True)
 class Settings(CheckedSettings):
-    """What is optimized, how far, and how it is measured.
+    """The reward models, and the optimizers: best-of-n and a registered algorithm that samples."""
 
-    Attributes:
-        pairs: sizes of the reward models' data; each is a prefix of the same comparisons.
-        held_out: pairs that measure the reward models.
-        flip: probability that an annotator's choice is recorded the wrong way round.
-        algorithm, overrides, iterations: what optimizes each reward model, a registered algorithm that samples.
-        prompts, samples: of best-of-n: test prompts, and responses to each, of which n are a subset.
-        reward_model: options of :func:`lm_envs.algos.engine.judged_pairs.make_reward_model`.
-    """
-
-    pairs: Annotated[tuple[Several, ...], MinLen(1)] = (500, 2000, 8000)
-    held_out: Several = 512
-    flip: Probability = 0.25
+    pairs: Annotated[tuple[Several, ...], MinLen(1)] = (500, 2000, 8000)  # for each model a prefix of the same ones
+    held_out: Several = 512  # pairs that measure the reward models
+    flip: Probability = 0.25  # of recording an annotator's choice the wrong way round
     algorithm: str = "ppo"
     overrides: dict[str, Any] = field(default_factory=dict)
     iterations: Several = 60
-    prompts: Several = 64
-    samples: Several = 128
-    reward_model: dict[str, Any] = field(default_factory=dict)
+    prompts: Several = 64  # test prompts of best-of-n
+    samples: Several = 128  # responses to each
+    reward_model: dict[str, Any] = field(default_factory=dict)  # options of judged_pairs.make_reward_model
     seed: Seed = 0
 
 
 @dataclass
 class Curve:
-    """Proxy and gold on the way of one optimizer against one reward model, K points.
+    """Proxy and gold of one optimizer against one reward model: gains over the start, in its standard deviations."""
 
-    Attributes:
-        pairs: what the reward model was trained on.
-        accuracy: how often it orders held-out pairs as the judge does.
-        method: "best-of-n" or the algorithm.
-        kl: nats per response; of best-of-n the bound ``log n - (n-1)/n``.
-        proxy, gold: gains over the start, in the start's standard deviations.
-        fit: Gao et al.'s ``alpha`` and ``beta`` of the gold, and ``r2``, over the first :meth:`fitted` points.
-    """
-
-    pairs: int
-    accuracy: float
-    method: str
-    kl: list[float] = field(default_factory=list)
+    pairs: int  # comparisons that the reward model was trained on
+    accuracy: float  # how often it orders held-out pairs as the judge does
+    method: str  # "best-of-n" or the algorithm
+    kl: list[float] = field(default_factory=list)  # nats per response; for best-of-n the bound ``log n - (n-1)/n``
     proxy: list[float] = field(default_factory=list)
     gold: list[float] = field(default_factory=list)
-    fit: dict[str, float] = field(default_factory=dict)
+    fit: dict[str, float] = field(default_factory=dict)  # Gao et al.'s alpha, beta and r2 of the gold, up to fitted()
 
     def fitted(self) -> int:
-        """How many points there are before the gold first falls below :data:`FLOOR`."""
+        """Count the points before the gold first falls below :data:`FLOOR`."""
         return next((i for i, gold in enumerate(self.gold) if gold < FLOOR), len(self.gold))
 
 
 def fit(kl: Sequence[float], gold: Sequence[float], method: str) -> dict[str, float]:
-    """``R(d) = d (alpha - beta d)`` for best-of-n, ``d (alpha - beta log d)`` for the rest, ``d = sqrt(KL)`` (Gao et
-    al. 2022, section 3.1), by least squares. Points without KL, where both are 0 by definition, do not count.
+    """Fit ``R(d) = d (alpha - beta d)`` for best-of-n, ``d (alpha - beta log d)`` for the rest, ``d = sqrt(KL)`` (Gao
+    et al. 2022, section 3.1), by least squares. Points without KL, where both are 0 by definition, do not count.
 
     Returns:
-        alpha, beta and r2, the share of the gold's variance that is explained; NaN with fewer than two points.
+        alpha, beta and r2, the explained share of the gold's variance; NaN with fewer than two points.
     """
     d, y = np.sqrt(np.maximum(kl, 0)), np.asarray(gold, dtype=np.float64)
     d, y = d[d > 0], y[d > 0]
@@ -126,12 +101,12 @@ def fit(kl: Sequence[float], gold: Sequence[float], method: str) -> dict[str, fl
 
 
 def bend(d: NDArray[np.float64], method: str) -> NDArray[np.float64]:
-    """The shape that a fit gives a method: d of best-of-n, log d of RL."""
+    """Return the term of beta in the fit of a method: ``d^2`` for best-of-n, ``d log d`` for RL."""
     return d * d if method == "best-of-n" else d * np.log(np.maximum(d, 1e-12))
 
 
 def best_of_subsets(proxy: NDArray[np.float64], value: NDArray[np.float64], n: int) -> float:
-    """The value of the best by proxy of n samples, a mean over all subsets of n of a prompt's samples and over prompts
+    """Average the value of the sample with the best proxy over all subsets of n of a prompt's samples, and over prompts
     (Nakano et al. 2021, "WebGPT", appendix I).
 
     ``sum_i value_(i) C(i-1, n-1) / C(S, n)``, ``value_(i)`` of the sample with the i-th smallest proxy.
@@ -147,7 +122,7 @@ def best_of_subsets(proxy: NDArray[np.float64], value: NDArray[np.float64], n: i
 
 
 def measure(name: str, options: dict[str, Any], settings: Settings, say: Callable[[str], None]) -> list[Curve]:
-    """All curves of a task.
+    """Measure all curves of a task.
 
     Raises:
         UserError: the task has no judge, or no learned reward model to take the architecture from.
@@ -171,10 +146,8 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
     curves = []
     for pairs in sorted(settings.pairs):
         say(f"a reward model on {pairs} pairs")
-        name = f"reward_model_{pairs}"
-        reward = judged_pairs.make_reward_model(
-            template, texts[:pairs], chosen[:pairs], units, name, seed=settings.seed, **settings.reward_model
-        )
+        given = (template, texts[:pairs], chosen[:pairs], units, f"reward_model_{pairs}")
+        reward = judged_pairs.make_reward_model(*given, seed=settings.seed, **settings.reward_model)
         accuracy = held.accuracy(reward)
         with_it = replace(task, reward=reward)
         curves.append(_best_of_n(with_it, *many, moments[1], Curve(pairs, accuracy, "best-of-n")))
@@ -187,7 +160,7 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
 
 
 def _many(task: TextTask, policy: LMPolicy, settings: Settings) -> tuple[Trajectories, NDArray[np.float64]]:
-    """Samples of the start for best-of-n, grouped by prompt, and their gold scores ``(prompts, samples)``."""
+    """Sample the start for best-of-n, grouped by prompt; with the gold scores ``(prompts, samples)``."""
     env = TextVectorEnv(task, split="test", group_size=settings.samples)
     count, seed = settings.samples, settings.seed + _SAMPLES_SEED
     parts = [rollout(env, policy, episodes=count, first_episode=i * count, seed=seed) for i in range(settings.prompts)]
@@ -196,7 +169,7 @@ def _many(task: TextTask, policy: LMPolicy, settings: Settings) -> tuple[Traject
 
 
 def _best_of_n(task: TextTask, traj: Trajectories, gold: NDArray[np.float64], unit: float, curve: Curve) -> Curve:
-    """One point for each power of two up to the number of samples; the gold in this unit."""
+    """Add a point for each power of two up to the number of samples, with the gold in this unit."""
     assert traj.prompt_index is not None and traj.response is not None
     scorer = TextVectorEnv(task, split="test").mdp
     proxy = scorer.score(traj.prompt_index.numpy(), traj.response.numpy()).sum(axis=1).reshape(gold.shape)
@@ -208,7 +181,7 @@ def _best_of_n(task: TextTask, traj: Trajectories, gold: NDArray[np.float64], un
 
 
 def _trained(task: TextTask, settings: Settings, moments: tuple[float, float], curve: Curve) -> Curve:
-    """Points are training batches as sampled, before they are learned from."""
+    """Add a point for each training batch as it was sampled, before the update."""
     options = {"kl_coef": 0.0, **settings.overrides, "iterations": settings.iterations}
     overrides = check_overrides(settings.algorithm, options) | {"seed": settings.seed}
     policy = LMPolicy.for_mdp(TextVectorEnv(task).mdp, copy.deepcopy(task.start).requires_grad_(True))
@@ -223,8 +196,8 @@ def _trained(task: TextTask, settings: Settings, moments: tuple[float, float], c
 
 
 def draw(curves: Sequence[Curve]) -> Figure:
-    """A panel per method: gold (dots, its fit a line) and proxy (dashed) against the square root of the KL, a color per
-    reward model. Of what lies below :data:`FLOOR` only the beginning is shown."""
+    """Draw a panel per method: gold (dots, its fit a line) and proxy (dashed) against the square root of the KL, a
+    color per reward model. Only the beginning of what lies below :data:`FLOOR` is shown."""
     methods = list(dict.fromkeys(curve.method for curve in curves))
     sizes = sorted({curve.pairs for curve in curves})
     with matplotlib.rc_context(STYLE):
@@ -256,7 +229,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
 def overoptimise(
     task: str, options: dict[str, Any], settings: Settings, out: Path, say: Callable[[str], None] = lambda text: None
 ) -> list[Curve]:
-    """Measure, write and draw; see the module's text for what lies in ``out`` then."""
+    """Measure, and write ``overoptimisation.json`` (settings, every point, the fits) and ``overoptimisation.png``."""
     check_task(task)
     check_overrides(settings.algorithm, settings.overrides)
     with gone_if_refused(out):
@@ -264,5 +237,5 @@ def overoptimise(
     spec = RunSpec(task, settings.algorithm, settings.seed, Plan(), options=options)
     found = {"task": task, "options": options, "settings": asdict(settings), "curves": [asdict(c) for c in curves]}
     write_json(out / "overoptimisation.json", found | {"inputs": fingerprints(spec), "versions": versions()})
-    write_atomic(out / "overoptimisation.png", as_png(draw(curves)))
+    write_atomic(out / "overoptimisation.png", as_file(draw(curves), "png"))
     return curves

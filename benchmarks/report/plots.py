@@ -1,13 +1,12 @@
-"""The figures of a report: win-rates, the reward-KL frontier and learning curves. Curves are labeled directly, and an
-algorithm has one color throughout."""
+"""The figures of a report: win-rates, the reward-KL frontier and learning curves. Labels stand beside the curves, and
+an algorithm has one color throughout."""
 
 from __future__ import annotations
 
 import io
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,7 +19,6 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from lm_envs.benchmarks.report.series import Series, by_task, styles
-from lm_envs.benchmarks.run.names import folder_name
 from lm_envs.benchmarks.run.results import number, table
 
 STYLE = {
@@ -40,71 +38,67 @@ Style = dict[str, tuple[str, str]]
 
 
 def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
-    """A dot per method with two standard errors to each side; None where there is no judge."""
+    """Draw a dot per method with two standard errors to each side; None without a judge."""
     lines = [(s, table(s.results)[0]) for s in series if not np.isnan(s.mean("win_rate"))]
     if not lines:
         return None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 0.9 + 0.42 * len(lines)), layout="constrained")
-        ax = figure.subplots()
-        for place, (s, line) in enumerate(reversed(lines)):
-            color, marker = style[s.algorithm]
-            rate, error = 100 * line.mean["win_rate"], 200 * line.spread["win_rate"]
-            ax.errorbar(rate, place, xerr=error, color=color, capsize=4, linewidth=2)
-            ax.plot(rate, place, marker, color=color, markersize=9, markerfacecolor="white" if s.bandit else color)
-            ax.annotate(f"{rate:.0f} %", (rate, place), (0, 9), textcoords="offset points", ha="center", fontsize=10)
-        ax.axvline(50, color="#888888", linestyle="--", linewidth=1)
-        ax.set_yticks(range(len(lines)), [s.label for s, _ in reversed(lines)])
-        ax.set_ylim(-0.6, len(lines) - 0.2)
-        ax.set_xlim(min(40, *(100 * line.mean["win_rate"] - 8 for _, line in lines)), 101)
-        ax.set_xlabel("% of test prompts won against SFT (bars: ±2 standard errors)")
-        ax.grid(visible=False, axis="y")
+    figure = Figure(figsize=(8, 0.9 + 0.42 * len(lines)), layout="constrained")
+    ax = figure.subplots()
+    for place, (s, line) in enumerate(reversed(lines)):
+        color, marker = style[s.algorithm]
+        rate, error = 100 * line.mean["win_rate"], 200 * line.spread["win_rate"]
+        ax.errorbar(rate, place, xerr=error, color=color, capsize=4, linewidth=2)
+        ax.plot(rate, place, marker, color=color, markersize=9, markerfacecolor="white" if s.bandit else color)
+        ax.annotate(f"{rate:.0f} %", (rate, place), (0, 9), textcoords="offset points", ha="center", fontsize=10)
+    ax.axvline(50, color="#888888", linestyle="--", linewidth=1)
+    ax.set_yticks(range(len(lines)), [s.label for s, _ in reversed(lines)])
+    ax.set_ylim(-0.6, len(lines) - 0.2)
+    ax.set_xlim(min(40, *(100 * line.mean["win_rate"] - 8 for _, line in lines)), 101)
+    ax.set_xlabel("% of test prompts won against SFT (bars: ±2 standard errors)")
+    ax.grid(visible=False, axis="y")
     return figure
 
 
 def frontier(series: Sequence[Series], style: Style) -> Figure:
-    """Gold and proxy against KL: the path of training on validation prompts, and the result on test prompts."""
+    """Draw gold and proxy against KL: the path of training on validation prompts, and the result on test prompts."""
     names = [n for n in ("gold", "proxy") if not all(np.isnan(s.mean(n)) for s in series)]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.6 * len(names), 4.8), layout="constrained")
-        panels = np.atleast_1d(figure.subplots(1, len(names), sharex=True))
-        labels: list[list[Label]] = []
-        for ax, name in zip(panels, names, strict=True):
-            points = []
-            for s in series:
-                color, marker = style[s.algorithm]
-                for (_, kl), (_, value) in zip(s.curve("kl"), s.curve(name), strict=True):
-                    ax.plot(kl, value, s.dash, color=color, alpha=0.45, linewidth=1.2)
-                for result in s.results:
-                    ax.plot(number(result["kl"]), number(result[name]), marker, color=color, alpha=0.5, markersize=4)
-                at, bound = (s.mean("kl"), s.mean(name)), bool(s.results[0].get("kl_is_bound"))
-                ax.plot(
-                    *at, marker, color=color, markersize=10, markerfacecolor="white" if s.bandit else color, zorder=5
-                )
-                if bound:
-                    arrow = {"arrowstyle": "<-", "color": color, "linewidth": 1.6}
-                    ax.annotate("", at, (-24, 0), textcoords="offset points", arrowprops=arrow)
-                points.append(Label(at, s.label, color, bound))
-            points += _draw_optimum(ax, series)
-            ax.set_title({"gold": "Gold (the judge)", "proxy": "Proxy (the reward that trains)"}[name])
-            # Scores rise like the square root of KL (Gao et al. 2022, arXiv:2210.10760), so that is the scale.
-            ax.set_xscale("function", functions=(root, _square))
-            largest = max(line.get_xdata(orig=False).max() for line in ax.lines)
-            ax.set_xticks(_ticks(largest))
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.set_xlabel("KL from SFT, nats per sequence (square-root scale)")
-            ax.set_ylabel("mean score")
-            ax.margins(x=0.14, y=0.14)
-            labels.append(points)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # places are found for the axes as they stand now
-        for ax, points in zip(panels, labels, strict=True):
-            _label(figure, ax, points)
+    figure = Figure(figsize=(5.6 * len(names), 4.8), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(names), sharex=True))
+    labels: list[list[Label]] = []
+    for ax, name in zip(panels, names, strict=True):
+        points = []
+        for s in series:
+            color, marker = style[s.algorithm]
+            for (_, kl), (_, value) in zip(s.curve("kl"), s.curve(name), strict=True):
+                ax.plot(kl, value, s.dash, color=color, alpha=0.45, linewidth=1.2)
+            for result in s.results:
+                ax.plot(number(result["kl"]), number(result[name]), marker, color=color, alpha=0.5, markersize=4)
+            at, bound = (s.mean("kl"), s.mean(name)), bool(s.results[0].get("kl_is_bound"))
+            ax.plot(*at, marker, color=color, markersize=10, markerfacecolor="white" if s.bandit else color, zorder=5)
+            if bound:
+                arrow = {"arrowstyle": "<-", "color": color, "linewidth": 1.6}
+                ax.annotate("", at, (-24, 0), textcoords="offset points", arrowprops=arrow)
+            points.append(Label(at, s.label, color, bound))
+        points += _draw_optimum(ax, series)
+        ax.set_title({"gold": "Gold (the judge)", "proxy": "Proxy (the reward that trains)"}[name])
+        # Scores rise like the square root of KL (Gao et al. 2022, arXiv:2210.10760), so that is the scale.
+        ax.set_xscale("function", functions=(root, _square))
+        largest = max(line.get_xdata(orig=False).max() for line in ax.lines)
+        ax.set_xticks(_ticks(largest))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xlabel("KL from SFT, nats per sequence (square-root scale)")
+        ax.set_ylabel("mean score")
+        ax.margins(x=0.14, y=0.14)
+        labels.append(points)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # places are found for the axes as they stand now
+    for ax, points in zip(panels, labels, strict=True):
+        _label(figure, ax, points)
     return figure
 
 
 def _draw_optimum(ax: Axes, series: Sequence[Series]) -> list[Label]:
-    """The exact frontier where a task has one, as far as the methods go: no policy can be above it. Gives its label."""
+    """Draw the exact frontier of a task that has one, as far as the methods go, and return its label."""
     known = next((s.results[0]["frontier"] for s in series if s.results[0].get("frontier")), None)
     if known is None:
         return []
@@ -115,37 +109,36 @@ def _draw_optimum(ax: Axes, series: Sequence[Series]) -> list[Label]:
 
 
 def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:
-    """Gold, proxy and KL on validation prompts against training tokens; None where nothing was validated."""
+    """Draw gold, proxy and KL on validation prompts against training tokens; None if nothing was validated."""
     trained = [s for s in series if s.curve("proxy") or s.curve("return")]
     names = [n for n in ("gold", "proxy", "kl", "return") if any(s.curve(n) for s in trained)]
     if not names:
         return None
     titles = {"gold": "Gold", "proxy": "Proxy", "kl": "KL from SFT, nats", "return": "Return"}
     x_name, x_label = _progress(trained)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.7 * len(names), 4.2), layout="constrained")
-        for ax, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
-            ends = []
-            for s in series:
-                color, curves = style[s.algorithm][0], s.curve(name, x_name)
-                for x, y in curves:
-                    ax.plot(x / 1000, y, s.dash, color=color, alpha=0.25, linewidth=1)
-                shared = [curve for curve in curves if len(curve[0]) == len(curves[0][0])]
-                if shared:
-                    x, y = np.mean(shared, axis=0)
-                    ax.plot(x / 1000, y, s.dash, color=color, linewidth=2.2)
-                    ends.append((float(y[-1]), s.label, color))
-                elif s not in trained and name in ("gold", "proxy") and not np.isnan(s.mean(name)):
-                    ax.axhline(s.mean(name), color=color, linestyle=":", linewidth=1.6)
-                    ends.append((s.mean(name), s.label, color))
-            ax.set_title(titles[name])
-            ax.set_xlabel(x_label)
-            _label_ends(ax, ends)
+    figure = Figure(figsize=(4.7 * len(names), 4.2), layout="constrained")
+    for ax, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        ends = []
+        for s in series:
+            color, curves = style[s.algorithm][0], s.curve(name, x_name)
+            for x, y in curves:
+                ax.plot(x / 1000, y, s.dash, color=color, alpha=0.25, linewidth=1)
+            shared = [curve for curve in curves if len(curve[0]) == len(curves[0][0])]
+            if shared:
+                x, y = np.mean(shared, axis=0)
+                ax.plot(x / 1000, y, s.dash, color=color, linewidth=2.2)
+                ends.append((float(y[-1]), s.label, color))
+            elif s not in trained and name in ("gold", "proxy") and not np.isnan(s.mean(name)):
+                ax.axhline(s.mean(name), color=color, linestyle=":", linewidth=1.6)
+                ends.append((s.mean(name), s.label, color))
+        ax.set_title(titles[name])
+        ax.set_xlabel(x_label)
+        _label_ends(ax, ends)
     return figure
 
 
 def _progress(trained: Sequence[Series]) -> tuple[str, str]:
-    """What learning curves are drawn against: sampled tokens, or trained tokens where a method samples none."""
+    """The x-axis of learning curves: sampled tokens, or trained tokens where a method samples none."""
     ends = [x[-1] for s in trained for name in ("proxy", "return") for x, _ in s.curve(name)]
     known = all(s.curve(name, "trained_tokens") for s in trained for name in ("proxy", "return") if s.curve(name))
     if known and not all(ends):
@@ -157,7 +150,7 @@ _TICKS = (0, 0.2, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Label(NamedTuple):
-    """A name and the point it belongs to; ``arrow`` if one lies to the point's left."""
+    """A name and its point; ``arrow`` says that one lies to the left of the point."""
 
     at: tuple[float, float]
     text: str
@@ -166,7 +159,7 @@ class Label(NamedTuple):
 
 
 def _ticks(largest: float) -> list[float]:
-    """Round numbers up to about ``largest``, none too near the next on a square-root scale."""
+    """Return round numbers up to about ``largest``, none too near the next on a square-root scale."""
     kept: list[float] = []
     for x in _TICKS:
         if x <= 1.3 * largest and (not kept or np.sqrt(x) - np.sqrt(kept[-1]) > 0.07 * np.sqrt(largest)):
@@ -184,7 +177,7 @@ def _square(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names to the right of the axes, at the height of their curves' ends, moved apart where they would overlap."""
+    """Write names to the right of the axes, at the height of their curves' ends, moved apart if they would overlap."""
     order = sorted(ends)
     low, high = ax.get_ylim()
     gap = 0.062 * (high - low)
@@ -205,7 +198,7 @@ _SIDES = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
 
 
 def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
-    """Names beside points, each at the place around its point where it covers least of the rest."""
+    """Write names beside points, each at the place around its point where it covers least of the rest."""
     renderer = FigureCanvasAgg(figure).get_renderer()  # text has no size before something can draw it
     pixels = ax.transData.transform([point.at for point in points])
     taken = [
@@ -244,7 +237,7 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
 
 
 def _along(path: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points along a polyline of pixels, a few pixels apart."""
+    """Return points along a polyline of pixels, a few pixels apart."""
     if len(path) < 2:
         return path
     steps = np.linspace(0, 1, 25)[:, None]
@@ -252,7 +245,7 @@ def _along(path: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _within(points: NDArray[np.float64], box: Bbox) -> int:
-    """How many of the points, ``(N, 2)``, lie in a box."""
+    """Count the points, ``(N, 2)``, in a box."""
     return int(((points > box.min) & (points < box.max)).all(axis=1).sum())
 
 
@@ -262,32 +255,20 @@ def _overlap(a: Bbox, b: Bbox) -> float:
 
 
 def figures(series: list[Series]) -> dict[tuple[str, str], Figure]:
-    """All figures by (task, kind); the MDP and the bandit env of a task share theirs."""
+    """Draw all figures, by (task, kind); the MDP and the bandit env of a task share theirs."""
     style = styles(series)
     found: dict[tuple[str, str], Figure] = {}
-    for task, mine in by_task(series).items():
-        made = {"win-rate": win_rates(mine, style), "learning-curves": learning_curves(mine, style)}
-        if not all(np.isnan(s.mean("kl")) for s in mine):
-            made["frontier"] = frontier(mine, style)
-        found |= {(task, kind): figure for kind, figure in made.items() if figure is not None}
+    with matplotlib.rc_context(STYLE):
+        for task, mine in by_task(series).items():
+            made = {"win-rate": win_rates(mine, style), "learning-curves": learning_curves(mine, style)}
+            made["frontier"] = None if all(np.isnan(s.mean("kl")) for s in mine) else frontier(mine, style)
+            found |= {(task, kind): figure for kind, figure in made.items() if figure is not None}
     return found
 
 
-def as_svg(figure: Figure) -> bytes:
-    """A figure as SVG with its letters as outlines, so it looks the same everywhere."""
-    file = io.BytesIO()
+def as_file(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
+    """Return a figure as PNG, or as SVG with its letters as outlines, so that it looks the same everywhere."""
+    file, options = io.BytesIO(), {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
     with matplotlib.rc_context(STYLE):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format=kind, **options)
     return file.getvalue()
-
-
-def as_png(figure: Figure) -> bytes:
-    """A figure as PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
-
-
-def png_path(out: Path, task: str, kind: str) -> Path:
-    """Where a figure lies beside the report."""
-    return out / "plots" / f"{folder_name(task)}-{kind}.png"

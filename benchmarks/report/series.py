@@ -1,4 +1,4 @@
-"""What a folder of runs holds, gathered for plots and reports."""
+"""The results of a folder of runs, gathered for plots and reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STYLES = {
 _MORE = tuple((("#56B4E9", "#7F3C8D", "#8C6D31", "#1B4F4A")[i % 4], "Ph<>"[(i + i // 4) % 4]) for i in range(16))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Series:
     """All seeds of one algorithm on one env of a task: a result per seed, as in ``result.json``."""
 
@@ -38,27 +38,12 @@ class Series:
     results: tuple[dict[str, Any], ...]
     out: Path
 
-    @property
-    def folders(self) -> list[Path]:
+    def __post_init__(self) -> None:
+        self.base, env = base_task(self.task)
+        self.bandit = env == "bandit"
+        self.label, self.dash = (f"{self.algorithm} (bandit)", "--") if self.bandit else (self.algorithm, "-")
         method = self.out / folder_name(self.task) / self.algorithm
-        return [method / f"seed-{result['seed']}" for result in self.results]
-
-    @property
-    def base(self) -> str:
-        return base_task(self.task)[0]
-
-    @property
-    def bandit(self) -> bool:
-        """Whether a whole response was one action."""
-        return base_task(self.task)[1] == "bandit"
-
-    @property
-    def label(self) -> str:
-        return f"{self.algorithm} (bandit)" if self.bandit else self.algorithm
-
-    @property
-    def dash(self) -> str:
-        return "--" if self.bandit else "-"
+        self.folders = [method / f"seed-{result['seed']}" for result in self.results]
 
     def mean(self, column: str) -> float:
         return float(np.mean([number(result[column]) for result in self.results]))
@@ -68,25 +53,25 @@ class Series:
         return read_json(self.folders[0] / "config.json")
 
     def curve(self, name: str, x: str = "tokens") -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """Per seed the learning curve's points: ``x`` and ``validation_<name>``, where both are known."""
+        """Return the learning curve of each seed: ``x`` and ``validation_<name>``, where both are known."""
         found = []
         for folder in self.folders:
             records = Records(folder / "metrics.jsonl").read()
             key = f"validation_{name}"
             points = [(r[x], r[key]) for r in records if r.get(key) is not None and r.get(x) is not None]
             if points:
-                xs, ys = zip(*points, strict=True)
-                found.append((np.array(xs, dtype=float), np.array(ys, dtype=float)))
+                xs, ys = np.array(points, dtype=float).T
+                found.append((xs, ys))
         return found
 
     def test_samples(self) -> list[dict[str, Any]]:
-        """The first seed's answers to the test prompts."""
+        """Return the first seed's answers to the test prompts."""
         records = Records(self.folders[0] / "samples.jsonl").read()
         return [record for record in records if record["split"] == "test"]
 
 
 def gather(out: Path, rows: list[dict[str, Any]]) -> list[Series]:
-    """The series of a comparison, in the order of its rows.
+    """Return the series of a comparison, in the order of its rows.
 
     Raises:
         UserError: there is no finished run.
@@ -101,12 +86,12 @@ def gather(out: Path, rows: list[dict[str, Any]]) -> list[Series]:
 
 
 def by_task(series: list[Series]) -> dict[str, list[Series]]:
-    """The series of each task; the MDP and the bandit env of a task share theirs."""
+    """Group series by task; the MDP and the bandit env of a task are together."""
     return {task: [s for s in series if s.base == task] for task in dict.fromkeys(s.base for s in series)}
 
 
 def styles(series: list[Series]) -> dict[str, tuple[str, str]]:
-    """Color and marker by algorithm, the same in every figure of a report."""
+    """Return color and marker by algorithm, the same in every figure of a report."""
     found: dict[str, tuple[str, str]] = {}
     spare = itertools.cycle(_MORE)
     for algorithm in dict.fromkeys(s.algorithm for s in series):

@@ -1,12 +1,9 @@
-"""A comparison: checks everything that can be checked before anything trains, carries out the runs, and keeps the
-results current."""
+"""A comparison: check everything that can be checked before training, carry out the runs, keep the results current."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,39 +16,36 @@ from rich.markup import escape
 
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
 from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
-from lm_envs.benchmarks.run.progress import display
+from lm_envs.benchmarks.run.progress import Display
 from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
 from lm_envs.benchmarks.run.suites import RunSpec, Suite, check_overrides
 from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
-from lm_envs.files import TEMPORARY, remove_unfinished
+from lm_envs.files import TEMPORARY, remove_unfinished, write_atomic
 
 COMPARISON = "comparison.json"
 
 
 def check_writable(out: Path) -> None:
-    """Raises UserError unless files can be made in ``out``, which is made if need be."""
+    """Make ``out`` if it does not exist; raise UserError unless files can be written there."""
     try:
         str(out).encode()
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out, prefix=TEMPORARY) as file:
-            file.write(b"x" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError as error:
-        raise UserError(f"cannot write results to {out}: it is a file; choose a folder with --out") from error
+        write_atomic(probe := out / f"{TEMPORARY}probe", b"x" * 4096)
+        probe.unlink()
     except UnicodeEncodeError as error:
         raise UserError(f"cannot write results to {out}: its name is not UTF-8; choose another --out") from error
     except OSError as error:
-        raise UserError(
-            f"cannot write results to {out}: {error.strerror}; choose another folder with --out, or put that right"
-        ) from error
+        why = f"{error.strerror}; choose another folder with --out, or put that right"
+        why = "it is a file; choose a folder with --out" if isinstance(error, FileExistsError) else why
+        raise UserError(f"cannot write results to {out}: {why}") from error
 
 
 @contextmanager
 def gone_if_refused(out: Path, *ours: str) -> Iterator[None]:
-    """Make ``out``, and take away again what was made if what is inside the block raises before there is a run in it.
-    Files and folders called ``ours`` go with it; with anything else in it, it stays, as it does if it was there."""
+    """Make ``out``; if the block raises before there is a run in it, remove the folders that were made.
+
+    Files and folders named ``ours`` are removed with it. A folder that existed, or that holds anything else, stays."""
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         check_writable(out)
@@ -68,8 +62,7 @@ def gone_if_refused(out: Path, *ours: str) -> Iterator[None]:
 
 
 def check_folder(out: Path, suite: Suite, resume: bool) -> None:
-    """Raise UserError if ``out`` holds a comparison and ``resume`` was not asked for, or one with other settings, or
-    somebody's files."""
+    """Raise UserError if ``out`` holds a comparison without ``resume``, one with other settings, or other files."""
     from lm_envs.benchmarks.run.one_run import check_same
 
     begun = any((out / spec.label / "config.json").exists() for spec in suite.runs())
@@ -88,7 +81,7 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
 
 
 def check_runs(runs: Sequence[RunSpec]) -> None:
-    """Raises UserError for an unknown task, algorithm or setting, or a setting out of range."""
+    """Raise UserError for an unknown task, algorithm or setting, or a setting out of range."""
     for task in dict.fromkeys(run.task for run in runs):
         check_task(task)
     for algorithm in dict.fromkeys(run.algorithm for run in runs):
@@ -99,19 +92,21 @@ def check_runs(runs: Sequence[RunSpec]) -> None:
                 raise UserError(f"{run.algorithm} is not trained and has no settings, got {', '.join(run.overrides)}")
         else:
             settings = check_overrides(run.algorithm, run.overrides)
-            both = [given.get("kl_coef") for given in (run.env, settings)]
-            if None not in both and both[0] != both[1]:
+            env, own = (given.get("kl_coef") for given in (run.env, settings))
+            if env is not None and own is not None and env != own:
                 raise UserError(
-                    f"{run.label}: kl_coef is {both[0]} in the environment's options and {both[1]} in the settings of "
+                    f"{run.label}: kl_coef is {env} in the environment's options and {own} in the settings of "
                     f"{run.algorithm}: set it in one place, or to one number"
                 )
 
 
 def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]:
-    """Open every kind of run once, and let each task's reward and judge score two samples: what is wrong shows now, not
-    in an hour, and workers find tasks that are built from the user's own text in the cache.
+    """Open every kind of run once, and let each task's reward and judge score two samples.
 
-    Returns why, of a suite of all algorithms, the task and algorithm of a key cannot be run.
+    Errors show now, not in an hour, and workers find tasks that are built from the user's own text in the cache.
+
+    Returns:
+        For a suite of all algorithms: why the task and algorithm of a key cannot be run.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -121,8 +116,8 @@ def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]
     disable_progress_bar()  # of reading and writing files: ours show what takes time
     unsuited: dict[tuple[str, str], str] = {}
     tried: set[str] = set()
-    first = {(run.task, run.algorithm): run for run in reversed(runs)}
-    for key, run in reversed(first.items()):
+    kinds = {(run.task, run.algorithm): run for run in reversed(runs)}  # the first run of each
+    for key, run in reversed(kinds.items()):
         try:
             problem = open_problem(run)
         except Unsuited as error:
@@ -139,15 +134,15 @@ def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]
 def compare(
     suite: Suite, out: Path, *, resume: bool = False, jobs: int = 1, threads: int = 1, console: Console | None = None
 ) -> list[dict[str, Any]]:
-    """Carry out a comparison in ``out``, or what is left of it; return the results of all finished runs.
+    """Carry out a comparison in ``out``, or the rest of it; return the results of all finished runs.
 
     Args:
-        resume: continue what ``out`` holds; more tasks, algorithms or seeds than it began with are welcome.
+        resume: continue what ``out`` holds; it may get more tasks, algorithms or seeds than it began with.
         jobs: runs at a time, each in a process of its own if more than one.
-        threads: torch threads per run. Sums depend on it in their last bits, so it must not depend on ``jobs``.
+        threads: torch threads per run. The last bits of sums depend on it, so it must not depend on ``jobs``.
 
     Raises:
-        UserError: something is wrong that the user can put right; before any training, if it could be known.
+        UserError: the user can put it right; raised before any training where possible.
         Interrupted: Ctrl-C; everything is on disk.
     """
     console = console or Console(emoji=False, stderr=True)
@@ -162,7 +157,7 @@ def compare(
             for why in unsuited.values():
                 console.print(f"left out: {why}", highlight=False, markup=False)
             open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
-    # From here on the folder is this comparison's; what was refused before leaves it as it was.
+    # From here on the folder belongs to this comparison; an error above leaves it as it was.
     write_sealed(out / COMPARISON, _merged(out, suite))
     write_results(out)
     if open_runs:
@@ -179,7 +174,7 @@ def _heading(suite: Suite, runs: Sequence[RunSpec], open_runs: Sequence[RunSpec]
 
 
 def _merged(out: Path, suite: Suite) -> dict[str, Any]:
-    """What the folder's file says: the suite, with the names of an earlier, smaller one kept."""
+    """The suite for the folder's file, with the names of an earlier, smaller one kept."""
     new = json.loads(json.dumps(asdict(suite)))
     old = _held(out)
     for key in ("algorithms", "seeds"):
@@ -190,7 +185,7 @@ def _merged(out: Path, suite: Suite) -> dict[str, Any]:
 
 
 def _held(out: Path) -> dict[str, Any]:
-    """What the folder's file says; nothing where there is none, or where it was damaged, which a warning says."""
+    """The content of the folder's file; nothing if there is none, or if it is damaged, with a warning."""
     try:
         return read_sealed(out / COMPARISON) if (out / COMPARISON).exists() else {}
     except UserError:
@@ -209,19 +204,19 @@ def write_results(out: Path) -> list[dict[str, Any]]:
 
 
 def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, console: Console) -> None:
-    ends: dict[str, list[dict[str, Any]]] = {"done": [], "failed": []}
-
-    with display(console, len(runs)) as shown:
+    done, failed = 0, []
+    with Display(console, len(runs)) as shown:
 
         def notify(event: dict[str, Any]) -> None:
+            nonlocal done
             shown(event)
             if event["event"] == "done":
+                done += 1
                 write_results(out)
-            if event["event"] in ends:
-                ends[event["event"]].append(event)
+            elif event["event"] == "failed":
+                failed.append(event)
 
-        stop = StopRequest(lambda: shown.say("Stopping after this iteration; Ctrl-C again stops at once."))
-        with stop.listening():
+        with StopRequest(shown.say).listening() as stop:
             if jobs == 1:
                 for run in runs:
                     notify(event := attempt(run, out, threads=threads, notify=shown, should_stop=stop))
@@ -229,9 +224,9 @@ def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, cons
                         break
             else:
                 run_in_workers(runs, out, jobs=jobs, threads=threads, notify=notify, stop=stop)
-    if ends["failed"]:
-        raise RunsFailed(_failures(ends["failed"], len(runs)), len(collect_results(out)))
-    if len(ends["done"]) < len(runs):
+    if failed:
+        raise RunsFailed(_failures(failed, len(runs)), len(collect_results(out)))
+    if done < len(runs):
         raise Interrupted(str(out))
 
 

@@ -1,4 +1,4 @@
-"""What a run that learns from the user's own data works on: SFT, reward modelling and DPO."""
+"""The problem of a run that learns from the user's own data: SFT, reward modelling and DPO."""
 
 from __future__ import annotations
 
@@ -33,48 +33,33 @@ from lm_envs.model.tokens import context_of
 from lm_envs.reward.learned import pools_last_token, reward_start
 
 KINDS: dict[str, conventions.Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "sft": {"learning_rate": 2e-5, "episodes": 32},
-    "reward-modelling": {"learning_rate": 1e-5, "episodes": 32},
-    "dpo": {"learning_rate": 1e-6, "episodes": 32},
-}
-"""For pretrained models; the algorithms' own defaults are for the small ones of the embedded tasks."""
-_MICRO_BATCH = 16  # rows a forward, where nothing else is asked for: the gradient is the same
+# For pretrained models; the algorithms' own defaults are for the small ones of the embedded tasks.
+_LEARNING_RATES = {"sft": 2e-5, "reward-modelling": 1e-5, "dpo": 1e-6}
+_MICRO_BATCH = 16  # default rows a forward; the gradient does not depend on it
 _SAMPLE = 256  # held-out examples at a point of the learning curve
 _CODE = code_hash(str(module.__file__) for module in (sources, conventions, packed, text))
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Everything that decides such a run. In JSON's types throughout.
+    """Everything that decides such a run, in JSON's types."""
 
-    Attributes:
-        algorithm: a key of :data:`KINDS`.
-        model: what it starts from, a folder or a hub name.
-        data: a source, see :func:`lm_envs.data.sources.read_rows`.
-        epochs: passes over the data, where the plan has no number of iterations.
-        held_out: share of the prompts that is not trained on.
-        on_bad: "raise" or "skip".
-        max_length: tokens of prompt and completion together; None is what the model reads.
-        dtype, device: of the model, see :class:`~lm_envs.model.loading.Placement`; None is float32 and the CPU.
-    """
-
-    algorithm: str
-    model: str
-    data: str
+    algorithm: str  # a key of KINDS
+    model: str  # the model to start from, a folder or a hub name
+    data: str  # a source, see lm_envs.data.sources.read_rows
     seed: int = 0
     plan: Plan = Plan()
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the data, if the plan has no number of iterations
     overrides: dict[str, Any] = field(default_factory=dict)
     adaptation: dict[str, Any] = field(default_factory=dict)
-    held_out: float = 0.05
-    on_bad: str = "raise"
-    max_length: int | None = None
+    held_out: float = 0.05  # share of the prompts to measure on and not to train on
+    on_bad: str = "raise"  # or "skip"
+    max_length: int | None = None  # tokens of prompt and completion together; None is the model's context
     max_rows: int | None = None
-    dtype: str | None = None
-    device: str | None = None
+    dtype: str | None = None  # None is float32
+    device: str | None = None  # None is the CPU
 
-    folder = ""  # of its own, not one in a comparison's
+    folder = ""  # the run is in OUT itself, not in a folder of a comparison
 
     @property
     def task(self) -> str:
@@ -89,19 +74,19 @@ class DataSpec:
 
 
 class DataProblem(Problem):
-    """Data, a model, and the agent that learns one from the other.
+    """Data, a model, and the agent that trains it on them.
 
     Args:
-        out: the run's folder; the tokenized data are kept in it.
-        progress: called with how many examples are tokenized.
+        out: the run's folder, which also holds the tokenized data.
+        progress: called with the number of examples tokenized so far.
 
     Attributes:
-        info: of the tokenized data: rows, skipped rows and why.
+        info: facts about the tokenized data: rows, skipped rows and why.
     """
 
     def __init__(self, spec: DataSpec, out: Path, progress: Callable[[int], object] = lambda done: None) -> None:
         self.spec, self.folder, self._progress = spec, out / "data", progress
-        overrides = {**DEFAULTS[spec.algorithm], **spec.overrides}
+        overrides = {"learning_rate": _LEARNING_RATES[spec.algorithm], "episodes": 32, **spec.overrides}
         checked = check_overrides(spec.algorithm, overrides)
         placement = loading.Placement(spec.dtype or "float32", spec.device)
         self._rewarding = spec.algorithm == "reward-modelling"
@@ -131,7 +116,7 @@ class DataProblem(Problem):
             self._held.keep_reference(self.agent.reference_key)  # type: ignore[attr-defined]
 
     def _packed(self, context: int | None) -> dict[str, Any]:
-        """Tokenize the data into the run's folder, unless it holds them; what is known of them."""
+        """Tokenize the data into the run's folder, unless it holds them; return the facts about them."""
         limits = [limit for limit in (self.spec.max_length, context) if limit is not None]
         codec = Codec(self.tokenizer, self.model)
         reward_eos = pools_last_token(self.model) if self._rewarding else None
@@ -175,7 +160,7 @@ class DataProblem(Problem):
         return model
 
     def plan(self) -> str:
-        """What is trained on, for how long, in a line."""
+        """Return a line about the amount of data and training."""
         held = 0 if self._held is None else _examples(self._held)
         config = self.agent.config
         return (
@@ -217,16 +202,16 @@ class DataProblem(Problem):
         if self.spec.algorithm == "sft":
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
         if self.spec.algorithm == "dpo" and not self.agent.iterations_done:
-            del found["accuracy"]  # of the reference against itself: what rounding orders
+            del found["accuracy"]  # the reference against itself: rounding decides
         return {name: found[name] for name in ("loss", "perplexity", "accuracy", "margin") if name in found}
 
     def save_model(self, folder: Path) -> None:
-        """The tuned model and its tokenizer, for transformers' ``from_pretrained``; adapters of a reward model are
-        added to its weights."""
+        """Save the tuned model and its tokenizer for transformers' ``from_pretrained``; adapters of a reward model are
+        merged into its weights."""
         merge = self._rewarding or bool(self.spec.adaptation.get("lora_merge", False))
         save_model(self.model, self.tokenizer, folder, merge, () if self._rewarding else self._train.ends)
 
 
 def _examples(data: PackedExamples) -> int:
-    """How many there are: texts, or groups of ranked ones."""
+    """Count the examples: texts, or groups of ranked ones."""
     return len(data) if data.group is None else len(torch.unique(data.group))

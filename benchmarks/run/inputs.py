@@ -1,4 +1,4 @@
-"""Hashes of what a run reads of the user's: models, data, and the files of rewards and tasks."""
+"""Hashes of the user's files that a run reads: models, data, and the code of rewards and tasks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _OF_MODELS = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
-    """What a run reads, as messages call it, and a hash of what that holds: of files their bytes, of models and data on
-    the hub their commit. What cannot be known, such as a hub name without a network, is left out."""
+    """Return a hash of each input of a run, by its name in messages: of the bytes of files, of the commit of models and
+    data on the hub. Unknown ones, such as a hub name without a network, are left out."""
     settings = spec.to_json()
     options = settings.get("options") or {name: settings[name] for name in ("model", "data") if name in settings}
     if "options" in settings:
@@ -40,7 +40,7 @@ def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
 
 
 def _places(name: str, text: str) -> Iterator[tuple[str, Callable[[str], str | None]]]:
-    """The files and folders that an option names, and what hashes each."""
+    """The files and folders that an option names, and the function that hashes each."""
     if name in ("reward", "judge") and is_spec(text):
         kinds = {"model": _model, "judge": _file, "file": _file, "module": _module}
         yield from ((part.place, kinds[part.kind]) for part in _sources(parse_reward(text)) if part.kind in kinds)
@@ -62,7 +62,7 @@ def _sources(spec: Spec) -> Iterator[Source]:
 
 
 def _model(place: str) -> str | None:
-    """Hash weights, config and tokenizer, for adapters also those of their base."""
+    """Hash weights, config and tokenizer; for adapters also those of their base."""
     folder = Path(os.path.expanduser(place))
     if not os.path.isdir(folder):
         return commit_of(place)
@@ -103,5 +103,5 @@ def _file(place: str | Path) -> str | None:
 
 @functools.cache
 def _hash_once(path: str, *about: Any) -> str:
-    """The hash of a large file, read once in a process while its size, time and number stay."""
+    """Hash a large file once in a process, as long as its size, time and number stay the same."""
     return sha256(Path(path))

@@ -1,4 +1,4 @@
-"""The names that suites and command lines use: of tasks, their kinds of env, algorithms and folders."""
+"""The names that suites and command lines use for tasks, their kinds of env, algorithms and folders."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ALL = "all"
 
 
 def folder_name(task: str) -> str:
-    """A task's name as a folder: ids such as ``lm_envs/Cat-v0`` hold a slash."""
+    """Return a task's name as a folder: ids such as ``lm_envs/Cat-v0`` hold a slash."""
     return re.sub(r"[^\w.-]", "_", task)
 
 
 def base_task(name: str) -> tuple[str, str]:
-    """The registered task and the kind of env that a name means: ``"reviews-bandit"`` is ``("reviews", "bandit")``."""
+    """Return the registered task and the kind of env of a name: ``("reviews", "bandit")`` for ``"reviews-bandit"``."""
     from lm_envs.tasks import TASKS
 
     if name not in TASKS and name.endswith(_BANDIT):
@@ -36,8 +36,8 @@ def base_task(name: str) -> tuple[str, str]:
 
 
 def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
-    """The text task that a name in a suite means; one of the user's own is ``module:function``. A UserError if there is
-    no such module or function, ValueErrors of the task's loader."""
+    """Load the text task of a name; one of the user's own is ``module:function``. Raise UserError if there is no such
+    module or function, and ValueErrors of the task's loader."""
     from lm_envs.tasks import TASKS, load
     from lm_envs.tasks.base import TextTask
 
@@ -45,7 +45,7 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
     if ":" in name and name not in TASKS:
         module, _, function = name.partition(":")
         found = None
-        with suppress(ModuleNotFoundError, ValueError):  # of a parent package; of a script
+        with suppress(ModuleNotFoundError, ValueError):  # no parent package; a script
             found = find_spec(module)
         if found is None:
             raise UserError(f"task {name!r}: no module {module!r} on the import path (PYTHONPATH adds folders)")
@@ -59,18 +59,18 @@ def load_task(name: str, options: Mapping[str, Any]) -> TextTask:
 
 
 def best_of(algorithm: str) -> int | None:
-    """The n of ``"best-of-n"``, None for any other algorithm."""
+    """Return the n of ``"best-of-n"``, None for any other algorithm."""
     match = _BEST_OF.fullmatch(algorithm)
     return int(match.group(1)) if match else None
 
 
 def is_control(task: str) -> bool:
-    """Whether a task's name is a Gymnasium id, as ``CartPole-v1`` is."""
+    """Return whether a task's name is a Gymnasium id, such as ``CartPole-v1``."""
     return re.search(r"-v\d+$", task) is not None
 
 
 def check_task(name: str) -> None:
-    """Raises UserError unless there is such a task; the message names the near ones."""
+    """Raise UserError unless there is such a task; the message names similar ones."""
     from lm_envs.tasks import TASKS
 
     if is_control(name):
@@ -92,21 +92,20 @@ def check_task(name: str) -> None:
 
 
 def check_algorithm(name: str) -> None:
-    """Raises UserError unless there is such an algorithm; the message names the near ones."""
-    if name == "sft" or best_of(name) is not None:
+    """Raise UserError unless there is such an algorithm; the message names similar ones."""
+    if name == "sft" or best_of(name) is not None or name in trainable():
         return
     if name.startswith("best-of-"):
-        raise UserError(f"no algorithm {name!r}: best-of-n needs a whole number n from 1 to 99999, as in best-of-16")
-    if meant := re.fullmatch(r"(?:best[-_ ]?of|bo)[-_ ]?n?[-_= ]?([1-9]\d*)", name, re.IGNORECASE):
-        raise UserError(f"no algorithm {name!r}: did you mean 'best-of-{meant[1]}'?")
-    if name not in trainable():
-        raise UserError(
-            f"no algorithm {name!r}: {near(name, ['sft', 'best-of-16', *trainable()])} (`lm-envs tasks` lists them)"
-        )
+        why = "best-of-n needs a whole number n from 1 to 99999, as in best-of-16"
+    elif meant := re.fullmatch(r"(?:best[-_ ]?of|bo)[-_ ]?n?[-_= ]?([1-9]\d*)", name, re.IGNORECASE):
+        why = f"did you mean 'best-of-{meant[1]}'?"
+    else:
+        why = f"{near(name, ['sft', 'best-of-16', *trainable()])} (`lm-envs tasks` lists them)"
+    raise UserError(f"no algorithm {name!r}: {why}")
 
 
 def trainable() -> list[str]:
-    """The registered algorithms that train a policy, by sampling or on preferences of simulated annotators."""
+    """Return the registered algorithms that train a policy by sampling or on simulated annotators' preferences."""
     from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
 
     agents = {name: load(name) for name in ALGORITHMS if name not in WRAPPERS}
@@ -114,6 +113,6 @@ def trainable() -> list[str]:
 
 
 def expanded(algorithms: Sequence[str]) -> tuple[str, ...]:
-    """Names of algorithms, with "all" standing for SFT, best-of-16 and everything that trains a policy."""
+    """Return names of algorithms, with "all" replaced by SFT, best-of-16 and everything that trains a policy."""
     every = ("sft", "best-of-16", *trainable()) if ALL in algorithms else ()
     return tuple(dict.fromkeys(n for name in algorithms for n in (every if name == ALL else (name,))))

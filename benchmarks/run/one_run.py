@@ -1,16 +1,7 @@
-"""One run: an algorithm on a task with a seed, in a folder of its own, which may be killed at any moment and continued.
+"""One run: an algorithm on a task with a seed, in a folder of its own; it may be killed at any moment and continued.
 
-.. code-block:: text
-
-    <out>/<task>/<algorithm>/seed-0/
-        config.json       everything that decides the run, hashes of what it reads, and the versions it began with
-        metrics.jsonl     a line per iteration, with the learning curve's points in it
-        samples.jsonl     sample texts with their scores: of validation on the way, of the test prompts at the end
-        checkpoints/      the last two, of a finished run the last: checkpoint-000040/{tensors.safetensors, state.json}
-        tensorboard/      event files
-        model/            the tuned language model and its tokenizer, or its adapters, for from_pretrained
-        result.json       the row of the results
-        manifest.json     sizes and hashes of config, records, model and result; its presence means: finished
+docs/getting_started.md lists the files. ``manifest.json`` is the last: sizes and hashes of config, records, model and
+result; its presence means that the run is finished.
 """
 
 from __future__ import annotations
@@ -64,7 +55,7 @@ LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What the numbers depend on apart from the settings; of this package its files too, whatever version they say."""
+    """Return the versions that numbers depend on; for this package with a hash of its files."""
     beside = [import_module(f"{lm_envs.__name__}.{name}") for name in ("kernels", "algos", "benchmarks")]
     folders = [Path(path) for module in (lm_envs, *beside) for path in module.__path__]
     ours = sorted({file for folder in folders for file in folder.rglob("*.py")})
@@ -78,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Where two settings differ, as ``plan.iterations: 40 before, 80 now``."""
+    """Return where two settings differ, as ``plan.iterations: 40 before, 80 now``."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
@@ -94,16 +85,16 @@ def execute(
     should_stop: Callable[[], bool] = lambda: False,
     opener: Callable[[Any], Any] = open_problem,
 ) -> dict[str, Any]:
-    """Carry out a run, or what is left of it, in ``out / spec.folder``; return its result.
+    """Carry out a run, or the rest of it, in ``out / spec.folder``; return its result.
 
     Args:
-        threads: of torch. A run that is continued keeps the number it began with: sums depend on it in their last bits.
+        threads: torch threads. A run that is continued keeps its number: the last bits of sums depend on it.
         notify: called with events "start", "iteration" and "evaluate", dictionaries in JSON's types.
-        should_stop: asked after every iteration.
+        should_stop: called after every iteration.
         opener: makes the problem of a spec.
 
     Raises:
-        Interrupted: ``should_stop`` said so; the iteration is finished and on disk.
+        Interrupted: ``should_stop`` returned True; the iteration is finished and on disk.
         UserError: the folder holds a run with other settings, or another process works in it.
     """
     folder = out / spec.folder
@@ -112,15 +103,15 @@ def execute(
     try:
         with FileLock(lock, timeout=_WAIT_FOR_OTHER_S):
             lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            return _Run(spec, folder, threads, notify, should_stop, opener).execute()
+            return _Run(spec, folder, threads, notify, should_stop).execute(opener)
     except Timeout as error:
         who = lock.read_text(errors="replace") or "another process"
         raise UserError(f"{who} is at work in {folder}: wait for it, or end it") from error
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
-    """The ``config.json`` of a run's folder, None if there is no run in it; a UserError if it is damaged, or gone where
-    there is a run."""
+    """Return the ``config.json`` of a run's folder, None if there is no run in it; raise UserError if it is damaged, or
+    missing beside a run."""
     path = folder / "config.json"
     if path.exists():
         return read_sealed(path)
@@ -132,8 +123,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 
 def check_same(spec: AnySpec, folder: Path) -> dict[str, Any] | None:
-    """The ``config.json`` of a folder that a run is to continue in, None if it begins there. Versions other than it
-    began with are told once.
+    """Return the ``config.json`` of a folder in which a run continues, None if it begins there; warn of other versions.
 
     Raises:
         UserError: the folder holds a run with other settings, or one whose inputs had other contents.
@@ -163,14 +153,13 @@ class _Run:
     threads: int
     notify: Notify
     should_stop: Callable[[], bool]
-    opener: Callable[[Any], Any]
     wall_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.metrics, self.samples = Records(self.folder / "metrics.jsonl"), Records(self.folder / "samples.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
 
-    def execute(self) -> dict[str, Any]:
+    def execute(self, opener: Callable[[Any], Any]) -> dict[str, Any]:
         config = check_same(self.spec, self.folder)
         if (result := finished(self.folder)) is not None:
             return result
@@ -179,12 +168,12 @@ class _Run:
         for path in (*unfinished, *no_folders):
             remove(path)
         torch.set_num_threads(self.threads if config is None else config["threads"])
-        # Our own code draws by counting; this is for a reward or an algorithm of the user's that takes torch's
-        # generator.
+        # Our own code counts its random numbers; a user's reward or algorithm may take torch's generator.
         torch.manual_seed(self.spec.seed)
-        problem = self.opener(self.spec)
+        problem: Problem = opener(self.spec)
         if config is None:
-            config = self._write_config(problem)
+            config = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
+            config = write_sealed(self.folder / "config.json", config | {"inputs": fingerprints(self.spec)})
         self.checkpoints.run = config[SEAL]
         total = 0 if problem.agent is None else problem.agent.config.iterations
         self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": total})
@@ -194,14 +183,9 @@ class _Run:
             self._train(problem)
         return self._finish(problem)
 
-    def _write_config(self, problem: Problem) -> dict[str, Any]:
-        config = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
-        return write_sealed(self.folder / "config.json", config | {"inputs": fingerprints(self.spec)})
-
     def _train(self, problem: Problem) -> None:
         agent = problem.agent
-        assert agent is not None
-        self._resume(problem)
+        self._resume(agent)
         done, total = agent.iterations_done, agent.config.iterations
         tracker = Tracker(self.folder / "tensorboard", resumed_at=done)
         saved = done if self.checkpoints.paths() else -1
@@ -221,8 +205,8 @@ class _Run:
                     self._save(problem)
                     saved = done
                 if self.should_stop():
-                    # A checkpoint restarts the episodes of an agent that samples steps, so an extra one would make this
-                    # run differ from one that was left alone: such a run goes back to its last regular checkpoint.
+                    # A checkpoint restarts the episodes of an agent that samples steps, so an extra one would change
+                    # the run: such a run goes back to its last regular checkpoint.
                     if saved != done and agent.config.steps is None:
                         self._save(problem)
                     raise Interrupted(self.spec.label)
@@ -230,8 +214,7 @@ class _Run:
             tracker.close()
 
     def _record(self, problem: Problem, tracker: Tracker, metrics: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, with a point of the learning curve where one is due."""
-        assert problem.agent is not None
+        """Write a line of metrics.jsonl, with a point of the learning curve where one is due."""
         done, total = metrics["iteration"], problem.agent.config.iterations
         every = min(self.spec.plan.validate_every, max(1, total // LEAST_POINTS))
         if every and (done % every == 0 or done == total):
@@ -245,18 +228,16 @@ class _Run:
         self.notify({"event": "iteration", "run": self.spec.label, "of": total, "metrics": metrics})
 
     def _save(self, problem: Problem) -> None:
-        """A checkpoint; the records up to it are on disk first, so it never vouches for what a crash could lose."""
-        assert problem.agent is not None
+        """Write a checkpoint, after its records are on disk, so that it never counts on what a crash could lose."""
         tensors, counters = problem.agent.checkpoint()
         tensors[_RNG] = torch.get_rng_state()
         records = {each.path.name: each.seal() for each in (self.metrics, self.samples)}
         state = {"agent": counters, "wall_s": self.wall_s, "records": records}
         self.checkpoints.save(problem.agent.iterations_done, tensors, state)
 
-    def _resume(self, problem: Problem) -> None:
-        """Continue from the newest whole checkpoint, or start from scratch; what was recorded after it is forgotten."""
-        agent, records = problem.agent, (self.metrics, self.samples)
-        assert agent is not None
+    def _resume(self, agent: Any) -> None:
+        """Continue from the newest whole checkpoint, or start from scratch; drop the records after it."""
+        records = (self.metrics, self.samples)
         found = self.checkpoints.newest(records)
         if found is not None:
             tensors = dict(found.tensors)
@@ -274,7 +255,7 @@ class _Run:
         done = 0 if problem.agent is None else problem.agent.iterations_done
         self.samples.append(*({"iteration": done, "split": "test", **sample} for sample in found))
         self.samples.seal()
-        remove(self.folder / "model")  # half of it, of a process that was killed here
+        remove(self.folder / "model")  # a process that was killed here left half of it
         problem.save_model(self.folder / "model")
         run = {"task": self.spec.task, "algorithm": self.spec.algorithm, "seed": self.spec.seed}
         wall_s = self.wall_s + measured.get("inference_s", 0.0)
@@ -286,13 +267,13 @@ class _Run:
         return read_json(self.folder / "result.json")
 
 
-# What people look at first stands together under "main"; the rest of an algorithm's metrics under "update".
+# TensorBoard shows what people look at first under "main", the rest of an algorithm's metrics under "update".
 _MAIN = ("return", "score", "gold", "proxy", "kl", "kl_coef", "entropy", "length", "tokens_per_second")
 _COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "trained_tokens", "iteration")
 
 
 def _made(path: Path) -> int:
-    """The second in which an event file was made; 0 if its name does not say so, or says a time to come."""
+    """The second in which an event file was made; 0 if its name has none, or one in the future."""
     made = path.name.split(".")[3]
     return int(made) if made.isdigit() and int(made) <= time.time() else 0
 
@@ -303,11 +284,11 @@ class Tracker:
     def __init__(self, folder: Path, resumed_at: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # A reader takes the files in the order of their names, which begin with the second they were made in: a file
-        # that hides what another one holds has to come after it.
+        # Readers sort the files by their names, which begin with the second they were made in: a file that hides what
+        # another one holds has to come after it.
         while any(int(time.time()) <= _made(path) for path in folder.glob("events.out.tfevents.*")):
             time.sleep(0.05)
-        # Iteration 0 is logged by a fresh start alone; a process that was killed before its first checkpoint left it.
+        # Only a fresh start logs iteration 0; a process that was killed before its first checkpoint left it.
         self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed_at else 0, flush_secs=30)
 
     def scalars(self, metrics: Mapping[str, Any], iteration: int, prefix: str | None = None) -> None:

@@ -1,5 +1,4 @@
-"""What the terminal shows while runs go on: bars with the figures that matter, or plain lines where there is no
-terminal."""
+"""The display of runs under way: bars with the figures that matter, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from lm_envs.benchmarks.run.results import number, plain
 
 
 def figures(metrics: dict[str, Any]) -> str:
-    """``gold 0.31  proxy 0.52  KL 3.1  9.8k tok/s``, of what an iteration's metrics hold."""
+    """Return ``gold 0.31  proxy 0.52  KL 3.1  9.8k tok/s`` from the metrics of an iteration."""
     parts = []
     names = (
         ("return", ("return", "validation_return")),
@@ -35,7 +34,7 @@ def figures(metrics: dict[str, Any]) -> str:
 
 
 def final_figures(result: dict[str, Any]) -> str:
-    """The result in the form of :func:`figures`."""
+    """Return the result in the form of :func:`figures`."""
     win_rate, gold, proxy, kl = (number(result[name]) for name in ("win_rate", "gold", "proxy", "kl"))
     text = f"proxy {proxy:.2f}"
     if kl == kl:
@@ -44,64 +43,24 @@ def final_figures(result: dict[str, Any]) -> str:
 
 
 class Display:
-    """Follows the events of :mod:`lm_envs.benchmarks.run.one_run` in plain lines: a start, a line now and then and for
-    the last iteration, an end."""
+    """Shows the events of :mod:`lm_envs.benchmarks.run.one_run`: in a terminal a bar per run under way and one for the
+    whole; elsewhere a line now and then. Starts and ends of runs are lines in both."""
 
     def __init__(self, console: Console, total: int, every_s: float = 15.0) -> None:
         self.console, self.total, self.every_s = console, total, every_s
         self._last: dict[str, float] = {}
-        self._known: dict[str, dict[str, Any]] = {}
-        self._done = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def known(self, event: dict[str, Any]) -> dict[str, Any]:
-        """The newest of each metric of a run, with those of an iteration's event."""
-        known = self._known.setdefault(event["run"], {})
-        known.update(event["metrics"])
-        return known
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind, run = event["event"], event.get("run", "")
-        if kind == "start" and event["iteration"]:
-            self.say(f"{run}: continuing after iteration {event['iteration']}")
-        elif kind == "iteration":
-            known, now = self.known(event), time.monotonic()
-            last = event["metrics"]["iteration"] == event["of"]
-            if last or now - self._last.get(run, -self.every_s) >= self.every_s:
-                self._last[run] = now
-                self.say(f"{run}: iteration {event['metrics']['iteration']}/{event['of']}  {figures(known)}")
-        elif kind == "done":
-            self._done += 1
-            self.say(f"{run}: done ({self._done}/{self.total})  {final_figures(event['result'])}")
-        elif kind == "stopped":
-            self.say(f"{run}: stopped, saved")
-        elif kind == "failed":
-            self.say(f"{run}: FAILED: {event['message']}")
-
-
-class Bars(Display):
-    """A bar per run under way and one for the whole."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        super().__init__(console, total)
+        self._known: dict[str, dict[str, Any]] = {}  # the newest of each metric of a run
+        self._rows: dict[str, TaskID] = {}
         self.progress = Progress(
-            TextColumn("{task.description}", table_column=None),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=18),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[figures]}", style="cyan"),
             console=console,
+            disable=not console.is_terminal,
         )
         self._all = self.progress.add_task("[bold]all runs", total=total, figures="")
-        self._rows: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -110,28 +69,37 @@ class Bars(Display):
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def __call__(self, event: dict[str, Any]) -> None:
         kind, run = event["event"], event.get("run", "")
         if kind == "start":
-            row = self._rows.get(run)
-            if row is None:
-                row = self._rows[run] = self.progress.add_task(escape(run), total=max(event["of"], 1), figures="")
-            self.progress.update(row, completed=event["iteration"])
+            if run not in self._rows:
+                self._rows[run] = self.progress.add_task(escape(run), total=max(event["of"], 1), figures="")
+            self.progress.update(self._rows[run], completed=event["iteration"])
+            if event["iteration"]:
+                self.say(f"{run}: continuing after iteration {event['iteration']}")
         elif kind == "iteration":
-            shown = figures(self.known(event))
-            self.progress.update(self._rows[run], completed=event["metrics"]["iteration"], figures=shown)
+            self._iteration(run, event["metrics"], event["of"])
         elif kind == "evaluate" and run in self._rows:
             self.progress.update(self._rows[run], figures="measuring on test prompts")
         elif kind in ("done", "stopped", "failed"):
-            row = self._rows.pop(run, None)
-            if row is not None:
-                self.progress.remove_task(row)
-            mark = {"done": "✓", "stopped": "‖", "failed": "✗"}[kind]
-            text = final_figures(event["result"]) if kind == "done" else event.get("message", "stopped, saved")
-            self.say(f"{mark} {run}  {text}")
+            if run in self._rows:
+                self.progress.remove_task(self._rows.pop(run))
             self.progress.advance(self._all, kind == "done")
+            if kind == "done":
+                done = f"done ({self.progress.tasks[0].completed:.0f}/{self.total})"
+                self.say(f"{run}: {done}  {final_figures(event['result'])}")
+            else:
+                self.say(f"{run}: {'stopped, saved' if kind == 'stopped' else 'FAILED: ' + event['message']}")
 
-
-def display(console: Console, total: int) -> Display:
-    """Bars in a terminal, else lines."""
-    return (Bars if console.is_terminal else Display)(console, total)
+    def _iteration(self, run: str, metrics: dict[str, Any], total: int) -> None:
+        known = self._known.setdefault(run, {})
+        known |= metrics
+        if run in self._rows:
+            self.progress.update(self._rows[run], completed=metrics["iteration"], figures=figures(known))
+        now, last = time.monotonic(), self._last.get(run, -self.every_s)
+        if self.progress.disable and (metrics["iteration"] == total or now - last >= self.every_s):
+            self._last[run] = now
+            self.say(f"{run}: iteration {metrics['iteration']}/{total}  {figures(known)}")

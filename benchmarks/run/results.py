@@ -22,9 +22,9 @@ COLUMNS = (
 )
 COSTS = tuple(name for name in cost.COLUMNS if name not in COLUMNS)
 EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
-# In results.csv where something is known. The corpus score is of sampled responses, the next three of the likeliest.
+# Columns of results.csv if a value is known. "corpus" is the score of sampled responses, the next three of greedy ones.
 KNOWN_AT_TIMES = (*COSTS, "corpus", *GREEDY, *EXACT, "kl_coef")
-EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: of judges and rewards with a threshold
+EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: for judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
 _REPORTED = ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")
@@ -32,27 +32,23 @@ ENOUGH_SEEDS = 3
 
 
 def number(value: Any) -> float:
-    """A number of a result; JSON's null stands for NaN."""
+    """Return a number of a result, NaN for JSON's null."""
     return math.nan if value is None else float(value)
 
 
 def collect_results(out: Path, tasks: Sequence[str] = (), algorithms: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The results of all finished runs in a folder, by task, algorithm and seed: in the order of these names, then in
-    the order in which they were finished."""
+    """Return the results of all finished runs in a folder, by task, algorithm and seed: in the order of these names,
+    then in the order in which they were finished."""
     paths = sorted(out.glob("*/*/seed-*/result.json"), key=lambda path: path.stat().st_mtime_ns)
     rows = [row for path in paths if (row := finished(path.parent, _REPORTED)) is not None]
-    places = [
-        {name: place for place, name in enumerate(dict.fromkeys([*names, *(row[key] for row in rows)]))}
-        for key, names in (("task", tasks), ("algorithm", algorithms))
-    ]
-    return sorted(rows, key=lambda row: (places[0][row["task"]], places[1][row["algorithm"]], row["seed"]))
+    tasks = list(dict.fromkeys([*tasks, *(row["task"] for row in rows)]))
+    algorithms = list(dict.fromkeys([*algorithms, *(row["algorithm"] for row in rows)]))
+    return sorted(rows, key=lambda r: (tasks.index(r["task"]), algorithms.index(r["algorithm"]), r["seed"]))
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write ``results.csv`` as a whole; a number that is not known is an empty cell.
-
-    It has the columns :data:`COLUMNS`, then those of :data:`KNOWN_AT_TIMES` that are known for some run.
-    """
+    """Write ``results.csv``: the columns :data:`COLUMNS`, then those of :data:`KNOWN_AT_TIMES` that are known for some
+    run. An unknown number is an empty cell."""
 
     def written(value: Any) -> Any:
         if isinstance(value, float):
@@ -66,7 +62,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _differ(coefs: Iterable[tuple[str, float | None]]) -> bool:
-    """Whether the methods of a task differ in their KL coefficient; those that have none do not count."""
+    """Return whether the methods of a task differ in their KL coefficient; those without one do not count."""
     known = {pair for pair in coefs if not math.isnan(number(pair[1]))}
     return len(known) > len({task for task, _ in known})
 
@@ -77,7 +73,7 @@ class Line:
 
     ``spread`` is the standard deviation over the seeds (n - 1), NaN for one; for ``win_rate`` the standard error over
     **prompts** of the outcome averaged over the seeds, since all seeds answer the same prompts against the same SFT
-    samples. ``prompts`` is how many test prompts there were, None where there are none.
+    samples. ``prompts`` is the number of test prompts, None without any.
     """
 
     task: str
@@ -90,7 +86,7 @@ class Line:
 
 
 def by_method(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The rows of each task and algorithm, in their order."""
+    """Group rows by task and algorithm, in their order."""
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["task"], row["algorithm"]), []).append(row)
@@ -98,7 +94,7 @@ def by_method(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[Line]:
-    """Results averaged over seeds, in the order of the rows."""
+    """Average results over seeds, in the order of the rows."""
     return [_line(task, algorithm, found) for (task, algorithm), found in by_method(rows).items()]
 
 
@@ -122,7 +118,7 @@ def _win_rate_se(rows: list[dict[str, Any]]) -> float:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its title, how its numbers are written, and what it means."""
+    """A column of the table: its title, the format of its numbers, and its meaning."""
 
     name: str
     title: str
@@ -133,7 +129,7 @@ class Column:
 
 
 def _aside(name: str, title: str, digits: int, meaning: str, percent: bool = False) -> Column:
-    """A column without a spread, which a narrow terminal does without."""
+    """A column without a spread, which a narrow terminal leaves out."""
     return Column(name, title, digits, meaning, percent, spread=False)
 
 
@@ -171,12 +167,12 @@ SHOWN = (
 
 
 def plain(value: float, digits: int) -> str:
-    """``1,234.50``, and never a negative zero."""
+    """Format a number as ``1,234.50``, never with a negative zero."""
     return f"{round(value, digits) + 0.0:,.{digits}f}"
 
 
 def cell(line: Line, column: Column) -> str:
-    """A cell of the table: ``0.58 ±0.03``; a dash where nothing is known; a bound has its sign."""
+    """Format a cell of the table: ``0.58 ±0.03``, a dash for an unknown value, ≤ for a bound."""
     value, spread = line.mean[column.name], line.spread[column.name]
     if math.isnan(value):
         return "–"
@@ -190,8 +186,8 @@ def cell(line: Line, column: Column) -> str:
 
 
 def shown(lines: Sequence[Line]) -> list[Column]:
-    """The columns that say something: known for a line, not 0 in all for given data, and for the KL coefficient not the
-    same for all."""
+    """Return the columns with information: known for a line, for given data not 0 in all, and for the KL coefficient
+    not the same in all."""
 
     def told(column: Column) -> bool:
         values = [line.mean[column.name] for line in lines if not math.isnan(line.mean[column.name])]
@@ -203,15 +199,13 @@ def shown(lines: Sequence[Line]) -> list[Column]:
 
 
 def footnotes(lines: Sequence[Line]) -> list[str]:
-    """What a reader of the table has to know."""
+    """Return the notes that a reader of the table needs."""
     notes = ["± is the standard deviation over seeds; for the win-rate, the standard error over prompts."]
     texts = [line for line in lines if not is_control(line.task)]
     fewest = min((line.prompts for line in texts if line.prompts is not None), default=ENOUGH_PROMPTS)
     if fewest < ENOUGH_PROMPTS:
-        prompts = "1 test prompt" if fewest == 1 else f"{fewest} test prompts"
-        notes.append(
-            f"Measured on {prompts}: too few to tell methods apart. Give the prompts a split, or more of them."
-        )
+        prompts = f"{fewest} test prompt{'s' * (fewest > 1)}: too few to tell methods apart"
+        notes.append(f"Measured on {prompts}. Give the prompts a split, or more of them.")
     if min(len(line.seeds) for line in lines) < ENOUGH_SEEDS:
         notes.append(f"Fewer than {ENOUGH_SEEDS} seeds: differences between methods may be those of the seeds.")
     if any(line.kl_is_bound for line in lines):
@@ -226,7 +220,7 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
 
 
 def title(lines: Sequence[Line]) -> str:
-    """What the figures were measured on."""
+    """Return the title of the table: what the figures were measured on."""
     counts = {line.prompts for line in lines}
     if all(is_control(line.task) for line in lines):
         return "Test episodes, mean over seeds"
@@ -235,7 +229,7 @@ def title(lines: Sequence[Line]) -> str:
 
 
 def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
-    """The table for a terminal of this width; a narrow one gets fewer columns, the last ones first."""
+    """Make the table for a terminal of this width; a narrow one has fewer columns, without the last ones first."""
     from rich.markup import escape
     from rich.table import Table
 

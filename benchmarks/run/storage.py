@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
@@ -39,13 +39,13 @@ SEAL = "sha256"
 
 
 def held_files(folder: Path, ignored: Collection[str] = ()) -> list[str]:
-    """The names in a folder that are somebody's, sorted: not .gitignore, nor what a killed write left behind."""
+    """Return the names in a folder, sorted, without .gitignore and what a killed write left behind."""
     names = (path.name for path in folder.iterdir())
     return sorted(n for n in names if n not in {".gitignore", *ignored} and not n.startswith(TEMPORARY))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """An indented JSON file, written atomically."""
+    """Write an indented JSON file atomically."""
     write_atomic(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -57,7 +57,7 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """A CSV of these columns of some lines, written atomically; a line that lacks one has an empty cell there."""
+    """Write a CSV with these columns atomically; a line that lacks one has an empty cell there."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -66,7 +66,7 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], columns: Sequenc
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a run; a UserError if it is not JSON."""
+    """Read a JSON file of a run; raise UserError if it is not JSON."""
     try:
         return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What :func:`write_sealed` wrote, with the hash under :data:`SEAL`; a UserError if it is no longer that."""
+    """Read what :func:`write_sealed` wrote, the hash under :data:`SEAL`; raise UserError if it was changed."""
     found = read_json(path)
     content = {name: value for name, value in found.items() if name != SEAL} if isinstance(found, dict) else {}
     if not content or found.get(SEAL) != _hash_of(content):
@@ -87,10 +87,10 @@ def _hash_of(content: Any) -> str:
 
 
 def finished(folder: Path, names: Collection[str] | None = None) -> dict[str, Any] | None:
-    """The result of a run that is finished, None of another, also where a file was damaged since: a warning says so.
+    """Return the result of a finished run, None of another, or, with a warning, if a file was damaged since.
 
     Args:
-        names: check these files only, and take a result without a manifest.
+        names: check these files only, and accept a result without a manifest.
     """
     if not (folder / MANIFEST).exists():
         return _result(folder) if names and (folder / "result.json").exists() else None
@@ -110,12 +110,12 @@ def _result(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Records:
-    """An append-only JSON-lines file; checkpoints know how it began, so that a resumed run continues from there."""
+    """An append-only JSON-lines file; checkpoints record how it begins, so that a resumed run continues from there."""
 
     path: Path
 
     def append(self, *records: Mapping[str, Any]) -> None:
-        """Write records and hand them to the operating system; a full disk is an error here, not later."""
+        """Write records and pass them to the operating system; a full disk is an error here, not later."""
         lines = "".join(json.dumps(jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -124,14 +124,14 @@ class Records:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def seal(self) -> tuple[int, str]:
-        """Size and hash of what was appended, once the disk has it: a checkpoint must not be newer than its records."""
+        """Sync the file, because no checkpoint may be newer than its records; return its size and hash."""
         if not self.path.exists():
             return 0, hashlib.sha256().hexdigest()
         sync(self.path)
         return self.path.stat().st_size, sha256(self.path)
 
     def begins(self, size: int, sha: str) -> bool:
-        """Whether the file begins as it was when :meth:`seal` gave these."""
+        """Return whether the file still begins as it was when :meth:`seal` returned these."""
         try:
             with open(self.path, "rb") as file:
                 return hashlib.sha256(file.read(size)).hexdigest() == sha
@@ -145,8 +145,8 @@ class Records:
             remove(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records, without a last line that a kill cut short; a UserError if another line is not JSON, or the
-        file cannot be read."""
+        """Return all whole records, without a last line that a kill cut short; raise UserError if another line is not
+        JSON, or the file cannot be read."""
         found: list[dict[str, Any]] = []
         if not self.path.exists():
             return found
@@ -167,9 +167,8 @@ class Records:
         return found
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What :class:`Checkpoints` gives back: tensors by name and a JSON-able state."""
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read: tensors by name and a JSON-able state."""
 
     iteration: int
     tensors: dict[str, Tensor]
@@ -179,10 +178,7 @@ class Checkpoint:
 @dataclass
 class Checkpoints:
     """The last few checkpoints of a run, each a folder ``checkpoint-000012`` with ``tensors.safetensors``,
-    ``state.json`` and the hashes of both in ``manifest.json``.
-
-    A folder is written under a temporary name, synced and renamed, so that one with a final name is whole unless the
-    disk damages it; that is noticed by the hashes, and the one before it is used.
+    ``state.json`` and the hashes of both in ``manifest.json``, which appears whole or not at all.
 
     ``run`` is a hash of what decides the run: a checkpoint of another one is not used. "" takes any.
     """
@@ -192,7 +188,7 @@ class Checkpoints:
     keep: ClassVar[int] = 2
 
     def paths(self) -> list[Path]:
-        """Finished checkpoints, the oldest first."""
+        """Return the finished checkpoints, the oldest first."""
         return sorted(path for path in self.folder.glob("checkpoint-*") if path.is_dir())
 
     def save(self, iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -215,7 +211,7 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def newest(self, records: Sequence[Records] = ()) -> Checkpoint | None:
-        """The newest checkpoint that is whole and whose records are still as they were, or None; a UserError if there
+        """Return the newest checkpoint that is whole and whose records are unchanged, or None; raise UserError if there
         are whole ones, but records were changed before the first of them."""
         spoiled: list[Path] = []
         for path in reversed(self.paths()):
@@ -237,7 +233,7 @@ class Checkpoints:
         return None
 
     def _read(self, path: Path) -> Checkpoint:
-        """One checkpoint folder; a UserError where it is incomplete or damaged, or of another run."""
+        """Read a checkpoint; raise UserError if it is damaged or of another run."""
         number = path.name.removeprefix("checkpoint-")
         made_from = {"run": self.run, "iteration": int(number) if number.isdigit() else None}
         if (name := damaged(path, made_from if self.run else None)) is not None:

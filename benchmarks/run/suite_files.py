@@ -1,4 +1,4 @@
-"""Read suites from TOML, strictly; docs/getting_started.md has all keys."""
+"""Strict reading of suites from TOML; docs/getting_started.md lists all keys."""
 
 from __future__ import annotations
 
@@ -24,16 +24,14 @@ T = TypeVar("T")
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
-    """Read a suite: the path of a TOML file, or the name of a built-in one ("demo"). A UserError, with file and line,
-    for malformed TOML, an unknown key or a value of the wrong type."""
+    """Read a suite: the path of a TOML file, or the name of a built-in one ("demo"). Raise UserError, with file and
+    line, for malformed TOML, an unknown key or a value of the wrong type."""
     path = Path(name_or_path)
     if path.suffix != ".toml" and (BUILT_IN / f"{path}.toml").is_file():
         path = BUILT_IN / f"{path}.toml"
     if not path.is_file():
-        known = [file.stem for file in BUILT_IN.glob("*.toml")]
-        raise UserError(
-            f"no suite {str(name_or_path)!r}: give a TOML file, or a built-in one: {near(str(path), known)}"
-        )
+        known = near(str(path), [file.stem for file in BUILT_IN.glob("*.toml")])
+        raise UserError(f"no suite {str(name_or_path)!r}: give a TOML file, or a built-in one: {known}")
     if path.stat().st_size > _LARGEST:
         raise UserError(f"{path}: a suite has at most {_LARGEST:,} bytes, and this has {path.stat().st_size:,}")
     return parse_suite(read_text(path), path)
@@ -43,7 +41,7 @@ def parse_suite(text: str, path: Path | str) -> Suite:
     """Read a suite from TOML text; ``path`` is for messages and for the default name. Raises as :func:`load_suite`."""
     try:
         data = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also of digits by the thousand, brackets thousands deep
+    except (ValueError, RecursionError) as error:  # also thousands of digits, brackets thousands deep
         line = re.search(r"at line (\d+)", str(error))
         at_end = text.count("\n") + 1 if isinstance(error, tomllib.TOMLDecodeError) else None
         message = re.sub(r" \(at .*\)$", "", str(error))
@@ -98,13 +96,13 @@ _ENV = {option.name for option in fields(EnvOptions)}
 
 
 class _Reader:
-    """Turns parsed TOML into a suite and remembers where complaints have to point."""
+    """Turns parsed TOML into a suite; its errors point to a line."""
 
     def __init__(self, text: str, path: Path | str) -> None:
         self.lines, self.path = text.split("\n"), path
 
     def fail(self, what: str, key: str, table: str = "") -> UserError:
-        """An error at the line of a key, of those behind the header of its table where there is one."""
+        """Make an error at the line of a key, searched behind the header of its table if there is one."""
         where = re.compile(rf"(^|[\[.{{,]\s*)[\"']?{re.escape(key)}[\"']?\s*(=|\]|\.)")
         start = next((i for i, line in enumerate(self.lines) if line.strip().startswith(table or "\0")), 0)
         found = (i for i, line in enumerate(self.lines[start:], start + 1) if where.search(line.strip()))
@@ -168,7 +166,7 @@ class _Reader:
         return suite
 
     def named(self, name: str, check: Callable[[str], None]) -> None:
-        """Check a name; an error points to the line where it stands in quotes."""
+        """Check a name; an error points to the line that has it in quotes."""
         try:
             check(name)
         except UserError as error:

@@ -1,5 +1,5 @@
-"""What a comparison is made of: tasks, algorithms and seeds, how much to train, and each run's settings, which are
-parsed and checked before anything trains."""
+"""The parts of a comparison: tasks, algorithms and seeds, how much to train, and each run's settings, which are parsed
+and checked before anything trains."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lm_envs.settings import Count, Finite, NonNegative, Positive, Settings, Sev
 
 @dataclass(frozen=True)
 class Plan(Settings):
-    """How much to train, and how often to look: the same for every run of a comparison.
+    """The amount of training and the intervals of measurement, the same for every run of a comparison.
 
     Attributes:
-        iterations: of every trained run; None leaves it to ``episodes`` or to the algorithm.
+        iterations: iterations of every trained run; None leaves it to ``episodes`` or to the algorithm.
         episodes: training episodes of every run, rounded up to whole iterations. Not with ``iterations``.
-        test_prompts: how many test prompts the final evaluation uses; None is all.
-        validation_prompts: how many validation prompts a point of the learning curve uses.
-        validate_every: iterations between points of the learning curve, 0 for none; fewer where a run has so few
-            iterations that the curve would have less than four.
+        test_prompts: test prompts of the final evaluation; None is all.
+        validation_prompts: validation prompts of a point of the learning curve.
+        validate_every: iterations between points of the learning curve, 0 for none; fewer if a short run would have
+            less than four points.
         checkpoint_every: iterations between checkpoints.
     """
 
@@ -53,7 +53,7 @@ class EnvOptions(Settings):
 
 
 def env_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options of the environment in JSON's types; a SettingError for one that does not exist or has a wrong value."""
+    """Return options of the environment in JSON's types; raise SettingError for an unknown one or a wrong value."""
     made = make(EnvOptions, values, where)
     found = {name: getattr(made, name) for name in values}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
@@ -61,26 +61,18 @@ def env_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What a suite says about one of its tasks.
+    """The settings of one task of a suite."""
 
-    Attributes:
-        name: as results call it: a registered task, one with ``-bandit`` behind it, or the id of a control environment.
-        algorithms: None takes the suite's.
-        env: :class:`EnvOptions`, those that are set.
-        options: of the task's loader.
-        overrides: settings by algorithm, on top of the suite's.
-    """
-
-    name: str
-    algorithms: tuple[str, ...] | None = None
-    env: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    name: str  # a registered task, one with "-bandit" at the end, or the id of a control environment
+    algorithms: tuple[str, ...] | None = None  # None takes the suite's
+    env: dict[str, Any] = field(default_factory=dict)  # EnvOptions, those that are set
+    options: dict[str, Any] = field(default_factory=dict)  # of the task's loader
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by algorithm, on top of the suite's
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One cell of a comparison: everything that decides what its run does. In JSON's types throughout."""
+    """One cell of a comparison: everything that decides what its run does, in JSON's types."""
 
     task: str
     algorithm: str
@@ -94,7 +86,7 @@ class RunSpec:
 
     @property
     def label(self) -> str:
-        """``task/algorithm/seed-n``, as people and folders call it."""
+        """``task/algorithm/seed-n``, the name of the run and of its folder."""
         return f"{folder_name(self.task)}/{self.algorithm}/seed-{self.seed}"
 
     @property
@@ -102,12 +94,8 @@ class RunSpec:
         return self.label
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as nested dictionaries; what is adapted, and compiled, only where something is."""
-        found = asdict(self)
-        for name in ("adaptation", "compile"):
-            if not found[name]:
-                del found[name]
-        return found
+        """Return the settings as nested dictionaries, without an empty adaptation or a False compile."""
+        return {key: value for key, value in asdict(self).items() if value or key not in ("adaptation", "compile")}
 
 
 @dataclass(frozen=True)
@@ -117,8 +105,8 @@ class Suite:
     Attributes:
         adaptation: which part of the language models is trained, see
         :class:`lm_envs.algos.policies.adaptation.Adaptation`.
-        compile: let the language models that are trained sample by programs, see :mod:`lm_envs.model.compiled`.
-        every: the algorithms are "all": those that need what a task has not are left out.
+        compile: compile the sampling of the trained language models, see :mod:`lm_envs.model.compiled`.
+        every: the algorithms are "all": those that a task does not suit are left out.
     """
 
     name: str
@@ -133,8 +121,8 @@ class Suite:
     every: bool = False
 
     def runs(self) -> list[RunSpec]:
-        """The cells: for each task all algorithms with the first seed, then with the next, so that early results say
-        most."""
+        """Return the cells: for each task all algorithms with the first seed, then with the next, so that early results
+        say most."""
         return [
             self._run(task, algorithm, seed)
             for task in self.tasks
@@ -149,7 +137,7 @@ class Suite:
 
 
 def check_adaptation(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError or UserError unless these make an Adaptation that can be carried out."""
+    """Raise ValueError or UserError unless these settings make an Adaptation that works here."""
     if not settings:
         return
     from lm_envs.algos.policies.adaptation import Adaptation
@@ -160,8 +148,8 @@ def check_adaptation(settings: Mapping[str, Any]) -> None:
 
 
 def parse_settings(items: Sequence[str], option: str = "--set", example: str = "learning_rate=1e-3") -> dict[str, Any]:
-    """``["learning_rate=1e-3", "anneal=false"]`` as a dictionary; values are numbers, true, false, none, or else
-    text. ``option`` and ``example`` are for the UserError of an item without "=", or of a name given twice.
+    """Parse ``["learning_rate=1e-3", "anneal=false"]`` to a dictionary; values are numbers, true, false, none, or else
+    text. ``option`` and ``example`` are for the UserError about an item without "=", or a name given twice.
     """
     found: dict[str, Any] = {}
     for item in items:
@@ -187,8 +175,11 @@ def _value(text: str) -> Any:
 
 
 def check_overrides(algorithm: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides of an algorithm's settings with their types put right (an int where a float belongs is one); a
-    UserError for an unknown setting, with the near names, or a value of the wrong type or out of range."""
+    """Return the overrides of an algorithm's settings in the right types (an int may stand for a float).
+
+    Raises:
+        UserError: an unknown setting, with similar names, or a value of the wrong type or out of range.
+    """
     from lm_envs.algos.policies.language_model import NO_TRUNCATION
     from lm_envs.algos.registry import make_config
 

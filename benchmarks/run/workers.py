@@ -1,7 +1,7 @@
-"""Runs in processes of their own, several at a time: for many cores and small models.
+"""Several runs at a time, in processes of their own: for many cores and small models.
 
-A worker pays for its imports and its task once, and carries out one run after another. What it prints is in the run's
-``log.txt``. It ends with its parent, however that ends, so it never holds a folder's lock that nobody waits for.
+A worker imports everything and loads its task once, and carries out one run after another. Its output is in the run's
+``log.txt``. It ends with its parent, however that ends, so it never keeps the lock of a folder.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _SPAWN = multiprocessing.get_context("spawn")  # a forked process hangs where it
 
 
 class StopRequest:
-    """Ctrl-C, asked politely: the first only calls ``first`` and sets a flag, which is looked at between iterations;
-    the second interrupts at once, and so does the first while a remote judge is waited for."""
+    """Ctrl-C in two steps: the first says so and sets a flag, which is checked between iterations; the second
+    interrupts at once, and so does the first during a wait for a remote judge."""
 
-    def __init__(self, first: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, say: Callable[[str], object] = lambda text: None) -> None:
         self.requested = False
-        self._first = first
+        self._say = say
 
     def __call__(self) -> bool:
         return self.requested
@@ -41,11 +41,11 @@ class StopRequest:
         if self.requested or waiting():
             raise KeyboardInterrupt
         self.requested = True
-        self._first()
+        self._say("Stopping after this iteration; Ctrl-C again stops at once.")
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle SIGINT and SIGTERM this way in the block (in a main thread; elsewhere signals never arrive)."""
+        """Handle SIGINT and SIGTERM this way in the block (in the main thread; others receive no signals)."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -58,14 +58,14 @@ class StopRequest:
 
 
 def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> dict[str, Any]:
-    """Carry out a run; the event that tells how it ended: "done", "stopped" or "failed".
+    """Carry out a run; return the event that tells how it ended: "done", "stopped" or "failed".
 
-    "failed" is for errors that the user can put right; ``fatal`` says that the other runs would meet it too. Bugs
+    "failed" is for errors that the user can put right; ``fatal`` says that the other runs would fail too. Bugs
     propagate.
 
     Args:
-        logged: what is printed goes to the run's :data:`LOG`.
-        options: of :func:`~lm_envs.benchmarks.run.one_run.execute`.
+        logged: write what is printed to the run's :data:`LOG`.
+        options: passed to :func:`~lm_envs.benchmarks.run.one_run.execute`.
     """
     from lm_envs.benchmarks.run.one_run import execute
 
@@ -102,11 +102,11 @@ class _Worker:
 
     def give(self, job: RunSpec) -> None:
         self.job = job
-        with contextlib.suppress(BrokenPipeError):  # it died: the end of its events tells
+        with contextlib.suppress(BrokenPipeError):  # it died, and its events end
             self.events.send(job)
 
     def event(self, out: Path) -> dict[str, Any]:
-        """The next event of its job; that it failed, if the process is gone."""
+        """The next event of its job; "failed" if the process is gone."""
         assert self.job is not None
         try:
             event: dict[str, Any] = self.events.recv()
@@ -123,10 +123,10 @@ class _Worker:
 def run_in_workers(
     specs: Sequence[RunSpec], out: Path, *, jobs: int, threads: int, notify: Notify, stop: StopRequest
 ) -> None:
-    """Carry out runs, ``jobs`` at a time; ``notify`` gets all their events, of which the last is as of :func:`attempt`,
-    or "failed" if the process was killed.
+    """Carry out runs, ``jobs`` at a time; ``notify`` gets all their events, the last as :func:`attempt` returns it, or
+    "failed" if the process was killed.
 
-    After a fatal failure or a stop request no run is begun, and those under way are asked to stop.
+    After a fatal failure or a stop request no run begins, and those under way are asked to stop.
     """
     queue = deque(specs)
     workers: list[_Worker] = []
@@ -139,10 +139,10 @@ def run_in_workers(
     try:
         while queue and len(workers) < jobs:
             begin()
-        told = False
+        asked = False
         while busy := {worker.events: worker for worker in workers if worker.job}:
-            if stop.requested and not told:
-                told = True
+            if stop.requested and not asked:
+                asked = True
                 queue.clear()
                 for worker in busy.values():
                     with contextlib.suppress(ProcessLookupError):

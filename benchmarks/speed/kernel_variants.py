@@ -1,7 +1,7 @@
-"""What the kernels are compared with: every way to get the same numbers, each a function of the same inputs.
+"""The implementations that the kernel benchmark compares: functions that compute the same numbers from the same inputs.
 
-A variant returns ``(outputs, upstream gradients)``; what a peer does not compute is missing from its outputs, and its
-name says what it gives. Needs torch; other libraries are used where they are installed.
+A variant returns ``(outputs, upstream gradients)``; outputs that a peer does not compute are missing, and its name says
+what it gives. Needs torch; other libraries are used where they are installed.
 """
 
 from __future__ import annotations
@@ -21,32 +21,22 @@ from lm_envs.kernels.logprob_kl import logprob_kl, logprob_kl_reference
 
 Outputs = tuple[list[Tensor], list[Tensor]]
 
-NAMES = (
-    "triton", "native", "chunked", "torch", "compile", "trl", "liger (logprob)",
-    "chunks", "tiled", "loss", "linear torch", "liger linear (logprob)",
-)  # fmt: skip
-
 
 class Inputs(NamedTuple):
-    """Logits, or hidden states and output matrices, of policy and reference."""
+    """Logits of policy and reference, or the first arguments of the linear form: hidden states, matrices and ids."""
 
     z: Tensor
     r: Tensor | None
     ids: Tensor
     upstream: Tensor  # (4, N)
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    ref_hidden: Tensor | None = None
-    ref_weight: Tensor | None = None
+    linear: tuple[Any, ...] = ()
 
-    @property
-    def linear(self) -> tuple[Any, Any, Any, Any, Any]:
-        """The first arguments of the linear form."""
-        return self.hidden, self.weight, self.ref_hidden, self.ref_weight, self.ids
+
+Call = Callable[[Inputs], Outputs]
 
 
 def inputs(size: Any, device: str) -> Inputs:
-    """Random, of the kind a model gives: logits of standard deviation 3, the reference one apart."""
+    """Draw random inputs like a model's: logits of standard deviation 3, the reference's one apart."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, size.dtype)
 
@@ -63,41 +53,30 @@ def inputs(size: Any, device: str) -> Inputs:
         return Inputs(z.requires_grad_(), r, ids, upstream)
     hidden, weight = draw(n, h).requires_grad_(), draw(v, h, scale=3 * h**-0.5).requires_grad_()
     reference = (draw(n, h), draw(v, h, scale=3 * h**-0.5)) if two else (None, None)
-    return Inputs(hidden, None, ids, upstream, hidden, weight, *reference)
+    return Inputs(hidden, None, ids, upstream, (hidden, weight, *reference, ids))
 
 
 def leaves(data: Inputs) -> list[Tensor]:
-    """What gradients are taken in."""
-    return [data.z] if data.hidden is None or data.weight is None else [data.hidden, data.weight]
+    """Return the tensors that gradients are taken in."""
+    return list(data.linear[:2]) or [data.z]
 
 
-def once(call: Callable[[Inputs], Outputs], data: Inputs) -> None:
-    """Forward and backward."""
+def once(call: Call, data: Inputs) -> None:
+    """Run forward and backward."""
     value, upstream = call(data)
     torch.autograd.grad(value, leaves(data), upstream, allow_unused=True)
 
 
-def available(size: Any, device: str, names: Sequence[str] | None) -> Iterator[tuple[str, Callable[[Inputs], Outputs]]]:
-    """The variants that can run this here, by name; of ``names`` only, if given."""
-    makers: dict[str, Callable[[], Callable[[Inputs], Outputs] | None]]
-    if size.width == 0:
-        ours = ("triton", "chunked") if device == "cuda" else ("native", "chunked")
-        makers = {name: functools.partial(functools.partial, _ours, name) for name in ours}
-        makers |= {"torch": lambda: _torch, "compile": _compiled, "trl": lambda: _trl(size)}
-        makers |= {"liger (logprob)": lambda: _liger(size, device)}
-    else:
-        makers = {"chunks": lambda: functools.partial(_linear, "auto"), "loss": lambda: _loss}
-        makers |= {"tiled": lambda: functools.partial(_linear, "tiled")} if device == "cuda" else {}
-        makers |= {"linear torch": lambda: functools.partial(_linear, "torch")}
-        makers |= {"liger linear (logprob)": lambda: _liger_linear(size, device)}
-    for name, make in makers.items():
-        call = make() if names is None or name in names else None
-        if call is not None:
-            yield name, call
+def available(size: Any, device: str, names: Sequence[str]) -> Iterator[tuple[str, Call]]:
+    """Yield the variants that can run a size here, by name; only those of ``names``, if there are any."""
+    for name, (linear, devices, make, package) in VARIANTS.items():
+        missing = package and (size.form == "dual" or importlib.util.find_spec(package) is None)
+        if linear == (size.width > 0) and device in devices and (not names or name in names) and not missing:
+            yield name, make()
 
 
 def versions() -> dict[str, str]:
-    """Of what is compared; empty where it is not installed."""
+    """Return the versions of the libraries that are compared, "" where one is not installed."""
     found = dict.fromkeys(("triton", "liger-kernel", "trl"), "")
     for package in found:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -106,54 +85,33 @@ def versions() -> dict[str, str]:
 
 
 def _weighted(found: Sequence[Tensor | None], upstream: Tensor) -> Outputs:
-    """Results with gradients, and theirs from above."""
+    """The results that have gradients, and the gradients from above."""
     pairs = [(x, g) for x, g in zip(found, upstream, strict=True) if x is not None and x.requires_grad]
     return [x for x, _ in pairs], [g.to(x.dtype) for x, g in pairs]
 
 
-def _ours(implementation: Any, data: Inputs) -> Outputs:
-    return _weighted(logprob_kl(data.z, data.r, data.ids, implementation=implementation), data.upstream)
+def _from_logits(function: Callable[..., Sequence[Tensor | None]], **options: Any) -> Call:
+    return lambda data: _weighted(function(data.z, data.r, data.ids, **options), data.upstream)
 
 
-def _torch(data: Inputs) -> Outputs:
-    return _weighted(logprob_kl_reference(data.z, data.r, data.ids), data.upstream)
+def _from_hidden(implementation: Any) -> Call:
+    return lambda data: _weighted(linear_logprob_kl(*data.linear, implementation=implementation), data.upstream)
 
 
-def _compiled() -> Callable[[Inputs], Outputs]:
-    reference = torch.compile(logprob_kl_reference, dynamic=False)
-    return lambda data: _weighted(reference(data.z, data.r, data.ids), data.upstream)
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _trl(size: Any) -> Callable[[Inputs], Outputs] | None:
+def _trl() -> Call:
     """TRL's helpers: a log-probability and an entropy; it has no KL over the vocabulary."""
-    if not _installed("trl") or size.form == "dual":
-        return None
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-    def call(data: Inputs) -> Outputs:
-        logprob, entropy = selective_log_softmax(data.z, data.ids), entropy_from_logits(data.z)
-        return _weighted([logprob, None, entropy, None], data.upstream)
-
-    return call
+    return _from_logits(lambda z, r, ids: (selective_log_softmax(z, ids), None, entropy_from_logits(z), None))
 
 
-def _liger(size: Any, device: str) -> Callable[[Inputs], Outputs] | None:
-    """Liger's cross-entropy: the log-probability alone. It writes the gradient over the logits in its forward, so it
-    is given a copy."""
-    if not _installed("liger_kernel") or size.form == "dual" or device == "cpu":
-        return None
+def _liger() -> Call:
+    """Liger's cross-entropy: the log-probability alone. Its forward overwrites the logits with their gradient, so it
+    gets a copy."""
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
     loss = LigerCrossEntropyLoss(reduction="none")
-    return lambda data: _weighted([-loss(data.z.clone(), data.ids), None, None, None], data.upstream)
-
-
-def _linear(implementation: Any, data: Inputs) -> Outputs:
-    return _weighted(linear_logprob_kl(*data.linear, implementation=implementation), data.upstream)
+    return _from_logits(lambda z, r, ids: (-loss(z.clone(), ids), None, None, None))
 
 
 def _loss(data: Inputs) -> Outputs:
@@ -162,20 +120,38 @@ def _loss(data: Inputs) -> Outputs:
     def loss(found: Any, rows: Tensor) -> Tensor:
         return sum((g[rows] * x).sum() for g, x in zip(data.upstream, found, strict=True) if x is not None)
 
-    value = linear_loss(*data.linear, loss)
+    value = linear_loss(*(*data.linear, loss))
     return [value], [torch.ones_like(value)]
 
 
-def _liger_linear(size: Any, device: str) -> Callable[[Inputs], Outputs] | None:
-    """Liger's linear cross-entropy: the log-probability alone, summed, since it knows no other gradient from above."""
-    if not _installed("liger_kernel") or size.form == "dual" or device == "cpu":
-        return None
+def _liger_linear() -> Call:
+    """Liger's linear cross-entropy: the log-probability alone, summed, since it takes no other gradient from above."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
     def call(data: Inputs) -> Outputs:
-        value = loss(data.weight, data.hidden, data.ids)
+        hidden, weight = leaves(data)
+        value = loss(weight, hidden, data.ids)
         return [value], [torch.ones_like(value)]
 
     return call
+
+
+_ANY = ("cpu", "cuda")
+# By name: whether it takes hidden states (or logits), where it runs, what makes it, and the other library that it is
+# from, which knows no second model.
+VARIANTS: dict[str, tuple[bool, tuple[str, ...], Callable[[], Call], str]] = {
+    "triton": (False, ("cuda",), lambda: _from_logits(logprob_kl, implementation="triton"), ""),
+    "native": (False, ("cpu",), lambda: _from_logits(logprob_kl, implementation="native"), ""),
+    "chunked": (False, _ANY, lambda: _from_logits(logprob_kl, implementation="chunked"), ""),
+    "torch": (False, _ANY, lambda: _from_logits(logprob_kl_reference), ""),
+    "compile": (False, _ANY, lambda: _from_logits(torch.compile(logprob_kl_reference, dynamic=False)), ""),
+    "trl": (False, _ANY, _trl, "trl"),
+    "liger (logprob)": (False, ("cuda",), _liger, "liger_kernel"),
+    "chunks": (True, _ANY, functools.partial(_from_hidden, "auto"), ""),
+    "tiled": (True, ("cuda",), functools.partial(_from_hidden, "tiled"), ""),
+    "loss": (True, _ANY, lambda: _loss, ""),
+    "linear torch": (True, _ANY, functools.partial(_from_hidden, "torch"), ""),
+    "liger linear (logprob)": (True, ("cuda",), _liger_linear, "liger_kernel"),
+}

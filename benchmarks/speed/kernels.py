@@ -1,12 +1,10 @@
-"""What the vocabulary kernels cost, against plain torch, torch.compile and other libraries, and against a roofline.
+"""The cost of the vocabulary kernels beside plain torch, torch.compile, other libraries and a roofline.
 
     lm-envs bench kernels                  the grid of the device that is there, into benchmarks/results/
     python benchmarks/speed/kernels.py     the same where only torch and triton are installed
 
-Each line of the CSV is one variant in one direction on one size, with its floor: the time in which the bytes that must
-move would move at the copy bandwidth measured in the same run (for logits), or the products that must be computed would
-be computed at the rate measured in the same run (from hidden states). On a CPU every measurement is a process of its
-own, variants taking turns, so that no variant finds memory that another has warmed.
+docs/kernels.md explains the CSV. On a CPU each measurement is a process of its own, variants taking turns, so that no
+variant finds memory that another has warmed.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import argparse
 import csv
 import datetime
 import functools
+import itertools
 import json
 import os
 import platform
@@ -43,22 +42,23 @@ from lm_envs.benchmarks.speed import kernel_variants as variants  # noqa: E402
 
 T = TypeVar("T")
 FORMS = ("single", "dual", "linear")
+SIZE = ("form", "dtype", "rows", "vocabulary", "width")
 RESULTS = Path("benchmarks") / "results"
-# Logits read and written, in logits tensors: the policy's once forward; again, and its gradient, backward.
-LOGITS_MOVED = {("single", "forward"): 1, ("single", "backward"): 2, ("dual", "forward"): 2, ("dual", "backward"): 3}
-# Products of N*V*H multiply-adds with no logit made twice: one a head, and one each for the two gradients.
-PRODUCTS = {("single", "forward"): 1, ("single", "total"): 3, ("dual", "forward"): 2, ("dual", "total"): 4}
+# Tensors of logits read and written: forward the policy's once; backward again, and its gradient.
+LOGITS_MOVED = {"single": (1, 2), "dual": (2, 3)}
+# Products of N*V*H multiply-adds if no logit is computed twice: one a head, and one for each of the two gradients.
+PRODUCTS = {"single": (1, 2), "dual": (2, 2)}
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: ``form`` single (log-probability and entropy) or dual (and the reference's, and the KL)."""
+    """One size: ``form`` single (log-probability and entropy) or dual (also the reference's, and the KL)."""
 
     form: str
     dtype: str
     rows: int
     vocabulary: int
-    width: int = 0  # of the hidden states; 0 for the form that takes logits
+    width: int = 0  # hidden states; 0 for the form that takes logits
     threads: int = 0
 
     @property
@@ -67,58 +67,51 @@ class Size:
         return self.rows * self.vocabulary * (2 if self.dtype == "bfloat16" else 4)
 
     def floor(self, direction: str, bandwidth: float, rate: float) -> float:
-        """Seconds below which this cannot be done.
+        """Return the least possible seconds.
 
         Args:
-            direction: forward, backward, or total of both.
-            bandwidth: bytes a second; rate: operations a second.
+            direction: "forward", "backward" or "total".
+            bandwidth: bytes a second.
+            rate: operations a second.
         """
+        forward, backward = (PRODUCTS if self.width else LOGITS_MOVED)[self.form]
+        times = {"forward": forward, "backward": backward, "total": forward + backward}[direction]
         if self.width == 0:
-            moved = LOGITS_MOVED[self.form, "forward"] * (direction != "backward")
-            moved += LOGITS_MOVED[self.form, "backward"] * (direction != "forward")
-            return moved * self.bytes / bandwidth
-        products = PRODUCTS[self.form, "forward" if direction == "forward" else "total"]
-        if direction == "backward":
-            products -= PRODUCTS[self.form, "forward"]
-        return products * 2 * self.rows * self.vocabulary * self.width / rate
+            return times * self.bytes / bandwidth
+        return times * 2 * self.rows * self.vocabulary * self.width / rate
 
 
-def grid(device: str, arguments: argparse.Namespace) -> Iterator[Size]:
-    """The sizes of a run."""
-    rows = arguments.rows or (8192 if device == "cuda" else 2048)
-    vocabularies = arguments.vocabularies or ([50257, 128256, 151936] if device == "cuda" else [50257, 128256])
-    dtypes = arguments.dtypes or (["bfloat16", "float32"] if device == "cuda" else ["float32", "bfloat16"])
-    threads = 0 if device == "cuda" else arguments.threads
-    for vocabulary in vocabularies:
-        for dtype in dtypes:
-            for form in [form for form in arguments.forms if form != "linear"]:
-                # plain torch needs about ten tensors of this size: fewer rows where they are larger
-                count = rows if device == "cuda" else max(1, rows * 50257 // max(vocabulary, 50257))
-                yield Size(form, dtype, count, vocabulary, threads=threads)
-    width = arguments.width or (4096 if device == "cuda" else 512)
-    for form in ("single", "dual") if "linear" in arguments.forms else ():
-        dtype = dtypes[0]
-        yield Size(form, dtype, rows if device == "cuda" else max(1, rows // 2), vocabularies[0], width, threads)
+def grid(device: str, settings: Any) -> Iterator[Size]:
+    """Yield the sizes of a run."""
+    cuda = device == "cuda"
+    rows, width = settings.rows or (8192 if cuda else 2048), settings.width or (4096 if cuda else 512)
+    vocabularies = settings.vocabularies or ([50257, 128256, 151936] if cuda else [50257, 128256])
+    dtypes = settings.dtypes or (["bfloat16", "float32"] if cuda else ["float32", "bfloat16"])
+    forms, threads = settings.forms or FORMS, 0 if cuda else settings.threads or os.cpu_count() or 1
+    for vocabulary, dtype in itertools.product(vocabularies, dtypes):
+        for form in [form for form in forms if form != "linear"]:
+            # plain torch needs about ten tensors of this size: fewer rows where they are larger
+            count = rows if cuda else max(1, rows * 50257 // max(vocabulary, 50257))
+            yield Size(form, dtype, count, vocabulary, threads=threads)
+    for form in ("single", "dual") if "linear" in forms else ():
+        yield Size(form, dtypes[0], rows if cuda else max(1, rows // 2), vocabularies[0], width, threads)
 
 
-def measure_cuda(size: Size, names: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    """Medians by triton's ``do_bench``, which clears the cache between calls; memory by torch's allocator."""
+def measure_cuda(size: Size, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measure medians by Triton's ``do_bench``, which clears the cache between calls; memory by torch's allocator."""
+    from torch._functorch import config
     from triton.testing import do_bench
 
     torch.cuda.empty_cache()
     data = variants.inputs(size, "cuda")
-    torch._functorch.config.donated_buffer = False  # backward is called again
+    config.donated_buffer = False  # backward is called again
     for name, call in variants.available(size, "cuda", names):
         try:
             forward = 1e-3 * do_bench(lambda call=call: call(data), return_mode="median")
-            value = call(data)
-            leaves = variants.leaves(data)
-
-            def backward(value: Any = value, leaves: Any = leaves) -> Any:
-                return torch.autograd.grad(value[0], leaves, value[1], retain_graph=True, allow_unused=True)
-
-            behind = 1e-3 * do_bench(backward, return_mode="median")
-            del value, backward
+            outputs, upstream = call(data)
+            backward = functools.partial(torch.autograd.grad, outputs, variants.leaves(data), upstream)
+            behind = 1e-3 * do_bench(lambda go=backward: go(retain_graph=True, allow_unused=True), return_mode="median")
+            del outputs, upstream, backward
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -131,7 +124,7 @@ def measure_cuda(size: Size, names: Sequence[str] | None) -> Iterator[dict[str, 
 
 
 def in_turns(names: Iterable[str], rounds: int, call: Callable[[str], T]) -> dict[str, list[T]]:
-    """What a call gives for each name, once a round; every second round goes the other way."""
+    """Return the results of a call for each name, once a round; every second round goes the other way."""
     found: dict[str, list[T]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in list(found)[:: -1 if turn % 2 else 1]:
@@ -140,15 +133,15 @@ def in_turns(names: Iterable[str], rounds: int, call: Callable[[str], T]) -> dic
 
 
 def ratio(own: Sequence[float], base: Sequence[float]) -> float:
-    """The median of the rounds' ratios."""
+    """Return the median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(own, base, strict=True))
 
 
 def child(words: Sequence[str], job: dict[str, Any], threads: int, **more: Any) -> Any:
-    """What a Python process, told a job, prints last, as JSON.
+    """Run a Python process with a job as its last argument; return the JSON that it prints last.
 
     Raises:
-        RuntimeError: it failed; the message is its last line.
+        RuntimeError: the process failed; the message is its last line.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **more.pop("env", {})}
     command = [sys.executable, *words, json.dumps(job)]
@@ -158,8 +151,8 @@ def child(words: Sequence[str], job: dict[str, Any], threads: int, **more: Any) 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_cpu(size: Size, names: Sequence[str] | None, rounds: int) -> Iterator[dict[str, Any]]:
-    """Each variant in a process of its own, in turns; medians over the rounds."""
+def measure_cpu(size: Size, names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Measure each variant in a process of its own, in turns; medians over the rounds."""
 
     def one(name: str) -> dict[str, Any]:
         try:
@@ -175,19 +168,21 @@ def measure_cpu(size: Size, names: Sequence[str] | None, rounds: int) -> Iterato
 
 @functools.cache
 def rates(device: str, size: Size) -> tuple[float, float]:
-    """Copy bandwidth (bytes a second, read and written) and matrix-product rate (operations a second), measured now."""
+    """Measure copy bandwidth (bytes a second, read and written) and matrix-product rate (operations a second)."""
     if device == "cpu":
-        found = _child(replace(size, rows=min(size.rows, 1024)), "rates")
-        return found["bandwidth"], found["rate"]
-    from triton.testing import do_bench
+        return tuple(_child(replace(size, rows=min(size.rows, 1024)), "rates")["rates"])
+    return _rates(size, "cuda")
 
+
+def _rates(size: Size, device: str) -> tuple[float, float]:
     def timed(function: Callable[[], Any]) -> float:
-        return 1e-3 * do_bench(function, return_mode="median")
+        if device == "cuda":
+            from triton.testing import do_bench
 
-    return _rates(size, "cuda", timed)
+            return 1e-3 * do_bench(function, return_mode="median")
+        function()
+        return statistics.median(_seconds(function) for _ in range(5))
 
-
-def _rates(size: Size, device: str, timed: Callable[[Callable[[], Any]], float]) -> tuple[float, float]:
     dtype = getattr(torch, size.dtype)
     a = torch.zeros(max(size.bytes, 2**28) // 4, device=device)
     b = torch.empty_like(a)
@@ -208,13 +203,7 @@ def _be_child(job: dict[str, Any]) -> dict[str, Any]:
     size = Size(**job["size"])
     torch.set_num_threads(size.threads)
     if job["variant"] == "rates":
-
-        def timed(function: Callable[[], Any]) -> float:
-            function()
-            return statistics.median(_seconds(function) for _ in range(5))
-
-        bandwidth, rate = _rates(size, "cpu", timed)
-        return {"bandwidth": bandwidth, "rate": rate}
+        return {"rates": _rates(size, "cpu")}
     data = variants.inputs(size, "cpu")
     [(_, call)] = variants.available(size, "cpu", [job["variant"]])
     variants.once(call, data)  # compiles, and makes the machine hand out the memory once
@@ -225,11 +214,10 @@ def _be_child(job: dict[str, Any]) -> dict[str, Any]:
         value, upstream = call(data)
         middle = time.perf_counter()
         gradients = torch.autograd.grad(value, variants.leaves(data), upstream, allow_unused=True)
-        end = time.perf_counter()
-        times.append((middle - start, end - middle))
+        times.append((middle - start, time.perf_counter() - middle))
         del value, upstream, gradients
-    times.sort(key=sum)
-    return {"forward": times[1][0], "backward": times[1][1], "peak": peak}
+    forward, backward = sorted(times, key=sum)[1]
+    return {"forward": forward, "backward": backward, "peak": peak}
 
 
 def _seconds(function: Callable[[], Any]) -> float:
@@ -239,7 +227,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def _peak(function: Callable[[], Any]) -> int:
-    """Resident bytes above what was there just before, at the most; -1 where the system does not say."""
+    """The most resident bytes beyond those of just before; -1 where the system does not say."""
     status = Path("/proc/self/status")
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -255,7 +243,7 @@ def _peak(function: Callable[[], Any]) -> int:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on: date, machine and versions."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -266,10 +254,9 @@ def machine(device: str) -> dict[str, Any]:
     return found | {"torch": torch.__version__} | variants.versions()
 
 
-def measure(size: Size, device: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Lines of one size."""
+def measure(size: Size, device: str, names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield the lines of one size."""
     bandwidth, rate = rates(device, replace(size, form=""))
-    names, rounds = arguments.variants, arguments.rounds
     for one in measure_cuda(size, names) if device == "cuda" else measure_cpu(size, names, rounds):
         for direction in ("forward", "backward", "total"):
             line = {**asdict(size), "variant": one["variant"], "direction": direction, "ms": "", "floor_ms": ""}
@@ -283,42 +270,28 @@ def measure(size: Size, device: str, arguments: argparse.Namespace) -> Iterator[
             yield line
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    found = argparse.ArgumentParser(prog="lm-envs bench kernels", description=(__doc__ or "").splitlines()[0])
-    found.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    found.add_argument("--rows", type=int, help="tokens; 8192 on CUDA, 2048 on a CPU")
-    found.add_argument("--vocabularies", type=int, nargs="+", metavar="V")
-    found.add_argument("--width", type=int, help="of the hidden states, for the linear form")
-    found.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
-    found.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="linear: both, from hidden states")
-    found.add_argument("--variants", nargs="+", metavar="NAME", help=f"of {', '.join(variants.NAMES)}")
-    found.add_argument("--rounds", type=int, default=5, help="on a CPU: processes per variant")
-    found.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="on a CPU")
-    found.add_argument("--out", type=Path, help=f"CSV file; kernels-DEVICE.csv in {RESULTS} if not given")
-    found.add_argument("--plot", type=Path, help="also draw it, into this file (needs matplotlib)")
-    found.add_argument("--child", help=argparse.SUPPRESS)
-    return found
-
-
-def run(arguments: argparse.Namespace) -> None:
+def run(settings: Any) -> None:
     """Measure, print, and write the CSV after every size.
+
+    Args:
+        settings: a :class:`~lm_envs.benchmarks.speed.settings.Kernels`, or the options of :func:`main`.
 
     Raises:
         ValueError: a device or a variant that is not there.
     """
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
-    unknown = set(arguments.variants or ()) - set(variants.NAMES)
-    if unknown:
-        raise ValueError(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(variants.NAMES)}")
-    out = arguments.out or RESULTS / f"kernels-{arguments.device}.csv"
+    names = settings.variants or ()
+    if unknown := sorted(set(names) - set(variants.VARIANTS)):
+        raise ValueError(f"no variant {', '.join(unknown)}; there are {', '.join(variants.VARIANTS)}")
+    out = settings.out or RESULTS / f"kernels-{device}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    about, lines = machine(arguments.device), []
-    for size in grid(arguments.device, arguments):
-        for line in measure(size, arguments.device, arguments):
+    about, lines = machine(device), []
+    for size in grid(device, settings):
+        for line in measure(size, device, names, settings.rounds):
             lines.append(line | about)
-            shown = [f"{line[key]}" for key in ("form", "dtype", "rows", "vocabulary", "width", "variant", "direction")]
+            shown = [f"{line[key]}" for key in (*SIZE, "variant", "direction")]
             print(*shown, f"{line['ms']} ms, floor {line['floor_ms']} ms, peak {line['peak_in_logits']}", line["error"])
             sys.stdout.flush()
         with out.open("w", newline="", encoding="utf-8") as stream:
@@ -326,16 +299,57 @@ def run(arguments: argparse.Namespace) -> None:
             writer.writeheader()
             writer.writerows(lines)
     print(out)
-    if arguments.plot is not None:
-        from lm_envs.benchmarks.speed.kernel_plot import draw
+    if settings.plot is not None:
+        draw([line for line in lines if line["ms"] != ""], settings.plot)
+        print(settings.plot)
 
-        draw(out, arguments.plot)
-        print(arguments.plot)
+
+def draw(lines: Sequence[dict[str, Any]], image: Path) -> None:
+    """Draw a panel per size with a bar per variant, forward and backward, and the floor of both."""
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}  # by size and variant
+    for line in lines:
+        found = panels.setdefault(tuple(line[key] for key in SIZE), {}).setdefault(line["variant"], {})
+        found |= {line["direction"]: line["ms"], "floor": line["floor_ms"]}  # the last direction is the total
+    columns = min(4, len(panels))
+    count = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.1 * count), layout="tight")
+    axes = figure.subplots(count, columns, squeeze=False).flat
+    for axis, ((form, dtype, rows, vocabulary, width), panel) in zip(axes, panels.items(), strict=False):
+        names = list(reversed(panel))
+        forward, backward = ([panel[name][key] for name in names] for key in ("forward", "backward"))
+        axis.barh(names, forward, color="#3b6ea5", label="forward")
+        axis.barh(names, backward, left=forward, color="#9dbfdd", label="backward")
+        axis.axvline(panel[names[0]]["floor"], color="black", linewidth=1, linestyle=":", label="floor of both")
+        given = f", from hidden states of {width}" if width else ""
+        axis.set_title(f"{form}, {dtype}, {rows} x {vocabulary}{given}", fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("ms", fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    axes[0].legend(frameon=False, fontsize=7)
+    figure.suptitle(f"{lines[0]['machine']}, torch {lines[0]['torch']}, {lines[0]['date']}", fontsize=9)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(image, dpi=110)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """The program."""
-    arguments = parser().parse_args(words)
+    """The program where lm-envs is not installed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    for name in ("rows", "width", "threads"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--vocabularies", type=int, nargs="+")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, help="linear: both, from hidden states")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"of {', '.join(variants.VARIANTS)}")
+    parser.add_argument("--rounds", type=int, default=5, help="on a CPU: processes per variant")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs matplotlib")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
     if arguments.child:
         print(json.dumps(_be_child(json.loads(arguments.child))))
         return

@@ -1,5 +1,5 @@
-"""Time and memory of one update of a language model: log-probabilities, entropy and values of a batch, or DPO's loss,
-forward and backward, on a Llama-shaped model of random weights.
+"""Time and memory of one update of a language model, forward and backward: log-probabilities, entropy and values of a
+batch, or DPO's loss, on a Llama-shaped model of random weights.
 
 Each measurement is a process of its own. With another checkout of this project, its processes and ours take turns.
 """
@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,44 +24,46 @@ TASKS = ("evaluate", "dpo")
 SHAPE = ("rows", "tokens", "layers", "vocabulary", "threads")
 
 
-def run(settings: Memory, against: Path | None, out: Path | None) -> Path:
-    """Measure, beside another checkout if its root is given, print and write the CSV; where it is.
+def run(settings: Memory) -> None:
+    """Measure, beside another checkout if its root is given, print and write the CSV.
 
     Raises:
         RuntimeError: a process failed; the message is its last line.
     """
-    from lm_envs.benchmarks.run.storage import write_lines
-    from lm_envs.benchmarks.speed.kernels import RESULTS, child, in_turns, machine, ratio
+    from lm_envs.benchmarks.speed.kernels import RESULTS
+    from lm_envs.benchmarks.speed.throughput import record
+
+    out = settings.out or RESULTS / "memory-cpu.csv"
+    record(out, lines(settings), lambda line: ", ".join(f"{name} {value}" for name, value in line.items()))
+
+
+def lines(settings: Memory) -> Iterator[list[dict[str, Any]]]:
+    """Yield the CSV's lines, a task at a time."""
+    from lm_envs.benchmarks.speed.kernels import child, in_turns, machine, ratio
 
     shape = {name: getattr(settings, name) for name in SHAPE}
     ways = {"this": Path(__file__).resolve().parents[2]}
-    ways |= {} if against is None else {"against": against.resolve()}
-    lines: list[dict[str, Any]] = []
+    ways |= {} if settings.against is None else {"against": settings.against.resolve()}
     for task in TASKS:
 
         def one(way: str, task: str = task) -> dict[str, float]:
             path = {"PYTHONPATH": str(ways[way])}
             return child([__file__], {"task": task, **shape}, settings.threads, env=path, cwd=ways[way])
 
-        found = in_turns(ways, settings.rounds, one)
+        found, batch = in_turns(ways, settings.rounds, one), []
         for way, several in found.items():
             line: dict[str, Any] = {"task": task, "way": way}
             for key, unit in (("seconds", 1), ("cpu_seconds", 1), ("peak_MB", 1e6)):
                 own, base = ([one[key] for one in given] for given in (several, found.get("against", several)))
                 line[key] = round(statistics.median(own) / unit, 3)
                 line[f"of_{key}"] = round(ratio(own, base), 3) if "against" in ways else ""
-            lines.append(line | shape | {"rounds": settings.rounds} | machine("cpu"))
-            print(", ".join(f"{name} {value}" for name, value in lines[-1].items()), flush=True)
-    out = out or RESULTS / "memory-cpu.csv"
-    write_lines(out, lines, list(lines[0]))
-    return out
+            batch.append(line | shape | {"rounds": settings.rounds} | machine("cpu"))
+        yield batch
 
 
 def _be_child(task: str, rows: int, tokens: int, layers: int, vocabulary: int, threads: int) -> dict[str, float]:
-    """One update after another; the first allocates. Gradients are new each time, and count as such."""
-    from live_memory import LiveMemory  # the module beside this one, which runs as a script
-
-    sys.path.pop(0)
+    """Run one update after another; the first allocates. Gradients are new each time, and count as such."""
+    beside = sys.path.pop(0)  # its modules are not top-level ones
     try:
         from lm_envs.algos.ops.losses import dpo_loss
         from lm_envs.algos.policies.language_model import LMPolicy
@@ -71,19 +74,14 @@ def _be_child(task: str, rows: int, tokens: int, layers: int, vocabulary: int, t
 
     from lm_envs.trajectories import Trajectories
 
+    sys.path.append(beside)
+    from shared_work import LiveMemory  # this checkout's, whichever is measured
+
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=tokens + 1,
-        tie_word_embeddings=False,
-    )
-    policy = LMPolicy(LlamaForCausalLM(config), 0, 1, tokens)
+    width = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes = {"vocab_size": vocabulary, "num_hidden_layers": layers, "max_position_embeddings": tokens + 1}
+    policy = LMPolicy(LlamaForCausalLM(LlamaConfig(**width, **sizes, tie_word_embeddings=False)), 0, 1, tokens)
     text = torch.randint(1, vocabulary, (rows, 1 + tokens))
     prompt, response = text[:, :1], text[:, 1:]
     weights, zero, one = torch.randn(3, rows, tokens), torch.zeros(rows, tokens), torch.ones(rows, dtype=torch.bool)

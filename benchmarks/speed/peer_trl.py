@@ -1,8 +1,8 @@
-"""TRL's trainers on the throughput benchmark's work. Runs in an environment of theirs, without lm-envs in it.
+"""TRL's trainers on the throughput benchmark's work, as a script in an environment of their own, without lm-envs.
 
-Called with a job as JSON: ``trainer`` (ppo, grpo or rloo), ``epochs``, ``threads`` and the size. The trainer's own loop
-runs; between its iterations it waits for a line on standard input. To ``go`` it answers with the seconds of one
-iteration, to ``peak`` with the bytes that its tensors held at the most beyond what was there.
+The argument is a job as JSON: ``trainer`` (ppo, grpo or rloo), ``epochs``, ``threads`` and the size. The trainer's own
+loop runs; between its iterations it waits for a line on standard input. It answers ``go`` with the seconds of one
+iteration, and ``peak`` with the most bytes that its tensors held beyond those that were there.
 """
 
 from __future__ import annotations
@@ -17,22 +17,14 @@ from typing import Any, TextIO
 
 import torch
 from datasets import Dataset
-from live_memory import LiveMemory  # the module beside this one, which runs as a script
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from shared_work import LiveMemory, gpt2_config, word_tokenizer  # the module beside this one, which runs as a script
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
 
-EOS = 0
-ENDLESS = 10**6  # iterations: whoever asks decides how many there are
+ENDLESS = 10**6  # iterations: the benchmark decides how many there are
 
 
 class Turns(TrainerCallback):
-    """Holds the trainer between two iterations until it is asked for one."""
+    """A callback that holds the trainer between two iterations until it is asked for one."""
 
     def __init__(self, answers: TextIO, device: str) -> None:
         self.answers = answers
@@ -41,7 +33,7 @@ class Turns(TrainerCallback):
         self._memory = LiveMemory(device)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Answers, and waits for the next request."""
+        """Answer, and wait for the next request."""
         if self._asked:
             value = time.perf_counter() - self._start if self._asked == "go" else self._memory.stop()
             print(value, file=self.answers, flush=True)
@@ -56,30 +48,20 @@ class Turns(TrainerCallback):
         self._start = time.perf_counter()
 
 
-def config(job: dict[str, Any], **more: Any) -> GPT2Config:
-    """Every model's, the same as lm-envs' in ``throughput_work``."""
-    return GPT2Config(
-        vocab_size=job["vocabulary"],
-        n_embd=job["width"],
-        n_layer=job["layers"],
-        n_head=job["heads"],
-        n_positions=max(128, job["prompt_length"] + job["new_tokens"]),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), EOS),
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        **more,
-    )
+def tokenizer(job: dict[str, Any]) -> Any:
+    """Make a tokenizer that pads with a token that no model can sample: TRL's PPO takes every pad token for padding."""
+    return word_tokenizer(job["vocabulary"], pad=job["vocabulary"], padding_side="left")
 
 
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A token a word. Padding is a token that no model can sample: TRL's PPO takes every pad token for padding."""
-    words = {"<eos>": EOS} | {f"w{i}": i for i in range(1, vocabulary)} | {"<pad>": vocabulary}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+def scorer(job: dict[str, Any]) -> GPT2ForSequenceClassification:
+    """Make a reward model or a critic."""
+    made = GPT2ForSequenceClassification(gpt2_config(job, num_labels=1))
+    made.config.pad_token_id = job["vocabulary"]
+    return made
 
 
 def settings(job: dict[str, Any], folder: str) -> dict[str, Any]:
-    """What all trainers are told: the whole batch at once, float32, everything optional off."""
+    """Return the options of every trainer: the whole batch at once, float32, everything optional off."""
     return dict(
         output_dir=folder,
         per_device_train_batch_size=job["rows"],
@@ -97,13 +79,11 @@ def settings(job: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def ppo(job: dict[str, Any], folder: str, turns: Turns) -> Any:
-    """TRL 1.12's PPO: a critic of the policy's size, a reference and a reward model."""
+    """Make TRL 1.12's PPO trainer: a critic of the policy's size, a reference and a reward model."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    policy = GPT2LMHeadModel(config(job))
-    scorers = [GPT2ForSequenceClassification(config(job, num_labels=1)) for _ in range(2)]
-    for scorer in scorers:
-        scorer.config.pad_token_id = job["vocabulary"]
+    policy = GPT2LMHeadModel(gpt2_config(job))
+    scorers = [scorer(job) for _ in range(2)]
     prompts = torch.randint(1, job["vocabulary"], (job["rows"], job["prompt_length"]))
     return PPOTrainer(
         PPOConfig(
@@ -116,7 +96,7 @@ def ppo(job: dict[str, Any], folder: str, turns: Turns) -> Any:
             num_sample_generations=0,
             kl_coef=0.05,
         ),
-        processing_class=tokenizer(job["vocabulary"]),
+        processing_class=tokenizer(job),
         model=policy,
         ref_model=None,
         reward_model=scorers[0],
@@ -127,20 +107,20 @@ def ppo(job: dict[str, Any], folder: str, turns: Turns) -> Any:
 
 
 def grouped(job: dict[str, Any], folder: str, turns: Turns) -> Any:
-    """TRL 1.16's GRPO or RLOO: ``group`` responses to each prompt, a reference and a reward model."""
+    """Make TRL 1.16's GRPO or RLOO trainer: ``group`` responses to each prompt, a reference and a reward model."""
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     trainer, made = (GRPOTrainer, GRPOConfig) if job["trainer"] == "grpo" else (RLOOTrainer, RLOOConfig)
-    words = tokenizer(job["vocabulary"])
-    GPT2LMHeadModel(config(job)).save_pretrained(folder)  # the trainer reads the reference from where the policy was
+    words = tokenizer(job)
+    GPT2LMHeadModel(gpt2_config(job)).save_pretrained(
+        folder
+    )  # the trainer reads the reference from where the policy was
     words.save_pretrained(folder)
-    scorer = GPT2ForSequenceClassification(config(job, num_labels=1))
-    scorer.config.pad_token_id = job["vocabulary"]
     prompts = torch.randint(1, job["vocabulary"], (job["rows"] // job["group"], job["prompt_length"]))
     return trainer(
         GPT2LMHeadModel.from_pretrained(folder),
-        reward_funcs=[scorer],
-        reward_processing_classes=[tokenizer(job["vocabulary"])],
+        reward_funcs=[scorer(job)],
+        reward_processing_classes=[tokenizer(job)],
         args=made(
             **settings(job, folder),
             num_generations=job["group"],
@@ -157,7 +137,7 @@ def grouped(job: dict[str, Any], folder: str, turns: Turns) -> Any:
 
 
 def main() -> None:
-    """Trains until standard input ends."""
+    """Train until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the trainer prints is no answer
     job = json.loads(sys.argv[1])

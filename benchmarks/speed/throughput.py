@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +24,8 @@ import torch
 
 from lm_envs.benchmarks.run.storage import write_lines
 from lm_envs.benchmarks.speed.kernels import RESULTS, child, machine, ratio
-from lm_envs.benchmarks.speed.live_memory import LiveMemory
 from lm_envs.benchmarks.speed.settings import Throughput as Settings
+from lm_envs.benchmarks.speed.shared_work import LiveMemory
 from lm_envs.benchmarks.speed.throughput_peers import PEERS, RIVALS, Peer, installed
 from lm_envs.benchmarks.speed.throughput_work import COMPILED, WAYS, Size, Work
 from lm_envs.model.compiled import check_tools
@@ -33,7 +33,7 @@ from lm_envs.settings import check as check_types
 
 FOREIGN = 0.1  # share of the machine's time that others may take in a round
 RETRIES = 2
-# What a way cannot be faster than, made of the bare ones: the models it must run, and on how much.
+# The floor of a way as a sum of bare ways: the models it must run, and on how much.
 FLOORS = {
     "step": ("bare forwards",),
     "step + reference": ("bare forwards",) * 2,
@@ -44,17 +44,10 @@ FLOORS = {
     "grpo": ("bare forwards", "bare forward+backward"),
     "rloo": ("bare forwards", "bare forward+backward"),
 }
-# The ways over response lengths, rows and vocabularies.
-SCALING = (
-    "generate",
-    "bare forwards",
-    "our forwards",
-    "step",
-    "step + reference",
-    "bulk + reference + reward",
-    "ppo 1 epoch",
-)
-KEY = ("table", "shape", "vocabulary", "rows", "prompt", "new_tokens", "way")  # what a line is of
+# The ways that are measured over response lengths, rows and vocabularies.
+SCALING: tuple[str, ...] = ("generate", "bare forwards", "our forwards", "step", "step + reference")
+SCALING += ("bulk + reference + reward", "ppo 1 epoch")
+KEY = ("table", "shape", "vocabulary", "rows", "prompt", "new_tokens", "way")  # identifies a line
 
 
 def check(settings: Settings) -> None:
@@ -69,7 +62,7 @@ def check(settings: Settings) -> None:
 
 
 def sizes(settings: Settings) -> Iterator[tuple[str, Size, tuple[str, ...]]]:
-    """Table, size and ways of everything that is measured."""
+    """Yield table, size and ways of everything that is measured."""
     ways = settings.ways or (*(way for way in WAYS if way not in COMPILED or _compiles(settings.device)), *installed())
     chosen = tuple(way for way in SCALING if way in ways)
     first = settings.shapes[0]
@@ -94,10 +87,10 @@ def _compiles(device: str) -> bool:
 
 
 class Load:
-    """How much of the machine other processes take, from Linux's counters; 0 where there are none.
+    """The share of the machine that other processes take, from Linux's counters; 0 without them.
 
     Args:
-        peers: processes that are not others.
+        peers: processes that count as ours.
     """
 
     def __init__(self, peers: Sequence[Peer] = ()) -> None:
@@ -115,67 +108,74 @@ class Load:
         return busy, own, time.perf_counter()
 
     def foreign(self) -> float:
-        """Share, since this was made, of all cores' time that went to others."""
+        """Return the share of all cores' time that went to others since this was made."""
         busy, own, wall = (now - then for now, then in zip(self._now(), self._start, strict=True))
         return max(0.0, busy - own) / (wall * (os.cpu_count() or 1)) if self._stat.exists() else 0.0
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     gc.collect()
-    _wait(device)
+    wait()
     if isinstance(call, Peer):
         return call.ask("go")
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait()
     return time.perf_counter() - start
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def in_rounds(ways: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """Measure ways in turns; every second round goes the other way round.
+
+    Returns:
+        By way: ``times`` (seconds by round), ``seconds`` (their median), ``first`` (seconds of the first call, which
+        allocates, compiles and fills caches), ``foreign`` (the largest share of others in a round that counted).
+    """
+    first = {name: timed(call, device) for name, call in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    worst = 0.0
+    for turn in range(rounds):
+        for _ in range(RETRIES):
+            load = Load([call for call in ways.values() if isinstance(call, Peer)])
+            found = {name: timed(ways[name], device) for name in list(ways)[:: -1 if turn % 2 else 1]}
+            share = load.foreign()
+            if share <= FOREIGN:
+                break
+        worst = max(worst, share)
+        for name, seconds in found.items():
+            times[name].append(seconds)
+    return {
+        name: {"times": own, "seconds": statistics.median(own), "first": first[name], "foreign": worst}
+        for name, own in times.items()
+    }
 
 
 def measure(size: Size, names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    """By way: ``seconds`` (the median), ``first`` (of the first call), ``foreign`` (the largest share in any round that
-    counted), ``of_generate`` and ``of_peer`` (the median over rounds of generate's, or the rival's, time by its own).
-    """
+    """Return :func:`in_rounds` with ``of_generate`` and ``of_peer``: the median over rounds of the time of generate, or
+    of the rival, divided by the way's own; None where that was not measured."""
     with ExitStack() as stack:
-        peers = [Peer(name, size, settings.device, settings.threads) for name in names if name in PEERS]
-        for peer in peers:
-            stack.enter_context(closing(peer))
-        work, made = Work(size, settings.device), {peer.way: peer for peer in peers}
-        ways = {name: made[name] if name in made else work.way(name) for name in names}
-        first = {}  # first calls allocate, compile kernels and fill caches
-        for name, call in ways.items():
-            start = time.perf_counter()
-            call()
-            _wait(settings.device)
-            first[name] = time.perf_counter() - start
-        times: dict[str, list[float]] = {name: [] for name in names}
-        worst = 0.0
-        for turn in range(settings.rounds):
-            for attempt in range(RETRIES):
-                load = Load(peers)
-                order = list(names)[:: -1 if turn % 2 else 1]
-                found = {name: timed(ways[name], settings.device) for name in order}
-                share = load.foreign()
-                if share <= FOREIGN or attempt == RETRIES - 1:
-                    break
-            worst = max(worst, share)
-            for name, seconds in found.items():
-                times[name].append(seconds)
-    result: dict[str, dict[str, Any]] = {}
-    for name, own in times.items():
-        result[name] = {"seconds": statistics.median(own), "first": first[name], "foreign": worst}
+        work = Work(size, settings.device)
+        ways: dict[str, Callable[[], object]] = {}
+        for name in names:
+            if name in PEERS:
+                ways[name] = stack.enter_context(closing(Peer(name, size, settings.device, settings.threads)))
+            else:
+                ways[name] = work.way(name)
+        found = in_rounds(ways, settings.rounds, settings.device)
+    for name, own in found.items():
         for key, base in (("of_generate", "generate"), ("of_peer", RIVALS.get(name, ""))):
-            result[name][key] = ratio(times[base], own) if base in times else None
-    return result
+            own[key] = ratio(found[base]["times"], own["times"]) if base in found else None
+    return found
 
 
 def peak(size: Size, name: str, settings: Settings) -> int:
-    """Bytes that tensors take beyond the models', at the most, in the second call in a process of its own."""
+    """Return the most bytes beyond the models' that tensors hold in the second call, in a process of its own."""
     if name in PEERS:
         with closing(Peer(name, size, settings.device, settings.threads)) as peer:
             return int(peer.ask("peak"))
@@ -195,19 +195,17 @@ def _be_child(job: dict[str, Any]) -> int:
 
 
 def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
-    """The CSV's lines, a size at a time."""
+    """Yield the CSV's lines, a size at a time."""
     about = machine(settings.device) | {"threads": settings.threads, "rounds": settings.rounds}
     about |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default")}
     for table, size, names in sizes(settings):
         names = tuple(dict.fromkeys(("generate", *names)))
         found = measure(size, names, settings)
         several = []
-        for name in names:
-            one = found[name]
+        for name, one in found.items():
             parts = FLOORS.get(name, ())
             floor = sum(found[part]["seconds"] for part in parts) if all(part in found for part in parts) else 0.0
-            shape = size.model
-            line = {"table": table, "shape": size.shape, "vocabulary": shape.vocabulary, "rows": size.rows}
+            line = {"table": table, "shape": size.shape, "vocabulary": size.model.vocabulary, "rows": size.rows}
             line |= {"prompt": size.prompt_length, "new_tokens": size.new_tokens, "way": name}
             line |= {"seconds": round(one["seconds"], 5), "tokens_per_s": round(size.tokens / one["seconds"], 1)}
             line |= {"of_generate": round(one["of_generate"], 3), "first_s": round(one["first"], 3)}
@@ -220,40 +218,58 @@ def lines(settings: Settings) -> Iterator[list[dict[str, Any]]]:
         yield several
 
 
-def run(settings: Settings, out: Path | None = None) -> Path:
-    """Measure, print, and write the CSV after every size; where it is.
+def record(
+    out: Path, batches: Iterable[list[dict[str, Any]]], text: Callable[[dict[str, Any]], str], held: Any = None
+) -> None:
+    """Print each line, and write the CSV after every batch.
+
+    Args:
+        text: gives a line's text for the terminal.
+        held: a dictionary whose values are the lines before them.
+    """
+    everything: list[dict[str, Any]] = []
+    for batch in batches:
+        everything += batch
+        for line in batch:
+            print(text(line), flush=True)
+        write_lines(out, [*(held or {}).values(), *everything], list(batch[0]))
+    print(out)
+
+
+def run(settings: Settings) -> None:
+    """Measure, print, and write the CSV after every size.
 
     Raises:
         ValueError: a way or a device that is not there.
     """
     check(settings)
     torch.set_num_threads(settings.threads)
-    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()  # of idle threads; what is measured depends on it
-    out = out or RESULTS / f"throughput-{settings.device}{policy and f'-{policy}'}.csv"
-    everything: list[dict[str, Any]] = []
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower()  # of idle threads, on which times depend
+    out = settings.out or RESULTS / f"throughput-{settings.device}{policy and f'-{policy}'}.csv"
+    old: dict[tuple[str, ...], dict[str, Any]] = {}
     if settings.add and out.exists():
         with out.open(newline="", encoding="utf-8") as stream:
-            everything = list(csv.DictReader(stream))
-    for several in lines(settings):
-        old = {_key(line): line for line in everything}
-        for line in several:
-            known = old.pop(_key(line), None)
-            if known is not None and not settings.peaks:  # other load changes times, and not memory
-                line["peak_MB"] = known["peak_MB"]
-        everything = [*old.values(), *several]
-        for line in several:
-            floor = f", {line['times_floor']} x its floor" if line["times_floor"] else ""
-            rival = f", {line['of_peer']} x {RIVALS[line['way']]}" if line["of_peer"] != "" else ""
-            first = f", the first call {float(line['first_s']):.3g} s" if line["way"] in COMPILED else ""
-            marked = first + (" [other load]" if line["foreign_load"] > FOREIGN else "")
-            print(
-                f"{line['table']}: {line['shape']} V={line['vocabulary']} {line['rows']}x{line['new_tokens']}  "
-                f"{line['way']}: {line['seconds']:.4g} s, {line['of_generate']} x generate{rival}{floor}{marked}",
-                flush=True,
-            )
-        write_lines(out, everything, list(several[0]))
-    print(f"\n{out}")
-    return out
+            old = {_key(line): line for line in csv.DictReader(stream)}
+
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        for batch in lines(settings):
+            for line in batch:
+                known = old.pop(_key(line), None)
+                if known is not None and not settings.peaks:  # other load changes times, and not memory
+                    line["peak_MB"] = known["peak_MB"]
+            yield batch
+
+    def text(line: dict[str, Any]) -> str:
+        rival = f", {line['of_peer']} x {RIVALS[line['way']]}" if line["of_peer"] != "" else ""
+        floor = f", {line['times_floor']} x its floor" if line["times_floor"] else ""
+        first = f", the first call {float(line['first_s']):.3g} s" if line["way"] in COMPILED else ""
+        return (
+            f"{line['table']}: {line['shape']} V={line['vocabulary']} {line['rows']}x{line['new_tokens']}  "
+            f"{line['way']}: {line['seconds']:.4g} s, {line['of_generate']} x generate{rival}{floor}{first}"
+            f"{' [other load]' if line['foreign_load'] > FOREIGN else ''}"
+        )
+
+    record(out, batches(), text, old)
 
 
 def _key(line: dict[str, Any]) -> tuple[str, ...]:

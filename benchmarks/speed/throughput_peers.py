@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from lm_envs.benchmarks.speed.throughput_work import GROUP, Size
 
 HOME = Path(__file__).resolve().parents[2] / ".peers"
 WORKER = Path(__file__).with_name("peer_trl.py")
-# way: (environment, what the worker is told)
+# way: (environment, trainer and epochs for the worker)
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-1.12 ppo 1 epoch": ("trl-1.12", {"trainer": "ppo", "epochs": 1}),
     "trl-1.12 ppo 4 epochs": ("trl-1.12", {"trainer": "ppo", "epochs": 4}),
     "trl-1.16 grpo": ("trl-1.16", {"trainer": "grpo", "epochs": 1}),
     "trl-1.16 rloo": ("trl-1.16", {"trainer": "rloo", "epochs": 1}),
 }
-# Which of ours does the work of which of theirs. TRL's PPO has a critic of the policy's size; a value head on the
-# policy's trunk is less work by design.
+# The peer's way that does the same work as a way of ours. TRL's PPO has a critic of the policy's size; a value head on
+# the policy's trunk is less work by design.
 RIVALS = {
     "ppo 1 epoch": "trl-1.12 ppo 1 epoch",
     "ppo 4 epochs": "trl-1.12 ppo 4 epochs",
@@ -39,7 +40,7 @@ RIVALS = {
 
 
 def installed() -> tuple[str, ...]:
-    """The peers' ways that can be measured here."""
+    """Return the peers' ways that can be measured here."""
     return tuple(way for way, (where, _) in PEERS.items() if _python(where).exists())
 
 
@@ -54,20 +55,17 @@ class Peer:
         way: a key of :data:`PEERS`.
         size: the work.
         device: "cpu" or "cuda".
-        threads: torch's.
+        threads: torch threads.
 
     Raises:
-        RuntimeError: it did not start, or ended by itself; the message holds its last words.
+        RuntimeError: the process did not start, or ended by itself; the message is its last line.
     """
 
     def __init__(self, way: str, size: Size, device: str, threads: int) -> None:
-        where, told = PEERS[way]
-        shape = size.model
-        job = told | {"layers": shape.layers, "width": shape.width, "heads": shape.heads}
-        job |= {"vocabulary": shape.vocabulary, "rows": size.rows, "prompt_length": size.prompt_length}
-        job |= {"new_tokens": size.new_tokens, "group": GROUP, "device": device, "threads": threads}
+        where, trainer = PEERS[way]
+        job = trainer | asdict(size) | asdict(size.model) | {"group": GROUP, "device": device, "threads": threads}
         self.way = way
-        # The thread count for libraries that torch does not tell, and nothing is fetched: everything is made here.
+        # Some libraries take no thread count from torch. Nothing is fetched: everything is made here.
         more = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         self._said = tempfile.TemporaryFile(mode="w+")  # a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
@@ -90,7 +88,7 @@ class Peer:
         return line
 
     def ask(self, what: str) -> float:
-        """``"go"``: seconds of an iteration, ``"peak"``: bytes of one."""
+        """Run one iteration; return its seconds for ``"go"``, the peak of its memory in bytes for ``"peak"``."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
@@ -101,7 +99,7 @@ class Peer:
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time it has used, from Linux's counters; 0 where there are none."""
+        """Processor time that the process has used, from Linux's counters; 0 where there are none."""
         stat = Path(f"/proc/{self._process.pid}/stat")
         if not stat.exists():
             return 0.0

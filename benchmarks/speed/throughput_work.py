@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import DynamicCache, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.policies.critics import value_from_reward_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.ppo import PPO, PPOConfig
 from lm_envs.algos.rloo import RLOO, RLOOConfig
+from lm_envs.benchmarks.speed.shared_work import EOS, gpt2_config, word_tokenizer
 from lm_envs.env.rollout import collect, rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.compiled import FixedRows
@@ -33,7 +27,6 @@ from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks.base import TextTask
 from lm_envs.trajectories import Trajectories
 
-EOS = 0
 GROUP = 4  # episodes per prompt where an algorithm compares them
 
 
@@ -52,7 +45,7 @@ SHAPES = {"small": Shape(4, 128, 4, 1000), "larger": Shape(6, 256, 4, 8192), "gp
 
 @dataclass(frozen=True)
 class Size:
-    """How much work: ``rows`` responses of exactly ``new_tokens`` tokens, to prompts of exactly ``prompt_length``."""
+    """The amount of work: ``rows`` responses of exactly ``new_tokens`` tokens, to prompts of ``prompt_length``."""
 
     shape: str = "small"
     rows: int = 32
@@ -68,57 +61,34 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Generated in one go."""
+        """Tokens that are generated in one go."""
         return self.rows * self.new_tokens
 
 
-def config_of(size: Size, **more: Any) -> GPT2Config:
-    """Policy, reference, reward model and critic are all of this shape."""
-    shape = size.model
-    return GPT2Config(
-        vocab_size=shape.vocabulary,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        n_positions=max(128, size.prompt_length + size.new_tokens),
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), EOS),
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        **more,
-    )
-
-
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A token a word: decoding and encoding again gives the same ids."""
-    words = {"<eos>": EOS} | {f"w{i}": i for i in range(1, vocabulary)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
-
-
 def nothing(completions: list[str], **_: Any) -> list[float]:
-    """A reward that costs nothing: the step path alone."""
+    """Give 0 to each text, at no cost: what remains is the step path alone."""
     return [0.0] * len(completions)
 
 
 class Work:
-    """Models, task and inputs of one size; each of ``ways`` does all of it once when called."""
+    """Models, task and inputs of one size. Methods do the work once, or return what does it after a preparation."""
 
     def __init__(self, size: Size, device: str = "cpu") -> None:
         self.size, self.device = size, device
         torch.manual_seed(0)
-        self.reference = GPT2LMHeadModel(config_of(size)).to(device).eval().requires_grad_(False)
-        self.model = copy.deepcopy(self.reference)  # of the floors and `generate`: as transformers made it
+        config = functools.partial(gpt2_config, asdict(size) | asdict(size.model), pad_token_id=EOS)
+        self.reference = GPT2LMHeadModel(config()).to(device).eval().requires_grad_(False)
+        self.model = copy.deepcopy(self.reference)  # for the floors and `generate`: as transformers made it
         self.model.generation_config.eos_token_id = None  # exact length
         self.trained = copy.deepcopy(self.reference).requires_grad_(True)
-        scorer = GPT2ForSequenceClassification(config_of(size, num_labels=1)).to(device).eval().requires_grad_(False)
+        scorer = GPT2ForSequenceClassification(config(num_labels=1)).to(device).eval().requires_grad_(False)
         tokenizer = word_tokenizer(size.model.vocabulary)
-        generator = np.random.default_rng(0)
-        self.prompts = generator.integers(1, size.model.vocabulary, (size.rows, size.prompt_length))
+        prompts = np.random.default_rng(0).integers(1, size.model.vocabulary, (size.rows, size.prompt_length))
         self.task = TextTask(
             name="throughput",
             tokenizer=tokenizer,
             reference=self.reference,
-            prompts={"train": self.prompts.tolist()},
+            prompts={"train": prompts.tolist()},
             reward=LearnedReward(scorer, tokenizer),
             judge=None,
             eos_token_id=EOS,
@@ -126,11 +96,11 @@ class Work:
             min_new_tokens=size.new_tokens,  # exact length
             kl_coef=0.05,
         )
-        self.ids = torch.as_tensor(self.prompts, device=device)
+        self.ids = torch.as_tensor(prompts, device=device)
 
-    @cached_property
+    @functools.cached_property
     def text(self) -> Tensor:
-        """``(rows, prompt + new)`` int64: a text like those generated."""
+        """Texts like those generated, ``(rows, prompt + new)`` int64."""
         new = torch.randint(1, self.size.model.vocabulary, (self.size.rows, self.size.new_tokens), device=self.device)
         return torch.cat([self.ids, new], dim=1)
 
@@ -140,32 +110,34 @@ class Work:
     def _policy(self, **options: Any) -> LMPolicy:
         return LMPolicy.for_mdp(self._env().mdp, copy.deepcopy(self.reference).requires_grad_(True), **options)
 
-    # the ways
-
-    def generate(self) -> Callable[[], object]:
-        """Hugging Face's cached ``generate``, plain sampling."""
+    def generate(self) -> None:
+        """Run Hugging Face's cached ``generate``, plain sampling."""
         kwargs = dict(do_sample=True, top_k=0, pad_token_id=EOS, use_cache=True, max_new_tokens=self.size.new_tokens)
+        out = self.model.generate(self.ids, attention_mask=torch.ones_like(self.ids), **kwargs)
+        assert out.shape[1] == self.size.prompt_length + self.size.new_tokens
 
-        def run() -> None:
-            out = self.model.generate(self.ids, attention_mask=torch.ones_like(self.ids), **kwargs)
-            assert out.shape[1] == self.size.prompt_length + self.size.new_tokens
+    @torch.no_grad()
+    def forwards(self) -> None:
+        """Run the floor of decoding: prompt and each token through the model with its cache, and nothing else."""
+        cache = DynamicCache(config=self.model.config)
+        self.model(self.text[:, : self.size.prompt_length], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for t in range(self.size.prompt_length, self.text.shape[1] - 1):
+            self.model(self.text[:, t : t + 1], past_key_values=cache, use_cache=True)
 
-        return run
+    @torch.no_grad()
+    def forward(self) -> None:
+        """Run one teacher-forced forward of all tokens: the cost of a reference or a reward model."""
+        self.model(self.text[:, :-1], logits_to_keep=self.size.new_tokens, use_cache=False)
 
-    def forwards(self) -> Callable[[], object]:
-        """The floor of decoding: prompt and each token through the model with its cache, and nothing else."""
-
-        @torch.no_grad()
-        def run() -> None:
-            cache = DynamicCache(config=self.model.config)
-            self.model(self.text[:, : self.size.prompt_length], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for t in range(self.size.prompt_length, self.text.shape[1] - 1):
-                self.model(self.text[:, t : t + 1], past_key_values=cache, use_cache=True)
-
-        return run
+    def forward_backward(self) -> None:
+        """Run the floor of an epoch: one teacher-forced forward and backward of all tokens, logits of the response."""
+        self.trained.zero_grad(set_to_none=True)
+        new = self.size.new_tokens
+        logits = self.trained(self.text[:, :-1], logits_to_keep=new, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.text[:, -new:].flatten()).backward()
 
     def our_forwards(self, compile: bool = False) -> Callable[[], object]:
-        """The same forwards as the policy's decoder does them: what a step costs without what stands around it."""
+        """Return the same forwards by the policy's decoder: a step without its surroundings."""
         model, room = self._policy(compile=compile).model, self.size.new_tokens
         fixed = FixedRows(model, room) if compile else None
 
@@ -178,51 +150,31 @@ class Work:
 
         return run
 
-    def forward_backward(self) -> Callable[[], object]:
-        """The floor of an epoch: one teacher-forced forward and backward of all tokens, logits of the response."""
-
-        def run() -> None:
-            self.trained.zero_grad(set_to_none=True)
-            new = self.size.new_tokens
-            logits = self.trained(self.text[:, :-1], logits_to_keep=new, use_cache=False).logits
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.text[:, -new:].flatten()).backward()
-
-        return run
-
-    def forward(self) -> Callable[[], object]:
-        """One teacher-forced forward of all tokens without gradients: what a reference or a reward model costs."""
-
-        @torch.no_grad()
-        def run() -> None:
-            self.model(self.text[:, :-1], logits_to_keep=self.size.new_tokens, use_cache=False)
-
-        return run
-
     def step(self, kl_coef: float = 0.0, reward: Any = nothing) -> Callable[[], object]:
-        """The policy acts and the environment steps, all rows at once."""
-        task = copy.copy(self.task)
-        object.__setattr__(task, "reward", reward or self.task.reward)
+        """Return the step path: the policy acts and the environment steps, all rows at once."""
+        task = replace(self.task, reward=reward or self.task.reward)
         env, policy = TextVectorEnv(task, self.size.rows, kl_coef=kl_coef), self._policy()
         return self._all_tokens(lambda: collect(env, policy, episodes=self.size.rows))
 
     def bulk(self, compile: bool = False) -> Callable[[], object]:
-        """The fast path: generation, reference and reward model."""
+        """Return the fast path: generation, reference and reward model."""
         env, policy = self._env(), self._policy(compile=compile)
         return self._all_tokens(lambda: rollout(env, policy, episodes=self.size.rows))
 
-    def ppo(self, epochs: int, critic: bool = False, compile: bool = False) -> Callable[[], object]:
-        """A whole iteration; ``critic`` is a separate model of the policy's size, as in TRL."""
+    def train(
+        self, agent: Any, config: Any, group: int = 1, critic: bool = False, compile: bool = False, **settings: Any
+    ) -> Callable[[], object]:
+        """Return a whole iteration of an algorithm.
+
+        Args:
+            group: responses to each prompt.
+            critic: add a separate model of the policy's size, as TRL's PPO does.
+        """
         policy = self._policy(compile=compile)
         if critic:
             value_from_reward_model(policy, self.task)
-        settings: dict[str, Any] = dict(episodes=self.size.rows, epochs=epochs, minibatches=1, learning_rate=1e-5)
-        agent, env = PPO(policy, PPOConfig(**settings)), self._env()
-        return self._all_tokens(lambda: agent.iteration(env)[0])
-
-    def grouped(self, agent: Any, config: Any, compile: bool = False, **settings: Any) -> Callable[[], object]:
-        """A whole iteration of an algorithm that compares the responses of a prompt."""
-        chosen = config(episodes=self.size.rows, group_size=GROUP, minibatches=1, learning_rate=1e-5, **settings)
-        made, env = agent(self._policy(compile=compile), chosen), self._env(group_size=GROUP)
+        chosen = config(episodes=self.size.rows, group_size=group, minibatches=1, learning_rate=1e-5, **settings)
+        made, env = agent(policy, chosen), self._env(group_size=group)
         return self._all_tokens(lambda: made.iteration(env)[0])
 
     def _all_tokens(self, sample: Callable[[], Trajectories]) -> Callable[[], object]:
@@ -232,29 +184,29 @@ class Work:
         return run
 
     def way(self, name: str) -> Callable[[], object]:
-        """What does the work when called; a name of :data:`WAYS`."""
+        """Return what does the work in a way of :data:`WAYS`."""
         return WAYS[name](self)
 
 
 WAYS: dict[str, Callable[[Work], Callable[[], object]]] = {
-    "generate": Work.generate,
-    "bare forwards": Work.forwards,
+    "generate": lambda work: work.generate,
+    "bare forwards": lambda work: work.forwards,
     "our forwards": Work.our_forwards,
     "our forwards, compiled": lambda work: work.our_forwards(compile=True),
-    "bare forward": Work.forward,
-    "bare forward+backward": Work.forward_backward,
+    "bare forward": lambda work: work.forward,
+    "bare forward+backward": lambda work: work.forward_backward,
     "step": Work.step,
     "step + reference": lambda work: work.step(kl_coef=0.05),
     "step + reference + reward": lambda work: work.step(kl_coef=0.05, reward=None),
     "bulk + reference + reward": Work.bulk,
     "bulk + reference + reward, compiled": lambda work: work.bulk(compile=True),
-    "ppo 1 epoch": lambda work: work.ppo(1),
-    "ppo 4 epochs": lambda work: work.ppo(4),
-    "ppo 1 epoch, own critic": lambda work: work.ppo(1, critic=True),
-    "ppo 4 epochs, own critic": lambda work: work.ppo(4, critic=True),
-    "ppo 1 epoch, compiled": lambda work: work.ppo(1, compile=True),
-    "grpo": lambda work: work.grouped(GRPO, GRPOConfig),
-    "grpo, compiled": lambda work: work.grouped(GRPO, GRPOConfig, compile=True),
-    "rloo": lambda work: work.grouped(RLOO, RLOOConfig),
+    "ppo 1 epoch": lambda work: work.train(PPO, PPOConfig, epochs=1),
+    "ppo 4 epochs": lambda work: work.train(PPO, PPOConfig, epochs=4),
+    "ppo 1 epoch, own critic": lambda work: work.train(PPO, PPOConfig, epochs=1, critic=True),
+    "ppo 4 epochs, own critic": lambda work: work.train(PPO, PPOConfig, epochs=4, critic=True),
+    "ppo 1 epoch, compiled": lambda work: work.train(PPO, PPOConfig, epochs=1, compile=True),
+    "grpo": lambda work: work.train(GRPO, GRPOConfig, GROUP),
+    "grpo, compiled": lambda work: work.train(GRPO, GRPOConfig, GROUP, compile=True),
+    "rloo": lambda work: work.train(RLOO, RLOOConfig, GROUP),
 }
 COMPILED = tuple(name for name in WAYS if name.endswith(", compiled"))  # need a C++ compiler, or Triton

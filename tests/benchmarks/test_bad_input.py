@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 
 from lm_envs.benchmarks.cli import _COMMANDS, main
 from lm_envs.benchmarks.commands import learn
-from lm_envs.benchmarks.commands.bench import BenchKernels, BenchMemory, BenchSB3, BenchThroughput
 from lm_envs.benchmarks.commands.data import DataCheck
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run import compare
 from lm_envs.benchmarks.run.storage import Records
 from lm_envs.benchmarks.run.suite_files import parse_suite
+from lm_envs.benchmarks.speed.settings import SB3, Kernels, Memory, Throughput
 from lm_envs.settings import SettingError, check
 from tests.lm_envs import byo
 
-COMMANDS = [*_COMMANDS.values(), BenchKernels, BenchThroughput, BenchMemory, BenchSB3, DataCheck]
+COMMANDS = [*_COMMANDS.values(), Kernels, Throughput, Memory, SB3, DataCheck]
 NUMBERS = ["0", "-1", "1", "2", "1.5", "1e3", "1e30", "inf", "nan", "1000000000000", str(2**64), "9" * 5000]
 TEXTS = ["", "x", "none", "true", "[" * 3000, "{}", "a=b", "..:x", "\u202e", "\ud800", "best-of-1000000000", "x" * 300]
 WORDS = st.sampled_from(NUMBERS + TEXTS) | st.text(max_size=8)

@@ -122,7 +122,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
         (["--task", "os:getcwd", "--algorithms", "ppo"], "task 'os:getcwd' gave a str"),
         (["--task", "CartPole-v1"], "say which --algorithms"),
         (["--task", "reviews", "--set", "ppo.top_p=0.9"], "ppo.top_p: .* the support they leave moves with the policy"),
-        (["--corpus", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["--corpus", "nowhere.jsonl"], "no such file or folder: 'nowhere.jsonl'"),
         (["--algorithms", "ppo"], "say what to compare"),
         (["--suite", "dmeo"], "no suite 'dmeo'.*did you mean 'demo'"),
         (["--suite", "demo", "--task", "reviews"], "exclude each other"),
@@ -132,7 +132,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
         (["--task", "reviews", "--algorithms", "sft", "--set", "sft.episodes=3"], "sft is not trained"),
         (["--task", "reviews", "--algorithms", "ppo", "--iterations", "0"], "at least 1"),
         (["--suite", "demo-real"], "task 'corpus' needs --corpus FILE.jsonl"),
-        (["--suite", "demo-real", "--corpus", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["--suite", "demo-real", "--corpus", "nowhere.jsonl"], "no such file or folder: 'nowhere.jsonl'"),
         (["--policy", "here", "--algorithms", "ppo"], "missing: --prompts, --reward-model or --reward"),
         (["--task", "nomodule:load", "--algorithms", "ppo"], "no module 'nomodule'"),
         (["--task", "tests.tiny:nope", "--algorithms", "ppo"], "no function 'nope'"),
@@ -308,7 +308,7 @@ def test_help_breaks_lines_where_the_terminal_does(capsys, monkeypatch):
 
     for command in ("compare", "train", "overoptimise"):
         text = told(command)
-        assert '"label" (0 or 1), and "split" if you like.' in text and "default: None" not in text
+        assert '"label" (0 or 1), and optionally "split".' in text and "default: None" not in text
         assert "\n  lm-envs " in text and "\n\n\n" not in text
     assert "`lm-envs data check` says what it holds." in told("sft") and "(default: 0.05)" in told("sft")
     assert "usage: lm-envs data check [-h]" in told("data", "check")

@@ -19,7 +19,7 @@ from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from lm_envs.env.mdp import TextMDP
 from lm_envs.exact.solver import Exact
 from lm_envs.tasks.enumerable import load
-from tests import tiny
+from tests.benchmarks.fake_task import NAME
 
 SMALL = {"tokens": 2, "horizon": 3, "prompts": 2}
 
@@ -94,7 +94,7 @@ def test_measures_agree_with_samples():
 
 
 def test_only_a_table_gets_a_table():
-    assert exact.is_table(load()) and not exact.is_table(tiny.task())
+    assert TextProblem(RunSpec(NAME, "sft", 0, Plan())).exact is None
     run = RunSpec(task="enumerable", algorithm="a2c", seed=0, plan=Plan(iterations=1), options=SMALL)
     problem = TextProblem(run)
     assert isinstance(problem.policy, TabularPolicy) and problem.agent.config.learning_rate == 0.05

@@ -32,7 +32,7 @@ def test_a_small_run(tmp_path, capsys):
 def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
     out, line = tmp_path / "t.csv", {"shape": "small", "way": "a", "seconds": 1.0, "times_ours": 1.0}
     monkeypatch.setattr(sb3, "lines", lambda settings: iter([[line]]))
-    sb3.run(sb3.Settings(), out)
+    sb3.run(sb3.Settings(out=out))
     old = out.read_text()
 
     def fsync(descriptor):
@@ -41,7 +41,7 @@ def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", fsync)
     monkeypatch.setattr(sb3, "lines", lambda settings: iter([[line | {"seconds": 2.0}]]))
     with pytest.raises(OSError, match="No space left"):
-        sb3.run(sb3.Settings(), out)
+        sb3.run(sb3.Settings(out=out))
     assert out.read_text() == old
 
 
@@ -56,7 +56,7 @@ def test_both_sides_read_each_text_once_an_epoch(monkeypatch):
         )
 
     monkeypatch.setattr(LMPolicy, "__init__", watched)
-    for run in (work.ppo(2), sb3.sb3(work, 2, 1)):
+    for run in (work.train(sb3.OurPPO, sb3.PPOConfig, epochs=2), sb3.sb3(work, 2, 1)):
         read.clear()
         run()
         assert read == [4, 4]

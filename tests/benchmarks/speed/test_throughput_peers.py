@@ -58,7 +58,7 @@ def test_a_peer_that_fails_says_why(stands_in):
 
 def test_rivals_are_ways_and_ratios_are_within_a_round(stands_in, monkeypatch):
     assert set(RIVALS) <= set(WAYS) and set(RIVALS.values()) == set(PEERS)
-    seconds = iter([2.0, 6.0, 12.0, 3.0])  # ours, theirs; then the other way round
+    seconds = iter([9.0, 9.0, 2.0, 6.0, 12.0, 3.0])  # first calls; ours, theirs; then the other way round
     monkeypatch.setattr(bench, "timed", lambda call, device: next(seconds))
     monkeypatch.setattr(bench.Load, "foreign", lambda self: 0.0)
     names = ["grpo", "trl-1.16 grpo"]
@@ -75,7 +75,7 @@ def test_what_is_not_measured_anew_stays(stands_in, tmp_path):
 
     def measured(*ways, **more):
         chosen = dict(shapes=("small",), tables=("fixed work",), rounds=1, threads=1, peaks=False)
-        bench.run(bench.Settings(ways=ways, **{**chosen, **more}), out)
+        bench.run(bench.Settings(ways=ways, out=out, **{**chosen, **more}))
         return [row["way"] for row in csv.DictReader(out.open())]
 
     assert measured("bare forward") == ["generate", "bare forward"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from lm_envs.benchmarks.speed.live_memory import LiveMemory
+from lm_envs.benchmarks.speed.shared_work import LiveMemory
 
 
 def test_the_most_that_tensors_held_at_one_time():
