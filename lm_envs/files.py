@@ -107,8 +107,7 @@ def remove(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text in UTF-8, without a byte order mark; ValueError, in one line, if it is not that, or no file
-    but a pipe or a device, which may have no end."""
+    """Return a file's UTF-8 text without a byte order mark; ValueError for other bytes, and for a pipe or a device."""
     refuse_streams(path)
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -117,11 +116,11 @@ def read_text(path: Path) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return a TOML file's content; ValueError, in one line, if it is no TOML."""
+    """Return a TOML file's content; ValueError for anything else."""
     text = read_text(path)
     try:
         return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits, brackets thousands deep
+    except (ValueError, RecursionError) as error:  # also for very long numbers and deep nesting
         raise ValueError(f"{path}: not TOML: {error}") from error
 
 

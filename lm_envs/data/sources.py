@@ -236,7 +236,7 @@ def _dataset(source: str) -> Iterator[Read]:
     from lm_envs.model.hub import check_data_set
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error comes as one
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised too
     name, config, split = _parts(source)
     if not Path(name).is_dir():
         try:

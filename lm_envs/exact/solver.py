@@ -190,7 +190,8 @@ class Exact:
 
     @property
     def soft_value(self) -> Tensor:
-        """``V*(s) = beta log sum_a ref(a|s) exp(Q*(s,a) / beta)``, ``(X, S)``; the largest Q* if beta is 0."""
+        """The optimal value ``V*(s) = beta log sum_a ref(a|s) exp(Q*(s,a) / beta)``, ``(X, S)``; the largest Q* if beta
+        is 0."""
         return self._soft[0]
 
     @property
@@ -200,8 +201,8 @@ class Exact:
 
     @cached_property
     def optimal_policy(self) -> Tensor:
-        """``log pi* = log ref + (Q* - V*) / beta``, ``(X, S, V)``; if beta is 0, the reference restricted to the best
-        actions."""
+        """The optimum ``log pi* = log ref + (Q* - V*) / beta``, ``(X, S, V)``; if beta is 0, the reference restricted
+        to the best actions."""
         value, q = self._soft
         if self.kl_coef > 0:
             return self.log_ref + (q - value.unsqueeze(2)) / self.kl_coef

@@ -26,7 +26,8 @@ Adapters = tuple[tuple[Tensor, float], ...]
 
 @dataclass(frozen=True)
 class OutputHead:
-    """``logits = softcap * tanh(scale * z / softcap)``, or ``scale * z``, of ``z = inputs(hidden) @ weight.T + bias``.
+    """A linear head: ``logits = softcap * tanh(scale * z / softcap)``, or ``scale * z``, of ``z = inputs(hidden) @
+    weight.T + bias``.
 
     Attributes:
         weight: ``(V, H)``; low-rank adapters' B beside the layer's own columns.

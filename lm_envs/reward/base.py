@@ -258,7 +258,7 @@ def _missing(values: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 class WeightedSum:
-    """``sum_k weight_k * reward_k`` over the ``(weight, reward)`` pairs that apply; None if none does.
+    """The sum ``sum_k weight_k * reward_k`` over the ``(weight, reward)`` pairs that apply; None if none does.
 
     If one part is dense, the others are added at the response's last token. ValueError without parts, or if a weight is
     not finite.
@@ -292,7 +292,7 @@ class WeightedSum:
 
 
 class Clip:
-    """``min(max(reward, low), high)`` for each number of the reward."""
+    """A clipped reward, ``min(max(reward, low), high)`` for each number of the reward."""
 
     def __init__(self, reward: AnyReward, low: float, high: float) -> None:
         if not low < high:
@@ -306,7 +306,8 @@ class Clip:
 
 
 class Standardise:
-    """``(reward - mean) / std``; :func:`lm_envs.reward.units.in_units_of` takes the moments from samples.
+    """A standardized reward, ``(reward - mean) / std``; :func:`lm_envs.reward.units.in_units_of` takes the moments from
+    samples.
 
     ValueError if std is not positive, or, when called, if the reward is dense: a shift of each token's reward would pay
     for length.

@@ -65,7 +65,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Combined:
-    """``clip``, ``standardise`` or ``chat`` of one reward with its numbers, or a ``sum`` of several with weights."""
+    """A combination: ``clip``, ``standardise`` or ``chat`` of one reward with its numbers, or a ``sum`` of several with
+    weights."""
 
     how: str
     parts: tuple[Source | Combined, ...]
