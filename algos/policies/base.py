@@ -169,6 +169,6 @@ def text_evaluation(
     Text always terminates, on EOS or at the horizon: the value at the end is zero.
     """
     if traj.is_bandit:
-        sums = (x.sum(dim=1, keepdim=True) for x in (found.logprob, found.entropy))
-        return Evaluation(*sums, pad(value[:, :1], (0, 1)))
+        logprob, entropy = (x.sum(dim=1, keepdim=True) for x in (found.logprob, found.entropy))
+        return Evaluation(logprob, entropy, pad(value[:, :1], (0, 1)))
     return Evaluation(found.logprob, found.entropy, pad(value, (0, 1)), full, q)
