@@ -90,7 +90,7 @@ class LMPolicy(TextPolicy):
         self._version = -1
 
     @classmethod
-    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, bandit: bool = False, **options: Any) -> Self:
+    def for_mdp(cls, mdp: TextMDP, model: PreTrainedModel, *, bandit: bool = False, **options: Any) -> Self:
         """Make the policy that fits a text env: its horizon, temperature and masks; ``options`` are the others.
 
         Raises:

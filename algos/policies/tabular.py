@@ -32,7 +32,7 @@ class TabularPolicy(TextPolicy):
     forbidden: Tensor
 
     def __init__(
-        self, exact: Exact, table: Tensor | None = None, bandit: bool = False, value_scale: float = 1.0
+        self, exact: Exact, table: Tensor | None = None, *, bandit: bool = False, value_scale: float = 1.0
     ) -> None:
         super().__init__(bandit, exact.prompts.shape[1], exact.tree.horizon, exact.tree.eos_token_id)
         self.tree, self.value_scale = exact.tree, value_scale

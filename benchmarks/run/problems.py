@@ -154,7 +154,7 @@ class TextProblem(Problem):
                 if spec.adaptation or spec.compile:
                     raise UserError(f"{spec.label}: the policy is a table, with no layers to freeze, adapt or compile")
                 table = self.exact.table(self.task.start)
-                self.policy = TabularPolicy(self.exact, table, bandit, VALUE_SCALE)
+                self.policy = TabularPolicy(self.exact, table, bandit=bandit, value_scale=VALUE_SCALE)
                 preset = TABULAR.get(spec.algorithm, {})
                 overrides = {name: preset[name] for name in preset if name not in spec.env} | overrides
             self.agent = self._agent(self.policy, overrides)
@@ -174,7 +174,7 @@ class TextProblem(Problem):
         if self.agent is None or self.agent.needs_data or self.exact is None or self.exact.kl_coef == 0:
             return {}
         bandit = self.policy.bandit
-        policy = TabularPolicy(self.exact, exact.half_way(self.exact), bandit, VALUE_SCALE)
+        policy = TabularPolicy(self.exact, exact.half_way(self.exact), bandit=bandit, value_scale=VALUE_SCALE)
         fresh = self._agent(policy, asdict(self.agent.config))
         cosine, error = sampled_cosine(fresh, self.exact, bandit=bandit, seed=self.spec.seed)
         return {"gradient_cosine": cosine, "gradient_cosine_se": error}

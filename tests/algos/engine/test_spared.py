@@ -20,7 +20,7 @@ def float32_env_and_policy(kind="mdp"):
     """A policy in the precision that people train in, and an env whose reference it starts as."""
     reference = tiny.gpt2(dtype=torch.float32)
     env = (TextVectorEnv if kind == "mdp" else TextBanditVectorEnv)(tiny.task(reference=reference), 4)
-    policy = LMPolicy.for_mdp(env.mdp, copy.deepcopy(reference).requires_grad_(True), kind == "bandit")
+    policy = LMPolicy.for_mdp(env.mdp, copy.deepcopy(reference).requires_grad_(True), bandit=kind == "bandit")
     torch.nn.init.normal_(policy.value_head.weight)  # or every value would be zero, and nothing would show
     return env, policy
 

@@ -106,7 +106,7 @@ ENVS = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
 def test_equal_prompts_are_scored_by_their_own_rows(kind, path):
     made = task(**EQUAL)
     env = ENVS[kind](made, num_envs=3, kl_coef=0.0)
-    policy = LMPolicy.for_mdp(env.mdp, made.reference, kind)
+    policy = LMPolicy.for_mdp(env.mdp, made.reference, bandit=kind == "bandit")
     found = path(env, policy, episodes=24, seed=1)
     assert found.prompt_index.tolist() == env.mdp.prompt_index(1, np.arange(24)).tolist()
     assert set(found.prompt_index.tolist()) == {0, 1, 2}
