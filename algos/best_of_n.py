@@ -1,4 +1,4 @@
-"""Best-of-n: sample n responses and keep the one with the highest reward. No training; the cost is at inference."""
+"""Best-of-n: sample n responses and keep the one with the highest reward."""
 
 import math
 

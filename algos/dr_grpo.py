@@ -32,9 +32,7 @@ class DrGRPO(GRPO):
     published_kl_coef = None
 
     def advantage(self, returns: Tensor, group: Tensor | None) -> Tensor:
-        """Return ``(B,)`` advantages from ``(B,)`` returns."""
         return returns - adv.group_mean(returns, group)
 
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return a scalar from ``(B, T)``: sums over a row's tokens, then the mean over rows."""
         return sequence_mean(x, mask)

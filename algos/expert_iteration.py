@@ -10,8 +10,8 @@ from torch import Tensor
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import episode_value
 from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.demonstrations import token_likelihood
 from lm_envs.algos.engine.metrics import Metric
-from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.algos.policies.adaptation import learned_state, load_learned_state
 from lm_envs.settings import Count, Rate, Size
 from lm_envs.trajectories import Trajectories
@@ -58,7 +58,6 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
             self._first = {name: t.clone() for name, t in learned_state(policy).items()}
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Learn only from the best episodes of the batch."""
         value = episode_value(traj)
         group = torch.arange(len(traj)) // self.config.group_size if traj.group is None else traj.group
         if self.config.restart:
@@ -68,9 +67,7 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
         return {"kept_score": float(value[kept].double().mean())} | super().update(traj.select(kept))
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the negative log-likelihood of the kept episodes, the mean over tokens."""
-        loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
-        return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}
+        return token_likelihood(traj, now)
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {f"first.{name}": t for name, t in self._first.items()}, {}
@@ -80,14 +77,8 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
 
 
 def best_of_groups(value: Tensor, group: Tensor, keep: int) -> Tensor:
-    """Return the ascending indices of the ``keep`` rows with the largest ``value`` in each group (all of a smaller
-    group).
-
-    Args:
-        value: ``(B,)``.
-        group: ``(B,)`` int64.
-        keep: rows per group; ties go to the earlier row.
-    """
+    """Return the ascending indices of the ``keep`` rows with the largest ``value (B,)`` in each ``group (B,)`` int64
+    (all of a smaller group); ties go to the earlier row."""
     order = torch.argsort(value, descending=True, stable=True)
     order = order[torch.argsort(group[order], stable=True)]  # by group, within it best first
     sizes = torch.unique_consecutive(group[order], return_counts=True)[1]

@@ -73,7 +73,6 @@ class GRPO(PolicyGradient[GRPOConfig]):
         return {"advantage": adv.masked(advantage, traj.mask), "old_logprob": before.logprob}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the clipped objective and the penalty, averaged by :meth:`mean`."""
         mask, count = traj.mask, traj.mask.sum()
         clipped = ppo_clip_loss(now.logprob, fixed["old_logprob"], fixed["advantage"], mask, self.config.clip)
         policy = self.mean(clipped, mask)

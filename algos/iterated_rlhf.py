@@ -83,7 +83,6 @@ class IteratedRLHF(PPO):
 
     @classmethod
     def lacks(cls, task: TextTask, config: Any) -> str | None:
-        """Return what annotators or their reward models need and the task lacks."""
         if task.judge is None:
             return "a judge for simulated annotators to follow"
         if not isinstance(task.reward, LearnedReward):
@@ -93,7 +92,6 @@ class IteratedRLHF(PPO):
         return None
 
     def iteration(self, env: Any = None) -> tuple[Trajectories, dict[str, float]]:
-        """Train a new reward model if a round is due, then run PPO's iteration."""
         if env is None or not text_envs(env):
             raise ValueError("iterated-rlhf needs a text env to sample from")
         mdp = text_envs(env)[0].mdp
@@ -124,7 +122,7 @@ class IteratedRLHF(PPO):
         self._texts += fresh.read_by(template)
         self._choices = np.concatenate([self._choices, choices])
         before = held.accuracy(mdp.task.reward if self.reward is None else self.reward)
-        # In units of the *start's* samples in every round, or the penalty would weigh less from round to round.
+        # The units are the *start's* samples in every round, or the penalty would weigh less from round to round.
         if self.reward is None:
             self._units = held.read_by(template)
         self.reward = make_reward_model(
@@ -149,7 +147,7 @@ class IteratedRLHF(PPO):
 
     @property
     def uses_reward(self) -> bool:
-        """Only as the start of its own reward models, or of its critic."""
+        """Whether its own reward models, or its critic, start from the env's."""
         return self.config.rm_start == "task" or self.config.value_from == "reward_model"
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -41,7 +41,6 @@ class OnlineDPO(Agent[OnlineDPOConfig]):
     unit = "group"
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Learn from the best and the worst of each group."""
         value = episode_value(traj)
         if traj.ref_logprob is None:
             raise ValueError("online-dpo needs Trajectories.ref_logprob, which only text envs provide")
@@ -58,16 +57,12 @@ class OnlineDPO(Agent[OnlineDPOConfig]):
         return metrics | super().update(chosen)
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the mean over pairs."""
         return preference_loss(traj, now, self.config.beta)
 
 
 def extremes(value: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Return the row indices ``(G,)`` of the largest and of the smallest ``value (B,)`` of each group 0 .. G-1; ties go
     to the earlier row."""
-    best, worst = [], []
-    for number in range(int(group.max()) + 1):
-        rows = (group == number).nonzero().squeeze(1)
-        best.append(rows[value[rows].argmax()])
-        worst.append(rows[value[rows].argmin()])
-    return torch.stack(best), torch.stack(worst)
+    members = [(group == number).nonzero().squeeze(1) for number in range(int(group.max()) + 1)]
+    best = [rows[value[rows].argmax()] for rows in members]
+    return torch.stack(best), torch.stack([rows[value[rows].argmin()] for rows in members])

@@ -48,7 +48,6 @@ class PPOKLPen(Proximal[PPOKLPenConfig]):
         return super().prepare(traj, before)
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Update the policy, then the weight, by how far the policy moved."""
         used = self.old_kl_coef
         metrics = super().update(traj) | {"old_kl_coef": used}
         if self.config.old_kl_target is None:
@@ -68,8 +67,7 @@ class PPOKLPen(Proximal[PPOKLPenConfig]):
 
 
 def adapted(coef: float, kl: float, target: float) -> float:
-    """Return the weight after an update that moved the policy by ``kl``: halved below ``target / 1.5``, doubled above
-    ``1.5 * target``."""
+    """Halve the weight if the policy moved by less than ``target / 1.5``, double it above ``1.5 * target``."""
     if kl < target / 1.5:
         return coef / 2
     return coef * 2 if kl > target * 1.5 else coef

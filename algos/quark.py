@@ -71,7 +71,6 @@ class Quark(Agent[QuarkConfig]):
         return super().settle_kl_coef(env)
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Add the batch to the pool and learn from a draw of it."""
         config, fresh = self.config, poolable(traj)
         pool = fresh if self._pool is None else Trajectories.concatenate([self._pool, fresh])
         self._pool = pool = pool if config.pool is None else pool.select(slice(-config.pool, None))
@@ -91,7 +90,6 @@ class Quark(Agent[QuarkConfig]):
         return metrics
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the token means of the likelihood, the KL and the entropy bonus."""
         mask, coef = traj.mask, self.kl_coefficient()
         likelihood = masked_mean(nll(now.logprob, mask), mask)
         entropy = masked_mean(now.entropy, mask)
@@ -121,7 +119,7 @@ class Quark(Agent[QuarkConfig]):
 
 
 def poolable(traj: Trajectories) -> Trajectories:
-    """Return what the pool keeps of a batch, from an MDP or a bandit env: prompts, responses, scores."""
+    """Return the prompts, responses and scores of a batch, from an MDP or a bandit env, for the pool."""
     score = episode_value(traj)
     if traj.prompt is None or traj.response is None:
         raise ValueError("quark learns from text, but these trajectories have no prompts")
@@ -132,15 +130,8 @@ def pool_of(prompt: Tensor, response: Tensor, score: Tensor) -> Trajectories:
     """Return episodes of tokens, on the CPU."""
     prompt, response, score = (x.detach().cpu().clone() for x in (prompt, response, score))
     ended = torch.ones(len(response), dtype=torch.bool)
-    return Trajectories(
-        actions=response.clamp(min=0),
-        mask=response >= 0,
-        terminated=ended,
-        truncated=~ended,
-        prompt=prompt,
-        response=response,
-        score=score,
-    )
+    text = {"prompt": prompt, "response": response, "score": score}
+    return Trajectories(response.clamp(min=0), response >= 0, terminated=ended, truncated=~ended, **text)
 
 
 def quantiles(score: Tensor, count: int) -> Tensor:

@@ -37,11 +37,7 @@ class Unsuited(ValueError):
 
 
 def load(name: str) -> Any:
-    """Return the class of an algorithm.
-
-    Raises:
-        ValueError: no such algorithm; the message suggests similar names.
-    """
+    """Return the class of an algorithm; ValueError, with similar names, if there is none."""
     if name not in ALGORITHMS:
         raise ValueError(f"no algorithm is called {name!r}: {near(name, ALGORITHMS)}")
     module, attribute = ALGORITHMS[name].split(":")

@@ -105,7 +105,6 @@ class REINFORCE(MixesDemonstrations, PolicyGradient[ReinforceConfig]):
         return adv.leave_one_out(signal, traj.group)
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the mean over rows of sums over steps of policy gradient, value loss and entropy bonus."""
         config, mask = self.config, traj.mask
         policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], mask), mask)
         metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, mask)}

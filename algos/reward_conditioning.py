@@ -45,9 +45,8 @@ class RewardConditioning(SFT):
         super().__init__(policy, config, signed(held, policy.vocabulary))
 
     def update(self, traj: Trajectories) -> dict[str, float]:
-        """Update as SFT does; from then on the policy samples on ``+``."""
         metrics = super().update(traj)
-        self.policy.condition_on(BETTER)
+        self.policy.condition_on(BETTER)  # what it samples on from now on
         return metrics
 
 

@@ -22,7 +22,7 @@ from lm_envs.trajectories import Trajectories
 
 @dataclass
 class Scores:
-    """The evaluation of a :class:`RewardPolicy`: ``score (B,)``."""
+    """A :class:`RewardPolicy`'s evaluation: ``score (B,)``."""
 
     score: Tensor
 
@@ -68,10 +68,8 @@ class RewardModelling(Agent[RewardModellingConfig]):
     """Bradley-Terry over all pairs of a group, ``-log sigmoid(s_better - s_worse)``, weighted ``1 / (K choose
     2)`` (Ouyang et al. 2022, eq. 1), or Plackett-Luce.
 
-    All K texts of a prompt are in one minibatch, so each is read once.
-
-    The policy is a :class:`RewardPolicy`; ``data`` are groups of texts with a ``rank``, 0 the best, see
-    :func:`lm_envs.algos.engine.comparisons.preferences`.
+    All K texts of a prompt are in one minibatch, so each is read once. The policy is a :class:`RewardPolicy`; ``data``
+    are groups of texts with a ``rank``, 0 the best, see :func:`lm_envs.algos.engine.comparisons.preferences`.
 
     Raises:
         ValueError: no data, no ranks, a group in which all ranks are equal, or with "plackett-luce" a group with ties.

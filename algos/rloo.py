@@ -38,13 +38,11 @@ class RLOO(PolicyGradient[RLOOConfig]):
     unit = "sequence"
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """Return ``advantage (B, T)``, one number per row."""
         returns = adv.discounted_returns(rewards(traj), traj.mask, self.config.gamma)[:, 0]
         advantage = returns - adv.leave_one_out(returns, traj.group)
         return {"advantage": adv.masked(advantage[:, None].expand(traj.mask.shape), traj.mask)}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the mean over rows of sums over steps."""
         policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], traj.mask), traj.mask)
         metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, traj.mask)}
         return policy + sequence_mean(self.kl_penalty(traj, now), traj.mask), metrics

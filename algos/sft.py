@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.demonstrations import token_likelihood
 from lm_envs.algos.engine.metrics import Metric
-from lm_envs.algos.ops.losses import masked_mean, nll
 from lm_envs.settings import Rate, Size
 from lm_envs.trajectories import Rows, Trajectories
 
@@ -43,5 +43,4 @@ class SFT(Agent[SFTConfig]):
         self.data = data
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
-        return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}
+        return token_likelihood(traj, now)

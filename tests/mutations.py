@@ -409,8 +409,8 @@ MUTATIONS = [
     Mutation(
         "further training trains the base of the adapters too",
         "algos/policies/adaptation.py",
-        "model.requires_grad_(False)\n    for parameter in adapter_parameters(model):",
-        "model.requires_grad_(True)\n    for parameter in adapter_parameters(model):",
+        "return _frozen(start, [p for p in start.parameters() if id(p) not in own])",
+        "return _frozen(start, [])",
         f"{MODELS}::test_adapters_are_trained_further_and_the_base_is_not",
     ),
     Mutation(

@@ -13,37 +13,28 @@ from lm_envs.algos.policies.base import Policy
 from lm_envs.trajectories import Trajectories
 
 UNITS = ("token", "sequence", "group")
-PARTS = (1, 2, 3, 4, 6, 8)  # that a minibatch may be cut into by length; the first is taken where several are as good
-START = 2**23  # multiplications of a token that take as long as starting the operations of a weight, on a CPU
+PARTS = (1, 2, 3, 4, 6, 8)  # numbers of parts that a minibatch may be cut into by length; the first of equals is taken
+START = 2**23  # multiplications that take as long on a CPU as starting the operations of a weight
 
 
 def rewards(traj: Trajectories) -> Tensor:
-    """``traj.reward (B, T)``.
-
-    Raises:
-        ValueError: there is none, as in demonstrations and preferences.
-    """
+    """``traj.reward (B, T)``; ValueError where there is none, as in demonstrations and preferences."""
     if traj.reward is None:
         raise ValueError("this algorithm learns from rewards, and these trajectories have none")
     return traj.reward
 
 
 def episode_value(traj: Trajectories) -> Tensor:
-    """``(B,)`` what ranks episodes: the reward model's score where there is one, else the undiscounted return."""
+    """``(B,)`` ranks episodes: the reward model's score where there is one, else the undiscounted return."""
     return masked(rewards(traj), traj.mask).sum(dim=1) if traj.score is None else traj.score
 
 
 class Before:
-    """The policy's evaluation of a batch before the update, without gradients, computed when first read.
-
-    Reads like an ``Evaluation``: ``logprob (B, T)``, ``entropy (B, T)``, ``value (B, T+1)``, ``log_probs()
-    (B, T, V)``. An algorithm that needs none of them pays for no forward.
+    """The policy's ``Evaluation`` of a batch before the update, without gradients, computed when first read.
 
     Args:
-        policy: evaluated.
-        traj: the batch.
         micro_batch: most rows per forward.
-        kept: the policy's weights are those that sampled the batch: what came with the sampling needs no forward.
+        kept: the policy's weights are those that sampled the batch, so what came with the samples needs no forward.
     """
 
     def __init__(
@@ -77,7 +68,6 @@ class Before:
 
     @cached_property
     def logprob(self) -> Tensor:
-        """``(B, T)``."""
         if self._kept and self._traj.logprob is not None and not self.was_read:
             precise = torch.promote_types(next(self._policy.parameters()).dtype, torch.float32)
             return masked(self._traj.logprob.to(precise), self._traj.mask)
@@ -85,13 +75,11 @@ class Before:
 
     @cached_property
     def entropy(self) -> Tensor:
-        """``(B, T)``."""
         return torch.cat([part.entropy for part in self._evaluated()])
 
     @cached_property
     @torch.no_grad()
     def value(self) -> Tensor:
-        """``(B, T+1)``."""
         if self._kept and not self.was_read:
             if self._traj.value is not None:
                 return self._traj.value
@@ -100,22 +88,16 @@ class Before:
         return torch.cat([part.value for part in self._evaluated()])
 
     def log_probs(self) -> Tensor:
-        """``(B, T, V)``."""
         with torch.no_grad():
             return torch.cat([part.log_probs() for part in self._evaluated()])
 
     def q_values(self) -> Tensor:
-        """``(B, T, V)``."""
         with torch.no_grad():
             return torch.cat([part.q_values() for part in self._evaluated()])
 
 
 def groups(traj: Trajectories) -> tuple[Tensor, Tensor]:
-    """The groups' numbers, and each row's index into them.
-
-    Raises:
-        ValueError: the trajectories have no groups.
-    """
+    """The groups' numbers, and each row's index into them; ValueError without groups."""
     if traj.group is None:
         raise ValueError("a loss over groups needs Trajectories.group, and these have none")
     found, inverse = torch.unique(traj.group, return_inverse=True)
@@ -202,7 +184,8 @@ def cost_of_a_forward(module: nn.Module) -> float | None:
 
 
 def _rows_worth_a_forward(traj: Trajectories, forward: float) -> int:
-    """In how many equal parts, by length, a batch of texts takes the fewest tokens, padding and forwards included."""
+    """Rows per equal part, by length, for which a batch of texts costs the fewest tokens, padding and forwards
+    included."""
     assert traj.prompt is not None
     order = traj.response_lengths.argsort(stable=True)
     response, prompt = traj.response_lengths[order], (traj.prompt >= 0).sum(dim=1)[order]
@@ -215,7 +198,7 @@ def _rows_worth_a_forward(traj: Trajectories, forward: float) -> int:
 
 
 def flatten_fixed(fixed: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Tensors to go with ``Trajectories.flatten``: ``(B, T, ...)`` to ``(N, 1, ...)``, a row per real step, and
+    """Flatten tensors as ``Trajectories.flatten`` does: ``(B, T, ...)`` to ``(N, 1, ...)``, a row per real step, and
     ``(B,)`` to ``(N,)``."""
     lengths = mask.sum(dim=1)
     return {

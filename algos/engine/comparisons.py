@@ -19,7 +19,7 @@ from lm_envs.trajectories import Trajectories, demonstrations, from_responses
 
 @dataclass
 class PreferenceConfig(AgentConfig):
-    """Adds what the preferences are made of, where they come from a task."""
+    """Adds how preferences are made, where they come from a task."""
 
     pairs: Count = 2048
     """Pairs of the reference's responses to compare, where no preferences are given."""
@@ -31,8 +31,8 @@ class Comparisons:
     """Groups of ranked texts, selected as wholes.
 
     Args:
-        name: of the algorithm, for messages.
-        data: Trajectories with ``group`` and ``rank``, 0 the best; or what selects such from elsewhere and has the two.
+        name: the algorithm's, for messages.
+        data: Trajectories with ``group`` and ``rank``, 0 the best; or an object that has the two and selects such.
 
     Raises:
         ValueError: no data, no ranks, or a group in which all ranks are equal.

@@ -1,9 +1,4 @@
-"""What a method costs: one definition for all of them, explained in docs/costs.md.
-
-Before a run: what the data that it is given took (``comparisons``, ``given_episodes``, ``given_tokens``). During it:
-what the agent counts. Measuring costs nothing, except that the test responses are charged to every method, since
-best-of-n pays for its reward there.
-"""
+"""The cost of a method, by one definition for all of them: see docs/costs.md."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +17,7 @@ COLUMNS = ("tokens_generated", "reward_calls", *_GIVEN, "episodes", "trained_tok
 
 
 def of_preferences(data: Any) -> Counter[str]:
-    """Ranked responses that a method learns from; nothing for other data. A ranking of K is ``K (K - 1) / 2`` pairs."""
+    """The cost of ranked responses, of which K are ``K (K - 1) / 2`` comparisons; nothing for other data."""
     if not isinstance(data, Trajectories) or data.rank is None:
         return Counter()
     assert data.group is not None
@@ -32,7 +27,7 @@ def of_preferences(data: Any) -> Counter[str]:
 
 
 def of_reward(task: TextTask) -> Counter[str]:
-    """The comparisons that a task's own reward model was trained on, where the task comes with them."""
+    """The cost of the comparisons, if there are any, that a task's own reward model was trained on."""
     if not any(isinstance(part, LearnedReward) for part in leaves(task.reward)):
         return Counter()
     tokens = sum(len(first) + len(second) for _, first, second in task.pairs)
@@ -43,8 +38,8 @@ def total(agent: Agent[Any] | None, given: Mapping[str, int], measured: Mapping[
     """The cost of a run.
 
     Args:
-        agent: what trained, if anything did.
-        given: what its data took, of :func:`of_preferences` and :func:`of_reward`.
+        agent: the one that trained, if any.
+        given: the cost of its data, see :func:`of_preferences` and :func:`of_reward`.
         measured: with ``inference_tokens``, ``inference_episodes`` and ``inference_reward_calls``.
     """
     spent = Counter(given) + Counter(

@@ -1,4 +1,4 @@
-"""Demonstrations learned from beside sampled episodes: REINFORCE's likelihood term and PPO-ptx."""
+"""Likelihood of demonstrations: alone, and beside sampled episodes (REINFORCE's term and PPO-ptx)."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import masked_mean, nll, sequence_mean
 from lm_envs.tasks.base import TextTask
 from lm_envs.training import stream
@@ -13,7 +14,7 @@ from lm_envs.trajectories import Trajectories, demonstrations, from_responses
 
 
 class MixesDemonstrations:
-    """Mixin of an agent that also learns from ``config.demonstrations`` demonstrations per Adam step.
+    """A mixin for agents that also learn from ``config.demonstrations`` demonstrations per Adam step.
 
     Raises:
         ValueError: they have a weight and there are none, or there are some and their weight is 0.
@@ -57,6 +58,12 @@ def likelihood(unit: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """The loss ``-log pi``: its mean over tokens, or over rows of sums over tokens."""
     mean = masked_mean if unit == "token" else sequence_mean
     return lambda traj, now, fixed: (mean(nll(now.logprob, traj.mask), traj.mask), {})
+
+
+def token_likelihood(traj: Trajectories, now: Any) -> tuple[Tensor, dict[str, Metric]]:
+    """``-log pi``, the mean over tokens, and its metrics: supervised fine-tuning's loss."""
+    loss = masked_mean(nll(now.logprob, traj.mask), traj.mask)
+    return loss, {"nll": loss.detach(), "entropy": masked_mean(now.entropy, traj.mask).detach()}
 
 
 def demonstrations_of(task: TextTask) -> Trajectories | None:

@@ -1,5 +1,4 @@
-"""The expected gradient of an algorithm's loss: by going through every batch it could sample, or, where those are too
-many, estimated from some."""
+"""The expected gradient of an algorithm's loss, by enumerating all batches or estimated from some."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,20 +22,19 @@ _LEAST_BATCHES = 16  # of an estimate: its error comes from how they differ
 def expected_gradient(
     agent: Agent[Any], exact: Exact, *, batch: int = 1, same_prompt: bool = True
 ) -> dict[str, Tensor]:
-    """The direction in which an algorithm's first step goes on average, ``-E[grad loss]`` by parameter.
+    """Compute the mean direction of an algorithm's first step, ``-E[grad loss]`` by parameter.
 
-    The batches are all tuples of ``batch`` episodes, each with its probability under the agent's policy; every one
-    goes through the agent's own ``prepare`` and ``loss``. A loss that is a mean over tokens counts by its tokens per
-    episode: a mean over a fixed number of them, as over a large batch, and not over those of this batch. So an
-    unbiased algorithm gives the exact policy gradient, :meth:`lm_envs.exact.solver.Exact.gradient`, for the policy's
-    own parameters (a critic's loss adds its own gradient for the critic's).
+    The batches are all tuples of ``batch`` episodes, weighted by their probability under the agent's policy; each goes
+    through the agent's own ``prepare`` and ``loss``. A loss that is a mean over tokens is weighted by its tokens per
+    episode, as in a large batch. So an unbiased algorithm gives the exact policy gradient,
+    :meth:`lm_envs.exact.solver.Exact.gradient`, for the policy's own parameters.
 
     Args:
-        agent: its policy for an MDP; its state (such as a running mean) is the same for every batch.
-        exact: of the environment.
+        agent: its policy fits an MDP; its state (such as a running mean) is the same for every batch.
+        exact: the env's solver.
         batch: episodes per batch.
-        same_prompt: they share a prompt and are one group; else their prompts are independent, each episode its own
-            group.
+        same_prompt: the episodes share a prompt and are one group; else prompts are independent, and each episode is
+            its own group.
 
     Returns:
         tensors by the names of the policy's parameters, zeros where the loss does not reach.
@@ -61,7 +59,7 @@ def expected_gradient(
         for part in parts:
             for chosen in itertools.product(part.tolist(), repeat=batch):
                 index = torch.tensor(chosen)
-                # Of one prompt: p(x) prod p(y|x); independent: prod p(x) p(y|x).
+                # p(x) prod p(y|x) with one prompt, prod p(x) p(y|x) with independent ones
                 yield index, float(weight[index].prod()) * (prompts ** (batch - 1) if same_prompt else 1)
 
     tensors, values = agent.extra_state()
@@ -94,24 +92,23 @@ def expected_gradient(
 def sampled_cosine(
     agent: Agent[Any], exact: Exact, *, episodes: int = 2**16, bandit: bool = False, seed: int = 0
 ) -> tuple[float, float]:
-    """Cosine between the direction in which an algorithm's first Adam step goes on average and the exact policy
-    gradient, estimated from batches of the algorithm's own size.
+    """Estimate the cosine between the mean direction of an algorithm's first Adam step and the exact policy gradient,
+    from batches of the algorithm's own size.
 
-    Each batch goes through the agent's own ``update``, what that keeps of it, ``prepare`` and ``loss`` included, up to
-    its first step, which is not taken; one minibatch is the whole batch. With ``g_k`` the gradients of K batches and
-    ``G`` the exact one, ``mean_k g_k.G / (|G| sqrt(mean_{k != l} g_k.g_l))``: products of different batches, so that
-    noise does not make the estimate smaller, nor, as it may be, keep it below 1. Compared are the parameters that ``J``
-    depends on.
+    Each batch goes through the agent's own ``update`` up to its first step, which is not taken; one minibatch is the
+    whole batch. With ``g_k`` the gradients of K batches and ``G`` the exact one, the estimate is
+    ``mean_k g_k.G / (|G| sqrt(mean_{k != l} g_k.g_l))``: products of different batches, so that noise does not make it
+    smaller; it can exceed 1. Only parameters that ``J`` depends on are compared.
 
     Args:
         agent: fresh, its policy a table for an MDP or a bandit env; it is left as it was.
-        exact: of the environment; its coefficient is the agent's where that has none, and that of ``G``.
+        exact: the env's solver; its coefficient is that of ``G``, and the agent's where the agent has none.
         episodes: approximate total, at least 16 batches.
         bandit: a response is one action.
-        seed: of the batches.
+        seed: decides the batches.
 
     Returns:
-        the cosine and its standard error, from how the batches differ; NaN where the direction drowns in noise.
+        the cosine and its standard error, from differences between batches; NaN where noise hides the direction.
     """
     config, policy = agent.config, agent.policy
     if policy.reward_tokens:
@@ -127,7 +124,7 @@ def sampled_cosine(
     assert size is not None and traj.group is not None
     generator = torch.Generator().manual_seed(seed)
     prompts = len(exact.prompts)
-    # The rows of a prompt stand together, and prompts are equally likely: so draws from one are inverted in its share.
+    # A prompt's rows are consecutive and prompts are equally likely, so draws from one are inverted in its share.
     upto = weight.cumsum(dim=0)
     tensors, values = agent.extra_state()
     optimizer, done = agent.optimizer, agent.iterations_done
@@ -158,8 +155,8 @@ def sampled_cosine(
 
 
 def jackknifed_cosine(found: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Cosine of ``E[g]``, of which the rows of ``found (K, D)`` are independent samples, with ``exact (D,)``, and its
-    standard error; see :func:`sampled_cosine`."""
+    """Cosine of ``exact (D,)`` and ``E[g]``, with independent samples ``found (K, D)`` of g, and its standard error;
+    see :func:`sampled_cosine`."""
     count, total = len(found), found.sum(dim=0)
     along, own = found @ (exact / exact.norm()), (found**2).sum(dim=1)
 
@@ -184,17 +181,17 @@ class _Taken(Exception):
 
 
 class _Recorder:
-    """Stands where the optimizer does and leaves the gradients as they are."""
+    """A stand-in for the optimizer that leaves the gradients as they are."""
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = [{}]
         self.state: dict[Any, Any] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: they were cleared before the batch."""
+        """Do nothing: gradients were cleared before the batch."""
 
     def step(self) -> None:
-        """Ends the update."""
+        """End the update."""
         raise _Taken
 
 

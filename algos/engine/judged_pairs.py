@@ -1,4 +1,4 @@
-"""Making reward models on the way: judged pairs of a policy's responses, and models trained on choices between them."""
+"""Judged pairs of a policy's responses, and reward models trained on choices between them."""
 
 import copy
 from collections.abc import Sequence
@@ -31,23 +31,21 @@ class JudgedPairs:
     """Generated for them."""
 
     def read_by(self, reward: LearnedReward) -> list[list[list[int]]]:
-        """N pairs of token ids, as a reward model reads them."""
+        """The N pairs as token ids that a reward model reads."""
         samples = self.samples
         texts = zip(samples.prompts, samples.completions, samples.finish_reasons, strict=True)
         rows = [reward.encode(prompt + completion, reason == "stop") for prompt, completion, reason in texts]
         return [rows[i : i + 2] for i in range(0, len(rows), 2)]
 
     def accuracy(self, reward: Any) -> float:
-        """How often a reward orders the pairs as the judge does."""
+        """The share of pairs that a reward orders as the judge does."""
         scores = self.samples.score(reward).reshape(-1, 2)
         return ranking_accuracy(self.gold, scores[:, 0] - scores[:, 1])
 
 
 def judge_pairs(mdp: TextMDP, policy: Any, first: int, count: int, seed: int) -> JudgedPairs:
-    """Pairs number ``first`` and up of a policy's responses to the MDP's prompts, scored by the task's judge.
-
-    A function of the policy and the other arguments; training never draws the same random numbers.
-    """
+    """Sample pairs number ``first`` and up of a policy's responses to the MDP's prompts, and score them by the task's
+    judge. The result depends on the arguments alone; training never draws the same random numbers."""
     pair = np.arange(first, first + count)
     index = np.repeat(rng.integers(seed, rng.PROMPT, sampling.SAMPLE_EPISODES + pair, len(mdp.prompts)), 2)
     prompt = mdp.prompt(index)
@@ -106,7 +104,7 @@ def make_reward_model(
 
 
 def fresh(model: Any, seed: int) -> Any:
-    """The architecture with weights drawn from the seed; the caller's global generator is left as it was."""
+    """Make a model of the same architecture with weights drawn from the seed; torch's global generator is not moved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = type(model)(model.config).to(dtype=model.dtype, device=model.device).eval()

@@ -1,5 +1,4 @@
-"""Which KL coefficient an agent trains with: explicit settings, the algorithm's published one, the task's; and what
-steers it toward a target KL."""
+"""The KL coefficient an agent trains with, and its controller."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +43,11 @@ class AdaptiveKL:
 
 
 class KLCoefficient:
-    """An agent's view of the coefficient, whose one holder is the MDP of the env that it samples.
+    """An agent's view of the coefficient, which the MDP of its env holds.
 
-    ``name`` is the algorithm's, and ``published`` the coefficient it was published with, None where it has none.
+    Args:
+        name: the algorithm's.
+        published: the coefficient that the algorithm was published with, None where it has none.
     """
 
     def __init__(self, name: str, published: float | None) -> None:
@@ -57,8 +58,8 @@ class KLCoefficient:
     def settle(self, env: Any, config: AgentConfig, in_reward: bool) -> float | None:
         """Put the coefficient into the env's MDP and return it; None where the env has no penalty.
 
-        What was set explicitly, in the config or on the env, comes before the published coefficient, and that before
-        the task's. ``kl_target`` steers it from there.
+        An explicit setting, in the config or on the env, comes before the published coefficient, and that before the
+        task's. ``kl_target`` steers it from there.
 
         Args:
             in_reward: whether the env charges the penalty; else it is a term of the loss.
@@ -90,11 +91,7 @@ class KLCoefficient:
         return coef
 
     def now(self, config: AgentConfig) -> float:
-        """The coefficient of a penalty in the loss.
-
-        Raises:
-            ValueError: nothing names one, and no env was settled.
-        """
+        """The coefficient of a penalty in the loss; ValueError where nothing names one and no env was settled."""
         if self._mdp is not None:
             return self._mdp.kl_coef
         for coef in (self.steered, config.kl_coef, self.published):
@@ -104,7 +101,7 @@ class KLCoefficient:
 
     @property
     def steered(self) -> float | None:
-        """Where ``kl_target`` has brought the coefficient, for checkpoints; None without one."""
+        """The coefficient as ``kl_target`` has steered it, for checkpoints; None without a target."""
         return None if self._control is None else self._control.coef
 
     def steer(self, kl: float, episodes: int) -> None:
@@ -113,6 +110,6 @@ class KLCoefficient:
             self._control.update(kl, episodes)
 
     def restore(self, steered: float | None, config: AgentConfig) -> None:
-        """Take back what :attr:`steered` said."""
+        """Take back :attr:`steered`."""
         target = None if steered is None else config.kl_target
         self._control = None if target is None else AdaptiveKL(steered or 0.0, target, config.kl_horizon)

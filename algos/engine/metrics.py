@@ -13,14 +13,14 @@ Metric = Tensor | tuple[Tensor, Tensor]
 
 
 class Averages:
-    """Averages metrics over micro-batches and minibatches of any size as if they had been one."""
+    """Averages of metrics over micro-batches and minibatches of any size, as if they had been one."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, Metric], weight: float) -> None:
-        """Take in a part. ``weight`` is its number of units, by which scalars count; a pair brings its own count."""
+        """Add a part. ``weight`` is its number of units, by which scalars count; a pair brings its own count."""
         for name, metric in metrics.items():
             if name.endswith("_max"):
                 self._sums[name] = max(self._sums.get(name, -math.inf), float(metric))  # type: ignore[arg-type]

@@ -15,19 +15,19 @@ class Sampler:
     """Samples by the settings ``episodes``, ``steps`` and ``seed``; where steps are sampled, episodes go on.
 
     Attributes:
-        rows: how many rows :meth:`sample` returned since it was set to 0.
-        fragments: the collector whose episodes go on, None where whole episodes are sampled.
+        rows: number of rows that :meth:`sample` returned since it was set to 0.
+        fragments: the collector whose episodes go on; None for whole episodes.
     """
 
     def __init__(self, name: str, policy: Any) -> None:
         self.name, self.policy, self.rows = name, policy, 0
         self.fragments: Collector | None = None
-        self._env: Any = None  # that the collector steps
+        self._env: Any = None  # the collector's
 
     def sample(
         self, env: Any, config: AgentConfig, episodes_done: int, iterations_done: int
     ) -> tuple[Trajectories, int]:
-        """A batch, and the env steps that it took, those of surplus episodes included."""
+        """A batch, and the env steps it took, those of surplus episodes included."""
         if self.policy.sequence_obs:
             traj, steps = self._text(env, config, episodes_done)
         elif config.steps is None:

@@ -1,9 +1,9 @@
 """Settings for a table on the enumerable task.
 
 Tuned on its default draw with 100,000 episodes. Differences from the defaults, which are for a small language model:
-near the optimum the return of whole responses is the same for all (``r - beta log pi/ref = J*``), so its noise vanishes
-there, and neither annealing nor whitening, which would blow it up again, helps; lambda is 1, because a table of values
-learns slowly at rarely visited states; and gradients are not clipped by norm, since Adam scales each by itself.
+near the optimum all responses have the same return (``r - beta log pi/ref = J*``), so its noise vanishes there and
+neither annealing nor whitening, which would amplify it again, helps; lambda is 1, because a table of values learns
+slowly at rarely visited states; and gradients are not clipped by norm, since Adam scales each by itself.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ EPISODES = 100_000
 """The budget that the settings were tuned for."""
 
 VALUE_SCALE = 3.0
-"""Of the tabular policy. At 1 the critic is still far off when the first tokens are learned, which now and then costs a
+"""The tabular policy's. At 1 the critic is still far off when the first tokens are learned, which sometimes costs a
 branch of the tree: on 1 of 5 seeds A2C and PPO then ended at a regret of 0.03 instead of 0.015."""
 
 _TABLE: dict[str, Any] = {"anneal": False, "max_grad_norm": 1e6}
@@ -22,15 +22,15 @@ _CRITIC: dict[str, Any] = {"whiten_advantage": False, "lam": 1.0, "value_coef": 
 _PPO: dict[str, Any] = {**_CRITIC, "value_clip": None, "episodes": 1024}
 _GROUP: dict[str, Any] = {"group_size": 16, "episodes": 256, "learning_rate": 0.07}
 _BETA = EnumerableConfig.kl_coef
-# As many responses as the others sample, and annotators that follow the reward by Bradley-Terry without further errors:
-# what DPO is derived for.
+# As many responses as the others sample, and annotators that follow the reward by Bradley-Terry without further errors,
+# as DPO assumes.
 _PAIRS: dict[str, Any] = {"max_grad_norm": 1e6, "pairs": EPISODES // 2, "flip": 0.0, "learning_rate": 0.1}
 
 TABULAR: dict[str, dict[str, Any]] = {
     "reinforce": {**_TABLE, **_GROUP, "baseline": "leave_one_out"},
     "rloo": {**_TABLE, **_GROUP},
     "dr-grpo": {**_TABLE, **_GROUP, "minibatches": 1},
-    # k3 and its place are published; the coefficient is the task's, so that what is left is its bias.
+    # k3 and its place are published; with the task's coefficient only its bias is left.
     "grpo": {**_TABLE, **_GROUP, "minibatches": 1, "kl_coef": _BETA},
     "a2c": {**_TABLE, **_CRITIC, "episodes": 128, "learning_rate": 0.05},
     "ppo": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "clip": 0.3, "learning_rate": 0.02},

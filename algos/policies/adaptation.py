@@ -1,8 +1,7 @@
 """Training part of a language model: low-rank adapters, or the upper layers alone, on weights the reference shares.
 
-The policy is a copy of the start that owns only what it trains: its frozen parameters *are* those of the start, which
-nobody changes. So where the start is the reference there is one copy of the frozen weights, and the reference needs no
-switching on and off of adapters: it is the same tensors without them.
+The policy is a copy of the start that owns only what it trains: its frozen parameters *are* those of the start. So
+where the start is the reference, frozen weights are in memory once, and the reference never switches adapters off.
 """
 
 import copy
@@ -30,7 +29,7 @@ from lm_envs.settings import Name, Positive, Rank, Settings, Whole
 
 @dataclass(frozen=True)
 class Adaptation(Settings):
-    """What of a language model is trained; all of it if nothing is set.
+    """Which part of a language model is trained; all of it if nothing is set.
 
     Attributes:
         freeze_layers: number of lower layers that stay as they are, and everything below them, such as the embeddings
@@ -59,7 +58,7 @@ class Adaptation(Settings):
 
 
 def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed: int = 0) -> PreTrainedModel:
-    """A copy to train: same function as ``start``, gradients where the adaptation says, the other parameters shared.
+    """Copy ``start`` for training: the same function, gradients where the adaptation says, other parameters shared.
 
     A start that has adapters is trained further in them alone.
 
@@ -74,7 +73,13 @@ def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed:
         ImportError: LoRA without peft.
     """
     if has_adapters(start):
-        return _further(start, adaptation)
+        if adaptation.lora_rank or adaptation.freeze_layers:
+            raise ValueError(
+                "the policy brings adapters of its own, which are trained further: leave out lora_rank and "
+                "freeze_layers, or merge them into its weights first"
+            )
+        own = {id(p) for p in adapter_parameters(start)}
+        return _frozen(start, [p for p in start.parameters() if id(p) not in own])
     if adaptation.lora_merge and not adaptation.lora_rank:
         raise ValueError("lora_merge: the policy has no adapters to merge; give lora_rank, or a policy that has some")
     if adaptation.freeze_layers == adaptation.lora_rank == 0:
@@ -89,31 +94,19 @@ def adapted(start: PreTrainedModel, adaptation: Adaptation = Adaptation(), seed:
         raise ValueError(
             f"freeze_layers={adaptation.freeze_layers}, and {type(start).__name__} has {len(layers)} layers"
         )
-    if adaptation.lora_rank:
-        targets = _targets(start, adaptation, name, len(layers))
-        model = sharing(start, list(start.parameters()))
-        _add_lora(model, adaptation, targets, seed)
-    else:
-        frozen = parameters_below(start, layers[: adaptation.freeze_layers])
-        model = sharing(start, frozen)
-        shared = {id(p) for p in frozen}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) not in shared)
+    if not adaptation.lora_rank:
+        return _frozen(start, parameters_below(start, layers[: adaptation.freeze_layers]))
+    targets = _targets(start, adaptation, name, len(layers))
+    model = sharing(start, list(start.parameters()))
+    _add_lora(model, adaptation, targets, seed)
     return model.eval()
 
 
-def _further(start: PreTrainedModel, adaptation: Adaptation) -> PreTrainedModel:
-    """A copy that trains the adapters which the start brings, and shares everything else."""
-    if adaptation.lora_rank or adaptation.freeze_layers:
-        raise ValueError(
-            "the policy brings adapters of its own, which are trained further: leave out lora_rank and freeze_layers, "
-            "or merge them into its weights first"
-        )
-    own = {id(p) for p in adapter_parameters(start)}
-    model = sharing(start, [p for p in start.parameters() if id(p) not in own])
-    model.requires_grad_(False)
-    for parameter in adapter_parameters(model):
-        parameter.requires_grad_(True)
+def _frozen(start: PreTrainedModel, frozen: list[nn.Parameter]) -> PreTrainedModel:
+    """A copy that shares the frozen parameters and trains the others."""
+    model, shared = sharing(start, frozen), {id(p) for p in frozen}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in shared)
     return model.eval()
 
 
@@ -124,11 +117,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         ValueError: there is none, or several.
     """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    decoder = model.get_decoder()
+    inside = set(model.get_decoder().modules())
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and _inside(module, decoder)
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
     ]
     outer = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
     if len(outer) != 1:
@@ -139,22 +132,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return outer[0]
 
 
-def _inside(module: nn.Module, parent: nn.Module) -> bool:
-    return any(module is member for member in parent.modules())
-
-
 def parameters_below(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.Parameter]:
-    """The parameters of some layers, the lowest, and all others that the last one's output depends on.
-
-    Read off the autograd graph of one token, so what is frozen is exactly what decides the activations there.
-    """
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
+    """The parameters of some layers, the lowest, and all others that the last one's output depends on, by the autograd
+    graph of one token."""
+    found: list[Any] = []
     before = [(p, p.requires_grad) for p in model.parameters()]
-    hook = layers[-1].register_forward_hook(keep)
+    hook = layers[-1].register_forward_hook(lambda module, inputs, output: found.append(output))
     try:
         model.requires_grad_(True)
         with torch.enable_grad():
@@ -163,7 +146,8 @@ def parameters_below(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.P
         hook.remove()
         for parameter, needed in before:
             parameter.requires_grad_(needed)
-    reached, open_ = set(), [found[0].grad_fn]
+    output = found[0][0] if isinstance(found[0], tuple) else found[0]
+    reached, open_ = set(), [output.grad_fn]
     below: set[int] = set()
     while open_:
         node: Any = open_.pop()
@@ -173,7 +157,7 @@ def parameters_below(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.P
         if hasattr(node, "variable"):  # a leaf
             below.add(id(node.variable))
         open_ += [inner for inner, _ in node.next_functions]
-    # Of a layer's own, one token may leave some alone: the experts it is not sent to.
+    # One token may leave some of a layer's own alone: the experts it is not sent to.
     own = {id(p) for p in layers.parameters()}
     return [p for p, _ in before if id(p) in below or id(p) in own]
 
@@ -219,10 +203,10 @@ def _add_lora(model: Any, adaptation: Adaptation, targets: list[str], seed: int)
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain copy with the adapters added to its weights, which shares nothing; of a model without, just a copy.
+    """Copy a model with the adapters, if it has any, added to its weights; nothing is shared.
 
-    Modules and tokens that were trained beside the adapters take the place of the model's own. An output layer that
-    is tied to the embeddings is not any more where only one of the two was trained.
+    Modules and tokens that were trained beside the adapters replace the model's own. An output layer tied to the
+    embeddings is untied if only one of the two was trained.
     """
     plain: Any = copy.deepcopy(model)
     if not has_adapters(model):
@@ -258,18 +242,18 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _own_weight(layer: Any) -> None:
-    """What is added to a layer's weight must not reach another layer that shares it."""
+    """Unshare a layer's weight, so that what is added to it reaches no other layer."""
     layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False, ends: Iterable[int] = ()) -> None:
-    """A folder that transformers' ``from_pretrained`` reads: model and tokenizer, or adapters in peft's format.
+    """Save model and tokenizer, or adapters in peft's format, for transformers' ``from_pretrained``.
 
     Adapters are saved alone where the model they were put into can be found again, in a folder or on the hub.
 
     Args:
         merge: save a plain model, adapters or not.
-        ends: the tokens that ended a response in training, where ``generate`` is to stop too.
+        ends: the tokens that ended a response in training, at which ``generate`` is to stop too.
 
     Raises:
         OSError: the folder cannot be written.
@@ -287,7 +271,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False, en
         else:
             (merged(model) if has_adapters(model) else model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # what a disk that fills up raises here
+    except SafetensorError as error:  # raised when the disk is full
         code = re.search(r"os error (\d+)", str(error))
         number = int(code.group(1)) if code else errno.EIO
         raise OSError(number, os.strerror(number), str(folder)) from error
@@ -302,7 +286,7 @@ def _stop_at(model: Any, tokenizer: Any, ends: Iterable[int]) -> None:
 
 
 def learned_state(module: nn.Module) -> dict[str, Tensor]:
-    """``module.state_dict()`` without its frozen parameters: what a checkpoint has to hold. Tensors are not copied."""
+    """``module.state_dict()`` without frozen parameters, for checkpoints. Tensors are not copied."""
     return {
         name: tensor.detach()
         for name, tensor in module.state_dict(keep_vars=True).items()
@@ -311,11 +295,8 @@ def learned_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_learned_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Takes back a :func:`learned_state`; frozen parameters, which others may share, are not written.
-
-    Raises:
-        ValueError: it is of another module.
-    """
+    """Load a :func:`learned_state`, ValueError if it is of another module. Frozen parameters, which others may share,
+    are not written."""
     mine = learned_state(module)
     wrong = sorted(set(mine) ^ set(state)) + [n for n in mine if n in state and mine[n].shape != state[n].shape]
     if wrong:
@@ -324,7 +305,7 @@ def load_learned_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def frozen_hash(module: nn.Module) -> str | None:
-    """A hash of the frozen parameters, by which a checkpoint knows what it belongs to; None if there are none."""
+    """A hash of the frozen parameters, which identifies a checkpoint's base; None if there are none."""
     frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
     return weights_hash(frozen) if frozen else None
 

@@ -14,10 +14,9 @@ ValueFrom = Literal["policy", "reward_model"]
 
 
 class RewardCritic(nn.Module):
-    """A value function of its own that starts as a reward model, trunk and head (Ouyang et al. 2022, appendix C.4).
+    """A separate value function that starts as a copy of a reward model, trunk and head (Ouyang et al. 2022, C.4).
 
-    ``V_t`` is the reward model's score of prompt and response *before* token t, in the reward's units: what it
-    would pay if the text stopped there. The model is a copy.
+    ``V_t`` is the reward model's score of prompt and response *before* token t, in the reward's units.
 
     Raises:
         ValueError: the model is no decoder with a linear head, so it has no score before the end.

@@ -65,7 +65,7 @@ class MLPPolicy(Policy):
         self.q_critic = False
 
     def use_q_critic(self) -> None:
-        """Learn ``Q(s, .)``: the critic's last layer gets an output per action, which start alike."""
+        """Learn ``Q(s, .)``: the critic's last layer gets an output per action, all equal at first."""
         if not self.q_critic:
             last, actions = self.critic[-1], self.actor[-1].out_features
             assert isinstance(last, nn.Linear) and isinstance(actions, int)
@@ -76,7 +76,7 @@ class MLPPolicy(Policy):
             self.critic[-1], self.q_critic = wide, True
 
     def _values(self, features: Tensor, log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """V ``(N,)``, and what the critic says: Q ``(N, A)``, whose mean under the policy V is, or V again."""
+        """V ``(N,)``, and the critic's output: V again, or Q ``(N, A)``, whose mean under the policy is V."""
         found = self.critic(features)
         if not self.q_critic:
             return found.squeeze(1), found
@@ -107,7 +107,7 @@ class MLPPolicy(Policy):
         """One forward of each network over the real steps; the critic also sees ``final_obs`` of truncated rows."""
         if traj.obs is None:
             raise ValueError("MLPPolicy.evaluate needs Trajectories.obs, (B, T, *shape)")
-        # Only real steps enter: what is in masked positions, NaN included, is never read.
+        # Masked positions, which may hold NaN, are never read.
         mask = traj.mask
         features = self._features(traj.obs[mask])
         logits = self.actor(features)
@@ -118,7 +118,7 @@ class MLPPolicy(Policy):
         where = torch.nn.functional.pad(mask, (0, 1))
         values = values.masked_scatter(where, value)
         if traj.final_obs is not None and bool(traj.truncated.any()):
-            # Law 5: truncation bootstraps from what was seen after the cut, termination does not.
+            # Law 5: truncation bootstraps from the observation after the cut, termination does not.
             cut = traj.truncated
             final = self._values(self._features(traj.final_obs[cut]))[0]
             values = values.index_put((cut.nonzero().squeeze(1), traj.lengths[cut]), final)

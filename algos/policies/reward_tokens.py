@@ -1,7 +1,7 @@
-"""Reward tokens: tokens that stand before a prompt and say how good the response is to be.
+"""Reward tokens: tokens before a prompt that say how good the response should be.
 
-The models' vocabulary is fixed, and so is the environment's. The tokens are rows of the *input* embedding alone: ids V,
-V + 1, ... can be read and never written, so the policy's distribution stays one over V tokens.
+They are rows of the *input* embedding alone: ids V, V + 1, ... can be read and never written, so the policy's
+distribution stays one over V tokens.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ExtendedEmbedding(nn.Module):
-    """An input embedding with ``count`` more rows, which start as unlike one another as the others are.
+    """An input embedding with ``count`` more rows, which start as different from one another as the others are.
 
     The first V rows are the module that was there, so an output layer tied to it stays tied.
 
@@ -23,7 +23,7 @@ class ExtendedEmbedding(nn.Module):
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.base, self.vocabulary = base, weight.shape[0]
-        # A normal draw with the rows' own moments; tokens that start alike take long to mean different things.
+        # A normal draw with the rows' own moments: tokens that start alike take long to mean different things.
         noise = torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(count))
         table = weight.detach()
         self.extra = nn.Parameter(table.mean(dim=0) + table.std(dim=0) * noise.to(table))
@@ -53,5 +53,5 @@ def prepend(prompt: Tensor, token: Tensor | int) -> Tensor:
 
 
 def without_tokens(prompt: Tensor, vocabulary: int) -> Tensor:
-    """Prompts with their reward token taken out again; they stay left-padded, as wide as before."""
+    """Remove reward tokens from prompts, which stay left-padded, as wide as before."""
     return prompt.masked_fill(prompt >= vocabulary, -1)
