@@ -1,7 +1,6 @@
-"""logprob_kl with torch operations on a few rows at a time, in buffers that are reused: any device, any dtype.
+"""logprob_kl with torch operations on a few rows at a time, in reused buffers: any device, any dtype.
 
-Most of the time of plain torch on a CPU goes into page faults on fresh ``(N, V)`` temporaries; here every operation
-stays in the cache and only the gradient is new memory. Notation as in docs/kernels.md.
+Every operation stays in the cache, and only the gradient is new memory. Notation as in docs/kernels.md.
 """
 
 import math

@@ -1,8 +1,7 @@
 """The device code of logprob_kl in Triton; :mod:`lm_envs.kernels.logprob_kl_triton` launches it.
 
-Scalars that vary from call to call (temperature, softcap, sizes) are runtime arguments: nothing is compiled again for
-them. Float arguments reach a kernel as float32, so each comes as a pair whose sum is exact enough for float64. Notation
-as in docs/kernels.md.
+Temperature, softcap and sizes are runtime arguments, so that nothing is compiled again for them. Float arguments reach
+a kernel as float32, so each is a pair whose sum is exact enough for float64. Notation as in docs/kernels.md.
 """
 
 import os

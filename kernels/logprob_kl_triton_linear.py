@@ -134,23 +134,19 @@ def _forward_kernel(
 def forward(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ids: Tensor, options: Options
 ) -> Tensor:
-    """Results and what backward needs, ``(8, N)``, as of :func:`lm_envs.kernels.logprob_kl_triton.forward`.
-
-    Raises:
-        ValueError: no CUDA device (and no interpreter), or a precise KL, which needs a second pass over the logits.
-    """
+    """The sums of :func:`lm_envs.kernels.logprob_kl_triton.forward`; ValueError without CUDA or for a precise KL."""
     if hidden.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f'"tiled" needs CUDA, or TRITON_INTERPRET=1 before triton is imported; got {hidden.device}')
     if options.precise:
         raise ValueError('"tiled" sums the KL in one pass: use implementation="chunks" with precise=True')
     rows, vocabulary = len(ids), weight.shape[0]
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     parts = _parts(rows, hidden.device)
     partial = torch.empty(8, parts, rows, dtype=wide, device=hidden.device)
     if rows == 0:
         return partial.new_zeros(8, 0)
-    two = ref_hidden is not None and ref_weight is not None
-    s, q = (ref_hidden, ref_weight) if ref_hidden is not None and ref_weight is not None else (hidden, weight)
+    two = ref_hidden is not None
+    s, q = (hidden, weight) if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight)
     high, low = _pair(1.0 / options.temperature)
     cap_high, cap_low = _pair(options.softcap or 1.0)
 

@@ -1,8 +1,7 @@
 """A C file as a shared library, compiled once per machine and kept in a private folder.
 
-A library runs with the user's rights, so one is loaded only if the user alone can write its folder and file, and if its
-SHA-256 is the one written beside it when it was compiled; otherwise it is compiled again. Without such a folder it is
-compiled into a temporary one for each process.
+A library is loaded only if the user alone can write its folder and file, and if its SHA-256 is the one written beside
+it when it was compiled; otherwise it is compiled again. Without such a folder each process compiles it for itself.
 """
 
 import ctypes

@@ -34,12 +34,8 @@ def at_most(count: int) -> Iterator[None]:
 def share(items: Iterable[Item], count: int, work: Callable[[Iterator[Item]], None]) -> None:
     """Call ``work`` in torch's number of threads (at most ``count``), this one among them; each takes items in turn.
 
-    Inside, torch's own operations run on one thread: sharing out every small operation costs more than it gains, and
-    far more where other programs use the processors. Threads are created for each call: that costs 0.1 ms where a call
-    takes several, and leaves nothing behind that a fork would break.
-
-    Raises:
-        Exception: the first that ``work`` raised.
+    Inside, torch's own operations run on one thread. Threads are created for each call: that costs 0.1 ms and leaves
+    nothing behind that a fork would break. The first exception that ``work`` raised is raised here.
     """
     threads_before = torch.get_num_threads()
     source, lock = iter(items), threading.Lock()

@@ -22,18 +22,17 @@ from lm_envs.model.tokens import NO_TOKEN
 class LMActorCritic(nn.Module):
     """Logits of the next token and the value of the state, for observations of a text environment.
 
-    Libraries that train on single transitions pass states, and the states of an episode are prefixes of each other. So
-    a batch of states is computed as few texts: one forward per episode, if the batch holds whole episodes. Without
-    gradients a batch of ``num_envs`` rows is treated as a step of the environment, and rows that grew by one token use
-    a KV cache. Both only change the cost.
+    The states of an episode are prefixes of each other, so a batch of them is computed as few texts: one forward per
+    episode, if the batch holds whole episodes. Without gradients a batch of ``num_envs`` rows is treated as a step of
+    the env, and rows that grew by one token use a KV cache. Both only change the cost.
 
-    The logits are those of the trained distribution: divided by the environment's temperature, with EOS at -inf before
+    The logits are those of the trained distribution: divided by the env's temperature, with EOS at -inf before
     ``min_new_tokens``. Dropout is off in train mode too. The value head is linear on the last hidden state and starts
     at zero.
 
     Args:
         model: any transformers causal LM; it is trained in place.
-        mdp: the environment's definition.
+        mdp: the env's definition.
         num_envs: rows that step together.
     """
 
@@ -50,7 +49,7 @@ class LMActorCritic(nn.Module):
 
     @classmethod
     def for_env(cls, env: Any, model: PreTrainedModel | None = None) -> Self:
-        """The network for an environment: wrapped or not, single, vector or a ``SyncVectorEnv``.
+        """Make the network for an env: wrapped or not, single, vector or a ``SyncVectorEnv``.
 
         Args:
             model: None takes a copy of the task's start model.
@@ -70,14 +69,8 @@ class LMActorCritic(nn.Module):
         return cls(model, inner[0].mdp, rows)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate states.
-
-        Args:
-            obs: ``(..., P + T)``, integers of any dtype, -1 where there is no token.
-
-        Returns:
-            logits ``(..., V)`` and values ``(...)``, float32 or the model's dtype if that is wider.
-        """
+        """Return logits ``(..., V)`` and values ``(...)``, float32 at least, of states ``obs (..., P + T)``, integers
+        of any dtype, -1 where there is no token."""
         rows = obs.reshape(-1, obs.shape[-1]).to(device=self.model.device, dtype=torch.int64)
         if not torch.is_grad_enabled() and len(rows) == self.num_envs:
             logits, value = self.policy.next_logits(rows), self.policy.next_value()
@@ -88,16 +81,10 @@ class LMActorCritic(nn.Module):
 
 
 def read_states(policy: LMPolicy, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, V)``, EOS at -inf where it is not allowed yet, and values ``(N,)`` of states; differentiable.
-
-    States of one text are prefixes of each other, so each text is computed once.
-
-    Args:
-        rows: ``(N, P + T)`` int64, -1 where there is no token.
-    """
-    texts, row = (
-        torch.as_tensor(x, device=rows.device) for x in shared_texts(rows.cpu().numpy(), policy.prompt_length)
-    )
+    """Logits ``(N, V)``, EOS at -inf where it is not allowed yet, and values ``(N,)`` of states ``(N, P + T)`` int64,
+    -1 where there is no token; differentiable. Each text is computed once."""
+    shared = shared_texts(rows.cpu().numpy(), policy.prompt_length)
+    texts, row = (torch.as_tensor(x, device=rows.device) for x in shared)
     prompt, response = texts[:, : policy.prompt_length], texts[:, policy.prompt_length :]
     position = (rows[:, policy.prompt_length :] >= 0).sum(dim=1)
     prompt = prompt[:, int(((prompt >= 0).any(dim=0).cumsum(0) == 0).sum()) :]  # without columns that are empty in all
@@ -109,9 +96,9 @@ def read_states(policy: LMPolicy, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shared_texts(texts: NDArray[np.int64], prompt_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The texts that are no prefix of another one.
+    """Find the texts that are no prefix of another one.
 
-    In lexicographic order a prefix stands right before a text that it begins. So each text belongs to the end of its
+    In lexicographic order a prefix comes right before a text that it begins, so each text belongs to the end of its
     run of prefixes.
 
     Args:
@@ -119,7 +106,7 @@ def shared_texts(texts: NDArray[np.int64], prompt_length: int) -> tuple[NDArray[
         prompt_length: P.
 
     Returns:
-        ``(L, P + T)`` those texts, each once, and ``(N,)`` int64, which of them each text begins or is.
+        ``(L, P + T)`` those texts, each once, and ``(N,)`` int64, the index of the one that each text begins or is.
     """
     end = prompt_length + (texts[:, prompt_length:] >= 0).sum(axis=1)
     # Big-endian bytes compare as the numbers do; no token is 0 and comes before all.

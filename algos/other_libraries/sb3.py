@@ -1,11 +1,9 @@
 """Unmodified Stable-Baselines3 on text: ``PPO(CausalLMActorCriticPolicy, TextVecEnv(env)).learn(...)``.
 
-The library passes what policy and environment need of each other. The observation space describes the text and the
-start model (:class:`TextSpace`). Actions carry the log-probabilities they were sampled with (:class:`ToldActions`), so
-the environment charges the exact KL penalty in training and evaluation, behind wrappers and after loading.
-
-Tokens are sampled by inverse CDF, but their uniform numbers come from torch's generator, which ``PPO(seed=...)`` seeds,
-because Stable-Baselines3 does not tell a policy which episode it acts in. Prompts depend only on seed and episode.
+The observation space describes the text and the start model (:class:`TextSpace`). Actions carry the log-probabilities
+they were sampled with (:class:`ToldActions`), so the env charges the exact KL penalty in training and evaluation,
+behind wrappers and after loading. Uniform numbers come from torch's generator, which ``PPO(seed=...)`` seeds, because
+Stable-Baselines3 does not tell a policy which episode it acts in. Prompts depend only on seed and episode.
 """
 
 from collections.abc import Sequence
@@ -35,7 +33,7 @@ __all__ = [
 
 
 class _SampledTokens(Tensor):
-    """Becomes :class:`ToldActions` by the ``.cpu().numpy()`` that Stable-Baselines3 calls."""
+    """Tokens that become :class:`ToldActions` by the ``.cpu().numpy()`` that Stable-Baselines3 calls."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain
     logprob: Tensor
@@ -59,9 +57,8 @@ class _TextActorCritic:
     """A mixin that makes the library's actor-critic classes a causal language model with a value head.
 
     ``lm`` is the trained :class:`~lm_envs.algos.policies.language_model.LMPolicy`, a copy of the task's model. Stepping
-    uses its KV caches; :meth:`evaluate_actions` reads each text that contains the given steps once. So a minibatch of
-    the whole buffer (``batch_size = n_steps * n_envs``) costs one forward per episode, and smaller ones, which the
-    library draws from single steps, read shared prefixes again.
+    uses its KV caches; :meth:`evaluate_actions` reads each text that contains the given steps once, so a minibatch of
+    the whole buffer (``batch_size = n_steps * n_envs``) costs one forward per episode, and smaller ones more.
     """
 
     lm: LMPolicy
@@ -97,8 +94,6 @@ class _TextActorCritic:
         self.lm.value_steps()
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
-    # Stepping
-
     def _step(self: Any, obs: Tensor, masks: Any, deterministic: bool) -> tuple[_SampledTokens, Tensor]:
         """Tokens and log-probabilities, ``(N,)``, by the cached forward."""
         logits = _mask(self.lm.next_logits(obs), masks)
@@ -120,8 +115,6 @@ class _TextActorCritic:
 
     def _predict(self: Any, observation: Tensor, deterministic: bool = False, action_masks: Any = None) -> Tensor:
         return self._step(observation, action_masks, deterministic)[0]
-
-    # Reading
 
     def _read(self: Any, obs: Tensor, masks: Any) -> tuple[Tensor, Tensor]:
         """Logits ``(N, V)`` and values ``(N, 1)`` of stored steps, differentiable."""

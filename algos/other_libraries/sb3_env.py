@@ -20,15 +20,8 @@ from lm_envs.env.rows import TextRows
 
 @dataclass(frozen=True)
 class TextSpec:
-    """What a policy must know of a text environment.
-
-    Attributes:
-        prompt_length, max_new_tokens: P and T of the observation.
-        eos_token_id, temperature, min_new_tokens, reference_top_k: of the trained distribution.
-        is_bandit: whether a step is a whole response.
-        model_class, config, dtype: make a model of the same shape without ``start``.
-        start: the start model; left out of pickles, so that a saved agent holds only its own weights.
-    """
+    """What a policy must know of a text env. Pickles leave ``start`` out, so that a saved agent holds only its own
+    weights; ``model_class``, ``config`` and ``dtype`` then make a model of the same shape."""
 
     prompt_length: int
     max_new_tokens: int
@@ -74,7 +67,7 @@ class TextSpace(spaces.Box):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # a copy would lose the model, as a pickle does
+        return self  # a copy would lose the model
 
 
 class ToldActions(np.ndarray):
@@ -135,11 +128,9 @@ class TextVecEnv(VecEnv):
         return obs
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
-        """Store the actions of the coming step, with their log-probabilities if they are :class:`ToldActions`."""
         self._actions = actions
 
     def step_wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Return observations, rewards, dones and an info per row."""
         actions, self._actions = self._actions, None
         assert actions is not None, "call step_async first"
         if isinstance(actions, ToldActions) and actions.logprob is not None:
@@ -158,11 +149,9 @@ class TextVecEnv(VecEnv):
         return obs, rewards.astype(np.float32), done, rows
 
     def close(self) -> None:
-        """Close the environment."""
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Return the attribute of each row."""
         rows = list(self._get_indices(indices))
         if attr_name in ("action_masks", "render"):
             return [partial(self._of_row, attr_name, row) for row in rows]
@@ -174,7 +163,6 @@ class TextVecEnv(VecEnv):
         return None if found is None else found[row]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute for all rows."""
         self._need_all(indices, f"set_attr({attr_name!r})")
         setattr(self.text_env, attr_name, value)
 
@@ -192,7 +180,6 @@ class TextVecEnv(VecEnv):
             raise ValueError(f"{what}: the rows of a TextVecEnv share one environment, so indices must be None")
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """Return whether a wrapper of that class is around the environment, for each row."""
         env, found = self.env, isinstance(self.env, wrapper_class)
         while env is not self.text_env and not found:
             env = env.env
