@@ -37,8 +37,8 @@ from lm_envs.tasks.base import TextTask
 from lm_envs.training import add_gradients, stream, take_step
 from lm_envs.trajectories import Trajectories
 
-_COUNTERS = ("iterations_done", "episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls")
-_COUNTERS += ("comparisons_done", "trained_tokens")
+_SAMPLED = ("episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls", "comparisons_done")
+_COUNTERS = ("iterations_done", *_SAMPLED, "trained_tokens")
 _WEIGHTS = itertools.count()  # numbers of weights: equal numbers, equal weights
 
 C = TypeVar("C", bound=AgentConfig)

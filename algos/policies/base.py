@@ -120,7 +120,7 @@ class Policy(nn.Module):
 
 
 class TextPolicy(Policy):
-    """A policy of text: an action is a token ("mdp") or a whole response of up to ``horizon`` tokens ("bandit")."""
+    """A policy of text: an action is a token, or with ``bandit`` a whole response of up to ``horizon`` tokens."""
 
     sequence_obs = True
 

@@ -102,15 +102,15 @@ def ranked(groups: int = 6, seed: int = 0) -> Trajectories:
 
 def learner(name: str, kind: str = "mdp", env=None, **overrides):
     """An agent on the tiny text task, or on the data it needs."""
-    kind, settings = load(name), SMALL | overrides
+    algorithm, settings = load(name), SMALL | overrides
     if name == "reward-modelling":
         return make_agent(name, reward_policy(), data=ranked(), **({"episodes": 6} | overrides))
     policy = text_policy(env or text_env(kind, settings["group_size"]), kind)
     if settings.get("value_from") == "reward_model":
         return make_agent(name, policy, learned_task(), **settings)
-    if kind.needs_data:
-        settings = {"episodes": 6 if kind.unit == "group" else 8} | overrides
-    if kind.preference_data:
+    if algorithm.needs_data:
+        settings = {"episodes": 6 if algorithm.unit == "group" else 8} | overrides
+    if algorithm.preference_data:
         if {"pairs", "flip"} & overrides.keys():  # what simulated annotators are told
             return make_agent(name, policy, text_task(), **settings)
         return make_agent(name, policy, data=ranked(), **settings)
@@ -119,7 +119,7 @@ def learner(name: str, kind: str = "mdp", env=None, **overrides):
     if name == "quark":
         settings = {"learn_episodes": None, "minibatches": 2} | settings
     mixed = settings.get("ptx_coef", 0.5) if name == "ppo-ptx" else settings.get("alpha", 0.0)
-    data = demonstrations(texts(), 2, 6) if kind.needs_data or mixed else None
+    data = demonstrations(texts(), 2, 6) if algorithm.needs_data or mixed else None
     agent = make_agent(name, policy, data=data, **settings)
     if name == "quark":
         agent.reference = LMPolicy.for_mdp(text_env().mdp, text_task().reference)
