@@ -1561,8 +1561,8 @@ MUTATIONS = [
     Mutation(
         "an answer replaces one it has not seen",
         "lm_envs/feedback/store.py",
-        "            if now != version:",
-        "            if now > version + 1:",
+        "            if task.version != version:",
+        "            if task.version > version + 1:",
         "tests/lm_envs/feedback/test_server.py::test_two_windows_do_not_collide_and_a_repeated_request_is_no_second_answer",
     ),
     Mutation(
@@ -1589,8 +1589,8 @@ MUTATIONS = [
     Mutation(
         "everybody gets every item",
         "lm_envs/feedback/store.py",
-        "\"AND (i.known != '[]' OR coalesce(taken.n, 0) < ?3) \"",
-        "\"AND (i.known != '[]' OR coalesce(taken.n, 0) < ?3 + 9) \"",
+        "WHERE gold OR taken < ?3 ORDER",
+        "WHERE gold OR taken < ?3 + 9 ORDER",
         "tests/lm_envs/feedback/test_server.py::test_overlap_gold_and_no_item_twice",
     ),
     Mutation(

@@ -1,8 +1,9 @@
 """The SQLite file of a study: items, annotators, who was shown what, and every answer that was ever given.
 
-Answers are appended, never changed: the last version of an annotator's answer to an item counts, and taking one back
-is a version without content. An answer is on the disk before it is acknowledged (``synchronous = FULL``), so that
-neither a killed server nor a power cut loses one.
+Answers are appended, never changed. The last version of an annotator's answer to an item counts, and taking one back is
+a version without content; the table of what was shown repeats that version, so that no query goes through all of them.
+An answer is on the disk before it is acknowledged (``synchronous = FULL``), so that neither a killed server nor a power
+cut loses one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import hmac
 import json
 import secrets
 import sqlite3
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,14 +38,12 @@ CREATE TABLE IF NOT EXISTS responses (
 CREATE TABLE IF NOT EXISTS annotators (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, since REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS shown (
     annotator INTEGER NOT NULL REFERENCES annotators ON DELETE CASCADE, item INTEGER NOT NULL REFERENCES items,
-    at REAL NOT NULL, PRIMARY KEY (annotator, item)) STRICT;
+    at REAL NOT NULL, version INTEGER NOT NULL DEFAULT 0, body TEXT, answered REAL,
+    PRIMARY KEY (annotator, item)) STRICT;
+CREATE INDEX IF NOT EXISTS by_item ON shown (item, answered, at);
 CREATE TABLE IF NOT EXISTS answers (
     annotator INTEGER NOT NULL REFERENCES annotators ON DELETE CASCADE, item INTEGER NOT NULL REFERENCES items,
     version INTEGER NOT NULL, body TEXT, at REAL NOT NULL, PRIMARY KEY (annotator, item, version)) STRICT;
-CREATE VIEW IF NOT EXISTS current AS
-    SELECT annotator, item, version, body, max(at) AS at FROM answers AS a
-    WHERE version = (SELECT max(version) FROM answers AS b WHERE b.annotator = a.annotator AND b.item = a.item)
-    GROUP BY annotator, item;
 """
 
 
@@ -83,7 +84,7 @@ class Judgment:
 
 
 class Store:
-    """A study's database. Every method opens its own connection, so threads and processes may share a study.
+    """A study's database, which threads and processes may share.
 
     Args:
         folder: of the study.
@@ -95,6 +96,13 @@ class Store:
         self.path = folder / FILE
         self.settings = settings
         self.clock = clock
+        self._lock = threading.RLock()
+        # One connection: closing the last one of a database copies its log, and SQLite lets threads that wait starve.
+        with self._naming():
+            self._database = sqlite3.connect(self.path, timeout=30.0, isolation_level=None, check_same_thread=False)
+            weakref.finalize(self, self._database.close)
+            for setting in ("journal_mode = WAL", "foreign_keys = ON"):
+                self._database.execute(f"PRAGMA {setting}")
         with self._open() as database:
             database.executescript(_SCHEMA)
             database.execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (secrets.token_hex(32),))
@@ -104,28 +112,31 @@ class Store:
         self.path.chmod(0o600)  # it holds the secret of the annotators' links, and what people wrote
 
     @contextmanager
-    def _open(self, write: bool = False) -> Iterator[sqlite3.Connection]:
-        try:
-            database = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
-            database.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from error
-        try:
-            database.execute("PRAGMA synchronous = FULL")
-            database.execute("PRAGMA foreign_keys = ON")
-            if write:
-                database.execute("BEGIN IMMEDIATE")
-            yield database
-            if write:
+    def _open(self, write: bool = False, lasting: bool = True) -> Iterator[sqlite3.Connection]:
+        """The connection; with ``write`` in a transaction, which is on the disk when it ends if it is ``lasting``."""
+        with self._lock, self._naming():
+            database = self._database
+            if not write:
+                yield database
+                return
+            database.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
                 database.execute("COMMIT")
-        except BaseException as error:
-            if database.in_transaction:
-                database.execute("ROLLBACK")
+            except BaseException:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
             if type(error) in (sqlite3.DatabaseError, sqlite3.OperationalError):
                 raise self._damaged(error) from error
             raise
-        finally:
-            database.close()
 
     def _damaged(self, error: BaseException) -> ValueError:
         return ValueError(f"{self.path} cannot be used: {error}; restore it from a copy")
@@ -178,7 +189,7 @@ class Store:
         """Delete an annotator with everything that person was shown and answered; the number of answers that went."""
         with self._open(write=True) as database:
             count = database.execute(
-                "SELECT count(*) FROM current JOIN annotators ON annotators.id = annotator WHERE name = ?", (name,)
+                "SELECT count(answered) FROM shown JOIN annotators ON annotators.id = annotator WHERE name = ?", (name,)
             ).fetchone()[0]
             if not database.execute("DELETE FROM annotators WHERE name = ?", (name,)).rowcount:
                 raise KeyError(f"this study has no annotator {name!r}")
@@ -216,33 +227,30 @@ class Store:
         First the one that was shown and not answered; then gold items; then the item that fewest have answered or
         hold, of those that still need an answer. The same window asking twice gets the same item.
         """
-        now = self.clock()
-        fresh = now - 60.0 * self.settings.hold_minutes
-        with self._open(write=True) as database:
+        fresh = self.clock() - 60.0 * self.settings.hold_minutes
+        with self._open(write=True, lasting=False) as database:  # who holds what may be forgotten
             found = database.execute(
-                "SELECT s.item FROM shown AS s LEFT JOIN current AS c ON c.annotator = s.annotator AND c.item = s.item "
-                "WHERE s.annotator = ? AND (c.body IS NULL) ORDER BY c.version IS NULL, s.at LIMIT 1",
+                "SELECT item FROM shown WHERE annotator = ? AND answered IS NULL ORDER BY version = 0, at LIMIT 1",
                 (annotator,),
             ).fetchone()
             if found is None:
                 found = database.execute(
-                    "SELECT i.id FROM items AS i LEFT JOIN ("
-                    "  SELECT s.item AS item, count(*) AS n FROM shown AS s LEFT JOIN current AS c "
-                    "  ON c.annotator = s.annotator AND c.item = s.item "
-                    "  WHERE c.body IS NOT NULL OR s.at > ?2 GROUP BY s.item) AS taken ON taken.item = i.id "
-                    "WHERE i.id NOT IN (SELECT item FROM shown WHERE annotator = ?1) "
-                    "AND (i.known != '[]' OR coalesce(taken.n, 0) < ?3) "
-                    "ORDER BY i.known = '[]', CASE WHEN i.known = '[]' THEN coalesce(taken.n, 0) ELSE 0 END, i.id "
-                    "LIMIT 1",
+                    "WITH open AS MATERIALIZED (SELECT id, known != '[]' AS gold, (SELECT count(*) FROM shown "
+                    "  WHERE item = id AND (answered IS NOT NULL OR at > ?2)) AS taken "
+                    "  FROM items WHERE id NOT IN (SELECT item FROM shown WHERE annotator = ?1)) "
+                    "SELECT id FROM open WHERE gold OR taken < ?3 ORDER BY NOT gold, taken * NOT gold, id LIMIT 1",
                     (annotator, fresh, self.settings.overlap),
                 ).fetchone()
             if found is None:
                 return None
-            database.execute(
-                "INSERT INTO shown VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET at = excluded.at",
-                (annotator, found[0], now),
-            )
+            self._hold(database, annotator, found[0])
             return self._task(database, annotator, found[0])
+
+    def _hold(self, database: sqlite3.Connection, annotator: int, item: int) -> None:
+        database.execute(
+            "INSERT INTO shown (annotator, item, at) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET at = excluded.at",
+            (annotator, item, self.clock()),
+        )
 
     def task(self, annotator: int, item: int) -> Task:
         """An item that was shown to an annotator, with that annotator's answer.
@@ -254,14 +262,13 @@ class Store:
             return self._task(database, annotator, item)
 
     def _task(self, database: sqlite3.Connection, annotator: int, item: int) -> Task:
-        if not database.execute("SELECT 1 FROM shown WHERE annotator = ? AND item = ?", (annotator, item)).fetchone():
+        row = database.execute(
+            "SELECT version, body FROM shown WHERE annotator = ? AND item = ?", (annotator, item)
+        ).fetchone()
+        if row is None:
             raise PermissionError("this item was not given to you")
         content = _item(database, item)
-        row = database.execute(
-            "SELECT version, body FROM current WHERE annotator = ? AND item = ?", (annotator, item)
-        ).fetchone()
-        version, body = row or (0, None)
-        return Task(item, content, self.order(annotator, item, len(content.responses)), version, _answer(body))
+        return Task(item, content, self.order(annotator, item, len(content.responses)), row[0], _answer(row[1]))
 
     def order(self, annotator: int, item: int, count: int) -> tuple[int, ...]:
         """The order in which an annotator sees an item's responses: a function of (seed, annotator, item)."""
@@ -278,20 +285,24 @@ class Store:
             PermissionError: the item was never shown to that annotator.
             StaleAnswer: there is another version by now.
         """
-        body = None if answer is None else json.dumps(asdict(answer))
         with self._open(write=True) as database:
-            now = self._task(database, annotator, item).version
-            if now != version:
+            task = self._task(database, annotator, item)
+            if task.version != version:
                 # A window that sends again what was written before the network broke is answered as the first time.
-                last = database.execute(
-                    "SELECT body FROM answers WHERE annotator = ? AND item = ? AND version = ?", (annotator, item, now)
-                ).fetchone()
-                if now == version + 1 and last[0] == body:
-                    return now
+                if task.version == version + 1 and task.answer == answer:
+                    return task.version
                 raise StaleAnswer("this item was answered in another window: reload to see that answer")
-            row = (annotator, item, version + 1, body, self.clock())
-            database.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", row)
-            return version + 1
+            return self._append(database, annotator, item, answer)
+
+    def _append(self, database: sqlite3.Connection, annotator: int, item: int, answer: Answer | None) -> int:
+        body, now = None if answer is None else json.dumps(asdict(answer)), self.clock()
+        (version,) = database.execute(
+            "UPDATE shown SET version = version + 1, body = ?, answered = ? WHERE annotator = ? AND item = ? "
+            "RETURNING version",
+            (body, now if body else None, annotator, item),
+        ).fetchone()
+        database.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", (annotator, item, version, body, now))
+        return int(version)
 
     def take(self, item: Item, name: str, answer: Answer) -> None:
         """Record an answer that was given elsewhere to an item that this study has; the last one counts."""
@@ -300,18 +311,16 @@ class Store:
             texts = tuple(response.text for response in item.responses)
             rows = database.execute("SELECT id FROM items WHERE prompt = ?", (json.dumps(item.prompt),)).fetchall()
             number = next(number for (number,) in rows if _texts(database, number) == texts)
-            database.execute("INSERT OR IGNORE INTO shown VALUES (?, ?, ?)", (annotator, number, self.clock()))
-            version = self._task(database, annotator, number).version + 1
-            row = (annotator, number, version, json.dumps(asdict(answer)), self.clock())
-            database.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", row)
+            self._hold(database, annotator, number)
+            self._append(database, annotator, number, answer)
 
     def last(self, annotator: int, before: int | None = None) -> Task | None:
         """The item that an annotator answered last, or last before ``before``: where "back" leads."""
         with self._open() as database:
             row = database.execute(
-                "SELECT item FROM current WHERE annotator = ?1 AND body IS NOT NULL AND item IS NOT ?2 "
-                "AND at <= coalesce((SELECT at FROM current WHERE annotator = ?1 AND item = ?2), 1e300) "
-                "ORDER BY at DESC LIMIT 1",
+                "SELECT item FROM shown WHERE annotator = ?1 AND answered IS NOT NULL AND item IS NOT ?2 "
+                "AND answered <= coalesce((SELECT answered FROM shown WHERE annotator = ?1 AND item = ?2), 1e300) "
+                "ORDER BY answered DESC LIMIT 1",
                 (annotator, before),
             ).fetchone()
             return None if row is None else self._task(database, annotator, row[0])
@@ -319,14 +328,10 @@ class Store:
     def progress(self, annotator: int) -> tuple[int, int]:
         """How many items an annotator has answered, and how many of the others could still be that annotator's."""
         with self._open() as database:
-            done = database.execute(
-                "SELECT count(*) FROM current WHERE annotator = ? AND body IS NOT NULL", (annotator,)
-            ).fetchone()[0]
+            done = database.execute("SELECT count(answered) FROM shown WHERE annotator = ?", (annotator,)).fetchone()[0]
             left = database.execute(
-                "SELECT count(*) FROM items AS i LEFT JOIN ("
-                "  SELECT item, count(*) AS n FROM current WHERE body IS NOT NULL AND annotator != ?1 GROUP BY item"
-                ") AS c ON c.item = i.id WHERE (i.known != '[]' OR coalesce(c.n, 0) < ?2) "
-                "AND i.id NOT IN (SELECT item FROM current WHERE annotator = ?1 AND body IS NOT NULL)",
+                "SELECT count(*) FROM items WHERE id NOT IN (SELECT item FROM shown WHERE annotator = ?1 AND answered "
+                "IS NOT NULL) AND (known != '[]' OR (SELECT count(answered) FROM shown WHERE item = id) < ?2)",
                 (annotator, self.settings.overlap),
             ).fetchone()[0]
         return int(done), int(left)
@@ -342,8 +347,8 @@ class Store:
         with self._open() as database:
             contents = {number: _item(database, number) for (number,) in database.execute("SELECT id FROM items")}
             rows = database.execute(
-                "SELECT name, annotator, item, body, at FROM current JOIN annotators ON annotators.id = annotator "
-                "WHERE body IS NOT NULL ORDER BY item, annotator"
+                "SELECT name, annotator, item, body, answered FROM shown JOIN annotators ON annotators.id = annotator "
+                "WHERE answered IS NOT NULL ORDER BY item, annotator"
             ).fetchall()
         found = []
         for name, annotator, item, body, at in rows:
