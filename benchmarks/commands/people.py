@@ -51,7 +51,9 @@ class New:
     max_new_tokens: Count = 64
     """Longest response in tokens."""
     comparison: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Show the test samples of a finished comparison instead."""
+    """Show the test samples of a finished comparison instead; in mode pair each method's beside SFT's."""
+    task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Of a comparison with several tasks: which."""
     texts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Show texts instead: rows of prompt, completions, and sources and ranks if known."""
     judged: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -106,12 +108,12 @@ class New:
                 self.policy, self.prompts, self.responses, self.temperature, self.max_new_tokens, self.seed, self.limit
             )
         elif self.comparison:
-            found = people_items.compared(self.comparison, self.seed, self.limit)
+            found = people_items.compared(self.comparison, self.task, self.limit)
         elif self.texts:
             found = people_items.of_file(self.texts, self.limit)
         else:
             found = iter([item for item, _, _ in judgments])
-        items = list(people_items.in_pairs(found) if self.mode == "pair" else found)
+        items = list(people_items.in_pairs(found, "sft" if self.comparison else None) if self.mode == "pair" else found)
         if self.gold:
             items += people_items.of_file(self.gold)
         if not items:

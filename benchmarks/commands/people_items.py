@@ -14,7 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 from lm_envs import rng
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.storage import Records
+from lm_envs.benchmarks.report.series import by_task, gather
+from lm_envs.benchmarks.run.results import collect_results
 from lm_envs.data.conventions import nested, text_of
 from lm_envs.data.dataset import Examples, check_letters
 from lm_envs.data.sources import read_rows, short
@@ -103,31 +104,28 @@ def _write(
     return found
 
 
-def compared(folder: Path, seed: int, limit: int | None = None) -> Iterator[Item]:
-    """Items of a finished comparison's test samples: a prompt with each method's response.
+def compared(folder: Path, task: str | None, limit: int | None = None) -> Iterator[Item]:
+    """Items of a finished comparison's test samples: a prompt with each method's response, of the first seed.
 
     Args:
-        folder: of the comparison; of one task.
-        seed: whose runs.
+        folder: of the comparison.
+        task: one of its tasks; None if it has one.
 
     Raises:
-        UserError: no finished runs of that seed, or of several tasks.
+        UserError: another number of tasks than one, or fewer than two methods with test samples.
     """
-    runs = sorted(folder.glob(f"*/*/seed-{seed}/samples.jsonl"))
-    if len({path.parents[2] for path in runs}) != 1:
-        tasks = ", ".join(sorted({path.parents[2].name for path in runs})) or "none"
-        raise UserError(f"{folder}: wanted finished runs of one task and seed {seed}, found runs of {tasks}")
-    by_prompt: dict[int, tuple[str, list[Response]]] = {}
-    for path in runs:
-        for number, record in enumerate(each for each in Records(path).read() if each["split"] == "test"):
-            prompt, responses = by_prompt.setdefault(number, (record["prompt"], []))
-            if prompt != record["prompt"]:
-                raise UserError(f"{path}: other test prompts than the runs beside it; compare them in one suite")
-            responses.append(Response(record["response"], path.parents[1].name))
-    whole = [Item(prompt, tuple(responses)) for prompt, responses in by_prompt.values() if len(responses) == len(runs)]
-    if len(runs) < 2 or not whole:
-        raise UserError(f"{folder}: needs two or more finished runs with test samples; found {len(runs)}")
-    yield from whole[:limit]
+    tasks = by_task(gather(folder, collect_results(folder)))
+    mine = tasks.get(task or next(iter(tasks)))
+    if mine is None or (task is None and len(tasks) > 1):
+        raise UserError(f"{folder} has runs of {', '.join(tasks)}: choose one by --task")
+    samples = {s.label: found for s in mine if (found := s.test_samples())}
+    if len(samples) < 2:
+        raise UserError(f"{folder}: needs two or more finished runs with test samples; found {len(samples)}")
+    for records in itertools.islice(zip(*samples.values(), strict=False), limit):
+        if len({record["prompt"] for record in records}) != 1:
+            raise UserError(f"{folder}: the runs have other test prompts; compare them in one suite")
+        responses = [Response(record["response"], label) for label, record in zip(samples, records, strict=True)]
+        yield Item(records[0]["prompt"], tuple(responses))
 
 
 def of_file(path: Path, limit: int | None = None) -> Iterator[Item]:
@@ -170,11 +168,16 @@ def _list(row: Mapping[str, Any], name: str) -> list[Any]:
     return found
 
 
-def in_pairs(items: Iterable[Item]) -> Iterator[Item]:
-    """Items of several responses as items of two, each response with the next one and the last with the first."""
+def in_pairs(items: Iterable[Item], against: str | None = None) -> Iterator[Item]:
+    """Items of several responses as items of two: each response with that of the source ``against``, or where an item
+    has none such with the next one, and the last with the first."""
     for item in items:
-        count = len(item.responses)
-        for k in range(count if count > 2 else 1):
-            two = (k, (k + 1) % count)
+        sources = [response.source for response in item.responses]
+        count = len(sources)
+        if against in sources:
+            pairs = [(k, sources.index(against)) for k in range(count) if sources[k] != against]
+        else:
+            pairs = [(k, (k + 1) % count) for k in range(count if count > 2 else 1)]
+        for two in pairs:
             known = tuple(item.known[place] for place in two) if item.known else ()
             yield Item(item.prompt, tuple(item.responses[place] for place in two), known=known, columns=item.columns)

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from lm_envs.benchmarks.errors import RunsFailed, UserError
 from lm_envs.benchmarks.run.suites import Suite
+from lm_envs.feedback.store import Store
+from lm_envs.feedback.study import read_settings
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,14 @@ class Report:
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of a comparison."""
+    people: Annotated[Path | None, tyro.conf.arg(metavar="STUDY")] = None
+    """Set what people said in a study of its test samples beside what the judge did (docs/people.md); writes people.csv
+    too."""
 
     def run(self, console: Console) -> None:
         if not self.out.is_dir():
             raise UserError(f"no such folder: {self.out}")
-        show(self.out)
+        show(self.out, self.people)
 
 
 def carry_out(suite: Suite, out: Path, **options: Any) -> None:
@@ -39,16 +44,20 @@ def carry_out(suite: Suite, out: Path, **options: Any) -> None:
     show(out)
 
 
-def show(out: Path) -> None:
-    """Write the report of a folder and print its table."""
+def show(out: Path, people: Path | None = None) -> None:
+    """Write the report of a folder, beside what people said in a study, and print its table."""
     from lm_envs.benchmarks.report.html import write_report
+    from lm_envs.benchmarks.report.human import add_people
     from lm_envs.benchmarks.run.compare import write_results
     from lm_envs.benchmarks.run.results import rich_table, table
 
     rows = write_results(out)
+    made = [out / "results.csv"]
+    if people is not None:
+        made.append(add_people(out, rows, Store(people, read_settings(people)).judgments()))
     path = write_report(out, rows)
     console = Console(emoji=False)
     if not console.is_terminal:
         console = Console(emoji=False, width=160)
     console.print(rich_table(table(rows), console.width))
-    console.print(f"{out / 'results.csv'}\n{path}", highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(map(str, [*made, path])), highlight=False, markup=False, soft_wrap=True)

@@ -24,6 +24,11 @@ _FIGURES = {
         "Win-rate",
         "Each test prompt is answered once by the method and once by SFT; the gold judge decides, ties count half.",
     ),
+    "people": (
+        "People and judge",
+        "Each method against SFT, by people and by the judge. On the dashed line the two agree; the rank correlation has "
+        "its 95 % interval over resampled prompts.",
+    ),
     "frontier": (
         "Reward against KL",
         "How much score a method buys for its distance from SFT. Lines: training, on validation prompts, one per seed. "

@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from lm_envs.benchmarks.report.human import correlation
 from lm_envs.benchmarks.report.series import Series, by_task, styles
 from lm_envs.benchmarks.run.results import number, table
 
@@ -56,6 +57,34 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
     ax.set_xlim(min(40, *(100 * line.mean["win_rate"] - 8 for _, line in lines)), 101)
     ax.set_xlabel("% of test prompts won against SFT (bars: ±2 standard errors)")
     ax.grid(visible=False, axis="y")
+    return figure
+
+
+def people(series: Sequence[Series], style: Style) -> Figure | None:
+    """Win-rates by people against those by the judge, with two standard errors; None where people judged nothing."""
+    lines = [(s, table(s.results)[0]) for s in series if s.results[0].get("human")]
+    if not lines:
+        return None
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    ax = figure.subplots()
+    points = []
+    for s, line in lines:
+        color, marker = style[s.algorithm]
+        at = (100 * line.mean["win_rate"], 100 * line.mean["human"])
+        bars = {"xerr": 200 * line.spread["win_rate"], "yerr": 200 * line.spread["human"]}
+        ax.errorbar(*at, **bars, color=color, linewidth=1.2, alpha=0.6)
+        ax.plot(*at, marker, color=color, markersize=9, markerfacecolor="white" if s.bandit else color)
+        points.append(Label(at, s.label, color, False))
+    ends = (min(*ax.get_xlim(), *ax.get_ylim()), max(*ax.get_xlim(), *ax.get_ylim()))
+    ax.axline((50, 50), slope=1, color="#888888", linestyle="--", linewidth=1)
+    ax.set(xlim=ends, ylim=ends, aspect="equal")
+    ax.set_xlabel("% won against SFT by the judge (bars: ±2 standard errors)")
+    ax.set_ylabel("% won against SFT by people")
+    if (order := correlation(series)) is not None:
+        ax.set_title(f"Rank correlation {order} of {order.count} methods")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    _label(figure, ax, points)
     return figure
 
 
@@ -261,6 +290,7 @@ def figures(series: list[Series]) -> dict[tuple[str, str], Figure]:
     with matplotlib.rc_context(STYLE):
         for task, mine in by_task(series).items():
             made = {"win-rate": win_rates(mine, style), "learning-curves": learning_curves(mine, style)}
+            made["people"] = people(mine, style)
             made["frontier"] = None if all(np.isnan(s.mean("kl")) for s in mine) else frontier(mine, style)
             found |= {(task, kind): figure for kind, figure in made.items() if figure is not None}
     return found

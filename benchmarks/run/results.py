@@ -105,6 +105,9 @@ def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
         mean[name] = float(values.mean())
         spread[name] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     spread["win_rate"] = _win_rate_se(rows)
+    human = np.array([outcome for outcome in rows[0].get("human", ()) if not math.isnan(outcome)])
+    mean["human"] = float(human.mean()) if len(human) else math.nan
+    spread["human"] = standard_error(human)
     bound = any(row.get("kl_is_bound", False) for row in rows)
     seeds = tuple(row["seed"] for row in rows)
     return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"))
@@ -135,6 +138,7 @@ def _aside(name: str, title: str, digits: int, meaning: str, percent: bool = Fal
 
 SHOWN = (
     Column("win_rate", "win-rate %", 1, "of the gold judge, against SFT on the same test prompts, ties half", True),
+    Column("human", "people's win-rate %", 1, "of people, against SFT on the test prompts of a study, ties half", True),
     Column("gold", "gold", 2, "mean score of the judge, which no method trains on"),
     _aside("gold_positive", "gold + %", 1, "share of texts that the judge calls positive", percent=True),
     Column("proxy", "proxy", 2, "mean score of the reward that trains"),
@@ -200,7 +204,7 @@ def shown(lines: Sequence[Line]) -> list[Column]:
 
 def footnotes(lines: Sequence[Line]) -> list[str]:
     """Return the notes that a reader of the table needs."""
-    notes = ["± is the standard deviation over seeds; for the win-rate, the standard error over prompts."]
+    notes = ["± is the standard deviation over seeds; for win-rates, the standard error over prompts."]
     texts = [line for line in lines if not is_control(line.task)]
     fewest = min((line.prompts for line in texts if line.prompts is not None), default=ENOUGH_PROMPTS)
     if fewest < ENOUGH_PROMPTS:

@@ -43,15 +43,20 @@ def battles(judgments: Sequence[Judgment]) -> list[Battle]:
     return found
 
 
-def win_rates(found: Sequence[Battle], against: str, *, seed: int = 0) -> dict[str, Interval]:
-    """How often each source is preferred to ``against``, ties half, with 95 % intervals over items."""
+def outcomes(found: Sequence[Battle], against: str) -> dict[str, list[tuple[int, float]]]:
+    """Per source (item, result) of its battles with ``against``."""
     values: dict[str, list[tuple[int, float]]] = {}
     for battle in found:
         if battle.second == against:
             values.setdefault(battle.first, []).append((battle.item, battle.result))
         elif battle.first == against:
             values.setdefault(battle.second, []).append((battle.item, 1 - battle.result))
-    return {name: share(rows, seed=seed) for name, rows in sorted(values.items())}
+    return values
+
+
+def win_rates(found: Sequence[Battle], against: str, *, seed: int = 0) -> dict[str, Interval]:
+    """How often each source is preferred to ``against``, ties half, with 95 % intervals over items."""
+    return {name: share(rows, seed=seed) for name, rows in sorted(outcomes(found, against).items())}
 
 
 def bradley_terry(found: Sequence[Battle], *, seed: int = 0) -> dict[str, Interval]:

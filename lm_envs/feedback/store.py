@@ -146,9 +146,8 @@ class Store:
     def add_items(self, items: Iterable[Item]) -> int:
         """Append items that the study does not have yet; the number of items that it has now."""
         with self._open(write=True) as database:
-            have = {
-                (prompt, _texts(database, item)) for item, prompt in database.execute("SELECT id, prompt FROM items")
-            }
+            rows = database.execute("SELECT id, prompt FROM items")
+            have = {(prompt, _responses(database, item)) for item, prompt in rows}
             for item in items:
                 count = len(item.responses)
                 most = 2 if self.settings.mode == "pair" else MOST
@@ -156,10 +155,9 @@ class Store:
                     wanted = "2" if most == 2 else f"2 to {most}"
                     raise ValueError(f"an item of mode {self.settings.mode!r} has {wanted} responses, not {count}")
                 prompt = json.dumps(item.prompt)
-                texts = tuple(response.text for response in item.responses)
-                if (prompt, texts) in have:
+                if (prompt, item.responses) in have:
                     continue
-                have.add((prompt, texts))
+                have.add((prompt, item.responses))
                 row = (prompt, json.dumps(item.known), json.dumps(dict(item.columns)))
                 number = database.execute("INSERT INTO items (prompt, known, columns) VALUES (?, ?, ?)", row).lastrowid
                 database.executemany(
@@ -308,9 +306,8 @@ class Store:
         """Record an answer that was given elsewhere to an item that this study has; the last one counts."""
         annotator = self.annotator(name)
         with self._open(write=True) as database:
-            texts = tuple(response.text for response in item.responses)
             rows = database.execute("SELECT id FROM items WHERE prompt = ?", (json.dumps(item.prompt),)).fetchall()
-            number = next(number for (number,) in rows if _texts(database, number) == texts)
+            number = next(number for (number,) in rows if _responses(database, number) == item.responses)
             self._hold(database, annotator, number)
             self._append(database, annotator, number, answer)
 
@@ -370,18 +367,17 @@ def open_study(folder: Path) -> Store:
     return Store(folder, settings)
 
 
-def _texts(database: sqlite3.Connection, item: int) -> tuple[str, ...]:
-    rows = database.execute("SELECT text FROM responses WHERE item = ? ORDER BY place", (item,))
-    return tuple(text for (text,) in rows)
+def _responses(database: sqlite3.Connection, item: int) -> tuple[Response, ...]:
+    rows = database.execute("SELECT text, source FROM responses WHERE item = ? ORDER BY place", (item,))
+    return tuple(Response(*row) for row in rows)
 
 
 def _item(database: sqlite3.Connection, number: int) -> Item:
     row = database.execute("SELECT prompt, known, columns FROM items WHERE id = ?", (number,)).fetchone()
     if row is None:
         raise KeyError(f"this study has no item {number}")
-    responses = database.execute("SELECT text, source FROM responses WHERE item = ? ORDER BY place", (number,))
     prompt, known, columns = map(json.loads, row)
-    return Item(prompt, tuple(Response(*each) for each in responses), tuple(known), columns)
+    return Item(prompt, _responses(database, number), tuple(known), columns)
 
 
 def _answer(body: str | None) -> Answer | None:
