@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import Before
-from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, by_group
+from lm_envs.algos.engine.comparisons import Comparisons, PreferenceConfig, by_group, group_weights
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.advantages import masked
 from lm_envs.algos.ops.losses import dpo_loss
@@ -88,7 +88,7 @@ def preference_loss(traj: Trajectories, now: Any, beta: float) -> tuple[Tensor, 
     moved = masked(now.logprob, traj.mask) - masked(traj.ref_logprob, traj.mask).to(now.logprob.dtype)
     ratio, _ = by_group(moved.sum(dim=1), traj.group, 0.0)
     ranks, _ = by_group(traj.rank, traj.group, -1)
-    loss = dpo_loss(ratio, ranks, beta)
+    loss = dpo_loss(ratio, ranks, beta, group_weights(traj))
     pairs = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None]
     margin = (ratio[:, :, None] - ratio[:, None, :]).detach()
     return loss, {

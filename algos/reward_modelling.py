@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lm_envs.algos.engine.agent import Agent
-from lm_envs.algos.engine.comparisons import Comparisons, by_group
+from lm_envs.algos.engine.comparisons import Comparisons, by_group, group_weights
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.losses import plackett_luce_loss
@@ -93,7 +93,7 @@ class RewardModelling(Agent[RewardModellingConfig]):
         scores, _ = by_group(now.score, traj.group, 0.0)
         ranks, _ = by_group(traj.rank, traj.group, -1)
         fit = bradley_terry_loss if self.config.ranking == "pairs" else plackett_luce_loss
-        loss = fit(scores, ranks)
+        loss = fit(scores, ranks, group_weights(traj))
         pairs = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None]
         right = pairs & (scores[:, :, None] > scores[:, None, :])
         return loss, {"ranking_loss": loss.detach(), "accuracy": (right.sum(), pairs.sum())}

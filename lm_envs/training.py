@@ -40,7 +40,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits[present]), targets[present])
 
 
-def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
+def bradley_terry_loss(scores: Tensor, rank: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return ``-mean log sigmoid(score_i - score_j)`` over all pairs of a group in which i is ranked before j.
 
     Bradley and Terry 1952; as in Ouyang et al. 2022 (InstructGPT, eq. 1) the K-choose-2 pairs of one prompt
@@ -50,6 +50,7 @@ def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
     Args:
         scores: ``(B, K)``.
         rank: ``(B, K)`` int64, 0 is best; equal ranks make no pair, negative ranks mark absent samples.
+        weight: ``(B,)`` by which a group's loss is multiplied; the mean still is over the number of groups.
     """
     here = rank >= 0
     better = (rank[:, :, None] < rank[:, None, :]) & here[:, :, None] & here[:, None, :]
@@ -58,7 +59,7 @@ def bradley_terry_loss(scores: Tensor, rank: Tensor) -> Tensor:
     scores = at_least_float32(scores)
     losses = -F.logsigmoid(scores[group, i] - scores[group, j])
     pairs = better.sum(dim=(1, 2))
-    weights = 1.0 / pairs[group].to(losses.dtype)
+    weights = (1.0 if weight is None else weight[group].to(losses.dtype)) / pairs[group].to(losses.dtype)
     return (losses * weights).sum() / max(int((pairs > 0).sum()), 1)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lm_envs.model.tokens import left_pad, right_pad
 
 _PER_STEP = ("logprob", "reward", "ref_logprob")
-_PER_EPISODE = ("terminated", "truncated", "group", "prompt_index", "sampled_by", "score", "rank")
+_PER_EPISODE = ("terminated", "truncated", "group", "prompt_index", "sampled_by", "score", "rank", "weight")
 _ROWS = ("obs", "final_obs", "prompt", "response")
 _DTYPES = dict.fromkeys(("mask", "terminated", "truncated"), torch.bool) | dict.fromkeys(
     ("group", "rank", "prompt_index", "prompt", "response"), torch.int64
@@ -55,6 +55,7 @@ class Trajectories:
         prompt: ``(B, P)`` int64, left-padded with -1.
         response: ``(B, T_response)`` int64, right-padded with -1; the EOS is part of it.
         rank: ``(B,)`` int64 within the group, 0 is the best.
+        weight: ``(B,)`` of its group in a loss that learns from ranks; None for 1.
 
     ValueError names a field of the wrong shape or dtype.
     """
@@ -76,6 +77,7 @@ class Trajectories:
     prompt: Tensor | None = None
     response: Tensor | None = None
     rank: Tensor | None = None
+    weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask.ndim != 2:

@@ -82,6 +82,11 @@ def by_group(x: Tensor, group: Tensor, fill: float) -> tuple[Tensor, Tensor]:
     return table.masked_scatter(present, x[torch.argsort(group, stable=True)]), present
 
 
+def group_weights(traj: Trajectories) -> Tensor | None:
+    """``(G,)``, the weight of each group in a loss; None for 1."""
+    return None if traj.weight is None or traj.group is None else by_group(traj.weight, traj.group, 0.0)[0][:, 0]
+
+
 def preferences(
     groups: Sequence[Sequence[Sequence[int]]], rank: Sequence[Sequence[int]], prompt_length: int, max_new_tokens: int
 ) -> Trajectories:

@@ -82,6 +82,12 @@ class _Learn:
 
 
 @dataclass(frozen=True)
+class _Preferences(_Learn):
+    weight: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Multiply each row's loss by this column; a study's rows have "agreement" (docs/people.md)."""
+
+
+@dataclass(frozen=True)
 class Sft(_Learn):
     """Fine-tune a language model on demonstrations by maximum likelihood.
 
@@ -95,7 +101,7 @@ class Sft(_Learn):
 
 
 @dataclass(frozen=True)
-class RewardModel(_Learn):
+class RewardModel(_Preferences):
     """Train a reward model on preferences, from a language model with a fresh head or from a reward model.
 
       lm-envs reward-model --model runs/sft/model --data preferences.jsonl --out runs/rm
@@ -107,7 +113,7 @@ class RewardModel(_Learn):
 
 
 @dataclass(frozen=True)
-class Dpo(_Learn):
+class Dpo(_Preferences):
     """Fine-tune a language model on preferences directly (DPO); the model it starts from is the reference.
 
     lm-envs dpo --model runs/sft/model --data preferences.jsonl --out runs/dpo --set beta=0.1

@@ -6,9 +6,11 @@ import getpass
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import tyro
 from annotated_types import Interval
@@ -18,7 +20,7 @@ from rich.table import Table as RichTable
 from lm_envs import files
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.feedback.store import FILE, Store, open_study
-from lm_envs.feedback.study import MOST
+from lm_envs.feedback.study import INSTRUCT_FLAGS, MOST, SETTINGS, StudySettings, write_settings
 from lm_envs.settings import Count, Positive, Probability, Seed
 
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
@@ -70,11 +72,9 @@ class New:
     """Decides samples and the order in which responses are shown."""
 
     def run(self, console: Console) -> None:
-        """Make it."""
         from lm_envs.benchmarks.commands import people_items
         from lm_envs.benchmarks.run.compare import gone_if_refused
         from lm_envs.feedback import exchange
-        from lm_envs.feedback.study import INSTRUCT_FLAGS, SETTINGS, StudySettings
 
         given = {
             "--policy": bool(self.policy),
@@ -123,7 +123,12 @@ class New:
             count = store.add_items(items)
             for item, who, answer in judgments:
                 store.take(item, who, answer)
-            files.write_atomic(self.out / SETTINGS, _toml(settings))
+            if self.policy and len(self.policy) * len(self.temperature) == 1:
+                loop = {"policy": self.policy[0], "prompts": self.prompts, "responses": self.responses}
+                loop |= {"temperature": self.temperature[0], "max_new_tokens": self.max_new_tokens, "seed": self.seed}
+                loop |= {"limit": self.limit, "reward_model": {}, "train": {"algorithm": "ppo"}}
+                write_settings(self.out / "loop.toml", loop)
+            write_settings(self.out / SETTINGS, asdict(settings))
         console.print(
             f"{count} items in {self.out}; next: lm-envs people serve {self.out}", highlight=False, markup=False
         )
@@ -150,7 +155,6 @@ class Serve:
     """What the server is called from outside, behind a proxy that speaks HTTPS."""
 
     def run(self, console: Console) -> None:
-        """Serve."""
         import ipaddress
         import socket
 
@@ -163,12 +167,7 @@ class Serve:
             raise UserError(f"the page needs {error.name}: pip install 'lm-envs[people]'") from error
         names = self.annotator or tuple(store.names()) or (getpass.getuser(),)
         base = self.public.rstrip("/") if self.public else f"http://{self.host}:{self.port}"
-        hosts = [
-            base.partition("://")[2].rpartition(":")[0] or base.partition("://")[2],
-            self.host,
-            "localhost",
-            "127.0.0.1",
-        ]
+        hosts = [urlsplit(base).hostname or self.host, self.host, "localhost", "127.0.0.1"]
         try:
             loopback = ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -207,7 +206,6 @@ class Rank:
     """Who answers; your user name if not given."""
 
     def run(self, console: Console) -> None:
-        """Ask until nothing is left or the input ends."""
         from lm_envs.benchmarks.commands.people_terminal import ask_all
 
         ask_all(open_study(self.study), self.annotator or getpass.getuser())
@@ -241,7 +239,6 @@ class Simulate:
     """Seed of the choices."""
 
     def run(self, console: Console) -> None:
-        """Answer."""
         from lm_envs.feedback.annotators import Annotator, work
 
         store = open_study(self.study)
@@ -278,26 +275,47 @@ class Results:
     study: Folder
     against: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
     """Win-rates against this source; the one most often compared if not given."""
+    reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Set a reward model beside people: how often it agrees, by the margin of its scores, and how often it should."""
     json: bool = False
     """Print JSON."""
 
     def run(self, console: Console) -> None:
-        """Print them."""
         from lm_envs.feedback.summary import summarize
 
-        summary = summarize(open_study(self.study).judgments(), self.against)
+        judgments, scores = open_study(self.study).judgments(), None
+        if self.reward_model is not None:
+            from lm_envs.benchmarks.commands.people_loop import scores_of
+
+            scores = scores_of(self.reward_model, [judgment.content for judgment in judgments])
+        summary = summarize(judgments, self.against, scores)
         if self.json:
             print(json.dumps(files.jsonable(summary), indent=1))
             return
-        for title, rows in summary.items():
-            if not rows:
-                continue
-            table = RichTable(title=title, title_justify="left", show_edge=False)
-            for name in rows[0]:
-                table.add_column(name)
-            for row in rows:
-                table.add_row(*[_cell(value) for value in row.values()])
-            Console(markup=False, emoji=False).print(table)
+        _print(summary)
+
+
+@dataclass(frozen=True)
+class Next:
+    """Go on with a study in rounds: when people have answered, train a reward model and a policy and sample again.
+
+      lm-envs people new --out study --policy runs/sft/model --prompts prompts.jsonl --limit 200
+      lm-envs people serve study
+      lm-envs people next study
+
+    STUDY/loop.toml holds the settings of both trainings. May be stopped at any time: the same command goes on.
+    """
+
+    study: Folder
+    anyway: bool = False
+    """Do not wait for the rest of this round's answers."""
+
+    def run(self, console: Console) -> None:
+        from lm_envs.benchmarks.commands.people_loop import Loop
+
+        loop = Loop(self.study, open_study(self.study))
+        loop.run(console, self.anyway)
+        _print({"Rounds": loop.report()})
 
 
 @dataclass(frozen=True)
@@ -317,7 +335,6 @@ class Export:
     """Ranked completions (JSONL), TRL's prompt, chosen, rejected (JSONL), or CSV."""
 
     def run(self, console: Console) -> None:
-        """Write it."""
         from lm_envs.feedback import exchange
 
         count = exchange.write(self.file, open_study(self.study).judgments(), self.layout)
@@ -336,7 +353,6 @@ class Forget:
     """Annotator to delete."""
 
     def run(self, console: Console) -> None:
-        """Delete it."""
         try:
             count = open_study(self.study).forget(self.annotator)
         except KeyError as error:
@@ -353,6 +369,7 @@ class People:
         | Annotated[Serve, tyro.conf.subcommand("serve", prefix_name=False)]
         | Annotated[Rank, tyro.conf.subcommand("rank", prefix_name=False)]
         | Annotated[Simulate, tyro.conf.subcommand("simulate", prefix_name=False)]
+        | Annotated[Next, tyro.conf.subcommand("next", prefix_name=False)]
         | Annotated[Results, tyro.conf.subcommand("results", prefix_name=False)]
         | Annotated[Export, tyro.conf.subcommand("export", prefix_name=False)]
         | Annotated[Forget, tyro.conf.subcommand("forget", prefix_name=False)],
@@ -360,31 +377,21 @@ class People:
     ]
 
     def run(self, console: Console) -> None:
-        """Do it."""
         self.what.run(console)
+
+
+def _print(tables: Mapping[str, list[dict[str, Any]]]) -> None:
+    for title, rows in tables.items():
+        if rows:
+            table = RichTable(title=title, title_justify="left", show_edge=False)
+            for name in rows[0]:
+                table.add_column(name)
+            for row in rows:
+                table.add_row(*[_cell(value) for value in row.values()])
+            Console(markup=False, emoji=False).print(table)
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.2f}"
     return str(value)
-
-
-def _toml(settings: object) -> str:
-    """The settings as TOML, whose strings and tables are close enough to JSON's to be written as those."""
-    from dataclasses import asdict
-
-    values = asdict(settings)  # type: ignore[call-overload]
-    flags = values.pop("flags")
-    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
-    return (
-        "\n".join(
-            [
-                *lines,
-                "",
-                "[flags]",
-                *(f"{json.dumps(name)} = {json.dumps(text, ensure_ascii=False)}" for name, text in flags.items()),
-            ]
-        )
-        + "\n"
-    )

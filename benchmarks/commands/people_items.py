@@ -36,6 +36,7 @@ def sampled(
     max_new_tokens: int,
     seed: int,
     limit: int | None = None,
+    first: int = 0,
 ) -> Iterator[Item]:
     """Items with ``count`` responses each, from the policies and temperatures in turn.
 
@@ -44,6 +45,7 @@ def sampled(
         prompts: a file, folder or hub name with prompts.
         temperatures: one for all policies or several, of which each policy takes each.
         limit: of prompts.
+        first: the number of the first prompt; behind the last one comes the first of all.
 
     Raises:
         UserError: fewer responses than policies and temperatures.
@@ -53,7 +55,8 @@ def sampled(
         raise UserError(
             f"{len(policies)} policies at {len(temperatures)} temperatures take at least --responses {len(writers)}"
         )
-    rows = list(Examples(prompts, "prompts"))[:limit]
+    rows = list(Examples(prompts, "prompts"))
+    rows = [rows[(first + k) % len(rows)] for k in range(min(limit or len(rows), len(rows)))]
     texts: list[list[Response]] = [[] for _ in rows]
     for name, temperature in writers:
         source = name if len(temperatures) == 1 else f"{name} at temperature {temperature:g}"

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from lm_envs.benchmarks.errors import RunsFailed, UserError
 from lm_envs.benchmarks.run.suites import Suite
-from lm_envs.feedback.store import Store
-from lm_envs.feedback.study import read_settings
+from lm_envs.feedback.store import open_study
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def show(out: Path, people: Path | None = None) -> None:
     rows = write_results(out)
     made = [out / "results.csv"]
     if people is not None:
-        made.append(add_people(out, rows, Store(people, read_settings(people)).judgments()))
+        made.append(add_people(out, rows, open_study(people).judgments()))
     path = write_report(out, rows)
     console = Console(emoji=False)
     if not console.is_terminal:

@@ -56,6 +56,7 @@ class DataSpec:
     on_bad: str = "raise"  # or "skip"
     max_length: int | None = None  # tokens of prompt and completion together; None is the model's context
     max_rows: int | None = None
+    weight: str | None = None  # the column of each preference's weight in the loss; None is 1
     dtype: str | None = None  # None is float32
     device: str | None = None  # None is the CPU
 
@@ -120,7 +121,7 @@ class DataProblem(Problem):
         limits = [limit for limit in (self.spec.max_length, context) if limit is not None]
         codec = Codec(self.tokenizer, self.model)
         reward_eos = pools_last_token(self.model) if self._rewarding else None
-        made_from = {name: getattr(self.spec, name) for name in ("algorithm", "on_bad", "max_rows")} | {
+        made_from = {name: getattr(self.spec, name) for name in ("algorithm", "on_bad", "max_rows", "weight")} | {
             "max_length": min(limits, default=None),
             "reward_eos": reward_eos,
             "data": sources.fingerprint(self.spec.data),
@@ -133,7 +134,7 @@ class DataProblem(Problem):
             return found
         kind = KINDS[self.spec.algorithm]
         data = Examples(self.spec.data, kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
-        encoded = tokenise(data, codec, data.rejected, made_from["max_length"], reward_eos)
+        encoded = tokenise(data, codec, data.rejected, made_from["max_length"], reward_eos, self.spec.weight)
 
         def info() -> dict[str, Any]:
             known = {"convention": data.convention.name, "format": data.format, "kind": kind, "rows": data.read}
@@ -196,6 +197,7 @@ class DataProblem(Problem):
         for first in range(0, len(starts), size):
             chosen = slice(int(starts[first]), int(ends[min(first + size, len(ends)) - 1]))
             part = self._held.select(chosen).to(self.model.device)
+            part.weight = None
             loss, metrics = self.agent.loss(part, self.policy.evaluate(part), {})
             averages.add({"loss": loss, **metrics}, units(part, self.agent.unit))
         found = averages.means()

@@ -4,7 +4,7 @@
 
     <folder>/
         tokens.bin          int32, prompt and completion of row after row; each completion of an example is a row
-        rows.bin            int64, six numbers a row: see COLUMNS
+        rows.bin            int64, seven numbers a row: see COLUMNS
         info.json           its origin and counts
         reference-*/        float32, a reference's log-probabilities of the completions; named after its weights
         manifest.json       sizes and hashes of the first three; its presence means that the folder is whole
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import warnings
 from collections import Counter
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from lm_envs.data.conventions import Example
 from lm_envs.data.dataset import Rejected
+from lm_envs.data.sources import short
 from lm_envs.data.splits import SPLITS, share
 from lm_envs.files import MANIFEST, damaged, replacing_folder, sha256, write_manifest
 from lm_envs.model.chat import BadExample
@@ -36,9 +38,10 @@ from lm_envs.model.text import Codec
 from lm_envs.model.tokens import encode_text
 from lm_envs.trajectories import Trajectories, from_responses
 
-COLUMNS = ("prompt", "response", "group", "rank", "split", "share")
+COLUMNS = ("prompt", "response", "group", "rank", "split", "share", "weight")
 """Tokens of the prompt and of the completion, the number of the example, the completion's rank in it (0 the best), the
-split by its column (-1 for none), and a hash of the prompt's text, by which rows are divided."""
+split by its column (-1 for none), a hash of the prompt's text, by which rows are divided, and the example's weight in a
+loss, the bits of a float64."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class EncodedExample:
     example: Example
     prompt: list[int]
     completions: list[list[int]]
+    weight: float = 1.0
 
 
 def tokenise(
@@ -56,6 +60,7 @@ def tokenise(
     rejected: Rejected,
     max_length: int | None = None,
     reward_eos: bool | None = None,
+    weight: str | None = None,
 ) -> Iterator[EncodedExample]:
     """Encode a stream of examples as :meth:`~lm_envs.model.text.Codec.encode` does, in order.
 
@@ -65,12 +70,14 @@ def tokenise(
         reward_eos: for a reward model, whether an EOS follows its texts (``append_eos`` of
             :func:`~lm_envs.model.tokens.encode_text`). Each completion is then prompt and completion in one text
             without special tokens, as the model reads it while a policy with the same tokenizer is trained.
+        weight: the column of each row's weight in a loss.
 
     Raises:
         ValueError: a bad example, or messages without a chat template.
     """
     for example in examples:
         try:
+            counts = 1.0 if weight is None else _weight(example, weight)
             prompt, rows = codec.encode(example.prompt, example.completions)
             if reward_eos is not None:
                 texts = map("".join, zip(*codec.decode([prompt] * len(rows), rows), strict=True))
@@ -84,7 +91,18 @@ def tokenise(
         except BadExample as error:
             rejected.add(example.where, str(error))
         else:
-            yield EncodedExample(example, prompt, rows)
+            yield EncodedExample(example, prompt, rows, counts)
+
+
+def _weight(example: Example, column: str) -> float:
+    value = example.columns.get(column)
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = -1.0
+    if not 0 <= found < math.inf:
+        raise BadExample(f"{column!r} must be a weight, a number that is not negative, and is {short(value)}")
+    return found
 
 
 def pack(
@@ -105,10 +123,11 @@ def pack(
             example = found.example
             place = SPLITS.index(example.split) if example.split else -1
             part = int(share(example.key, "split") * 2**53)
+            weight = int(np.float64(found.weight).view(np.int64))
             for i, ids in enumerate(found.completions):
                 tokens.write(np.asarray([*found.prompt, *ids], dtype=np.int32).tobytes())
                 rank = example.ranks[i] if example.ranks else 0
-                row = (len(found.prompt), len(ids), number, rank, place, part)
+                row = (len(found.prompt), len(ids), number, rank, place, part, weight)
                 index.write(np.asarray(row, dtype=np.int64).tobytes())
             if (number + 1) % 20_000 == 0:
                 progress(number + 1)
@@ -131,7 +150,7 @@ class PackedExamples:
         preferences: completions have ranks; otherwise they are demonstrations.
 
     Attributes:
-        table: ``(B, 6)`` int64, the :data:`COLUMNS`.
+        table: ``(B, 7)`` int64, the :data:`COLUMNS`.
         group, rank: ``(B,)`` int64, None for demonstrations.
     """
 
@@ -180,6 +199,7 @@ class PackedExamples:
         traj = from_responses(prompts, responses, max(map(len, prompts)))
         if self.group is not None and self.rank is not None:
             traj.group, traj.rank = self.group[index], self.rank[index]
+            traj.weight = torch.from_numpy(self.column("weight").view(np.float64)[chosen]).float()
         if self._reference is not None:
             traj.ref_logprob = torch.zeros(traj.mask.shape, dtype=torch.float32)
             for i, row in enumerate(chosen):

@@ -136,6 +136,23 @@ def against_known(judgments: Sequence[Judgment], name: str) -> list[bool]:
     return found
 
 
+def predicted(judgments: Sequence[Judgment], scores: Sequence[Sequence[float]]) -> list[tuple[int, float, float]]:
+    """(item, margin, 1 or 0) per comparison that people decided: how far apart a model's scores of the two are, and
+    whether people preferred the one that it scores higher; 0.5 where it scores them alike.
+
+    Args:
+        scores: of each judgment's responses.
+    """
+    found = []
+    for judgment, row in zip(judgments, scores, strict=True):
+        ranks = judgment.answer.ranks
+        for i, j in itertools.combinations(range(len(ranks)), 2):
+            if ranks[i] != ranks[j]:
+                margin = (row[i] - row[j]) * np.sign(ranks[j] - ranks[i])
+                found.append((judgment.item, abs(float(margin)), 0.5 + 0.5 * float(np.sign(margin))))
+    return found
+
+
 def position_bias(judgments: Sequence[Judgment]) -> list[tuple[int, float]]:
     """(item, 1 or 0) per decided comparison: was the response that was shown first preferred? Half is no bias."""
     return _preferred(judgments, lambda judgment, i, j: judgment.order.index(j) - judgment.order.index(i))

@@ -10,13 +10,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lm_envs import files
 from lm_envs.data.conventions import text_of
 from lm_envs.data.dataset import check_letters
+from lm_envs.feedback.agreement import comparisons
 from lm_envs.feedback.store import Judgment, open_study
 from lm_envs.feedback.study import SETTINGS, Answer, Item, Response, dense_ranks
 from lm_envs.model.chat import Text
@@ -24,21 +28,29 @@ from lm_envs.model.chat import Text
 Foreign = tuple[Item, str, Answer]  # an item, who judged it, and how
 
 
-def kwise(judgments: Iterable[Judgment]) -> Iterator[dict[str, Any]]:
-    """Rows ``prompt, completions, ranks`` (0 the best) and what else was said; skipped items are left out."""
+def kwise(judgments: Sequence[Judgment]) -> Iterator[dict[str, Any]]:
+    """Rows ``prompt, completions, ranks`` (0 the best) and what else was said; skipped items are left out.
+
+    ``agreement`` is the share of the item's annotators, this one among them, that say the same of a comparison, the
+    mean over the comparisons: a weight for learning from it.
+    """
+    votes_on = comparisons(judgments)
     for judgment in judgments:
         if judgment.answer.skipped:
             continue
         item, answer = judgment.content, judgment.answer
+        units = [votes_on[judgment.item, i, j] for i, j in combinations(range(len(answer.ranks)), 2)]
+        compared = [(votes[judgment.annotator], list(votes.values())) for votes in units]
         row: dict[str, Any] = {
             "prompt": item.prompt,
-            "completions": [_completion(item.prompt, response.text) for response in item.responses],
+            "completions": [completion(item.prompt, response.text) for response in item.responses],
             "ranks": list(answer.ranks),
             "reasons": list(answer.reasons),
             "annotator": judgment.annotator,
             "sources": [response.source for response in item.responses],
             "shown": list(judgment.order),
             "seconds": answer.seconds,
+            "agreement": round(float(np.mean([votes.count(own) / len(votes) for own, votes in compared])), 4),
         }
         said = {"ratings": answer.ratings, "flags": answer.flags if any(answer.flags) else (), "notes": answer.notes}
         yield (
@@ -48,7 +60,7 @@ def kwise(judgments: Iterable[Judgment]) -> Iterator[dict[str, Any]]:
         )
 
 
-def pairs(judgments: Iterable[Judgment]) -> Iterator[dict[str, Any]]:
+def pairs(judgments: Sequence[Judgment]) -> Iterator[dict[str, Any]]:
     """Rows ``prompt, chosen, rejected``, TRL's preference format: each comparison that was decided."""
     for row in kwise(judgments):
         ranks, completions = row["ranks"], row["completions"]
@@ -63,14 +75,17 @@ def pairs(judgments: Iterable[Judgment]) -> Iterator[dict[str, Any]]:
                     }
 
 
-def _completion(prompt: Text, text: str) -> Text:
+def completion(prompt: Text, text: str) -> Text:
+    """A response to a prompt as data have it: a text behind a text, a message behind messages."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def write(path: Path, judgments: Sequence[Judgment], layout: str) -> int:
     """Write judgments in a layout, ``kwise``, ``pairs`` (both JSONL) or ``csv``, in one step; the number of rows."""
     rows = list(pairs(judgments) if layout == "pairs" else kwise(judgments))
-    if layout == "csv":
+    if layout != "csv":
+        write_rows(path, rows)
+    else:
         names = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         table = csv.writer(text)
@@ -78,26 +93,36 @@ def write(path: Path, judgments: Sequence[Judgment], layout: str) -> int:
         for row in rows:
             cells = [row.get(name, "") for name in names]
             table.writerow([cell if isinstance(cell, str | int | float) else json.dumps(cell) for cell in cells])
-        content = text.getvalue()
-    else:
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-    files.write_atomic(path, content)
+        files.write_atomic(path, text.getvalue())
     return len(rows)
 
 
 def rows_of(source: str) -> str:
-    """``source``, or where it is a study's folder its ``answers.jsonl``, written anew with the answers there are.
+    """``source``, or where it is a study's folder its ``answers.jsonl``, written again with the answers that prefer
+    something.
 
     Raises:
-        ValueError: a study without answers.
+        ValueError: a study without such.
     """
     folder = Path(source)
     if not (folder / SETTINGS).is_file():
         return source
     path = folder / "answers.jsonl"
-    if not write(path, open_study(folder).judgments(), "kwise"):
-        raise ValueError(f"{folder}: nobody has answered this study yet; `lm-envs people serve {folder}` asks")
+    write_rows(path, preferences(folder, open_study(folder).judgments()))
     return str(path)
+
+
+def preferences(folder: Path, judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
+    """The K-wise rows that prefer something; a ValueError if there are none."""
+    rows = [row for row in kwise(judgments) if len(set(row["ranks"])) > 1]
+    if not rows:
+        raise ValueError(f"{folder}: nobody has preferred anything yet; `lm-envs people serve {folder}` asks")
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSONL in one step."""
+    files.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- other tools' exports ----

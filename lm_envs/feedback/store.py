@@ -166,14 +166,10 @@ class Store:
                 )
             return int(database.execute("SELECT count(*) FROM items").fetchone()[0])
 
-    def item(self, number: int) -> Item:
-        """An item by its number.
-
-        Raises:
-            KeyError: there is no such item.
-        """
+    def items(self) -> dict[int, Item]:
+        """The items by their numbers, in the order in which they were added."""
         with self._open() as database:
-            return _item(database, number)
+            return {number: _item(database, number) for (number,) in database.execute("SELECT id FROM items")}
 
     # ---- annotators ----
 
@@ -342,7 +338,7 @@ class Store:
 
     def _judgments(self) -> list[Judgment]:
         with self._open() as database:
-            contents = {number: _item(database, number) for (number,) in database.execute("SELECT id FROM items")}
+            contents = self.items()
             rows = database.execute(
                 "SELECT name, annotator, item, body, answered FROM shown JOIN annotators ON annotators.id = annotator "
                 "WHERE answered IS NOT NULL ORDER BY item, annotator"

@@ -6,6 +6,7 @@ else (:mod:`lm_envs.feedback.store`).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from lm_envs.files import read_toml
+from lm_envs import files
 from lm_envs.model.chat import Text
 from lm_envs.settings import Count, Positive, Seed, Settings, make
 
@@ -131,9 +132,25 @@ def read_settings(folder: Path) -> StudySettings:
     """
     path = folder / SETTINGS
     try:
-        return make(StudySettings, read_toml(path), str(path), "setting")
+        return make(StudySettings, files.read_toml(path), str(path), "setting")
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is no study: it has no {SETTINGS}; `lm-envs people new` makes one") from error
+
+
+def write_settings(path: Path, values: Mapping[str, Any]) -> None:
+    """Write settings as TOML in one step: tables behind the rest, without those that are None."""
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    plain = {name: value for name, value in values.items() if name not in tables and value is not None}
+    lines = []
+    for title, found in {"": plain, **tables}.items():
+        lines += [f"\n[{title}]"] if title else []
+        # JSON's texts, numbers and lists are TOML's too.
+        lines += [f"{_json(name) if title else name} = {_json(value)}" for name, value in found.items()]
+    files.write_atomic(path, "\n".join(lines) + "\n")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def dense_ranks(values: Sequence[float]) -> tuple[int, ...]:

@@ -16,11 +16,14 @@ from lm_envs.feedback.store import Judgment
 Rows = list[dict[str, Any]]
 
 
-def summarize(judgments: Sequence[Judgment], against: str | None = None) -> dict[str, Rows]:
+def summarize(
+    judgments: Sequence[Judgment], against: str | None = None, scores: Sequence[Sequence[float]] | None = None
+) -> dict[str, Rows]:
     """Tables of a study's answers, each a list of rows.
 
     Args:
         against: the source that win-rates are against; None for the one most often compared.
+        scores: a reward model's, of each judgment's responses.
 
     Raises:
         ValueError: no such source.
@@ -46,7 +49,27 @@ def summarize(judgments: Sequence[Judgment], against: str | None = None) -> dict
             _row({"source": name}, interval) for name, interval in ratings.win_rates(found, against).items()
         ],
         "Mean rating": _means(answered),
+        "Reward model": [] if scores is None else _by_margin(agreement.predicted(judgments, scores)),
     }
+
+
+def _by_margin(found: Sequence[tuple[int, float, float]]) -> Rows:
+    """Accuracy of a reward model by the margin of its scores, a fifth of the comparisons a row, beside what Bradley and
+    Terry expect of such margins: a calibration curve."""
+    ordered = sorted(found, key=lambda each: each[1])
+    parts = [ordered, *([ordered[len(ordered) * k // 5 : len(ordered) * (k + 1) // 5] for k in range(5)])]
+    return [
+        _row(
+            {
+                "margin": f"{part[0][1]:.2f} to {part[-1][1]:.2f}",
+                "expected": float(np.mean([1 / (1 + np.exp(-margin)) for _, margin, _ in part])),
+            },
+            agreement.share([(item, outcome) for item, _, outcome in part]),
+            "as people",
+        )
+        for part in parts
+        if part
+    ]
 
 
 def _row(head: dict[str, Any], interval: Interval, name: str = "share") -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_pairs_of_two_policies_are_sampled_by_counted_numbers(tmp_path: Path) ->
     for name in ("one", "two"):
         main([*new, "--out", str(tmp_path / name), "--temperature", "1.0", "0.5"])
     stores = [Store(tmp_path / name, read_settings(tmp_path / name)) for name in ("one", "two")]
-    items = [[store.item(number) for number in (1, 2)] for store in stores]
+    items = [[store.items()[number] for number in (1, 2)] for store in stores]
     assert items[0] == items[1]
     assert [r.source for r in items[0][0].responses] == [f"{policy} at temperature {t}" for t in ("1", "0.5")]
     assert all(response.text for item in items[0] for response in item.responses)

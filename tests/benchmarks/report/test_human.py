@@ -1,0 +1,91 @@
+"""People's win-rates beside the judge's, recomputed from the samples and from what each annotator said."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.report.human import correlation, spearman
+from lm_envs.benchmarks.report.series import Series
+from lm_envs.feedback.annotators import Annotator, work
+from lm_envs.feedback.store import Store
+from lm_envs.feedback.study import read_settings
+from tests.benchmarks.test_recomputed import N, runs  # noqa: F401 - a fixture is found by its name
+
+pytest.importorskip("krippendorff")
+
+
+def by_length(item: Any) -> list[float]:
+    return [float(len(response.text)) for response in item.responses]
+
+
+@pytest.mark.parametrize("mode", ["pair", "rank"])
+def test_people_s_win_rates_are_those_of_their_answers(runs: Any, tmp_path: Path, mode: str) -> None:  # noqa: F811
+    out, found = runs
+    study = tmp_path / "study"
+    main(["people", "new", "--out", str(study), "--comparison", str(out), "--mode", mode, "--overlap", "2"])
+    store = Store(study, read_settings(study))
+    work(store, "likes long texts", Annotator(by_length, temperature=0))
+    work(store, "likes short texts", Annotator(lambda item: [-x for x in by_length(item)], temperature=0, flip=0.5))
+    main(["report", str(out)])
+    before = (out / "results.csv").read_bytes()
+    main(["report", str(out), "--people", str(study)])
+    assert (out / "results.csv").read_bytes() == before
+    assert "people&#x27;s win-rate %" in (out / "report.html").read_text()
+    assert (out / "plots" / f"{found['sft', 3].spec.task.replace(':', '-')}-people.png").exists() or list(
+        (out / "plots").glob("*-people.png")
+    )
+    told = {row["algorithm"]: row for row in csv.DictReader((out / "people.csv").open())}
+    assert set(told) == {f"best-of-{N}", "reinforce"}
+    for name in told:
+        per_prompt: dict[str, list[float]] = {}
+        for judgment in store.judgments():
+            ranks = {r.source: rank for r, rank in zip(judgment.content.responses, judgment.answer.ranks, strict=True)}
+            if {name, "sft"} <= set(ranks):
+                result = 0.5 + 0.5 * np.sign(ranks["sft"] - ranks[name])
+                per_prompt.setdefault(str(judgment.content.prompt), []).append(result)
+        means = [np.mean(results) for results in per_prompt.values()]
+        assert len(means) > 5
+        assert float(told[name]["human_win_rate"]) == pytest.approx(np.mean(means))
+        assert float(told[name]["human_win_rate_se"]) == pytest.approx(np.std(means, ddof=1) / len(means) ** 0.5)
+
+
+def test_a_study_of_something_else_is_refused(runs: Any, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+    rows = tmp_path / "t.jsonl"
+    rows.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], "sources": ["sft", "reinforce"]}) + "\n")
+    study = tmp_path / "study"
+    main(["people", "new", "--out", str(study), "--texts", str(rows)])
+    work(Store(study, read_settings(study)), "ann", Annotator(by_length))
+    with pytest.raises(SystemExit):
+        main(["report", str(runs[0]), "--people", str(study)])
+    assert "no method of" in capsys.readouterr().err
+
+
+def test_rank_correlation_is_scipys_and_its_interval_is_wide_where_methods_are_alike() -> None:
+    draws = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = draws.integers(0, 4, size=(2, 7)).astype(float)
+        assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+
+    def series(rates: list[float], human: list[float]) -> list[Series]:
+        made = []
+        for k, (rate, other) in enumerate(zip(rates, human, strict=True)):
+            outcomes = [(draws.random(300) < p).astype(float).tolist() for p in (rate, other)]
+            outcomes[1][k] = float("nan")  # not compared
+            made.append(Series("t", f"m{k}", ({"seed": 0, "wins": outcomes[0], "human": outcomes[1]},), Path()))
+        return made
+
+    apart = correlation(series([0.1, 0.3, 0.5, 0.7, 0.9], [0.1, 0.3, 0.5, 0.7, 0.9]))
+    reverse = correlation(series([0.1, 0.3, 0.5, 0.7, 0.9], [0.9, 0.7, 0.5, 0.3, 0.1]))
+    alike = correlation(series([0.5] * 5, [0.5] * 5))
+    assert apart is not None and reverse is not None and alike is not None
+    assert apart.value == pytest.approx(1) and apart.low > 0.8 and apart.count == 5
+    assert reverse.value == pytest.approx(-1) and alike.high - alike.low > 0.8
+    assert correlation(series([0.1, 0.9], [0.1, 0.9])) is None
