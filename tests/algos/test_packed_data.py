@@ -11,6 +11,7 @@ import torch
 from lm_envs.algos.dpo import DPO, DPOConfig
 from lm_envs.algos.engine.comparisons import Comparisons
 from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.reward_modelling import RewardModelling, RewardModellingConfig, Scores
 from lm_envs.algos.sft import SFT, SFTConfig
 from lm_envs.data.dataset import Examples
 from lm_envs.data.packed import PackedExamples, pack, tokenise
@@ -103,3 +104,41 @@ def test_the_reference_is_the_policy_as_it_started_when_training_goes_on(packed,
     moved = DPO(first.policy, config, data())  # made with weights that have moved: the file says what the start was
     moved.restore(*state)
     assert torch.equal(learned(moved, 2), whole)
+
+
+@pytest.mark.parametrize("ranking", ["pairs", "plackett-luce", "dpo"])
+def test_a_row_s_loss_is_multiplied_by_its_weight(tokenizer, tmp_path, ranking):
+    counts = [0.0, 0.25, 1.0, 3.0]
+    rows = [
+        {"prompt": text[:5], "completions": [" a fish .", " hid", " saw"], "ranks": [1, 0, 2], "trust": str(weight)}
+        for text, weight in zip(byo.TEXTS, counts, strict=False)
+    ]
+    data = Examples(byo.write_jsonl(tmp_path / "p.jsonl", rows))
+    pack(tokenise(data, Codec(tokenizer), data.rejected, weight="trust"), tmp_path / "packed", dict)
+    packed = PackedExamples(tmp_path / "packed", preferences=True)
+    if ranking == "dpo":
+        agent = DPO(policy(tokenizer), DPOConfig(beta=0.7), packed)
+        evaluate = agent.policy.evaluate
+        with torch.no_grad():  # away from the reference
+            agent.policy.model.lm_head.weight *= 1.5
+    else:
+        agent = RewardModelling(policy(tokenizer), RewardModellingConfig(ranking=ranking), packed)
+        evaluate = lambda traj: Scores(traj.response.double().mean(dim=1))  # noqa: E731
+
+    def loss(traj):
+        return agent.loss(traj, evaluate(traj), {})[0].item()
+
+    whole, parts = packed.select(slice(0, 12)), [packed.select(slice(3 * k, 3 * k + 3)) for k in range(4)]
+    for part in parts:
+        part.weight = None
+    assert whole.weight.tolist() == [weight for weight in counts for _ in range(3)]
+    expected = sum(weight * loss(part) for weight, part in zip(counts, parts, strict=True)) / 4
+    assert loss(whole) == pytest.approx(expected, rel=1e-5) and abs(expected - loss(parts[0])) > 1e-3
+
+
+@pytest.mark.parametrize("bad", [None, "much", -1, float("nan")])
+def test_what_is_no_weight_is_a_bad_row(tokenizer, tmp_path, bad):
+    row = {"prompt": "the", "completions": [" a", " b"], "ranks": [1, 0], "trust": bad}
+    data = Examples(byo.write_jsonl(tmp_path / "p.jsonl", [row]))
+    with pytest.raises(ValueError, match="p.jsonl, line 1: 'trust' must be a weight"):
+        list(tokenise(data, Codec(tokenizer), data.rejected, weight="trust"))

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import random
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -15,11 +16,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.commands import people_loop
+from lm_envs.benchmarks.commands.people_loop import Loop, scores_of
+from lm_envs.benchmarks.run import data_problem, one_run
+from lm_envs.feedback import exchange
+from lm_envs.feedback.annotators import Annotator, work
 from lm_envs.feedback.store import Store
-from lm_envs.feedback.study import read_settings
+from lm_envs.feedback.study import Answer, read_settings
 from tests.house import CHECKOUT
 from tests.lm_envs import byo
 
@@ -117,7 +124,7 @@ def test_the_terminal_gives_the_page_s_answers(tmp_path: Path, monkeypatch: Any,
         (["new", "--out", "OUT"], "say where responses come from"),
         (["new", "--out", "OUT", "--policy", "x"], "--policy needs --prompts"),
         (["new", "--out", "OUT", "--texts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["new", "--out", "OUT", "--comparison", "nowhere"], "found runs of none"),
+        (["new", "--out", "OUT", "--comparison", "nowhere"], "holds no finished run"),
         (["serve", "OUT"], "is no study"),
         (["results", "OUT"], "is no study"),
     ],
@@ -128,6 +135,104 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: Any, words: list[str], me
     assert caught.value.code not in (0, None)
     told = capsys.readouterr().err.strip()
     assert message in told and len(told.split("\n")) == 1
+
+
+def test_ties_are_no_data_and_rows_may_be_weighed(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    main(["people", "new", "--out", str(study), "--texts", str(texts(tmp_path / "t.jsonl", 2)), "--mode", "rank"])
+    store = Store(study, read_settings(study))
+    for name, ranks in (("a", (0, 1, 2)), ("b", (0, 1, 2)), ("c", (0, 2, 1)), ("d", (0, 0, 0))):
+        store.take(store.items()[1], name, Answer(ranks=ranks))
+    rows = [json.loads(line) for line in Path(exchange.rows_of(str(study))).read_text().split("\n") if line]
+    # Of four people three put 0 before 1, and 0 before 2; two (c and d for themselves) agree that 1 is before 2.
+    agreed = {row["annotator"]: row["agreement"] for row in rows}
+    assert agreed == pytest.approx({"a": (0.75 + 0.75 + 0.5) / 3, "b": 2 / 3, "c": (0.75 + 0.75 + 0.25) / 3}, abs=1e-4)
+    model = byo.make(tmp_path / "byo").options["policy"]
+    learn = ["reward-model", "--model", model, "--data", str(study), "--iterations", "1", "--held-out", "0"]
+    main([*learn, "--out", str(tmp_path / "one"), "--weight", "agreement"])
+    with pytest.raises(SystemExit):
+        main([*learn, "--out", str(tmp_path / "two"), "--weight", "annotator"])
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Path:
+    """A study in rounds that is ready for ``people next``, and what it needs, all small."""
+    policy = byo.make(tmp_path / "byo").options["policy"]
+    rows = [{"prompt": f"the {a} cat {b} a"} for a in ("old", "grey", "small", "red") for b in ("saw", "ate", "hid")]
+    prompts = byo.write_jsonl(tmp_path / "p.jsonl", rows)
+    new = ["people", "new", "--policy", policy, "--prompts", str(prompts), "--max-new-tokens", "4", "--limit", "9"]
+    main([*new, "--out", str(tmp_path / "study")])
+    path = tmp_path / "study" / "loop.toml"
+    text = path.read_text().replace("[reward_model]", '[reward_model]\niterations = 2\nset = ["episodes=4"]')
+    path.write_text(text.replace("[train]", '[train]\niterations = 1\nset = ["episodes=4", "minibatches=1"]'))
+    return tmp_path / "study"
+
+
+def everybody_answers(study: Path) -> None:
+    # The longer text is better: something that a reward model can learn.
+    person = Annotator(lambda item: [float(len(r.text)) for r in item.responses], temperature=0)
+    work(Store(study, read_settings(study)), "ann", person)
+
+
+def test_rounds_wait_for_people_and_go_on(rounds: Path, capsys: Any) -> None:
+    main(["people", "next", str(rounds)])
+    assert "round 0 waits for 9 answers" in capsys.readouterr().err
+    everybody_answers(rounds)
+    main(["people", "next", str(rounds)])
+    told = capsys.readouterr()
+    assert "round 1 waits for 9 answers" in told.err and "Elo" in told.out
+    items = list(Store(rounds, read_settings(rounds)).items().values())
+    assert len(items) == 18 and {r.source for r in items[9].responses} == {"policy 1", items[0].responses[0].source}
+    # The next prompts, and behind the last one the first again.
+    assert [item.prompt for item in items[9:12]] == [f"the red cat {verb} a" for verb in ("saw", "ate", "hid")]
+    assert items[12].prompt == items[0].prompt
+    rows = [json.loads(line) for line in (rounds / "round-0" / "answers.jsonl").read_text().split("\n") if line]
+    splits = {row["prompt"]: row["split"] for row in rows}
+    assert "train" in splits.values()
+    loop = Loop(rounds, Store(rounds, read_settings(rounds)))
+    scores = scores_of(str(loop.reward_model(0) / "model"), items[:9])
+    right = [  # by hand: of pairs of unequal length on held-out prompts, the longer one scores higher
+        float((a > b) == (len(item.responses[0].text) > len(item.responses[1].text)))
+        for item, (a, b) in zip(items[:9], scores, strict=True)
+        if loop.splits()[str(item.prompt)] != "train" and len({len(r.text) for r in item.responses}) == 2
+    ]
+    known = json.loads((rounds / "round-0" / "accuracy.json").read_text())
+    assert (known["accuracy"][0] if right else known.get("accuracy")) == (np.mean(right) if right else None)
+
+
+@pytest.mark.slow
+def test_rounds_that_are_killed_at_each_step_end_as_those_that_are_not(rounds: Path, monkeypatch: Any) -> None:
+    """A step that is stopped before, in or after its work is done again or continued; nothing is done twice."""
+    whole = rounds.with_name("whole")
+    shutil.copytree(rounds, whole)
+    everybody_answers(whole)
+    main(["people", "next", str(whole)])
+    everybody_answers(rounds)
+    for module, name in (
+        (exchange, "write_rows"), (people_loop.Loop, "learn"), (data_problem.DataProblem, "save_model"),
+        (people_loop, "write_json"), (people_loop.Loop, "improve"), (one_run, "write_json"),
+        (people_loop.Loop, "sample"), (Store, "add_items"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            real = getattr(module, name)
+
+            def killed(*arguments: Any, real: Any = real, **options: Any) -> None:
+                raise Killed
+
+            patch.setattr(module, name, killed)
+            with pytest.raises(Killed):
+                main(["people", "next", str(rounds)])
+    main(["people", "next", str(rounds)])
+    for path in whole.glob("round-0/**/*"):
+        if path.suffix in (".safetensors", ".jsonl") or path.name == "accuracy.json":
+            if path.name not in ("metrics.jsonl",):
+                assert (rounds / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    one, other = (Store(study, read_settings(study)).items() for study in (whole, rounds))
+    assert one == other
+
+
+class Killed(BaseException):
+    pass
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from lm_envs.feedback.annotators import Annotator, work
 from lm_envs.feedback.ratings import Battle
 from lm_envs.feedback.store import Judgment, Store, Task
 from lm_envs.feedback.study import Answer, Item, Response, StudySettings
+from lm_envs.feedback.summary import summarize
 
 pytest.importorskip("krippendorff")
 
@@ -169,3 +170,25 @@ def test_a_biased_annotator_is_noticed(tmp_path: Path) -> None:
     assert bias.low > 0.8  # sigmoid(2) = 0.88
     length = agreement.share(agreement.length_bias(store.judgments()))
     assert length.low < 0.5 < length.high
+
+
+def test_a_reward_model_s_margins_against_people() -> None:
+    found = [judged("x", 0, (0, 1, 1), "abc"), judged("x", 1, (1, 0))]
+    scores = [[2.0, 0.5, 3.0], [1.0, 1.0]]
+    # a over b by 1.5: as x; a over c by -1: not; b and c are a tie of x's; the scores of item 1 are alike.
+    assert agreement.predicted(found, scores) == [(0, 1.5, 1.0), (0, 1.0, 0.0), (1, 0.0, 0.5)]
+
+
+def test_the_calibration_of_a_model_that_knows_is_as_expected_and_of_one_that_boasts_is_not() -> None:
+    strength = np.random.default_rng(0).normal(size=(3000, 2))
+    person = Annotator(lambda item: [float(response.text) for response in item.responses])
+    found = []
+    for k, (a, b) in enumerate(strength):
+        item = Item("p", (Response(str(a), "a"), Response(str(b), "b")))
+        found.append(Judgment("x", k, item, (0, 1), person(Task(k, item, (0, 1), 0, None)), 0.0))
+    rows = summarize(found, scores=strength.tolist())["Reward model"]
+    assert [row["n"] for row in rows] == [3000, 600, 600, 600, 600, 600]
+    assert all(row["low"] - 0.02 <= row["expected"] <= row["high"] + 0.02 for row in rows)
+    boasting = summarize(found, scores=(4 * strength).tolist())["Reward model"]
+    assert [row["as people"] for row in boasting] == [row["as people"] for row in rows]
+    assert boasting[0]["expected"] > boasting[0]["high"] + 0.1
