@@ -31,7 +31,8 @@ def by_length(item: Any) -> list[float]:
 def test_people_s_win_rates_are_their_answers(runs: Any, tmp_path: Path, mode: str, capsys: Any) -> None:  # noqa: F811
     out = runs[0]
     study = tmp_path / "study"
-    main(["people", "new", "--out", str(study), "--comparison", str(out), "--mode", mode, "--overlap", "2", "--limit", "40"])
+    options = ["--mode", mode, "--overlap", "2", "--limit", "40"]
+    main(["people", "new", "--out", str(study), "--comparison", str(out), *options])
     store = Store(study, read_settings(study))
     work(store, "likes long texts", Annotator(by_length, temperature=0))
     work(store, "likes short texts", Annotator(lambda item: [-x for x in by_length(item)], temperature=0, flip=0.5))
