@@ -762,8 +762,8 @@ MUTATIONS = [
     Mutation(
         "DPO forgets beta",
         "algos/ops/losses.py",
-        "return bradley_terry_loss(beta * log_ratio, rank)",
-        "return bradley_terry_loss(log_ratio, rank)",
+        "return bradley_terry_loss(beta * log_ratio, rank, weight)",
+        "return bradley_terry_loss(log_ratio, rank, weight)",
         PREFERENCES,
     ),
     Mutation(
@@ -776,8 +776,8 @@ MUTATIONS = [
     Mutation(
         "pairs of a large group count for more",
         "lm_envs/training.py",
-        "weights = 1.0 / pairs[group].to(losses.dtype)",
-        "weights = torch.ones_like(losses)",
+        "weight[group].to(losses.dtype)) / pairs[group].to(losses.dtype)",
+        "weight[group].to(losses.dtype)) + 0 * pairs[group]",
         f"{PREFERENCES} tests/lm_envs/test_training.py",
     ),
     Mutation(
@@ -1613,6 +1613,41 @@ MUTATIONS = [
         "return float(((a == b).mean() - chance) / (1 - chance)) if chance < 1",
         "return float((a == b).mean()) if chance < 1",
         "tests/lm_envs/feedback/test_measures.py::test_cohens_kappa_by_hand",
+    ),
+    Mutation(
+        "weights of preferences are forgotten",
+        "lm_envs/training.py",
+        "weights = (1.0 if weight is None else weight[group].to(losses.dtype))",
+        "weights = (1.0 if True else weight[group].to(losses.dtype))",
+        "tests/algos/test_packed_data.py",
+    ),
+    Mutation(
+        "people's errors count answers, not prompts",
+        "benchmarks/report/human.py",
+        'row["human"] = [float(np.mean(values)) if values else np.nan for values in said]',
+        'row["human"] = [value for values in said for value in values]',
+        "tests/benchmarks/report/test_human.py::test_people_s_win_rates_are_their_answers",
+    ),
+    Mutation(
+        "a reward model is measured on what it learned",
+        "benchmarks/commands/people_loop.py",
+        """(Example(j.content.prompt).key, "train") != "train"]""",
+        """(Example(j.content.prompt).key, "train") != ""]""",
+        "tests/benchmarks/commands/test_people.py::test_rounds_wait_for_people_and_go_on",
+    ),
+    Mutation(
+        "a round begins before people have answered",
+        "benchmarks/commands/people_loop.py",
+        "if lacking > 0 and not answers.exists()",
+        "if lacking > 99 and not answers.exists()",
+        "tests/benchmarks/commands/test_people.py::test_rounds_wait_for_people_and_go_on",
+    ),
+    Mutation(
+        "margins against people have the wrong sign",
+        "lm_envs/feedback/agreement.py",
+        "margin = (row[i] - row[j]) * np.sign(ranks[j] - ranks[i])",
+        "margin = (row[i] - row[j]) * np.sign(ranks[i] - ranks[j])",
+        "tests/lm_envs/feedback/test_measures.py::test_a_reward_model_s_margins_against_people",
     ),
     Mutation(
         "a damaged result counts as finished",
