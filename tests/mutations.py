@@ -60,6 +60,7 @@ STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run
 INPUTS = "tests/benchmarks/run/test_inputs.py"
 PACKED = "tests/algos/test_packed_data.py"
 REPORTED = "tests/benchmarks/test_recomputed_report.py"
+OVER = "tests/benchmarks/report/test_overoptimization.py::test_every_number_is_what_it_is_called"
 SAMPLES, EXACT = "tests/benchmarks/measure/test_samples.py", "tests/benchmarks/measure/test_exact.py"
 ITERATED = "tests/algos/test_iterated_rlhf.py"
 RECOMPUTED = "tests/benchmarks/test_recomputed.py"
@@ -1479,6 +1480,27 @@ MUTATIONS = [
         "only=lambda error: error not in own",
         "only=lambda error: False",
         "tests/lm_envs/test_files.py",
+    ),
+    Mutation(
+        "over-optimisation's reward models are measured on pairs that they learned from",
+        "benchmarks/report/overoptimization.py",
+        "held = judged_pairs.judge_pairs(env.mdp, start, most, settings.held_out, settings.seed)",
+        "held = judged_pairs.judge_pairs(env.mdp, start, 0, settings.held_out, settings.seed)",
+        OVER,
+    ),
+    Mutation(
+        "over-optimisation's best-of-n is scored as if the prompts were those of training",
+        "benchmarks/report/overoptimization.py",
+        'scorer = TextVectorEnv(task, split="test").mdp',
+        "scorer = TextVectorEnv(task).mdp",
+        OVER,
+    ),
+    Mutation(
+        "over-optimisation draws the gold of training from zero, not from the start's",
+        "benchmarks/report/overoptimization.py",
+        "- moments[0]) / moments[1])",
+        ") / moments[1])",
+        OVER,
     ),
     # What is on disk
     Mutation(
