@@ -1502,6 +1502,34 @@ MUTATIONS = [
         ") / moments[1])",
         OVER,
     ),
+    Mutation(
+        "annotators who follow the reward model cost nothing that it took",
+        "benchmarks/run/problems.py",
+        "uses_reward = True  # the annotators followed it",
+        "uses_reward = False  # the annotators followed it",
+        f"{COST}::test_annotators_who_follow_the_reward_model_cost_what_it_had_seen",
+    ),
+    Mutation(
+        "a round of iterated RLHF draws pairs that measured the one before",
+        "algos/iterated_rlhf.py",
+        "first = number * (count + config.held_out)",
+        "first = number * count",
+        f"{ITERATED}::test_no_pair_is_drawn_twice",
+    ),
+    Mutation(
+        "the bias to what is shown first takes the order for its inverse",
+        "lm_envs/feedback/agreement.py",
+        "judgment.order.index(j) - judgment.order.index(i)",
+        "judgment.order[j] - judgment.order[i]",
+        "tests/lm_envs/feedback/test_measures.py::test_biases_count_decided_comparisons_only",
+    ),
+    Mutation(
+        "a model without a cache generates without its last token",
+        "lm_envs/model/decoding.py",
+        "response[active, : t + 1]], dim=1), t + 1)",
+        "response[active, :t]], dim=1), t + 1)",
+        "tests/lm_envs/model/test_kv_cache.py::test_what_cannot_be_cached_is_computed_in_full",
+    ),
     # What is on disk
     Mutation(
         "a checkpoint's hashes are not compared",
