@@ -1507,7 +1507,7 @@ MUTATIONS = [
         "benchmarks/run/problems.py",
         "uses_reward = True  # the annotators followed it",
         "uses_reward = False  # the annotators followed it",
-        f"{COST}::test_annotators_who_follow_the_reward_model_cost_what_it_had_seen",
+        "tests/benchmarks/measure/test_cost.py::test_annotators_who_follow_the_reward_model_cost_what_it_had_seen",
     ),
     Mutation(
         "a round of iterated RLHF draws pairs that measured the one before",
