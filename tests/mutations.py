@@ -1505,8 +1505,8 @@ MUTATIONS = [
     Mutation(
         "annotators who follow the reward model cost nothing that it took",
         "benchmarks/run/problems.py",
-        "uses_reward = True  # the annotators followed it",
-        "uses_reward = False  # the annotators followed it",
+        "else agent.uses_reward or annotators",
+        "else agent.uses_reward",
         "tests/benchmarks/measure/test_cost.py::test_annotators_who_follow_the_reward_model_cost_what_it_had_seen",
     ),
     Mutation(
