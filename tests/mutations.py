@@ -51,6 +51,7 @@ LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/r
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
+SELECT = "tests/algos/engine/test_select.py"
 CAPABILITIES = "tests/algos/policies/test_capabilities.py"
 COLUMNS = "tests/lm_envs/reward/test_columns.py"
 KL_COEF = "tests/benchmarks/run/test_kl_coef.py"
@@ -165,6 +166,20 @@ MUTATIONS = [
         "if self.rows not in (0, len(traj)):",
         "if self.rows < 0:",
         CAPABILITIES,
+    ),
+    Mutation(
+        "a batch that is partly left out passes for a full one",
+        "algos/engine/agent.py",
+        "wanted = wanted or len(traj)",
+        "wanted = wanted or len(kept[0])",
+        SELECT,
+    ),
+    Mutation(
+        "what is missing is sampled again as a whole batch",
+        "algos/engine/agent.py",
+        "config = self.config if self.missing is None else replace(self.config, episodes=self.missing)",
+        "config = self.config",
+        SELECT,
     ),
     Mutation(
         "rows that other weights sampled pass for fresh ones",

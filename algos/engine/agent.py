@@ -8,6 +8,7 @@ the unit that its loss averages over. The result does not depend on the micro-ba
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -56,6 +57,7 @@ class Agent(Generic[C]):
         mixes_data: it samples, and may also learn from demonstrations given to it as ``data``.
         reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution; None takes the text
             env's at the first iteration.
+        missing: rows of this iteration that :meth:`select` left to sample; None before it was asked.
         published_kl_coef: for where neither its config nor the env names a coefficient; None takes the task's.
         iterations_done, episodes_done, tokens_done, reward_calls: counters of what was learned from.
         steps_done: env steps taken, those of surplus episodes included.
@@ -74,6 +76,7 @@ class Agent(Generic[C]):
     published_kl_coef: ClassVar[float | None] = None
     reference: Any = None
     data: Any = None
+    missing: int | None = None
 
     @classmethod
     def lacks(cls, task: TextTask, config: Any) -> str | None:
@@ -134,6 +137,14 @@ class Agent(Generic[C]):
         assert size is not None
         order = stream(len(self.data), size, self.config.seed, self.iterations_done)
         return (self.data.select(torch.from_numpy(index)) for index in order)
+
+    def select(self, traj: Trajectories) -> Tensor | None:
+        """Rows of a sampled batch to learn from, int64 indices or a bool mask ``(B,)``; None keeps all.
+
+        Everything sampled is counted and charged. With ``draws`` the rows that are missing are sampled again, as new
+        episodes. The metric ``dropped`` is the share of sampled rows that are not learned from.
+        """
+        return None
 
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """The weight of ``-log pi`` and demonstrations to learn from beside minibatch number ``step`` of the run."""
@@ -267,8 +278,10 @@ class Agent(Generic[C]):
     # ---- sampling ----
 
     def sample(self, env: Any) -> Trajectories:
-        """A batch from the env; an override returns every row it samples, because ``episodes_done`` counts them."""
-        traj, steps = self._sampler.sample(env, self.config, self.episodes_done, self.iterations_done)
+        """A batch from the env, or where rows are :attr:`missing` that many; an override returns every row it samples,
+        because ``episodes_done`` counts them: leave rows out in :meth:`select`."""
+        config = self.config if self.missing is None else replace(self.config, episodes=self.missing)
+        traj, steps = self._sampler.sample(env, config, self.episodes_done, self.iterations_done)
         self.steps_done += steps
         return traj
 
@@ -301,31 +314,60 @@ class Agent(Generic[C]):
         self.reward_calls += len(traj) if traj.score is not None else 0
         return metrics
 
+    def _draw(self, env: Any) -> tuple[Trajectories, Trajectories, dict[str, float]]:
+        """Everything sampled in an iteration, the rows to learn from, and the metrics of the former."""
+        drawn: list[Trajectories] = []
+        kept: list[Trajectories] = []
+        averages, wanted, filtered = Averages(), 0, False
+        self.missing = None
+        while len(drawn) < self.config.draws:
+            self._sampler.rows = 0
+            traj = self.sample(env)
+            self._sampler.check_whole(traj)
+            traj.sampled_by = torch.full((len(traj),), self._weights)
+            averages.add(self._count(traj), len(traj))
+            rows = self.select(traj)
+            filtered |= rows is not None
+            drawn.append(traj)
+            kept.append(traj if rows is None else traj.select(rows))
+            wanted = wanted or len(traj)
+            missing = wanted - sum(map(len, kept))
+            if missing <= 0:
+                break
+            if self.config.episodes is not None:
+                self.missing = -(-missing // self.config.group_size) * self.config.group_size
+        self.missing = None
+        whole, learned = (parts[0] if len(parts) == 1 else Trajectories.concatenate(parts) for parts in (drawn, kept))
+        metrics = averages.means()
+        if filtered:
+            metrics |= {"draws": len(drawn), "dropped": 1 - len(learned) / len(whole)}
+        return whole, learned, metrics
+
     def iteration(self, env: Any = None) -> tuple[Trajectories, dict[str, float]]:
         """Sample a batch from a Gymnasium env or vector env (or take the next of :meth:`batches`), and learn from it.
 
         Returns:
-            the batch and the iteration's metrics.
+            the batch, as sampled, and the iteration's metrics.
         """
         start = time.perf_counter()
         metrics: dict[str, float] = {"iteration": self.iterations_done}
         if self._batches is None:
             self._batches = self.batches()
         if self._batches is not None:
-            traj = next(self._batches)
+            traj = learned = next(self._batches)
         else:
             if env is None:
                 raise ValueError(f"{self.name}.iteration needs an env to sample from")
             coef = self.settle_kl_coef(env)
             if coef is not None:
                 metrics["kl_coef"] = coef
-            self._sampler.rows = 0
-            traj = self.sample(env)
-            self._sampler.check_whole(traj)
-            traj.sampled_by = torch.full((len(traj),), self._weights)
-            metrics |= self._count(traj)
+            traj, learned, found = self._draw(env)
+            metrics |= found
         metrics["sample_s"] = time.perf_counter() - start
-        metrics |= self.update(traj)
+        if len(learned):
+            metrics |= self.update(learned)
+        else:
+            self.iterations_done, metrics["updates"] = self.iterations_done + 1, 0
         if "kl" in metrics:
             self._kl.steer(metrics["kl"], len(traj))
         self.after_iteration()

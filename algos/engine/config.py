@@ -32,6 +32,8 @@ class AgentConfig(Settings):
     """Env steps sampled per iteration as fragments of episodes (control only); replaces `episodes`."""
     group_size: Size = 1
     """Consecutive episodes that share a prompt; the text env must have the same group_size."""
+    draws: Count = 1
+    """Most batches sampled per iteration, for rows that `select` left out; each samples what is missing."""
     epochs: Count = 1
     """Passes over each batch."""
     minibatches: Count = 1

@@ -68,6 +68,10 @@ def expected_gradient(
     for index, probability in batches():
         part = traj.select(index)
         part.group = torch.zeros(batch, dtype=torch.int64) if same_prompt else torch.arange(batch)
+        if (rows := agent.select(part)) is not None:
+            part = part.select(rows)
+        if not len(part):
+            continue
         agent.restore_extra(tensors, values)
         with torch.no_grad():
             fixed = agent.prepare(part, Before(agent.policy, part))
@@ -140,6 +144,8 @@ def sampled_cosine(
             part.group = torch.arange(len(asked)) // config.group_size
             agent.restore_extra(tensors, values)
             policy.zero_grad(set_to_none=True)
+            rows = agent.select(part)
+            part = part if rows is None else part.select(rows)
             try:
                 agent.update(_as_bandit(part, exact.mdp.eos_token_id) if bandit else part)
             except _Taken:

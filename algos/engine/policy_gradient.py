@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
-from lm_envs.algos.engine.batching import Before, rewards
+from lm_envs.algos.engine.batching import Before, episode_value, rewards
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops import advantages as adv
@@ -29,9 +29,15 @@ class PolicyGradientConfig(AgentConfig):
     kl_loss: KLEstimator | None = None
     """Put the KL penalty into the loss, by this estimator, and not into the reward; the env then charges none. None
     leaves it in the reward, whose gradient is exact."""
+    informative: bool = False
+    """Learn only from groups whose scores differ (DAPO's dynamic sampling, with `draws`); `group_size` is then at least
+    2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.informative and self.group_size < 2 and self.steps is None:
+            name = type(self).__name__
+            raise ValueError(f"{name}.informative compares the episodes of a prompt: set group_size >= 2")
         if self.one_step and (self.epochs != 1 or self.minibatches != 1):
             raise ValueError(
                 f"{type(self).__name__.removesuffix('Config')} takes one on-policy step per batch, because its loss "
@@ -44,6 +50,9 @@ C = TypeVar("C", bound=PolicyGradientConfig)
 
 class PolicyGradient(Agent[C]):
     """An agent whose KL penalty may be a term of the loss; only the estimator "full" asks for :attr:`reference`."""
+
+    def select(self, traj: Trajectories) -> Tensor | None:
+        return adv.differing(episode_value(traj), traj.group) if self.config.informative else None
 
     @property
     def kl_in_reward(self) -> bool:

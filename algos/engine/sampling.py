@@ -45,7 +45,7 @@ class Sampler:
         if self.rows not in (0, len(traj)):
             raise ValueError(
                 f"{self.name}: sample() returned {len(traj)} rows and sampled {self.rows}: episodes are counted by the "
-                "rows it returns, so dropped ones would be sampled again; leave rows out in update()"
+                "rows it returns, so dropped ones would be sampled again; leave rows out in select()"
             )
 
     def _text(self, env: Any, config: AgentConfig, episodes_done: int) -> tuple[Trajectories, int]:

@@ -100,6 +100,15 @@ def group_std(x: Tensor, group: Tensor | None = None) -> Tensor:
     return group_mean((x - group_mean(x, group)) ** 2, group).sqrt()
 
 
+def differing(x: Tensor, group: Tensor | None = None) -> Tensor:
+    """Return ``(B,)`` bool: whether ``x (B,)`` differs within a row's group; None is one group of all (Yu et al. 2025,
+    "DAPO", eq. 11: what is equal teaches nothing)."""
+    group = torch.zeros(len(x), dtype=torch.int64, device=x.device) if group is None else group
+    inverse = torch.unique(group, return_inverse=True)[1]
+    low, high = (x.clone().scatter_reduce(0, inverse, x, how, include_self=False) for how in ("amin", "amax"))
+    return (low < high)[inverse]
+
+
 def leave_one_out(x: Tensor, group: Tensor | None = None) -> Tensor:
     """Return the mean of ``x (B, ...)`` over the *other* rows of each row's group, an unbiased baseline.
 

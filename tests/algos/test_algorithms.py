@@ -324,6 +324,8 @@ CHANGES = {
     "epochs": ({}, 3),
     "minibatches": ({}, 3),
     "micro_batch": (None, None),
+    "draws": (None, None),
+    "informative": ({"group_size": 2}, True),
     "max_grad_norm": ({}, 0.01),
     "adam_eps": ({}, 0.1),
     "gamma": ({}, 0.5),
@@ -410,7 +412,7 @@ def test_no_setting_is_dead(name):
     for field in fields(config):
         context, change = CHANGES[field.name]
         if context is None or field.name in WITHOUT_EFFECT.get(name, {}):
-            continue  # steps and micro_batch have tests of their own
+            continue  # steps, micro_batch and draws have tests of their own
         known = {f.name for f in fields(config)}
         context = BASE.get(name, {}) | {key: value for key, value in context.items() if key in known}
         change = change.get(name, change["default"]) if isinstance(change, dict) else change

@@ -133,7 +133,7 @@ def test_a_sample_that_drops_rows_is_refused():
 
     env = batches.text_env()
     agent = Best(batches.text_policy(env), Best.Config(episodes=16, group_size=4))
-    with pytest.raises(ValueError, match=r"sample\(\) returned \d+ rows and sampled 16: .*leave rows out in update"):
+    with pytest.raises(ValueError, match=r"sample\(\) returned \d+ rows and sampled 16: .*leave rows out in select"):
         agent.iteration(env)
     assert agent.episodes_done == 0 and agent.iterations_done == 0
 
