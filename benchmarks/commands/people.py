@@ -124,7 +124,7 @@ class New:
             for item, who, answer in judgments:
                 store.take(item, who, answer)
             if self.policy and len(self.policy) * len(self.temperature) == 1:
-                loop = {"policy": self.policy[0], "prompts": self.prompts, "responses": self.responses}
+                loop: dict[str, Any] = {"policy": self.policy[0], "prompts": self.prompts, "responses": self.responses}
                 loop |= {"temperature": self.temperature[0], "max_new_tokens": self.max_new_tokens, "seed": self.seed}
                 loop |= {"limit": self.limit, "reward_model": {}, "train": {"algorithm": "ppo"}}
                 write_settings(self.out / "loop.toml", loop)

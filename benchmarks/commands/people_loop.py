@@ -228,7 +228,7 @@ class Loop:
         for number in itertools.takewhile(self.items, itertools.count()):
             path = self.folder / f"round-{number}" / "accuracy.json"
             known = read_json(path) if path.exists() else {}
-            row = {"round": number, "answers": answers[number]}
+            row: dict[str, Any] = {"round": number, "answers": answers[number]}
             for name in ("accuracy", "accuracy before"):
                 row[name] = "-" if known.get(name) is None else "{:.2f} [{:.2f}, {:.2f}]".format(*known[name])
             elo = rated.get(self.name(number))

@@ -84,4 +84,4 @@ def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Correlation of ranks (Spearman 1904), ties sharing their mean rank; NaN where one side is all ties."""
     ranks = [(np.searchsorted(np.sort(x), x, "left") + np.searchsorted(np.sort(x), x, "right")) / 2 for x in (a, b)]
     spread = [rank.std() for rank in ranks]
-    return float(np.corrcoef(*ranks)[0, 1]) if min(spread) > 0 else float("nan")
+    return float(np.corrcoef(np.stack(ranks))[0, 1]) if min(spread) > 0 else float("nan")

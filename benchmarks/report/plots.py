@@ -71,8 +71,8 @@ def people(series: Sequence[Series], style: Style) -> Figure | None:
     for s, line in lines:
         color, marker = style[s.algorithm]
         at = (100 * line.mean["win_rate"], 100 * line.mean["human"])
-        bars = {"xerr": 200 * line.spread["win_rate"], "yerr": 200 * line.spread["human"]}
-        ax.errorbar(*at, **bars, color=color, linewidth=1.2, alpha=0.6)
+        errors = (200 * line.spread["human"], 200 * line.spread["win_rate"])
+        ax.errorbar(*at, *errors, color=color, linewidth=1.2, alpha=0.6)
         ax.plot(*at, marker, color=color, markersize=9, markerfacecolor="white" if s.bandit else color)
         points.append(Label(at, s.label, color, False))
     ends = (min(*ax.get_xlim(), *ax.get_ylim()), max(*ax.get_xlim(), *ax.get_ylim()))

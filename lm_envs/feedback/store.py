@@ -96,13 +96,17 @@ class Store:
         self.path = folder / FILE
         self.settings = settings
         self.clock = clock
-        self._lock = threading.RLock()
-        # One connection: closing the last one of a database copies its log, and SQLite lets threads that wait starve.
-        with self._naming():
-            self._database = sqlite3.connect(self.path, timeout=30.0, isolation_level=None, check_same_thread=False)
-            weakref.finalize(self, self._database.close)
-            for setting in ("journal_mode = WAL", "foreign_keys = ON"):
-                self._database.execute(f"PRAGMA {setting}")
+        # Kept open: closing the last connection to a database copies its log. One writes while the other reads; locks,
+        # because SQLite lets threads that wait starve.
+        self._locks = threading.RLock(), threading.RLock()
+        self._connections: list[sqlite3.Connection] = []
+        for _ in self._locks:
+            with self._naming():
+                made = sqlite3.connect(self.path, timeout=30.0, isolation_level=None, check_same_thread=False)
+                weakref.finalize(self, made.close)
+                for setting in ("journal_mode = WAL", "foreign_keys = ON"):
+                    made.execute(f"PRAGMA {setting}")
+            self._connections.append(made)
         with self._open() as database:
             database.executescript(_SCHEMA)
             database.execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (secrets.token_hex(32),))
@@ -113,9 +117,9 @@ class Store:
 
     @contextmanager
     def _open(self, write: bool = False, lasting: bool = True) -> Iterator[sqlite3.Connection]:
-        """The connection; with ``write`` in a transaction, which is on the disk when it ends if it is ``lasting``."""
-        with self._lock, self._naming():
-            database = self._database
+        """A connection; with ``write`` in a transaction, which is on the disk when it ends if it is ``lasting``."""
+        with self._locks[write], self._naming():
+            database = self._connections[write]
             if not write:
                 yield database
                 return

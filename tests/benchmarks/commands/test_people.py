@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import itertools
 import json
 import random
 import shutil
@@ -19,14 +20,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lm_envs.algos.engine.judged_pairs import fresh
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.commands import people_loop
 from lm_envs.benchmarks.commands.people_loop import Loop, scores_of
+from lm_envs.benchmarks.report.human import add_people, correlation
+from lm_envs.benchmarks.report.series import gather
 from lm_envs.benchmarks.run import data_problem, one_run
-from lm_envs.feedback import exchange
+from lm_envs.benchmarks.run.results import collect_results
+from lm_envs.feedback import exchange, ratings
 from lm_envs.feedback.annotators import Annotator, work
 from lm_envs.feedback.store import Store
 from lm_envs.feedback.study import Answer, read_settings
+from lm_envs.reward.learned import load_reward_model
+from lm_envs.tasks import load, sampling
+from lm_envs.tasks.reviews import ranking_accuracy
 from tests.house import CHECKOUT
 from tests.lm_envs import byo
 
@@ -310,3 +318,84 @@ def test_twenty_people_at_once_and_twenty_kills(tmp_path: Path) -> None:
     versions = sqlite3.connect(store.path).execute("SELECT count(*), max(version) FROM answers").fetchone()
     assert versions == (len(found), 1)  # a request that was sent again made no second version
     assert quiet[int(0.95 * len(quiet))] < 0.05
+
+
+@pytest.mark.slow
+def test_six_hundred_simulated_comparisons_order_the_demo_s_methods(tmp_path: Path) -> None:
+    """Annotators that see what the judge sees put SFT last and every two methods in the demo's order that are far apart
+    there; those that are near each other take more comparisons."""
+    out, study = tmp_path / "demo", tmp_path / "study"
+    main(["compare", "--suite", "demo", "--out", str(out)])
+    limit = ["--limit", "86"]  # prompts, with seven methods beside SFT: 602 comparisons
+    main(["people", "new", "--out", str(study), "--comparison", str(out), "--task", "reviews", *limit])
+    series = gather(out, rows := collect_results(out))
+    gold = {(s.label, r["prompt"], r["response"]): r["gold"] for s in series for r in s.test_samples()}
+    store = Store(study, read_settings(study))
+    person = Annotator(lambda item: [gold[r.source, item.prompt, r.text] for r in item.responses], temperature=0)
+    assert work(store, "ann", person) == 602
+    rated = ratings.bradley_terry(ratings.battles(store.judgments()))
+    true = {s.label: (s.mean("win_rate"), s.results[0]["win_rate_se"]) for s in series}
+    assert min(rated, key=lambda name: rated[name].value) == "sft"
+    for (one, (a, a_se)), (other, (b, b_se)) in itertools.permutations(true.items(), 2):
+        if a - b > 3 * (a_se**2 + b_se**2) ** 0.5:
+            assert rated[one].value > rated[other].value, (one, other)
+    add_people(out, rows, store.judgments())
+    order = correlation(gather(out, rows))
+    assert order is not None
+    print(f"rank correlation of simulated and human win-rates: {order}")
+    assert order.value > 0.5
+
+
+@pytest.mark.slow
+def test_a_reward_model_from_a_thousand_rankings_is_as_good_as_the_pipeline_s(tmp_path: Path) -> None:
+    """1,000 rankings of 4 through the page's interface, by annotators that follow the judge at temperature 1, make a
+    reward model that is as right on held-out pairs as the one that comes with Reviews, to two points."""
+    from starlette.testclient import TestClient
+
+    from lm_envs.feedback.server import application
+
+    task = load("reviews")
+
+    def sampled(split: str, prompts: int, each: int, seed: int) -> Any:
+        return sampling.sample(
+            task.reference,
+            task.tokenizer,
+            task.prompts[split][:prompts],
+            prompts * each,
+            eos_token_id=task.eos_token_ids,
+            max_new_tokens=task.max_new_tokens,
+            seed=seed,
+            batch_size=512,
+            repeats=each,
+        )
+
+    found = sampled("train", 1000, 4, 7)
+    rows = [{"prompt": found.prompts[4 * k], "completions": found.completions[4 * k : 4 * k + 4]} for k in range(1000)]
+    study, fresh_model = tmp_path / "study", tmp_path / "fresh"
+    path = byo.write_jsonl(tmp_path / "t.jsonl", rows)
+    main(["people", "new", "--out", str(study), "--texts", str(path), "--mode", "rank"])
+    store = Store(study, read_settings(study))
+    gold = dict(zip(zip(found.prompts, found.completions, strict=True), found.score(task.judge), strict=True))
+    person = Annotator(lambda item: [gold[item.prompt, r.text] for r in item.responses], seed=1)
+    web, number = TestClient(application(store, ["testserver"])), store.annotator("ann")
+    base = f"/a/{store.key(number)}/"
+    told = web.get(base + "next").json()
+    while told["item"] is not None:
+        shown = store.task(number, told["item"])
+        ranks = person(shown).ranks
+        body = {"answer": {"ranks": [ranks[place] for place in shown.order]}, "version": 0}
+        told = web.post(f"{base}items/{shown.item}", json=body).json()
+    assert len(store.judgments()) == 1000
+    fresh(task.reward.model, 0).save_pretrained(fresh_model)
+    task.tokenizer.save_pretrained(fresh_model)
+    options = ["--iterations", "150", "--batch-size", "32", "--learning-rate", "2e-3", "--set", "micro_batch=128"]
+    learn = ["reward-model", "--model", str(fresh_model), "--data", str(study), "--out", str(tmp_path / "rm")]
+    main([*learn, *options, "--held-out", "0"])
+    held = sampled("validation", 256, 8, 99)
+    pairs = np.array(held.score(task.judge)).reshape(-1, 2)
+    accuracy = {}
+    for name, reward in (("pipeline", task.reward), ("people", load_reward_model(tmp_path / "rm" / "model"))):
+        scores = np.array(held.score(reward)).reshape(-1, 2)
+        accuracy[name] = ranking_accuracy(pairs, scores[:, 0] - scores[:, 1])
+    print(accuracy)
+    assert accuracy["people"] > accuracy["pipeline"] - 0.02
