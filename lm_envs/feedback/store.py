@@ -2,7 +2,7 @@
 
 Answers are appended, never changed. The last version of an annotator's answer to an item counts, and taking one back is
 a version without content; the table of what was shown repeats that version, so that no query goes through all of them.
-An answer is on the disk before it is acknowledged (``synchronous = FULL``), so that neither a killed server nor a power
+An answer is on the disk before it is acknowledged (the log is synced), so that neither a killed server nor a power
 cut loses one.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import secrets
 import sqlite3
 import threading
@@ -104,7 +105,7 @@ class Store:
             with self._naming():
                 made = sqlite3.connect(self.path, timeout=30.0, isolation_level=None, check_same_thread=False)
                 weakref.finalize(self, made.close)
-                for setting in ("journal_mode = WAL", "foreign_keys = ON"):
+                for setting in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
                     made.execute(f"PRAGMA {setting}")
             self._connections.append(made)
         with self._open() as database:
@@ -118,20 +119,25 @@ class Store:
     @contextmanager
     def _open(self, write: bool = False, lasting: bool = True) -> Iterator[sqlite3.Connection]:
         """A connection; with ``write`` in a transaction, which is on the disk when it ends if it is ``lasting``."""
-        with self._locks[write], self._naming():
-            database = self._connections[write]
-            if not write:
-                yield database
-                return
-            database.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
-            database.execute("BEGIN IMMEDIATE")
-            try:
-                yield database
-                database.execute("COMMIT")
-            except BaseException:
-                if database.in_transaction:
-                    database.execute("ROLLBACK")
-                raise
+        with self._naming():
+            with self._locks[write]:
+                database = self._connections[write]
+                if write:
+                    database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield database
+                    if write:
+                        database.execute("COMMIT")
+                except BaseException:
+                    if database.in_transaction:
+                        database.execute("ROLLBACK")
+                    raise
+            if write and lasting:  # without the lock: the disk takes several writers' at once
+                log = os.open(f"{self.path}-wal", os.O_RDWR)
+                try:
+                    os.fsync(log)
+                finally:
+                    os.close(log)
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
