@@ -46,7 +46,7 @@ def format_of(source: str | Path) -> str:
     """Return ``"JSONL"``, ``"CSV"``, ``"Parquet"``, ..., or ``"data set"`` for a folder or a name on the hub.
 
     The end of a file's name decides (before ``.gz``); JSONL is the default. FileNotFoundError if a path does not exist,
-    ValueError for a pipe or a device.
+    ValueError for a pipe or a device, or for no name.
     """
     path = Path(os.path.expanduser(source))
     ends = path.suffixes[-2:-1] if path.suffix == ".gz" else path.suffixes[-1:]
@@ -55,6 +55,8 @@ def format_of(source: str | Path) -> str:
         return known or "JSONL"
     refuse_streams(path)
     name = str(source).partition(":")[0]
+    if not name.strip():
+        raise ValueError(f"data {str(source)!r}: it names no file, folder or data set")
     looks_like_a_path = isinstance(source, Path) or known or name.startswith((".", "~", os.sep)) or name.count("/") > 2
     if not path.is_dir() and not Path(os.path.expanduser(name)).is_dir() and looks_like_a_path:
         raise FileNotFoundError(2, "no such file", str(source))

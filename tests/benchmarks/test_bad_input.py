@@ -201,6 +201,8 @@ def test_strange_places_are_told_in_one_line(capsys, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     deep = "/".join(["y" * 200] * 30)
+    for nothing in ("", " ", ":train"):
+        assert "names no file" in told(capsys, "data", "check", nothing)
     line = told(capsys, "data", "check", deep)
     assert len(line) < 1100 and line.endswith("File name too long")
     assert "a\\nb.jsonl" in told(
