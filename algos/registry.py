@@ -1,11 +1,13 @@
-"""The algorithms by name. A new one needs one file and one line here."""
+"""The algorithms by name. A new one needs one file and one line here; outside this package, no line at all."""
 
-from importlib import import_module
+from dataclasses import fields
 from typing import Any
 
 from lm_envs.algos.engine.agent import Agent
+from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.cost import of_preferences
-from lm_envs.settings import make, near
+from lm_envs.plugins import find
+from lm_envs.settings import make
 from lm_envs.tasks.base import TextTask
 
 ALGORITHMS: dict[str, str] = {
@@ -37,11 +39,25 @@ class Unsuited(ValueError):
 
 
 def load(name: str) -> Any:
-    """Return the class of an algorithm; ValueError, with similar names, if there is none."""
-    if name not in ALGORITHMS:
-        raise ValueError(f"no algorithm is called {name!r}: {near(name, ALGORITHMS)}")
-    module, attribute = ALGORITHMS[name].split(":")
-    return getattr(import_module(module), attribute)
+    """Return the class of an algorithm: a key of :data:`ALGORITHMS`, ``my_algo.py:CISPO``, ``module:CLASS``, or an entry
+    point of an installed package (see :mod:`lm_envs.plugins`).
+
+    Raises:
+        ValueError: there is none (the message suggests names), or it is no algorithm.
+    """
+    if name in WRAPPERS:
+        return find(name, "algorithm", ALGORITHMS)
+    found = find(name, "algorithm", ALGORITHMS, _is_agent, "a subclass of lm_envs.algos.engine.agent.Agent")
+    config = found.Config
+    if not (isinstance(config, type) and issubclass(config, AgentConfig)):
+        raise ValueError(f"algorithm {name}: its Config must be a dataclass that inherits from AgentConfig")
+    if plain := set(vars(config).get("__annotations__", {})) - {field.name for field in fields(config)}:
+        raise ValueError(f"algorithm {name}: {config.__name__} needs @dataclass: {min(plain)!r} is not a setting yet")
+    return found
+
+
+def _is_agent(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, Agent)
 
 
 def make_config(name: str, **overrides: Any) -> Any:
@@ -62,7 +78,7 @@ def make_agent(
     """Make an agent.
 
     Args:
-        name: a key of :data:`ALGORITHMS`.
+        name: as :func:`load` takes it.
         policy: the policy to train.
         task: the source of data if ``data`` is None, and of the reward model that a value function may start from.
         data: demonstrations or preferences, for algorithms that learn from data.

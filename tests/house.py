@@ -17,6 +17,7 @@ ORDER = (
     "lm_envs.rng",
     "lm_envs.files",
     "lm_envs.printable",
+    "lm_envs.plugins",
     "lm_envs.model",
     "lm_envs.trajectories",
     "lm_envs.data",

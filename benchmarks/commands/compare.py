@@ -107,8 +107,9 @@ def _only(suite: Suite, algorithms: tuple[str, ...]) -> Suite:
 def _by_algorithm(items: Sequence[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for item in items:
-        algorithm, dot, rest = item.partition(".")
-        if not dot or "=" in algorithm:
+        setting, equals, value = item.partition("=")
+        algorithm, dot, name = setting.rpartition(".")  # that of a file of one's own has dots too
+        if not dot:
             raise UserError(f"--set takes algorithm.name=value here, as in --set ppo.learning_rate=1e-4, not {item!r}")
-        found.setdefault(algorithm, {}).update(parse_settings([rest]))
+        found.setdefault(algorithm, {}).update(parse_settings([name + equals + value]))
     return found

@@ -13,6 +13,7 @@ from lm_envs.benchmarks.commands.options import Own
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task
 from lm_envs.benchmarks.run.suites import parse_settings
+from lm_envs.plugins import installed
 from lm_envs.settings import Seed, Several, near
 
 
@@ -45,8 +46,9 @@ class Overoptimise:
         from lm_envs.benchmarks.report.overoptimization import Settings, overoptimise
         from lm_envs.benchmarks.run.names import trainable
 
-        if self.algorithm not in trainable():
-            raise UserError(f"no algorithm {self.algorithm!r}: {near(self.algorithm, trainable())}")
+        known = [*trainable(), *installed("algorithm")]
+        if ":" not in self.algorithm and self.algorithm not in known:
+            raise UserError(f"no algorithm {self.algorithm!r}: {near(self.algorithm, known)}")
         given = {name: getattr(self, name) for name in ("pairs", "algorithm", "iterations", "seed")}
         settings = Settings(**given, overrides=parse_settings(self.set))
         options = self.own.options().get(base_task(self.task)[0], {})

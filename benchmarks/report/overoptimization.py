@@ -30,7 +30,7 @@ from lm_envs.benchmarks.measure.samples import judged
 from lm_envs.benchmarks.report.plots import STYLE, as_file, root
 from lm_envs.benchmarks.run.compare import gone_if_refused
 from lm_envs.benchmarks.run.inputs import fingerprints
-from lm_envs.benchmarks.run.names import check_task, load_task
+from lm_envs.benchmarks.run.names import base_task, check_task
 from lm_envs.benchmarks.run.one_run import versions
 from lm_envs.benchmarks.run.storage import write_json
 from lm_envs.benchmarks.run.suites import Plan, RunSpec, check_overrides
@@ -40,6 +40,7 @@ from lm_envs.files import write_atomic
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.settings import Probability, Seed, Several
 from lm_envs.settings import Settings as CheckedSettings
+from lm_envs.tasks import load
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
 from lm_envs.trajectories import Trajectories
@@ -127,7 +128,7 @@ def measure(name: str, options: dict[str, Any], settings: Settings, say: Callabl
     Raises:
         UserError: the task has no judge, or no learned reward model to take the architecture from.
     """
-    task = load_task(name, options)
+    task = load(base_task(name)[0], **options)
     template = task.reward
     if task.judge is None or not isinstance(template, LearnedReward):
         raise UserError(f"over-optimisation of task {name!r} needs a judge and a learned reward model")

@@ -42,7 +42,7 @@ class Series:
         self.base, env = base_task(self.task)
         self.bandit = env == "bandit"
         self.label, self.dash = (f"{self.algorithm} (bandit)", "--") if self.bandit else (self.algorithm, "-")
-        method = self.out / folder_name(self.task) / self.algorithm
+        method = self.out / folder_name(self.task) / folder_name(self.algorithm)
         self.folders = [method / f"seed-{result['seed']}" for result in self.results]
 
     def mean(self, column: str) -> float:

@@ -10,12 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_envs.algos.registry import ALGORITHMS
 from lm_envs.benchmarks.run.names import base_task
 from lm_envs.data import sources
 from lm_envs.files import sha256
 from lm_envs.model.adapters import base_of, is_adapter
 from lm_envs.model.hub import commit_of
+from lm_envs.plugins import place_of
 from lm_envs.reward.specs import Source, Spec, is_spec, parse_reward
+from lm_envs.tasks import TASKS
 
 if TYPE_CHECKING:
     from lm_envs.benchmarks.run.data_problem import DataSpec
@@ -42,10 +45,10 @@ def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
 def _places(name: str, text: str) -> Iterator[tuple[str, Callable[[str], str | None]]]:
     """The files and folders that an option names, and the function that hashes each."""
     if name in ("reward", "judge") and is_spec(text):
-        kinds = {"model": _model, "judge": _file, "file": _file, "module": _module}
+        kinds = {"model": _model, "judge": _file, "function": _module}
         yield from ((part.place, kinds[part.kind]) for part in _sources(parse_reward(text)) if part.kind in kinds)
     elif name in ("task", "algorithm"):
-        yield text.rpartition(":")[0], _module
+        yield place_of(text, name, TASKS if name == "task" else ALGORITHMS), _module
     elif name in ("model", "policy", "reference", "reward_model", "judge"):
         if (name, text) != ("reference", "base"):  # the model under adapters, which is hashed with them
             yield text, _model
@@ -83,7 +86,9 @@ def _rows(place: str) -> str | None:
 
 
 def _module(name: str) -> str | None:
-    """Hash a Python file or a module; None where there is none."""
+    """Hash a Python file or a module; None where there is none, or it is in this package, whose hash is a version."""
+    if name.startswith("lm_envs."):
+        return None
     if name.endswith(".py"):
         return _file(name)
     try:

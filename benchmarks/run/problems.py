@@ -25,11 +25,12 @@ from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
-from lm_envs.benchmarks.run.names import base_task, best_of, is_control, load_task
+from lm_envs.benchmarks.run.names import base_task, best_of, is_control
 from lm_envs.benchmarks.run.suites import RunSpec, check_overrides
 from lm_envs.env.rollout import collect
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact.solver import Exact
+from lm_envs.tasks import load
 from lm_envs.tasks.enumerable import TableLM
 from lm_envs.trajectories import Trajectories
 
@@ -126,7 +127,7 @@ class TextProblem(Problem):
         if name == "custom":  # its loader checks lengths and samples to standardize scores
             names = ("max_new_tokens", "min_new_tokens", "temperature")
             options |= {name: spec.env[name] for name in names if name in spec.env}
-        self.spec, self.task = spec, load_task(spec.task, options)
+        self.spec, self.task = spec, load(name, **options)
         # TOML and JSON have no tuples
         self._options: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in spec.env.items()}
         self._measures: dict[str, TextVectorEnv] = {}

@@ -169,7 +169,7 @@ class _Reader:
         """Check a name; an error points to the line that has it in quotes."""
         try:
             check(name)
-        except UserError as error:
+        except (UserError, ValueError) as error:
             quoted = (f'"{name}"', f"'{name}'")
             line = next((i for i, line in enumerate(self.lines, 1) if any(text in line for text in quoted)), None)
             raise UserError(one_line(self.path, line, str(error))) from error

@@ -87,7 +87,7 @@ class RunSpec:
     @property
     def label(self) -> str:
         """``task/algorithm/seed-n``, the name of the run and of its folder."""
-        return f"{folder_name(self.task)}/{self.algorithm}/seed-{self.seed}"
+        return f"{folder_name(self.task)}/{folder_name(self.algorithm)}/seed-{self.seed}"
 
     @property
     def folder(self) -> str:

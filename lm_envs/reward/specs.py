@@ -10,6 +10,7 @@ The grammar, where ``...`` repeats:
     source    = model:PLACE                         a sequence classifier: a folder or a hub name
               | judge:URL#MODEL | judge:FILE.toml   a language model behind an OpenAI-compatible endpoint
               | FILE.py:NAME | MODULE:NAME          your function, or a class that makes one; its file is run
+              | NAME                                an entry point of an installed package, group lm_envs.rewards
               | bleu | chrf | chrf++ | rouge1 | rouge2 | rougeL | rougeLsum
     source may be followed by its settings, as in bleu[column=german, lowercase=true]
 
@@ -27,6 +28,7 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
+from lm_envs.plugins import TEXT, installed
 from lm_envs.reward.metrics import METRICS
 from lm_envs.settings import near
 
@@ -37,8 +39,6 @@ _TIMES = re.compile(rf"(?P<part>.*\S)\s*\*\s*(?P<weight>{_NUMBER})", re.DOTALL)
 _WEIGHTED = re.compile(rf"(?P<weight>{_NUMBER})\s*\*\s*(?P<part>.*)", re.DOTALL)
 _CALL = re.compile(r"(?P<name>clip|standardise|chat)\s*\((?P<inside>.*)\)", re.DOTALL)
 _SETTINGS = re.compile(r"(?P<place>.*?)\s*\[(?P<settings>[^\[\]]*=[^\[\]]*)\]", re.DOTALL)
-_FUNCTION = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
-_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 # The number of numbers behind the reward.
 _CALLS = {"clip": ((2,), "low, high"), "standardise": ((0, 2), "mean, std (or neither)"), "chat": ((0,), "nothing")}
 _LONGEST = 10_000  # characters
@@ -51,8 +51,8 @@ class Source:
     """A single reward.
 
     Attributes:
-        kind: ``"model"``, ``"judge"``, ``"file"``, ``"module"`` or ``"metric"``.
-        place: the folder, address, file, module or metric.
+        kind: ``"model"``, ``"judge"``, ``"function"`` or ``"metric"``.
+        place: the folder, address, file or module of a function, or metric.
         name: of the function, or of the judge's model.
         settings: from the brackets.
     """
@@ -86,7 +86,9 @@ def is_spec(text: str) -> bool:
         or "*" in text
         or " + " in text
         or re.search(r":[A-Za-z_]\w*(\[.*\])?$", text)
-        or any(re.sub(r"\[.*", "", part).strip() in METRICS for part in (text, *text.split("+")))
+        or any(
+            re.sub(r"\[.*", "", part).strip() in {*METRICS, *installed("reward")} for part in (text, *text.split("+"))
+        )
     )
 
 
@@ -178,19 +180,18 @@ def _source(text: str) -> Source:
         return Source("model", place[6:], settings=settings)
     if place.startswith("judge:"):
         return _judge(place[6:], settings, text)
-    function = _FUNCTION.fullmatch(place)
-    if function and function["place"].endswith(".py"):
-        _must_exist(function["place"], text)
-        return Source("file", function["place"], function["name"], settings)
-    if function and _MODULE.fullmatch(function["place"]):
-        return Source("module", function["place"], function["name"], settings)
+    if function := TEXT.fullmatch(installed("reward").get(place, place)):
+        if function["place"].endswith(".py"):
+            _must_exist(function["place"], text)
+        return Source("function", function["place"], function["name"], settings)
     if why := _slip(text):
         raise ValueError(f"reward {text!r}: {why}")
     if place.endswith(".py"):
         raise ValueError(f"reward {text!r}: say which function of the file, as in {place + ':function'!r}")
     if place and os.path.isdir(place):
         raise ValueError(f"reward {text!r}: a model's folder is written {'model:' + place!r}")
-    raise ValueError(f"reward {text!r}: {near(place, METRICS, _EXPECTED + ', '.join(METRICS))}")
+    known = [*METRICS, *installed("reward")]
+    raise ValueError(f"reward {text!r}: {near(place, known, _EXPECTED + ', '.join(known))}")
 
 
 def _slip(text: str) -> str | None:

@@ -1,23 +1,24 @@
 """The registry of text tasks. Loaders are named by strings, so importing it is light.
 
-To add a task, write a module with a function that returns a :class:`~lm_envs.tasks.base.TextTask`, and add a line here.
+A task is a function that returns a :class:`~lm_envs.tasks.base.TextTask`; one outside this package needs no line here.
 """
 
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_envs.settings import near, short
+from lm_envs.plugins import find
+from lm_envs.settings import short
 
 if TYPE_CHECKING:
     from lm_envs.tasks.base import TextTask
 
 __all__ = ["TASKS", "load"]
 
-TASKS: dict[str, str] = {
+TASKS: dict[str, str | Callable[..., Any]] = {
     "reviews": "lm_envs.tasks.reviews:load",
     "corpus": "lm_envs.tasks.corpus:load",
     "translation": "lm_envs.tasks.translation:load",
@@ -25,31 +26,39 @@ TASKS: dict[str, str] = {
     "enumerable": "lm_envs.tasks.enumerable:load",
 }
 
-_loaded: dict[tuple[str, tuple[tuple[str, Any], ...]], TextTask] = {}
+_loaded: dict[tuple[Any, tuple[tuple[str, Any], ...]], TextTask] = {}
 
 
 def load(name: str, **options: Any) -> TextTask:
-    """Load the task with a name of :data:`TASKS`. In a process, the same name and options give the same object.
+    """Load a task. In a process, the same name and options give the same object.
 
-    ``options`` go to the task's loader; they are hashable values, or lists of them. ValueError for an unknown task (the
-    message suggests names) or option.
+    Args:
+        name: a key of :data:`TASKS`, ``my_task.py:load``, ``module:function``, or an entry point of an installed package
+            (see :mod:`lm_envs.plugins`).
+        options: arguments of the task's loader; hashable values, or lists of them.
+
+    Raises:
+        ValueError: an unknown task (the message suggests names) or option, or a loader that returns no TextTask.
     """
-    if name not in TASKS:
-        raise ValueError(f"no task {name!r}: {near(name, TASKS)}")
+    loader = find(name, "task", TASKS)
     if not isinstance(options.get("path", ""), (str, Path)):
         raise ValueError(f"{name}: path must be text, not {short(options['path'])}")
-    key = (TASKS[name], tuple((option, _hashable(options[option])) for option in sorted(options)))
+    key = (loader, tuple((option, _hashable(options[option])) for option in sorted(options)))
     if key not in _loaded:
         import torch  # here, because this module is light
 
-        module, function = TASKS[name].split(":")
-        loader = getattr(import_module(module), function)
+        from lm_envs.tasks.base import TextTask
+
         try:
             inspect.signature(loader).bind(**options)
         except TypeError as error:
             raise ValueError(f"options of task {name!r}: {error}") from None
         with torch.random.fork_rng(devices=[]):  # models draw weights before they read theirs from files
-            _loaded[key] = loader(**options)
+            made = loader(**options)
+        if not isinstance(made, TextTask):
+            kind = type(made).__name__
+            raise ValueError(f"task {name!r} gave a {kind}, and has to give a lm_envs.tasks.base.TextTask")
+        _loaded[key] = made
     return _loaded[key]
 
 

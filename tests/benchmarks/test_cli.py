@@ -19,10 +19,10 @@ from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.commands.compare import Compare
 from lm_envs.benchmarks.commands.options import Own
 from lm_envs.benchmarks.run import storage
-from lm_envs.benchmarks.run.names import load_task
 from lm_envs.benchmarks.run.results import COLUMNS, COSTS
 from lm_envs.benchmarks.run.storage import Records
 from lm_envs.benchmarks.run.suite_files import load_suite, parse_suite
+from lm_envs.tasks import load
 from tests.benchmarks.fake_task import NAME
 from tests.house import CHECKOUT
 from tests.lm_envs import byo
@@ -354,7 +354,7 @@ def test_how_models_are_loaded_is_said_on_the_command_line_and_in_suites(tmp_pat
     text = f'tasks = ["custom"]\nalgorithms = ["sft"]\n[task.custom]\noptions = {{{options}}}'
     suite = parse_suite(text, "x")
     with pytest.warns(UserWarning, match="1 bad row was passed over"):
-        assert load_task("custom", suite.runs()[0].options).reference.dtype == torch.bfloat16
+        assert load("custom", **suite.runs()[0].options).reference.dtype == torch.bfloat16
 
 
 def test_what_a_killed_first_write_left_does_not_block_the_folder(tmp_path):
