@@ -39,8 +39,7 @@ class Unsuited(ValueError):
 
 
 def load(name: str) -> Any:
-    """Return the class of an algorithm: a key of :data:`ALGORITHMS`, ``my_algo.py:CISPO``, ``module:CLASS``, or an entry
-    point of an installed package (see :mod:`lm_envs.plugins`).
+    """Return the class of an algorithm: a key of :data:`ALGORITHMS`, or as :mod:`lm_envs.plugins` names it.
 
     Raises:
         ValueError: there is none (the message suggests names), or it is no algorithm.

@@ -63,10 +63,8 @@ def find(
         return target
     match = TEXT.fullmatch(target)
     if match is None:
-        hint = near(
-            text, [*known, *installed(what)], f"one of your own is FILE.py:NAME or module:NAME, {_names(known)}"
-        )
-        raise ValueError(f"no {what} {text!r}: {hint}")
+        hint = near(text, [*known, *installed(what)])
+        raise ValueError(f"no {what} {text!r}: {hint} (one of your own is FILE.py:NAME or module:NAME)")
     module = _run_file(match["place"], where) if match["place"].endswith(".py") else _import(match["place"], where)
     found = getattr(module, match["name"], None)
     if not fits(found):
@@ -74,10 +72,6 @@ def find(
         others = [name for name, value in vars(module).items() if fits(value) and not name.startswith("_")]
         raise ValueError(f"{where}: that name {state}: {near(match['name'], others)}")
     return found
-
-
-def _names(known: Mapping[str, Any]) -> str:
-    return f"and there are {', '.join(sorted(known))}" if known else "and this package has none"
 
 
 def _import(name: str, where: str) -> ModuleType:

@@ -86,10 +86,12 @@ def is_spec(text: str) -> bool:
         or "*" in text
         or " + " in text
         or re.search(r":[A-Za-z_]\w*(\[.*\])?$", text)
-        or any(
-            re.sub(r"\[.*", "", part).strip() in {*METRICS, *installed("reward")} for part in (text, *text.split("+"))
-        )
+        or any(re.sub(r"\[.*", "", part).strip() in _names() for part in (text, *text.split("+")))
     )
+
+
+def _names() -> list[str]:
+    return [*METRICS, *installed("reward")]
 
 
 def parse_reward(texts: str | Sequence[str]) -> Spec:
@@ -190,8 +192,7 @@ def _source(text: str) -> Source:
         raise ValueError(f"reward {text!r}: say which function of the file, as in {place + ':function'!r}")
     if place and os.path.isdir(place):
         raise ValueError(f"reward {text!r}: a model's folder is written {'model:' + place!r}")
-    known = [*METRICS, *installed("reward")]
-    raise ValueError(f"reward {text!r}: {near(place, known, _EXPECTED + ', '.join(known))}")
+    raise ValueError(f"reward {text!r}: {near(place, _names(), _EXPECTED + ', '.join(_names()))}")
 
 
 def _slip(text: str) -> str | None:

@@ -33,8 +33,7 @@ def load(name: str, **options: Any) -> TextTask:
     """Load a task. In a process, the same name and options give the same object.
 
     Args:
-        name: a key of :data:`TASKS`, ``my_task.py:load``, ``module:function``, or an entry point of an installed package
-            (see :mod:`lm_envs.plugins`).
+        name: a key of :data:`TASKS`, or one of your own as :mod:`lm_envs.plugins` names it: ``my_task.py:load``.
         options: arguments of the task's loader; hashable values, or lists of them.
 
     Raises:

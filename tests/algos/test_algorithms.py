@@ -25,7 +25,7 @@ def test_registered_names_are_the_classes_own(name):
 
 
 def test_unknown_names_are_answered_with_near_ones():
-    with pytest.raises(ValueError, match="no algorithm is called 'pp0'.*ppo"):
+    with pytest.raises(ValueError, match="no algorithm 'pp0': .*ppo"):
         registry.load("pp0")
     with pytest.raises(ValueError, match="there are .*a2c"):
         registry.load("zzzzzz")

@@ -85,7 +85,7 @@ BLEU, CHRF = Source("metric", "bleu"), Source("metric", "chrf")
         ("standardise(bleu, 0.3, 0.1)", Combined("standardise", (BLEU,), (0.3, 0.1))),
         ("clip(standardise(bleu), -2, 2)", Combined("clip", (Combined("standardise", (BLEU,)),), (-2.0, 2.0))),
         ("(bleu + chrf)*0.5", Combined("sum", (Combined("sum", (BLEU, CHRF), (1.0, 1.0)),), (0.5,))),
-        ("chat(m:f)", Combined("chat", (Source("module", "m", "f"),))),
+        ("chat(m:f)", Combined("chat", (Source("function", "m", "f"),))),
         ("model:a/b", Source("model", "a/b")),
         ("model:/x/y z.d[label=positive, output=logit]*2",
          Combined("sum", (Source("model", "/x/y z.d", settings={"label": "positive", "output": "logit"}),), (2.0,))),
@@ -94,7 +94,7 @@ BLEU, CHRF = Source("metric", "bleu"), Source("metric", "chrf")
         ("judge:http://127.0.0.1:8000/v1#org/m", Source("judge", "http://127.0.0.1:8000/v1", "org/m")),
         ("judge:http://[::1]:8000/v1#m[workers=2]", Source("judge", "http://[::1]:8000/v1", "m", {"workers": 2})),
         ("judge:http://[::1]:8000/v1#m", Source("judge", "http://[::1]:8000/v1", "m")),
-        ("pkg.mod:f", Source("module", "pkg.mod", "f")),
+        ("pkg.mod:f", Source("function", "pkg.mod", "f")),
         ("chrf++*2", Combined("sum", (Source("metric", "chrf++"),), (2.0,))),
     ],
 )  # fmt: skip
