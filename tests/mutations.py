@@ -57,7 +57,7 @@ COLUMNS = "tests/lm_envs/reward/test_columns.py"
 KL_COEF = "tests/benchmarks/run/test_kl_coef.py"
 JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/test_base.py"
 MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
-STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run/test_one_run.py::"
+STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run/test_one_run.py"
 INPUTS = "tests/benchmarks/run/test_inputs.py"
 PACKED = "tests/algos/test_packed_data.py"
 REPORTED = "tests/benchmarks/test_recomputed_report.py"
@@ -1579,7 +1579,7 @@ MUTATIONS = [
         "benchmarks/run/one_run.py",
         'each.cut(0 if found is None else found.state["records"][each.path.name][0])',
         "pass",
-        ONE_RUN + "test_a_damaged_checkpoint_costs_time_and_nothing_else",
+        ONE_RUN + "::test_a_damaged_checkpoint_costs_time_and_nothing_else",
     ),
     Mutation(
         "a seal is not compared",
@@ -1719,7 +1719,7 @@ MUTATIONS = [
         "benchmarks/run/storage.py",
         "if (name := damaged(folder, names=names)) is not None:",
         'if (name := damaged(folder, names=["config.json"])) is not None:',
-        ONE_RUN + "test_a_finished_run_that_was_damaged_is_made_again",
+        ONE_RUN + "::test_a_finished_run_that_was_damaged_is_made_again",
     ),
 ]
 

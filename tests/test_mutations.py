@@ -19,8 +19,10 @@ def test_each_breaks_one_place_of_a_file_and_names_tests_that_exist(mutation):
     assert changed != text
     compile(changed, mutation.file, "exec")
     for selection in mutation.tests.split():
-        file, _, name = selection.partition("::")
-        assert f"def {name}" in Path(CHECKOUT / file).read_text(encoding="utf-8")
+        file, colons, name = selection.partition("::")
+        before, found, _ = Path(CHECKOUT / file).read_text(encoding="utf-8").partition(f"def {name}")
+        assert found and bool(colons) == bool(name)
+        assert not name or "pytest.mark.slow\n" not in before.rpartition("\n\n\n")[2], "the quick suite leaves it out"
 
 
 def test_a_text_that_is_gone_is_reported():
