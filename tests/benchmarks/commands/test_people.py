@@ -293,6 +293,12 @@ def test_twenty_people_at_once_and_twenty_kills(tmp_path: Path) -> None:
 
     server = subprocess.Popen(serve, cwd=CHECKOUT, stdout=subprocess.DEVNULL)
     work("p0", 1, 0.0)  # waits until the server is up
+    web, empty = http.client.HTTPConnection("127.0.0.1", port), []
+    for _ in range(100):
+        begin = time.monotonic()
+        web.request("GET", "/nowhere")
+        web.getresponse().read()
+        empty.append(time.monotonic() - begin)
     times.clear()
     for thread in working(each // 2, 0.5):
         thread.join()
@@ -317,6 +323,8 @@ def test_twenty_people_at_once_and_twenty_kills(tmp_path: Path) -> None:
     assert set(acknowledged) == set(found)
     versions = sqlite3.connect(store.path).execute("SELECT count(*), max(version) FROM answers").fetchone()
     assert versions == (len(found), 1)  # a request that was sent again made no second version
+    if np.median(empty) > 0.01:
+        pytest.skip(f"nothing was lost, but times mean nothing here: an empty reply takes {np.median(empty):.3f} s")
     assert quiet[int(0.95 * len(quiet))] < 0.05
 
 
