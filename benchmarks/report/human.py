@@ -83,5 +83,6 @@ def correlation(series: Sequence[Series], *, seed: int = 0) -> Interval | None:
 def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Correlation of ranks (Spearman 1904), ties sharing their mean rank; NaN where one side is all ties."""
     ranks = [(np.searchsorted(np.sort(x), x, "left") + np.searchsorted(np.sort(x), x, "right")) / 2 for x in (a, b)]
-    spread = [rank.std() for rank in ranks]
-    return float(np.corrcoef(np.stack(ranks))[0, 1]) if min(spread) > 0 else float("nan")
+    a, b = (rank - rank.mean() for rank in ranks)
+    spread = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / spread if spread > 0 else float("nan")
