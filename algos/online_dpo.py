@@ -6,17 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_envs.algos.dpo import preference_loss
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import episode_value, groups
-from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
-from lm_envs.settings import Positive, Rate, Several
+from lm_envs.algos.engine.preference_losses import REFERENCE_FREE, PreferenceLossConfig, preference_loss
+from lm_envs.settings import Rate, Several
 from lm_envs.trajectories import Trajectories
 
 
 @dataclass
-class OnlineDPOConfig(AgentConfig):
+class OnlineDPOConfig(PreferenceLossConfig):
     """Settings of :class:`OnlineDPO`; the defaults are for a small language model."""
 
     whole_episodes = True
@@ -24,13 +23,17 @@ class OnlineDPOConfig(AgentConfig):
     learning_rate: Rate = 1e-3
     group_size: Several = 4
     """Consecutive episodes that share a prompt, at least 2, of which the best and the worst are compared."""
-    beta: Positive = 0.1
-    """Coefficient of the implicit KL penalty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss == "kto":
+            raise ValueError("online-dpo learns from pairs: loss must be another than 'kto'")
 
 
 class OnlineDPO(Agent[OnlineDPOConfig]):
     """``-log sigmoid(beta * (D_best - D_worst))`` on fresh samples (Guo et al. 2024, "Direct language model alignment
-    from online AI feedback"; the best and worst of more than two, as Xiong et al. 2024 do).
+    from online AI feedback"; the best and worst of more than two, as Xiong et al. 2024 do), or another ``loss`` of
+    :class:`~lm_envs.algos.dpo.DPO`.
 
     The reward model's score ranks the samples, and the reference is the env's. Groups of equal scores are skipped. Text
     only: control has no reference.
@@ -42,7 +45,7 @@ class OnlineDPO(Agent[OnlineDPOConfig]):
 
     def update(self, traj: Trajectories) -> dict[str, float]:
         value = episode_value(traj)
-        if traj.ref_logprob is None:
+        if traj.ref_logprob is None and self.config.loss not in REFERENCE_FREE:
             raise ValueError("online-dpo needs Trajectories.ref_logprob, which only text envs provide")
         best, worst = extremes(value, groups(traj)[1])
         differ = value[best] > value[worst]
@@ -57,7 +60,7 @@ class OnlineDPO(Agent[OnlineDPOConfig]):
         return metrics | super().update(chosen)
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        return preference_loss(traj, now, self.config.beta)
+        return preference_loss(traj, now, self.config)
 
 
 def extremes(value: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

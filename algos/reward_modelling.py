@@ -84,9 +84,12 @@ class RewardModelling(Agent[RewardModellingConfig]):
         self, policy: Any, config: RewardModellingConfig | None = None, data: Trajectories | None = None
     ) -> None:
         super().__init__(policy, config)
-        self.data = Comparisons(self.name, data)
+        self.data = self.rows_of(data)
         if self.config.ranking == "plackett-luce":
             check_strict(self.name, self.data.ranks)
+
+    def rows_of(self, data: Any) -> Comparisons:
+        return Comparisons(self.name, data)
 
     def loss(self, traj: Trajectories, now: Scores, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         assert traj.group is not None and traj.rank is not None

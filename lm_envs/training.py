@@ -41,15 +41,24 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def bradley_terry_loss(scores: Tensor, rank: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return ``-mean log sigmoid(score_i - score_j)`` over all pairs of a group in which i is ranked before j.
+    """Return ``-mean log sigmoid(score_i - score_j)`` over all pairs of a group in which i is ranked before j (Bradley
+    and Terry 1952); arguments and mean are those of :func:`mean_over_pairs`."""
+    return mean_over_pairs(scores, rank, lambda margin: -F.logsigmoid(margin), weight)
 
-    Bradley and Terry 1952; as in Ouyang et al. 2022 (InstructGPT, eq. 1) the K-choose-2 pairs of one prompt
-    stay in one batch element and weigh ``1 / (K choose 2)`` each, so a prompt counts once for any K. The mean is over
-    groups with a pair; 0 if there are none.
+
+def mean_over_pairs(
+    scores: Tensor, rank: Tensor, loss: Callable[[Tensor], Tensor], weight: Tensor | None = None
+) -> Tensor:
+    """Return the mean of ``loss(score_i - score_j)`` over all pairs of a group in which i is ranked before j.
+
+    As in Ouyang et al. 2022 (InstructGPT, eq. 1) the K-choose-2 pairs of one prompt stay in one batch element and weigh
+    ``1 / (K choose 2)`` each, so a prompt counts once for any K. The mean is over groups with a pair; 0 if there are
+    none.
 
     Args:
         scores: ``(B, K)``.
         rank: ``(B, K)`` int64, 0 is best; equal ranks make no pair, negative ranks mark absent samples.
+        loss: elementwise.
         weight: ``(B,)`` by which a group's loss is multiplied; the mean still is over the number of groups.
     """
     here = rank >= 0
@@ -57,7 +66,7 @@ def bradley_terry_loss(scores: Tensor, rank: Tensor, weight: Tensor | None = Non
     i, j = better.nonzero(as_tuple=True)[1:]
     group = better.nonzero(as_tuple=True)[0]
     scores = at_least_float32(scores)
-    losses = -F.logsigmoid(scores[group, i] - scores[group, j])
+    losses = loss(scores[group, i] - scores[group, j])
     pairs = better.sum(dim=(1, 2))
     weights = (1.0 if weight is None else weight[group].to(losses.dtype)) / pairs[group].to(losses.dtype)
     return (losses * weights).sum() / max(int((pairs > 0).sum()), 1)

@@ -54,7 +54,7 @@ class Trajectories:
         score: ``(B,)`` the reward model's score before the KL penalty.
         prompt: ``(B, P)`` int64, left-padded with -1.
         response: ``(B, T_response)`` int64, right-padded with -1; the EOS is part of it.
-        rank: ``(B,)`` int64 within the group, 0 is the best.
+        rank: ``(B,)`` int64 within the group, 0 is the best; of a labeled response on its own 0 if wanted, else 1.
         weight: ``(B,)`` of its group in a loss that learns from ranks; None for 1.
 
     ValueError names a field of the wrong shape or dtype.

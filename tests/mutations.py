@@ -784,7 +784,7 @@ MUTATIONS = [
     ),
     Mutation(
         "DPO's reference drifts with the policy",
-        "algos/dpo.py",
+        "algos/engine/preference_losses.py",
         "masked(traj.ref_logprob, traj.mask).to(now.logprob.dtype)",
         "masked(now.logprob.detach(), traj.mask)",
         PREFERENCES,
@@ -1268,14 +1268,14 @@ MUTATIONS = [
     Mutation(
         "a completion's reference begins where its row does",
         "lm_envs/data/packed.py",
+        "4 * int(self._starts[row, 2]))\n                traj",
         "4 * int(self._starts[row, 1]))\n                traj",
-        "4 * int(self._starts[row, 0]))\n                traj",
         PACKED,
     ),
     Mutation(
         "the reference says something of the chosen rows alone",
         "lm_envs/data/packed.py",
-        "whole = PackedExamples(self.folder)",
+        "whole = PackedExamples(self.folder, mismatched=self._mismatched)",
         "whole = self",
         f"{PACKED} {LEARN}",
     ),

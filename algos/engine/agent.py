@@ -146,6 +146,10 @@ class Agent(Generic[C]):
         """
         return None
 
+    def rows_of(self, data: Any) -> Any:
+        """What batches of such data are drawn from: ``len`` counts its units, ``select`` returns some of them."""
+        return data
+
     def mixture(self, step: int) -> tuple[float, Trajectories] | None:
         """The weight of ``-log pi`` and demonstrations to learn from beside minibatch number ``step`` of the run."""
         return None

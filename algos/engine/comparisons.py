@@ -14,7 +14,7 @@ from lm_envs.settings import Count, Probability
 from lm_envs.tasks import sampling
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.reviews import annotate
-from lm_envs.trajectories import Trajectories, demonstrations, from_responses
+from lm_envs.trajectories import Trajectories, demonstrations, from_responses, whole_episodes
 
 
 @dataclass
@@ -63,6 +63,46 @@ class Comparisons:
         batch = self.data.select(torch.cat(rows))
         batch.group = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
         return batch
+
+
+class Labeled:
+    """Single responses that are wanted (rank 0) or not, each with a prompt that has another row's response.
+
+    Args:
+        name: the algorithm's, for messages.
+        data: Trajectories with ``rank``; or packed examples that hold the mismatched rows already, ``mismatched=True``.
+
+    Raises:
+        ValueError: no data, no ranks, or only wanted responses, or none.
+    """
+
+    def __init__(self, name: str, data: Any) -> None:
+        if data is None or data.rank is None:
+            raise ValueError(f"{name} learns from labeled responses: pass data=Trajectories with rank, 0 where wanted")
+        self.data = mismatched(data) if isinstance(data, Trajectories) else data
+        wanted = self.data.rank[: len(self)] == 0
+        if bool(wanted.all()) or not bool(wanted.any()):
+            which = "wanted" if bool(wanted.all()) else "unwanted"
+            raise ValueError(
+                f"{name}: all {len(self)} responses are labeled as {which}, so there is nothing to tell apart"
+            )
+
+    def __len__(self) -> int:
+        """How many responses."""
+        return len(self.data) // 2
+
+    def select(self, index: Tensor) -> Trajectories:
+        """Some responses, and as many mismatched rows, of rank -1."""
+        return self.data.select(torch.cat([index, index + len(self)]))
+
+
+def mismatched(data: Trajectories) -> Trajectories:
+    """The rows, and after them each prompt once more with the response of a row half the data away, of rank -1."""
+    assert data.prompt is not None and data.response is not None and data.rank is not None
+    rows = (torch.arange(len(data)) + len(data) // 2) % len(data)
+    more = {"rank": torch.full_like(data.rank, -1), "weight": data.weight}
+    others = whole_episodes(data.prompt, data.response[rows], **more)
+    return Trajectories.concatenate([data, others])
 
 
 def by_group(x: Tensor, group: Tensor, fill: float) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ class Averages:
             self._weights[name] = self._weights.get(name, 0.0) + float(count)
 
     def means(self) -> dict[str, float]:
-        """The averages so far."""
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
+        """The averages so far, of what was counted at all."""
+        return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
 
 
 def describe(traj: Trajectories) -> dict[str, float]:

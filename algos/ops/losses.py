@@ -10,10 +10,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lm_envs.algos.ops.advantages import masked
 from lm_envs.kernels.logprob_kl import logprob_kl
-from lm_envs.training import bradley_terry_loss
+from lm_envs.training import bradley_terry_loss, mean_over_pairs
 
 KLEstimator = Literal["k1", "k2", "k3", "full"]
 
@@ -121,6 +122,75 @@ def dpo_loss(log_ratio: Tensor, rank: Tensor, beta: float, weight: Tensor | None
         weight: ``(G,)`` by which a group's loss is multiplied.
     """
     return bradley_terry_loss(beta * log_ratio, rank, weight)
+
+
+def ipo_loss(log_ratio: Tensor, rank: Tensor, beta: float, weight: Tensor | None = None) -> Tensor:
+    """``(D_w - D_l - 1 / (2 beta))^2`` (Azar et al. 2023, "A general theoretical paradigm to understand learning from
+    human preferences", eq. 17, tau = beta). Arguments as for :func:`dpo_loss`."""
+    return mean_over_pairs(log_ratio, rank, lambda margin: (margin - 1 / (2 * beta)) ** 2, weight)
+
+
+def conservative_dpo_loss(
+    log_ratio: Tensor, rank: Tensor, beta: float, flip: float, weight: Tensor | None = None
+) -> Tensor:
+    """``-(1 - e) log sigmoid(m) - e log sigmoid(-m)``, ``m = beta (D_w - D_l)``: cross-entropy with labels smoothed by
+    e = ``flip`` (Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO")."""
+
+    def loss(margin: Tensor) -> Tensor:
+        return -(1 - flip) * F.logsigmoid(margin) - flip * F.logsigmoid(-margin)
+
+    return mean_over_pairs(beta * log_ratio, rank, loss, weight)
+
+
+def robust_dpo_loss(
+    log_ratio: Tensor, rank: Tensor, beta: float, flip: float, weight: Tensor | None = None
+) -> Tensor:
+    """``[-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2 e)``, ``m = beta (D_w - D_l)``: where a share e =
+    ``flip`` of the choices is recorded the wrong way round, its expectation is :func:`dpo_loss` of the right ones
+    (Chowdhury et al. 2024, "Provably robust DPO: aligning language models with noisy feedback")."""
+
+    def loss(margin: Tensor) -> Tensor:
+        return (-(1 - flip) * F.logsigmoid(margin) + flip * F.logsigmoid(-margin)) / (1 - 2 * flip)
+
+    return mean_over_pairs(beta * log_ratio, rank, loss, weight)
+
+
+def simpo_loss(
+    mean_logprob: Tensor, rank: Tensor, beta: float, margin: float, weight: Tensor | None = None
+) -> Tensor:
+    """``-log sigmoid(beta (l_w - l_l) - margin)``, ``l = (1/|y|) sum_t log pi`` of each response, ``(G, K)``, without a
+    reference (Meng et al. 2024, "SimPO", eq. 6)."""
+    return mean_over_pairs(beta * mean_logprob, rank, lambda found: -F.logsigmoid(found - margin), weight)
+
+
+def orpo_loss(mean_logprob: Tensor, rank: Tensor, odds_weight: float, weight: Tensor | None = None) -> Tensor:
+    """``-l_w - odds_weight * log sigmoid(o_w - o_l)``, ``l = (1/|y|) sum_t log pi`` and ``o = l - log(1 - e^l)`` the
+    log-odds of each response, ``(G, K)``: likelihood of the better one and an odds ratio, without a reference (Hong et
+    al. 2024, "ORPO", eqs. 6 and 7)."""
+    mean = mean_logprob.clamp(max=-torch.finfo(mean_logprob.dtype).eps)
+    odds = bradley_terry_loss(mean - torch.log(-torch.expm1(mean)), rank, weight)
+    better = ((rank[:, :, None] < rank[:, None, :]) & (rank >= 0)[:, :, None]).sum(dim=2)  # pairs that each one wins
+    pairs = better.sum(dim=1)
+    likelihood = (better * masked(mean_logprob, rank >= 0)).sum(dim=1) / pairs.clamp(min=1)
+    likelihood = likelihood if weight is None else weight.to(likelihood.dtype) * likelihood
+    return odds_weight * odds - likelihood.sum() / (pairs > 0).sum().clamp(min=1)
+
+
+def kto_loss(
+    log_ratio: Tensor, wanted: Tensor, baseline: float, beta: float, weight: Tensor | float = 1.0
+) -> Tensor:
+    """``w sigmoid(beta (z - D))`` of a wanted response, ``w sigmoid(beta (D - z))`` of any other, the mean over
+    responses (Ethayarajh et al. 2024, "KTO: model alignment as prospect theoretic optimization").
+
+    Args:
+        log_ratio: ``(B,)``, ``D = sum_t log pi - log ref``.
+        wanted: ``(B,)`` bool.
+        baseline: ``z``, an estimate of ``KL(pi || ref)`` without a gradient.
+        weight: ``w``, of each response.
+    """
+    value = beta * (log_ratio - baseline)
+    losses = torch.sigmoid(torch.where(wanted, -value, value))
+    return (weight * losses).mean()
 
 
 def k1(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:

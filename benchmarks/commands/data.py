@@ -14,7 +14,7 @@ from lm_envs.settings import Count
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Check a file of prompts, demonstrations or preferences, and report its contents and its faults.
+    """Check a file of prompts, demonstrations, labels or preferences, and report its contents and its faults.
 
       lm-envs data check preferences.jsonl --tokenizer DIR
 
@@ -26,7 +26,7 @@ class DataCheck:
     """JSONL, CSV, Parquet, a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """The tokenizer to count tokens with: a folder of save_pretrained, or a hub name; without one, count characters."""
-    use: Literal["prompts", "demonstrations", "preferences"] | None = None
+    use: Literal["prompts", "demonstrations", "judgments", "preferences"] | None = None
     """The use of the rows; decided by their columns if not given."""
     max_length: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Rows with more tokens are bad."""

@@ -39,6 +39,7 @@ class Report:
     usable: int = 0
     lengths: dict[str, array[int]] = field(default_factory=dict)  # of prompt, completion, together: a number a text
     splits: Counter[str] = field(default_factory=Counter)  # rows by their column "split"
+    labels: Counter[int] = field(default_factory=Counter)
     duplicates: int = 0  # rows that say what an earlier one did
     repeats: list[tuple[str, str]] = field(default_factory=list)  # the first of them: where, and where before
     prompts: int = 0  # different ones
@@ -67,6 +68,7 @@ def check(
     for example, prompt, completions in _measured(data, tokenizer, max_length):
         report.usable += 1
         report.splits[example.split] += 1
+        report.labels[example.label] += 1
         for length in completions or [0]:
             found = {"prompt": prompt} if prompt else {}
             found |= {"completion": length, "together": prompt + length} if completions else {}
@@ -117,6 +119,9 @@ def render(report: Report, all_bad: bool = False) -> RenderableType:
     share = f" ({100 * report.usable / data.read:.1f} %)" if data.read else ""
     color = "green" if not bad.count else "yellow" if report.usable else "red"
     head.add_row("rows", f"{data.read:,}, of them [{color}]{report.usable:,} usable{share}[/], {bad.count:,} bad")
+    if report.labels.keys() & {0, 1} and data.kind == "judgments":
+        counts = f"{report.labels[1]:,} true and {report.labels[0]:,} false"
+        head.add_row("labels", f"{counts}: dpo --loss kto learns from both, sft from the true ones")
     if data.unwanted:
         head.add_row("unwanted", f"{data.unwanted:,} more are labeled false, which sft leaves out")
     head.add_row("prompts", f"{report.prompts:,} different")

@@ -67,7 +67,7 @@ class _Learn:
         from lm_envs.benchmarks.run.data_problem import DataSpec
         from lm_envs.feedback.exchange import rows_of
 
-        given = {"learning_rate": self.learning_rate, "episodes": self.batch_size}
+        given = {"learning_rate": self.learning_rate, "episodes": self.batch_size, "loss": getattr(self, "loss", None)}
         overrides = {name: value for name, value in given.items() if value is not None} | parse_settings(self.set)
         settings = {field.name: getattr(self, field.name) for field in fields(DataSpec) if hasattr(self, field.name)}
         planned = {name: getattr(self, name) for name in ("iterations", "validate_every", "checkpoint_every")}
@@ -114,10 +114,15 @@ class RewardModel(_Preferences):
 
 @dataclass(frozen=True)
 class Dpo(_Preferences):
-    """Fine-tune a language model on preferences directly (DPO); the model it starts from is the reference.
+    """Fine-tune a language model on preferences directly (DPO and its family); its start is the reference.
 
-    lm-envs dpo --model runs/sft/model --data preferences.jsonl --out runs/dpo --set beta=0.1
+      lm-envs dpo --model runs/sft/model --data preferences.jsonl --out runs/dpo --set beta=0.1
+
+    With --loss kto it learns from single completions with a label instead.
     """
+
+    loss: Literal["sigmoid", "ipo", "cdpo", "robust", "simpo", "orpo", "kto"] | None = None
+    """DPO's sigmoid (the default) or another loss; docs/algorithms.md has their formulas and settings."""
 
     algorithm = "dpo"
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lm_envs.algos.engine.batching import units
 from lm_envs.algos.engine.metrics import Averages
+from lm_envs.algos.engine.preference_losses import REFERENCE_FREE
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
@@ -36,6 +36,7 @@ KINDS: dict[str, conventions.Kind] = {"sft": "demonstrations", "reward-modelling
 # For pretrained models; the algorithms' own defaults are for the small ones of the embedded tasks.
 _LEARNING_RATES = {"sft": 2e-5, "reward-modelling": 1e-5, "dpo": 1e-6}
 _MICRO_BATCH = 16  # default rows a forward; the gradient does not depend on it
+_SHOWN = ("loss", "perplexity", "accuracy", "margin", "wanted_reward", "unwanted_reward")
 _SAMPLE = 256  # held-out examples at a point of the learning curve
 _CODE = code_hash(str(module.__file__) for module in (sources, conventions, packed, text))
 
@@ -91,6 +92,7 @@ class DataProblem(Problem):
         checked = check_overrides(spec.algorithm, overrides)
         placement = loading.Placement(spec.dtype or "float32", spec.device)
         self._rewarding = spec.algorithm == "reward-modelling"
+        self._kind: conventions.Kind = "judgments" if checked.get("loss") == "kto" else KINDS[spec.algorithm]
         if self._rewarding:
             self.model, self.tokenizer = reward_start(spec.model, spec.seed, placement)
         else:
@@ -99,22 +101,21 @@ class DataProblem(Problem):
             loading.check_fits(self.tokenizer, loading.vocabulary_of(self.model), f"model {spec.model!r}")
             check_model(self.model, f"model {spec.model!r}")
         self.info = self._packed(context_of(self.model))
-        examples = PackedExamples(self.folder, KINDS[spec.algorithm] == "preferences")
+        examples = PackedExamples(self.folder, self._kind != "demonstrations", self._kind == "judgments")
         self._train, held = examples.divide(spec.held_out)
         if not len(self._train):
             raise UserError(f"{spec.data}: the column 'split' leaves nothing to train on")
-        self._held = held if len(held) else None
+        self._held_out = held
         self.model = self._to_train()
         eos = self.tokenizer.eos_token_id
         language = None if self._rewarding else LMPolicy(self.model, eos, *self._train.longest)
         self.policy: Any = language or RewardPolicy(self.model)
         settings = {"seed": spec.seed, "micro_batch": _MICRO_BATCH, **checked}
         if "iterations" not in checked:
-            passes = math.ceil(self.spec.epochs * _examples(self._train) / settings["episodes"])
+            passes = math.ceil(self.spec.epochs * self._examples(self._train) / settings["episodes"])
             settings["iterations"] = spec.plan.iterations or max(1, passes)
         self.agent = make_agent(spec.algorithm, self.policy, data=self._train, **settings)
-        if spec.algorithm == "dpo" and self._held is not None:
-            self._held.keep_reference(self.agent.reference_key)  # type: ignore[attr-defined]
+        self._held = self.agent.rows_of(held) if len(held) else None
 
     def _packed(self, context: int | None) -> dict[str, Any]:
         """Tokenize the data into the run's folder, unless it holds them; return the facts about them."""
@@ -122,6 +123,7 @@ class DataProblem(Problem):
         codec = Codec(self.tokenizer, self.model)
         reward_eos = pools_last_token(self.model) if self._rewarding else None
         made_from = {name: getattr(self.spec, name) for name in ("algorithm", "on_bad", "max_rows", "weight")} | {
+            "kind": self._kind,
             "max_length": min(limits, default=None),
             "reward_eos": reward_eos,
             "data": sources.fingerprint(self.spec.data),
@@ -132,12 +134,11 @@ class DataProblem(Problem):
         found = info_of(self.folder)
         if found is not None and found.get("made_from") == made_from:
             return found
-        kind = KINDS[self.spec.algorithm]
-        data = Examples(self.spec.data, kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
+        data = Examples(self.spec.data, self._kind, self.spec.on_bad, self.spec.max_rows)  # type: ignore[arg-type]
         encoded = tokenise(data, codec, data.rejected, made_from["max_length"], reward_eos, self.spec.weight)
 
         def info() -> dict[str, Any]:
-            known = {"convention": data.convention.name, "format": data.format, "kind": kind, "rows": data.read}
+            known = {"convention": data.convention.name, "format": data.format, "kind": self._kind, "rows": data.read}
             known |= {"unwanted": data.unwanted, "skipped": data.rejected.count}
             known["examples"] = data.read - data.unwanted - data.rejected.count
             skipped = [[bad.where, bad.reason] for bad in data.rejected.rows]
@@ -160,12 +161,17 @@ class DataProblem(Problem):
             head.requires_grad_(True)  # adapters or not, the head is new
         return model
 
+    def _examples(self, data: PackedExamples) -> int:
+        """Count what a batch is made of: texts, or groups of ranked ones."""
+        grouped = self._kind == "preferences" and data.group is not None
+        return len(torch.unique(data.group)) if grouped else _rows(data)
+
     def plan(self) -> str:
         """Return a line about the amount of data and training."""
-        held = 0 if self._held is None else _examples(self._held)
+        held = self._examples(self._held_out)
         config = self.agent.config
         return (
-            f"{_examples(self._train):,} to train on, {held:,} held out; {config.iterations:,} "
+            f"{self._examples(self._train):,} to train on, {held:,} held out; {config.iterations:,} "
             f"iteration{'s' * (config.iterations > 1)} of {config.episodes:,}"
         )
 
@@ -173,7 +179,7 @@ class DataProblem(Problem):
         return {
             "agent": asdict(self.agent.config),
             "data": {name: value for name, value in self.info.items() if name != "skipped_rows"}
-            | {"trained_on": len(self._train), "held_out": 0 if self._held is None else len(self._held)},
+            | {"trained_on": _rows(self._train), "held_out": _rows(self._held_out)},
         } | self.sizes(self.model, self.model)
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -190,12 +196,7 @@ class DataProblem(Problem):
         if self._held is None:
             return {}
         averages = Averages()
-        groups = self._held.column("group")
-        starts = np.flatnonzero(np.diff(groups, prepend=-1))
-        starts, ends = starts[:most], np.append(starts[1:], len(groups))[:most]
-        size = self.agent.config.micro_batch or _MICRO_BATCH
-        for first in range(0, len(starts), size):
-            chosen = slice(int(starts[first]), int(ends[min(first + size, len(ends)) - 1]))
+        for chosen in torch.arange(len(self._held))[:most].split(self.agent.config.micro_batch or _MICRO_BATCH):
             part = self._held.select(chosen).to(self.model.device)
             part.weight = None
             loss, metrics = self.agent.loss(part, self.policy.evaluate(part), {})
@@ -203,9 +204,10 @@ class DataProblem(Problem):
         found = averages.means()
         if self.spec.algorithm == "sft":
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
-        if self.spec.algorithm == "dpo" and not self.agent.iterations_done:
+        has_reference = self.spec.algorithm == "dpo" and self.agent.config.loss not in REFERENCE_FREE
+        if has_reference and not self.agent.iterations_done:
             del found["accuracy"]  # the reference against itself: rounding decides
-        return {name: found[name] for name in ("loss", "perplexity", "accuracy", "margin") if name in found}
+        return {name: found[name] for name in _SHOWN if name in found}
 
     def save_model(self, folder: Path) -> None:
         """Save the tuned model and its tokenizer for transformers' ``from_pretrained``; adapters of a reward model are
@@ -214,6 +216,6 @@ class DataProblem(Problem):
         save_model(self.model, self.tokenizer, folder, merge, () if self._rewarding else self._train.ends)
 
 
-def _examples(data: PackedExamples) -> int:
-    """Count the examples: texts, or groups of ranked ones."""
-    return len(data) if data.group is None else len(torch.unique(data.group))
+def _rows(data: PackedExamples) -> int:
+    """Count the completions, without mismatched ones."""
+    return len(data) if data.rank is None else int((data.rank >= 0).sum())

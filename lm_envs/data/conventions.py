@@ -17,7 +17,9 @@ from typing import Any, Literal
 from lm_envs.model.chat import BadExample, Message, Text
 from lm_envs.settings import short
 
-Kind = Literal["prompts", "demonstrations", "preferences", "labelled", "parallel"]
+Kind = Literal["prompts", "demonstrations", "judgments", "preferences", "labelled", "parallel"]
+NEEDS: dict[Kind, int] = {"prompts": 0, "demonstrations": 1, "judgments": 2, "preferences": 3}
+"""Kinds that a row's columns decide, the more demanding ones last: rows of a kind can be read as any before it."""
 
 ASSISTANT = "\n\nAssistant:"  # begins the assistant's turns in the dialogues of Bai et al. 2022
 
@@ -304,7 +306,7 @@ CONVENTIONS = (
     Convention("info/summaries/choice", "preferences", _summaries),
     Convention("prompt/chosen/rejected", "preferences", _chosen),
     Convention("chosen/rejected", "preferences", _dialogue),
-    Convention("prompt/completion/label", "demonstrations", _judged),
+    Convention("prompt/completion/label", "judgments", _judged),
     Convention("prompt/completion", "demonstrations", _demonstration),
     Convention("messages", "demonstrations", _chat),
     Convention("prompt", "prompts", _prompt),
@@ -332,7 +334,8 @@ def recognise(row: Mapping[str, Any]) -> Convention | None:
 
 
 def as_kind(example: Example, kind: Kind) -> Example:
-    """Reduce an example to a kind that needs less: any has a prompt, and a preference has a best completion.
+    """Reduce an example to a kind that needs less: any has a prompt, and a preference has a best completion, which is
+    wanted where the others are not.
 
     BadExample if it has less than the kind needs, or is a preference that prefers nothing.
     """
@@ -342,9 +345,9 @@ def as_kind(example: Example, kind: Kind) -> Example:
         return Example(example.prompt)
     if not example.completions:
         raise BadExample("there is a prompt and no completion")
-    if kind != "preferences":
-        if not example.ranks:
-            return example
+    if not example.ranks:
+        return example
+    if kind == "demonstrations":
         return Example(example.prompt, (example.completions[example.ranks.index(min(example.ranks))],))
     if len(set(example.ranks)) == 1:
         raise BadExample("all ranks are equal, so nothing is preferred")

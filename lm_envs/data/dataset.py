@@ -14,7 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_envs.data.conventions import ASKED_FOR, CONVENTIONS, Convention, Example, Kind, as_kind, parsed, recognise
+from lm_envs.data.conventions import (
+    ASKED_FOR,
+    CONVENTIONS,
+    NEEDS,
+    Convention,
+    Example,
+    Kind,
+    as_kind,
+    parsed,
+    recognise,
+)
 from lm_envs.data.sources import Read, format_of, read_rows
 from lm_envs.data.splits import SPLIT_NAMES
 from lm_envs.model.chat import BadExample
@@ -99,11 +109,11 @@ class Examples:
             return
         self.convention, self.columns = self._recognise()
         self.kind = kind or self.convention.kind
-        wanted = {"prompts": 0, "demonstrations": 1, "preferences": 2}
-        if wanted[self.kind] > wanted[self.convention.kind]:
+        if NEEDS[self.kind] > NEEDS[self.convention.kind]:
+            hint = "; dpo with the loss 'kto' learns from labels" if self.convention.kind == "judgments" else ""
             raise ValueError(
                 f"{source} holds {self.convention.kind} ({self.convention.name}), and {self.kind} are wanted: rows "
-                f"with {' or '.join(c.name for c in CONVENTIONS if wanted[c.kind] >= wanted[self.kind])}"
+                f"with {' or '.join(c.name for c in CONVENTIONS if NEEDS[c.kind] >= NEEDS[self.kind])}{hint}"
             )
 
     def _rows(self) -> Iterator[Read]:

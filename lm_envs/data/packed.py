@@ -126,7 +126,7 @@ def pack(
             weight = int(np.float64(found.weight).view(np.int64))
             for i, ids in enumerate(found.completions):
                 tokens.write(np.asarray([*found.prompt, *ids], dtype=np.int32).tobytes())
-                rank = example.ranks[i] if example.ranks else 0
+                rank = example.ranks[i] if example.ranks else int(example.label == 0)
                 row = (len(found.prompt), len(ids), number, rank, place, part, weight)
                 index.write(np.asarray(row, dtype=np.int64).tobytes())
             if (number + 1) % 20_000 == 0:
@@ -148,20 +148,31 @@ class PackedExamples:
     Args:
         folder: its path.
         preferences: completions have ranks; otherwise they are demonstrations.
+        mismatched: add each prompt once more, after all rows, with the completion of a row half the file away, of rank
+            -1 (for KTO).
 
     Attributes:
         table: ``(B, 7)`` int64, the :data:`COLUMNS`.
         group, rank: ``(B,)`` int64, None for demonstrations.
     """
 
-    def __init__(self, folder: Path, preferences: bool = False) -> None:
-        self.folder, self._preferences = folder, preferences
+    def __init__(self, folder: Path, preferences: bool = False, mismatched: bool = False) -> None:
+        self.folder, self._preferences, self._mismatched = folder, preferences, mismatched
         table: NDArray[np.int64] = np.fromfile(folder / "rows.bin", dtype=np.int64).reshape(-1, len(COLUMNS))
-        sizes = np.stack([table[:, :2].sum(axis=1), table[:, 1]], axis=1)
-        self._starts = sizes.cumsum(axis=0) - sizes  # (B, 2), in tokens of rows and of completions
+        ends = table[:, :2].sum(axis=1).cumsum()
         self._tokens = open(folder / "tokens.bin", "rb", buffering=0)
-        if os.fstat(self._tokens.fileno()).st_size != 4 * int(sizes[:, 0].sum()):
+        if os.fstat(self._tokens.fileno()).st_size != 4 * int(ends[-1] if len(ends) else 0):
             raise ValueError(f"{folder} is damaged: tokens.bin has not the size that rows.bin says; delete the folder")
+        response = ends - table[:, 1]
+        prompt = response - table[:, 0]
+        if mismatched:
+            other = (np.arange(len(table)) + len(table) // 2) % len(table)
+            more = table.copy()
+            more[:, COLUMNS.index("response")], more[:, COLUMNS.index("rank")] = table[other, 1], -1
+            table, prompt = np.concatenate([table, more]), np.tile(prompt, 2)
+            response = np.concatenate([response, response[other]])
+        # (B, 3): where a row's prompt, its completion, and the completion's reference log-probabilities begin
+        self._starts = np.stack([prompt, response, table[:, 1].cumsum() - table[:, 1]], axis=1)
         self._reference: Any = None
         self._show(table)
 
@@ -186,11 +197,12 @@ class PackedExamples:
 
     def read(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the token ids of a row's prompt and of its completion."""
-        prompt, response = map(int, self.table[row, :2])
         # Read, not mapped: pages of a map would count as this process's memory.
-        data = os.pread(self._tokens.fileno(), 4 * (prompt + response), 4 * int(self._starts[row, 0]))
-        ids = np.frombuffer(data, dtype=np.int32).astype(np.int64)
-        return ids[:prompt], ids[prompt:]
+        parts = (
+            os.pread(self._tokens.fileno(), 4 * int(self.table[row, i]), 4 * int(self._starts[row, i])) for i in (0, 1)
+        )
+        prompt, response = (np.frombuffer(part, dtype=np.int32).astype(np.int64) for part in parts)
+        return prompt, response
 
     def select(self, index: Tensor | slice) -> Trajectories:
         """Return the rows of ``index`` (int64 indices or a slice), in that order, without unneeded padding."""
@@ -203,14 +215,14 @@ class PackedExamples:
         if self._reference is not None:
             traj.ref_logprob = torch.zeros(traj.mask.shape, dtype=torch.float32)
             for i, row in enumerate(chosen):
-                held = os.pread(self._reference.fileno(), 4 * len(responses[i]), 4 * int(self._starts[row, 1]))
+                held = os.pread(self._reference.fileno(), 4 * len(responses[i]), 4 * int(self._starts[row, 2]))
                 traj.ref_logprob[i, : len(responses[i])] = torch.from_numpy(np.frombuffer(held, np.float32).copy())
         return traj
 
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that completions end in, the most frequent first."""
-        places = 4 * (self._starts[:, 0] + self.table[:, :2].sum(axis=1) - 1)
+        places = 4 * (self._starts[:, 1] + self.table[:, 1] - 1)
         found = Counter(os.pread(self._tokens.fileno(), 4, int(place)) for place in places)
         return tuple(int(np.frombuffer(token, np.int32)[0]) for token, _ in found.most_common())
 
@@ -252,13 +264,13 @@ class PackedExamples:
             ValueError: none are stored, and there is no ``logprob``.
         """
         folder = self.folder / f"reference-{key[:20]}"
-        made_from = {"model": key, "rows": sha256(self.folder / MANIFEST)}
+        made_from = {"model": key, "rows": sha256(self.folder / MANIFEST), "mismatched": self._mismatched}
         if damaged(folder, made_from) is not None:
             if logprob is None:
                 raise ValueError(
                     f"{folder} is missing or damaged: it holds the reference's log-probabilities of the data"
                 )
-            whole = PackedExamples(self.folder)
+            whole = PackedExamples(self.folder, mismatched=self._mismatched)
             with replacing_folder(folder) as made, open(made / "logprob.bin", "wb") as file:
                 for start in range(0, len(whole), rows):
                     traj = whole.select(slice(start, start + rows))

@@ -357,7 +357,14 @@ CHANGES = {
     "best_only": ({}, True),
     "pool": ({"learn_episodes": 6}, 10),
     "learn_episodes": ({}, 3),
+    "loss": ({}, "ipo"),
     "beta": ({}, 0.5),
+    "length_normalized": ({}, True),
+    "flip_rate": ({"loss": "robust"}, 0.4),
+    "target_margin": ({"loss": "simpo"}, 3.0),
+    "odds_weight": ({"loss": "orpo"}, 2.0),
+    "wanted_weight": ({"loss": "kto"}, {"dpo": 3.0}),
+    "unwanted_weight": ({"loss": "kto"}, {"dpo": 3.0}),
     "ranking": ({}, "plackett-luce"),
     "pairs": ({"flip": 0.25}, 20),
     "flip": ({"pairs": 20}, 0.9),
@@ -384,7 +391,8 @@ WITHOUT_EFFECT = {
     "quark": {"gamma": "sorts by the score"},
     "online-dpo": dict.fromkeys(
         ("gamma", "kl_coef", "kl_target", "kl_horizon"), "compares scores; the penalty is beta's"
-    ),
+    )
+    | dict.fromkeys(("wanted_weight", "unwanted_weight"), "for kto, which learns from labels"),
     **{
         name: dict.fromkeys(("gamma", "kl_coef", "kl_target", "kl_horizon", "group_size"), "nothing is sampled")
         for name in batches.LEARNERS

@@ -92,6 +92,31 @@ def test_dpo_learns_the_same_and_keeps_its_reference_on_disk(packed, tokenizer):
     assert "extra.ref_logprob" not in stored.checkpoint()[0] and "extra.ref_logprob" in memory.checkpoint()[0]
 
 
+def test_kto_learns_the_same_from_labels_on_disk(tokenizer, tmp_path):
+    rows = [
+        {"prompt": text[: 5 + i], "completion": [" a fish .", " hid"][i % 2], "label": i % 3 == 0}
+        for i, text in enumerate(byo.TEXTS)
+    ]
+    data = Examples(byo.write_jsonl(tmp_path / "l.jsonl", rows), "judgments")
+    pack(tokenise(data, Codec(tokenizer), data.rejected), tmp_path / "labels", dict)
+    packed = PackedExamples(tmp_path / "labels", preferences=True, mismatched=True)
+    plain = PackedExamples(tmp_path / "labels", preferences=True)
+    config = DPOConfig(loss="kto", episodes=4, micro_batch=3)
+    stored, memory = DPO(policy(tokenizer), config, packed), DPO(policy(tokenizer), config, in_memory(plain))
+    assert plain.rank.tolist() == [int(i % 3 != 0) for i in range(len(rows))]
+    index = torch.tensor([2, 0])
+    mine, theirs = stored.data.select(index), memory.data.select(index).trim(prompt=True)
+    for name in ("prompt", "response", "rank"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    assert torch.equal(mine.response[2:], plain.select((index + len(rows) // 2) % len(rows)).response)
+    torch.testing.assert_close(mine.ref_logprob, torch.where(theirs.mask, theirs.ref_logprob, 0.0))
+    torch.testing.assert_close(learned(stored), learned(memory), atol=1e-6, rtol=1e-5)
+    train, held = packed.divide(0.3)
+    for part in (train, held):  # a prompt and its mismatched row stay together
+        half = len(part) // 2
+        assert (part.column("share")[:half] == part.column("share")[half:]).all() and (part.rank[half:] == -1).all()
+
+
 def test_the_reference_is_the_policy_as_it_started_when_training_goes_on(packed, tokenizer):
     def data():
         return PackedExamples(packed.folder, preferences=True)

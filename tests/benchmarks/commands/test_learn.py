@@ -417,3 +417,17 @@ def test_completions_that_are_labelled_as_not_wanted(folder, tmp_path, capsys):
     data = byo.write_jsonl(tmp_path / "f.jsonl", [row | {"label": False} for row in rows])
     arguments = ("sft", "--model", folder / "model", "--data", data, "--out", tmp_path / "none")
     assert "none of 20 rows is usable; 20 are labeled as not wanted" in refused(capsys, *arguments)
+
+
+def test_kto_learns_from_labels_and_from_preferences(folder, tmp_path, capsys):
+    rows = [{"prompt": f"the cat {i}", "completion": f" hid {i % 3}", "label": i % 2 == 0} for i in range(20)]
+    data = byo.write_jsonl(tmp_path / "k.jsonl", rows)
+    arguments = ("dpo", "--model", folder / "model", "--data", data, "--out", tmp_path / "none")
+    assert "dpo with the loss 'kto' learns from labels" in refused(capsys, *arguments)
+    learn("dpo", folder / "model", data, tmp_path / "out", "--loss", "kto", "--held-out", "0.2", "--set", "beta=0.3")
+    said = capsys.readouterr()
+    assert "20 judgments of 20 rows" in said.err and "16 to train on, 4 held out" in said.err
+    assert all(name in said.out for name in ("loss", "accuracy", "wanted_reward", "unwanted_reward"))
+    pairs = [{"prompt": f"the cat {i}", "chosen": " hid", "rejected": " saw"} for i in range(20)]
+    learn("dpo", folder / "model", byo.write_jsonl(tmp_path / "p.jsonl", pairs), tmp_path / "two", "--loss", "kto")
+    assert "38 to train on, 2 held out" in capsys.readouterr().err

@@ -113,7 +113,8 @@ def test_every_convention_from_every_file(tmp_path, number, end):
     assert [item for item in found] == [expected] * 2
     unit = "row" if end in ("parquet", "json") else "line"
     assert found[0].where == (f"{unit} 2" if end in ("csv", "tsv") else f"{unit} 1")
-    assert data.kind == ("preferences" if expected.ranks else "demonstrations" if expected.completions else "prompts")
+    alone = "demonstrations" if expected.label < 0 else "judgments"
+    assert data.kind == ("preferences" if expected.ranks else alone if expected.completions else "prompts")
 
 
 def test_all_conventions_are_tried():
@@ -151,7 +152,7 @@ def test_preferences_serve_as_demonstrations_and_anything_as_prompts(tmp_path):
     assert [item for item in Examples(path, "prompts")] == [Example("hi")]
     path = write(tmp_path / "m.jsonl", [{"messages": [USER, SAID]}])
     assert [item for item in Examples(path, "prompts")] == [Example([USER])]
-    with pytest.raises(ValueError, match="holds demonstrations .messages., and preferences are wanted"):
+    with pytest.raises(ValueError, match="holds demonstrations .* and judgments are wanted: .*completion/label"):
         Examples(path, "preferences")
 
 
@@ -334,11 +335,19 @@ def test_cells_of_csv_are_texts_in_files_and_in_folders(tmp_path):
 def test_what_is_labelled_false_is_not_imitated(tmp_path):
     rows = [{"prompt": f"p {i}", "completion": f" c {i}", "label": i % 3 == 0} for i in range(6)]
     for end in ("jsonl", "csv", "parquet"):
-        data = Examples(write(tmp_path / f"k.{end}", rows))
+        both = list(Examples(write(tmp_path / f"k.{end}", rows)))
+        assert [example.label for example in both] == [1, 0, 0, 1, 0, 0]
+        data = Examples(tmp_path / f"k.{end}", "demonstrations")
         assert [example.completions[0] for example in data] == [" c 0", " c 3"]
         assert (data.read, data.unwanted, data.rejected.count) == (6, 4, 0)
         assert len(list(Examples(tmp_path / f"k.{end}", "prompts"))) == 6
+    with pytest.raises(
+        ValueError, match="holds judgments .* preferences are wanted.*the loss 'kto' learns from labels"
+    ):
+        Examples(tmp_path / "k.jsonl", "preferences")
     other = write(tmp_path / "o.jsonl", [{"prompt": "p", "completion": " c", "label": "science"}] * 2)
+    with pytest.raises(ValueError, match="holds demonstrations .* and judgments are wanted: .*completion/label"):
+        Examples(other, "judgments")
     assert Examples(other).convention.name == "prompt/completion" and len(list(Examples(other))) == 2
     odd = write(tmp_path / "odd.jsonl", [*rows, {"prompt": "p", "completion": " c", "label": 0.7}])
     assert bad_of(odd) == [("line 7", "'label' must be 0 or 1, or false or true, not 0.7")]
