@@ -65,6 +65,8 @@ class DPO(Agent[DPOConfig]):
             self.unit = "sequence"  # type: ignore[misc]
         self._baseline = 0.0
         self.data = self.rows_of(data)
+        if isinstance(self.data, Labeled):
+            self.data.check_both(self.name)
 
     def rows_of(self, data: Trajectories | PackedExamples | None) -> Comparisons | Labeled:
         """Data as batches are drawn from it, with the policy of now as their reference."""

@@ -790,6 +790,20 @@ MUTATIONS = [
         PREFERENCES,
     ),
     Mutation(
+        "robust DPO smooths instead of undoing flips",
+        "algos/ops/losses.py",
+        "+ flip * F.logsigmoid(-margin)) / (1 - 2 * flip)",
+        "- flip * F.logsigmoid(-margin)) / (1 - 2 * flip)",
+        "tests/algos/engine/test_preference_losses.py::test_pair_losses_by_hand",
+    ),
+    Mutation(
+        "KTO's mismatched responses are the prompts' own",
+        "algos/engine/comparisons.py",
+        "rows = (torch.arange(len(data)) + len(data) // 2) % len(data)",
+        "rows = torch.arange(len(data))",
+        "tests/algos/engine/test_preference_losses.py::test_mismatched_rows_by_hand",
+    ),
+    Mutation(
         "pairs of a large group count for more",
         "lm_envs/training.py",
         "weight[group].to(losses.dtype)) / pairs[group].to(losses.dtype)",

@@ -73,18 +73,21 @@ class Labeled:
         data: Trajectories with ``rank``; or packed examples that hold the mismatched rows already, ``mismatched=True``.
 
     Raises:
-        ValueError: no data, no ranks, or only wanted responses, or none.
+        ValueError: no data, or no ranks.
     """
 
     def __init__(self, name: str, data: Any) -> None:
         if data is None or data.rank is None:
             raise ValueError(f"{name} learns from labeled responses: pass data=Trajectories with rank, 0 where wanted")
         self.data = mismatched(data) if isinstance(data, Trajectories) else data
+
+    def check_both(self, name: str) -> None:
+        """Raise ValueError if all responses are wanted, or none is."""
         wanted = self.data.rank[: len(self)] == 0
-        if bool(wanted.all()) or not bool(wanted.any()):
-            which = "wanted" if bool(wanted.all()) else "unwanted"
+        if bool((wanted == wanted[0]).all()):
+            which = "wanted" if bool(wanted[0]) else "unwanted"
             raise ValueError(
-                f"{name}: all {len(self)} responses are labeled as {which}, so there is nothing to tell apart"
+                f"{name}: all {len(self)} responses are labeled as {which}: there is nothing to tell apart"
             )
 
     def __len__(self) -> int:

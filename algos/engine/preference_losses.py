@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from lm_envs.algos.engine.comparisons import by_group
+from lm_envs.algos.engine.comparisons import by_group, group_weights
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops.advantages import masked
@@ -81,13 +82,13 @@ def drift(log_ratio: Tensor) -> float:
     return max(0.0, float(log_ratio.double().mean()))
 
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
-    "sigmoid": lambda x, rank, config: dpo_loss(x, rank, config.beta),
-    "ipo": lambda x, rank, config: ipo_loss(x, rank, config.beta),
-    "cdpo": lambda x, rank, config: conservative_dpo_loss(x, rank, config.beta, config.flip_rate),
-    "robust": lambda x, rank, config: robust_dpo_loss(x, rank, config.beta, config.flip_rate),
-    "simpo": lambda x, rank, config: simpo_loss(x, rank, config.beta, config.target_margin),
-    "orpo": lambda x, rank, config: orpo_loss(x, rank, config.odds_weight),
+PAIR_LOSSES: dict[str, Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]] = {
+    "sigmoid": lambda x, rank, config, weight: dpo_loss(x, rank, config.beta, weight),
+    "ipo": lambda x, rank, config, weight: ipo_loss(x, rank, config.beta, weight),
+    "cdpo": lambda x, rank, config, weight: conservative_dpo_loss(x, rank, config.beta, config.flip_rate, weight),
+    "robust": lambda x, rank, config, weight: robust_dpo_loss(x, rank, config.beta, config.flip_rate, weight),
+    "simpo": lambda x, rank, config, weight: simpo_loss(x, rank, config.beta, config.target_margin, weight),
+    "orpo": lambda x, rank, config, weight: orpo_loss(x, rank, config.odds_weight, weight),
 }
 
 
@@ -100,7 +101,7 @@ def preference_loss(traj: Trajectories, now: Any, config: PreferenceLossConfig) 
         each = each / traj.response_lengths
     found, _ = by_group(each, traj.group, 0.0)
     ranks, _ = by_group(traj.rank, traj.group, -1)
-    loss = _LOSSES[config.loss](found, ranks, config)
+    loss = PAIR_LOSSES[config.loss](found, ranks, config, group_weights(traj))
     pairs = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None]
     margin = (found[:, :, None] - found[:, None, :]).detach()
     return loss, {
@@ -119,7 +120,9 @@ def label_loss(
     if not bool(labeled.all()):
         baseline = drift(ratio[~labeled].detach())
     ratio, wanted = ratio[labeled], traj.rank[labeled] == 0
-    loss = kto_loss(ratio, wanted, baseline, config.beta, (config.wanted_weight, config.unwanted_weight))
+    weight = torch.where(wanted, config.wanted_weight, config.unwanted_weight)
+    weight = weight if traj.weight is None else weight * traj.weight[labeled]
+    loss = kto_loss(ratio, wanted, baseline, config.beta, weight.to(ratio.dtype))
     metrics: dict[str, Metric] = {
         "dpo_loss": loss.detach(),
         "accuracy": (((ratio > baseline) == wanted).sum(), labeled.sum()),

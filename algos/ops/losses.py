@@ -142,9 +142,7 @@ def conservative_dpo_loss(
     return mean_over_pairs(beta * log_ratio, rank, loss, weight)
 
 
-def robust_dpo_loss(
-    log_ratio: Tensor, rank: Tensor, beta: float, flip: float, weight: Tensor | None = None
-) -> Tensor:
+def robust_dpo_loss(log_ratio: Tensor, rank: Tensor, beta: float, flip: float, weight: Tensor | None = None) -> Tensor:
     """``[-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2 e)``, ``m = beta (D_w - D_l)``: where a share e =
     ``flip`` of the choices is recorded the wrong way round, its expectation is :func:`dpo_loss` of the right ones
     (Chowdhury et al. 2024, "Provably robust DPO: aligning language models with noisy feedback")."""
@@ -155,9 +153,7 @@ def robust_dpo_loss(
     return mean_over_pairs(beta * log_ratio, rank, loss, weight)
 
 
-def simpo_loss(
-    mean_logprob: Tensor, rank: Tensor, beta: float, margin: float, weight: Tensor | None = None
-) -> Tensor:
+def simpo_loss(mean_logprob: Tensor, rank: Tensor, beta: float, margin: float, weight: Tensor | None = None) -> Tensor:
     """``-log sigmoid(beta (l_w - l_l) - margin)``, ``l = (1/|y|) sum_t log pi`` of each response, ``(G, K)``, without a
     reference (Meng et al. 2024, "SimPO", eq. 6)."""
     return mean_over_pairs(beta * mean_logprob, rank, lambda found: -F.logsigmoid(found - margin), weight)
@@ -176,9 +172,7 @@ def orpo_loss(mean_logprob: Tensor, rank: Tensor, odds_weight: float, weight: Te
     return odds_weight * odds - likelihood.sum() / (pairs > 0).sum().clamp(min=1)
 
 
-def kto_loss(
-    log_ratio: Tensor, wanted: Tensor, baseline: float, beta: float, weight: Tensor | float = 1.0
-) -> Tensor:
+def kto_loss(log_ratio: Tensor, wanted: Tensor, baseline: float, beta: float, weight: Tensor | float = 1.0) -> Tensor:
     """``w sigmoid(beta (z - D))`` of a wanted response, ``w sigmoid(beta (D - z))`` of any other, the mean over
     responses (Ethayarajh et al. 2024, "KTO: model alignment as prospect theoretic optimization").
 

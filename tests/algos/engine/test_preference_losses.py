@@ -11,7 +11,7 @@ from lm_envs.algos import registry
 from lm_envs.algos.dpo import DPO, DPOConfig
 from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.engine.comparisons import Labeled, mismatched, preferences
-from lm_envs.algos.engine.preference_losses import READS, REFERENCE_FREE, Loss
+from lm_envs.algos.engine.preference_losses import PAIR_LOSSES, READS, REFERENCE_FREE, Loss
 from lm_envs.algos.ops.losses import (
     conservative_dpo_loss,
     dpo_loss,
@@ -22,7 +22,11 @@ from lm_envs.algos.ops.losses import (
     simpo_loss,
 )
 from lm_envs.benchmarks.commands.learn import Dpo
+from lm_envs.env.vector import TextVectorEnv
+from lm_envs.exact.solver import Exact
+from lm_envs.tasks.enumerable import load as enumerable
 from tests.algos import batches
+from tests.algos.engine.preference_rest import at_rest, ipo_rest, wins
 
 PAIR, TURNED = torch.tensor([[0, 1]]), torch.tensor([[1, 0]])
 LOSSES = typing.get_args(Loss)
@@ -70,9 +74,26 @@ def test_kto_by_hand():
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
 
-    found = kto_loss(rows(0.7, -0.4, 1.0), torch.tensor([True, False, False]), 0.2, 0.5, (1.5, 0.8))
+    found = kto_loss(rows(0.7, -0.4, 1.0), torch.tensor([True, False, False]), 0.2, 0.5, rows(1.5, 0.8, 0.8))
     terms = [1.5 * (1 - sigmoid(0.5 * 0.5)), 0.8 * (1 - sigmoid(0.5 * 0.6)), 0.8 * (1 - sigmoid(-0.5 * 0.8))]
     assert found.item() == pytest.approx(sum(terms) / 3)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_weight_counts_a_group_that_often(loss):
+    """Twice the weight of each group is as good as each group twice, divided by the number of groups."""
+    agent = batches.learner("dpo", loss=loss)
+    batch = next(agent.batches())
+    plain = float(agent.loss(batch, agent.policy.evaluate(batch), {})[0].detach())
+    batch.weight = torch.full((len(batch),), 3.0)
+    assert float(agent.loss(batch, agent.policy.evaluate(batch), {})[0].detach()) == pytest.approx(3 * plain)
+    marked = batch.group == 0 if loss != "kto" else torch.arange(len(batch)) == 0
+    batch.weight = marked.double()
+    alone = batch.select(marked | (batch.rank < 0))
+    units = len(torch.unique(batch.group)) if loss != "kto" else int((batch.rank >= 0).sum())
+    found = float(agent.loss(batch, agent.policy.evaluate(batch), {})[0].detach())
+    alone.weight = None
+    assert found == pytest.approx(float(agent.loss(alone, agent.policy.evaluate(alone), {})[0].detach()) / units)
 
 
 # What they reduce to
@@ -245,3 +266,66 @@ def test_ktos_baseline_is_of_the_whole_batch_before_the_step():
             gap = torch.where(other.mask, agent.policy.evaluate(other).logprob - other.ref_logprob, 0.0)
         expected = max(0.0, float(gap.sum(1).mean()))
         assert agent.iteration()[1]["kl_baseline"] == pytest.approx(expected, abs=1e-9)
+
+
+# At rest, on the exactly solvable env
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Exact(TextVectorEnv(enumerable(tokens=2, horizon=3), 1).mdp)
+
+
+def library(exact, loss, log_p, settings, flip=0.0):
+    """The expected loss by the library's functions: a group for each pair, as often as it is drawn."""
+    log_ref, length = exact.sequences(exact.log_ref), exact.mask.sum(dim=1)
+    free, config = loss in REFERENCE_FREE, DPOConfig(loss=loss, **settings)
+    x = log_p / length if free else log_p - log_ref
+    total = 0.0
+    for prompt in range(len(x)):
+        ref, p = log_ref[prompt].exp(), wins(exact, flip)[prompt]
+        for i in range(x.shape[1]):
+            for j in range(x.shape[1]):
+                if i != j:
+                    value = PAIR_LOSSES[loss](x[prompt, [i, j]][None], PAIR, config, None)
+                    total = total + 2 * ref[i] * ref[j] * p[i, j] * value / len(x)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "beta", "flip"),
+    [
+        ("ipo", {"beta": 0.3}, 0.3, 0.0),
+        ("robust", {"beta": 0.3, "flip_rate": 0.1}, 0.3, 0.1),
+        ("cdpo", {"beta": 0.3, "flip_rate": 0.1}, 0.3, 0.1),
+        ("simpo", {"beta": 2.0}, 2.0, 0.0),
+        ("orpo", {"odds_weight": 0.5}, 0.5, 0.0),
+    ],
+)
+def test_the_library_comes_to_rest_where_the_formulas_do(loss, settings, beta, flip):
+    exact = Exact(TextVectorEnv(enumerable(tokens=2, horizon=2, prompts=1), 1).mdp)
+    rest = ipo_rest(exact, beta) if loss == "ipo" else at_rest(exact, loss, beta, flip)
+    for start, resting in ((rest, True), (exact.sequences(exact.log_ref), False)):
+        logits = start.clone().requires_grad_()
+        library(exact, loss, logits.log_softmax(dim=1), settings, flip).backward()
+        assert (float(logits.grad.abs().max()) < 1e-5) == resting
+
+
+def test_what_each_loss_is_worth_at_rest(small):
+    """The normalized regrets of docs/algorithms.md."""
+    beta = small.kl_coef
+    torch.testing.assert_close(ipo_rest(small, beta), at_rest(small, "ipo", beta), rtol=0, atol=1e-5)
+    cases = {
+        ("sigmoid", beta, 0.0): 0.0,
+        ("sigmoid", beta, 0.1): 0.0150,
+        ("robust", beta, 0.1): 0.0,
+        ("cdpo", beta, 0.0): 0.0150,
+        ("cdpo", beta, 0.1): 0.0650,
+        ("ipo", beta, 0.0): 0.4635,
+        ("sigmoid-mean", beta, 0.0): 0.0121,
+        ("simpo", 2.0, 0.0): 0.2710,
+        ("orpo", 0.1, 0.0): 0.4898,
+        ("kto", beta, 0.0): 0.0492,
+    }
+    for case, regret in cases.items():
+        assert small.regret(at_rest(small, *case)) == pytest.approx(regret, abs=2e-4), case

@@ -427,7 +427,7 @@ def test_kto_learns_from_labels_and_from_preferences(folder, tmp_path, capsys):
     learn("dpo", folder / "model", data, tmp_path / "out", "--loss", "kto", "--held-out", "0.2", "--set", "beta=0.3")
     said = capsys.readouterr()
     assert "20 judgments of 20 rows" in said.err and "16 to train on, 4 held out" in said.err
-    assert all(name in said.out for name in ("loss", "accuracy", "wanted_reward", "unwanted_reward"))
+    assert all(name in said.out for name in ("loss", "accuracy", "wanted_reward"))
     pairs = [{"prompt": f"the cat {i}", "chosen": " hid", "rejected": " saw"} for i in range(20)]
     learn("dpo", folder / "model", byo.write_jsonl(tmp_path / "p.jsonl", pairs), tmp_path / "two", "--loss", "kto")
     assert "38 to train on, 2 held out" in capsys.readouterr().err
