@@ -286,9 +286,8 @@ def library(exact, loss, log_p, settings, flip=0.0):
         ref, p = log_ref[prompt].exp(), wins(exact, flip)[prompt]
         for i in range(x.shape[1]):
             for j in range(x.shape[1]):
-                if i != j:
-                    value = PAIR_LOSSES[loss](x[prompt, [i, j]][None], PAIR, config, None)
-                    total = total + 2 * ref[i] * ref[j] * p[i, j] * value / len(x)
+                value = PAIR_LOSSES[loss](x[prompt, [i, j]][None], PAIR, config, None)
+                total = total + 2 * ref[i] * ref[j] * p[i, j] * value / len(x)
     return total
 
 
