@@ -1219,7 +1219,7 @@ MUTATIONS = [
     Mutation(
         "an epoch is a pass over rows, not examples",
         "benchmarks/run/data_problem.py",
-        "self.spec.epochs * _examples(self._train) / settings",
+        "self.spec.epochs * self._examples(self._train) / settings",
         "self.spec.epochs * len(self._train) / settings",
         LEARN,
     ),
@@ -1247,8 +1247,8 @@ MUTATIONS = [
     Mutation(
         "a completion's place is its rank",
         "lm_envs/data/packed.py",
-        "rank = example.ranks[i] if example.ranks else 0",
-        "rank = i if example.ranks else 0",
+        "rank = example.ranks[i] if example.ranks else int(example.label == 0)",
+        "rank = i if example.ranks else int(example.label == 0)",
         TOKENIZING,
     ),
     Mutation(
