@@ -24,6 +24,7 @@ from rich.console import Console
 import lm_envs
 from lm_envs.benchmarks.commands.bench import Bench
 from lm_envs.benchmarks.commands.build import Build
+from lm_envs.benchmarks.commands.check import Check
 from lm_envs.benchmarks.commands.compare import Compare
 from lm_envs.benchmarks.commands.data import DataCommand
 from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
@@ -49,6 +50,7 @@ _COMMANDS: dict[str, type[Any]] = {
     "data": DataCommand,
     "overoptimise": Overoptimise,
     "people": People,
+    "check": Check,
     "tasks": Tasks,
     "report": Report,
     "build": Build,

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,22 @@ def expected_gradient(
     return found
 
 
+def first_gradient(agent: Agent[Any], traj: Trajectories) -> dict[str, Tensor]:
+    """Compute the gradient of an update's first Adam step, which is not taken, by the names of the policy's parameters;
+    zeros where the loss does not reach."""
+    optimizer, done = agent.optimizer, agent.iterations_done
+    agent.optimizer = _Recorder()  # type: ignore[assignment]
+    agent.policy.zero_grad(set_to_none=True)
+    try:
+        with suppress(_Taken):
+            agent.update(traj)
+        named = {name: p for name, p in agent.policy.named_parameters() if p.requires_grad}
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named.items()}
+    finally:
+        agent.optimizer, agent.iterations_done = optimizer, done
+        agent.policy.zero_grad(set_to_none=True)
+
+
 def sampled_cosine(
     agent: Agent[Any], exact: Exact, *, episodes: int = 2**16, bandit: bool = False, seed: int = 0
 ) -> tuple[float, float]:
@@ -131,9 +148,7 @@ def sampled_cosine(
     # A prompt's rows are consecutive and prompts are equally likely, so draws from one are inverted in its share.
     upto = weight.cumsum(dim=0)
     tensors, values = agent.extra_state()
-    optimizer, done = agent.optimizer, agent.iterations_done
     agent.config = replace(config, minibatches=1, kl_coef=coef)
-    agent.optimizer = _Recorder()  # type: ignore[assignment]
     found = []
     try:
         for _ in range(max(_LEAST_BATCHES, episodes // size)):
@@ -143,20 +158,11 @@ def sampled_cosine(
             part = traj.select(torch.searchsorted(upto, drawn).clamp(max=len(traj) - 1))
             part.group = torch.arange(len(asked)) // config.group_size
             agent.restore_extra(tensors, values)
-            policy.zero_grad(set_to_none=True)
-            rows = agent.select(part)
-            part = part if rows is None else part.select(rows)
-            try:
-                agent.update(_as_bandit(part, exact.mdp.eos_token_id) if bandit else part)
-            except _Taken:
-                pass
-            named = dict(policy.named_parameters())
-            grads = [torch.zeros_like(g) if named[n].grad is None else -named[n].grad for n, g in target.items()]
-            found.append(torch.cat([g.flatten() for g in grads]) * (flat != 0))
+            grads = first_gradient(agent, _as_bandit(part, exact.mdp.eos_token_id) if bandit else part)
+            found.append(torch.cat([-grads[name].flatten() for name in target]) * (flat != 0))
     finally:
-        agent.config, agent.optimizer, agent.iterations_done = config, optimizer, done
+        agent.config = config
         agent.restore_extra(tensors, values)
-        policy.zero_grad(set_to_none=True)
     return jackknifed_cosine(torch.stack(found), flat)
 
 

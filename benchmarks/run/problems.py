@@ -22,7 +22,7 @@ from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.policies.tabular import TabularPolicy
-from lm_envs.algos.registry import make_agent
+from lm_envs.algos.registry import ALGORITHMS, Unsuited, make_agent
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
 from lm_envs.benchmarks.run.names import base_task, best_of, is_control
@@ -144,8 +144,8 @@ class TextProblem(Problem):
             self.policy = BestOfN(start, mdp, n)
         if n is not None or spec.algorithm == "sft":
             if bandit:
-                why = "SFT and best-of-n need no training, so they have no bandit env: leave them out"
-                raise UserError(f"{spec.label}: {why}")
+                why = "needs no training, so it has no bandit env: leave it out"
+                raise Unsuited(f"{spec.task}: {spec.algorithm} {why}")
         else:
             overrides = check_overrides(spec.algorithm, spec.overrides)
             if self.exact is None:
@@ -240,9 +240,10 @@ class ControlProblem(Problem):
     has the mean return of 100 test episodes as ``proxy``, and the env steps as tokens and reward calls."""
 
     def __init__(self, spec: RunSpec) -> None:
-        if spec.algorithm == "sft" or best_of(spec.algorithm) is not None:
+        ours = spec.algorithm in ALGORITHMS or best_of(spec.algorithm) is not None
+        if ours and not control_settings(spec.task, spec.algorithm):
             why = "is for text; on a control environment use ppo, a2c or reinforce"
-            raise UserError(f"{spec.label}: {spec.algorithm} {why}")
+            raise Unsuited(f"{spec.task}: {spec.algorithm} {why}")
         if spec.adaptation:
             raise UserError(f"{spec.label}: freeze_layers and lora_rank are for language models")
         if spec.options:

@@ -34,6 +34,20 @@ def test_all_leaves_them_out_and_says_why():
     assert "a judge for simulated annotators" in prepare(without_judge, without_judge.runs())[NAME, "iterated-rlhf"]
 
 
+@pytest.mark.parametrize(
+    ("task", "left_out"),
+    [
+        ("CartPole-v1", {"sft", "best-of-2", "dpo", "quark", "online-dpo", "ppo-ptx", "iterated-rlhf"}),
+        (f"{NAME}-bandit", {"sft", "best-of-2", "ppo-ptx", "iterated-rlhf"}),
+    ],
+)
+def test_all_on_other_kinds_of_env(task, left_out):
+    every = Suite("mine", (TaskSettings(task),), ("rloo", *left_out), plan=Plan(1, test_prompts=4), every=True)
+    found = prepare(every, every.runs())
+    assert {name for _, name in found} == left_out
+    assert all(name in why for (_, name), why in found.items())
+
+
 @pytest.mark.parametrize("name", LACKING)
 def test_named_it_is_one_line(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
