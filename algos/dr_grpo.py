@@ -6,13 +6,14 @@ from torch import Tensor
 
 from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.ops import advantages as adv
-from lm_envs.algos.ops.losses import KLEstimator, sequence_mean
+from lm_envs.algos.ops.losses import KLEstimator, LossMean
 
 
 @dataclass
 class DrGRPOConfig(GRPOConfig):
     """Settings of :class:`DrGRPO`: GRPO's, with the KL penalty in the reward."""
 
+    loss_mean: LossMean = "sum"
     kl_loss: KLEstimator | None = None
     """Put the KL penalty into the loss, by this estimator. None leaves it in the reward."""
 
@@ -33,6 +34,3 @@ class DrGRPO(GRPO):
 
     def advantage(self, returns: Tensor, group: Tensor | None) -> Tensor:
         return returns - adv.group_mean(returns, group)
-
-    def mean(self, x: Tensor, mask: Tensor) -> Tensor:
-        return sequence_mean(x, mask)

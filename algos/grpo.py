@@ -6,15 +6,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lm_envs.algos.engine.batching import Before, rewards
+from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
-from lm_envs.algos.ops.losses import KLEstimator, ppo_clip_loss, ratio_metrics, row_mean, tally
+from lm_envs.algos.ops.losses import (
+    KLEstimator,
+    LossMean,
+    ppo_clip_loss,
+    ratio_metrics,
+    row_weights,
+    sequence_mean,
+    tally,
+)
 from lm_envs.settings import Count, Positive, Rate, Size
 from lm_envs.trajectories import Trajectories
 
-_EPS = 1e-8  # so that a group of equal returns has advantage 0
+EPS = 1e-8  # so that a group of equal returns has advantage 0
 
 
 @dataclass
@@ -29,6 +37,11 @@ class GRPOConfig(PolicyGradientConfig):
     minibatches: Count = 2
     clip: Positive = 0.2
     """Distance of the ratio to the sampling policy from 1 beyond which it is clipped."""
+    clip_high: Positive | None = None
+    """The same distance above 1; None is `clip`."""
+    loss_mean: LossMean = "response"
+    """What has the same weight in the loss: each response, each token of the whole batch, or (sum) each token, with
+    responses as long as they are."""
     kl_loss: KLEstimator | None = "k3"
     """Estimator that puts the KL penalty into the loss. None leaves it in the reward."""
 
@@ -50,16 +63,16 @@ class GRPO(PolicyGradient[GRPOConfig]):
     unit = "sequence"
     published_kl_coef: ClassVar[float | None] = 0.04
 
+    def __init__(self, policy: Any, config: GRPOConfig | None = None) -> None:
+        super().__init__(policy, config)
+        self.whole_batch = True
+
     def advantage(self, returns: Tensor, group: Tensor | None) -> Tensor:
         """Return ``(B,)`` advantages from ``(B,)`` returns."""
-        return (returns - adv.group_mean(returns, group)) / (adv.group_std(returns, group) + _EPS)
+        return (returns - adv.group_mean(returns, group)) / (adv.group_std(returns, group) + EPS)
 
-    def mean(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return a scalar from ``(B, T)``: the mean over a row's tokens, then over rows."""
-        return row_mean(x, mask)
-
-    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        """Return ``advantage``, one number per row, and ``old_logprob``, both ``(B, T)``.
+    def advantages(self, signal: Tensor, traj: Trajectories) -> Tensor:
+        """Return ``(B, T)`` advantages from ``(B, T)`` rewards-to-go.
 
         Raises:
             ValueError: a prompt has a single episode, whose advantage would always be 0.
@@ -68,16 +81,29 @@ class GRPO(PolicyGradient[GRPOConfig]):
             raise ValueError(
                 f"{self.name} compares the episodes of a prompt, and a prompt has only one: set group_size to 2 or more"
             )
-        returns = adv.discounted_returns(rewards(traj), traj.mask, self.config.gamma)[:, 0]
-        advantage = self.advantage(returns, traj.group)[:, None].expand(traj.mask.shape)
-        return {"advantage": adv.masked(advantage, traj.mask), "old_logprob": before.logprob}
+        return self.advantage(signal[:, 0], traj.group)[:, None].expand(signal.shape)
+
+    def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """Return the policy's loss per position, ``(B, T)``."""
+        config = self.config
+        return ppo_clip_loss(logprob, fixed["old_logprob"], fixed["advantage"], mask, config.clip, config.clip_high)
+
+    def moved(self, logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return how far the policy is from the one that sampled, see :func:`ratio_metrics`."""
+        return ratio_metrics(logprob, old_logprob, mask, self.config.clip, self.config.clip_high)
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        """Return ``advantage`` and ``old_logprob``, both ``(B, T)``, and ``weight (B,)``."""
+        signal = adv.discounted_returns(self.rewards(traj), traj.mask, self.config.gamma)
+        advantage = adv.masked(self.advantages(signal, traj), traj.mask)
+        weight = row_weights(self.config.loss_mean, traj.mask)
+        return {"advantage": advantage, "old_logprob": before.logprob, "weight": weight}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        mask, count = traj.mask, traj.mask.sum()
-        clipped = ppo_clip_loss(now.logprob, fixed["old_logprob"], fixed["advantage"], mask, self.config.clip)
-        policy = self.mean(clipped, mask)
-        moved = ratio_metrics(now.logprob, fixed["old_logprob"], mask, self.config.clip)
+        mask, count, weight = traj.mask, traj.mask.sum(), fixed["weight"].unsqueeze(1)
+        policy = sequence_mean(weight * self.surrogate(now.logprob, fixed, mask), mask)
+        moved = self.moved(now.logprob, fixed["old_logprob"], mask)
         metrics: dict[str, Metric] = {"policy_loss": policy.detach(), "entropy": tally(now.entropy, mask)}
         # Means over tokens carry their own count, because the unit is rows.
         metrics |= {name: x if name.endswith("_max") else (x * count, count) for name, x in moved.items()}
-        return policy + self.mean(self.kl_penalty(traj, now), mask), metrics
+        return policy + sequence_mean(weight * self.kl_penalty(traj, now), mask), metrics

@@ -1,14 +1,14 @@
 """PPO: several epochs per batch within a clipped distance of the policy that sampled it."""
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import ActorCritic, ActorCriticConfig
-from lm_envs.algos.ops.losses import ppo_clip_loss, ratio_metrics, value_loss
+from lm_envs.algos.ops.losses import ppo_clip_loss, ratio_metrics, row_weights, value_loss
 from lm_envs.settings import Count, NonNegative, Positive
 from lm_envs.trajectories import Trajectories
 
@@ -36,9 +36,9 @@ class Proximal(ActorCritic[C]):
     """
 
     @property
-    def ratio_clip(self) -> float | None:
-        """The distance from 1 beyond which the metric counts a ratio as clipped; None without a clip."""
-        return None
+    def ratio_clip(self) -> tuple[float | None, float | None]:
+        """The distances below and above 1 beyond which the metric counts a ratio as clipped; None without a clip."""
+        return None, None
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         fixed = super().prepare(traj, before)
@@ -50,7 +50,7 @@ class Proximal(ActorCritic[C]):
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         loss, metrics = super().loss(traj, now, fixed)
-        return loss, {**metrics, **ratio_metrics(now.logprob, fixed["old_logprob"], traj.mask, self.ratio_clip)}
+        return loss, {**metrics, **ratio_metrics(now.logprob, fixed["old_logprob"], traj.mask, *self.ratio_clip)}
 
     def should_stop(self, metrics: dict[str, float]) -> bool:
         return self.config.kl_stop is not None and metrics["approx_kl"] > self.config.kl_stop
@@ -62,6 +62,11 @@ class PPOConfig(ProximalConfig):
 
     clip: Positive = 0.2
     """Distance of the ratio to the sampling policy from 1 beyond which it is clipped."""
+    clip_high: Positive | None = None
+    """The same distance above 1; None is `clip`."""
+    loss_mean: Literal["minibatch", "response", "token", "sum"] = "minibatch"
+    """What has the same weight in the loss: each token of a minibatch, each response, each token of the whole batch, or
+    (sum) each token, with responses as long as they are."""
 
 
 class PPO(Proximal[PPOConfig]):
@@ -74,9 +79,19 @@ class PPO(Proximal[PPOConfig]):
     Config = PPOConfig
     name = "ppo"
 
+    def __init__(self, policy: Any, config: PPOConfig | None = None) -> None:
+        super().__init__(policy, config)
+        self.whole_batch = self.config.loss_mean != "minibatch"
+
+    def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
+        fixed, mean = super().prepare(traj, before), self.config.loss_mean
+        if mean == "minibatch":
+            return fixed
+        return fixed | {"weight": row_weights(mean, traj.mask) / row_weights("token", traj.mask)}
+
     def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
-        return ppo_clip_loss(logprob, fixed["old_logprob"], fixed["advantage"], mask, self.config.clip)
+        return ppo_clip_loss(logprob, fixed["old_logprob"], fixed["advantage"], mask, *self.ratio_clip)
 
     @property
-    def ratio_clip(self) -> float | None:
-        return self.config.clip
+    def ratio_clip(self) -> tuple[float, float | None]:
+        return self.config.clip, self.config.clip_high

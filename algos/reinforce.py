@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lm_envs.algos.engine.batching import Before, rewards
+from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.demonstrations import MixesDemonstrations
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
@@ -74,7 +74,7 @@ class REINFORCE(MixesDemonstrations, PolicyGradient[ReinforceConfig]):
         config, mask = self.config, traj.mask
         critic = config.baseline == "value"
         bootstrap = adv.value_at_end(before.value, mask) if critic else None
-        signal = adv.discounted_returns(rewards(traj), mask, config.gamma, bootstrap)
+        signal = adv.discounted_returns(self.rewards(traj), mask, config.gamma, bootstrap)
         if not config.reward_to_go:
             signal = adv.masked(signal[:, :1].expand_as(signal), mask)
         # The factor discount^t of the true gradient is omitted, as usual.

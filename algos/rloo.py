@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lm_envs.algos.engine.batching import Before, rewards
+from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.policy_gradient import PolicyGradient, PolicyGradientConfig
 from lm_envs.algos.ops import advantages as adv
@@ -38,7 +38,7 @@ class RLOO(PolicyGradient[RLOOConfig]):
     unit = "sequence"
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        returns = adv.discounted_returns(rewards(traj), traj.mask, self.config.gamma)[:, 0]
+        returns = adv.discounted_returns(self.rewards(traj), traj.mask, self.config.gamma)[:, 0]
         advantage = returns - adv.leave_one_out(returns, traj.group)
         return {"advantage": adv.masked(advantage[:, None].expand(traj.mask.shape), traj.mask)}
 

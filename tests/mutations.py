@@ -51,6 +51,7 @@ LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/r
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
+FAMILY = "tests/algos/test_grpo_family.py"
 SELECT = "tests/algos/engine/test_select.py"
 CAPABILITIES = "tests/algos/policies/test_capabilities.py"
 COLUMNS = "tests/lm_envs/reward/test_columns.py"
@@ -61,7 +62,6 @@ STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run
 INPUTS = "tests/benchmarks/run/test_inputs.py"
 PACKED = "tests/algos/test_packed_data.py"
 REPORTED = "tests/benchmarks/test_recomputed_report.py"
-OVER = "tests/benchmarks/report/test_overoptimization.py::test_every_number_is_what_it_is_called"
 SAMPLES, EXACT = "tests/benchmarks/measure/test_samples.py", "tests/benchmarks/measure/test_exact.py"
 ITERATED = "tests/algos/test_iterated_rlhf.py"
 RECOMPUTED = "tests/benchmarks/test_recomputed.py"
@@ -552,8 +552,8 @@ MUTATIONS = [
     Mutation(
         "PPO's clip is wider above",
         "algos/ops/losses.py",
-        "-advantage * ratio.clamp(1 - clip, 1 + clip)",
-        "-advantage * ratio.clamp(1 - clip, 1 + 2 * clip)",
+        "1 + (clip if clip_high is None else clip_high))\n    return torch.maximum(",
+        "1 + 2 * (clip if clip_high is None else clip_high))\n    return torch.maximum(",
         LOSSES,
     ),
     Mutation(
@@ -715,23 +715,93 @@ MUTATIONS = [
     Mutation(
         "GRPO does not divide by the standard deviation",
         "algos/grpo.py",
-        " / (adv.group_std(returns, group) + _EPS)",
+        " / (adv.group_std(returns, group) + EPS)",
         "",
         GROUPS,
     ),
     Mutation(
         "GRPO does not divide by the length",
         "algos/ops/losses.py",
-        "return (masked(x, mask).sum(dim=1) / mask.sum(dim=1)).mean()",
-        "return masked(x, mask).sum(dim=1).mean()",
-        GROUPS,
+        '"response": each / lengths,',
+        '"response": each,',
+        LOSSES,
     ),
     Mutation(
         "Dr. GRPO divides by the length",
         "algos/dr_grpo.py",
-        "return sequence_mean(x, mask)",
-        "return super().mean(x, mask)",
+        'loss_mean: LossMean = "sum"',
+        'loss_mean: LossMean = "response"',
         GROUPS,
+    ),
+    Mutation(
+        "each minibatch is a mean of its own",
+        "algos/engine/agent.py",
+        "if self.whole_batch else None",
+        "if False else None",
+        FAMILY,
+    ),
+    Mutation(
+        "the mean over tokens is of each response",
+        "algos/ops/losses.py",
+        '"token": each / lengths.mean()',
+        '"token": each / lengths',
+        LOSSES,
+    ),
+    Mutation(
+        "the higher clip is the lower one",
+        "algos/ops/losses.py",
+        "bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))\n    return torch.maximum(",
+        "bounded = ratio.clamp(1 - clip, 1 + clip)\n    return torch.maximum(",
+        LOSSES,
+    ),
+    Mutation(
+        "GSPO's ratio is that of the sum",
+        "algos/ops/losses.py",
+        "log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)",
+        "log_ratio.sum(dim=1, keepdim=True)",
+        LOSSES,
+    ),
+    Mutation(
+        "GSPO by token keeps the sequence's gradient",
+        "algos/ops/losses.py",
+        "ratio = ratio.detach() * importance_ratio(logprob, logprob.detach(), mask)",
+        "ratio = ratio.expand(mask.shape)",
+        LOSSES,
+    ),
+    Mutation(
+        "CISPO's weight has a gradient",
+        "algos/ops/losses.py",
+        "ratio = importance_ratio(logprob, old_logprob, mask).detach()",
+        "ratio = importance_ratio(logprob, old_logprob, mask)",
+        LOSSES,
+    ),
+    Mutation(
+        "the penalty of long responses begins at once",
+        "algos/ops/advantages.py",
+        "(limit * (1 - share) - lengths)",
+        "(limit - limit * share * 1.5 - lengths)",
+        FAMILY,
+    ),
+    Mutation(
+        "REINFORCE++ does not subtract the group's mean",
+        "algos/reinforce_plus_plus.py",
+        "return returns - adv.group_mean(returns, group)",
+        "return returns",
+        FAMILY,
+    ),
+    Mutation(
+        "ReMax's greedy responses are free",
+        "algos/remax.py",
+        "self.reward_calls += len(index)",
+        "self.reward_calls += 0",
+        FAMILY,
+    ),
+    Mutation(
+        "ReMax's baseline is sampled",
+        "algos/policies/base.py",
+        "kept, self.temperature = self.temperature, GREEDY",
+        "kept, self.temperature = self.temperature, 1.0",
+        FAMILY,
     ),
     Mutation(
         "a Q critic's advantage is Q",
@@ -1509,55 +1579,6 @@ MUTATIONS = [
         "only=lambda error: error not in own",
         "only=lambda error: False",
         "tests/lm_envs/test_files.py",
-    ),
-    Mutation(
-        "over-optimisation's reward models are measured on pairs that they learned from",
-        "benchmarks/report/overoptimization.py",
-        "held = judged_pairs.judge_pairs(env.mdp, start, most, settings.held_out, settings.seed)",
-        "held = judged_pairs.judge_pairs(env.mdp, start, 0, settings.held_out, settings.seed)",
-        OVER,
-    ),
-    Mutation(
-        "over-optimisation's best-of-n is scored as if the prompts were those of training",
-        "benchmarks/report/overoptimization.py",
-        'scorer = TextVectorEnv(task, split="test").mdp',
-        "scorer = TextVectorEnv(task).mdp",
-        OVER,
-    ),
-    Mutation(
-        "over-optimisation draws the gold of training from zero, not from the start's",
-        "benchmarks/report/overoptimization.py",
-        "- moments[0]) / moments[1])",
-        ") / moments[1])",
-        OVER,
-    ),
-    Mutation(
-        "annotators who follow the reward model cost nothing that it took",
-        "benchmarks/run/problems.py",
-        "else agent.uses_reward or annotators",
-        "else agent.uses_reward",
-        "tests/benchmarks/measure/test_cost.py::test_annotators_who_follow_the_reward_model_cost_what_it_had_seen",
-    ),
-    Mutation(
-        "a round of iterated RLHF draws pairs that measured the one before",
-        "algos/iterated_rlhf.py",
-        "first = number * (count + config.held_out)",
-        "first = number * count",
-        f"{ITERATED}::test_no_pair_is_drawn_twice",
-    ),
-    Mutation(
-        "the bias to what is shown first takes the order for its inverse",
-        "lm_envs/feedback/agreement.py",
-        "judgment.order.index(j) - judgment.order.index(i)",
-        "judgment.order[j] - judgment.order[i]",
-        "tests/lm_envs/feedback/test_measures.py::test_biases_count_decided_comparisons_only",
-    ),
-    Mutation(
-        "a model without a cache generates without its last token",
-        "lm_envs/model/decoding.py",
-        "response[active, : t + 1]], dim=1), t + 1)",
-        "response[active, :t]], dim=1), t + 1)",
-        "tests/lm_envs/model/test_kv_cache.py::test_what_cannot_be_cached_is_computed_in_full",
     ),
     # What is on disk
     Mutation(

@@ -51,6 +51,8 @@ class Agent(Generic[C]):
     Attributes:
         unit: what ``loss`` averages over: "token" (real steps), "sequence" (rows) or "group" (rows with the same
             ``group``; never split over minibatches). Parts of a batch are weighted by their share of it.
+        whole_batch: the steps of a pass, together, weigh each unit of the batch alike; else each step is a mean over
+            the units of its own minibatch, which may be more or fewer than those of another.
         needs_data: it learns from Trajectories given to it as ``data``, not by sampling.
         data: what an agent that needs data learns from, ``config.episodes`` at a time.
         preference_data: its data are preferences, which simulated annotators can make for any text task.
@@ -58,6 +60,7 @@ class Agent(Generic[C]):
         reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution; None takes the text
             env's at the first iteration.
         missing: rows of this iteration that :meth:`select` left to sample; None before it was asked.
+        mdp: that of the text env, for an agent that scores texts of its own; None takes it at the first iteration.
         published_kl_coef: for where neither its config nor the env names a coefficient; None takes the task's.
         iterations_done, episodes_done, tokens_done, reward_calls: counters of what was learned from.
         steps_done: env steps taken, those of surplus episodes included.
@@ -70,11 +73,13 @@ class Agent(Generic[C]):
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     name: ClassVar[str] = "agent"
     unit: ClassVar[str] = "token"
+    whole_batch: bool = False
     needs_data: ClassVar[bool] = False
     preference_data: ClassVar[bool] = False
     mixes_data: ClassVar[bool] = False
     published_kl_coef: ClassVar[float | None] = None
     reference: Any = None
+    mdp: Any = None
     data: Any = None
     missing: int | None = None
 
@@ -204,6 +209,7 @@ class Agent(Generic[C]):
             traj = traj.flatten()
         self.optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = self.learning_rate
         averages, steps = Averages(), 0
+        self._units_per_step = units(traj, self.unit) / config.minibatches if self.whole_batch else None
         for epoch, number, index in self._minibatches(traj):
             part, held = (traj, fixed) if index is None else select(traj, fixed, index)
             if self._step(part, held, averages, epoch, number):
@@ -232,8 +238,9 @@ class Agent(Generic[C]):
         """One minibatch. Returns True, having changed nothing, where :meth:`should_stop` says so."""
         self.optimizer.zero_grad(set_to_none=True)
         mine = Averages()
+        weight = 1.0 if self._units_per_step is None else units(traj, self.unit) / self._units_per_step
         try:
-            add_gradients(self._losses("loss", traj, fixed, self.unit, self.loss, (mine, averages)))
+            add_gradients(self._losses("loss", traj, fixed, self.unit, self.loss, (mine, averages), weight))
             if self.should_stop(mine.means()):
                 self.optimizer.zero_grad(set_to_none=True)
                 return True

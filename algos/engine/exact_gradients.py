@@ -43,6 +43,7 @@ def expected_gradient(
     Raises:
         ValueError: more than :data:`MAX_BATCHES` batches.
     """
+    agent.mdp = exact.mdp
     traj, weight = exact.trajectories(exact.table(agent.policy))
     assert traj.group is not None
     prompts = len(exact.prompts)
@@ -63,6 +64,7 @@ def expected_gradient(
                 # p(x) prod p(y|x) with one prompt, prod p(x) p(y|x) with independent ones
                 yield index, float(weight[index].prod()) * (prompts ** (batch - 1) if same_prompt else 1)
 
+    by_token = getattr(agent.config, "loss_mean", agent.unit) in ("token", "minibatch")
     tensors, values = agent.extra_state()
     agent.policy.zero_grad(set_to_none=True)
     total, held = torch.zeros((), dtype=torch.float64), 0
@@ -77,7 +79,7 @@ def expected_gradient(
         with torch.no_grad():
             fixed = agent.prepare(part, Before(agent.policy, part))
         loss = agent.loss(part, agent.policy.evaluate(part), fixed)[0]
-        tokens = units(part, "token") / batch if agent.unit == "token" else 1.0
+        tokens = units(part, "token") / len(part) if by_token else 1.0
         total, held = total + probability * tokens * loss, held + 1
         if held == _AT_ONCE:
             total.backward()
@@ -131,7 +133,7 @@ def sampled_cosine(
     Returns:
         the cosine and its standard error, from differences between batches; NaN where noise hides the direction.
     """
-    config, policy = agent.config, agent.policy
+    config, policy, agent.mdp = agent.config, agent.policy, exact.mdp
     if policy.reward_tokens:
         policy.condition_on(policy.reward_tokens - 1)  # what it samples from later
     target = exact.gradient(policy)

@@ -15,7 +15,7 @@ from lm_envs.algos.ops.losses import KLEstimator, kl_estimate, masked_mean, valu
 from lm_envs.algos.policies.critics import ValueFrom, check_value_from, value_from_reward_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.report import text_envs
-from lm_envs.settings import Finite, NonNegative, Probability
+from lm_envs.settings import Finite, NonNegative, Probability, Rate
 from lm_envs.trajectories import Trajectories
 
 
@@ -32,6 +32,11 @@ class PolicyGradientConfig(AgentConfig):
     informative: bool = False
     """Learn only from groups whose scores differ (DAPO's dynamic sampling, with `draws`); `group_size` is then at least
     2."""
+
+    overlong: NonNegative = 0.0
+    """Taken from the reward of a response of the greatest length (text only), and linearly less of shorter ones."""
+    overlong_share: Rate = 0.2
+    """Share of the greatest length over which `overlong` grows from 0; shorter responses lose nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +73,18 @@ class PolicyGradient(Agent[C]):
             if self.config.kl_loss == "full" and self.reference is None:
                 self.reference = reference_policy(env)
         return super().settle_kl_coef(env)
+
+    def rewards(self, traj: Trajectories) -> Tensor:
+        """Rewards ``(B, T)``, with the penalty for long responses; ValueError where there are none."""
+        reward = rewards(traj)
+        if not self.config.overlong:
+            return reward
+        if traj.response is None:
+            raise ValueError(f"{self.name}: overlong penalizes long responses, and these trajectories have none: set 0")
+        limit = self.policy.uniforms_per_response
+        penalty = adv.overlong_penalty(traj.response_lengths, limit, self.config.overlong_share)
+        last = torch.arange(reward.shape[1], device=reward.device) == traj.lengths.unsqueeze(1) - 1
+        return reward + last * self.config.overlong * penalty.to(reward.dtype).unsqueeze(1)
 
     def kl_penalty(self, traj: Trajectories, now: Any) -> Tensor:
         """``coefficient * KL`` per position, ``(B, T)``; zeros where the penalty is in the reward.
@@ -134,6 +151,10 @@ class ActorCritic(PolicyGradient[A]):
         """The advantage ``(B, T)`` before whitening, given GAE's."""
         return gae
 
+    def mean(self, x: Tensor, mask: Tensor, fixed: dict[str, Tensor]) -> Tensor:
+        """The loss's mean of ``x (B, T)``, a scalar: over tokens, each with its row's ``weight`` if there is one."""
+        return masked_mean(x * fixed["weight"].unsqueeze(1) if "weight" in fixed else x, mask)
+
     def surrogate(self, logprob: Tensor, fixed: dict[str, Tensor], mask: Tensor) -> Tensor:
         """The policy's loss per position, ``(B, T)``."""
         raise NotImplementedError
@@ -144,7 +165,7 @@ class ActorCritic(PolicyGradient[A]):
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """Return ``advantage`` and ``target``, both ``(B, T)``."""
-        gae = adv.gae(rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
+        gae = adv.gae(self.rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
         target = gae + before.value[:, :-1]
         advantage = self.advantage(gae, traj, before)
         if self.config.whiten_advantage:
@@ -153,9 +174,9 @@ class ActorCritic(PolicyGradient[A]):
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         config, mask = self.config, traj.mask
-        policy = masked_mean(self.surrogate(now.logprob, fixed, mask), mask)
-        value = masked_mean(self.critic_loss(traj, now, fixed), mask)
+        policy = self.mean(self.surrogate(now.logprob, fixed, mask), mask, fixed)
+        value = self.mean(self.critic_loss(traj, now, fixed), mask, fixed)
         entropy = masked_mean(now.entropy, mask)
-        loss = policy + config.value_coef * value - config.entropy_coef * entropy
-        loss = loss + masked_mean(self.kl_penalty(traj, now), mask)
+        loss = policy + config.value_coef * value - config.entropy_coef * self.mean(now.entropy, mask, fixed)
+        loss = loss + self.mean(self.kl_penalty(traj, now), mask, fixed)
         return loss, {"policy_loss": policy.detach(), "value_loss": value.detach(), "entropy": entropy.detach()}

@@ -32,6 +32,14 @@ TABULAR: dict[str, dict[str, Any]] = {
     "dr-grpo": {**_TABLE, **_GROUP, "minibatches": 1},
     # k3 and its place are published; with the task's coefficient only its bias is left.
     "grpo": {**_TABLE, **_GROUP, "minibatches": 1, "kl_coef": _BETA},
+    # The penalty for long responses is another objective. A clip of a mean over tokens is narrow by GSPO's paper, which
+    # takes four steps per batch; here there is one, so nothing is ever clipped.
+    "dapo": {**_TABLE, **_GROUP, "minibatches": 1, "overlong": 0.0},
+    "gspo": {**_TABLE, **_GROUP, "minibatches": 1},
+    "cispo": {**_TABLE, **_GROUP, "minibatches": 1},
+    "reinforce-plus-plus": {**_TABLE, **_GROUP, "minibatches": 1, "group_size": 1},
+    "reinforce-plus-plus-baseline": {**_TABLE, **_GROUP, "minibatches": 1},
+    "remax": {**_TABLE, **_GROUP, "group_size": 1},
     "a2c": {**_TABLE, **_CRITIC, "episodes": 128, "learning_rate": 0.05},
     "ppo": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "clip": 0.3, "learning_rate": 0.02},
     "ppo-klpen": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "learning_rate": 0.02},

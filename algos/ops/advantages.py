@@ -109,6 +109,12 @@ def differing(x: Tensor, group: Tensor | None = None) -> Tensor:
     return (low < high)[inverse]
 
 
+def overlong_penalty(lengths: Tensor, limit: int, share: float) -> Tensor:
+    """Return ``(B,)`` in [-1, 0]: 0 up to ``(1 - share) * limit`` tokens, then linearly down to -1 at ``limit`` (Yu et
+    al. 2025, "DAPO", eq. 13, where share is 4,096 of 20,480)."""
+    return ((limit * (1 - share) - lengths) / (limit * share)).clamp(-1, 0)
+
+
 def leave_one_out(x: Tensor, group: Tensor | None = None) -> Tensor:
     """Return the mean of ``x (B, ...)`` over the *other* rows of each row's group, an unbiased baseline.
 

@@ -17,6 +17,7 @@ from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.training import bradley_terry_loss, mean_over_pairs
 
 KLEstimator = Literal["k1", "k2", "k3", "full"]
+LossMean = Literal["response", "token", "sum"]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -29,9 +30,16 @@ def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked(x, mask).sum() / len(x)
 
 
-def row_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """``(1/B) sum_b (1/|o_b|) sum_t m x``, a scalar: a token of a long row has less weight (GRPO)."""
-    return (masked(x, mask).sum(dim=1) / mask.sum(dim=1)).mean()
+def row_weights(mean: LossMean, mask: Tensor) -> Tensor:
+    """``(B,)`` weights w of a whole batch's rows, in ``(1/B) sum_b w_b sum_t m x``.
+
+    - "response": ``1/|o_b|``, each row has the same weight, so a token of a long row has less (GRPO).
+    - "token": ``B / sum_b |o_b|``, each token of the whole batch has the same weight (DAPO).
+    - "sum": 1, the score-function gradient of a sequence (REINFORCE, Dr. GRPO).
+    """
+    lengths = mask.sum(dim=1).double()
+    each = torch.ones_like(lengths)
+    return {"response": each / lengths, "token": each / lengths.mean(), "sum": each}[mean]
 
 
 def policy_gradient_loss(logprob: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
@@ -45,14 +53,64 @@ def importance_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tens
     return torch.exp(masked(logprob, mask) - masked(old_logprob, mask))
 
 
-def ppo_clip_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
-    """``max(-A * rho, -A * clamp(rho, 1 - clip, 1 + clip))`` per position, ``(B, T)``.
+def ppo_clip_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+) -> Tensor:
+    """``max(-A * rho, -A * clamp(rho, 1 - clip, 1 + clip_high))`` per position, ``(B, T)``.
 
     Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7, negated; no gradient where the clip holds.
+    ``clip_high`` is ``clip`` where it is None; a larger one lets unlikely tokens grow (Yu et al. 2025, "DAPO", eq. 10).
     """
     ratio = importance_ratio(logprob, old_logprob, mask)
-    advantage = masked(advantage, mask)
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    return _clipped(ratio, masked(advantage, mask), clip, clip_high)
+
+
+def _clipped(ratio: Tensor, advantage: Tensor, clip: float, clip_high: float | None) -> Tensor:
+    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return torch.maximum(-advantage * ratio, -advantage * bounded)
+
+
+def sequence_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tensor:
+    """``s = (pi(y|x) / pi_old(y|x))^(1/|y|)``, ``(B, 1)``: the geometric mean of a row's ratios (Zheng et al. 2025,
+    "Group sequence policy optimization", eq. 7)."""
+    log_ratio = masked(logprob, mask) - masked(old_logprob, mask)
+    return torch.exp(log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True))
+
+
+def gspo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    clip: float,
+    clip_high: float | None = None,
+    by_token: bool = False,
+) -> Tensor:
+    """``max(-A s, -A clamp(s, 1 - clip, 1 + clip_high))`` per position, ``(B, T)``, with :func:`sequence_ratio` s.
+
+    Zheng et al. 2025, eq. 5. By token (eq. 13) the ratio is ``sg(s) pi / sg(pi)``: of the same value, with a gradient
+    through the token's own probability, so that tokens may have advantages of their own. Where a row's tokens share one
+    advantage, both have the same mean over the row and the same gradient.
+    """
+    ratio = sequence_ratio(logprob, old_logprob, mask)
+    if by_token:
+        ratio = ratio.detach() * importance_ratio(logprob, logprob.detach(), mask)
+    return _clipped(ratio, masked(advantage, mask), clip, clip_high)
+
+
+def cispo_loss(
+    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, clip: float, clip_high: float | None = None
+) -> Tensor:
+    """``-sg(clamp(rho, 1 - clip, 1 + clip_high)) A log pi`` per position, ``(B, T)``: a bounded weight, and a gradient
+    for every token (MiniMax 2025, "MiniMax-M1", eq. 4). At ratio 1 it has REINFORCE's gradient."""
+    ratio = importance_ratio(logprob, old_logprob, mask).detach()
+    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return bounded * policy_gradient_loss(logprob, advantage, mask)
 
 
 def ppo_penalty_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, coef: float) -> Tensor:
@@ -257,7 +315,9 @@ def explained_variance(prediction: Tensor, target: Tensor, mask: Tensor) -> Tens
     return torch.where(variance > 0, 1 - error.var(unbiased=False) / variance, torch.full_like(variance, float("nan")))
 
 
-def ratio_metrics(logprob: Tensor, old_logprob: Tensor, mask: Tensor, clip: float | None = None) -> dict[str, Tensor]:
+def ratio_metrics(
+    logprob: Tensor, old_logprob: Tensor, mask: Tensor, clip: float | None = None, clip_high: float | None = None
+) -> dict[str, Tensor]:
     """Measure an update's distance from the sampling policy: ``ratio``, ``ratio_max``, ``approx_kl``,
     ``clip_fraction``, means over tokens.
 
@@ -271,7 +331,8 @@ def ratio_metrics(logprob: Tensor, old_logprob: Tensor, mask: Tensor, clip: floa
             "approx_kl": masked_mean(k3(old_logprob, logprob, mask), mask),
         }
         if clip is not None:
-            out["clip_fraction"] = masked_mean(((ratio - 1).abs() > clip).to(ratio.dtype), mask)
+            high = clip if clip_high is None else clip_high
+            out["clip_fraction"] = masked_mean(((1 - ratio > clip) | (ratio - 1 > high)).to(ratio.dtype), mask)
     return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lm_envs.kernels.logprob_kl import LogprobKL
-from lm_envs.model.decoding import sample
+from lm_envs.model.decoding import GREEDY, sample
 from lm_envs.trajectories import Trajectories
 
 
@@ -148,6 +148,14 @@ class TextPolicy(Policy):
                 return actions.cpu().numpy(), logprob.double().sum(dim=1).cpu().numpy()
             tokens, logprob = sample(self.next_logits(rows), numbers, self.temperature)
         return tokens.cpu().numpy(), logprob.double().cpu().numpy()
+
+    def greedy(self, prompts: Tensor) -> Tensor:
+        """The likeliest token after the likeliest token, ``(N, T)`` int64 as :meth:`respond` gives it."""
+        kept, self.temperature = self.temperature, GREEDY
+        try:
+            return self.respond(prompts, torch.full((len(prompts), self.uniforms_per_response), 0.5).double())[0]
+        finally:
+            self.temperature = kept
 
     def texts(self, traj: Trajectories) -> tuple[Tensor, Tensor]:
         """Prompts and responses on the policy's device; ValueError where there are none."""

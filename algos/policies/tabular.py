@@ -98,7 +98,7 @@ class TabularPolicy(TextPolicy):
         active, state = torch.arange(count, device=first.device), torch.zeros_like(first)
         numbers = uniforms.to(first.device)
         for t in range(steps):
-            tokens, response_logprob = sample(table[first[active] + state], numbers[active, t])
+            tokens, response_logprob = sample(table[first[active] + state], numbers[active, t], self.temperature)
             response[active, t], logprob[active, t] = tokens, response_logprob
             going = tokens != self.tree.eos_token_id
             rank = tokens[going] - (tokens[going] > self.tree.eos_token_id).long()

@@ -116,11 +116,15 @@ def learner(name: str, kind: str = "mdp", env=None, **overrides):
         return make_agent(name, policy, data=ranked(), **settings)
     if name == "iterated-rlhf":
         settings = ROUNDS | settings
+    if name == "reinforce-plus-plus-baseline":
+        settings = {"kl_coef": 0.1} | settings  # its loss needs one, env or not
     if name == "quark":
         settings = {"learn_episodes": None, "minibatches": 2} | settings
     mixed = settings.get("ptx_coef", 0.5) if name == "ppo-ptx" else settings.get("alpha", 0.0)
     data = demonstrations(texts(), 2, 6) if algorithm.needs_data or mixed else None
     agent = make_agent(name, policy, data=data, **settings)
+    if name == "remax":
+        agent.mdp = text_env(kind).mdp
     if name == "quark":
         agent.reference = LMPolicy.for_mdp(text_env().mdp, text_task().reference)
     return agent

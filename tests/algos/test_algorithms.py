@@ -325,7 +325,12 @@ CHANGES = {
     "minibatches": ({}, 3),
     "micro_batch": (None, None),
     "draws": (None, None),
-    "informative": ({"group_size": 2}, True),
+    "informative": ({"group_size": 2}, {"default": True, "dapo": False}),
+    "overlong": ({}, 3.0),
+    "overlong_share": ({"overlong": 1.0}, 0.8),
+    "clip_high": ({}, 0.001),
+    "loss_mean": ({}, {"default": "response", "grpo": "token", "gspo": "token"}),
+    "by_token": ({}, True),
     "max_grad_norm": ({}, 0.01),
     "adam_eps": ({}, 0.1),
     "gamma": ({}, 0.5),
@@ -382,6 +387,7 @@ CHANGES = {
 WITHOUT_EFFECT = {
     "a2c": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "rloo": {"epochs": "one step per batch", "minibatches": "one step per batch"},
+    "remax": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "expert-iteration": {
         "gamma": "ranks by the score",
         "kl_coef": "ranks by the score, which is before the penalty",

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lm_envs.algos import iterated_rlhf
 from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.engine.judged_pairs import judge_pairs
 from lm_envs.env.rollout import rollout
@@ -26,18 +25,6 @@ def test_a_reward_model_per_round_on_all_data_so_far():
     assert [metrics.get("annotations") for _, metrics in found] == [128, None, 256, None]
     assert len(agent._texts) == len(agent._choices) == 256
     assert env.mdp.task.reward is agent.reward
-
-
-def test_no_pair_is_drawn_twice(monkeypatch):
-    drawn = []
-
-    def noted(mdp, policy, first, count, seed):
-        drawn.extend(range(first, first + count))
-        return judge_pairs(mdp, policy, first, count, seed)
-
-    monkeypatch.setattr(iterated_rlhf, "judge_pairs", noted)
-    ran(3, rounds=2, annotations=6, held_out=4, rm_steps=1)
-    assert len(set(drawn)) == len(drawn) == 2 * (3 + 4)
 
 
 def test_the_policy_is_paid_by_the_rounds_reward_model():

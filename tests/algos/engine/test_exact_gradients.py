@@ -8,8 +8,7 @@ import torch
 
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.exact_gradients import expected_gradient, jackknifed_cosine, sampled_cosine
-from lm_envs.algos.grpo import GRPO, GRPOConfig
-from lm_envs.algos.ops.losses import k1, k2, k3, sequence_mean
+from lm_envs.algos.ops.losses import k1, k2, k3
 from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.mdp import TextMDP
@@ -139,26 +138,69 @@ GRPO_COSINE = {  # for groups of 2 and of 3; docs quote these
     "std and length": (0.9606, 0.9682),
     "std, length and k3": (0.8844, 0.9212),
 }
-
-
-class SummedGRPO(GRPO):
-    """GRPO's advantage alone: sums over tokens, where it has means over a response's."""
-
-    def mean(self, x, mask):
-        return sequence_mean(x, mask)
+BIASED = {  # by algorithm and settings, the biases that its first step has
+    "std": [("grpo", {"kl_loss": None, "loss_mean": "sum"}), ("cispo", {}), ("dapo", {"overlong": 0.0})],
+    "std and length": [("grpo", {"kl_loss": None}), ("gspo", {}), ("cispo", {"loss_mean": "response"})],
+    "std, length and k3": [("grpo", {}), ("gspo", {"kl_loss": "k3"})],
+}
 
 
 @pytest.mark.parametrize("batch", [2, 3])
-@pytest.mark.parametrize("biases", GRPO_COSINE)
-def test_grpos_biases_turn_the_gradient(biases, batch):
-    """Measured, one after the other; at two episodes a group the advantage is only a sign."""
+@pytest.mark.parametrize(
+    ("biases", "name", "settings"), [(biases, *case) for biases, cases in BIASED.items() for case in cases]
+)
+def test_grpos_biases_turn_the_gradient(biases, name, settings, batch):
+    """Measured, one after the other; at two episodes a group the advantage is only a sign. In large batches a mean over
+    all tokens is a sum, scaled. Groups of equal scores are not left out here, where the penalty is in the reward."""
     exact = solver(horizon=2)
     policy = policy_of(exact)
     in_loss = biases.endswith("k3")
-    config = GRPOConfig(**BASE, kl_loss="k3" if in_loss else None)
-    agent = (SummedGRPO if biases == "std" else GRPO)(policy, config)
+    agent = make_agent(name, policy, **BASE | {"group_size": 2} | settings)
+    agent.config.informative = False
     found = expected_gradient(agent, solver(horizon=2, kl_coef=0.0) if in_loss else exact, batch=batch)
     assert cosine(found, exact.gradient(policy)) == pytest.approx(GRPO_COSINE[biases][batch - 2], abs=5e-4)
+
+
+def test_a_mean_over_all_tokens_does_not_turn_the_gradient():
+    """Of Dr. GRPO, which has no other bias; a mean over each response's tokens turns it."""
+    exact = solver(horizon=2)
+    for mean, expected in (("sum", 1.0), ("token", 1.0), ("response", 0.9803)):
+        found, target = both("dr-grpo", exact, batch=2, loss_mean=mean)
+        assert cosine(found, target) == pytest.approx(expected, abs=1e-8 if expected == 1 else 5e-4), mean
+    for mean, turned in (("minibatch", False), ("token", False), ("sum", False), ("response", True)):
+        found, target = both("ppo", exact, lam=1.0, whiten_advantage=False, loss_mean=mean)
+        assert (cosine(found, target) < 1 - 1e-4) == turned, mean
+
+
+def test_groups_of_equal_scores_weigh_in_the_penalty_alone():
+    """Leaving them out changes GRPO's direction where the penalty is in the reward, and not where there is none."""
+    for coef, same in ((0.0, True), (0.3, False)):
+        exact = solver(horizon=2, kl_coef=coef)
+        exact.score = exact.score.round()  # some are equal now
+        found = []
+        for informative in (False, True):
+            agent = make_agent("dapo", policy_of(exact), **BASE | {"group_size": 2, "overlong": 0.0, "kl_coef": coef})
+            agent.config.informative = informative
+            found.append(expected_gradient(agent, exact, batch=2))
+        assert matches(*found) == same and float(found[0]["logits"].norm()) > 0.01
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "min_new_tokens": 1}])
+def test_remax_is_exact(options):
+    found, target = both("remax", solver(**options))
+    assert matches(found, target), relative_bias(found, target)
+
+
+PLUS_PLUS_COSINE = {"reinforce-plus-plus": (0.8924, 0.9583), "reinforce-plus-plus-baseline": (0.9647, 0.9753)}
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("name", PLUS_PLUS_COSINE)
+def test_scaling_over_a_small_batch_turns_the_gradient(name, batch):
+    """Measured for batches of one group; in large batches the scale is a constant, see the estimates below."""
+    exact = solver(horizon=2)
+    found, target = both(name, exact, batch=batch, group_size=2, kl_loss=None)
+    assert cosine(found, target) == pytest.approx(PLUS_PLUS_COSINE[name][batch - 2], abs=5e-4)
 
 
 # Estimated from batches of the algorithm's own size

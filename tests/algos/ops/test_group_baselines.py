@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lm_envs.algos.engine.batching import Before
-from lm_envs.algos.ops import losses
 from tests.algos import batches
 
 PLAIN = {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9}
@@ -25,13 +24,6 @@ def gradient(name, traj, monkeypatch, **settings):
 
 def returns_of(traj):
     return torch.where(traj.mask, traj.reward, 0.0).sum(dim=1)
-
-
-def test_row_mean_by_hand():
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    x = torch.tensor([[1.0, 2.0, 3.0], [10.0, float("nan"), float("nan")]])
-    assert losses.row_mean(x, mask) == 6  # (2 + 10) / 2
-    assert losses.masked_mean(x, mask) == 4 and losses.sequence_mean(x, mask) == 8
 
 
 @pytest.mark.parametrize("kind", ["mdp", "bandit"])
@@ -103,9 +95,10 @@ def test_dr_grpo_drops_the_std_and_the_length():
     returns, group = torch.tensor([1.0, 3.0, 10.0, 30.0]), torch.tensor([0, 0, 1, 1])
     assert dr.advantage(returns, group).tolist() == [-1, 1, -10, 10]
     torch.testing.assert_close(grpo.advantage(returns, group), torch.tensor([-1.0, 1.0, -1.0, 1.0]))
-    mask = torch.tensor([[True, True], [True, False]])
-    x = torch.ones(2, 2)
-    assert dr.mean(x, mask) == 1.5 and grpo.mean(x, mask) == 1
+    lengths = traj.lengths.double()
+    with torch.no_grad():
+        weights = [agent.prepare(traj, Before(agent.policy, traj))["weight"] for agent in (grpo, dr)]
+    torch.testing.assert_close(weights, [1 / lengths, torch.ones_like(lengths)])
 
 
 def test_metrics_are_means_over_tokens_whatever_the_micro_batch():

@@ -56,6 +56,83 @@ def test_ppo_at_ratio_one_has_the_policy_gradient():
     torch.testing.assert_close(*(torch.autograd.grad(x, logprob)[0] for x in (first, second)))
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [(1.25, 2.0, -2.5, True), (1.5, 2.0, -2.56, False), (1.5, -2.0, 3.0, True), (0.5, -2.0, 1.6, False)],
+)
+def test_a_higher_clip_lets_the_ratio_grow(ratio, advantage, loss, slope):
+    one = torch.ones(1, 1, dtype=torch.bool)
+    logprob = rows([math.log(ratio)]).requires_grad_()
+    found = losses.ppo_clip_loss(logprob, rows([0.0]), rows([advantage]), one, 0.2, 0.28)
+    assert found.item() == pytest.approx(loss)
+    found.sum().backward()
+    assert bool(logprob.grad != 0) == slope
+
+
+def test_row_weights_by_hand():
+    x = rows([1, 2, 3], [10, NAN, NAN])
+    for mean, expected in (("response", (2 + 10) / 2), ("token", 16 / 4), ("sum", (6 + 10) / 2)):
+        weight = losses.row_weights(mean, MASK)
+        assert float(losses.sequence_mean(weight.unsqueeze(1) * x, MASK)) == pytest.approx(expected), mean
+
+
+def gradient_of(loss, logprob):
+    return torch.autograd.grad(loss, logprob)[0]
+
+
+def test_gspo_by_hand():
+    """Ratios 2, 1/2, e and 1.5: their geometric means are e^(1/3) and 1.5."""
+    new = rows([math.log(2), -math.log(2), 1.0], [math.log(1.5), NAN, NAN]).requires_grad_()
+    old, advantage = rows([0, 0, 0], [0, NAN, NAN]), rows([2.0, 2.0, 2.0], [-1.0, NAN, NAN])
+    ratio = losses.sequence_ratio(new, old, MASK)
+    assert ratio.flatten().tolist() == pytest.approx([math.exp(1 / 3), 1.5])
+    found = losses.gspo_loss(new, old, advantage, MASK, 0.2, 0.5)
+    assert found[0].tolist() == pytest.approx([-2 * math.exp(1 / 3)] * 3) and float(found[1, 0]) == pytest.approx(1.5)
+    clipped = losses.gspo_loss(new, old, advantage, MASK, 0.2, 0.3)
+    assert clipped[0].tolist() == pytest.approx([-2 * 1.3] * 3)
+    gradient = gradient_of(losses.sequence_mean(losses.row_weights("response", MASK)[:, None] * clipped, MASK), new)
+    assert (gradient[0] == 0).all() and float(gradient[1, 0]) == pytest.approx(1.5 / 2)
+
+
+def test_gspo_by_token_is_gspo_where_a_row_shares_its_advantage():
+    new, old = rows([-0.3, -1.0, -2.0], [-0.7, 0, 0]).requires_grad_(), rows([-0.4, -0.8, -2.1], [-0.5, 0, 0])
+    weight, found = losses.row_weights("response", MASK)[:, None], {}
+    for shared, advantage in ((True, rows([1.5, 1.5, 1.5], [-2, 0, 0])), (False, rows([1.5, 0.5, 1], [-2, 0, 0]))):
+        for by_token in (False, True):
+            loss = losses.sequence_mean(weight * losses.gspo_loss(new, old, advantage, MASK, 0.2, 0.3, by_token), MASK)
+            found[by_token] = (loss.detach(), gradient_of(loss, new))
+        torch.testing.assert_close(found[False][0], found[True][0])
+        assert torch.allclose(found[False][1], found[True][1]) == shared
+
+
+def test_gspo_of_one_token_is_ppos_clip():
+    one = torch.ones(3, 1, dtype=torch.bool)
+    new, old, advantage = rows([-0.3], [-1.0], [-2.0]), rows([-1.0], [-1.1], [-1.0]), rows([1.0], [-2.0], [0.5])
+    for by_token in (False, True):
+        found = losses.gspo_loss(new, old, advantage, one, 0.2, 0.28, by_token)
+        torch.testing.assert_close(found, losses.ppo_clip_loss(new, old, advantage, one, 0.2, 0.28))
+
+
+def test_cispo_by_hand():
+    new, old = rows([math.log(0.9), math.log(0.1), 0.0], [math.log(0.2), NAN, NAN]).requires_grad_(), math.log(0.1)
+    old, advantage = rows([old, math.log(0.2), 0.0], [math.log(0.4), NAN, NAN]), rows([2, 2, -1], [-3, NAN, NAN])
+    found = losses.cispo_loss(
+        new, old, advantage, MASK, 0.4, 4.0
+    )  # ratios 9, 0.5, 1 and 0.5, bounded to 5, 0.6, 1, 0.6
+    assert found[0].tolist() == pytest.approx([-5 * 2 * math.log(0.9), -0.6 * 2 * math.log(0.1), 0.0])
+    assert float(found[1, 0]) == pytest.approx(0.6 * 3 * math.log(0.2))
+    gradient = gradient_of(found.sum(), new)  # every token has one
+    assert gradient[0].tolist() == pytest.approx([-10, -1.2, 1.0]) and float(gradient[1, 0]) == pytest.approx(1.8)
+
+
+def test_cispo_at_ratio_one_is_reinforce():
+    logprob, advantage = rows([-0.3, -1.0, -2.0], [-0.7, 0, 0]).requires_grad_(), rows([1.0, -2.0, 0.5], [3.0, 0, 0])
+    found = losses.cispo_loss(logprob, logprob.detach(), advantage, MASK, 0.2)
+    torch.testing.assert_close(found, losses.policy_gradient_loss(logprob, advantage, MASK))
+    plain = gradient_of(losses.policy_gradient_loss(logprob, advantage, MASK).sum(), logprob)
+    torch.testing.assert_close(gradient_of(found.sum(), logprob), plain)
+
+
 def test_value_loss_by_hand():
     one = torch.ones(1, 1, dtype=torch.bool)
     assert losses.value_loss(rows([3.0]), rows([1.0]), one) == 2.0
@@ -122,6 +199,8 @@ def test_ratio_metrics_by_hand():
     assert float(found["ratio"]) == pytest.approx((1.5 + 1 + 0.9 + 1) / 4)
     assert float(found["ratio_max"]) == pytest.approx(1.5)
     assert float(found["clip_fraction"]) == pytest.approx(0.25)
+    assert float(losses.ratio_metrics(new, old, MASK, 0.05, 0.6)["clip_fraction"]) == pytest.approx(0.25)
+    assert float(losses.ratio_metrics(new, old, MASK, 0.05)["clip_fraction"]) == pytest.approx(0.5)
     expected = (0.5 - math.log(1.5) - 0.1 - math.log(0.9)) / 4
     assert float(found["approx_kl"]) == pytest.approx(expected)
 
@@ -129,6 +208,10 @@ def test_ratio_metrics_by_hand():
 TWO = {
     "policy_gradient": lambda a, b: losses.policy_gradient_loss(a, b, MASK),
     "ppo_clip": lambda a, b: losses.ppo_clip_loss(a, b, b, MASK),
+    "ppo_clip_high": lambda a, b: losses.ppo_clip_loss(a, b, b, MASK, 0.2, 0.28),
+    "gspo": lambda a, b: losses.gspo_loss(a, b, b, MASK, 0.2),
+    "gspo_by_token": lambda a, b: losses.gspo_loss(a, b, b, MASK, 0.2, None, True),
+    "cispo": lambda a, b: losses.cispo_loss(a, b, b, MASK, 0.2),
     "value": lambda a, b: losses.value_loss(a, b, MASK, b, 0.1),
     "nll": lambda a, b: losses.nll(a, MASK),
     "k1": lambda a, b: losses.k1(a, b, MASK),

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from lm_envs.algos.engine import cost
 from lm_envs.algos.registry import make_agent
-from lm_envs.benchmarks.run import problems
 from lm_envs.benchmarks.run.names import trainable
 from lm_envs.benchmarks.run.one_run import execute
 from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from tests import tiny
 from tests.algos import batches
-from tests.benchmarks import distinct_task
 
 TASK = "tests.benchmarks.distinct_task:fixed"
 PLAN = Plan(test_prompts=10, validation_prompts=2)
@@ -80,14 +77,6 @@ def test_each_method_is_charged_for_what_it_takes(tmp_path, name, settings, expe
         last = json.loads(next(tmp_path.glob("*/*/*/metrics.jsonl")).read_text().splitlines()[-1])
         assert last["trained_tokens"] == expected["trained_tokens"]
         assert last["tokens"] == expected["tokens_generated"] - 60
-
-
-@pytest.mark.parametrize("judge", [True, False])
-def test_annotators_who_follow_the_reward_model_cost_what_it_had_seen(monkeypatch, judge):
-    task = distinct_task.fixed()
-    monkeypatch.setattr(problems, "load_task", lambda name, options: task if judge else replace(task, judge=None))
-    problem = problems.open_problem(RunSpec(TASK, "dpo", 0, PLAN, overrides={"pairs": 5, "episodes": 3}))
-    assert problem.given["comparisons"] == (5 if judge else 5 + REWARD["comparisons"])
 
 
 def test_no_method_is_left_out():

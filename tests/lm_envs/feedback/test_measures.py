@@ -79,9 +79,6 @@ def test_biases_count_decided_comparisons_only() -> None:
     )
     assert agreement.length_bias([longer]) == [(3, 1.0)]
     assert agreement.position_bias([longer]) == [(3, 0.0)]  # it was shown second
-    three = Item("p", tuple(Response(text, text) for text in "abc"))
-    first = Judgment("x", 4, three, (1, 2, 0), Answer(ranks=(2, 0, 1)), 0.0)  # b, c, a were shown, and liked, in turn
-    assert agreement.position_bias([first]) == [(4, 1.0)] * 3
 
 
 def test_gold_items_and_majorities() -> None:
