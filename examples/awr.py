@@ -1,4 +1,6 @@
-"""Advantage-weighted regression (Peng et al. 2019): an algorithm of your own is one file and one registry line.
+"""Advantage-weighted regression (Peng et al. 2019): an algorithm of your own is one file.
+
+lm-envs compare --task reviews --algorithms ppo examples/awr.py:AWR --out runs/awr
 
 python examples/awr.py CartPole-v1
 python examples/awr.py lm_envs/Cat-v0
@@ -20,7 +22,7 @@ from lm_envs.algos.ops.advantages import gae
 from lm_envs.algos.ops.losses import masked_mean, nll, value_loss
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.mlp import MLPPolicy
-from lm_envs.algos.registry import ALGORITHMS, make_agent
+from lm_envs.algos.registry import make_agent
 
 
 @dataclass
@@ -47,7 +49,6 @@ class AWR(Agent[AWRConfig]):
         return policy + 0.5 * critic, {"policy_loss": policy.detach(), "value_loss": critic.detach()}
 
 
-ALGORITHMS["awr"] = f"{__name__}:AWR"
 CONTROL = {"steps": 1024, "episodes": None, "gamma": 0.98, "epochs": 6, "minibatches": 8, "learning_rate": 1e-3}
 SETTINGS = {
     "CartPole-v1": {**CONTROL, "iterations": 97},
@@ -60,7 +61,7 @@ def train(env_id: str, iterations: int | None = None, **changes) -> Agent:
     env, text = gymnasium.make_vec(env_id, num_envs=8, vectorization_mode=None), env_id == "lm_envs/Reviews-v0"
     mdp = env.unwrapped.mdp if text else None
     policy = LMPolicy.for_mdp(mdp, copy.deepcopy(mdp.reference).requires_grad_(True)) if text else MLPPolicy(env)
-    agent = make_agent("awr", policy, **SETTINGS[env_id] | changes)
+    agent = make_agent(f"{__name__}:AWR", policy, **SETTINGS[env_id] | changes)
     return learn(agent, env, iterations, lambda agent, traj, m: print(m["iteration"], m.get("return"), flush=True))
 
 

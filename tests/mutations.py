@@ -60,6 +60,7 @@ JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/tes
 MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
 STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run/test_one_run.py"
 INPUTS = "tests/benchmarks/run/test_inputs.py"
+CONTRACTS = "tests/benchmarks/run/test_contracts.py::test_what_is_broken_is_reported_by_its_line"
 PACKED = "tests/algos/test_packed_data.py"
 REPORTED = "tests/benchmarks/test_recomputed_report.py"
 SAMPLES, EXACT = "tests/benchmarks/measure/test_samples.py", "tests/benchmarks/measure/test_exact.py"
@@ -1622,6 +1623,41 @@ MUTATIONS = [
         "if not content or found.get(SEAL) != _hash_of(content):",
         "if not content:",
         STORAGE,
+    ),
+    Mutation(
+        "a plugged-in file that changed is not read again",
+        "lm_envs/plugins.py",
+        "hashlib.sha256(str(path).encode() + path.read_bytes())",
+        "hashlib.sha256(str(path).encode())",
+        "tests/lm_envs/test_plugins.py::test_a_file_that_changed_is_read_again",
+    ),
+    Mutation(
+        "a plugged-in algorithm is no input of a run",
+        "benchmarks/run/inputs.py",
+        'elif name in ("task", "algorithm"):',
+        'elif name in ("task",):',
+        "tests/benchmarks/run/test_plugged.py::test_train_records_the_hash_and_refuses_to_continue_a_changed_file",
+    ),
+    Mutation(
+        "check: the resumed agent is the one that went before",
+        "benchmarks/run/contracts.py",
+        "                agent, env = self.agent(), self.env()\n                agent.restore",
+        "                agent.restore",
+        CONTRACTS,
+    ),
+    Mutation(
+        "check: a batch and its parts may differ",
+        "benchmarks/run/contracts.py",
+        "if not worst < 1e-9:",
+        "if worst == math.inf:",
+        CONTRACTS,
+    ),
+    Mutation(
+        "check: nothing is hidden in masked places",
+        "benchmarks/run/contracts.py",
+        "torch.where(dirty.mask, value, math.nan)",
+        "torch.where(dirty.mask, value, 0.0)",
+        CONTRACTS,
     ),
     Mutation(
         "changed inputs are not noticed",

@@ -7,7 +7,6 @@ import gymnasium
 import pytest
 import torch
 
-from lm_envs.algos.registry import ALGORITHMS
 from lm_envs.tasks import TASKS
 from tests import pages
 from tests.house import CHECKOUT
@@ -19,7 +18,7 @@ PAGES = sorted((CHECKOUT / "docs").glob("*.md"))
 def reader(tmp_path, monkeypatch):
     """A folder and a seed of one's own, and registries that are put back."""
     monkeypatch.chdir(tmp_path)
-    kept = [(registry, dict(registry)) for registry in (gymnasium.registry, ALGORITHMS, TASKS)]
+    kept = [(registry, dict(registry)) for registry in (gymnasium.registry, TASKS)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield tmp_path

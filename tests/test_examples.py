@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm_envs.algos.policies.mlp import MLPPolicy
-from lm_envs.algos.registry import ALGORITHMS
+from lm_envs.algos.registry import load, make_agent
 from lm_envs.env.rollout import collect
 from tests.algos import batches
 
@@ -20,20 +20,18 @@ def awr(monkeypatch):
     spec = importlib.util.spec_from_file_location("example_awr", FILE)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "example_awr", module)
-    monkeypatch.setitem(ALGORITHMS, "awr", "taken back after the test")
     spec.loader.exec_module(module)
     return module
 
 
-def test_it_is_one_file_under_70_lines_and_one_registry_line(awr):
-    text = FILE.read_text().splitlines()
-    assert len(text) < 70 and sum(line.startswith("ALGORITHMS[") for line in text) == 1
-    assert ALGORITHMS["awr"] == "example_awr:AWR"
+def test_it_is_one_file_under_70_lines_and_a_text_names_it(awr):
+    assert len(FILE.read_text().splitlines()) < 70
+    assert load("example_awr:AWR") is awr.AWR and load(f"{FILE}:AWR").name == "awr"
 
 
 def test_its_weights_by_hand(awr):
     traj, policy = batches.control_batch()
-    agent = awr.make_agent("awr", policy, beta=0.5, gamma=1.0)
+    agent = make_agent("example_awr:AWR", policy, beta=0.5, gamma=1.0)
     before = policy.evaluate(traj)
     with torch.no_grad():
         fixed = agent.prepare(traj, before)
