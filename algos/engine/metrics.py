@@ -19,7 +19,7 @@ class Averages:
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
 
-    def add(self, metrics: Mapping[str, Metric], weight: float) -> None:
+    def add(self, metrics: Mapping[str, Metric | float], weight: float) -> None:
         """Add a part. ``weight`` is its number of units, by which scalars count; a pair brings its own count."""
         for name, metric in metrics.items():
             if name.endswith("_max"):

@@ -102,6 +102,8 @@ def test_settings_out_of_range_are_refused(name, settings, message):
 
 # What each algorithm learns
 
+COUSINS = ("cispo", "gspo", "dr-grpo", "reinforce-plus-plus", "reinforce-plus-plus-baseline")  # of GRPO and DAPO
+
 
 def mean_score(policy, kind):
     env = batches.text_env(kind, 1)
@@ -109,7 +111,7 @@ def mean_score(policy, kind):
 
 
 @pytest.mark.parametrize("kind", ["mdp", "bandit"])
-@pytest.mark.parametrize("name", batches.SAMPLERS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name not in COUSINS, batches.SAMPLERS))
 def test_every_sampling_algorithm_raises_the_score_on_text(name, kind):
     env = batches.env_for(name, kind)
     # PPO takes eight steps per iteration; Quark first has to learn what its tokens mean.
@@ -308,7 +310,7 @@ def test_a_group_drawn_twice_in_a_batch_stays_two_groups():
 
 BASE = {
     "ppo": {"epochs": 1},  # two minibatches: the second sees a ratio that is not 1
-    "ppo-ptx": {"epochs": 2},
+    **dict.fromkeys((*COUSINS, "grpo", "dapo", "ppo-ptx"), {"epochs": 2}),
     "ppo-klpen": {"epochs": 2},
     "iterated-rlhf": {"epochs": 2, "iterations": 2, "annotations": 64, "held_out": 16, "rm_steps": 8},
     "expert-iteration": {"epochs": 1},
@@ -328,7 +330,7 @@ CHANGES = {
     "informative": ({"group_size": 2}, {"default": True, "dapo": False}),
     "overlong": ({}, 3.0),
     "overlong_share": ({"overlong": 1.0}, 0.8),
-    "clip_high": ({}, 0.001),
+    "clip_high": ({}, {"default": 0.001, "gspo": 0.5}),
     "loss_mean": ({}, {"default": "response", "grpo": "token", "gspo": "token"}),
     "by_token": ({}, True),
     "max_grad_norm": ({}, 0.01),
@@ -346,10 +348,10 @@ CHANGES = {
     "value_coef": ({"baseline": "value"}, 5.0),
     "entropy_coef": ({}, 1.0),
     "lam": ({}, 0.2),
-    "clip": ({}, 0.001),
+    "clip": ({}, {"default": 0.001, "gspo": 0.5}),
     "value_clip": ({}, 0.001),
     "kl_stop": ({}, 1e-6),
-    "kl_loss": ({}, "k2"),
+    "kl_loss": ({}, {"default": "k2", "reinforce-plus-plus-baseline": "k3"}),
     "critic": ({}, "q"),
     "value_from": ({"ptx_coef": 0.0}, "reward_model"),
     "old_kl_coef": ({}, 0.1),
@@ -418,7 +420,7 @@ def end(name, settings):
 
 
 @pytest.mark.parametrize(
-    "name", slow_unless(lambda name: name not in ("iterated-rlhf", "ppo-ptx", "ppo-klpen"), batches.LEARNERS)
+    "name", slow_unless(lambda name: name not in (*COUSINS, "iterated-rlhf", "ppo-ptx", "ppo-klpen"), batches.LEARNERS)
 )
 def test_no_setting_is_dead(name):
     config = registry.load(name).Config
