@@ -33,7 +33,7 @@ from lm_envs.benchmarks.commands.people import People
 from lm_envs.benchmarks.commands.report import Report
 from lm_envs.benchmarks.commands.tasks import Tasks
 from lm_envs.benchmarks.commands.train import Train
-from lm_envs.benchmarks.errors import Interrupted, UserError, explain
+from lm_envs.benchmarks.errors import Interrupted, explain
 from lm_envs.printable import printable
 from lm_envs.settings import check, near
 
@@ -115,7 +115,7 @@ def _run(words: list[str], debug: bool) -> None:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         raise
-    except (UserError, ValueError, FloatingPointError, ImportError, OSError, SystemExit) as error:
+    except (Exception, SystemExit) as error:
         message = explain(error)
         if message is None:
             raise

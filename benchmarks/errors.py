@@ -6,6 +6,8 @@ import errno
 import traceback
 from pathlib import Path
 
+from lm_envs.plugins import USER, told
+
 _REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of the quota",
@@ -37,10 +39,14 @@ def explain(error: BaseException) -> str | None:
     """Return one line for an error that the user can put right, None for a bug, which gets a traceback.
 
     A ``ValueError``, ``FloatingPointError`` or ``ImportError`` is expected if this package raised it; from inside a
-    library it is a bug. An ``OSError`` is expected if the system reports it, a ``SystemExit`` from the user's own code.
+    library it is a bug. What passed through a plugged-in file is the user's, and is told with the file's line. An
+    ``OSError`` is expected if the system reports it, a ``SystemExit`` from the user's own code.
     """
     if isinstance(error, UserError):
         return str(error)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).startswith(USER) and isinstance(error, Exception):
+            return told(error, frame.f_code.co_filename)
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file or folder: {str(error.filename)!r}"
     if isinstance(error, OSError) and (error.errno in _REMEDIES or (error.errno and error.filename)):

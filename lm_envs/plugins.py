@@ -24,6 +24,8 @@ from lm_envs.printable import one_line
 from lm_envs.settings import near
 
 TEXT = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
+USER = "lm_envs_user_"
+"""The names of modules made from files begin with it."""
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -103,7 +105,7 @@ def _run_file(place: str, where: str) -> ModuleType:
         hint = near(path.name, [file.name for file in path.parent.glob("*.py")], f"looked in {path.parent}")
         raise ValueError(f"{where}: there is no file {place!r}: {hint}")
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]
-    name = f"lm_envs_user_{path.stem}_{digest}"
+    name = f"{USER}{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

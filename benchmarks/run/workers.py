@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from lm_envs.benchmarks.errors import Interrupted, UserError, explain
+from lm_envs.benchmarks.errors import Interrupted, explain
 from lm_envs.benchmarks.run.suites import RunSpec
 from lm_envs.reward.waiting import waiting
 
@@ -79,7 +79,7 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
         return {"event": "done", "run": label, "result": execute(spec, out, **options)}
     except Interrupted:
         return {"event": "stopped", "run": label}
-    except (UserError, ValueError, FloatingPointError, ImportError, OSError, SystemExit) as error:
+    except (Exception, SystemExit) as error:
         message = explain(error)
         if message is None:
             raise

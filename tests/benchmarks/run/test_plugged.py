@@ -102,6 +102,15 @@ def test_train_records_the_hash_and_refuses_to_continue_a_changed_file(mine, cap
     main([*request, "--resume"])
 
 
+def test_an_error_in_a_plugged_in_file_is_one_line_and_the_other_runs_go_on(mine, capsys):
+    text = (mine / "my_algo.py").read_text()
+    (mine / "my_algo.py").write_text(text.replace("        weight =", "        1 / 0\n        weight ="))
+    line = text.splitlines().index(next(row for row in text.splitlines() if row.startswith("        weight ="))) + 1
+    said = refused(capsys, "compare", "--suite", "suite.toml", "--iterations", "1", "--out", "out")
+    assert "my_algo.py_CISPO/seed-0" in said and f"my_algo.py, line {line}: ZeroDivisionError: division by zero" in said
+    assert [row.split(",")[1] for row in Path("out", "results.csv").read_text().splitlines()[1:]] == ["ppo"]
+
+
 @pytest.mark.slow
 def test_compared_in_two_processes_killed_and_continued(mine):
     words = [sys.executable, "-m", "lm_envs.benchmarks.cli", "compare", "--suite", "suite.toml", "--jobs", "2", "--out"]
