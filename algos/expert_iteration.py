@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ class ExpertIterationConfig(AgentConfig):
     group_size: Size = 8
     """Consecutive episodes that share a prompt, of which the best are kept."""
     keep: Size = 1
-    """Episodes of each group that are imitated."""
+    """Episodes of each group that are imitated: its best `keep`."""
+    keep_by: Literal["prompt", "overall", "random"] = "prompt"
+    """Keep the best of each group (RAFT), as many of the whole batch (ReST), or as many of each group blindly: the
+    control that shows what choosing is worth."""
     epochs: Count = 2
     """Passes over the kept episodes."""
     restart: bool = False
@@ -40,8 +43,9 @@ class ExpertIterationConfig(AgentConfig):
 
 
 class ExpertIteration(Agent[ExpertIterationConfig]):
-    """``-log pi`` on the best episodes of each group (Anthony et al. 2017; `restart` is AlpacaFarm's variant, Dubois et
-    al. 2023).
+    """``-log pi`` on the best episodes of each group (Anthony et al. 2017; RAFT, Dong et al. 2023; `restart` is
+    AlpacaFarm's variant, Dubois et al. 2023), or of the whole batch (ReST, Gulcehre et al. 2023, with a quantile as the
+    threshold).
 
     The best episodes have the highest reward-model ``score``, or without one the highest undiscounted return; ties go
     to the earlier episode. Control episodes have no prompt, so a group is `group_size` consecutive episodes.
@@ -63,8 +67,14 @@ class ExpertIteration(Agent[ExpertIterationConfig]):
         if self.config.restart:
             load_learned_state(self.policy, self._first)
             self.optimizer.state.clear()
-        kept = best_of_groups(value, group.to(value.device), self.config.keep)
-        return {"kept_score": float(value[kept].double().mean())} | super().update(traj.select(kept))
+        rank, keep = value, self.config.keep
+        if self.config.keep_by == "overall":
+            group, keep = torch.zeros_like(group), keep * (len(traj) // self.config.group_size)
+        elif self.config.keep_by == "random":
+            rank = torch.zeros_like(value)  # ties: the first ones
+        kept = best_of_groups(rank, group.to(value.device), keep)
+        scores = {"kept_score": float(value[kept].double().mean()), "sampled_score": float(value.double().mean())}
+        return scores | super().update(traj.select(kept))
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         return token_likelihood(traj, now)

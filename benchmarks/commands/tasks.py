@@ -32,6 +32,7 @@ class Tasks:
         algorithms = Table("algorithm", "what it is", title="Algorithms", title_justify="left")
         algorithms.add_row("sft", "The reference itself, untouched: the baseline of every comparison")
         algorithms.add_row("best-of-<n>", _first_line("lm_envs.algos.best_of_n"))
+        algorithms.add_row("soft-best-of-<n>", "Sample n responses and choose by e^(reward / KL coefficient).")
         for name in trainable():
             algorithms.add_row(name, _first_line(ALGORITHMS[name]))
         for name, place in installed("algorithm").items():

@@ -19,7 +19,9 @@ def measure(exact: Exact, policy: Any) -> dict[str, Any]:
     """Compute the measured columns of a result exactly, for a trained policy or
     :class:`~lm_envs.algos.best_of_n.BestOfN`, whose distribution has a closed form; the reward is also the judge."""
     best = isinstance(policy, BestOfN)
-    log_p = exact.best_of_n(policy.policy.model, policy.n) if best else exact.sequences(policy)
+    log_p = exact.sequences(policy.policy.model if best else policy)
+    if best:
+        log_p = exact.best_of_n(log_p, policy.n, policy.temperature)
     reward = float(exact.reward(log_p))
     return {
         "win_rate": exact.win_rate(log_p, exact.log_ref),

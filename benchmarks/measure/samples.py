@@ -221,13 +221,20 @@ def summarise(
     """Compute the measured columns of a result.
 
     A ``judge_threshold`` or ``reward_threshold`` in the task's ``stats`` adds the share of positive samples. The KL of
-    best-of-n cannot be estimated from samples (its own log-probability is unknown): it gets the upper bound
-    ``log n - (n - 1)/n``, and ``kl_is_bound``.
+    best-of-n, whose own log-probability is unknown, is measured on more samples (:meth:`BestOfN.measured_kl`);
+    ``kl_bound`` is the bound ``log n - (n - 1)/n`` beside it. Where n is too large, ``kl`` is the bound itself, and
+    ``kl_is_bound``.
     """
     outcome = wins(found.gold, reference.gold)
     best = policy if isinstance(policy, BestOfN) else None
-    # The bound is on the KL from the policy that was sampled; the KL from another reference is unknown.
+    kl, kl_se = float(found.kl.mean()), standard_error(found.kl)
+    # The bound is on the KL from the policy that was sampled.
     bound = kl_bound(best.n) if best and best.policy.model is best.mdp.reference else math.nan
+    measured = best.measured_kl() if best else np.empty(0)
+    if len(measured):  # from the base policy, and what that differs from the reference
+        kl, kl_se = float(measured.mean()) + kl, math.hypot(standard_error(measured), kl_se)
+    elif best:
+        kl, kl_se = bound, math.nan
     inference_tokens = best.tokens_generated if best else int(found.length.sum())
     return {
         "win_rate": float(outcome.mean()),
@@ -238,9 +245,10 @@ def summarise(
         "proxy": float(found.proxy.mean()),
         "proxy_se": standard_error(found.proxy),
         "proxy_positive": positive_rate(found.proxy, (stats or {}).get("reward_threshold")),
-        "kl": bound if best else float(found.kl.mean()),
-        "kl_se": math.nan if best else standard_error(found.kl),
-        "kl_is_bound": best is not None and not math.isnan(bound),
+        "kl": kl,
+        "kl_se": kl_se,
+        "kl_bound": bound,
+        "kl_is_bound": best is not None and not len(measured) and not math.isnan(bound),
         "length": float(found.length.mean()),
         **({} if math.isnan(found.corpus) else {"corpus": found.corpus}),
         "distinct_2": distinct_2(found.tokens),

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lm_envs.benchmarks.report.plots import as_file, figures
 from lm_envs.benchmarks.report.series import Series, by_task, gather, styles
-from lm_envs.benchmarks.run.names import folder_name
+from lm_envs.benchmarks.run.names import best_of, folder_name
 from lm_envs.benchmarks.run.results import Line, cell, footnotes, number, plain, shown, table, title
 from lm_envs.benchmarks.run.storage import read_json
 from lm_envs.files import write_atomic
@@ -148,7 +148,7 @@ def _samples(series: list[Series]) -> list[tuple[str, str, list[Any]]]:
         for s in [s for s in series if s.label in samples]:
             one = samples[s.label][i]
             # Best-of-n's own log-probability is unknown; the recorded one is that of the policy it sampled from.
-            ratio = math.nan if s.results[0].get("kl_is_bound") else one["kl"]
+            ratio = math.nan if best_of(s.algorithm) is not None else one["kl"]
             figures_ = [number(value) for value in (one["gold"], one["proxy"], ratio)]
             texts = ["–" if math.isnan(value) else plain(value, 2) for value in figures_]
             rows.append((s, one["response"], one["finish_reason"] == "stop", texts))

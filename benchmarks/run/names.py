@@ -9,7 +9,7 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.plugins import find, installed
 from lm_envs.settings import near
 
-_BEST_OF = re.compile(r"best-of-([1-9]\d{0,4})")
+_BEST_OF = re.compile(r"(?:soft-)?best-of-([1-9]\d{0,4})")
 _BANDIT = "-bandit"
 ALL = "all"
 
@@ -29,7 +29,7 @@ def base_task(name: str) -> tuple[str, str]:
 
 
 def best_of(algorithm: str) -> int | None:
-    """Return the n of ``"best-of-n"``, None for any other algorithm."""
+    """Return the n of ``"best-of-n"`` and ``"soft-best-of-n"``, None for any other algorithm."""
     match = _BEST_OF.fullmatch(algorithm)
     return int(match.group(1)) if match else None
 
@@ -66,7 +66,7 @@ def check_algorithm(name: str) -> None:
 
         load(name)
         return
-    if name.startswith("best-of-"):
+    if name.startswith(("best-of-", "soft-best-of-")):
         why = "best-of-n needs a whole number n from 1 to 99999, as in best-of-16"
     elif meant := re.fullmatch(r"(?:best[-_ ]?of|bo)[-_ ]?n?[-_= ]?([1-9]\d*)", name, re.IGNORECASE):
         why = f"did you mean 'best-of-{meant[1]}'?"

@@ -23,7 +23,7 @@ COLUMNS = (
 COSTS = tuple(name for name in cost.COLUMNS if name not in COLUMNS)
 EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
 # Columns of results.csv if a value is known. "corpus" is the score of sampled responses, the next three of greedy ones.
-KNOWN_AT_TIMES = (*COSTS, "corpus", *GREEDY, *EXACT, "kl_coef")
+KNOWN_AT_TIMES = (*COSTS, "corpus", *GREEDY, *EXACT, "kl_coef", "kl_bound")
 EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: for judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
@@ -186,6 +186,8 @@ def cell(line: Line, column: Column) -> str:
         return f"≤{text}"
     if column.spread and not math.isnan(spread):
         text += f" ±{spread * factor:.{column.digits}f}"
+    if column.name == "kl" and not math.isnan(line.mean["kl_bound"]):
+        text += f" (≤{plain(line.mean['kl_bound'], column.digits)})"
     return text
 
 
@@ -212,6 +214,8 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
         notes.append(f"Measured on {prompts}. Give the prompts a split, or more of them.")
     if min(len(line.seeds) for line in lines) < ENOUGH_SEEDS:
         notes.append(f"Fewer than {ENOUGH_SEEDS} seeds: differences between methods may be those of the seeds.")
+    if any(not line.kl_is_bound and not math.isnan(line.mean["kl_bound"]) for line in lines):
+        notes.append("The KL of best-of-n is measured on more samples; in parentheses the bound log n − (n−1)/n.")
     if any(line.kl_is_bound for line in lines):
         notes.append("≤: best-of-n's own log-probability is unknown; shown is the upper bound log n − (n−1)/n.")
     if any(is_control(line.task) for line in lines):

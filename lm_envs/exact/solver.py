@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lm_envs.env.mdp import TextMDP, kl_penalty
+from lm_envs.exact.best_of_n import cumulative, log_gain, soft_log_gain
 from lm_envs.kernels.logprob_kl import log_softmax
 from lm_envs.model.decoding import forbid_early_eos
 from lm_envs.model.forwards import response_forward
@@ -243,30 +244,21 @@ class Exact:
         found = torch.autograd.grad(self.objective(policy), list(named.values()), allow_unused=True)
         return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
-    def best_of_n(self, policy: AnyPolicy, n: int) -> Tensor:
-        """Return ``(X, L)`` log-probabilities of the best of n samples; ties go to the earliest.
-
-        ``p_n(y) = [F(r)^n - F^-(r)^n] pi(y) / (F - F^-)``, F the distribution function of the score under the policy
-        and F^- its left limit. The quotient is computed as ``sum_k F^k F^-^(n-1-k)``, which loses no precision.
-        """
+    def best_of_n(self, policy: AnyPolicy, n: int, temperature: float | None = None) -> Tensor:
+        """Return ``(X, L)`` log-probabilities of the best of n samples, ties to the earliest, or with a temperature of
+        soft best-of-n; see :mod:`lm_envs.exact.best_of_n`."""
         if n < 1:
             raise ValueError(f"best-of-n needs n of at least 1, got {n}")
         log_p = self.sequences(policy)
-        below, upto = self._distribution(log_p.exp())
-        factor, power = torch.zeros_like(upto), torch.ones_like(upto)
-        for _ in range(n):
-            factor, power = factor * below + power, power * upto
-        return log_p + factor.log()
+        if temperature is None:
+            return log_p + log_gain(*self._distribution(log_p.exp()), n)
+        rows = zip(self.score, log_p.exp(), strict=True)
+        return log_p + torch.stack([soft_log_gain(score, p, n, temperature) for score, p in rows])
 
     def _distribution(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``F^-`` and ``F`` of the score's distribution under p, at the score of every sequence, ``(X, L)``."""
-        below, upto = torch.empty_like(p), torch.empty_like(p)
-        for x in range(len(p)):
-            found, inverse = self.score[x].unique(return_inverse=True)
-            mass = p.new_zeros(len(found)).index_add(0, inverse, p[x])
-            total = mass.cumsum(dim=0)
-            below[x], upto[x] = (total - mass)[inverse], total[inverse]
-        return below, upto
+        rows = [cumulative(score, each) for score, each in zip(self.score, p, strict=True)]
+        return torch.stack([below for below, _ in rows]), torch.stack([upto for _, upto in rows])
 
     def win_rate(self, policy: AnyPolicy, against: AnyPolicy) -> float:
         """Return the probability that ``policy`` scores higher than ``against`` on a prompt; ties count half."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm_envs.algos import registry
-from lm_envs.algos.engine.agent import learn
+from lm_envs.algos.engine.agent import Agent, learn
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.comparisons import by_group, preferences
 from lm_envs.algos.expert_iteration import best_of_groups
@@ -234,6 +234,23 @@ def test_the_expected_gradient_is_that_of_the_expected_return(baseline):
 # Expert iteration
 
 
+def test_what_expert_iteration_keeps(monkeypatch):
+    """By prompt, overall and blindly: as many rows each time; the control does not look at the scores."""
+    traj, seen = batches.text_batch(), []
+    traj.score = torch.tensor([0.0, 9, 8, 1, 2, 3, 7, 4, 5, 5, 5, 5, 6, 1, 0, 0], dtype=torch.float64)
+    plain = Agent.update
+    monkeypatch.setattr(Agent, "update", lambda self, rows: seen.append(rows.score.tolist()) or plain(self, rows))
+    for settings, kept in (
+        ({"keep_by": "prompt", "keep": 1}, [9, 7, 5, 6]),
+        ({"keep_by": "prompt", "keep": 2}, [9, 8, 7, 4, 5, 5, 6, 1]),
+        ({"keep_by": "overall", "keep": 1}, [9, 8, 7, 6]),
+        ({"keep_by": "random", "keep": 2}, [0, 9, 2, 3, 5, 5, 6, 1]),
+    ):
+        metrics = batches.learner("expert-iteration", **settings).update(traj)
+        assert seen.pop() == kept and metrics["kept_score"] == sum(kept) / len(kept)
+        assert metrics["sampled_score"] == 61 / 16
+
+
 def test_best_of_groups_by_hand():
     value = torch.tensor([1.0, 5.0, 2.0, 7.0, 7.0, 0.0])
     group = torch.tensor([9, 2, 9, 9, 2, 2])
@@ -360,6 +377,7 @@ CHANGES = {
     "demonstrations": ({"alpha": 0.5}, 7),
     "ptx_coef": ({}, 0.1),
     "keep": ({}, 2),
+    "keep_by": ({}, "overall"),
     "quantiles": ({}, 3),
     "best_only": ({}, True),
     "pool": ({"learn_episodes": 6}, 10),

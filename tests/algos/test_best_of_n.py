@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lm_envs.algos.best_of_n import BestOfN, kl_bound
+from lm_envs.algos.best_of_n import BestOfN, kl_bound, kl_of_scores
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextVectorEnv
+from lm_envs.exact.solver import Exact
+from lm_envs.tasks.enumerable import load as enumerable
 from tests import tiny
 
 
@@ -61,6 +63,52 @@ def test_frequencies_follow_the_formula():
     assert 0 < kl <= kl_bound(3) == pytest.approx(math.log(3) - 2 / 3)
 
 
-def test_n_must_be_positive():
+def test_n_and_the_temperature_must_be_positive():
     with pytest.raises(ValueError, match="at least 1"):
         make(0)
+    env, policy, _ = make(2)
+    with pytest.raises(ValueError, match="temperature .* above 0, got 0.0"):
+        BestOfN(policy, env.mdp, 2, 0.0)
+
+
+def test_soft_choices_follow_the_rewards():
+    """Of two samples with rewards r and s, the first is kept with probability 1 / (1 + e^((s - r) / temperature))."""
+    env, policy, _ = make(2)
+    soft, count = BestOfN(policy, env.mdp, 2, 0.7), 2000
+    uniforms = torch.rand(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).expand(count, -1)
+    choice = torch.rand(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    prompts = torch.as_tensor(env.mdp.prompt(np.zeros(count, dtype=np.int64)))
+    index = torch.zeros(count, dtype=torch.int64)
+    found, _, _ = soft.answer(index, prompts, torch.cat([uniforms, choice], dim=1))
+    each, _ = policy.respond(prompts[:2], uniforms[0].reshape(2, 6))
+    scores = env.mdp.score(np.zeros(2, dtype=np.int64), each.numpy()).sum(axis=1)
+    assert abs(scores[0] - scores[1]) > 0.5  # so that the check can fail
+    share = float((found == each[0]).all(dim=1).double().mean())
+    expected = 1 / (1 + math.exp((scores[1] - scores[0]) / 0.7))
+    assert share == pytest.approx(expected, abs=4 * 0.5 / count**0.5)
+
+
+def test_the_measured_kl_by_hand_and_its_limits():
+    distinct = np.random.default_rng(0).normal(size=(3, 16 * 16))
+    assert kl_of_scores(distinct, 16) == pytest.approx(kl_bound(16), rel=3e-3)
+    assert (kl_of_scores(distinct, 16) < kl_bound(16)).all()
+    assert kl_of_scores(distinct, 64) == pytest.approx(kl_bound(64), rel=2e-2)  # M = 4 n
+    half = np.repeat([[0.0, 1.0]], 8, axis=1)  # best-of-2 takes the upper half three times of four
+    assert kl_of_scores(half, 2) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert kl_of_scores(half, 1) == pytest.approx(0) and kl_of_scores(half, 2, 1e9) == pytest.approx(0, abs=1e-9)
+    odds = 0.25 + 0.5 / (1 + math.exp(-2.0))  # both the better one, or one of each and it wins
+    soft = odds * math.log(2 * odds) + (1 - odds) * math.log(2 * (1 - odds))
+    assert kl_of_scores(half, 2, 0.5) == pytest.approx(soft)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.3])
+def test_the_measured_kl_is_the_exact_one(temperature):
+    task = enumerable(tokens=3, horizon=3, prompts=2)
+    mdp = TextVectorEnv(task, 1).mdp
+    exact, n = Exact(mdp), 4
+    best = BestOfN(LMPolicy.for_mdp(mdp, mdp.reference), mdp, n, temperature)
+    found = best.measured_kl()
+    expected = float(exact.kl(exact.best_of_n(exact.log_ref, n, temperature)))
+    assert len(found) == 2 and best.reward_calls == best.tokens_generated == 0
+    assert found.mean() == pytest.approx(expected, rel=0.15) and abs(expected - kl_bound(n)) > 0.2 * expected
+    assert len(BestOfN(best.policy, mdp, 1000).measured_kl()) == 0  # too many to measure

@@ -129,7 +129,10 @@ def test_best_of_n_pays_for_all_its_samples(env, reference):
     assert result["inference_reward_calls"] == 4 * 21
     assert 3 * 21 < result["inference_tokens"] <= 4 * 21 * 6
     assert result["inference_tokens"] > 2 * found.length.sum()
-    assert result["kl"] == pytest.approx(math.log(4) - 3 / 4) and result["kl_is_bound"]
+    assert result["kl_bound"] == pytest.approx(math.log(4) - 3 / 4) and not result["kl_is_bound"]
+    assert 0.1 < result["kl"] < result["kl_bound"]  # scores are whole numbers, so there are ties
+    many = summarise(found, plain, BestOfN(reference, env.mdp, 1000))
+    assert many["kl_is_bound"] and many["kl"] == many["kl_bound"]
 
 
 def test_without_a_judge_gold_is_unknown_and_not_replaced(reference):

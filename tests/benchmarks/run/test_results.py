@@ -127,6 +127,9 @@ def test_the_table_averages_over_seeds_with_honest_errors(out):
     assert cell(ppo, columns["win_rate"]) == f"81.2 ±{100 * math.sqrt(variance / 4):.1f}"
     assert cell(lines["reviews", "best-of-16"], columns["kl"]) == "≤1.8"
     assert cell(ppo, columns["tokens_generated"]) == "12,345"
+    measured = table([result("best-of-16", 0, 0.2, 1.6, [1, 0], kl_is_bound=False, kl_bound=1.84)])[0]
+    assert cell(measured, columns["kl"]) == "1.6 (≤1.8)"
+    assert any(note.startswith("The KL of best-of-n is measured") for note in footnotes([measured]))
 
 
 def test_the_headline_says_who_wins_and_who_does_not_clearly(out):

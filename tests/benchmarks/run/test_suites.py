@@ -108,6 +108,7 @@ def test_names():
     assert base_task("reviews-bandit") == ("reviews", "bandit")
     assert base_task("reviews") == ("reviews", "mdp")
     assert [best_of(n) for n in ("best-of-16", "best-of-0", "best-of-n", "ppo")] == [16, None, None, None]
+    assert best_of("soft-best-of-8") == 8 and best_of("hard-best-of-8") is None
     check_task("CartPole-v1")
     check_algorithm("best-of-3")
     with pytest.raises(UserError, match="CartPol"):

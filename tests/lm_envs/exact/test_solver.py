@@ -239,6 +239,29 @@ def test_best_of_n_is_that_of_every_tuple_of_samples(n):
         torch.testing.assert_close(solver.best_of_n(solver.log_ref, n)[x].exp(), expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_soft_best_of_n_is_that_of_every_tuple_of_samples(n):
+    solver, temperature = tied(), 0.4
+    p = solver.sequences(solver.log_ref).exp()
+    found = solver.best_of_n(solver.log_ref, n, temperature).exp()
+    for x in range(2):
+        expected = torch.zeros_like(p[x])
+        grids = torch.cartesian_prod(*[torch.arange(len(p[x]))] * n).reshape(-1, n)
+        share = (solver.score[x][grids] / temperature).softmax(dim=1) * p[x][grids].prod(dim=1, keepdim=True)
+        expected.index_add_(0, grids.flatten(), share.flatten())
+        torch.testing.assert_close(found[x], expected, rtol=0, atol=1e-12)
+
+
+def test_soft_best_of_n_lies_between_the_policy_best_of_n_and_the_optimum():
+    solver = tied()
+    log_ref, best = solver.sequences(solver.log_ref), solver.best_of_n(solver.log_ref, 4)
+    torch.testing.assert_close(solver.best_of_n(solver.log_ref, 4, 1e6), log_ref, rtol=0, atol=1e-5)
+    torch.testing.assert_close(solver.best_of_n(solver.log_ref, 4, 1e-3).exp(), best.exp(), rtol=0, atol=1e-9)
+    beta = solver.kl_coef
+    gaps = [float(solver.kl(solver.best_of_n(solver.log_ref, n, beta), solver.tilted(beta))) for n in (4, 64, 4096)]
+    assert gaps[0] > 10 * gaps[1] > 100 * gaps[2]
+
+
 @pytest.mark.parametrize("n", [2, 16, 256])
 def test_kl_of_best_of_n_stays_under_its_bound(exact, n):
     table = policy_table(exact, 2)
