@@ -826,6 +826,27 @@ MUTATIONS = [
         "tests/algos/test_best_of_n.py",
     ),
     Mutation(
+        "soft best-of-n forgets the temperature",
+        "algos/best_of_n.py",
+        "score = score / self.temperature - np.log",
+        "score = score - np.log",
+        "tests/algos/test_best_of_n.py",
+    ),
+    Mutation(
+        "best-of-n's measured KL is that of its samples alone",
+        "algos/best_of_n.py",
+        "found.append(float((p * gain.exp() * gain).sum()))",
+        "found.append(float((p * gain).sum()))",
+        "tests/algos/test_best_of_n.py",
+    ),
+    Mutation(
+        "expert iteration's control looks at the scores",
+        "algos/expert_iteration.py",
+        "rank = torch.zeros_like(value)",
+        "rank = value",
+        ALGORITHMS + "::test_what_expert_iteration_keeps",
+    ),
+    Mutation(
         "Quark's tokens stand for the other end",
         "algos/quark.py",
         "return place * count // len(score)",
