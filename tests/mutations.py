@@ -1247,9 +1247,9 @@ MUTATIONS = [
     Mutation(
         "best-of-n chooses by gold",
         "benchmarks/run/problems.py",
-        "self.policy = BestOfN(start, mdp, n)",
+        "self.policy = BestOfN(start, mdp, n, temperature)",
         "judged = replace(self.task, reward=self.task.judge)\n"
-        "            self.policy = BestOfN(start, samples.evaluation_env(judged, 'test').mdp, n)",
+        "            self.policy = BestOfN(start, samples.evaluation_env(judged, 'test').mdp, n, temperature)",
         RECOMPUTED,
     ),
     Mutation(

@@ -141,7 +141,8 @@ class TextProblem(Problem):
         self.policy: Any = start
         n = best_of(spec.algorithm)
         if n is not None:
-            self.policy = BestOfN(start, mdp, n, mdp.kl_coef if spec.algorithm.startswith("soft-") else None)
+            temperature = mdp.kl_coef if spec.algorithm.startswith("soft-") else None
+            self.policy = BestOfN(start, mdp, n, temperature)
         if n is not None or spec.algorithm == "sft":
             if bandit:
                 why = "needs no training, so it has no bandit env: leave it out"
