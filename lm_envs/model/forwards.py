@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lm_envs.kernels.linear_logprob_kl import CHUNK, Exclude
+from lm_envs.kernels.linear_logprob_kl import Exclude
 from lm_envs.kernels.logprob_kl import LogprobKL, logprob_kl
 from lm_envs.model.decoding import forbid_early_eos, keep_top
 from lm_envs.model.encoder_decoder import is_encoder_decoder, teacher_forced
@@ -17,6 +17,8 @@ from lm_envs.model.tokens import EosIds, accepted, head_inputs, model_inputs
 
 # Tokens per forward, by whether it is on CUDA. On a CPU more take memory and are no faster.
 TOKENS = {False: 2**10, True: 2**17}
+# Numbers beyond which the logits of responses are not held.
+MOST_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
 def rows_at_once(width: int, device: torch.device) -> int:
@@ -53,8 +55,8 @@ class ResponseForward:
 
 
 def many_logits(model: PreTrainedModel, response: Tensor) -> bool:
-    """Whether a response has more logits than one chunk."""
-    return response.numel() * model.get_output_embeddings().weight.shape[0] > CHUNK[response.device.type]
+    """Whether responses have more logits than are held."""
+    return response.numel() * model.get_output_embeddings().weight.shape[0] > MOST_LOGITS[response.device.type]
 
 
 def response_forward(

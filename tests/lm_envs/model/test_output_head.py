@@ -32,7 +32,7 @@ WEIGHTS = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype
 @pytest.fixture
 def from_hidden(monkeypatch):
     """However few the logits are."""
-    monkeypatch.setattr(forwards, "CHUNK", {"cpu": 0})
+    monkeypatch.setattr(forwards, "MOST_LOGITS", {"cpu": 0})
 
 
 def both(model, **options):
@@ -185,7 +185,7 @@ def test_what_a_layer_computes_again_changes_no_gradient(family, monkeypatch):
     traj = Trajectories(**fields, logprob=zeros, reward=zeros, terminated=one, truncated=~one)
     found = []
     for chunk in (2**20, 0):
-        monkeypatch.setattr(forwards, "CHUNK", {"cpu": chunk})
+        monkeypatch.setattr(forwards, "MOST_LOGITS", {"cpu": chunk})
         policy = LMPolicy(build(family).requires_grad_(True), EOS, 4, 5)
         now = policy.evaluate(traj)
         total = (WEIGHTS[0] * now.logprob).sum() + (WEIGHTS[1] * now.entropy).sum()
@@ -211,7 +211,7 @@ def test_supervised_training_from_hidden_states(from_hidden, monkeypatch):
     options = dict(steps=3, batch_size=3, learning_rate=1e-2)
     ours = build("Gemma2").requires_grad_(True)
     found = fit_language_model(ours, texts, **options)
-    monkeypatch.setattr(forwards, "CHUNK", {"cpu": 2**20})
+    monkeypatch.setattr(forwards, "MOST_LOGITS", {"cpu": 2**20})
     usual = build("Gemma2").requires_grad_(True)
     torch.testing.assert_close(found, fit_language_model(usual, texts, **options), rtol=1e-4, atol=1e-5)
     ids = torch.tensor([[1, 2, 3, EOS]])
