@@ -1292,7 +1292,7 @@ MUTATIONS = [
         "benchmarks/run/problems.py",
         "config.group_size * math.ceil(most / config.group_size)",
         "config.episodes",
-        f"{RECOMPUTED} {ONE_RUN}",
+        "tests/benchmarks/test_cli.py::test_a_round_is_no_larger_than_the_budget",
     ),
     Mutation(
         "exact lengths ignore the probabilities",
