@@ -22,6 +22,7 @@ ALGORITHMS: dict[str, str] = {
     "online-dpo": "lm_envs.algos.online_dpo:OnlineDPO",
     "reinforce": "lm_envs.algos.reinforce:REINFORCE",
     "rloo": "lm_envs.algos.rloo:RLOO",
+    "vbon": "lm_envs.algos.vbon:VBoN",
     "grpo": "lm_envs.algos.grpo:GRPO",
     "dapo": "lm_envs.algos.dapo:DAPO",
     "gspo": "lm_envs.algos.gspo:GSPO",

@@ -178,6 +178,7 @@ class TextProblem(Problem):
         bandit = self.policy.bandit
         policy = TabularPolicy(self.exact, exact.half_way(self.exact), bandit=bandit, value_scale=VALUE_SCALE)
         fresh = self._agent(policy, asdict(self.agent.config))
+        fresh.settle_kl_coef(self.env)  # some take the env's MDP there
         cosine, error = sampled_cosine(fresh, self.exact, bandit=bandit, seed=self.spec.seed)
         return {"gradient_cosine": cosine, "gradient_cosine_se": error}
 

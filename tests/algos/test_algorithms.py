@@ -353,7 +353,7 @@ CHANGES = {
     "max_grad_norm": ({}, 0.01),
     "adam_eps": ({}, 0.1),
     "gamma": ({}, 0.5),
-    "kl_coef": ({}, 1.0),
+    "kl_coef": ({}, {"default": 1.0, "vbon": 0.5}),
     "kl_target": ({"kl_horizon": 10.0}, 0.1),
     "kl_horizon": ({"kl_target": 0.1}, 10.0),
     "seed": ({}, 1),
@@ -402,12 +402,15 @@ CHANGES = {
     "rm_learning_rate": ({}, 0.001),
     "rm_weight_decay": ({}, 0.5),
     "restart": ({}, True),
+    "n": ({}, 3),
+    "reference_samples": ({}, 7),
 }
 # Settings which an algorithm has from the engine and which can not matter to it, with the reason.
 WITHOUT_EFFECT = {
     "a2c": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "rloo": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "remax": {"epochs": "one step per batch", "minibatches": "one step per batch"},
+    "vbon": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "expert-iteration": {
         "gamma": "ranks by the score",
         "kl_coef": "ranks by the score, which is before the penalty",

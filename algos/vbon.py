@@ -1,0 +1,95 @@
+"""vBoN: variational best-of-n, which learns to write in one sample what best-of-n would choose among n."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm_envs import rng
+from lm_envs.algos.engine.batching import rewards
+from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.rloo import RLOO, RLOOConfig
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.report import text_envs
+from lm_envs.exact.best_of_n import log_gain
+from lm_envs.settings import Several, Size
+from lm_envs.tasks.sampling import SAMPLE_EPISODES
+from lm_envs.trajectories import Trajectories
+
+
+@dataclass
+class VBoNConfig(RLOOConfig):
+    """Settings of :class:`VBoN`; the defaults are for a small language model."""
+
+    n: Several = 16
+    """Samples of the best-of-n that is learned."""
+    reference_samples: Size = 64
+    """Samples of the reference, M, that a score is ranked among, for each prompt once; several times `n`."""
+
+
+class VBoN(RLOO):
+    """RLOO on the reward ``log p_n(y) / ref(y)``, without ties ``log n + (n - 1) log F(r)``, and a KL coefficient of 1.
+
+    That minimizes ``KL(pi || p_n)``, p_n the distribution of best-of-n (Amini et al. 2024, "Variational best-of-n
+    alignment").
+
+    F is the distribution function of the score under the reference, estimated from M samples and the response itself.
+    They are sampled when a prompt first comes up, and count as generated and scored. Text only.
+    """
+
+    Config = VBoNConfig  # type: ignore[assignment]
+    name = "vbon"
+    published_kl_coef = 1.0
+    mdp: TextMDP | None = None
+    """Scores the reference's samples; None takes the text env's at the first iteration."""
+
+    def __init__(self, policy: Any, config: Any = None) -> None:
+        super().__init__(policy, config)
+        self._scores: dict[int, Tensor] = {}  # by prompt, (M,) ascending
+
+    def settle_kl_coef(self, env: Any) -> float | None:
+        found = text_envs(env)
+        self.mdp = found[0].mdp if found else None
+        return super().settle_kl_coef(env)
+
+    def update(self, traj: Trajectories) -> dict[str, float]:
+        reward = rewards(traj).clone()
+        if traj.prompt_index is None or traj.score is None or self.mdp is None or self.mdp.dense:
+            raise ValueError("vbon learns from text and a score per response, which it ranks among the reference's")
+        for index in sorted(set(traj.prompt_index.tolist()) - self._scores.keys()):
+            self._scores[index] = self._reference_scores(index)
+        held = torch.stack([self._scores[index] for index in traj.prompt_index.tolist()]).to(traj.score.device)
+        score = traj.score.to(held.dtype)[:, None].contiguous()
+        below = torch.searchsorted(held, score)[:, 0]
+        upto = torch.searchsorted(held, score, right=True)[:, 0] + 1  # with the response itself
+        count = held.shape[1] + 1
+        gain = log_gain(below / count, upto / count, self.config.n).to(traj.score.dtype)  # type: ignore[attr-defined]
+        reward[torch.arange(len(traj)), traj.lengths - 1] += (gain - traj.score).to(reward.dtype)
+        return {"log_gain": float(gain.mean())} | super().update(replace(traj, reward=reward))
+
+    def _reference_scores(self, index: int) -> Tensor:
+        """Scores of the reference's samples for a prompt, ``(M,)`` ascending, float64."""
+        mdp, count = self.mdp, self.config.reference_samples  # type: ignore[attr-defined]
+        assert mdp is not None
+        rows = np.full(count, index)
+        policy = LMPolicy.for_mdp(mdp, mdp.reference)
+        episode = SAMPLE_EPISODES + index * count + np.arange(count)
+        uniforms = rng.uniform(self.config.seed, rng.TOKEN, episode[:, None], np.arange(policy.uniforms_per_response))
+        response, _ = policy.respond(torch.as_tensor(mdp.prompt(rows)), torch.as_tensor(uniforms))
+        self.samples_done += count
+        self.reward_calls += count
+        self.tokens_done += int((response >= 0).sum())
+        scores = mdp.score(rows, response.cpu().numpy()).sum(axis=1)
+        return torch.as_tensor(np.sort(scores), dtype=torch.float64)
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not self._scores:
+            return {}, {}
+        return {"prompts": torch.tensor(list(self._scores)), "scores": torch.stack(list(self._scores.values()))}, {}
+
+    def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        rows = zip(tensors["prompts"].tolist(), tensors["scores"], strict=True) if tensors else ()
+        self._scores = {index: scores.clone() for index, scores in rows}
