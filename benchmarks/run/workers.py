@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -83,6 +84,8 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
         message = explain(error)
         if message is None:
             raise
+        with contextlib.suppress(OSError), (out / spec.folder / LOG).open("a") as log:  # a full disk
+            traceback.print_exc(file=log)
         return {"event": "failed", "run": label, "message": message, "fatal": isinstance(error, OSError)}
 
 

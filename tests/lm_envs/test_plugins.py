@@ -89,7 +89,7 @@ def package(mine, monkeypatch):
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
-        "[lm_envs.algorithms]\ncispo = their_package:CISPO\nbroken = their_package:NOTHING\n"
+        "[lm_envs.algorithms]\ntheir-cispo = their_package:CISPO\nbroken = their_package:NOTHING\n"
         "[lm_envs.tasks]\nbrief = their_package:load\n[lm_envs.rewards]\nbrevity = their_package:brevity\n"
     )
     (mine / "site" / "their_package.py").write_text("\n".join((PLUGGED / name).read_text() for name in FILES))
@@ -101,13 +101,13 @@ def package(mine, monkeypatch):
 
 
 def test_entry_points_of_installed_packages(package):
-    assert registry.load("cispo").name == "cispo"
+    assert registry.load("their-cispo").name == "cispo"
     assert tasks.load("brief").name == "brief"
     assert is_spec("brevity") and is_spec("brevity + bleu")
     assert call_reward(build_reward(parse_reward("brevity*10")), **SAMPLES).tolist() == pytest.approx([-3.0])
-    assert plugins.place_of("cispo", "algorithm", registry.ALGORITHMS) == "their_package"
-    with pytest.raises(ValueError, match="no algorithm 'cipso': did you mean 'cispo'"):
-        registry.load("cipso")
+    assert plugins.place_of("their-cispo", "algorithm", registry.ALGORITHMS) == "their_package"
+    with pytest.raises(ValueError, match="no algorithm 'their-cipso': did you mean 'their-cispo'"):
+        registry.load("their-cipso")
     with pytest.raises(ValueError, match="algorithm broken: that name does not exist"):
         registry.load("broken")
     with pytest.raises(ValueError, match="no task 'breif': did you mean 'brief'"):

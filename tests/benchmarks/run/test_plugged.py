@@ -109,6 +109,7 @@ def test_an_error_in_a_plugged_in_file_is_one_line_and_the_other_runs_go_on(mine
     said = refused(capsys, "compare", "--suite", "suite.toml", "--iterations", "1", "--out", "out")
     assert "my_algo.py_CISPO/seed-0" in said and f"my_algo.py, line {line}: ZeroDivisionError: division by zero" in said
     assert [row.split(",")[1] for row in Path("out", "results.csv").read_text().splitlines()[1:]] == ["ppo"]
+    assert "1 / 0" in Path("out", RUN, "log.txt").read_text()
 
 
 @pytest.mark.slow
