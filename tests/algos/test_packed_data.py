@@ -157,6 +157,7 @@ def test_a_row_s_loss_is_multiplied_by_its_weight(tokenizer, tmp_path, ranking):
     for part in parts:
         part.weight = None
     assert whole.weight.tolist() == [weight for weight in counts for _ in range(3)]
+    assert packed.select(torch.tensor([11, 4, 0])).weight.tolist() == [3.0, 0.25, 0.0]
     expected = sum(weight * loss(part) for weight, part in zip(counts, parts, strict=True)) / 4
     assert loss(whole) == pytest.approx(expected, rel=1e-5) and abs(expected - loss(parts[0])) > 1e-3
 

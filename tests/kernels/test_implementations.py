@@ -166,6 +166,25 @@ def test_excluded_tokens(implementation, device, dtype):
     assert (gradient[0, :4500] == 0).all() and (gradient[3, :17] == 0).all()
 
 
+@pytest.mark.parametrize(("implementation", "device"), cases("chunked", "triton"))
+def test_excluded_tokens_stay_excluded_under_a_softcap(implementation, device):
+    """Not a token of the least capped logit, in the policy or in the reference."""
+    z, r, ids = example(4, 50, torch.float32, device)
+    z[0, 10:] = z[1, 3] = r[1, 3] = r[2, :40] = z[2, :40] = -INF
+    ids[:3] = torch.tensor([4, 5, 45], device=device)
+    weights = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    options = {"softcap": 3.0, "temperature": 0.8}
+    exact, exact_gradient = definition(z, r, ids, weights, **options)
+    found, gradient = with_gradient(z, r, ids, weights, implementation, **options)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-5)
+    short = z[:1, :10]  # the first row without what it excludes
+    alone = logprob_kl(short, None, ids[:1], implementation=implementation, **options)
+    torch.testing.assert_close(found[0][:1], alone.logprob)
+    assert (gradient[0, 10:] == 0).all()
+
+
 @pytest.mark.parametrize(("implementation", "device"), EVERY)
 def test_a_reference_that_excludes_what_the_policy_does_not(implementation, device):
     """+inf, whose gradient is NaN; but nothing else of the row is spoiled, and no other row."""

@@ -410,6 +410,20 @@ def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batch(folder, tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_held_out_loss_is_of_rows_alike_whatever_their_weights(folder, tmp_path):
+    """Weights say what is learned from a row, so runs with other weights are measured on the same."""
+    rows = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
+    data = byo.write_jsonl(tmp_path / "w.jsonl", [row | {"trust": i % 4} for i, row in enumerate(rows)])
+    found = []
+    for weight in (None, "trust"):
+        spec = DataSpec("reward-modelling", str(folder / "model"), str(data), held_out=0.4, weight=weight)
+        problem = DataProblem(spec, tmp_path / str(weight))
+        held = problem._held.select(torch.arange(len(problem._held)))
+        assert weight is None or len(set(held.weight.tolist())) > 2
+        found.append(problem.evaluate()[0])
+    assert found[0] == found[1]
+
+
 def test_completions_that_are_labelled_as_not_wanted(folder, tmp_path, capsys):
     rows = [{"prompt": f"the cat {i}", "completion": " hid", "label": i % 2 == 0} for i in range(20)]
     learn("sft", folder / "model", byo.write_jsonl(tmp_path / "k.jsonl", rows), tmp_path / "out")

@@ -14,14 +14,17 @@ from lm_envs.benchmarks.measure.samples import (
     corpus_score,
     distinct_2,
     evaluation_env,
+    measure_greedy,
     sample_policy,
     sample_reference,
     standard_error,
     summarise,
     wins,
 )
+from lm_envs.model.decoding import greedy
 from lm_envs.reward.base import Clip, WeightedSum
 from lm_envs.reward.metrics import Rouge, SentenceBLEU
+from lm_envs.tasks.translation import CorpusBLEU
 from tests import tiny
 from tests.benchmarks.fake_task import gold, load
 
@@ -159,6 +162,20 @@ def test_the_score_of_the_corpus_is_by_the_first_metric_there_is():
         ([bleu], {"reference": [None] * 3}),
     ):
         assert math.isnan(corpus_score(rewards, texts, columns))
+
+
+def test_greedy_texts_are_those_of_sft_and_of_the_policy():
+    pytest.importorskip("sacrebleu")
+    columns = {"train": {"reference": [["a"]] * 5}, "test": {"reference": [["b b c"], ["b c a"]]}}
+    mdp = evaluation_env(tiny.task(corpus_metric=CorpusBLEU(), columns=columns), "test").mdp
+    other = tiny.gpt2(seed=1)
+    found = measure_greedy(mdp, LMPolicy.for_mdp(mdp, other), None)
+    texts = []
+    for model in (mdp.reference, other):
+        responses = greedy(model, mdp.prompts, mdp.eos_token_ids, max_new_tokens=6)
+        texts.append(mdp.codec.decode(mdp.prompts, responses)[1])
+    assert [(row["sft"], row["response"]) for row in found["greedy"]] == list(zip(*texts, strict=True))
+    assert [row["prompt"] for row in found["greedy"]] == ["e", "f b a"] and texts[0] != texts[1]
 
 
 def test_the_score_of_the_corpus_is_in_the_result():

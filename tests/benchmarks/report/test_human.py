@@ -14,8 +14,10 @@ from scipy import stats
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.report.human import add_people, correlation, spearman
-from lm_envs.benchmarks.report.series import Series
+from lm_envs.benchmarks.report.plots import people
+from lm_envs.benchmarks.report.series import Series, styles
 from lm_envs.benchmarks.run.compare import write_results
+from lm_envs.benchmarks.run.results import COLUMNS
 from lm_envs.feedback.annotators import Annotator, work
 from lm_envs.feedback.store import Store
 from lm_envs.feedback.study import read_settings
@@ -71,6 +73,25 @@ def test_a_study_of_something_else_is_refused(runs: Any, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         main(["report", str(runs[0]), "--people", str(study)])
     assert "no method of" in capsys.readouterr().err
+
+
+def test_the_bars_of_people_are_upright_and_those_of_the_judge_lie() -> None:
+    """Two standard errors to each side, of 4 outcomes by people and 16 by the judge."""
+    human, wins = [1.0, 1.0, 0.0, 1.0], [1.0, 0.0] * 8
+    unknown = dict.fromkeys(COLUMNS, 0.0) | {"task": "t", "algorithm": "ppo", "seed": 0}
+    result = unknown | {"win_rate": 0.5, "wins": wins, "human": human}
+    series = [Series("t", "ppo", (result,), Path())]
+    figure = people(series, styles(series))
+    assert figure is not None
+    (ax,) = figure.axes
+    bars = [bar.get_segments()[0] for bar in ax.collections]
+    lies = next(bar for bar in bars if bar[0, 1] == bar[1, 1])
+    upright = next(bar for bar in bars if bar[0, 0] == bar[1, 0])
+    for bar, axis, outcomes in ((lies, 0, wins), (upright, 1, human)):
+        error = np.std(outcomes, ddof=1) / len(outcomes) ** 0.5
+        mean = np.mean(outcomes)
+        assert bar[:, axis] == pytest.approx([100 * (mean - 2 * error), 100 * (mean + 2 * error)])
+        assert bar[0, 1 - axis] == pytest.approx(100 * np.mean(human if axis == 0 else wins))
 
 
 def test_rank_correlation_is_scipys_and_its_interval_is_wide_where_methods_are_alike() -> None:

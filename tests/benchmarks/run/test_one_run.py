@@ -309,10 +309,10 @@ def test_a_folder_in_use_names_the_process(tmp_path, monkeypatch):
 
 
 def test_a_run_of_few_iterations_has_a_learning_curve_too(tmp_path):
-    run = spec(plan=Plan(5, None, 8, 8, 10, 20), overrides={"episodes": 8, "epochs": 1})
+    run = spec(plan=Plan(9, None, 8, 8, 10, 20), overrides={"episodes": 8, "epochs": 1})
     execute(run, tmp_path)
     records = Records(tmp_path / run.label / "metrics.jsonl").read()
-    assert [r["iteration"] for r in records if "validation_gold" in r] == [0, 1, 2, 3, 4, 5]
+    assert [r["iteration"] for r in records if "validation_gold" in r] == [0, 2, 4, 6, 8, 9]  # 9 // 4, and the last
     silent = spec(plan=Plan(2, None, 8, 8, 0, 20), overrides={"episodes": 8, "epochs": 1}, seed=1)
     execute(silent, tmp_path)
     assert not any("validation_gold" in r for r in Records(tmp_path / silent.label / "metrics.jsonl").read())

@@ -47,6 +47,24 @@ def test_a_small_run(tmp_path, capsys):
     assert "x generate" in capsys.readouterr().out
 
 
+def test_what_is_measured_again_takes_the_place_of_its_line(tmp_path, monkeypatch):
+    """With add the other lines stay, and without peaks the known memory does, which load does not change."""
+    same = {"table": "rows", "shape": "small", "vocabulary": 50, "prompt": 16, "new_tokens": 48, "of_generate": 1.0}
+    same |= {"of_peer": "", "times_floor": "", "first_s": 0.1, "foreign_load": 0.0}
+    out = tmp_path / "t.csv"
+
+    def measured(seconds, peak, rows, ways):
+        lines = [{**same, "rows": rows, "way": way, "seconds": seconds, "peak_MB": peak} for way in ways]
+        monkeypatch.setattr(bench, "lines", lambda settings: iter([lines]))
+        bench.run(bench.Settings(shapes=("small",), peaks=peak != "", add=True, out=out, threads=1))
+        return sorted((r["way"], r["rows"], r["seconds"], r["peak_MB"]) for r in csv.DictReader(out.open()))
+
+    measured(1.0, 5.0, 1, ["generate", "step"])
+    found = measured(2.0, "", 1, ["step"])
+    assert found == [("generate", "1", "1.0", "5.0"), ("step", "1", "2.0", "5.0")]
+    assert len(measured(3.0, 6.0, 4, ["step"])) == 3
+
+
 def without_compiling(names):
     """As they are, but for those that take a compiler, in the slow tests."""
     return [pytest.param(n, marks=pytest.mark.slow) if n in throughput_work.COMPILED else n for n in names]

@@ -27,6 +27,11 @@ ROWS = [
     ("text", {"text": "a cat"}, Example("", ("a cat",))),
     ("messages", {"messages": [USER, SAID]}, Example([USER], ([SAID],))),
     ("messages", {"messages": [USER]}, Example([USER])),
+    (  # a template may read any field of a message; Parquet writes those of other messages as null
+        "messages",
+        {"messages": [USER | {"name": "ann", "thinking": None}, SAID]},
+        Example([USER | {"name": "ann"}], ([SAID],)),
+    ),
     ("prompt/completion", {"prompt": "hi", "completion": " you"}, Example("hi", (" you",))),
     ("prompt/completion", {"prompt": [USER], "completion": [SAID]}, Example([USER], ([SAID],))),
     ("prompt/completion", {"prompt": [USER], "completion": "hello"}, Example([USER], ([SAID],))),

@@ -172,6 +172,14 @@ def test_a_biased_annotator_is_noticed(tmp_path: Path) -> None:
     assert length.low < 0.5 < length.high
 
 
+def test_an_annotator_s_time_is_the_median_of_answers_without_skipped_items() -> None:
+    item = judged("x", 0, (0, 1)).content
+    said = [Answer(ranks=(0, 1), seconds=4.0), Answer(ranks=(1, 0), seconds=10.0)]
+    said += [Answer(skipped="unclear", seconds=seconds) for seconds in (1.0, 1.5, 2.0)]
+    (row,) = summarize([Judgment("x", k, item, (0, 1), answer, 0.0) for k, answer in enumerate(said)])["Annotators"]
+    assert (row["answers"], row["skipped"], row["median seconds"]) == (2, 3, 7.0)
+
+
 def test_a_reward_model_s_margins_against_people() -> None:
     found = [judged("x", 0, (0, 1, 1), "abc"), judged("x", 1, (1, 0))]
     scores = [[2.0, 0.5, 3.0], [1.0, 1.0]]

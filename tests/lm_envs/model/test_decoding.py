@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lm_envs.kernels.logprob_kl import log_softmax
-from lm_envs.model.decoding import Decoder, forbid_early_eos, generate, sample
+from lm_envs.model.decoding import Decoder, forbid_early_eos, generate, greedy, sample
 from lm_envs.model.forwards import response_logprob
 from lm_envs.model.kv_cache import RowCache
 from lm_envs.model.tokens import left_pad, model_inputs
@@ -101,6 +101,26 @@ def test_generate_matches_row_by_row_and_its_logprob_is_the_models():
     ended = (response == EOS).any(dim=1)
     assert ended.any() and not ended.all()
     assert ((response >= 0).sum(dim=1)[ended] >= 3).all()
+
+
+def test_greedy_takes_the_likeliest_token_that_is_allowed():
+    """Token by token, each row alone; without a least length one would end at once."""
+    model, prompts = gpt2(), [[4, 5, 6], [1], [7, 8, 9, 1], [2, 3]]
+    with torch.no_grad():
+        hidden = model(torch.tensor([[1]]), output_hidden_states=True).hidden_states[-1][0, -1]
+        model.transformer.wte.weight[EOS] = 3 * hidden
+    for least in (0, 3):
+        expected = []
+        for prompt in prompts:
+            response = []
+            while len(response) < 6 and EOS not in response:
+                logits = alone(model, torch.tensor(prompt + response))
+                if len(response) < least:
+                    logits[EOS] = float("-inf")
+                response.append(int(logits.argmax()))
+            expected.append(response)
+        assert greedy(model, prompts, EOS, max_new_tokens=6, min_new_tokens=least, batch_size=3) == expected
+        assert min(map(len, expected)) == least + 1
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

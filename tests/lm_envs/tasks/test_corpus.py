@@ -189,6 +189,16 @@ def test_the_models_learned(task):
     assert task.reference.dtype == torch.float32 and task.reference.num_parameters() < 1e5
 
 
+def test_perplexity_per_word_counts_words_and_ends(task, source):
+    """The same nats over tokens and over words: the first token of a text is given, and its end counts as a word."""
+    texts = [row.text for row in read_labelled(source) if row.split != "train"]
+    ids = [task.tokenizer(text)["input_ids"] for text in texts]
+    assert max(map(len, ids)) < SMALL["max_tokens"]  # none is cut, so each has its end
+    tokens, words = sum(map(len, ids)), sum(len(text.split()) + 1 for text in texts)
+    nats = tokens * np.log(task.stats["perplexity"])
+    assert np.log(task.stats["perplexity_per_word"]) == pytest.approx(nats / words)
+
+
 def test_the_reward_means_something_on_texts_that_break_off(task, source):
     """Held-out texts, cut after their first adjective."""
     rows = [row for row in read_labelled(source) if row.split != "train"]

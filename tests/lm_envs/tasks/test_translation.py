@@ -20,7 +20,15 @@ from lm_envs.model.decoding import greedy
 from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.reward.base import call_reward
 from lm_envs.tasks import load
-from lm_envs.tasks.translation import CorpusBLEU, TranslationConfig, _bleu, initial, make_tokenizer, read_parallel
+from lm_envs.tasks.translation import (
+    CorpusBLEU,
+    TranslationConfig,
+    _bleu,
+    build,
+    initial,
+    make_tokenizer,
+    read_parallel,
+)
 
 WORDS = {"one": "eins", "two": "zwei", "red": "rot", "blue": "blau", "dog": "Hund", "cat": "Katze", "sees": "sieht"}
 SMALL = dict(vocabulary=300, hidden=32, layers=1, heads=2, sft_epochs=8, sft_batch=128, prompt_tokens=24)
@@ -147,6 +155,21 @@ def test_it_is_made_once_and_holds_its_parts(task, path, monkeypatch):
     assert not (set(map(tuple, task.prompts["train"])) & set(map(tuple, task.prompts["test"])))
     assert len(task.responses) == len(task.prompts["train"])
     assert all(response[-1] == task.eos_token_id for _, response in task.responses)
+
+
+def test_references_without_room_for_their_end_are_left_out_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_envs.tasks.translation._fit", lambda *_: None)
+    splits = ["train", "train", "validation", "test"]
+    rows = zip(("one", "two", "dog", "cat"), ("zz", "zzzz", "z", "z"), splits, strict=True)
+    file = write(tmp_path, *({"prompt": a, "reference": b, "split": c} for a, b, c in rows))
+    sizes = {**SMALL, "vocabulary": 257}  # bytes alone: " zzzz" is five tokens
+    responses = [
+        build(read_parallel(file), TranslationConfig(**{**sizes, "max_new_tokens": most}), tmp_path / str(most))[
+            "responses"
+        ]
+        for most in (5, 6)
+    ]
+    assert [[len(response) for _, response in found] for found in responses] == [[4], [4, 6]]
 
 
 def test_maximum_likelihood_learned_something(task):
