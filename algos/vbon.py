@@ -66,7 +66,7 @@ class VBoN(RLOO):
         below = torch.searchsorted(held, score)[:, 0]
         upto = torch.searchsorted(held, score, right=True)[:, 0] + 1  # with the response itself
         count = held.shape[1] + 1
-        gain = log_gain(below / count, upto / count, self.config.n).to(traj.score.dtype)  # type: ignore[attr-defined]
+        gain = log_gain(below.double() / count, upto.double() / count, self.config.n).to(traj.score.dtype)  # type: ignore[attr-defined]
         reward[torch.arange(len(traj)), traj.lengths - 1] += (gain - traj.score).to(reward.dtype)
         return {"log_gain": float(gain.mean())} | super().update(replace(traj, reward=reward))
 

@@ -22,12 +22,13 @@ def log_gain(below: Tensor, upto: Tensor, n: int) -> Tensor:
     """Return ``log p_n(y) / pi(y) = log [F(r)^n - F^-(r)^n] / (F - F^-)`` of best-of-n, given ``F^-`` and ``F`` at the
     scores (Stiennon et al. 2020, appendix G, extended to ties); for continuous scores ``log n + (n - 1) log F``.
 
-    The quotient is computed as ``sum_k F^k F^-^(n-1-k)``, which loses no precision.
+    The quotient is computed as ``F^(n-1) sum_k (F^- / F)^k``, whose logarithm loses no precision and does not underflow.
     """
-    factor, power = torch.zeros_like(upto), torch.ones_like(upto)
+    ratio = below / upto.clamp(min=torch.finfo(upto.dtype).tiny)
+    factor = torch.zeros_like(upto)
     for _ in range(n):
-        factor, power = factor * below + power, power * upto
-    return factor.log()
+        factor = factor * ratio + 1
+    return torch.xlogy(torch.full_like(upto, n - 1), upto) + factor.log()
 
 
 def soft_log_gain(score: Tensor, p: Tensor, n: int, temperature: float) -> Tensor:

@@ -31,6 +31,15 @@ def test_its_reward_by_hand(monkeypatch):
     assert not moved.any()
 
 
+def test_large_n_and_low_scores_do_not_underflow(monkeypatch):
+    agent, traj, seen = batches.learner("vbon", n=1000), batches.text_batch(), []
+    monkeypatch.setattr(type(agent), "_reference_scores", lambda self, index: torch.zeros(4096, dtype=torch.float64))
+    monkeypatch.setattr(RLOO, "update", lambda self, rows: seen.append(rows.reward) or {})
+    traj.score = torch.full((16,), -1.0, dtype=torch.float64)
+    gain = agent.update(traj)["log_gain"]
+    assert gain == pytest.approx(999 * math.log(1 / 4097)) and seen[0].isfinite().all()
+
+
 def test_the_references_samples_are_paid_once():
     env = batches.text_env()
     agent = batches.learner("vbon", env=env, reference_samples=5)
