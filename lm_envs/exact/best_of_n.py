@@ -22,7 +22,7 @@ def log_gain(below: Tensor, upto: Tensor, n: int) -> Tensor:
     """Return ``log p_n(y) / pi(y) = log [F(r)^n - F^-(r)^n] / (F - F^-)`` of best-of-n, given ``F^-`` and ``F`` at the
     scores (Stiennon et al. 2020, appendix G, extended to ties); for continuous scores ``log n + (n - 1) log F``.
 
-    The quotient is computed as ``F^(n-1) sum_k (F^- / F)^k``, whose logarithm loses no precision and does not underflow.
+    The quotient is computed as ``F^(n-1) sum_k (F^- / F)^k``, whose logarithm keeps precision and does not underflow.
     """
     ratio = below / upto.clamp(min=torch.finfo(upto.dtype).tiny)
     factor = torch.zeros_like(upto)
