@@ -170,7 +170,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a batch that is partly left out passes for a full one",
-        "algos/engine/agent.py",
+        "algos/engine/sampling.py",
         "wanted = wanted or len(traj)",
         "wanted = wanted or len(kept[0])",
         SELECT,

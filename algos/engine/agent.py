@@ -29,9 +29,9 @@ from lm_envs.algos.engine.comparisons import annotated_pairs
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.demonstrations import demonstrations_of, likelihood
 from lm_envs.algos.engine.kl_coefficient import KLCoefficient
-from lm_envs.algos.engine.metrics import Averages, Metric, describe
+from lm_envs.algos.engine.metrics import Averages, Metric
 from lm_envs.algos.engine.optimizer import make_adam, take_back, tensors_of
-from lm_envs.algos.engine.sampling import Sampler
+from lm_envs.algos.engine.sampling import Sampler, draw
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
 from lm_envs.tasks.base import TextTask
@@ -102,7 +102,7 @@ class Agent(Generic[C]):
         self._weights = next(_WEIGHTS)
         self._watch_gap = False
         self.forward_cost = cost_of_a_forward(policy)
-        self._sampler = Sampler(self.name, self.policy)
+        self.sampler = Sampler(self.name, self.policy)
         self._frozen: str | None = None  # the hash of the policy's frozen parameters
         self._batches: Iterator[Trajectories] | None = None
 
@@ -292,7 +292,7 @@ class Agent(Generic[C]):
         """A batch from the env, or where rows are :attr:`missing` that many; an override returns every row it samples,
         because ``episodes_done`` counts them: leave rows out in :meth:`select`."""
         config = self.config if self.missing is None else replace(self.config, episodes=self.missing)
-        traj, steps = self._sampler.sample(env, config, self.episodes_done, self.iterations_done)
+        traj, steps = self.sampler.sample(env, config, self.episodes_done, self.iterations_done)
         self.steps_done += steps
         return traj
 
@@ -308,51 +308,6 @@ class Agent(Generic[C]):
     def settle_kl_coef(self, env: Any) -> float | None:
         """Put the KL coefficient into the env's MDP and return it; see :class:`KLCoefficient`."""
         return self._kl.settle(env, self.config, self.kl_in_reward)
-
-    def _count(self, traj: Trajectories) -> dict[str, float]:
-        """Add a sampled batch to the counters; its metrics as sampled."""
-        metrics, episodes = describe(traj), len(traj)
-        if self._sampler.fragments is not None:
-            returns, lengths = self._sampler.fragments.pop_finished()
-            episodes = len(returns)
-            # Rows are fragments here, whose returns mean nothing: report the episodes that ended in this batch, if any.
-            metrics = {k: v for k, v in metrics.items() if k not in ("return", "length")}
-            if episodes:
-                metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
-        self.episodes_done += episodes
-        self.samples_done += episodes
-        self.tokens_done += int(traj.response_lengths.sum())
-        self.reward_calls += len(traj) if traj.score is not None else 0
-        return metrics
-
-    def _draw(self, env: Any) -> tuple[Trajectories, Trajectories, dict[str, float]]:
-        """Everything sampled in an iteration, the rows to learn from, and the metrics of the former."""
-        drawn: list[Trajectories] = []
-        kept: list[Trajectories] = []
-        averages, wanted, filtered = Averages(), 0, False
-        self.missing = None
-        while len(drawn) < self.config.draws:
-            self._sampler.rows = 0
-            traj = self.sample(env)
-            self._sampler.check_whole(traj)
-            traj.sampled_by = torch.full((len(traj),), self._weights)
-            averages.add(self._count(traj), len(traj))
-            rows = self.select(traj)
-            filtered |= rows is not None
-            drawn.append(traj)
-            kept.append(traj if rows is None else traj.select(rows))
-            wanted = wanted or len(traj)
-            missing = wanted - sum(map(len, kept))
-            if missing <= 0:
-                break
-            if self.config.episodes is not None:
-                self.missing = -(-missing // self.config.group_size) * self.config.group_size
-        self.missing = None
-        whole, learned = (parts[0] if len(parts) == 1 else Trajectories.concatenate(parts) for parts in (drawn, kept))
-        metrics = averages.means()
-        if filtered:
-            metrics |= {"draws": len(drawn), "dropped": 1 - len(learned) / len(whole)}
-        return whole, learned, metrics
 
     def iteration(self, env: Any = None) -> tuple[Trajectories, dict[str, float]]:
         """Sample a batch from a Gymnasium env or vector env (or take the next of :meth:`batches`), and learn from it.
@@ -372,7 +327,7 @@ class Agent(Generic[C]):
             coef = self.settle_kl_coef(env)
             if coef is not None:
                 metrics["kl_coef"] = coef
-            traj, learned, found = self._draw(env)
+            traj, learned, found = draw(self, env, self._weights)
             metrics |= found
         metrics["sample_s"] = time.perf_counter() - start
         if len(learned):
@@ -383,13 +338,8 @@ class Agent(Generic[C]):
             self._kl.steer(metrics["kl"], len(traj))
         self.after_iteration()
         metrics["tokens_per_second"] = float(traj.response_lengths.sum()) / (time.perf_counter() - start)
-        metrics |= {
-            "episodes": self.episodes_done,
-            "steps": self.steps_done,
-            "tokens": self.tokens_done,
-            "reward_calls": self.reward_calls,
-            "trained_tokens": self.trained_tokens,
-        }
+        shown = ("episodes_done", "steps_done", "tokens_done", "reward_calls", "trained_tokens")
+        metrics |= {name.removesuffix("_done"): getattr(self, name) for name in shown}
         return traj, metrics
 
     # ---- checkpoints ----
@@ -400,7 +350,7 @@ class Agent(Generic[C]):
         Of frozen parameters it holds only a hash. A control env's state cannot be saved, so sampling by ``steps``
         starts fresh episodes after a checkpoint, in the run that goes on as in one restored from it.
         """
-        self._sampler.fragments = None
+        self.sampler.fragments = None
         counters: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
         counters["kl_coef"] = self._kl.steered
         if self._frozen is None:  # once: frozen parameters do not change
@@ -431,7 +381,7 @@ class Agent(Generic[C]):
                 raise ValueError(f"{self.name}: the checkpoint has no {name!r}: another version of lm-envs made it")
             setattr(self, name, counters[name])
         self._kl.restore(counters["kl_coef"], self.config)
-        self._sampler.fragments = self._batches = None
+        self.sampler.fragments = self._batches = None
         self.restore_extra(more, counters["extra"])
 
 

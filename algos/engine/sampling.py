@@ -3,9 +3,11 @@
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
 
 from lm_envs.algos.engine.config import AgentConfig
+from lm_envs.algos.engine.metrics import Averages, describe
 from lm_envs.env.report import text_envs
 from lm_envs.env.rollout import Collector, rollout
 from lm_envs.trajectories import Trajectories
@@ -72,3 +74,51 @@ class Sampler:
         taken = self.fragments.steps_taken
         traj = self.fragments.steps(count // rows)
         return traj, self.fragments.steps_taken - taken
+
+
+def count(agent: Any, traj: Trajectories) -> dict[str, float]:
+    """Add a sampled batch to the counters; its metrics as sampled."""
+    metrics, episodes = describe(traj), len(traj)
+    if agent.sampler.fragments is not None:
+        returns, lengths = agent.sampler.fragments.pop_finished()
+        episodes = len(returns)
+        # Rows are fragments here, whose returns mean nothing: report the episodes that ended in this batch, if any.
+        metrics = {k: v for k, v in metrics.items() if k not in ("return", "length")}
+        if episodes:
+            metrics |= {"return": float(np.mean(returns)), "length": float(np.mean(lengths))}
+    agent.episodes_done += episodes
+    agent.samples_done += episodes
+    agent.tokens_done += int(traj.response_lengths.sum())
+    agent.reward_calls += len(traj) if traj.score is not None else 0
+    return metrics
+
+
+def draw(agent: Any, env: Any, weights: int) -> tuple[Trajectories, Trajectories, dict[str, float]]:
+    """Sample an iteration of an agent, whose weights have this number: all rows, those to learn from, and metrics of
+    the former."""
+    drawn: list[Trajectories] = []
+    kept: list[Trajectories] = []
+    averages, wanted, filtered = Averages(), 0, False
+    agent.missing = None
+    while len(drawn) < agent.config.draws:
+        agent.sampler.rows = 0
+        traj = agent.sample(env)
+        agent.sampler.check_whole(traj)
+        traj.sampled_by = torch.full((len(traj),), weights)
+        averages.add(count(agent, traj), len(traj))
+        rows = agent.select(traj)
+        filtered |= rows is not None
+        drawn.append(traj)
+        kept.append(traj if rows is None else traj.select(rows))
+        wanted = wanted or len(traj)
+        missing = wanted - sum(map(len, kept))
+        if missing <= 0:
+            break
+        if agent.config.episodes is not None:
+            agent.missing = -(-missing // agent.config.group_size) * agent.config.group_size
+    agent.missing = None
+    whole, learned = (parts[0] if len(parts) == 1 else Trajectories.concatenate(parts) for parts in (drawn, kept))
+    metrics = averages.means()
+    if filtered:
+        metrics |= {"draws": len(drawn), "dropped": 1 - len(learned) / len(whole)}
+    return whole, learned, metrics
