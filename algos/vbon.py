@@ -91,5 +91,6 @@ class VBoN(RLOO):
         return {"prompts": torch.tensor(list(self._scores)), "scores": torch.stack(list(self._scores.values()))}, {}
 
     def restore_extra(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        rows = zip(tensors["prompts"].tolist(), tensors["scores"], strict=True) if tensors else ()
-        self._scores = {index: scores.clone() for index, scores in rows}
+        if tensors:  # what was sampled for a prompt is a function of the seed, so it need not be forgotten
+            rows = zip(tensors["prompts"].tolist(), tensors["scores"], strict=True)
+            self._scores = {index: scores.clone() for index, scores in rows}
