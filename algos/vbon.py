@@ -40,7 +40,7 @@ class VBoN(RLOO):
     They are sampled when a prompt first comes up, and count as generated and scored. Text only.
     """
 
-    Config = VBoNConfig  # type: ignore[assignment]
+    Config = VBoNConfig
     name = "vbon"
     published_kl_coef = 1.0
     mdp: TextMDP | None = None

@@ -83,7 +83,9 @@ class Labeled:
 
     def check_both(self, name: str) -> None:
         """Raise ValueError if all responses are wanted, or none is."""
-        wanted = self.data.rank[: len(self)] == 0
+        rank = self.data.rank
+        assert rank is not None  # as it was found at the start
+        wanted = rank[: len(self)] == 0
         if bool((wanted == wanted[0]).all()):
             which = "wanted" if bool(wanted[0]) else "unwanted"
             raise ValueError(
