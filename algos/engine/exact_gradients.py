@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def expected_gradient(
                 # p(x) prod p(y|x) with one prompt, prod p(x) p(y|x) with independent ones
                 yield index, float(weight[index].prod()) * (prompts ** (batch - 1) if same_prompt else 1)
 
-    by_token = getattr(agent.config, "loss_mean", agent.unit) in ("token", "minibatch")
+    by_token = asdict(agent.config).get("loss_mean", agent.unit) in ("token", "minibatch")
     tensors, values = agent.extra_state()
     agent.policy.zero_grad(set_to_none=True)
     total, held = torch.zeros((), dtype=torch.float64), 0

@@ -26,7 +26,8 @@ _STYLES = {
     "a2c": ("#CC79A7", "v"),
     "ppo": ("#D55E00", "o"),
 }
-_MORE = tuple((("#56B4E9", "#7F3C8D", "#8C6D31", "#1B4F4A")[i % 4], "Ph<>"[(i + i // 4) % 4]) for i in range(16))
+_SPARE = ("#56B4E9", "#7F3C8D", "#8C6D31", "#1B4F4A", "#B2182B", "#5AB4AC")
+_MORE = tuple((_SPARE[i % 6], "Ph<>"[(i + i // 6) % 4]) for i in range(24))
 
 
 @dataclass(eq=False)

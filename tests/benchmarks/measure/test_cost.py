@@ -45,6 +45,15 @@ EXPECTED = [
     ("rloo", {}, ONCE),
     ("grpo", {}, ONCE),
     ("dr-grpo", {}, ONCE),
+    ("dapo", {}, ONCE),
+    ("gspo", {}, ONCE),
+    ("cispo", {}, ONCE),
+    ("reinforce-plus-plus", {}, ONCE),
+    ("reinforce-plus-plus-baseline", {}, ONCE),
+    # the greedy response to each of a batch's prompts, of which one comes up twice
+    ("remax", {}, ONCE | {"tokens_generated": 156 + 15 * 6, "episodes": 26 + 15, "reward_calls": 16 + 15}),
+    # 64 samples of the reference for each of 4 prompts
+    ("vbon", {}, ONCE | {"tokens_generated": 156 + 256 * 6, "episodes": 26 + 256, "reward_calls": 16 + 256}),
     ("a2c", {}, ONCE),
     ("ppo", PASSES, SAMPLED | {"trained_tokens": 3 * 96}),
     ("ppo-klpen", PASSES, SAMPLED | {"trained_tokens": 3 * 96}),

@@ -157,7 +157,7 @@ def test_preferences_serve_as_demonstrations_and_anything_as_prompts(tmp_path):
     assert [item for item in Examples(path, "prompts")] == [Example("hi")]
     path = write(tmp_path / "m.jsonl", [{"messages": [USER, SAID]}])
     assert [item for item in Examples(path, "prompts")] == [Example([USER])]
-    with pytest.raises(ValueError, match="holds demonstrations .* and preferences are wanted: .*completion/label"):
+    with pytest.raises(ValueError, match="holds demonstrations .* and preferences are wanted: .*chosen/rejected"):
         Examples(path, "preferences")
 
 
@@ -351,7 +351,7 @@ def test_what_is_labelled_false_is_not_imitated(tmp_path):
     ):
         Examples(tmp_path / "k.jsonl", "preferences")
     other = write(tmp_path / "o.jsonl", [{"prompt": "p", "completion": " c", "label": "science"}] * 2)
-    with pytest.raises(ValueError, match="holds demonstrations .* and preferences are wanted: .*completion/label"):
+    with pytest.raises(ValueError, match="holds demonstrations .* and judgments are wanted: .*completion/label"):
         Examples(other, "judgments")
     assert Examples(other).convention.name == "prompt/completion" and len(list(Examples(other))) == 2
     odd = write(tmp_path / "odd.jsonl", [*rows, {"prompt": "p", "completion": " c", "label": 0.7}])
