@@ -30,7 +30,7 @@ def brought(tmp_path, monkeypatch) -> Path:
         byo.llama(len(tokenizer)).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "my_reward.py").write_text(REWARD)
-    (tmp_path / "my_task.py").write_text("load = None\n")
+    (tmp_path / "hashed_task.py").write_text("load = None\n")
     byo.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"a cat {i}"} for i in range(3)])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -60,12 +60,12 @@ def custom(task: str = "custom", **options: object) -> RunSpec:
         (lambda root: scaled(root / "judge"), "judge 'judge'"),
         (lambda root: edited(root / "prompts.jsonl"), "prompts 'prompts.jsonl'"),
         (lambda root: edited(root / "my_reward.py"), "reward 'my_reward.py'"),
-        (lambda root: edited(root / "my_task.py"), "task 'my_task'"),
+        (lambda root: edited(root / "hashed_task.py"), "task 'hashed_task'"),
         (lambda root: (root / "prompts.jsonl").unlink(), "prompts 'prompts.jsonl'"),
     ],
 )
 def test_each_input_has_a_hash_of_its_contents(brought, change, name):
-    spec = custom("my_task:load" if "task" in name else "custom", judge="judge")
+    spec = custom("hashed_task:load" if "task" in name else "custom", judge="judge")
     before = fingerprints(spec)
     assert name in before and fingerprints(spec) == before
     (brought / "policy/README.md").write_text("notes")  # which is no part of the model
