@@ -62,7 +62,7 @@ class DPO(Agent[DPOConfig]):
         super().__init__(policy, config)
         self._labels = self.config.loss == "kto"
         if self._labels:
-            self.unit = "sequence"  # type: ignore[misc]
+            self.unit = "sequence"
         self._baseline = 0.0
         self.data = self.rows_of(data)
         if isinstance(self.data, Labeled):

@@ -1,15 +1,14 @@
 """ReMax: REINFORCE with the score of the greedy response to the same prompt as the baseline."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.batching import Before
+from lm_envs.algos.engine.sampling import charge
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.rloo import RLOO, RLOOConfig
-from lm_envs.env.report import text_envs
 from lm_envs.settings import Size
 from lm_envs.trajectories import Trajectories
 
@@ -33,10 +32,6 @@ class ReMax(RLOO):
     Config = ReMaxConfig
     name = "remax"
 
-    def settle_kl_coef(self, env: Any) -> float | None:
-        self.mdp = next((inner.mdp for inner in text_envs(env)), self.mdp)
-        return super().settle_kl_coef(env)
-
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         signal = adv.discounted_returns(self.rewards(traj), traj.mask, self.config.gamma)
         return {"advantage": adv.masked(signal - self._greedy_score(traj).unsqueeze(1), traj.mask)}
@@ -49,9 +44,5 @@ class ReMax(RLOO):
         first = torch.zeros_like(index).scatter_(0, place.flip(0), torch.arange(len(place)).flip(0).to(place.device))
         response = self.policy.greedy(traj.prompt[first]).cpu()
         score = torch.as_tensor(self.mdp.score(index.cpu().numpy(), response.numpy())).sum(dim=1)
-        tokens = int((response >= 0).sum())
-        self.samples_done += len(index)
-        self.reward_calls += len(index)
-        self.tokens_done += tokens
-        self.steps_done += tokens
+        charge(self, response)
         return score.to(place.device)[place]

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lm_envs import rng
 from lm_envs.algos.engine.batching import rewards
+from lm_envs.algos.engine.sampling import charge
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.rloo import RLOO, RLOOConfig
-from lm_envs.env.mdp import TextMDP
-from lm_envs.env.report import text_envs
 from lm_envs.exact.best_of_n import log_gain
 from lm_envs.settings import Several, Size
 from lm_envs.tasks.sampling import SAMPLE_EPISODES
@@ -41,19 +40,13 @@ class VBoN(RLOO):
     """
 
     Config = VBoNConfig
+    config: VBoNConfig
     name = "vbon"
     published_kl_coef = 1.0
-    mdp: TextMDP | None = None
-    """Scores the reference's samples; None takes the text env's at the first iteration."""
 
     def __init__(self, policy: Any, config: Any = None) -> None:
         super().__init__(policy, config)
         self._scores: dict[int, Tensor] = {}  # by prompt, (M,) ascending
-
-    def settle_kl_coef(self, env: Any) -> float | None:
-        found = text_envs(env)
-        self.mdp = found[0].mdp if found else None
-        return super().settle_kl_coef(env)
 
     def update(self, traj: Trajectories) -> dict[str, float]:
         reward = rewards(traj).clone()
@@ -66,22 +59,19 @@ class VBoN(RLOO):
         below = torch.searchsorted(held, score)[:, 0]
         upto = torch.searchsorted(held, score, right=True)[:, 0] + 1  # with the response itself
         count = held.shape[1] + 1
-        gain = log_gain(below.double() / count, upto.double() / count, self.config.n).to(traj.score.dtype)  # type: ignore[attr-defined]
+        gain = log_gain(below.double() / count, upto.double() / count, self.config.n).to(traj.score.dtype)
         reward[torch.arange(len(traj)), traj.lengths - 1] += (gain - traj.score).to(reward.dtype)
         return {"log_gain": float(gain.mean())} | super().update(replace(traj, reward=reward))
 
     def _reference_scores(self, index: int) -> Tensor:
         """Scores of the reference's samples for a prompt, ``(M,)`` ascending, float64."""
-        mdp, count = self.mdp, self.config.reference_samples  # type: ignore[attr-defined]
-        assert mdp is not None
+        mdp, count = self.mdp, self.config.reference_samples
         rows = np.full(count, index)
         policy = LMPolicy.for_mdp(mdp, mdp.reference)
         episode = SAMPLE_EPISODES + index * count + np.arange(count)
         uniforms = rng.uniform(self.config.seed, rng.TOKEN, episode[:, None], np.arange(policy.uniforms_per_response))
         response, _ = policy.respond(torch.as_tensor(mdp.prompt(rows)), torch.as_tensor(uniforms))
-        self.samples_done += count
-        self.reward_calls += count
-        self.tokens_done += int((response >= 0).sum())
+        charge(self, response)
         scores = mdp.score(rows, response.cpu().numpy()).sum(axis=1)
         return torch.as_tensor(np.sort(scores), dtype=torch.float64)
 

@@ -792,9 +792,9 @@ MUTATIONS = [
     ),
     Mutation(
         "ReMax's greedy responses are free",
-        "algos/remax.py",
-        "self.reward_calls += len(index)",
-        "self.reward_calls += 0",
+        "algos/engine/sampling.py",
+        "agent.reward_calls += len(response)",
+        "agent.reward_calls += 0",
         FAMILY,
     ),
     Mutation(

@@ -72,7 +72,7 @@ class Agent(Generic[C]):
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     name: ClassVar[str] = "agent"
-    unit: ClassVar[str] = "token"
+    unit: str = "token"
     whole_batch: bool = False
     needs_data: ClassVar[bool] = False
     preference_data: ClassVar[bool] = False
@@ -306,8 +306,10 @@ class Agent(Generic[C]):
         return self._kl.now(self.config)
 
     def settle_kl_coef(self, env: Any) -> float | None:
-        """Put the KL coefficient into the env's MDP and return it; see :class:`KLCoefficient`."""
-        return self._kl.settle(env, self.config, self.kl_in_reward)
+        """Put the KL coefficient into the env's MDP, keep that, and return it; see :class:`KLCoefficient`."""
+        coef = self._kl.settle(env, self.config, self.kl_in_reward)
+        self.mdp = self._kl.mdp or self.mdp
+        return coef
 
     def iteration(self, env: Any = None) -> tuple[Trajectories, dict[str, float]]:
         """Sample a batch from a Gymnasium env or vector env (or take the next of :meth:`batches`), and learn from it.
@@ -317,16 +319,14 @@ class Agent(Generic[C]):
         """
         start = time.perf_counter()
         metrics: dict[str, float] = {"iteration": self.iterations_done}
-        if self._batches is None:
-            self._batches = self.batches()
+        self._batches = self._batches or self.batches()
         if self._batches is not None:
             traj = learned = next(self._batches)
         else:
             if env is None:
                 raise ValueError(f"{self.name}.iteration needs an env to sample from")
             coef = self.settle_kl_coef(env)
-            if coef is not None:
-                metrics["kl_coef"] = coef
+            metrics |= {} if coef is None else {"kl_coef": coef}
             traj, learned, found = draw(self, env, self._weights)
             metrics |= found
         metrics["sample_s"] = time.perf_counter() - start

@@ -53,7 +53,7 @@ class KLCoefficient:
     def __init__(self, name: str, published: float | None) -> None:
         self.name, self.published = name, published
         self._control: AdaptiveKL | None = None
-        self._mdp: TextMDP | None = None  # of the env that was settled last
+        self.mdp: TextMDP | None = None  # of the env that was settled last
 
     def settle(self, env: Any, config: AgentConfig, in_reward: bool) -> float | None:
         """Put the coefficient into the env's MDP and return it; None where the env has no penalty.
@@ -87,13 +87,13 @@ class KLCoefficient:
         check_kl_coef(coef)
         for mdp in mdps:
             mdp.kl_coef, mdp.kl_in_reward = coef, in_reward
-        self._mdp = mdps[0]
+        self.mdp = mdps[0]
         return coef
 
     def now(self, config: AgentConfig) -> float:
         """The coefficient of a penalty in the loss; ValueError where nothing names one and no env was settled."""
-        if self._mdp is not None:
-            return self._mdp.kl_coef
+        if self.mdp is not None:
+            return self.mdp.kl_coef
         for coef in (self.steered, config.kl_coef, self.published):
             if coef is not None:
                 return coef

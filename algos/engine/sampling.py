@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from torch import Tensor
 
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Averages, describe
@@ -91,6 +92,13 @@ def count(agent: Any, traj: Trajectories) -> dict[str, float]:
     agent.tokens_done += int(traj.response_lengths.sum())
     agent.reward_calls += len(traj) if traj.score is not None else 0
     return metrics
+
+
+def charge(agent: Any, response: Tensor) -> None:
+    """Count responses ``(N, T)`` that an agent samples and scores beside its batches, padded with -1."""
+    agent.samples_done += len(response)
+    agent.reward_calls += len(response)
+    agent.tokens_done += int((response >= 0).sum())
 
 
 def draw(agent: Any, env: Any, weights: int) -> tuple[Trajectories, Trajectories, dict[str, float]]:

@@ -55,7 +55,7 @@ class New:
     comparison: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Show the test samples of a finished comparison instead; in mode pair each method's beside SFT's."""
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Of a comparison with several tasks: which."""
+    """Task of the comparison, if it has several."""
     texts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Show texts instead: rows of prompt, completions, and sources and ranks if known."""
     judged: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -129,9 +129,8 @@ class New:
                 loop |= {"limit": self.limit, "reward_model": {}, "train": {"algorithm": "ppo"}}
                 write_settings(self.out / "loop.toml", loop)
             write_settings(self.out / SETTINGS, asdict(settings))
-        console.print(
-            f"{count} items in {self.out}; next: lm-envs people serve {self.out}", highlight=False, markup=False
-        )
+        made = f"{count} item{'s' * (count != 1)} in {self.out}; next: lm-envs people serve {self.out}"
+        console.print(made, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,8 @@ class Serve:
             )
         try:
             listener = socket.create_server((self.host, self.port))
+            # A reply is sent in two parts; without this the second one waits 40 ms for the first one's acknowledgment.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             raise UserError(
                 f"cannot listen on {self.host} port {self.port}: {error.strerror}; give another --port"

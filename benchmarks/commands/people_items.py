@@ -18,12 +18,13 @@ from lm_envs.benchmarks.report.series import by_task, gather
 from lm_envs.benchmarks.run.results import collect_results
 from lm_envs.data.conventions import nested, text_of
 from lm_envs.data.dataset import Examples, check_letters
-from lm_envs.data.sources import read_rows, short
+from lm_envs.data.sources import read_rows
 from lm_envs.feedback.study import Item, Response, dense_ranks
 from lm_envs.model import loading
 from lm_envs.model.chat import BadExample
 from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.text import Codec
+from lm_envs.settings import short
 
 _AT_ONCE = 64
 

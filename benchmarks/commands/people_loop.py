@@ -74,8 +74,8 @@ class LoopSettings(Settings):
 
 
 def scores_of(place: str, items: Sequence[Item]) -> list[list[float]]:
-    """What a reward model says of each response of each item: it reads prompt and response as one text, as while a
-    policy is trained on it.
+    """Return a reward model's scores of each item's responses. It reads prompt and response as one text, as it does
+    while a policy is trained on it.
 
     Args:
         place: a folder of ``save_pretrained`` or a hub name.
@@ -126,7 +126,7 @@ class Loop:
     # ---- what is there ----
 
     def name(self, number: int) -> str:
-        """What the policy after so many rounds is called in the study."""
+        """Return the name in the study of the policy after ``number`` rounds."""
         return self.settings.policy if number == 0 else f"policy {number}"
 
     def round_of(self, item: Item) -> int | None:
@@ -139,7 +139,7 @@ class Loop:
         return [item for item in self.store.items().values() if self.round_of(item) == number]
 
     def policy(self, number: int) -> str:
-        """Where the policy after so many rounds lies."""
+        """Return the folder or hub name of the policy after ``number`` rounds."""
         return self.settings.policy if number == 0 else str(self.run_of(number - 1) / "model")
 
     def run_of(self, number: int) -> Path:

@@ -293,9 +293,7 @@ class _Task:
             torch.manual_seed(1)
             other = plugins.find(self.text, "task", TASKS)(**self.options)
         if other.prompts != self.task.prompts:
-            raise Failed(
-                "other prompts: worker processes and resumed runs load it again, so they must not be drawn anew"
-            )
+            raise Failed("other prompts: worker processes and resumed runs load it again and must get the same ones")
         if not _same(self.task.start.state_dict(), other.start.state_dict()):
             raise Failed("other weights: worker processes and resumed runs load it again; save the model, or seed it")
         return "prompts and weights"

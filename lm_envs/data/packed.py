@@ -30,12 +30,12 @@ from torch import Tensor
 
 from lm_envs.data.conventions import Example
 from lm_envs.data.dataset import Rejected
-from lm_envs.data.sources import short
 from lm_envs.data.splits import SPLITS, share
 from lm_envs.files import MANIFEST, damaged, replacing_folder, sha256, write_manifest
 from lm_envs.model.chat import BadExample
 from lm_envs.model.text import Codec
 from lm_envs.model.tokens import encode_text
+from lm_envs.settings import short
 from lm_envs.trajectories import Trajectories, from_responses
 
 COLUMNS = ("prompt", "response", "group", "rank", "split", "share", "weight")

@@ -72,7 +72,7 @@ def test_n_and_the_temperature_must_be_positive():
 
 
 def test_soft_choices_follow_the_rewards():
-    """Of two samples with rewards r and s, the first is kept with probability 1 / (1 + e^((s - r) / temperature))."""
+    """The first of two samples with rewards r and s is kept with probability 1 / (1 + e^((s - r) / temperature))."""
     env, policy, _ = make(2)
     soft, count = BestOfN(policy, env.mdp, 2, 0.7), 2000
     prompts = torch.as_tensor(env.mdp.prompt(np.zeros(count, dtype=np.int64)))

@@ -162,7 +162,7 @@ def test_grpos_biases_turn_the_gradient(biases, name, settings, batch):
 
 
 def test_a_mean_over_all_tokens_does_not_turn_the_gradient():
-    """Of Dr. GRPO, which has no other bias; a mean over each response's tokens turns it."""
+    """Dr. GRPO has no other bias. A mean over each response's tokens turns its gradient."""
     exact = solver(horizon=2)
     for mean, expected in (("sum", 1.0), ("token", 1.0), ("response", 0.9803)):
         found, target = both("dr-grpo", exact, batch=2, loss_mean=mean)

@@ -1,4 +1,4 @@
-"""What an agent leaves out of a sampled batch: it is charged, never sampled again, and sampled for anew on demand."""
+"""Rows that an agent leaves out of a sampled batch are charged, never sampled again, and replaced on demand."""
 
 import json
 

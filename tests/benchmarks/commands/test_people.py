@@ -208,6 +208,24 @@ def test_rounds_wait_for_people_and_go_on(rounds: Path, capsys: Any) -> None:
     assert (known["accuracy"][0] if right else known.get("accuracy")) == (np.mean(right) if right else None)
 
 
+def test_a_reply_does_not_wait_for_an_acknowledgment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers and body are sent apart, so a connection that delays small parts takes 40 ms for each answer."""
+    uvicorn = pytest.importorskip("uvicorn")
+    undelayed: list[int] = []
+
+    def served(self: Any, sockets: list[socket.socket]) -> None:
+        with socket.create_connection(sockets[0].getsockname()), sockets[0].accept()[0] as accepted:
+            undelayed.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(uvicorn.Server, "run", served)
+    rows = byo.write_jsonl(tmp_path / "t.jsonl", [{"prompt": "p", "completions": ["a", "b"]}])
+    main(["people", "new", "--out", str(tmp_path / "study"), "--texts", str(rows)])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    main(["people", "serve", str(tmp_path / "study"), "--port", str(port)])
+    assert undelayed and undelayed[0]
+
+
 @pytest.mark.slow
 def test_rounds_that_are_killed_at_each_step_end_as_those_that_are_not(rounds: Path, monkeypatch: Any) -> None:
     """A step that is stopped before, in or after its work is done again or continued; nothing is done twice."""
