@@ -418,6 +418,7 @@ WITHOUT_EFFECT = {
         "kl_horizon": "as kl_coef",
     },
     "quark": {"gamma": "sorts by the score"},
+    "iterated-rlhf": {"informative": "its reward model never scores two texts alike"},
     "online-dpo": dict.fromkeys(
         ("gamma", "kl_coef", "kl_target", "kl_horizon"), "compares scores; the penalty is beta's"
     )
