@@ -53,8 +53,8 @@ def _policy(_: object, operation: Any, *given: Any, **__: Any) -> CheckpointPoli
 def checkpointing(model: PreTrainedModel, *, keep_products: bool = False) -> Iterator[None]:
     """Keep each layer's input in forwards, and with ``keep_products`` also attention and most matrix products.
 
-    transformers does so for layers in train mode with two attributes. Its own switch adds a hook with each call, and a
-    compiled program would contain it. Only the layers' own flag is set, not that of the modules inside, and the rates of
+    transformers does so for layers in train mode with two attributes. Its own switch adds a hook with each call, and
+    compiled programs contain hooks. Only the layers' own flag is set, not that of the modules inside, and the rates of
     layers that apply dropout by their flag (BART, OPT) are 0, so dropout stays off.
     """
     options = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if keep_products else {}
