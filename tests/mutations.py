@@ -1732,9 +1732,30 @@ MUTATIONS = [
     Mutation(
         "answers of another origin are taken",
         "lm_envs/feedback/server.py",
-        'if origin is not None and origin.partition("://")[2] != request.headers.get("host"):',
+        'if origin is not None and origin.partition("://")[2] not in (request.headers.get("host"), public):',
         'if origin == "":',
         "tests/lm_envs/feedback/test_server.py::test_other_origins_hosts_and_forms_are_refused",
+    ),
+    Mutation(
+        "the link of a person who was deleted becomes the next one's",
+        "lm_envs/feedback/database.py",
+        "PRIMARY KEY AUTOINCREMENT, name",
+        "PRIMARY KEY, name",
+        "tests/lm_envs/feedback/test_server.py::test_the_link_of_a_person_who_was_deleted_is_never_another_s",
+    ),
+    Mutation(
+        "the log of answers is readable by everybody",
+        "lm_envs/feedback/database.py",
+        "path.touch(mode=0o600)\n        path.chmod(0o600)",
+        "path.touch()",
+        "tests/lm_envs/feedback/test_server.py::test_all_files_of_a_study_are_their_owner_s_alone",
+    ),
+    Mutation(
+        "people's prompts are drawn apart from the judge's",
+        "benchmarks/report/human.py",
+        "judge[:, chosen].mean(axis=1)",
+        "judge[:, chosen[::2]].mean(axis=1)",
+        "tests/benchmarks/report/test_human.py::test_the_interval_keeps_together_what_people_and_the_judge_said_of_a_prompt",
     ),
     Mutation(
         "a text is shown as HTML",

@@ -7,6 +7,7 @@ lets nothing run or load from elsewhere.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -23,12 +24,14 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lm_envs.feedback.database import Unusable
 from lm_envs.feedback.store import StaleAnswer, Store, Task
 from lm_envs.feedback.study import Answer, BadAnswer, read_answer
 from lm_envs.model.chat import Text
 
 PAGE = Path(__file__).with_name("page")
 LONGEST_BODY = 512 * 1024
+_log = logging.getLogger(__name__)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -40,13 +43,14 @@ _HEADERS = {
 }
 
 
-def application(store: Store, hosts: Sequence[str]) -> Starlette:
+def application(store: Store, hosts: Sequence[str], public: str | None = None) -> Starlette:
     """The web application of a study.
 
     Args:
         store: of the study.
         hosts: the names under which the server may be asked; another name in a request is refused, so that a page
             elsewhere cannot reach a loopback server under a name of its own (DNS rebinding).
+        public: the host and port that a browser sees where a proxy asks under another name.
     """
 
     def of_annotator(answer: Callable[[int, Request], Response]) -> Callable[[Request], Response]:
@@ -62,6 +66,9 @@ def application(store: Store, hosts: Sequence[str]) -> Starlette:
                 return _error(409, f"{error}."[0].upper() + f"{error}."[1:])
             except (PermissionError, KeyError):
                 return _error(404, "This item was not given to you.")
+            except Unusable as error:
+                _log.error("%s", error)
+                return _error(503, "The study cannot be used at the moment.")
 
         return endpoint
 
@@ -82,13 +89,13 @@ def application(store: Store, hosts: Sequence[str]) -> Starlette:
         return _reply(store, annotator, store.last(annotator, _number(item) if item else None))
 
     def show(annotator: int, request: Request) -> Response:
-        return _reply(store, annotator, store.task(annotator, request.path_params["item"]))
+        return _reply(store, annotator, store.task(annotator, _number(request.path_params["item"])))
 
     def save(annotator: int, request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return _error(415, "Answers are sent as application/json.")
         origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        if origin is not None and origin.partition("://")[2] not in (request.headers.get("host"), public):
             return _error(403, "Answers are taken from the study's own page only.")
         try:
             sent = anyio.from_thread.run(request.json)
@@ -99,7 +106,7 @@ def application(store: Store, hosts: Sequence[str]) -> Starlette:
         version = sent.get("version") if isinstance(sent, dict) else None
         if isinstance(version, bool) or not isinstance(version, int):
             return _error(422, "An answer needs the version that it replaces.")
-        item = request.path_params["item"]
+        item = _number(request.path_params["item"])
         task = store.task(annotator, item)
         count = len(task.order)
         body = sent.get("answer")
@@ -112,8 +119,8 @@ def application(store: Store, hosts: Sequence[str]) -> Starlette:
         Route("/a/{key}/study", of_annotator(study)),
         Route("/a/{key}/next", of_annotator(following)),
         Route("/a/{key}/before", of_annotator(before)),
-        Route("/a/{key}/items/{item:int}", of_annotator(show), methods=["GET"]),
-        Route("/a/{key}/items/{item:int}", of_annotator(save), methods=["POST"]),
+        Route("/a/{key}/items/{item}", of_annotator(show), methods=["GET"]),
+        Route("/a/{key}/items/{item}", of_annotator(save), methods=["POST"]),
         # Two names and no folder: there is no path to leave it by.
         Route("/static/page.js", lambda request: FileResponse(PAGE / "page.js")),
         Route("/static/page.css", lambda request: FileResponse(PAGE / "page.css")),

@@ -11,14 +11,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import sqlite3
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,26 +22,10 @@ from typing import Any
 import numpy as np
 
 from lm_envs import rng
-from lm_envs.feedback.study import MOST, Answer, Item, Response, StudySettings, read_settings
+from lm_envs.feedback.database import Database, unusable
+from lm_envs.feedback.study import MOST, SETTINGS, Answer, Item, Response, StudySettings, read_settings
 
 FILE = "study.sqlite"
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS items (
-    id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, known TEXT NOT NULL, columns TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS responses (
-    item INTEGER NOT NULL REFERENCES items, place INTEGER NOT NULL, text TEXT NOT NULL, source TEXT NOT NULL,
-    PRIMARY KEY (item, place)) STRICT;
-CREATE TABLE IF NOT EXISTS annotators (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, since REAL NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS shown (
-    annotator INTEGER NOT NULL REFERENCES annotators ON DELETE CASCADE, item INTEGER NOT NULL REFERENCES items,
-    at REAL NOT NULL, version INTEGER NOT NULL DEFAULT 0, body TEXT, answered REAL,
-    PRIMARY KEY (annotator, item)) STRICT;
-CREATE INDEX IF NOT EXISTS by_item ON shown (item, answered, at);
-CREATE TABLE IF NOT EXISTS answers (
-    annotator INTEGER NOT NULL REFERENCES annotators ON DELETE CASCADE, item INTEGER NOT NULL REFERENCES items,
-    version INTEGER NOT NULL, body TEXT, at REAL NOT NULL, PRIMARY KEY (annotator, item, version)) STRICT;
-"""
 
 
 class StaleAnswer(ValueError):
@@ -97,59 +77,11 @@ class Store:
         self.path = folder / FILE
         self.settings = settings
         self.clock = clock
-        # Kept open: closing the last connection to a database copies its log. One writes while the other reads; locks,
-        # because SQLite lets threads that wait starve.
-        self._locks = threading.RLock(), threading.RLock()
-        self._connections: list[sqlite3.Connection] = []
-        for _ in self._locks:
-            with self._naming():
-                made = sqlite3.connect(self.path, timeout=30.0, isolation_level=None, check_same_thread=False)
-                weakref.finalize(self, made.close)
-                for setting in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
-                    made.execute(f"PRAGMA {setting}")
-            self._connections.append(made)
-        with self._open() as database:
-            database.executescript(_SCHEMA)
+        self._open = Database(self.path).open
+        with self._open(write=True) as database:
             database.execute("INSERT OR IGNORE INTO facts VALUES ('secret', ?)", (secrets.token_hex(32),))
-            self._secret = bytes.fromhex(
-                database.execute("SELECT value FROM facts WHERE name = 'secret'").fetchone()[0]
-            )
-        self.path.chmod(0o600)  # it holds the secret of the annotators' links, and what people wrote
-
-    @contextmanager
-    def _open(self, write: bool = False, lasting: bool = True) -> Iterator[sqlite3.Connection]:
-        """A connection; with ``write`` in a transaction, which is on the disk when it ends if it is ``lasting``."""
-        with self._naming():
-            with self._locks[write]:
-                database = self._connections[write]
-                if write:
-                    database.execute("BEGIN IMMEDIATE")
-                try:
-                    yield database
-                    if write:
-                        database.execute("COMMIT")
-                except BaseException:
-                    if database.in_transaction:
-                        database.execute("ROLLBACK")
-                    raise
-            if write and lasting:  # without the lock: the disk takes several writers' at once
-                log = os.open(f"{self.path}-wal", os.O_RDWR)
-                try:
-                    os.fsync(log)
-                finally:
-                    os.close(log)
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            if type(error) in (sqlite3.DatabaseError, sqlite3.OperationalError):
-                raise self._damaged(error) from error
-            raise
-
-    def _damaged(self, error: BaseException) -> ValueError:
-        return ValueError(f"{self.path} cannot be used: {error}; restore it from a copy")
+            (secret,) = database.execute("SELECT value FROM facts WHERE name = 'secret'").fetchone()
+        self._secret = bytes.fromhex(secret)
 
     # ---- items ----
 
@@ -181,6 +113,12 @@ class Store:
         with self._open() as database:
             return {number: _item(database, number) for (number,) in database.execute("SELECT id FROM items")}
 
+    def not_pairs(self) -> list[int]:
+        """The numbers of the items that have another number of responses than two."""
+        with self._open() as database:
+            rows = database.execute("SELECT item FROM responses GROUP BY item HAVING count(*) != 2")
+            return [number for (number,) in rows]
+
     # ---- annotators ----
 
     def annotator(self, name: str) -> int:
@@ -208,7 +146,7 @@ class Store:
             return [name for (name,) in database.execute("SELECT name FROM annotators ORDER BY id")]
 
     def key(self, annotator: int) -> str:
-        """The secret part of an annotator's link: an HMAC under the study's secret, 43 characters."""
+        """The secret part of an annotator's link: the number, and 160 bits of an HMAC under the study's secret."""
         mac = hmac.new(self._secret, f"annotator {annotator}".encode(), hashlib.sha256)
         return f"{annotator}-{mac.hexdigest()[:40]}"
 
@@ -320,10 +258,12 @@ class Store:
     def last(self, annotator: int, before: int | None = None) -> Task | None:
         """The item that an annotator answered last, or last before ``before``: where "back" leads."""
         with self._open() as database:
+            # Rows of answers count up, whatever the clock does.
             row = database.execute(
-                "SELECT item FROM shown WHERE annotator = ?1 AND answered IS NOT NULL AND item IS NOT ?2 "
-                "AND answered <= coalesce((SELECT answered FROM shown WHERE annotator = ?1 AND item = ?2), 1e300) "
-                "ORDER BY answered DESC LIMIT 1",
+                "WITH mine AS (SELECT item, answers.rowid AS place "
+                "  FROM shown JOIN answers USING (annotator, item, version) WHERE annotator = ?1 "
+                "  AND answered IS NOT NULL) SELECT item FROM mine WHERE item IS NOT ?2 "
+                "AND place <= coalesce((SELECT place FROM mine WHERE item = ?2), place) ORDER BY place DESC LIMIT 1",
                 (annotator, before),
             ).fetchone()
             return None if row is None else self._task(database, annotator, row[0])
@@ -344,7 +284,7 @@ class Store:
         try:
             return self._judgments()
         except (json.JSONDecodeError, TypeError) as error:
-            raise self._damaged(error) from error
+            raise unusable(self.path, error) from error
 
     def _judgments(self) -> list[Judgment]:
         with self._open() as database:
@@ -366,11 +306,17 @@ class Store:
 
 
 def open_study(folder: Path) -> Store:
-    """The study in a folder; ValueError, in one line, if it lacks settings or a database."""
+    """The study in a folder; ValueError, in one line, if it lacks settings or a database or they do not fit."""
     settings, path = read_settings(folder), folder / FILE
     if not path.is_file() or path.stat().st_size == 0:
         raise ValueError(f"{path} is missing or empty: restore it from a copy, or make the study again")
-    return Store(folder, settings)
+    store = Store(folder, settings)
+    if settings.mode == "pair" and (wrong := store.not_pairs()):
+        raise ValueError(
+            f"{folder / SETTINGS}: mode 'pair' shows two responses, and item {wrong[0]} has another number of "
+            "them; set mode to 'rank' or 'rate'"
+        )
+    return store
 
 
 def _responses(database: sqlite3.Connection, item: int) -> tuple[Response, ...]:

@@ -7,7 +7,6 @@ else (:mod:`lm_envs.feedback.store`).
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from lm_envs.settings import Count, Positive, Seed, Settings, make
 SETTINGS = "study.toml"
 Mode = Literal["pair", "rank", "rate"]
 LONGEST = 20_000  # characters of a note or a reason
+LONGEST_S = 1e9  # seconds of an answer: more is no time, and may be more than a float holds
 MOST = 26  # responses of an item, which are called A to Z
 
 # What InstructGPT's annotators ticked (Ouyang et al. 2022, table 3), in our words.
@@ -175,7 +175,7 @@ def read_answer(body: Any, settings: StudySettings, count: int) -> Answer:
     if unknown:
         raise BadAnswer(f"an answer has no field {min(unknown)!r}")
     seconds = body.get("seconds", 0.0)
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < LONGEST_S:
         raise BadAnswer("seconds must be a number that is not negative")
     notes, skipped = _text(body.get("notes", ""), "notes"), _text(body.get("skipped", ""), "skipped")
     flags, reasons = body.get("flags") or [[]] * count, body.get("reasons") or [""] * count

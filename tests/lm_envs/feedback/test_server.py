@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lm_envs.feedback import database
 from lm_envs.feedback.store import StaleAnswer, Store
 from lm_envs.feedback.study import Answer, BadAnswer, Item, Response, StudySettings, read_answer, read_settings
 
@@ -261,3 +265,90 @@ def test_an_answer_on_an_old_version_is_refused_by_the_store_too(tmp_path: Path)
 def test_an_item_has_as_many_responses_as_can_be_shown(tmp_path: Path, mode: Any, count: int) -> None:
     with pytest.raises(ValueError, match=f"not {count}$"):
         study(tmp_path, responses=count, mode=mode)
+
+
+def test_the_link_of_a_person_who_was_deleted_is_never_another_s(tmp_path: Path) -> None:
+    store = study(tmp_path)
+    gone = Page(store, "ann")
+    store.forget("ann")
+    ben = Page(store, "ben")
+    assert gone.base != ben.base and gone.web.get(gone.base + "next").status_code == 404
+
+
+def test_all_files_of_a_study_are_their_owner_s_alone(tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        store = study(tmp_path)
+        store.annotator("ann")
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("study.sqlite*")}
+    finally:
+        os.umask(mask)
+    assert "study.sqlite-wal" in modes and set(modes.values()) == {0o600}, modes
+
+
+def test_numbers_that_no_database_holds_are_refused(tmp_path: Path) -> None:
+    page = Page(study(tmp_path), "me")
+    item = page.get("next")["item"]
+    for wrong in ("99999999999999999999", "-1", "1.0", "٣", "1%00"):
+        page.get(f"items/{wrong}", status=404)
+        page.get(f"before?item={wrong}", status=404)
+    page.post(10**30, {"ranks": [0, 1]}, status=404)
+    page.post(item, {"ranks": [0, 1], "seconds": 10**400}, status=422)
+    page.post(item, {"ranks": [0, 1]}, version=10**30, status=409)
+    assert page.store.judgments() == []
+
+
+def test_an_answer_that_cannot_be_written_is_not_acknowledged_and_may_be_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(database, "_WAIT_S", 0.05)
+    page = Page(study(tmp_path), "me")
+    item, long = page.get("next")["item"], {"ranks": [0, 1], "notes": "x" * 20_000}
+    with contextlib.closing(sqlite3.connect(page.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        told = page.post(item, long, status=503)["error"]
+        other.execute("ROLLBACK")
+    assert str(tmp_path) not in told and "another program writes to it" in caplog.text
+    with page.store._open(write=True) as full:
+        full.execute("PRAGMA max_page_count = 1")  # as many as there are: it does not go below
+    page.post(item, long, status=503)
+    assert "free some space" in caplog.text and page.store.judgments() == []
+    with page.store._open(write=True) as full:
+        full.execute("PRAGMA max_page_count = 1000000")
+    page.post(item, long)
+    assert len(page.store.judgments()) == 1
+
+
+def test_back_follows_the_order_of_answers_when_the_clock_does_not(tmp_path: Path) -> None:
+    store = study(tmp_path, count=4)
+    now = iter(range(1000, 0, -1))
+    store.clock = lambda: float(next(now))
+    page = Page(store, "me")
+    task, order = page.get("next"), []
+    while task["item"] is not None:
+        order.append(task["item"])
+        task = page.post(task["item"], {"ranks": [0, 1]})
+    found = [page.get("before")["item"]]
+    while (earlier := page.get(f"before?item={found[-1]}")["item"]) is not None:
+        found.append(earlier)
+    assert len(order) == 4 and found == order[::-1]
+
+
+def test_behind_a_proxy_the_page_s_own_origin_is_taken(tmp_path: Path) -> None:
+    page = Page(study(tmp_path), "me")
+    page.web = TestClient(application(page.store, ["testserver"], "study.example"))
+    item = page.get("next")["item"]
+    page.post(item, {"ranks": [0, 1]}, status=403, headers={"origin": "https://evil.example"})
+    page.post(item, {"ranks": [0, 1]}, headers={"origin": "https://study.example"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["*" * 20_000, "[" * 20_000, "_a " * 7_000, "> " * 5_000, "`" * 20_001 + "a", "- " * 5_000, "|a" * 5_000 + "\n|-"],
+)
+def test_no_text_takes_long_to_show(tmp_path: Path, text: str) -> None:
+    page = Page(study(tmp_path, count=0), "me")
+    page.store.add_items([Item(text, (Response(text, "a"), Response("b", "b")))])
+    begin = time.process_time()
+    assert page.get("next")["item"] == 1
+    assert time.process_time() - begin < 5
