@@ -2,7 +2,7 @@
 // The page of a study. Every text of others arrives as HTML that the server has escaped, or is set as textContent.
 const $ = (id) => document.getElementById(id);
 const BASE = location.pathname.replace(/\/?$/, "/");
-const WAITING = "lm-envs waiting " + BASE; // answers that the server has not acknowledged
+const waitingKey = (item) => `lm-envs waiting ${BASE} ${item}`; // an answer that the server has not acknowledged
 const draftKey = (item) => `lm-envs draft ${BASE} ${item}`;
 const letter = (k) => String.fromCharCode(65 + k);
 let study, task, answer, shownAt, hiddenFor, hiddenSince, unread, busy = false;
@@ -20,6 +20,7 @@ function make(tag, attributes = {}, ...children) {
 
 function remember(key, value) { try { value === null ? localStorage.removeItem(key) : localStorage.setItem(key, JSON.stringify(value)); } catch { /* private window */ } }
 function recall(key) { try { return JSON.parse(localStorage.getItem(key)); } catch { return null; } }
+function unsent() { try { return Object.keys(localStorage).filter((key) => key.startsWith(waitingKey(""))).map(recall).filter(Boolean); } catch { return []; } }
 function say(text) { $("banner").textContent = text || ""; $("banner").hidden = !text; }
 
 async function call(path, body) {
@@ -47,6 +48,8 @@ function show(found) {
   if (finished) { $("done-text").textContent = task.done ? `Thank you. You answered ${task.done} item${task.done === 1 ? "" : "s"}; all answers are saved.` : "There is nothing to do in this study at the moment."; $("done-back").hidden = !task.done; return; }
   const draft = recall(draftKey(task.item));
   answer = Object.assign(blank(), task.answer || {}, draft && draft.version === task.version ? draft.answer : {});
+  for (const [name, empty] of Object.entries(blank())) if (Array.isArray(empty) && answer[name].length !== empty.length) answer[name] = empty; // of another mode
+  answer.flags = answer.flags.map((names) => names.filter((name) => Object.hasOwn(study.flags, name)));
   shownAt = performance.now(); hiddenFor = 0; hiddenSince = document.hidden ? shownAt : null;
   $("prompt").replaceChildren(...turns(task.prompt));
   $("responses").replaceChildren(...task.responses.map(card));
@@ -54,6 +57,7 @@ function show(found) {
   $("lanes").hidden = study.mode !== "rank";
   $("notes").value = answer.notes;
   unread = new Set(study.read_first && !task.answer ? task.responses.keys() : []);
+  reach();
   document.querySelectorAll(".card > .text").forEach((box, k) => { const look = () => { if (box.scrollTop + box.clientHeight >= box.scrollHeight - 4 && onScreen(box)) { unread.delete(k); draw(); } }; box.addEventListener("scroll", look); look(); });
   draw();
   scrollTo(0, 0);
@@ -62,6 +66,10 @@ function show(found) {
 
 function onScreen(box) { const place = box.getBoundingClientRect(); return place.top < innerHeight && place.bottom <= innerHeight + 4 + box.clientHeight * 0.5; }
 addEventListener("scroll", () => document.querySelectorAll(".card > .text").forEach((box) => box.dispatchEvent(new Event("scroll"))), { passive: true });
+
+// What scrolls can be reached by the keyboard, and nothing else.
+function reach() { document.querySelectorAll("#prompt, .card > .text").forEach((box) => { box.tabIndex = box.scrollHeight > box.clientHeight ? 0 : -1; }); }
+addEventListener("resize", reach);
 
 function progress() {
   const { done, left } = task;
@@ -84,7 +92,7 @@ function card(response, k) {
     make("label", { title: study.flags[name] }, make("input", { type: "checkbox", "data-flag": name, onchange: (event) => { flag(k, name, event.target.checked); } }), name))));
   if (study.reasons) controls.append(make("label", {}, "Reason ", make("textarea", { rows: 2, maxlength: 20000, dir: "auto", "data-reason": k, oninput: (event) => { answer.reasons[k] = event.target.value; keep(); } })));
   const head = make("div", { class: "head" }, make("span", {}, `Response ${letter(k)}`), make("span", { class: "mark" }));
-  const box = make("article", { class: "card", tabindex: 0, "data-place": k, "aria-label": `Response ${letter(k)}` }, head, make("div", { class: "text", dir: "auto", tabindex: -1, html: response }));
+  const box = make("article", { class: "card", tabindex: 0, "data-place": k, "aria-label": `Response ${letter(k)}` }, head, make("div", { class: "text", dir: "auto", html: response }));
   if (controls.children.length) box.append(controls);
   if (study.mode === "pair") box.addEventListener("click", (event) => { if (!event.target.closest("input, textarea, label, button") && !String(getSelection())) choose(k); });
   return box;
@@ -190,7 +198,7 @@ async function send(sent) {
   if (busy) return;
   busy = true; draw();
   const waiting = { item: task.item, version: task.version, answer: sent };
-  remember(WAITING, waiting);
+  remember(waitingKey(waiting.item), waiting);
   await deliver(waiting);
 }
 
@@ -198,17 +206,17 @@ async function deliver(waiting) {
   for (let pause = 500; ; pause = Math.min(pause * 2, 10000)) {
     try {
       const next = await call(`items/${waiting.item}`, { answer: waiting.answer, version: waiting.version });
-      remember(WAITING, null); remember(draftKey(waiting.item), null);
+      remember(waitingKey(waiting.item), null); remember(draftKey(waiting.item), null);
       busy = false; say("");
       return show(next);
     } catch (error) {
       if (error.status && error.status < 500) { // the server understood, and will not take it
-        remember(WAITING, null); busy = false;
+        remember(waitingKey(waiting.item), null); busy = false;
         if (error.status === 409) { remember(draftKey(waiting.item), null); say(error.message); return show(await call(`items/${waiting.item}`)); }
         say(error.message);
         return task ? draw() : show(await call("next"));
       }
-      say("The server cannot be reached. Your answer is kept on this device and sent as soon as it can be.");
+      say(`${error.status ? error.message : "The server cannot be reached."} Your answer is kept on this device and sent as soon as it can be.`);
       await new Promise((done) => setTimeout(done, pause));
     }
   }
@@ -272,16 +280,19 @@ async function start() {
     study = await call("study");
     document.title = study.name; $("name").textContent = study.name; $("question").textContent = study.question;
     $("instructions-text").innerHTML = study.instructions; $("instructions").hidden = !study.instructions;
-    if (matchMedia("(max-width: 52rem)").matches) $("instructions").open = false;
+    if (matchMedia("(max-width: 52rem)").matches) $("instructions").open = $("flags").open = false;
+    $("flags").hidden = !Object.keys(study.flags).length;
+    $("flags-list").replaceChildren(...Object.entries(study.flags).flatMap(([name, definition]) => [make("dt", { dir: "auto" }, name), make("dd", { dir: "auto" }, definition)]));
     const keys = study.mode === "pair" ? [["A B", "the better response"], ["T", "equally good"], ["X", "both bad"]]
       : [["A B …", "go to a response"], ["1 2 …", study.mode === "rank" ? "its rank; equal ranks are ties" : "its rating"]];
     $("keys-list").replaceChildren(...[...keys, ["Enter", "save and go on"], ["U", "back"], ["S", "skip"], ["N", "notes; Esc leaves them"]].flatMap(([key, what]) =>
       [make("dt", {}, make("kbd", {}, key)), make("dd", {}, what)]));
-    const waiting = recall(WAITING);
-    if (waiting) { busy = true; await deliver(waiting); } else show(await call("next"));
+    const waiting = unsent();
+    for (const each of waiting) { busy = true; await deliver(each); }
+    if (!waiting.length) show(await call("next"));
   } catch (error) {
-    if (error.status) return say(error.message);
-    say("The server cannot be reached; trying again.");
+    if (error.status < 500) return say(error.message);
+    say(error.status ? error.message : "The server cannot be reached; trying again.");
     setTimeout(start, 1500);
   }
 }

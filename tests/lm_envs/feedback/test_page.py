@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lm_envs.feedback.store import Judgment, Store
-from lm_envs.feedback.study import Item, Response, StudySettings
+from lm_envs.feedback.study import SETTINGS, Item, Response, StudySettings, write_settings
 from tests.house import CHECKOUT
 
 pytest.importorskip("uvicorn")
@@ -27,24 +28,34 @@ import sys
 from pathlib import Path
 import uvicorn
 from lm_envs.feedback.server import application
-from lm_envs.feedback.store import Store
-from lm_envs.feedback.study import StudySettings
-folder, mode, port = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-settings = StudySettings("study", mode, flags={"harmful": "It harms."}, reasons=mode == "rank", overlap=2)
-app = application(Store(folder, settings), ["127.0.0.1"])
-uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+from lm_envs.feedback.store import open_study
+app = application(open_study(Path(sys.argv[1])), ["127.0.0.1"])
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
 """
+LONG = "\n\n".join(f"Paragraph {k} of a text that goes on for longer than a window is high." for k in range(40))
+EVIL = (
+    "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'><b onclick='window.ran = 1'>b</b> "
+    "[a](javascript:window.ran=1) ![b](x)"
+)
 
 
 class Study:
     """A study with a server in a process of its own, which can be killed and started again on its port."""
 
-    def __init__(self, folder: Path, mode: Any, responses: int, items: int = 3) -> None:
-        self.folder, self.mode = folder, mode
-        settings = StudySettings("study", mode, flags={"harmful": "It harms."}, reasons=mode == "rank", overlap=2)
-        self.store = Store(folder, settings)
-        texts = [tuple(Response(f"response {k} {r}", f"policy {r}") for r in range(responses)) for k in range(items)]
-        self.store.add_items([Item([{"role": "user", "content": f"prompt {k}"}], row) for k, row in enumerate(texts)])
+    def __init__(
+        self, folder: Path, mode: Any, responses: int, items: int = 3, text: str = "", texts: str = "", **settings: Any
+    ) -> None:
+        self.folder = folder
+        given: dict[str, Any] = {"flags": {"harmful" + texts: "It harms." + texts}, "reasons": mode == "rank"}
+        given |= {"question": "Which?" + texts, "instructions": texts, "overlap": 2, **settings}
+        made = StudySettings("study" + texts, mode, **given)
+        write_settings(folder / SETTINGS, asdict(made))
+        self.store = Store(folder, made)
+        rows = [
+            tuple(Response(f"response {k} {r}{text}", f"policy {r}") for r in range(responses)) for k in range(items)
+        ]
+        prompts = [[{"role": "user", "content": f"prompt {k}{text}"}] for k in range(items)]
+        self.store.add_items([Item(prompt, row) for prompt, row in zip(prompts, rows, strict=True)])
         self.port = 0
         self.start()
 
@@ -54,7 +65,7 @@ class Study:
 
             with socket.create_server(("127.0.0.1", 0)) as free:
                 self.port = free.getsockname()[1]
-        command = [sys.executable, "-c", SERVER, str(self.folder), self.mode, str(self.port)]
+        command = [sys.executable, "-c", SERVER, str(self.folder), str(self.port)]
         self.process = subprocess.Popen(command, cwd=CHECKOUT)
         import urllib.error
         import urllib.request
@@ -90,10 +101,10 @@ def browser() -> Iterator[Any]:
 def studies(tmp_path: Path) -> Iterator[Any]:
     made: list[Study] = []
 
-    def make(mode: str, responses: int, items: int = 3) -> Study:
+    def make(mode: str, responses: int, **options: Any) -> Study:
         folder = tmp_path / f"{mode}{len(made)}"
         folder.mkdir()
-        made.append(Study(folder, mode, responses, items))
+        made.append(Study(folder, mode, responses, **options))
         return made[-1]
 
     yield make
@@ -235,3 +246,87 @@ def test_a_killed_server_a_closed_tab_and_two_people(browser: Any, studies: Any)
     ben.keyboard.press("Enter")
     answered(ben, 1)
     assert len(study.of("ben")) == 1 and len(study.of("ann")) == 2
+
+
+def test_ratings_and_flags_by_keyboard_and_a_long_text_that_is_to_be_read_first(browser: Any, studies: Any) -> None:
+    study = studies("rate", 2, text="\n\n" + LONG, read_first=True)
+    page = opened(browser, study.link("ann"), viewport={"width": 1280, "height": 700})
+    page.keyboard.press("a")
+    page.keyboard.press("6")
+    page.keyboard.press("3")
+    assert page.locator("#submit").is_disabled()
+    for place in range(2):
+        box = page.locator(".card > .text").nth(place)
+        page.keyboard.press("ab"[place])
+        page.keyboard.press("Tab")
+        assert box.evaluate("box => document.activeElement === box")
+        page.keyboard.press("End")
+        page.wait_for_function(
+            "box => box.scrollTop + box.clientHeight >= box.scrollHeight - 4", arg=box.element_handle()
+        )
+    for _ in range(8):  # behind the second text: seven ratings, then its flag
+        page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    second = shown(page, 1)
+    page.keyboard.press("Enter")
+    answered(page, 1)
+    (judgment,) = study.of("ann")
+    place = [r.text for r in judgment.content.responses].index(second)
+    assert judgment.answer.ratings[place] == 3 and judgment.answer.flags[place] == ("harmful",)
+    assert page.errors == []
+
+
+def test_nothing_that_others_wrote_runs(browser: Any, studies: Any) -> None:
+    study = studies("pair", 2, text=EVIL, texts=EVIL)
+    page = opened(browser, study.link(EVIL))
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    page.locator("#notes").fill(EVIL)
+    page.keyboard.press("Escape")
+    page.keyboard.press("a")
+    page.keyboard.press("Enter")
+    answered(page, 1)
+    page.keyboard.press("u")
+    page.wait_for_function("document.getElementById('notes').value !== ''")
+    assert page.evaluate("window.ran") is None and page.errors == []
+    assert page.locator("script").count() == 1 and page.locator("main img, main a").count() == 0
+    assert "<b onclick" in page.locator("#flags-list").inner_text()
+
+
+def test_two_tabs_without_a_server_lose_neither_answer(browser: Any, studies: Any) -> None:
+    study = studies("pair", 2)
+    one = opened(browser, study.link("ann"))
+    one.keyboard.press("a")
+    one.keyboard.press("Enter")
+    answered(one, 1)
+    other = one.context.new_page()
+    other.goto(study.link("ann"))
+    other.wait_for_selector(".card")
+    other.keyboard.press("u")  # the first item again, while the other tab has the second
+    other.get_by_text("changing an earlier answer").wait_for()
+    study.kill()
+    for page, key in ((one, "b"), (other, "t")):
+        page.keyboard.press(key)
+        page.keyboard.press("Enter")
+        page.get_by_text("cannot be reached").wait_for()
+    context = one.context
+    one.close()
+    other.close()
+    study.start()
+    later = context.new_page()
+    later.goto(study.link("ann"))
+    answered(later, 2)
+    first, second = study.of("ann")
+    assert first.answer.ranks == (0, 0) and second.answer.ranks != (0, 0)
+
+
+@pytest.mark.parametrize(("mode", "responses"), [("pair", 2), ("rank", 4), ("rate", 2)])
+def test_on_a_phone_everything_fits_and_a_finger_hits_it(browser: Any, studies: Any, mode: str, responses: int) -> None:
+    study = studies(mode, responses, text="\n\n" + LONG)
+    page = opened(browser, study.link("ann"), viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    page.locator("#skip").tap()
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('button, summary, .chip, label:has(input[type])')].filter((e) => e.offsetParent)"
+        ".map((e) => [e.textContent, e.getBoundingClientRect().width, e.getBoundingClientRect().height])"
+    )
+    assert len(sizes) > 5 and [size for size in sizes if min(size[1:]) < 43.9] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
