@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import tyro
 from annotated_types import Interval
@@ -18,12 +17,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from lm_envs import files
+from lm_envs.benchmarks.commands.people_serve import Folder, Serve
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.feedback.store import FILE, Store, open_study
 from lm_envs.feedback.study import INSTRUCT_FLAGS, MOST, SETTINGS, StudySettings, write_settings
+from lm_envs.printable import one_line
 from lm_envs.settings import Count, Positive, Probability, Seed
 
-Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
 _INSTRUCTIONS = "Read all responses before you answer. Judge what is written, not how long it is."
 
 
@@ -88,6 +88,11 @@ class New:
             raise UserError("--policy needs --prompts: what shall it respond to?")
         if (self.out / SETTINGS).exists():
             raise UserError(f"{self.out} is a study already; give another --out")
+        if (self.out / FILE).exists():
+            raise UserError(
+                f"{self.out / FILE} is there without {SETTINGS}: `people new` was stopped, or a study lost its "
+                "settings; give another --out"
+            )
         settings = StudySettings(
             Path(os.path.abspath(self.out)).name,  # resolve() refuses loops of links with an error of its own
             self.mode,
@@ -102,6 +107,8 @@ class New:
             seed=self.seed,
         )
         judgments = exchange.read(self.judged) if self.judged else []
+        if self.mode == "pair":
+            judgments = list(people_items.judged_in_pairs(judgments))
         if self.policy:
             assert self.prompts is not None
             found = people_items.sampled(
@@ -131,68 +138,6 @@ class New:
             write_settings(self.out / SETTINGS, asdict(settings))
         made = f"{count} item{'s' * (count != 1)} in {self.out}; next: lm-envs people serve {self.out}"
         console.print(made, highlight=False, markup=False, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class Serve:
-    """Serve a study's page on this machine, until Ctrl-C.
-
-      lm-envs people serve study
-      lm-envs people serve study --annotator ann --annotator ben
-
-    Prints a secret link for each annotator.
-    """
-
-    study: Folder
-    annotator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
-    """Who answers; may be given again. Your user name, if the study has nobody yet."""
-    host: str = "127.0.0.1"
-    """Address to listen on; anything but a loopback address lets others in, over plain HTTP."""
-    port: Annotated[int, Interval(ge=1, le=65535), tyro.conf.arg(metavar="N")] = 8117
-    """Port to listen on."""
-    public: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
-    """What the server is called from outside, behind a proxy that speaks HTTPS."""
-
-    def run(self, console: Console) -> None:
-        import ipaddress
-        import socket
-
-        store = open_study(self.study)
-        try:
-            import uvicorn
-
-            from lm_envs.feedback.server import application
-        except ImportError as error:
-            raise UserError(f"the page needs {error.name}: pip install 'lm-envs[people]'") from error
-        names = self.annotator or tuple(store.names()) or (getpass.getuser(),)
-        base = self.public.rstrip("/") if self.public else f"http://{self.host}:{self.port}"
-        hosts = [urlsplit(base).hostname or self.host, self.host, "localhost", "127.0.0.1"]
-        try:
-            loopback = ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            loopback = self.host == "localhost"
-        if not loopback:
-            console.print(
-                f"warning: {self.host} is reachable from other machines, and links travel unencrypted; "
-                "--host 127.0.0.1 behind a proxy with HTTPS is safer",
-                highlight=False,
-                markup=False,
-            )
-        try:
-            listener = socket.create_server((self.host, self.port))
-            # A reply is sent in two parts; without this the second one waits 40 ms for the first one's acknowledgment.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {self.host} port {self.port}: {error.strerror}; give another --port"
-            ) from error
-        for name in names:
-            print(f"{name}: {base}/a/{store.key(store.annotator(name))}/", flush=True)
-        config = uvicorn.Config(
-            application(store, hosts), log_level="warning", server_header=False, proxy_headers=False
-        )
-        with listener:
-            uvicorn.Server(config).run(sockets=[listener])
 
 
 @dataclass(frozen=True)
@@ -395,4 +340,4 @@ def _print(tables: Mapping[str, list[dict[str, Any]]]) -> None:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.2f}"
-    return str(value)
+    return one_line(str(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lm_envs.benchmarks.run.results import collect_results
 from lm_envs.data.conventions import nested, text_of
 from lm_envs.data.dataset import Examples, check_letters
 from lm_envs.data.sources import read_rows
+from lm_envs.feedback.exchange import Foreign
 from lm_envs.feedback.study import Item, Response, dense_ranks
 from lm_envs.model import loading
 from lm_envs.model.chat import BadExample
@@ -176,12 +178,26 @@ def in_pairs(items: Iterable[Item], against: str | None = None) -> Iterator[Item
     """Items of several responses as items of two: each response with that of the source ``against``, or where an item
     has none such with the next one, and the last with the first."""
     for item in items:
-        sources = [response.source for response in item.responses]
-        count = len(sources)
-        if against in sources:
-            pairs = [(k, sources.index(against)) for k in range(count) if sources[k] != against]
-        else:
-            pairs = [(k, (k + 1) % count) for k in range(count if count > 2 else 1)]
-        for two in pairs:
-            known = tuple(item.known[place] for place in two) if item.known else ()
-            yield Item(item.prompt, tuple(item.responses[place] for place in two), known=known, columns=item.columns)
+        for places in _pairs(item, against):
+            yield _of_two(item, places)
+
+
+def judged_in_pairs(found: Iterable[Foreign]) -> Iterator[Foreign]:
+    """Judgments of several responses as judgments of the items that :func:`in_pairs` makes."""
+    for item, who, answer in found:
+        for places in _pairs(item):
+            ranks = dense_ranks([answer.ranks[place] for place in places])
+            yield _of_two(item, places), who, replace(answer, ranks=ranks)
+
+
+def _pairs(item: Item, against: str | None = None) -> list[tuple[int, int]]:
+    sources = [response.source for response in item.responses]
+    count = len(sources)
+    if against in sources:
+        return [(k, sources.index(against)) for k in range(count) if sources[k] != against]
+    return [(k, (k + 1) % count) for k in range(count if count > 2 else 1)]
+
+
+def _of_two(item: Item, places: tuple[int, int]) -> Item:
+    known = tuple(item.known[place] for place in places) if item.known else ()
+    return Item(item.prompt, tuple(item.responses[place] for place in places), known=known, columns=item.columns)

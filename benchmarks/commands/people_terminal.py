@@ -1,12 +1,13 @@
-"""A study in the terminal: the same items and answers as on the page, without flags and reasons."""
+"""A study in the terminal: the same items and answers as on the page."""
 
 from __future__ import annotations
 
+import re
 import time
-from typing import Any
+from typing import Any, Literal
 
-from lm_envs.feedback.store import Store, Task
-from lm_envs.feedback.study import Answer, BadAnswer, read_answer
+from lm_envs.feedback.store import StaleAnswer, Store, Task
+from lm_envs.feedback.study import Answer, BadAnswer, StudySettings, read_answer
 from lm_envs.printable import printable
 
 _HELP = {
@@ -18,31 +19,78 @@ _HELP = {
 
 def ask_all(store: Store, name: str) -> None:
     """Ask until nothing is left, the annotator quits or the input ends; every answer is saved when given."""
-    annotator = store.annotator(name)
-    extra = "s REASON (skip), u (back), q (quit)"
-    print(f"{printable(store.settings.question)}\n{_HELP[store.settings.mode]}; {extra}")
+    annotator, settings = store.annotator(name), store.settings
+    _introduce(settings)
     task = store.next(annotator)
     while task is not None:
-        shown_at = time.monotonic()
         _show(task, *store.progress(annotator))
+        said = _ask(task, settings)
+        if said is None:
+            return
+        if said == "back":
+            task = store.last(annotator, task.item) or task
+            continue
+        try:
+            store.answer(annotator, task.item, said, task.version)
+        except StaleAnswer:
+            print("this item was answered in another window meanwhile: that answer stays, u goes back to it")
+        task = store.next(annotator)
+    print("All done; every answer is saved.")
+
+
+def _introduce(settings: StudySettings) -> None:
+    if settings.instructions:
+        print(printable(settings.instructions), end="\n\n")
+    print(f"{printable(settings.question)}\n{_HELP[settings.mode]}; s REASON (skip), u (back), q (quit)")
+    before = ["flag a NAME, NAME"] if settings.flags else []
+    before += ["reason a TEXT"] if settings.reasons else []
+    print(f"before the answer, if you like: {', '.join([*before, 'note TEXT'])}")
+    for name, definition in settings.flags.items():
+        print(printable(f"flag {name}: {definition}"))
+
+
+def _ask(task: Task, settings: StudySettings) -> Answer | Literal["back"] | None:
+    """One annotator's answer to an item; "back", or None to quit."""
+    begun, count = time.monotonic(), len(task.order)
+    old = task.answer or Answer()
+    flags = [list(names) for names in old.flags] or [[] for _ in task.order]
+    body: dict[str, Any] = {"flags": flags, "reasons": list(old.reasons) or [""] * count, "notes": old.notes}
+    while True:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
-            return
-        if line == "q":
-            return
-        if line == "u":
-            task = store.last(annotator, task.item) or task
-            continue
+            return None
+        if line in ("q", "u"):
+            return "back" if line == "u" else None
         try:
-            answer = _read(line, task, store, time.monotonic() - shown_at)
+            word, _, rest = line.partition(" ")
+            if word == "note":
+                body["notes"] = rest
+            elif word in ("flag", "reason"):
+                letter, _, text = rest.strip().partition(" ")
+                place = _place(letter, task)
+                given: Any = [name.strip() for name in text.split(",") if name.strip()] if word == "flag" else text
+                read_answer(
+                    {**body, f"{word}s": _with(body[f"{word}s"], place, given), "skipped": "-"}, settings, count
+                )
+                body[f"{word}s"][place] = given
+            else:
+                said = _read(line, task, settings.mode)
+                return read_answer({**body, **said, "seconds": time.monotonic() - begun}, settings, count)
         except BadAnswer as error:
-            print(f"{error}: {_HELP[store.settings.mode]}")
-            continue
-        store.answer(annotator, task.item, answer, task.version)
-        task = store.next(annotator)
-    print("All done; every answer is saved.")
+            print(f"{error}: {_HELP[settings.mode]}")
+
+
+def _place(letter: str, task: Task) -> int:
+    shown = ord(letter.lower()) - 97 if len(letter) == 1 else -1
+    if not 0 <= shown < len(task.order):
+        raise BadAnswer(f"{letter!r} is no response")
+    return task.order[shown]
+
+
+def _with(values: list[Any], place: int, value: Any) -> list[Any]:
+    return [*values[:place], value, *values[place + 1 :]]
 
 
 def _show(task: Task, done: int, left: int) -> None:
@@ -55,25 +103,22 @@ def _show(task: Task, done: int, left: int) -> None:
         print(f"\n[{chr(97 + place)}] {printable(task.content.responses[number].text)}")
 
 
-def _read(line: str, task: Task, store: Store, seconds: float) -> Answer:
+def _read(line: str, task: Task, mode: str) -> dict[str, Any]:
+    """The fields of an answer that a line holds."""
     count = len(task.order)
-    body: dict[str, Any] = {"seconds": seconds}
     if line == "s" or line.startswith("s "):
-        body["skipped"] = line[2:].strip() or "no reason given"
-    elif store.settings.mode == "pair":
+        return {"skipped": line[2:].strip() or "no reason given"}
+    if mode == "pair":
         shown = {"a": [0, 1], "b": [1, 0], "t": [0, 0], "x": [0, 0]}.get(line.lower())
         if shown is None:
             raise BadAnswer(f"{line!r} is no answer")
-        body |= {"ranks": _stored(shown, task)}
-        body |= {"both_bad": True} if line.lower() == "x" else {}
-    elif store.settings.mode == "rank":
-        body["ranks"] = _stored(_ranks(line.lower(), count), task)
-    else:
-        numbers = line.split()
-        if len(numbers) != count or not all(number.isascii() and number.isdigit() for number in numbers):
-            raise BadAnswer(f"{line!r} is not {count} ratings")
-        body["ratings"] = _stored([int(number) for number in numbers], task)
-    return read_answer(body, store.settings, count)
+        return {"ranks": _stored(shown, task), "both_bad": line.lower() == "x"}
+    if mode == "rank":
+        return {"ranks": _stored(_ranks(line.lower(), count), task)}
+    numbers = line.split()
+    if len(numbers) != count or not all(re.fullmatch("[0-9]{1,3}", number) for number in numbers):
+        raise BadAnswer(f"{line!r} is not {count} ratings")
+    return {"ratings": _stored([int(number) for number in numbers], task)}
 
 
 def _ranks(line: str, count: int) -> list[int]:

@@ -213,6 +213,8 @@ def _argilla(row: Mapping[str, Any]) -> Iterator[Foreign]:
     for answers in row["responses"].values():
         for answer in answers:
             value = answer["value"]
+            if answer.get("status", "submitted") != "submitted":
+                continue  # a draft, or discarded
             if not isinstance(value, list):
                 continue  # a text or a label, not the ranking
             if value and isinstance(value[0], dict):
@@ -233,21 +235,29 @@ def _argilla(row: Mapping[str, Any]) -> Iterator[Foreign]:
 def _battle(row: Mapping[str, Any]) -> Foreign:
     if "conversation_a" in row:
         talks = (row["conversation_a"], row["conversation_b"])
-        before: list[list[dict[str, Any]]] = [list(talk[:-1]) for talk in talks]
+        before = [[{"role": turn["role"], "content": _said(turn["content"])} for turn in talk[:-1]] for talk in talks]
         prompt: Text = before[0]
         if [turn["content"] for turn in before[0] if turn["role"] == "user"] != [
             turn["content"] for turn in before[1] if turn["role"] == "user"
         ]:
             raise ValueError("the two conversations have other prompts")
-        texts = [talk[-1]["content"] for talk in talks]
+        texts = [_said(talk[-1]["content"]) for talk in talks]
     else:
         prompt, texts = _prompt_of(row), [row["response_a"], row["response_b"]]
-    winner = str(row["winner"])
+    winner = {"both_bad": "tie (bothbad)"}.get(str(row["winner"]), str(row["winner"]))
     if winner not in ("model_a", "model_b") and not winner.startswith("tie"):
         raise ValueError(f"the winner is model_a, model_b or a tie, not {winner!r}")
     ranks = {"model_a": (0, 1), "model_b": (1, 0)}.get(winner, (0, 0))
     item = _item(prompt, texts, (str(row["model_a"]), str(row["model_b"])))
     return item, str(row.get("judge", "unknown")), Answer(ranks=ranks, both_bad="bothbad" in winner)
+
+
+def _said(content: Any) -> Any:
+    """The text of a message that may consist of parts; battles with pictures are refused where texts are checked."""
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return "".join(str(part["text"]) for part in parts)
+    return content
 
 
 def _item(prompt: Text, texts: Sequence[Any], sources: Sequence[str]) -> Item:

@@ -80,6 +80,13 @@ def test_label_studio(tmp_path: Path) -> None:
     assert [r.text for r in second[0].responses] == ["first", "second"] and second[2].ranks == (1, 0)
 
 
+def test_drafts_and_what_was_discarded_are_no_answers(tmp_path: Path) -> None:
+    said = [{"value": ["a", "b"], "user_id": k, "status": k} for k in ("draft", "discarded", "submitted")]
+    row = {"fields": {"prompt": "p", "a": "one", "b": "two"}, "responses": {"preference": said}}
+    (path := tmp_path / "a.json").write_text(json.dumps([row]))
+    assert [who for _, who, _ in exchange.read(path)] == ["submitted"]
+
+
 @pytest.mark.parametrize(
     "value", [["response-2", "response-1"], [{"value": "response-1", "rank": 2}, {"value": "response-2", "rank": 1}]]
 )
@@ -104,6 +111,12 @@ def test_battles(tmp_path: Path) -> None:
     found = exchange.read(path)
     assert [answer.ranks for _, _, answer in found] == [(1, 0), (0, 0), (0, 1), (0, 0)]
     assert [answer.both_bad for _, _, answer in found] == [False, True, False, False]
+    # Later ones have messages in parts, and a name of their own for two bad answers.
+    parts = {name: [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in row[name]]
+             for name in ("conversation_a", "conversation_b")}  # fmt: skip
+    path.write_text(json.dumps(row | parts | {"winner": "both_bad"}))
+    (later,) = exchange.read(path)
+    assert later[0] == found[0][0] and later[2].both_bad and later[2].ranks == (0, 0)
     assert found[0][0].prompt == CHAT and [r.source for r in found[0][0].responses] == ["m1", "m2"]
 
 
