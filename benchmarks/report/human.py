@@ -23,8 +23,8 @@ _FEWEST = 3  # methods of which an order says something
 def add_people(out: Path, rows: list[dict[str, Any]], judgments: Sequence[Judgment]) -> Path:
     """Add what people said to the results of a comparison, and write ``people.csv``.
 
-    Each result gets ``human``: per test prompt that people judged the mean outcome against SFT, 1 where they preferred
-    the method's response, 1/2 for a tie; NaN where it was not compared with SFT's.
+    Each result gets ``human``: per test prompt the mean outcome against SFT by people, 1 where they preferred the
+    method's response, 1/2 for a tie; NaN where they did not compare it with SFT's.
 
     Args:
         out: the comparison's folder.
@@ -35,14 +35,14 @@ def add_people(out: Path, rows: list[dict[str, Any]], judgments: Sequence[Judgme
         UserError: no response of this comparison was compared with SFT's.
     """
     for mine in by_task(gather(out, rows)).values():
-        prompts = {record["prompt"] for s in mine for record in s.test_samples()}
-        here = [j for j in judgments if isinstance(j.content.prompt, str) and j.content.prompt in prompts]
-        prompt_of = {judgment.item: str(judgment.content.prompt) for judgment in here}
-        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompt_of.values()))}
+        prompts = max(([record["prompt"] for record in s.test_samples()] for s in mine), key=len)
+        places = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}  # the first of equal ones
+        here = [j for j in judgments if isinstance(j.content.prompt, str) and j.content.prompt in places]
+        place_of = {judgment.item: places[str(judgment.content.prompt)] for judgment in here}
         for label, found in ratings.outcomes(ratings.battles(here), "sft").items():
-            said: list[list[float]] = [[] for _ in places]
+            said: list[list[float]] = [[] for _ in prompts]
             for item, result in found:
-                said[places[prompt_of[item]]].append(result)
+                said[place_of[item]].append(result)
             for s in mine:
                 if s.label == label:
                     for row in s.results:
@@ -61,23 +61,34 @@ def add_people(out: Path, rows: list[dict[str, Any]], judgments: Sequence[Judgme
 
 
 def correlation(series: Sequence[Series], *, seed: int = 0) -> Interval | None:
-    """Spearman's rank correlation of simulated and human win-rates over the methods of a task, with the 95 % interval
-    over resampled prompts of both; None with fewer than three methods."""
-    known = [s.results for s in series if s.results[0].get("human") and s.results[0].get("wins")]
+    """Spearman's rank correlation of simulated and human win-rates over the methods of a task, with an interval; None
+    with fewer than three methods.
+
+    Prompts are resampled, each with what both sides said of it. Noise shrinks a rank correlation, in the estimate and
+    once more in a resample, so that the 95 % of the resamples alone would hardly ever reach the true correlation of
+    methods near each other. The interval is what covers them and their reflection at the estimate.
+    """
+    known = [s.results for s in series if (said := s.results[0].get("human")) and _measured(s.results, len(said))]
     if len(known) < _FEWEST:
         return None
     human = np.array([results[0]["human"] for results in known])
     judge = np.array([np.mean([[number(w) for w in row["wins"]] for row in results], axis=0) for results in known])
     draws = np.random.default_rng(seed)
 
-    def resampled(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        chosen = values[:, draws.integers(values.shape[1], size=values.shape[1])]
+    found = []
+    for _ in range(RESAMPLES):
+        chosen = draws.integers(human.shape[1], size=human.shape[1])
         with np.errstate(invalid="ignore"):  # a method without a prompt
-            return np.nansum(chosen, axis=1) / (~np.isnan(chosen)).sum(axis=1)
-
-    found = [spearman(resampled(human), resampled(judge)) for _ in range(RESAMPLES)]
+            rate = np.nansum(human[:, chosen], axis=1) / (~np.isnan(human[:, chosen])).sum(axis=1)
+        found.append(spearman(rate, judge[:, chosen].mean(axis=1)))
+    value = spearman(np.nanmean(human, axis=1), judge.mean(axis=1))
     low, high = np.nanquantile(found, (0.025, 0.975))
-    return Interval(spearman(np.nanmean(human, axis=1), judge.mean(axis=1)), float(low), float(high), len(known))
+    low, high = max(-1.0, min(low, 2 * value - high)), min(1.0, max(high, 2 * value - low))
+    return Interval(value, float(low), float(high), len(known))
+
+
+def _measured(results: Sequence[dict[str, Any]], prompts: int) -> bool:
+    return all(len(row.get("wins", ())) == prompts for row in results)
 
 
 def spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

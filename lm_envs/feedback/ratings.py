@@ -18,6 +18,7 @@ from lm_envs.feedback.store import Judgment
 
 # Half a tie between every two methods, so that one that won or lost everything has a finite rating.
 PRIOR = 0.5
+ORDERS = 200  # of the battles, for Elo
 PER_UNIT = 400.0 / np.log(10.0)  # Elo points in a natural log-odds unit
 
 
@@ -107,12 +108,10 @@ def _fit(wins: NDArray[np.float64]) -> NDArray[np.float64]:
     return logs - logs.mean(-1, keepdims=True)
 
 
-def elo(
-    found: Sequence[Battle], *, k: float = 16.0, start: float = 1000.0, orders: int = 200, seed: int = 0
-) -> dict[str, Interval]:
-    """Elo ratings (Elo 1978), the mean over random orders of the battles with the middle 95 % of the orders.
+def elo(found: Sequence[Battle], *, k: float = 16.0, start: float = 1000.0, seed: int = 0) -> dict[str, Interval]:
+    """Elo ratings (Elo 1978): the mean over random orders of the battles, with 95 % intervals over resampled items.
 
-    Elo depends on the order of play, which means nothing in a study: hence the orders.
+    Elo depends on the order of play, which means nothing in a study: hence the orders, of each resample too.
     """
     names = sorted({name for battle in found for name in (battle.first, battle.second)})
     place = {name: index for index, name in enumerate(names)}
@@ -120,18 +119,34 @@ def elo(
     second = np.array([place[battle.second] for battle in found], dtype=int)
     result = np.array([battle.result for battle in found])
     draws = np.random.default_rng(seed)
-    order = np.argsort(draws.random((orders, len(found))), axis=1)
-    rating = np.full((orders, len(names)), start)
-    every = np.arange(orders)
-    for column in order.T:  # all orders play one battle at a time
-        a, b = first[column], second[column]
-        expected = 1 / (1 + 10 ** ((rating[every, b] - rating[every, a]) / 400))
-        change = k * (result[column] - expected)
-        rating[every, a] += change
-        rating[every, b] -= change
-    low, high = np.quantile(rating, (0.025, 0.975), axis=0)
+
+    def play(rows: Sequence[NDArray[np.int64]], orders: int) -> NDArray[np.float64]:
+        """(R, N): the mean ratings over orders of each row of battles; all rows and orders play at a time."""
+        most = max(map(len, rows))
+        battles = np.stack([np.pad(row, (0, most - len(row)), constant_values=-1) for row in rows]).repeat(orders, 0)
+        battles = np.take_along_axis(battles, np.argsort(draws.random(battles.shape, np.float32), axis=1), axis=1)
+        rating, every = np.full((len(battles), len(names)), start), np.arange(len(battles))
+        for column in battles.T:
+            a, b = first[column], second[column]
+            expected = 1 / (1 + 10 ** ((rating[every, b] - rating[every, a]) / 400))
+            change = np.where(column < 0, 0.0, k * (result[column] - expected))
+            rating[every, a] += change
+            rating[every, b] -= change
+        return rating.reshape(len(rows), orders, len(names)).mean(1)
+
+    of_item: dict[int, list[int]] = {}
+    for number, battle in enumerate(found):
+        of_item.setdefault(battle.item, []).append(number)
+    if not of_item:
+        return {}
+    (means,) = play([np.arange(len(found))], ORDERS)
+    groups = [np.array(numbers) for numbers in of_item.values()]
+    drawn = draws.integers(len(groups), size=(RESAMPLES // 5, len(groups)))
+    at_once = max(1, 2_000_000 // len(found) // 10)  # resamples, so that memory stays small
+    parts = [drawn[k : k + at_once] for k in range(0, len(drawn), at_once)]
+    resampled = np.concatenate([play([np.concatenate([groups[g] for g in row]) for row in part], 10) for part in parts])
+    low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
     counts = np.bincount(np.concatenate([first, second]), minlength=len(names))
-    means = rating.mean(0)
     return {name: Interval(float(means[i]), float(low[i]), float(high[i]), int(counts[i])) for name, i in place.items()}
 
 

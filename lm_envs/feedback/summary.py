@@ -45,6 +45,10 @@ def summarize(
             _row({"preferred": "the longer response"}, agreement.share(agreement.length_bias(answered))),
         ],
         "Ratings": _ratings(found),
+        "Elo": [
+            _row({"source": name}, played, "Elo")
+            for name, played in sorted(ratings.elo(found).items(), key=lambda each: -each[1].value)
+        ],
         f"Preferred to {against}": [
             _row({"source": name}, interval) for name, interval in ratings.win_rates(found, against).items()
         ],
@@ -120,10 +124,10 @@ def _annotators(judgments: Sequence[Judgment], said: dict[agreement.Unit, dict[s
 
 
 def _ratings(found: Sequence[ratings.Battle]) -> Rows:
-    rated, played = ratings.bradley_terry(found), ratings.elo(found)
+    rated = ratings.bradley_terry(found)
     circular, complete = ratings.cycles(found)
     rows = [
-        _row({"source": name}, rated[name], "Bradley-Terry") | {"Elo": played[name].value}
+        _row({"source": name}, rated[name], "Bradley-Terry")
         for name in sorted(rated, key=lambda name: -rated[name].value)
     ]
     if circular:

@@ -115,3 +115,39 @@ def test_rank_correlation_is_scipys_and_its_interval_is_wide_where_methods_are_a
     assert apart.value == pytest.approx(1) and apart.low > 0.8 and apart.count == 5
     assert reverse.value == pytest.approx(-1) and alike.high - alike.low > 0.8
     assert correlation(series([0.1, 0.9], [0.1, 0.9])) is None
+
+
+def test_the_interval_keeps_together_what_people_and_the_judge_said_of_a_prompt() -> None:
+    """People who say what the judge says have its order in each resample, however near the methods are."""
+    wins = (np.random.default_rng(0).random((6, 100)) < 0.5).astype(float).tolist()
+    same = [Series("t", f"m{k}", ({"seed": 0, "wins": row, "human": row},), Path()) for k, row in enumerate(wins)]
+    found = correlation(same)
+    assert found is not None and (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2, 3, 4, 5, 6), (1, 0, 3, 2, 5, 4, 6), (2, 5, 0, 6, 1, 3, 4), (6, 5, 4, 3, 2, 1, 0)]
+)
+@pytest.mark.parametrize("apart", [0.02, 0.05])
+def test_intervals_of_the_rank_correlation_cover_the_true_one(
+    order: tuple[int, ...], apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Studies of 86 of 512 prompts, as in docs/people.md; people and the judge see the same responses."""
+    monkeypatch.setattr("lm_envs.benchmarks.report.human.RESAMPLES", 200)
+    draws, covered = np.random.default_rng(0), []
+    rates = 0.55 + apart * np.arange(7)
+    true = spearman(rates, rates[list(order)])
+    for _ in range(60):
+        hard, luck = draws.normal(size=512), draws.normal(size=(7, 512))
+        wins = hard + luck < 2**0.5 * stats.norm.ppf(rates)[:, None]
+        other = hard + 0.8 * luck + 0.6 * draws.normal(size=(7, 512))
+        human = np.where(np.arange(512) < 86, other < 2**0.5 * stats.norm.ppf(rates[list(order)])[:, None], np.nan)
+        rows = [
+            {"seed": 0, "wins": a.astype(float).tolist(), "human": b.tolist()} for a, b in zip(wins, human, strict=True)
+        ]
+        found = correlation([Series("t", f"m{k}", (row,), Path()) for k, row in enumerate(rows)])
+        assert found is not None
+        covered.append(found.low - 1e-9 <= true <= found.high + 1e-9)
+    print(f"true {true:.2f}, {100 * apart:.0f} points apart: {np.mean(covered):.2f} of the intervals cover it")
+    assert np.mean(covered) > 0.75

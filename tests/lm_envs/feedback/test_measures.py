@@ -192,7 +192,7 @@ def test_the_calibration_of_a_model_that_knows_is_as_expected_and_of_one_that_bo
     person = Annotator(lambda item: [float(response.text) for response in item.responses])
     found = []
     for k, (a, b) in enumerate(strength):
-        item = Item("p", (Response(str(a), "a"), Response(str(b), "b")))
+        item = Item("p", (Response(str(a), "one"), Response(str(b), "one")))
         found.append(Judgment("x", k, item, (0, 1), person(Task(k, item, (0, 1), 0, None)), 0.0))
     rows = summarize(found, scores=strength.tolist())["Reward model"]
     assert [row["n"] for row in rows] == [3000, 600, 600, 600, 600, 600]
@@ -200,3 +200,21 @@ def test_the_calibration_of_a_model_that_knows_is_as_expected_and_of_one_that_bo
     boasting = summarize(found, scores=(4 * strength).tolist())["Reward model"]
     assert [row["as people"] for row in boasting] == [row["as people"] for row in rows]
     assert boasting[0]["expected"] > boasting[0]["high"] + 0.1
+
+
+def test_elo_s_interval_is_over_items_and_none_where_there_is_one() -> None:
+    one = ratings.elo([Battle(0, "a", "b", 1.0), Battle(0, "a", "b", 1.0)])["a"]
+    assert one.low == one.high == pytest.approx(one.value)
+    few, many = (ratings.elo([Battle(k, "a", "b", float(k % 3 > 0)) for k in range(n)])["a"] for n in (12, 120))
+    assert few.low < few.value < few.high and many.low < many.value < many.high
+    assert many.low > 1000  # two wins of three, 120 times
+
+
+@pytest.mark.slow
+def test_elo_s_intervals_cover_what_studies_give_on_average() -> None:
+    found = [ratings.elo(simulated(seed, 60), seed=seed) for seed in range(60)]
+    covered = []
+    for name in ("weak", "middle", "strong"):
+        true = np.mean([rated[name].value for rated in found])
+        covered += [rated[name].low <= true <= rated[name].high for rated in found]
+    assert 0.89 <= np.mean(covered) <= 0.99, np.mean(covered)
