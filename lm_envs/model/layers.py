@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,21 +53,27 @@ def _policy(_: object, operation: Any, *given: Any, **__: Any) -> CheckpointPoli
 def checkpointing(model: PreTrainedModel, *, keep_products: bool = False) -> Iterator[None]:
     """Keep each layer's input in forwards, and with ``keep_products`` also attention and most matrix products.
 
-    transformers does so for layers in train mode with two attributes. Its own switch adds a hook with each call, and
-    compiled programs contain hooks. Only the layers' own flag is set, not that of the modules inside, and the rates of
-    layers that apply dropout by their flag (BART, OPT) are 0, so dropout stays off.
+    transformers does so for layers in train mode. Only the layers' own flag is set, not that of the modules inside, and
+    the rates of layers that apply dropout by their flag (BART, OPT) are 0, so dropout stays off.
     """
-    options = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if keep_products else {}
-    again = partial(checkpoint, use_reentrant=False, **options)
-    flags: dict[str, Any] = {"training": True, "gradient_checkpointing": True, "_gradient_checkpointing_func": again}
-    layers = [vars(layer) for layer in recomputable(model)]
-    held = [dict(layer) for layer in layers]
+    layers = recomputable(model)
+    rates = [(layer, name, rate) for layer in layers for name, rate in vars(layer).items()]
+    rates = [found for found in rates if "dropout" in found[1] and isinstance(found[2], float)]
+    # transformers renames these two methods in version 6.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    options: dict[str, Any] = {"use_reentrant": False}
+    if keep_products:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    getattr(model, f"{kind}_checkpointing_enable")(options)
+    for layer, name, _ in rates:
+        setattr(layer, name, 0.0)
     for layer in layers:
-        rates = [name for name, value in layer.items() if "dropout" in name and isinstance(value, float)]
-        layer.update(flags | dict.fromkeys(rates, 0.0))
+        layer.training = True
     try:
         yield
     finally:
-        for layer, before in zip(layers, held, strict=True):
-            layer.clear()
-            layer.update(before)
+        for layer in layers:
+            layer.training = False
+        for layer, name, rate in rates:
+            setattr(layer, name, rate)
+        getattr(model, f"{kind}_checkpointing_disable")()

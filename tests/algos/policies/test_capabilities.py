@@ -27,6 +27,7 @@ THIRD_PARTY = {
     "lm_envs/env/report.py": {"unwrapped", "envs"},
     "lm_envs/reward/base.py": {"dense", "__name__", "__module__"},
     "algos/engine/judged_pairs.py": {"score"},
+    "algos/policies/recomputing.py": {"activation_checkpointing_enable"},
     "algos/policies/adaptation.py": {"num_hidden_layers", "variable", "generation_config"},
 }
 ROOMS = ("algos", "lm_envs/env", "lm_envs/tasks")

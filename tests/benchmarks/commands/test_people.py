@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import random
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -22,11 +21,9 @@ import pytest
 
 from lm_envs.algos.engine.judged_pairs import fresh
 from lm_envs.benchmarks.cli import main
-from lm_envs.benchmarks.commands import people_loop
 from lm_envs.benchmarks.commands.people_loop import Loop, scores_of
 from lm_envs.benchmarks.report.human import add_people, correlation
 from lm_envs.benchmarks.report.series import gather
-from lm_envs.benchmarks.run import data_problem, one_run
 from lm_envs.benchmarks.run.results import collect_results
 from lm_envs.feedback import exchange, ratings
 from lm_envs.feedback.annotators import Annotator, work
@@ -35,6 +32,7 @@ from lm_envs.feedback.study import Answer, read_settings
 from lm_envs.reward.learned import load_reward_model
 from lm_envs.tasks import load, sampling
 from lm_envs.tasks.reviews import ranking_accuracy
+from tests.benchmarks.run.ordeals import everybody_answers, study_in_rounds
 from tests.house import CHECKOUT
 from tests.lm_envs import byo
 
@@ -164,22 +162,9 @@ def test_ties_are_no_data_and_rows_may_be_weighed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def rounds(tmp_path: Path) -> Path:
-    """A study in rounds that is ready for ``people next``, and what it needs, all small."""
-    policy = byo.make(tmp_path / "byo").options["policy"]
-    rows = [{"prompt": f"the {a} cat {b} a"} for a in ("old", "grey", "small", "red") for b in ("saw", "ate", "hid")]
-    prompts = byo.write_jsonl(tmp_path / "p.jsonl", rows)
-    new = ["people", "new", "--policy", policy, "--prompts", str(prompts), "--max-new-tokens", "4", "--limit", "9"]
-    main([*new, "--out", str(tmp_path / "study")])
-    path = tmp_path / "study" / "loop.toml"
-    text = path.read_text().replace("[reward_model]", '[reward_model]\niterations = 2\nset = ["episodes=4"]')
-    path.write_text(text.replace("[train]", '[train]\niterations = 1\nset = ["episodes=4", "minibatches=1"]'))
+    """A study in rounds that is ready for ``people next``."""
+    study_in_rounds(tmp_path, tmp_path / "study")
     return tmp_path / "study"
-
-
-def everybody_answers(study: Path) -> None:
-    # The longer text is better: something that a reward model can learn.
-    person = Annotator(lambda item: [float(len(r.text)) for r in item.responses], temperature=0)
-    work(Store(study, read_settings(study)), "ann", person)
 
 
 def test_rounds_wait_for_people_and_go_on(rounds: Path, capsys: Any) -> None:
@@ -224,41 +209,6 @@ def test_a_reply_does_not_wait_for_an_acknowledgment(tmp_path: Path, monkeypatch
         port = free.getsockname()[1]
     main(["people", "serve", str(tmp_path / "study"), "--port", str(port)])
     assert undelayed and undelayed[0]
-
-
-@pytest.mark.slow
-def test_rounds_that_are_killed_at_each_step_end_as_those_that_are_not(rounds: Path, monkeypatch: Any) -> None:
-    """A step that is stopped before, in or after its work is done again or continued; nothing is done twice."""
-    whole = rounds.with_name("whole")
-    shutil.copytree(rounds, whole)
-    everybody_answers(whole)
-    main(["people", "next", str(whole)])
-    everybody_answers(rounds)
-    for module, name in (
-        (exchange, "write_rows"), (people_loop.Loop, "learn"), (data_problem.DataProblem, "save_model"),
-        (people_loop, "write_json"), (people_loop.Loop, "improve"), (one_run, "write_json"),
-        (people_loop.Loop, "sample"), (Store, "add_items"),
-    ):  # fmt: skip
-        with monkeypatch.context() as patch:
-            real = getattr(module, name)
-
-            def killed(*arguments: Any, real: Any = real, **options: Any) -> None:
-                raise Killed
-
-            patch.setattr(module, name, killed)
-            with pytest.raises(Killed):
-                main(["people", "next", str(rounds)])
-    main(["people", "next", str(rounds)])
-    for path in whole.glob("round-0/**/*"):
-        if path.suffix in (".safetensors", ".jsonl") or path.name == "accuracy.json":
-            if path.name not in ("metrics.jsonl",):
-                assert (rounds / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
-    one, other = (Store(study, read_settings(study)).items() for study in (whole, rounds))
-    assert one == other
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.slow
@@ -425,3 +375,149 @@ def test_a_reward_model_from_a_thousand_rankings_is_as_good_as_the_pipeline_s(tm
         accuracy[name] = ranking_accuracy(pairs, scores[:, 0] - scores[:, 1])
     print(accuracy)
     assert accuracy["people"] > accuracy["pipeline"] - 0.02
+
+
+def told_by(capsys: Any, *words: str) -> str:
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    assert caught.value.code == 1
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "0.0.0.0"], "say by --public what others open"),
+        (["--host", "::"], "say by --public what others open"),
+        (["--public", "study.example.org"], "--public is an address such as"),
+        (["--public", "https://x.example:99999"], "--public is an address such as"),
+        (["--annotator", " "], "a name that is not empty"),
+        (["--port", "PORT"], "give another --port"),
+        (["--host", "1.2.3.4.5"], "cannot listen on 1.2.3.4.5"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(tmp_path: Path, capsys: Any, words: list[str], message: str) -> None:
+    pytest.importorskip("uvicorn")
+    main(["people", "new", "--out", str(tmp_path / "s"), "--texts", str(texts(tmp_path / "t.jsonl", 1))])
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = str(used.getsockname()[1])
+        said = told_by(capsys, "people", "serve", str(tmp_path / "s"), *[port if w == "PORT" else w for w in words])
+    assert message in said.split("warning")[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "host"),
+    [
+        ([], "http://127.0.0.1:PORT", "127.0.0.1:PORT"),
+        (["--host", "::1"], "http://[::1]:PORT", "[::1]:PORT"),
+        (["--public", "https://study.example/x/"], "https://study.example/x", "study.example"),
+    ],
+)
+def test_the_links_that_are_printed_are_the_ones_that_are_answered(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], base: str, host: str
+) -> None:
+    uvicorn = pytest.importorskip("uvicorn")
+    from starlette.testclient import TestClient
+
+    servers: list[Any] = []
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: servers.append((self.config.app, sockets[0].family))
+    )
+    main(["people", "new", "--out", str(tmp_path / "s"), "--texts", str(texts(tmp_path / "t.jsonl", 1))])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    capsys.readouterr()
+    try:
+        main(["people", "serve", str(tmp_path / "s"), "--port", port, *words, *["--annotator", "a\x1b[2Jb"] * 2])
+    except SystemExit:
+        pytest.skip("no IPv6 here")
+    (line,) = capsys.readouterr().out.strip().split("\n")  # a name that is given twice is one person
+    name, link = line.split(": ", 1)
+    assert name == "a\\x1b[2Jb" and link.startswith(base.replace("PORT", port) + "/a/")
+    web = TestClient(servers[0][0])
+    place = "/a/" + link.split("/a/")[1]
+    page = web.get(place, headers={"host": host.replace("PORT", port)})
+    assert page.status_code == 200 and "../../static/page.js" in page.text
+    assert web.get(place, headers={"host": "evil.example"}).status_code == 400
+
+
+def test_a_study_whose_settings_no_longer_fit_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    study = tmp_path / "s"
+    new = ["people", "new", "--out", str(study), "--texts", str(texts(tmp_path / "t.jsonl", 1)), "--mode", "rank"]
+    main(new)
+    path = study / "study.toml"
+    path.write_text(path.read_text().replace('mode = "rank"', 'mode = "pair"'))
+    assert "mode 'pair' shows two responses, and item 1 has" in told_by(capsys, "people", "results", str(study))
+    path.unlink()
+    assert "study.sqlite is there without study.toml" in told_by(capsys, *new)
+    assert (study / "study.sqlite").exists()
+
+
+def test_rankings_of_another_tool_are_shown_as_rankings_or_as_pairs(tmp_path: Path, capsys: Any) -> None:
+    fields = {"prompt": "p", **{f"response-{k}": f"text {k}" for k in range(3)}}
+    value = [{"value": f"response-{k}", "rank": rank} for k, rank in ((0, 2), (1, 1), (2, 1))]
+    row = {"fields": fields, "responses": {"preference": [{"value": value, "user_id": "u"}]}}
+    path = byo.write_jsonl(tmp_path / "a.jsonl", [row])
+    for mode, ranks in (("rank", [(1, 0, 0)]), ("pair", [(1, 0), (0, 0), (0, 1)])):
+        main(["people", "new", "--out", str(tmp_path / mode), "--judged", str(path), "--mode", mode])
+        store = Store(tmp_path / mode, read_settings(tmp_path / mode))
+        assert [judgment.answer.ranks for judgment in store.judgments()] == ranks
+
+
+def test_in_the_terminal_responses_get_flags_and_reasons_too(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    study = tmp_path / "study"
+    main(
+        [
+            "people",
+            "new",
+            "--out",
+            str(study),
+            "--texts",
+            str(texts(tmp_path / "t.jsonl", 2)),
+            "--mode",
+            "rank",
+            "--flags",
+        ]
+    )
+    path = study / "study.toml"
+    path.write_text(path.read_text().replace("reasons = false", "reasons = true"))
+    lines = [
+        "flag b harmful, violent",
+        "flag d harmful",
+        "flag a nonsense",
+        "reason c it is long",
+        "note hm",
+        "abc",
+        "u",
+        "bac",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    main(["people", "rank", str(study), "--annotator", "ann"])
+    told = capsys.readouterr().out
+    assert "Read all responses" in told and "flag harmful: " in told
+    assert "'d' is no response" in told and "flags are lists of" in told
+    (judgment,) = Store(study, read_settings(study)).judgments()
+    order, answer = judgment.order, judgment.answer
+    assert answer.flags[order[1]] == ("harmful", "violent") and answer.flags[order[0]] == ()
+    assert answer.reasons[order[2]] == "it is long" and answer.notes == "hm"
+    assert [answer.ranks[place] for place in order] == [1, 0, 2]
+
+
+def test_an_answer_on_the_page_meanwhile_stays(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    study = tmp_path / "study"
+    main(["people", "new", "--out", str(study), "--texts", str(texts(tmp_path / "t.jsonl", 1)), "--mode", "rank"])
+    store = Store(study, read_settings(study))
+    ann = store.annotator("ann")
+
+    def typed(prompt: str) -> str:
+        store.answer(ann, 1, Answer(ranks=(0, 0, 0)), 0)
+        return "abc"
+
+    monkeypatch.setattr("builtins.input", typed)
+    main(["people", "rank", str(study), "--annotator", "ann"])
+    assert "answered in another window" in capsys.readouterr().out
+    assert [judgment.answer.ranks for judgment in store.judgments()] == [(0, 0, 0)]

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.run.ordeals sft kill=1 raise=7 damage=20
 
 kills ``sft`` at each operation on a file, lets every seventh fail as on a full disk, and damages its folder, finished
-or half-finished, twenty times. Other commands: COMMANDS; several with commas between. Faults are printed, and the
-status is then 1.
+or half-finished, twenty times. Other commands: COMMANDS, and ``people`` (``lm-envs people next``); several with commas
+between. Faults are printed, and the status is then 1.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import json
 import os
 import random
 import shutil
+import signal
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -31,18 +33,20 @@ import torch
 from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.report import html
 from lm_envs.benchmarks.run.one_run import versions
+from lm_envs.feedback.annotators import Annotator, work
+from lm_envs.feedback.store import open_study
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
 
 Outcome = tuple[str, str | None]
 """What happened, and what was wrong after it."""
-KILLED = 137
+KILLED = -signal.SIGKILL
 COMMANDS = ("train", "compare", "sft", "reward-model", "dpo")
 _PPO = ("episodes=4", "epochs=1", "minibatches=1")
 
 
 def arguments(root: Path, command: str) -> list[str]:
-    """A small run of a command; what it reads is made in ``root``."""
+    """A small run of a command; what it reads is made in ``root``, and what it goes on with in ``root / "begun"``."""
     often = ["--validate-every", "1", "--checkpoint-every", "1", "--iterations", "3", "--threads", "1"]
     if command == "train":
         sets = [word for each in _PPO for word in ("--set", each)]
@@ -54,6 +58,10 @@ def arguments(root: Path, command: str) -> list[str]:
             "[evaluation]\ntest_prompts = 8\nvalidation_prompts = 4\nevery = 1\n[algorithm.ppo]\n" + "\n".join(_PPO)
         )
         return ["compare", "--suite", str(suite), "--threads", "1"]
+    if command == "people":
+        study_in_rounds(root, root / "begun")
+        everybody_answers(root / "begun")
+        return ["people", "next"]
     tokenizer = byo.byte_level_bpe()
     byo.llama(len(tokenizer)).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
@@ -61,6 +69,24 @@ def arguments(root: Path, command: str) -> list[str]:
     rows = byo.write_jsonl(root / "rows.jsonl", [{"prompt": f"the cat {i}", **said} for i in range(12)])
     places = ["--model", str(root / "model"), "--data", str(rows)]
     return [command, *places, "--batch-size", "4", "--held-out", "0.3", *often]
+
+
+def study_in_rounds(root: Path, study: Path) -> None:
+    """A study that is ready for ``people next``, and in ``root`` what it needs, all small."""
+    policy = byo.make(root / "byo").options["policy"]
+    rows = [{"prompt": f"the {a} cat {b} a"} for a in ("old", "grey", "small", "red") for b in ("saw", "ate", "hid")]
+    prompts = byo.write_jsonl(root / "prompts.jsonl", rows)
+    new = ["people", "new", "--policy", policy, "--prompts", str(prompts), "--max-new-tokens", "4", "--limit", "9"]
+    cli.main([*new, "--out", str(study)])
+    path = study / "loop.toml"
+    text = path.read_text().replace("[reward_model]", '[reward_model]\niterations = 2\nset = ["episodes=4"]')
+    path.write_text(text.replace("[train]", '[train]\niterations = 1\nset = ["episodes=4", "minibatches=1"]'))
+
+
+def everybody_answers(study: Path) -> None:
+    """The longer text is better: something that a reward model can learn."""
+    person = Annotator(lambda item: [float(len(r.text)) for r in item.responses], temperature=0)
+    work(open_study(study), "ann", person)
 
 
 # ---- what happens to files ----
@@ -108,7 +134,7 @@ class Watch:
 
 
 def die() -> None:
-    os._exit(KILLED)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def full() -> None:
@@ -230,9 +256,15 @@ def _content(path: Path) -> Any:
         return [_lasting(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".json":
         return _lasting(json.loads(path.read_text()))
+    if path.suffix == ".sqlite":
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            return list(database.iterdump())
     if path.suffix == ".csv":
         return [_lasting(row) for row in csv.DictReader(path.read_text().splitlines())]
     return path.read_bytes()
+
+
+_PASSING = (".lock", "manifest.json", "report.html", "study.sqlite-wal", "study.sqlite-shm")
 
 
 def facts(out: Path) -> dict[str, Any]:
@@ -244,7 +276,7 @@ def facts(out: Path) -> dict[str, Any]:
         name = str(path.relative_to(out))
         if ".tmp-" in name:
             found[name] = "left over"
-        elif not path.is_file() or path.name in (".lock", "manifest.json", "report.html") or "tensorboard" in name:
+        elif not path.is_file() or path.name in _PASSING or "tensorboard" in name:
             continue
         else:
             try:
@@ -275,16 +307,20 @@ class Ordeal:
         versions()  # once: somebody may edit the code meanwhile
         gc.collect()
         gc.freeze()
-        self.whole = root / "whole"
-        status, said = self.run(self.whole, -1)
+        # All in one place, whose name may be written into files; the finished folder lies elsewhere.
+        self.out, self.whole = root / "out", root / "whole"
+        status, said = self.run(-1)
         if status:
             raise RuntimeError(said)
         self.operations = int(said.rsplit("\n", 1)[1])
-        self.facts = facts(self.whole)
+        self.facts = facts(self.out)
+        self.out.rename(self.whole)
 
-    def run(self, out: Path, at: int, act: Callable[[], None] = die, resume: bool = False) -> tuple[int, str]:
+    def run(self, at: int, act: Callable[[], None] = die, resume: bool = False) -> tuple[int, str]:
         """Status and what was printed; at the end of it how many operations there were."""
-        said = self.root / "said"
+        said, begun = self.root / "said", self.root / "begun"
+        if begun.exists() and not resume:
+            shutil.copytree(begun, self.out)
         child = os.fork()
         if child == 0:
             status = 70
@@ -293,8 +329,9 @@ class Ordeal:
                 os.dup2(file, 1)
                 os.dup2(file, 2)
                 sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(i, "wb", 0), write_through=True) for i in (1, 2))
-                self.watch.below, self.watch.at, self.watch.act = str(out), at, act
-                status = self._main([*self.words, "--out", str(out), *(["--resume"] if resume else [])])
+                self.watch.below, self.watch.at, self.watch.act = str(self.out), at, act
+                place = [str(self.out)] if begun.exists() else ["--out", str(self.out), *["--resume"] * resume]
+                status = self._main([*self.words, *place])
                 self.watch.below = ""
                 print(f"\n{self.watch.seen}", end="")
             except BaseException:  # noqa: BLE001  (of a process that ends here)
@@ -311,20 +348,20 @@ class Ordeal:
             return int(stop.code or 0)
         return 0
 
-    def goes_on(self, out: Path, damaged: Path | None = None) -> str | None:
-        """What is wrong with how the command goes on in ``out``, None if it ends like the undisturbed one. Where a file
+    def goes_on(self, damaged: Path | None = None) -> str | None:
+        """What is wrong with how the command goes on, None if it ends like the undisturbed one. Where a file
         was damaged it may also end in one line, and leave the file as it is if nothing reads it any more.
         """
-        status, said = self.run(out, -1, resume=True)
+        status, said = self.run(-1, resume=True)
         if status == 1 and damaged is not None:
             lines = [line for line in said.split("\n") if line.startswith("lm-envs: ")]
             return None if len(lines) == 1 and "Traceback" not in said else f"{len(lines)} lines: {said}"
         if status:
             return f"status {status}: {said}"
-        found = facts(out)
+        found = facts(self.out)
         wrong = {name for name in {*found, *self.facts} if found.get(name) != self.facts.get(name)}
-        if damaged is not None and {"checkpoints", "data", "tensorboard"} & set(damaged.relative_to(out).parts):
-            wrong -= {str(place.relative_to(out)) for place in (damaged, damaged.parent)}
+        if damaged is not None and {"checkpoints", "data", "tensorboard"} & set(damaged.relative_to(self.out).parts):
+            wrong -= {str(place.relative_to(self.out)) for place in (damaged, damaged.parent)}
         return f"other {sorted(wrong)}: {said}" if wrong else None
 
     def killed(self, every: int) -> Iterator[Outcome]:
@@ -337,31 +374,30 @@ class Ordeal:
 
     def _struck(self, every: int, act: Callable[[], None]) -> Iterator[Outcome]:
         for at in range(1 + (every > 1), self.operations + 1, every):
-            out = self.root / "struck"
-            status, said = self.run(out, at, act)
+            status, said = self.run(at, act)
             wrong = None
             if act is die and status != KILLED:
                 wrong = f"was not killed but ended with {status}: {said}"
             elif act is full and (status not in (0, 1) or "Traceback" in said):
                 wrong = f"status {status}: {said}"
-            yield f"operation {at}", wrong or self.goes_on(out)
-            shutil.rmtree(out, ignore_errors=True)
+            yield f"operation {at}", wrong or self.goes_on()
+            shutil.rmtree(self.out, ignore_errors=True)
 
     def damaged(self, count: int) -> Iterator[Outcome]:
         """Random damages of the finished folder and of one that was killed, from which the command goes on."""
         half = self.root / "half"
-        self.run(half, self.operations * 3 // 5)
+        self.run(self.operations * 3 // 5)
+        self.out.rename(half)
         rng = random.Random(self.command)
         for _ in range(count):
-            out = self.root / "damaged"
             source = rng.choice([self.whole, half])
-            shutil.copytree(source, out, symlinks=True)
-            path = rng.choice([path for path in sorted(out.rglob("*")) if path.is_file()])
+            shutil.copytree(source, self.out, symlinks=True)
+            path = rng.choice([path for path in sorted(self.out.rglob("*")) if path.is_file()])
             name = rng.choice(list(DAMAGES))
             with contextlib.suppress(ValueError, IndexError, TypeError):  # not every file can be damaged in every way
                 DAMAGES[name](path, rng)
-            yield f"{source.name}: {name} {path.relative_to(out)}", self.goes_on(out, path)
-            shutil.rmtree(out)
+            yield f"{source.name}: {name} {path.relative_to(self.out)}", self.goes_on(path)
+            shutil.rmtree(self.out)
 
 
 def main(commands: Sequence[str], wanted: Sequence[str]) -> int:

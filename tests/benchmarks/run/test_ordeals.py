@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,14 @@ def carried_out(command: str, *wanted: str) -> list[str]:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_rounds_of_a_study_go_on_wherever_they_are_killed_or_the_disk_is_full():
+    """Nothing is asked, learned or trained twice, and nothing is left out: `lm-envs people next`."""
+    said = carried_out("people", "kill=1", "raise=3")
+    print("\n".join(said))
+    assert all(re.fullmatch(r"people, (kill|raise): (\d+) of \2 \(\d+ operations\)", line) for line in said)
 
 
 @pytest.mark.slow
