@@ -3,7 +3,8 @@
     python -m tests.benchmarks.run.ordeals sft kill=1 raise=7 damage=20
 
 kills ``sft`` at each operation on a file, lets every seventh fail as on a full disk, and damages its folder, finished
-or half-finished, twenty times. Other commands: COMMANDS, and ``people`` (``lm-envs people next``); several with commas
+or half-finished, twenty times. ``left=1`` goes on from what a kill at each operation leaves on the disk, which takes a
+quarter of the time. Other commands: COMMANDS, and ``people`` (``lm-envs people next``); several with commas
 between. Faults are printed, and the status is then 1.
 """
 
@@ -13,6 +14,7 @@ import contextlib
 import csv
 import errno
 import gc
+import importlib
 import io
 import json
 import os
@@ -23,6 +25,7 @@ import sqlite3
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +36,7 @@ import torch
 from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.report import html
 from lm_envs.benchmarks.run.one_run import versions
+from lm_envs.data.sources import fingerprint
 from lm_envs.feedback.annotators import Annotator, work
 from lm_envs.feedback.store import open_study
 from tests.benchmarks.fake_task import NAME
@@ -41,6 +45,7 @@ from tests.lm_envs import byo
 Outcome = tuple[str, str | None]
 """What happened, and what was wrong after it."""
 KILLED = -signal.SIGKILL
+EACH = 0  # operations are counted from 1
 COMMANDS = ("train", "compare", "sft", "reward-model", "dpo")
 _PPO = ("episodes=4", "epochs=1", "minibatches=1")
 
@@ -129,8 +134,10 @@ class Watch:
 
     def _one(self) -> None:
         self.seen += 1
-        if self.seen == self.at:
+        if self.at in (self.seen, EACH):
+            below, self.below = self.below, ""
             self.act()
+            self.below = below
 
 
 def die() -> None:
@@ -253,7 +260,7 @@ def _lasting(value: Any) -> Any:
 
 def _content(path: Path) -> Any:
     if path.name.endswith(".jsonl"):
-        return [_lasting(json.loads(line)) for line in path.read_text().splitlines()]
+        return [_lasting(json.loads(line)) for line in path.read_text().split("\n") if line]
     if path.suffix == ".json":
         return _lasting(json.loads(path.read_text()))
     if path.suffix == ".sqlite":
@@ -305,13 +312,16 @@ class Ordeal:
         self.root, self.command, self.watch, self.words = root, command, watch, arguments(root, command)
         torch.set_num_threads(1)
         versions()  # once: somebody may edit the code meanwhile
-        gc.collect()
-        gc.freeze()
         # All in one place, whose name may be written into files; the finished folder lies elsewhere.
         self.out, self.whole = root / "out", root / "whole"
         status, said = self.run(-1)
         if status:
             raise RuntimeError(said)
+        for name in (root / "modules").read_text().split("\n"):  # what it imports on the way, once for all forks
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        gc.collect()
+        gc.freeze()
         self.operations = int(said.rsplit("\n", 1)[1])
         self.facts = facts(self.out)
         self.out.rename(self.whole)
@@ -329,11 +339,15 @@ class Ordeal:
                 os.dup2(file, 1)
                 os.dup2(file, 2)
                 sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(i, "wb", 0), write_through=True) for i in (1, 2))
+                if resume:  # event files are named by the second: the next one has begun
+                    now = time.time
+                    time.time = lambda: now() + 2.0
                 self.watch.below, self.watch.at, self.watch.act = str(self.out), at, act
                 place = [str(self.out)] if begun.exists() else ["--out", str(self.out), *["--resume"] * resume]
                 status = self._main([*self.words, *place])
                 self.watch.below = ""
                 print(f"\n{self.watch.seen}", end="")
+                (self.root / "modules").write_text("\n".join(sys.modules))
             except BaseException:  # noqa: BLE001  (of a process that ends here)
                 traceback.print_exc()
             finally:
@@ -367,6 +381,35 @@ class Ordeal:
     def killed(self, every: int) -> Iterator[Outcome]:
         """Killed at every so manyth operation, and continued."""
         return self._struck(every, die)
+
+    def left(self, every: int) -> Iterator[Outcome]:
+        """Continued from what a kill at every so manyth operation leaves.
+
+        One run leaves a copy of its folder at each, since a command that goes on sees no more than what is on the disk;
+        from folders that are alike it goes on once.
+        """
+        copies, first = self.root / "copies", 1 + (every > 1)
+
+        def keep() -> None:
+            if self.watch.seen % every == first % every and self.out.exists():  # the first operation makes it
+                shutil.copytree(self.out, copies / str(self.watch.seen), symlinks=True)
+
+        status, said = self.run(EACH, keep)
+        if status:
+            raise RuntimeError(said)
+        known: dict[str, str | None] = {}
+        for at in range(first, self.operations + 1, every):
+            shutil.rmtree(self.out, ignore_errors=True)
+            if (copies / str(at)).exists():
+                shutil.move(copies / str(at), self.out)
+            names = sorted(str(path.relative_to(self.out)) for path in self.out.rglob("*"))
+            alike = f"{names} {fingerprint(self.out)}" if names else ""
+            if alike not in known:
+                known[alike] = self.goes_on()
+            yield f"operation {at}", known[alike]
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.rmtree(copies)
+        print(f"{self.command}: {len(known)} folders that differ", flush=True)
 
     def failed(self, every: int) -> Iterator[Outcome]:
         """The operation fails, as on a full disk; then the command goes on."""
@@ -407,7 +450,7 @@ def main(commands: Sequence[str], wanted: Sequence[str]) -> int:
     for command in commands:
         with tempfile.TemporaryDirectory() as root:
             ordeal = Ordeal(Path(root), command, watch)
-            kinds = {"kill": ordeal.killed, "raise": ordeal.failed, "damage": ordeal.damaged}
+            kinds = {"kill": ordeal.killed, "left": ordeal.left, "raise": ordeal.failed, "damage": ordeal.damaged}
             for each in wanted:
                 kind, _, number = each.partition("=")
                 right = count = 0

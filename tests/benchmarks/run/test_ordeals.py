@@ -44,6 +44,6 @@ def test_some_kills_failures_and_damages():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_operation_and_twenty_damages(command):
-    said = carried_out(command, "kill=1", "raise=1", "damage=20")
+    said = carried_out(command, "left=1", "kill=20", "raise=1", "damage=20")
     print("\n".join(said))
-    assert "20 of 20" in said[2]
+    assert "20 of 20" in said[-1]
