@@ -26,6 +26,7 @@ from lm_envs.model import loading
 from lm_envs.model.chat import BadExample
 from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.text import Codec
+from lm_envs.model.tokens import context_of
 from lm_envs.settings import short
 
 _AT_ONCE = 64
@@ -81,7 +82,7 @@ def _write(
     model = loading.load_policy(place)
     loading.check_fits(tokenizer, loading.vocabulary_of(model), "policy")
     codec = Codec(tokenizer, model)
-    ids = [codec.encode(prompt)[0] for prompt in prompts]
+    ids = [codec.encode(prompt, most=context_of(model))[0] for prompt in prompts]
     chat = any(not isinstance(prompt, str) for prompt in prompts)
     width = max(len(row) for row in ids)
     needed, context = room_for(model, width, max_new_tokens)

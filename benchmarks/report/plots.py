@@ -33,6 +33,7 @@ STYLE = {
     "grid.color": "#e8e8e8",
     "axes.axisbelow": True,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # names may hold dollars
     "svg.hashsalt": "lm-envs",  # the same figure gives the same file
 }
 Style = dict[str, tuple[str, str]]

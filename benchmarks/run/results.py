@@ -261,6 +261,6 @@ def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
         if i and lines[i - 1].task != line.task:
             made.add_section()
         cells = [found[i + 1] for found in texts.values()]
-        made.add_row(escape(line.task), line.algorithm, str(len(line.seeds)), *cells)
+        made.add_row(escape(line.task), escape(line.algorithm), str(len(line.seeds)), *cells)
     made.caption = "\n".join(notes)
     return made

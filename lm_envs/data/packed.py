@@ -78,7 +78,7 @@ def tokenise(
     for example in examples:
         try:
             counts = 1.0 if weight is None else _weight(example, weight)
-            prompt, rows = codec.encode(example.prompt, example.completions)
+            prompt, rows = codec.encode(example.prompt, example.completions, max_length)
             if reward_eos is not None:
                 texts = map("".join, zip(*codec.decode([prompt] * len(rows), rows), strict=True))
                 rows = [encode_text(codec.tokenizer, text, True, append_eos=reward_eos) for text in texts]

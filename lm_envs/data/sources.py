@@ -10,10 +10,14 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
+import tempfile
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +62,7 @@ def format_of(source: str | Path) -> str:
     if not name.strip():
         raise ValueError(f"data {str(source)!r}: it names no file, folder or data set")
     looks_like_a_path = isinstance(source, Path) or known or name.startswith((".", "~", os.sep)) or name.count("/") > 2
-    if not path.is_dir() and not Path(os.path.expanduser(name)).is_dir() and looks_like_a_path:
+    if not Path(_parts(str(source))[0]).is_dir() and looks_like_a_path:
         raise FileNotFoundError(2, "no such file", str(source))
     return "data set"
 
@@ -250,16 +254,19 @@ def _dataset(source: str) -> Iterator[Read]:
             ) from error
     number, reading = 0, ""
     try:
-        builder: Any = datasets.load_dataset_builder(name, config)
-        if hasattr(builder.config, "keep_default_na"):  # CSV, whose cells are text: "NA" is a word, "000" no number
-            builder.config.keep_default_na, builder.config.dtype = False, str
-        found = builder.as_streaming_dataset(split)
-        if split is None and not set(found) <= set(SPLIT_NAMES):
-            raise ValueError(f"choose a split: {', '.join(f'{name}:{each}' for each in found)}")
-        for reading, rows in found.items() if split is None else ((split, found),):
-            for number, values in enumerate(rows, 1):
-                mine = values if split is not None or "split" in values else {**values, "split": reading}
-                yield f"row {number}" + (f" of {reading}" if split is None else ""), dict(mine)
+        with _no_pattern(name) as place:
+            builder: Any = datasets.load_dataset_builder(place, config)
+            if hasattr(builder.config, "keep_default_na"):  # CSV, whose cells are text: "NA" is a word, "000" no number
+                builder.config.keep_default_na, builder.config.dtype = False, str
+            found = builder.as_streaming_dataset(split)
+            if split is None and not set(found) <= set(SPLIT_NAMES):
+                raise ValueError(f"choose a split: {', '.join(f'{name}:{each}' for each in found)}")
+            if Path(name).is_dir():
+                _warn_of_others(Path(name), itertools.chain(*(builder.config.data_files or {}).values()))
+            for reading, rows in found.items() if split is None else ((split, found),):
+                for number, values in enumerate(rows, 1):
+                    mine = values if split is not None or "split" in values else {**values, "split": reading}
+                    yield f"row {number}" + (f" of {reading}" if split is None else ""), dict(mine)
     # A server far away fails in the types of whichever client the hub's library is made of.
     except Exception as error:  # noqa: BLE001
         where = f", after row {number} of {reading}" if number else ""
@@ -269,12 +276,40 @@ def _dataset(source: str) -> Iterator[Read]:
         ) from None
 
 
+@contextmanager
+def _no_pattern(name: str) -> Iterator[str]:
+    """Yield a data set's name; for a folder that the library would take for a pattern, one with links to its files."""
+    path = os.path.abspath(name)
+    if not os.path.isdir(path) or ("::" not in path and not set("*?[") & set(path)):
+        yield name
+        return
+    with tempfile.TemporaryDirectory(prefix="lm-envs-data-") as folder:
+        for file in Path(path).rglob("*"):
+            if file.is_file():
+                link = Path(folder, file.relative_to(path))
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+        yield folder
+
+
+def _warn_of_others(folder: Path, read: Iterable[str]) -> None:
+    """Warn of files of rows that are not read: those of a folder have to be of one kind."""
+    kinds = {kind_of for file in read if (kind_of := FILES.get(Path(file).suffix))}
+    kinds |= {"JSON", "JSONL"} if kinds & {"JSON", "JSONL"} else {"JSON"}  # ".json" may hold facts about the others
+    others = [file.name for file in sorted(folder.rglob("*")) if FILES.get(file.suffix, "JSON") not in kinds]
+    if others:
+        warnings.warn(
+            f"{folder}: {', '.join(others[:3])} not read: the files of a folder are of one kind", stacklevel=2
+        )
+
+
 def _parts(source: str) -> tuple[str, str | None, str | None]:
     """Name, config and split."""
+    for name, split in ((source, ""), source.rpartition(":")[::2]):  # a folder's name may hold colons
+        folder = Path(os.path.expanduser(name))
+        if name and folder.is_dir():
+            return str(folder), None, split or None
     name, _, split = source.partition(":")
-    folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
-        return str(folder), None, split or None
     owner, *rest = name.split("/")
     if len(rest) == 2:
         return f"{owner}/{rest[0]}", rest[1], split or None

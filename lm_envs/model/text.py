@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Texts before a completion that show its tokens inside a text, if its prompt does not.
 _ANCHORS = ("", "\n", ".", ":", "a", "0", "(", "x")
+_CHARACTERS = 100  # far more than the tokens of any text have on average
 
 
 class Codec:
@@ -38,7 +39,9 @@ class Codec:
         self._model = model
         self._ends: dict[bool, tuple[int, ...]] = {}
 
-    def encode(self, prompt: Text, completions: Sequence[Text] = ()) -> tuple[list[int], list[list[int]]]:
+    def encode(
+        self, prompt: Text, completions: Sequence[Text] = (), most: int | None = None
+    ) -> tuple[list[int], list[list[int]]]:
         """Return the ids of a prompt, and those of each completion as a policy that reads these ids has to write it.
 
         A completion has the ids that it has behind its prompt in one text; if a token would span the boundary, ids that
@@ -49,13 +52,18 @@ class Codec:
             prompt: a text or chat messages. It is empty for completions that are whole texts; without a BOS, their
                 first token then becomes the prompt.
             completions: texts, or one message of the assistant's each.
+            most: tokens that fit. A text that is longer by far is refused here, since tokenizing megabytes takes long.
 
         Raises:
             ValueError: messages without a chat template.
-            BadExample: the chat template refuses the conversation, or the prompt or a completion has no tokens.
+            BadExample: the chat template refuses the conversation, the prompt or a completion has no tokens, or a text
+                is far too long.
         """
         chat = not isinstance(prompt, str)
         head, tails = self._written(prompt, completions)
+        length = len(head) + max(map(len, tails), default=0)
+        if most is not None and length > _CHARACTERS * most:
+            raise BadExample(f"{length:,} characters, more than the {most:,} tokens that fit can hold")
         before = self._ids(head)
         lead, behind = self._wrapping
         start = before if chat else self._one_bos([*lead, *before])

@@ -21,6 +21,7 @@ from lm_envs.model.chat import BadExample
 from lm_envs.model.checking import check_model
 from lm_envs.model.encoder_decoder import room_for
 from lm_envs.model.text import Codec
+from lm_envs.model.tokens import context_of
 from lm_envs.reward.base import RESERVED, Standardise, leaves, reward_name
 from lm_envs.reward.building import build_reward
 from lm_envs.reward.learned import LearnedReward
@@ -296,9 +297,10 @@ def encode_prompts(
         ValueError: a bad prompt, with file and line; messages without a chat template; or a split without prompts.
     """
     found: list[tuple[Example, list[int]]] = []
+    contexts = [has for model in readers if (has := context_of(model)) is not None]
     for prompt in prompts:
         try:
-            ids, _ = codec.encode(prompt.prompt)
+            ids, _ = codec.encode(prompt.prompt, most=min(contexts, default=None))
         except BadExample as error:
             rejected.add(prompt.where, str(error))
             continue
