@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lm_envs.model.adapters import adapter_parameters, has_adapters, quiet_layout, sharing
+from lm_envs.model.adapters import adapter_parameters, has_adapters, merged, quiet_layout, sharing
 from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.model.endings import eos_tokens
 from lm_envs.settings import Name, Positive, Rank, Settings, Whole
@@ -200,50 +200,6 @@ def _add_lora(model: Any, adaptation: Adaptation, targets: list[str], seed: int)
             model.add_adapter(config)
         except ValueError as error:  # such as maps that a model's kernels read past the adapters
             raise ValueError(f"LoRA on {type(model).__name__}: {error} Choose others with lora_targets") from error
-
-
-def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model with the adapters, if it has any, added to its weights; nothing is shared.
-
-    Modules and tokens that were trained beside the adapters replace the model's own. An output layer tied to the
-    embeddings is untied if only one of the two was trained.
-    """
-    plain: Any = copy.deepcopy(model)
-    if not has_adapters(model):
-        return plain
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    done: tuple[str, ...] = ()
-    for name, module in list(plain.named_modules()):
-        if name.startswith(done) and done:
-            continue
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            _own_weight(module.original_module)
-            found = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        elif isinstance(module, BaseTunerLayer):
-            found = module.get_base_layer()
-            _own_weight(found)
-            module.merge()
-        else:
-            continue
-        done = (*done, f"{name}.")
-        parent, _, last = name.rpartition(".")
-        setattr(plain.get_submodule(parent), last, found)
-    plain._hf_peft_config_loaded = False
-    del plain.peft_config
-    into, out = plain.get_input_embeddings(), plain.get_output_embeddings()
-    if out is not None and plain.config.get_text_config(decoder=True).tie_word_embeddings:
-        if torch.equal(into.weight, out.weight):
-            out.weight = into.weight
-        else:
-            plain.config.tie_word_embeddings = plain.config.get_text_config(decoder=True).tie_word_embeddings = False
-    return plain
-
-
-def _own_weight(layer: Any) -> None:
-    """Unshare a layer's weight, so that what is added to it reaches no other layer."""
-    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False, ends: Iterable[int] = ()) -> None:

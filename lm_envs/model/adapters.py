@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -50,7 +52,11 @@ def base_of(place: str | Path, what: str = "policy") -> str:
         raise ValueError(f"{begin} holds no {WEIGHTS}: save them with save_pretrained (pickles are not read)")
     beside = Path(place) / name
     if not Path(name).is_dir() and beside.is_dir():
-        return str(beside)
+        name = str(beside)
+    if is_adapter(name):
+        raise ValueError(
+            f"{begin}: its adapters are for {name!r}, which holds adapters itself: merge those into a model"
+        )
     if not Path(name).is_dir() and Path(name).is_absolute():
         gone = f"its adapters are for {name!r}, and there is no such folder"
         raise ValueError(f"{begin}: {gone}: put that model's place into base_model_name_or_path of {path}")
@@ -71,6 +77,8 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
     wrong: list[str] = []
     misfit = f"{what} {str(place)!r}: its adapters do not fit {base.name_or_path!r}"
     try:
+        if whole := whole_numbers(Path(place) / WEIGHTS):
+            raise ValueError(f"{whole[0]} is stored in whole numbers")
         # Biases that were trained with the adapters replace the model's own.
         trained_bias = getattr(PeftConfig.from_pretrained(str(place)), "bias", "none") != "none"
         model: Any = sharing(base, () if trained_bias else base.parameters())
@@ -97,6 +105,13 @@ def with_adapters(base: PreTrainedModel, place: str | Path, what: str = "policy"
     if (Path(place) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
     return model.requires_grad_(False).eval()
+
+
+def whole_numbers(file: Path) -> list[str]:
+    """Return the names of tensors that a safetensors file stores as whole numbers, from its header."""
+    with safe_open(file, "pt") as held:
+        kinds = {name: held.get_slice(name).get_dtype() for name in held.keys()}
+    return [name for name, kind in kinds.items() if kind.startswith(("I", "U", "BOOL"))]
 
 
 @contextmanager
@@ -133,3 +148,47 @@ def adapter_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
         elif isinstance(module, ModulesToSaveWrapper):
             found += module.modules_to_save.parameters()
     return found
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model with the adapters, if it has any, added to its weights; nothing is shared.
+
+    Modules and tokens that were trained beside the adapters replace the model's own. An output layer tied to the
+    embeddings is untied if only one of the two was trained.
+    """
+    plain: Any = copy.deepcopy(model)
+    if not has_adapters(model):
+        return plain
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    done: tuple[str, ...] = ()
+    for name, module in list(plain.named_modules()):
+        if name.startswith(done) and done:
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _own_weight(module.original_module)
+            found = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        elif isinstance(module, BaseTunerLayer):
+            found = module.get_base_layer()
+            _own_weight(found)
+            module.merge()
+        else:
+            continue
+        done = (*done, f"{name}.")
+        parent, _, last = name.rpartition(".")
+        setattr(plain.get_submodule(parent), last, found)
+    plain._hf_peft_config_loaded = False
+    del plain.peft_config
+    into, out = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if out is not None and plain.config.get_text_config(decoder=True).tie_word_embeddings:
+        if torch.equal(into.weight, out.weight):
+            out.weight = into.weight
+        else:
+            plain.config.tie_word_embeddings = plain.config.get_text_config(decoder=True).tie_word_embeddings = False
+    return plain
+
+
+def _own_weight(layer: Any) -> None:
+    """Unshare a layer's weight, so that what is added to it reaches no other layer."""
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)

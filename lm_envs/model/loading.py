@@ -28,7 +28,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from lm_envs.files import read_text
-from lm_envs.model.adapters import base_of, is_adapter, with_adapters
+from lm_envs.model.adapters import base_of, is_adapter, whole_numbers, with_adapters
 from lm_envs.model.checking import refuse_config
 from lm_envs.model.hub import place_of
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
@@ -204,6 +204,7 @@ def read_weights(
         shapes = f"{key} is {tuple(saved)}, not {tuple(wanted)}"
         raise ValueError(f"{what} {place!r}: its config.json contradicts its weights: {shapes}")
     _refuse_more_layers(info["unexpected_keys"], model, f"{what} {place!r}")
+    _refuse_whole_numbers(Path(place), model, f"{what} {place!r}")
     parts = {parameter.device for parameter in model.parameters()}
     mapped = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(parts) > 1 or len(mapped) > 1 or torch.device("meta") in parts:
@@ -229,6 +230,16 @@ def _refuse_more_layers(unused: Iterable[str], model: PreTrainedModel, begin: st
         raise ValueError(f"{begin}: its config.json contradicts its weights, which also hold {_some(found)}")
 
 
+def _refuse_whole_numbers(folder: Path, model: PreTrainedModel, begin: str) -> None:
+    """Raise ValueError if weights are stored as whole numbers: those of a quantized model, without its scales."""
+    stored = {name for file in folder.glob("*.safetensors") for name in whole_numbers(file)}
+    ours = {name for name, _ in model.named_parameters()}
+    trunk = f"{model.base_model_prefix}."  # which the file of a trunk alone leaves out
+    found = [name for name in stored if ours & {name, trunk + name, name.removeprefix(trunk)}]
+    if found:
+        raise ValueError(f"{begin}: its weights hold whole numbers ({_some(found)}): save it in full precision")
+
+
 def _some(keys: Iterable[str]) -> str:
     first = sorted(keys)
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
@@ -249,7 +260,10 @@ def read_config(place: str, what: str) -> Any:
     """Read a model's ``config.json``; ValueError if it is broken, of an unknown family, or requires custom code."""
     try:
         with quiet():
-            return AutoConfig.from_pretrained(place, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        if not isinstance(config.architectures, (list, type(None))):
+            raise ValueError(f"architectures must be a list of names, not {config.architectures!r}")
+        return config
     except Exception as error:
         if "trust_remote_code" in str(error) or _has_code(place):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from lm_envs.model.adapters import base_of, is_adapter, merged
 from lm_envs.model.forwards import rows_at_once
 from lm_envs.model.layers import fuse
-from lm_envs.model.loading import HOST, Placement, _load, _place, _read_tokenizer, check_fits, read_config, read_weights
+from lm_envs.model.loading import (
+    HOST,
+    Placement,
+    _load,
+    _place,
+    _read_tokenizer,
+    check_fits,
+    load_policy,
+    load_tokenizer,
+    read_config,
+    read_weights,
+)
 from lm_envs.model.tokens import accepted, context_of, encode_text, right_pad
 from lm_envs.settings import one_of
 
@@ -282,7 +295,8 @@ def reward_start(
 
     Args:
         name: a folder saved by ``save_pretrained``, or a hub name, of a classifier with one label, or of a language
-            model or bare trunk, which gets a new head (:func:`initialise_reward_head`).
+            model (its adapters are added to its weights) or bare trunk, which gets a new head
+            (:func:`initialise_reward_head`).
         seed: of the head.
         placement: its precision and device.
 
@@ -294,8 +308,13 @@ def reward_start(
         ValueError: there is no such model, it cannot score texts, has several labels, or no fitting tokenizer.
     """
     what = "reward model"
+    place, trunk = os.path.expanduser(str(name)), None
+    if is_adapter(place):
+        trunk = merged(load_policy(place, what, placement)).base_model
+        tokenizer, name = load_tokenizer(place, what), base_of(place, what)
+    else:
+        tokenizer = _read_tokenizer(name, what)
     place = _place(name, what)
-    tokenizer = _read_tokenizer(name, what)
     config = read_config(place, what)
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if config.model_type not in known:
@@ -311,6 +330,14 @@ def reward_start(
         raise ValueError(f"{what} {place!r} cannot be trained on: its weights lack {', '.join(lacking[:3])}")
     if lacking and isinstance(getattr(model, "score", None), nn.Linear):
         initialise_reward_head(model.score, torch.Generator().manual_seed(seed))
+    if trunk is not None:
+        if trunk.state_dict().keys() != model.base_model.state_dict().keys():
+            raise ValueError(
+                f"{what} {place!r} has another trunk without its head: train its adapters with --lora-merge"
+            )
+        model.base_model.load_state_dict(trunk.state_dict())
+    if broken := next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None):
+        raise ValueError(f"{what} {place!r} cannot be trained on: {broken} holds NaN or infinity")
     check_fits(tokenizer, model.get_input_embeddings().weight.shape[0], f"{what} {place!r}")
     others = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token)
     if found := [token for token in others if token not in (None, tokenizer.eos_token)]:

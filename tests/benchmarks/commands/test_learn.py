@@ -256,11 +256,24 @@ def test_part_of_a_model_is_trained(folder, tmp_path):
     assert torch.equal(scorer["model.embed_tokens.weight"], fresh["model.embed_tokens.weight"])
     assert result["held_out_loss"] < before(out)["validation_loss"]
     learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "sft", "--lora-rank", 2)
-    for read in (reward_start, load_reward_model):
-        with pytest.raises(
-            ValueError, match=f"adapters of '{folder}/model', and a whole model is needed.* --lora-merge"
-        ):
-            read(tmp_path / "sft" / "model")
+    with pytest.raises(ValueError, match=f"adapters of '{folder}/model', and a whole model is needed.* --lora-merge"):
+        load_reward_model(tmp_path / "sft" / "model")
+
+
+def test_a_reward_model_starts_from_adapters_as_the_other_stages_do(folder, tmp_path):
+    """It reads texts as the language model that they make of their base does."""
+    pytest.importorskip("peft")
+    tuned = tmp_path / "sft" / "model"
+    learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "sft", "--lora-rank", 2)
+    model, tokenizer = reward_start(tuned, seed=3)
+    ids = torch.tensor([tokenizer("the old cat saw")["input_ids"]])
+    with torch.no_grad():
+        expected = loading.load_policy(tuned).base_model(ids).last_hidden_state
+        torch.testing.assert_close(model.base_model(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(loading.load_policy(folder / "model").base_model(ids).last_hidden_state, expected)
+    assert torch.equal(model.score.weight, reward_start(folder / "model", seed=3)[0].score.weight)
+    assert learn("reward-model", tuned, folder / "preferences.jsonl", tmp_path / "rm")["held_out_accuracy"] == 1
+    assert load_reward_model(tmp_path / "rm" / "model").model.num_labels == 1
 
 
 def test_each_stage_is_trained_in_the_precision_and_on_the_device_that_are_asked_for(folder, tmp_path, capsys):

@@ -23,9 +23,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lm_envs.algos.policies.adaptation import merged
 from lm_envs.data.packed import PackedExamples
-from lm_envs.model.adapters import with_adapters
+from lm_envs.model.adapters import merged, with_adapters
 from lm_envs.model.loading import load_policy
 from tests.benchmarks.commands.test_learn import learn
 from tests.lm_envs import byo
