@@ -57,6 +57,8 @@ def explain(error: BaseException) -> str | None:
         places = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
         where = f"{places[-1].filename}, line {places[-1].lineno}: " if places else ""
         return f"{where}it ends the program (sys.exit), which is no result: raise an error there"
+    if isinstance(error, ValueError) and "null byte" in str(error):  # from Python, for the name of a file
+        return "a name of a file or folder holds a NUL character, which no system takes"
     if isinstance(error, (ValueError, FloatingPointError, ImportError)) and _raised_by_us(error):
         return " ".join(str(error).split())
     return None

@@ -1,5 +1,6 @@
 """The KL coefficient an agent trains with, and its controller."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,9 @@ class AdaptiveKL:
     limit: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.target <= 0 or self.horizon <= 0:
+        if not (0 < self.target < math.inf and 0 < self.horizon < math.inf):
             raise ValueError(f"AdaptiveKL needs target > 0 and horizon > 0, got {self.target} and {self.horizon}")
-        if self.coef <= 0:
+        if not 0 < self.coef < math.inf:
             raise ValueError(f"AdaptiveKL multiplies its coefficient, so it must start above 0, got {self.coef}")
 
     def update(self, kl: float, episodes: int) -> float:

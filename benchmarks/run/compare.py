@@ -32,7 +32,7 @@ def check_writable(out: Path) -> None:
         str(out).encode()
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(probe := out / f"{TEMPORARY}probe", b"x" * 4096)
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may try the folder too
     except UnicodeEncodeError as error:
         raise UserError(f"cannot write results to {out}: its name is not UTF-8; choose another --out") from error
     except OSError as error:

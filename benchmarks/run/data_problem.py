@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lm_envs.algos.engine.batching import units
@@ -105,6 +106,10 @@ class DataProblem(Problem):
         self._train, held = examples.divide(spec.held_out)
         if not len(self._train):
             raise UserError(f"{spec.data}: the column 'split' leaves nothing to train on")
+        if spec.weight is not None and not self._train.column("weight").view(np.float64).any():
+            raise UserError(
+                f"{spec.data}: the weight {spec.weight!r} is 0 in all rows to train on: nothing can be learned"
+            )
         self._held_out = held
         self.model = self._to_train()
         eos = self.tokenizer.eos_token_id

@@ -53,7 +53,7 @@ def _places(name: str, text: str) -> Iterator[tuple[str, Callable[[str], str | N
         if (name, text) != ("reference", "base"):  # the model under adapters, which is hashed with them
             yield text, _model
     else:
-        yield text, _rows if name in ("data", "prompts") else _file
+        yield text, _rows if name in ("data", "prompts") or (name == "path" and os.path.isdir(text)) else _file
 
 
 def _sources(spec: Spec) -> Iterator[Source]:

@@ -6,15 +6,19 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import sqlite3
 import typing
+import warnings
 from typing import Any
 from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from lm_envs.algos.policies.adaptation import Adaptation, adapted
 from lm_envs.benchmarks.cli import _COMMANDS, main
 from lm_envs.benchmarks.commands import learn
 from lm_envs.benchmarks.commands.data import DataCheck
@@ -23,6 +27,9 @@ from lm_envs.benchmarks.run import compare
 from lm_envs.benchmarks.run.storage import Records
 from lm_envs.benchmarks.run.suite_files import parse_suite
 from lm_envs.benchmarks.speed.settings import SB3, Kernels, Memory, Throughput
+from lm_envs.data.sources import read_rows
+from lm_envs.model.loading import load_policy
+from lm_envs.model.text import Codec
 from lm_envs.settings import SettingError, check
 from tests.lm_envs import byo
 
@@ -295,6 +302,120 @@ def test_responses_that_a_policy_cannot_hold_are_refused(capsys, tmp_path):
     words = ["people", "new", "--policy", tmp_path / "policy", "--prompts", prompts, "--max-new-tokens", "100"]
     capsys.readouterr()
     assert f"reads {byo.CONTEXT} tokens" in told(capsys, *words, "--out", tmp_path / "o")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return byo.make(tmp_path_factory.mktemp("parts")).root
+
+
+def test_texts_that_are_far_too_long_are_refused_before_they_are_tokenized(capsys, tmp_path, parts):
+    rows = byo.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b " * 5000}])
+    prompts = byo.write_jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": "word " * 2000}, {"prompt": "a"}, {"prompt": "b"}]
+    )
+    out = ["--out", tmp_path / "out"]
+    train = ["train", "--algorithm", "ppo", "--policy", parts / "policy", "--reward-model", parts / "reward_model"]
+    for words in (
+        ["sft", "--model", parts / "policy", "--data", rows, *out],
+        [*train, "--prompts", prompts, *out],
+        ["people", "new", "--policy", parts / "policy", "--prompts", prompts, *out],
+    ):
+        with mock.patch.object(Codec, "_ids", side_effect=AssertionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert f"characters, more than the {byo.CONTEXT} tokens that fit can hold" in refused(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def refused(captured, *words: object) -> str:
+    """The line in which a command is refused, whatever it told before."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, words)))
+    lines = [line for line in captured.readouterr().err.split("\n") if line.startswith("lm-envs: ")]
+    assert stop.value.code == 1 and len(lines) == 1
+    return lines[0]
+
+
+def _stored(change):
+    """The weights of a folder, changed."""
+
+    def write(folder):
+        held = {name: change(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+def _adapters_of_itself(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    base = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (folder / "adapter_config.json").write_text(json.dumps(base))
+
+
+def _configured(**values):
+    def write(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("command", "part", "change", "said"),
+    [
+        ("sft", "policy", _stored(lambda x: (10 * x).int()), "its weights hold whole numbers (lm_head.weight"),
+        ("reward-model", "policy", _stored(lambda x: (10 * x).int()), "its weights hold whole numbers (model"),
+        ("reward-model", "reward_model", _stored(lambda x: (10 * x).int()), "its weights hold whole numbers (bert."),
+        ("reward-model", "policy", _stored(lambda x: x * float("nan")), "embed_tokens.weight holds NaN or infinity"),
+        ("dpo", "policy", _configured(architectures=5), "architectures must be a list of names, not 5"),
+        ("dpo", "policy", _adapters_of_itself, "which holds adapters itself"),
+    ],
+)
+def test_models_that_are_broken_are_refused_before_training(capsys, tmp_path, parts, command, part, change, said):
+    folder = shutil.copytree(parts / part, tmp_path / "model")
+    change(folder)
+    pairs = [{"prompt": f"the {i}", "chosen": " ate", "rejected": " hid", "completion": " ate"} for i in range(4)]
+    rows = byo.write_jsonl(tmp_path / "rows.jsonl", pairs)
+    words = [command, "--model", folder, "--data", rows, "--out", tmp_path / "out", "--threads", 1]
+    assert said in refused(capsys, *words) and not (tmp_path / "out").exists()
+
+
+def test_adapters_in_whole_numbers_are_refused(capsys, tmp_path, parts):
+    pytest.importorskip("peft")
+    model = adapted(load_policy(parts / "policy"), Adaptation(lora_rank=2))
+    model.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "adapter_model.safetensors"
+    save_file({name: tensor.int() for name, tensor in load_file(weights).items()}, weights)
+    rows = byo.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "the", "completion": " ate"}] * 4)
+    words = ["sft", "--model", tmp_path / "model", "--data", rows, "--out", tmp_path / "out", "--threads", 1]
+    assert "is stored in whole numbers" in refused(capsys, *words)
+
+
+def test_weights_that_are_all_0_teach_nothing(capsys, tmp_path, parts):
+    rows = [{"prompt": f"the {i}", "chosen": " ate", "rejected": " hid", "trust": 0} for i in range(4)]
+    path = byo.write_jsonl(tmp_path / "rows.jsonl", rows)
+    words = ["dpo", "--model", parts / "policy", "--data", path, "--out", tmp_path / "out", "--weight", "trust"]
+    assert "the weight 'trust' is 0 in all rows" in refused(capsys, *words, "--threads", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_a_nul_character_are_told_in_one_line(capsys, tmp_path):
+    suite = tmp_path / "mine.toml"
+    suite.write_text('tasks = ["corpus"]\nalgorithms = ["ppo"]\n[task.corpus]\noptions = {path = "a\\u0000b"}\n')
+    assert "holds a NUL character" in refused(capsys, "compare", "--suite", suite, "--out", tmp_path / "out")
+
+
+def test_files_of_another_kind_in_a_folder_are_told(capsys, tmp_path):
+    """The library that reads folders takes the files of the commonest kind, and says nothing of the others."""
+    byo.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p"}])
+    (tmp_path / "notes.txt").write_text("mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [row["prompt"] for _, row in read_rows(tmp_path)] == ["p"]
+    (tmp_path / "b.csv").write_text("prompt\nq\n")
+    with pytest.warns(UserWarning, match="b.csv not read: the files of a folder are of one kind"):
+        assert [row["prompt"] for _, row in read_rows(tmp_path)] == ["p"]
 
 
 @pytest.fixture

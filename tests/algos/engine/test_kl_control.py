@@ -31,7 +31,8 @@ def test_it_steers_a_responding_system_to_its_target():
         assert 1 / control.coef == pytest.approx(4.0, rel=0.01)
 
 
-@pytest.mark.parametrize(("field", "value"), [("target", 0.0), ("horizon", -1.0), ("coef", 0.0)])
+@pytest.mark.parametrize("field", ["target", "horizon", "coef"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_useless_settings_are_refused(field, value):
     with pytest.raises(ValueError, match="AdaptiveKL"):
         AdaptiveKL(**{"coef": 0.1, "target": 1.0, "horizon": 10.0, field: value})

@@ -87,6 +87,18 @@ def test_adapters_have_the_hash_of_their_base_too(brought):
     assert fingerprints(custom(policy="adapters"))["policy 'adapters'"] != before
 
 
+def test_the_folder_of_a_built_task_has_a_hash_of_its_contents(tmp_path):
+    """`lm-envs build` may have written another variant to the same folder meanwhile."""
+    (tmp_path / "noisy").mkdir()
+    file = tmp_path / "noisy" / "task.json"
+    file.write_text("{}")
+    spec = RunSpec("reviews", "ppo", 0, Plan(1), options={"path": str(tmp_path / "noisy")})
+    before = fingerprints(spec)
+    edited(file)
+    assert list(before) == [f"path {str(tmp_path / 'noisy')!r}"] and fingerprints(spec).keys() == before.keys()
+    assert fingerprints(spec) != before
+
+
 def test_contents_count_and_not_places(brought):
     shutil.copytree("policy", "again")
     shutil.copy("prompts.jsonl", "rows.jsonl")

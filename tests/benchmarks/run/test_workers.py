@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.run import compare
 from lm_envs.benchmarks.run.compare import write_results
 from tests.benchmarks.fake_task import NAME
 from tests.house import CHECKOUT
@@ -111,3 +112,16 @@ def free(path: Path, seconds: float) -> bool:
             return True
     except Timeout:
         return False
+
+
+def test_two_processes_may_try_a_folder_at_once(tmp_path, monkeypatch):
+    """Each writes a probe and deletes it; the other one may have deleted it first."""
+    whole = compare.write_atomic
+
+    def other_deletes(path, data):
+        whole(path, data)
+        path.unlink()
+
+    monkeypatch.setattr(compare, "write_atomic", other_deletes)
+    compare.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
