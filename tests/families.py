@@ -174,6 +174,12 @@ WIDER: dict[str, dict[str, Any] | tuple[str, dict[str, Any]]] = {
     "XGLM": dict(vocab_size=10, d_model=16, num_layers=2, attention_heads=2, ffn_dim=24, init_std=0.3, pad_token_id=0),
 }
 
+# Those that the quick suite tests from every side: of models that cache and compute alike, one.
+QUICK = {
+    *("GPT2", "OPT, projected", "Bloom", "Llama", "Mistral, window", "Mixtral", "Gemma2", "Cohere", "Mamba", "Mamba2"),
+    *("Jamba", "FalconH1", "DeepseekV3", "Gemma3n", "GPTNeo", "GptOss", "Lfm2", "Mpt", "Qwen3Next", "XGLM"),
+}
+
 # These compute parts in float32 whatever the weights' precision, or cannot do float64 at all.
 SINGLE = {"Bloom", "Mixtral", "Gemma2", "Cohere", "Mamba", "Mamba2", "Jamba", "FalconH1"}
 

@@ -1,6 +1,7 @@
 """Every registered algorithm learns from what it should, reads every setting it has, and refuses nonsense."""
 
 from dataclasses import fields
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lm_envs.algos import registry
 from lm_envs.algos.engine.agent import Agent, learn
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.comparisons import by_group, preferences
+from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.expert_iteration import best_of_groups
 from lm_envs.env.rollout import rollout
 from lm_envs.trajectories import demonstrations
@@ -110,8 +112,16 @@ def mean_score(policy, kind):
     return float(rollout(env, policy, episodes=128, first_episode=10_000, seed=9).score.mean())
 
 
-@pytest.mark.parametrize("kind", ["mdp", "bandit"])
-@pytest.mark.parametrize("name", slow_unless(lambda name: name not in COUSINS, batches.SAMPLERS))
+QUICK = ("quark", "expert-iteration", "online-dpo", "reinforce", "grpo", "ppo", "iterated-rlhf")  # one per family
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    slow_unless(
+        lambda case: case[0] in QUICK if case[1] == "mdp" else case[0] in ("reinforce", "ppo"),
+        product(batches.SAMPLERS, ("mdp", "bandit")),
+    ),
+)
 def test_every_sampling_algorithm_raises_the_score_on_text(name, kind):
     env = batches.env_for(name, kind)
     # PPO takes eight steps per iteration; Quark first has to learn what its tokens mean.
@@ -441,13 +451,23 @@ def end(name, settings):
     return batches.weights(agent.policy)
 
 
+INHERITED = {field.name for field in fields(AgentConfig)}
+SLOW = (*COUSINS, "iterated-rlhf", "ppo-ptx", "ppo-klpen")
+WHOLE = ("sft", "expert-iteration", "reinforce", "ppo")  # whose settings from the engine the quick suite tests too
+
+
 @pytest.mark.parametrize(
-    "name", slow_unless(lambda name: name not in (*COUSINS, "iterated-rlhf", "ppo-ptx", "ppo-klpen"), batches.LEARNERS)
+    ("name", "inherited"),
+    slow_unless(
+        lambda case: case[0] in WHOLE if case[1] else case[0] not in SLOW, product(batches.LEARNERS, (False, True))
+    ),
 )
-def test_no_setting_is_dead(name):
+def test_no_setting_is_dead(name, inherited):
     config = registry.load(name).Config
     ends = {}
     for field in fields(config):
+        if (field.name in INHERITED) != inherited:
+            continue
         context, change = CHANGES[field.name]
         if context is None or field.name in WITHOUT_EFFECT.get(name, {}):
             continue  # steps, micro_batch and draws have tests of their own

@@ -44,7 +44,7 @@ def cat_share(agent, slip):
     return expected_return(policy, env) / expected_return(optimal, env, limit=None)
 
 
-@pytest.mark.parametrize("name", CONTROL)
+@pytest.mark.parametrize("name", slow_unless({"ppo", "reinforce", "expert-iteration"}.__contains__, CONTROL))
 def test_the_committed_settings_run_everywhere(name):
     for env_id in ("CartPole-v1", "lm_envs/Cat-v0"):
         agent = trained(env_id, name, 0, budget=1)

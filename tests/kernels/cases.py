@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,18 @@ def cases(*names: str) -> list:
         found.append(pytest.param(name, "cpu", id=name))
         if name != "native":
             found.append(pytest.param(name, "cuda", marks=pytest.mark.gpu, id=f"{name}-cuda"))
+    return found
+
+
+def crossed(implementations: list, *others: Iterable[Any], quick: Callable[..., bool]) -> list:
+    """Every case with every combination of the others. Triton's interpreter, which needs up to a second for each, has
+    those that are not ``quick`` in the slow suite alone."""
+    found = []
+    for case in implementations:
+        for values in itertools.product(*others):
+            slow = case.values == ("triton", "cpu") and not quick(*values)
+            marks = [*case.marks, pytest.mark.slow] if slow else case.marks
+            found.append(pytest.param(*case.values, *values, marks=marks, id="-".join([case.id, *map(str, values)])))
     return found
 
 

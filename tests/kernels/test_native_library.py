@@ -22,6 +22,17 @@ pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None and shutil.which("gcc") is None, reason="no compiler on this machine"
 )
 
+# Without what the package above imports, which takes seconds.
+LOAD = """
+import sys, types
+from pathlib import Path
+package = types.ModuleType("lm_envs")
+package.__path__ = [sys.argv[2]]
+sys.modules["lm_envs"] = package
+from lm_envs.kernels.native_library import load
+print(load(Path(sys.argv[1]), ("-O1", "-shared", "-fPIC")).answer())
+"""
+
 
 class Place:
     """A C file, a cache, a temporary folder, and a compiler that counts its calls."""
@@ -42,16 +53,13 @@ class Place:
 
     def answer(self) -> int:
         """In a process of its own: a process loads a path once, whatever the file holds later."""
-        code = (
-            "import sys; from pathlib import Path; import tests.kernels.conftest\n"
-            "from lm_envs.kernels.native_library import load\n"
-            "print(load(Path(sys.argv[1]), ('-O1', '-shared', '-fPIC')).answer())"
-        )
-        run = subprocess.run(
-            [sys.executable, "-c", code, str(self.source)], cwd=CHECKOUT, capture_output=True, text=True
-        )
+        run = subprocess.run(self.command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return int(run.stdout)
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", LOAD, str(self.source), str(CHECKOUT)]
 
     @property
     def calls(self) -> int:
@@ -75,13 +83,7 @@ def test_it_is_compiled_once(place):
 
 
 def test_of_processes_that_start_at_once_one_compiles(place):
-    code = (
-        "import sys; from pathlib import Path; import tests.kernels.conftest\n"
-        "from lm_envs.kernels.native_library import load\n"
-        "print(load(Path(sys.argv[1]), ('-O1', '-shared', '-fPIC')).answer())"
-    )
-    command = [sys.executable, "-c", code, str(place.source)]
-    workers = [subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    workers = [subprocess.Popen(place.command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [worker.communicate(timeout=120)[0].strip() for worker in workers] == ["42"] * 3
     assert place.calls == 1
 

@@ -240,7 +240,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("maker", slow_unless({"sync, normalised", "native"}.__contains__, MAKERS))
 def test_published_ppo_runs_unchanged(maker, tiny_ids):
     """It reports nothing, which is said once and is no error."""
     torch.manual_seed(0)

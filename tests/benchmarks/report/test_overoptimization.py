@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ SMALL = Settings(
     overrides={"learning_rate": 2e-2, "episodes": 32},
     reward_model={"steps": 120, "batch_size": 64, "learning_rate": 1e-2},
 )
+SMALLER = replace(SMALL, held_out=32, iterations=2, samples=4, reward_model={"steps": 4})
 
 
 def test_the_fits_recover_what_made_the_points():
@@ -92,10 +94,12 @@ def test_training_begins_at_the_start_and_leaves_it(drawn):
 
 
 def test_the_command_draws_and_says_what_it_found(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lm_envs.benchmarks.report.overoptimization.Settings", lambda **given: SMALL)
-    cli.main(["overoptimise", "--task", TASK, "--pairs", "30", "300", "--out", str(tmp_path / "o")])
+    monkeypatch.setattr(
+        "lm_envs.benchmarks.report.overoptimization.Settings", lambda **given: replace(SMALLER, pairs=given["pairs"])
+    )
+    cli.main(["overoptimise", "--task", TASK, "--pairs", "8", "--out", str(tmp_path / "o")])
     said = capsys.readouterr().out
-    assert "1200 pairs, best-of-n: gold at most" in said and (tmp_path / "o" / "overoptimisation.png").exists()
+    assert "8 pairs, best-of-n: gold at most" in said and (tmp_path / "o" / "overoptimisation.png").exists()
 
 
 def test_a_task_without_judge_or_learned_reward_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -118,8 +119,13 @@ def test_law_of_texts(kind, tmp_path, monkeypatch):
     check(tmp_path, made, wide(LlamaForCausalLM, made), rows(False), monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "word_piece", "unigram"])
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    slow_unless(
+        lambda case: case[0] == "metaspace" or case[1] == "newline behind the turn",
+        product(["byte_level", "metaspace", "word_piece", "unigram"], TEMPLATES),
+    ),
+)
 def test_law_of_chats(kind, template, tmp_path, monkeypatch):
     made = KINDS[kind]()
     made.chat_template = TEMPLATES[template]

@@ -14,7 +14,8 @@ from lm_envs.model.checking import check_model
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.kv_cache import RowCache, can_cache
 from tests import tiny
-from tests.families import BASE, FAMILIES, GROUPED, WIDER, build, random_model
+from tests.families import BASE, FAMILIES, GROUPED, QUICK, WIDER, build, random_model
+from tests.marks import slow_unless
 
 CHUNKED = dict(GROUPED, num_local_experts=2, intermediate_size_mlp=24, attention_chunk_size=4, num_experts_per_tok=1)
 RECURRENT = dict(
@@ -22,7 +23,7 @@ RECURRENT = dict(
 )
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *WIDER])
+@pytest.mark.parametrize("family", slow_unless(QUICK.__contains__, [*FAMILIES, *WIDER]))
 def test_what_is_claimed_passes(family):
     check_model(build(family))
 

@@ -18,8 +18,9 @@ from lm_envs.model.decoding import generate
 from lm_envs.model.kv_cache import RECOMPUTE, RowCache
 from lm_envs.model.tokens import left_pad
 from tests import tiny
-from tests.families import FAMILIES, SINGLE, WIDER, build
+from tests.families import FAMILIES, QUICK, SINGLE, WIDER, build
 from tests.lm_envs.model.test_encoder_decoder import build as encoder_decoder
+from tests.marks import slow_unless
 from tests.tiny import EOS
 
 PLACES, NEW = 4, 9
@@ -140,7 +141,7 @@ def test_the_model_is_left_as_it_was():
     assert len(head._forward_pre_hooks) == hooks
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *WIDER])
+@pytest.mark.parametrize("family", slow_unless(QUICK.__contains__, [*FAMILIES, *WIDER]))
 def test_every_family_agrees_or_is_refused(family, monkeypatch):
     monkeypatch.setattr(compiled, "TRIED", None)
     monkeypatch.setattr(compiled, "check_tools", lambda device: None)

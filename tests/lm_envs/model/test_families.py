@@ -19,11 +19,13 @@ from lm_envs.model.forwards import response_forward, response_logprob
 from lm_envs.model.kv_cache import GrowingLayer, can_cache
 from lm_envs.model.tokens import left_pad
 from tests import tiny
-from tests.families import FAMILIES, WIDER, build, close, tolerance
+from tests.families import FAMILIES, QUICK, WIDER, build, close, tolerance
 from tests.house import CHECKOUT
+from tests.marks import slow_unless
 from tests.tiny import EOS
 
 TEMPERATURE = 0.8
+EACH = slow_unless(QUICK.__contains__, FAMILIES)
 
 
 def alone(model, tokens):
@@ -47,7 +49,7 @@ def test_law_4_padding_changes_no_logprob(family):
     assert padded.hidden.shape[:2] == (2, 8) and plain[0].std(dim=0).min() > 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_the_decoder_under_any_use_is_the_model(family):
     model = build(family)
     assert can_cache(model)
@@ -86,7 +88,7 @@ def test_a_row_that_stands_still_and_is_not_moved_is_caught(family, monkeypatch)
         test_the_decoder_under_any_use_is_the_model(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_bulk_is_row_by_row_and_its_logprob_the_models(family):
     """Rows leave as they end; the values' hidden states are those that teacher forcing gives."""
     model = build(family)
@@ -112,7 +114,7 @@ def test_bulk_is_row_by_row_and_its_logprob_the_models(family):
         close(family, state, states[row, t])
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *WIDER])
+@pytest.mark.parametrize("family", slow_unless(QUICK.__contains__, [*FAMILIES, *WIDER]))
 def test_stepping_is_bulk_and_ppo_trains_it(family):
     start = build(family)
     env = TextVectorEnv(tiny.task(reference=start, temperature=TEMPERATURE), num_envs=4)

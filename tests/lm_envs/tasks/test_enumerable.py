@@ -152,11 +152,11 @@ def test_drawn_tables_are_standard_and_a_function_of_the_seed():
     assert tasks.load("enumerable") is tasks.load("enumerable")
     # Mean 0, and among the responses to a prompt variance 1: by samples of the reference.
     env = TextVectorEnv(task, 1, kl_coef=0.0)
-    traj = rollout(env, LMPolicy.for_mdp(env.mdp, task.reference), episodes=40_000, seed=3)
-    prompt = torch.as_tensor(env.mdp.prompt_index(3, np.arange(40_000)))
+    traj = rollout(env, LMPolicy.for_mdp(env.mdp, task.reference), episodes=10_000, seed=3)
+    prompt = torch.as_tensor(env.mdp.prompt_index(3, np.arange(10_000)))
     scores = [traj.score[prompt == x] for x in range(4)]
-    assert abs(float(torch.stack([s.mean() for s in scores]).mean())) < 3 / 40_000**0.5
-    assert abs(float(torch.stack([s.var() for s in scores]).mean()) - 1) < 0.03
+    assert abs(float(torch.stack([s.mean() for s in scores]).mean())) < 3 / 10_000**0.5
+    assert abs(float(torch.stack([s.var() for s in scores]).mean()) - 1) < 0.06
 
 
 def test_rewards_are_a_weight_per_token_plus_noise():

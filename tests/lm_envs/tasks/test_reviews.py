@@ -167,6 +167,7 @@ def test_it_is_a_proxy_of_gold_on_new_samples(task):
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loading_takes_no_training_no_cache_and_under_two_seconds(tmp_path):
     """Seconds of the processor, beyond importing the libraries, so that a busy machine does not matter."""
     code = (
