@@ -20,7 +20,7 @@ from lm_envs import files
 from lm_envs.benchmarks.commands.people_serve import Folder, Serve
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.feedback.store import FILE, Store, open_study
-from lm_envs.feedback.study import INSTRUCT_FLAGS, MOST, SETTINGS, StudySettings, write_settings
+from lm_envs.feedback.study import ANSWERS, INSTRUCT_FLAGS, MOST, SETTINGS, StudySettings, write_settings
 from lm_envs.printable import one_line
 from lm_envs.settings import Count, Positive, Probability, Seed
 
@@ -125,7 +125,10 @@ class New:
             items += people_items.of_file(self.gold)
         if not items:
             raise UserError("there is nothing to judge: no item was found")
+        new = not self.out.exists()
         with gone_if_refused(self.out, *(FILE + end for end in ("", "-wal", "-shm"))):
+            if new:
+                self.out.chmod(0o700)  # people's names and answers will lie in it
             store = Store(self.out, settings)
             count = store.add_items(items)
             for item, who, answer in judgments:
@@ -197,6 +200,11 @@ class Simulate:
                 found = ""
             if not found:
                 raise UserError(f"--strength is SOURCE=NUMBER, not {text!r}")
+        sources = {response.source for item in store.items().values() for response in item.responses}
+        if unknown := [name for name in strength if name not in sources]:
+            raise UserError(
+                f"--strength: no response is of {unknown[0]!r}; the sources are {', '.join(sorted(sources))}"
+            )
         total = 0
         for number in range(self.annotators):
             person = Annotator(
@@ -230,6 +238,8 @@ class Results:
         from lm_envs.feedback.summary import summarize
 
         judgments, scores = open_study(self.study).judgments(), None
+        if not judgments:
+            raise UserError(f"nobody has answered yet: lm-envs people serve {self.study}")
         if self.reward_model is not None:
             from lm_envs.benchmarks.commands.people_loop import scores_of
 
@@ -301,6 +311,7 @@ class Forget:
     def run(self, console: Console) -> None:
         try:
             count = open_study(self.study).forget(self.annotator)
+            (self.study / ANSWERS).unlink(missing_ok=True)  # is written again when something learns from it
         except KeyError as error:
             raise UserError(str(error.args[0])) from error
         console.print(f"{count} answers of {self.annotator} are gone", highlight=False, markup=False)

@@ -22,7 +22,7 @@ from lm_envs.data.conventions import text_of
 from lm_envs.data.dataset import check_letters
 from lm_envs.feedback.agreement import comparisons
 from lm_envs.feedback.store import Judgment, open_study
-from lm_envs.feedback.study import SETTINGS, Answer, Item, Response, dense_ranks
+from lm_envs.feedback.study import ANSWERS, SETTINGS, Answer, Item, Response, dense_ranks
 from lm_envs.model.chat import Text
 
 Foreign = tuple[Item, str, Answer]  # an item, who judged it, and how
@@ -107,17 +107,28 @@ def rows_of(source: str) -> str:
     folder = Path(source)
     if not (folder / SETTINGS).is_file():
         return source
-    path = folder / "answers.jsonl"
+    path = folder / ANSWERS
     write_rows(path, preferences(folder, open_study(folder).judgments()))
     return str(path)
 
 
 def preferences(folder: Path, judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
-    """The K-wise rows that prefer something; a ValueError if there are none."""
-    rows = [row for row in kwise(judgments) if len(set(row["ranks"])) > 1]
+    """The K-wise rows that prefer something, without empty responses; a ValueError if there are none."""
+    rows = [row for row in map(_without_empty, kwise(judgments)) if len(set(row["ranks"])) > 1]
     if not rows:
         raise ValueError(f"{folder}: nobody has preferred anything yet; `lm-envs people serve {folder}` asks")
     return rows
+
+
+def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
+    """A K-wise row without the responses that are empty, in each list with an entry per response."""
+    texts = [each if isinstance(each, str) else each[-1]["content"] for each in row["completions"]]
+    kept = [place for place, text in enumerate(texts) if text.strip()]
+    if len(kept) == len(texts):
+        return row
+    lists = ("completions", "ranks", "reasons", "sources", "ratings", "flags")
+    shown = dense_ranks([place for place in row["shown"] if place in kept])
+    return row | {name: [row[name][place] for place in kept] for name in lists if name in row} | {"shown": list(shown)}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from lm_envs.model.chat import Text
 from lm_envs.settings import Count, Positive, Seed, Settings, make
 
 SETTINGS = "study.toml"
+ANSWERS = "answers.jsonl"  # what is learned from, written whenever something learns
 Mode = Literal["pair", "rank", "rate"]
 LONGEST = 20_000  # characters of a note or a reason
 LONGEST_S = 1e9  # seconds of an answer: more is no time, and may be more than a float holds

@@ -35,6 +35,22 @@ def test_kwise_rows_are_what_the_data_room_reads(tmp_path: Path) -> None:
     assert read[1].prompt == CHAT and read[1].completions[0] == [{"role": "assistant", "content": "text 0"}]
 
 
+def test_nothing_learns_from_empty_responses(tmp_path: Path) -> None:
+    """A policy may end at once: the others are still ranked."""
+    item = Item("p", tuple(Response(text, "x") for text in ("one", " \n", "two")))
+    found = [
+        Judgment("ann", 1, item, (2, 1, 0), Answer(ranks=ranks, reasons=("a", "b", "c")), 0.0)
+        for ranks in ((2, 0, 1), (0, 1, 0))
+    ]
+    (row,) = exchange.preferences(tmp_path, found)
+    assert (row["completions"], row["ranks"], row["reasons"], row["shown"]) == (
+        ["one", "two"],
+        [2, 1],
+        ["a", "c"],
+        [1, 0],
+    )
+
+
 def test_pairs_are_the_decided_comparisons(tmp_path: Path) -> None:
     assert exchange.write(tmp_path / "p.jsonl", [judgment("Say it", (1, 0, 1))], "pairs") == 2
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().split("\n") if line]
