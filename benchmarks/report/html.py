@@ -26,8 +26,8 @@ _FIGURES = {
     ),
     "people": (
         "People and judge",
-        "Each method against SFT, by people and by the judge. On the dashed line the two agree; the rank correlation "
-        "has its 95 % interval over resampled prompts.",
+        "Each method against SFT, by people and by the judge. On the dashed line the two agree; the rank correlation's "
+        "interval resamples prompts and is widened by the noise in both win-rates.",
     ),
     "frontier": (
         "Reward against KL",
