@@ -7,6 +7,7 @@ lets nothing run or load from elsewhere.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -14,9 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import anyio.from_thread
+import anyio
 from markdown_it import MarkdownIt
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -31,6 +33,7 @@ from lm_envs.model.chat import Text
 
 PAGE = Path(__file__).with_name("page")
 LONGEST_BODY = 512 * 1024
+SLOWEST_S = 30.0  # for the body of an answer to arrive
 _log = logging.getLogger(__name__)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -98,11 +101,9 @@ def application(store: Store, hosts: Sequence[str], public: str | None = None) -
         if origin is not None and origin.partition("://")[2] not in (request.headers.get("host"), public):
             return _error(403, "Answers are taken from the study's own page only.")
         try:
-            sent = anyio.from_thread.run(request.json)
+            sent = json.loads(request.state.body)
         except (ValueError, RecursionError):
             return _error(400, "This is not JSON.")
-        except _TooLong:
-            return _error(413, f"An answer has at most {LONGEST_BODY} bytes.")
         version = sent.get("version") if isinstance(sent, dict) else None
         if isinstance(version, bool) or not isinstance(version, int):
             return _error(422, "An answer needs the version that it replaces.")
@@ -114,13 +115,24 @@ def application(store: Store, hosts: Sequence[str], public: str | None = None) -
         store.answer(annotator, item, answer, version)
         return _reply(store, annotator, store.next(annotator))
 
+    async def receive_and_save(request: Request) -> Response:
+        # Not in a thread: a few connections that broke in the middle of an answer would keep them all.
+        try:
+            with anyio.fail_after(SLOWEST_S):
+                request.state.body = await request.body()
+        except TimeoutError:
+            return _error(408, "The answer did not arrive in time.")
+        except _TooLong:
+            return _error(413, f"An answer has at most {LONGEST_BODY} bytes.")
+        return await run_in_threadpool(of_annotator(save), request)
+
     routes = [
         Route("/a/{key}/", of_annotator(page)),
         Route("/a/{key}/study", of_annotator(study)),
         Route("/a/{key}/next", of_annotator(following)),
         Route("/a/{key}/before", of_annotator(before)),
         Route("/a/{key}/items/{item}", of_annotator(show), methods=["GET"]),
-        Route("/a/{key}/items/{item}", of_annotator(save), methods=["POST"]),
+        Route("/a/{key}/items/{item}", receive_and_save, methods=["POST"]),
         # Two names and no folder: there is no path to leave it by.
         Route("/static/page.js", lambda request: FileResponse(PAGE / "page.js")),
         Route("/static/page.css", lambda request: FileResponse(PAGE / "page.css")),

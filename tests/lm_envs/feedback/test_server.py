@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from lm_envs.feedback.store import StaleAnswer, Store
 from lm_envs.feedback.study import Answer, BadAnswer, Item, Response, StudySettings, read_answer, read_settings
 
 pytest.importorskip("starlette")
+import anyio
 from starlette.testclient import TestClient
 
+from lm_envs.feedback import server
 from lm_envs.feedback.server import application
 
 EVIL = "<script>alert(1)</script> <img src=x onerror=alert(1)> [a](javascript:alert(1)) ![b](http://x/y) **bold**"
@@ -352,3 +355,62 @@ def test_no_text_takes_long_to_show(tmp_path: Path, text: str) -> None:
     begin = time.process_time()
     assert page.get("next")["item"] == 1
     assert time.process_time() - begin < 5
+
+
+def test_connections_that_break_in_an_answer_stop_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SLOWEST_S", 1.0)
+    page = Page(study(tmp_path), "me")
+    app, item = page.web.app, page.get("next")["item"]
+    statuses: dict[str, list[int]] = {"POST": [], "GET": []}
+
+    async def ask(method: str, path: str) -> None:
+        async def receive() -> dict[str, Any]:
+            if method == "POST":
+                await anyio.sleep_forever()  # the headers came, the rest never does
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses[method].append(message["status"])
+                assert method == "POST" or statuses["POST"] == []
+
+        headers = [(b"host", b"testserver"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": method, "path": page.base + path, "headers": headers, "query_string": b""}
+        await app(scope, receive, send)
+
+    async def all_at_once() -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(100):
+                group.start_soon(ask, "POST", f"items/{item}")
+            await anyio.sleep(0.1)
+            await ask("GET", "next")
+
+    anyio.run(all_at_once)
+    assert statuses == {"POST": [408] * 100, "GET": [200]}
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "OPTIONS"])
+def test_other_methods_do_nothing(tmp_path: Path, method: str) -> None:
+    page = Page(study(tmp_path), "me")
+    item = page.get("next")["item"]
+    for path in ("", "next", "study", f"items/{item}"):
+        reply = page.web.request(method, page.base + path, content='{"answer": {"ranks": [0, 1]}, "version": 0}')
+        assert reply.status_code == 405 and "access-control-allow-origin" not in reply.headers
+    assert page.store.judgments() == []
+
+
+def test_of_two_answers_at_the_same_moment_one_counts(tmp_path: Path) -> None:
+    page = Page(study(tmp_path), "me")
+    item = page.get("next")["item"]
+    address, found = f"{page.base}items/{item}", []
+
+    def post(k: int) -> None:
+        body = {"answer": {"ranks": [0, 1], "notes": f"from window {k}"}, "version": 0}
+        found.append(page.web.post(address, json=body).status_code)
+
+    threads = [threading.Thread(target=post, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [200] + [409] * 7 and len(page.store.judgments()) == 1
