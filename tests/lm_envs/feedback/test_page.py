@@ -286,7 +286,7 @@ def test_nothing_that_others_wrote_runs(browser: Any, studies: Any) -> None:
     page.keyboard.press("Enter")
     answered(page, 1)
     page.keyboard.press("u")
-    page.wait_for_function("document.getElementById('notes').value !== ''")
+    page.wait_for_function("() => document.getElementById('notes').value !== ''")
     assert page.evaluate("window.ran") is None and page.errors == []
     assert page.locator("script").count() == 1 and page.locator("main img, main a").count() == 0
     assert "<b onclick" in page.locator("#flags-list").inner_text()
