@@ -94,8 +94,8 @@ class GRPO(PolicyGradient[GRPOConfig]):
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """Return ``advantage`` and ``old_logprob``, both ``(B, T)``, and ``weight (B,)``."""
-        signal = adv.discounted_returns(self.rewards(traj), traj.mask, self.config.gamma)
-        advantage = adv.masked(self.advantages(signal, traj), traj.mask)
+        signal = adv.discounted_returns(self.rewards(traj, before), traj.mask, self.config.gamma)
+        advantage = self.corrected(adv.masked(self.advantages(signal, traj), traj.mask), traj, before)
         weight = row_weights(self.config.loss_mean, traj.mask)
         return {"advantage": advantage, "old_logprob": before.logprob, "weight": weight}
 

@@ -74,14 +74,14 @@ class REINFORCE(MixesDemonstrations, PolicyGradient[ReinforceConfig]):
         config, mask = self.config, traj.mask
         critic = config.baseline == "value"
         bootstrap = adv.value_at_end(before.value, mask) if critic else None
-        signal = adv.discounted_returns(self.rewards(traj), mask, config.gamma, bootstrap)
+        signal = adv.discounted_returns(self.rewards(traj, before), mask, config.gamma, bootstrap)
         if not config.reward_to_go:
             signal = adv.masked(signal[:, :1].expand_as(signal), mask)
         # The factor discount^t of the true gradient is omitted, as usual.
         advantage = adv.masked(signal - self._baseline(traj, signal, before), mask)
         if config.whiten_advantage:
             advantage = adv.whiten(advantage, mask)
-        fixed = {"advantage": advantage}
+        fixed = {"advantage": self.corrected(advantage, traj, before)}
         return fixed | {"target": signal} if critic else fixed
 
     def _baseline(self, traj: Trajectories, signal: Tensor, before: Before) -> Tensor | float:

@@ -33,8 +33,9 @@ class ReMax(RLOO):
     name = "remax"
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        signal = adv.discounted_returns(self.rewards(traj), traj.mask, self.config.gamma)
-        return {"advantage": adv.masked(signal - self._greedy_score(traj).unsqueeze(1), traj.mask)}
+        signal = adv.discounted_returns(self.rewards(traj, before), traj.mask, self.config.gamma)
+        advantage = adv.masked(signal - self._greedy_score(traj).unsqueeze(1), traj.mask)
+        return {"advantage": self.corrected(advantage, traj, before)}
 
     def _greedy_score(self, traj: Trajectories) -> Tensor:
         """``(B,)`` the score of the greedy response to each row's prompt."""

@@ -38,9 +38,10 @@ class RLOO(PolicyGradient[RLOOConfig]):
     unit = "sequence"
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
-        returns = adv.discounted_returns(self.rewards(traj), traj.mask, self.config.gamma)[:, 0]
+        returns = adv.discounted_returns(self.rewards(traj, before), traj.mask, self.config.gamma)[:, 0]
         advantage = returns - adv.leave_one_out(returns, traj.group)
-        return {"advantage": adv.masked(advantage[:, None].expand(traj.mask.shape), traj.mask)}
+        advantage = adv.masked(advantage[:, None].expand(traj.mask.shape), traj.mask)
+        return {"advantage": self.corrected(advantage, traj, before)}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         policy = sequence_mean(policy_gradient_loss(now.logprob, fixed["advantage"], traj.mask), traj.mask)

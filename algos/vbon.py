@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import rng
@@ -52,8 +53,8 @@ class VBoN(RLOO):
         reward = rewards(traj).clone()
         if traj.prompt_index is None or traj.score is None or self.mdp is None or self.mdp.dense:
             raise ValueError("vbon learns from text and a score per response, which it ranks among the reference's")
-        for index in sorted(set(traj.prompt_index.tolist()) - self._scores.keys()):
-            self._scores[index] = self._reference_scores(index)
+        if missing := sorted(set(traj.prompt_index.tolist()) - self._scores.keys()):
+            self._scores |= zip(missing, self._reference_scores(np.array(missing)), strict=True)
         held = torch.stack([self._scores[index] for index in traj.prompt_index.tolist()]).to(traj.score.device)
         score = traj.score.to(held.dtype)[:, None].contiguous()
         below = torch.searchsorted(held, score)[:, 0]
@@ -63,17 +64,17 @@ class VBoN(RLOO):
         reward[torch.arange(len(traj)), traj.lengths - 1] += (gain - traj.score).to(reward.dtype)
         return {"log_gain": float(gain.mean())} | super().update(replace(traj, reward=reward))
 
-    def _reference_scores(self, index: int) -> Tensor:
-        """Scores of the reference's samples for a prompt, ``(M,)`` ascending, float64."""
+    def _reference_scores(self, prompts: NDArray[np.int64]) -> Tensor:
+        """Scores of the reference's samples for each prompt ``(N,)``: ``(N, M)`` ascending, float64."""
         mdp, count = self.mdp, self.config.reference_samples
-        rows = np.full(count, index)
+        rows = prompts.repeat(count)
         policy = LMPolicy.for_mdp(mdp, mdp.reference)
-        episode = SAMPLE_EPISODES + index * count + np.arange(count)
+        episode = SAMPLE_EPISODES + rows * count + np.tile(np.arange(count), len(prompts))
         uniforms = rng.uniform(self.config.seed, rng.TOKEN, episode[:, None], np.arange(policy.uniforms_per_response))
         response, _ = policy.respond(torch.as_tensor(mdp.prompt(rows)), torch.as_tensor(uniforms))
         charge(self, response)
         scores = mdp.score(rows, response.cpu().numpy()).sum(axis=1)
-        return torch.as_tensor(np.sort(scores), dtype=torch.float64)
+        return torch.as_tensor(np.sort(scores.reshape(len(prompts), count), axis=1), dtype=torch.float64)
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self._scores:

@@ -53,6 +53,7 @@ TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos
 COST = "tests/benchmarks/measure/test_cost.py"
 FAMILY = "tests/algos/test_grpo_family.py"
 SELECT = "tests/algos/engine/test_select.py"
+OFF_POLICY = "tests/algos/engine/test_off_policy.py"
 CAPABILITIES = "tests/algos/policies/test_capabilities.py"
 COLUMNS = "tests/lm_envs/reward/test_columns.py"
 KL_COEF = "tests/benchmarks/run/test_kl_coef.py"
@@ -789,6 +790,41 @@ MUTATIONS = [
         "return returns - adv.group_mean(returns, group)",
         "return returns",
         FAMILY,
+    ),
+    Mutation(
+        "a corrected reward keeps the sampler's penalty",
+        "algos/engine/policy_gradient.py",
+        "reward = reward - adv.masked(extra, traj.mask)",
+        "reward = reward - 0 * adv.masked(extra, traj.mask)",
+        OFF_POLICY,
+    ),
+    Mutation(
+        "corrections carry a gradient",
+        "algos/ops/losses.py",
+        "ratio = importance_ratio(logprob, sampler_logprob, mask).detach()",
+        "ratio = importance_ratio(logprob, sampler_logprob, mask)",
+        OFF_POLICY,
+    ),
+    Mutation(
+        "masks drop no weights that are too small",
+        "algos/ops/losses.py",
+        'least = 1 / limit if kind == "token_mask" else 0.0',
+        "least = 0.0",
+        OFF_POLICY,
+    ),
+    Mutation(
+        "a penalty in the loss is not corrected",
+        "algos/engine/policy_gradient.py",
+        "return self.corrected(coef * estimate, traj, now)",
+        "return coef * estimate",
+        OFF_POLICY,
+    ),
+    Mutation(
+        "the sampler's KL is the other direction's",
+        "algos/engine/batching.py",
+        "tally(k3(traj.logprob, logprob, traj.mask), traj.mask)",
+        "tally(k3(logprob, traj.logprob, traj.mask), traj.mask)",
+        OFF_POLICY,
     ),
     Mutation(
         "ReMax's greedy responses are free",

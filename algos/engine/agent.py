@@ -19,9 +19,9 @@ from lm_envs.algos.engine.batching import (
     Before,
     cost_of_a_forward,
     flatten_fixed,
-    gap,
     micro_batches,
     minibatches,
+    mismatch,
     select,
     units,
 )
@@ -100,7 +100,7 @@ class Agent(Generic[C]):
         self.given: Mapping[str, int] = {}
         self._kl = KLCoefficient(self.name, self.published_kl_coef)
         self._weights = next(_WEIGHTS)
-        self._watch_gap = False
+        self._first_step = self._same = False
         self.forward_cost = cost_of_a_forward(policy)
         self.sampler = Sampler(self.name, self.policy)
         self._frozen: str | None = None  # the hash of the policy's frozen parameters
@@ -203,7 +203,7 @@ class Agent(Generic[C]):
             known = explained_variance(before.value[:, :-1], fixed["target"], traj.mask)
             metrics["explained_variance"] = float(known)
         # Law 7: the policy that learns is the one that sampled. Above rounding, something differs between the two.
-        self._watch_gap = traj.logprob is not None and (kept or before.was_read)
+        self._first_step, self._same = traj.logprob is not None, kept or before.was_read
         if self.unit == "token" and not self.policy.sequence_obs:
             fixed = flatten_fixed(fixed, traj.mask)
             traj = traj.flatten()
@@ -258,7 +258,7 @@ class Agent(Generic[C]):
             ) from None
         self._weights = next(_WEIGHTS)
         averages.add({"grad_norm": norm}, 1.0)
-        self._watch_gap = False  # from here on the policy is another one
+        self._first_step = False  # from here on the policy is another one
         return False
 
     def _losses(
@@ -279,8 +279,8 @@ class Agent(Generic[C]):
             now = self.policy.evaluate(part)
             self.trained_tokens += int(part.response_lengths.sum())
             loss, metrics = loss_of(part, now, held)
-            if self._watch_gap and part.logprob is not None:
-                metrics = metrics | {"logprob_gap_max": gap(now.logprob.detach(), part)}
+            if self._first_step and part.logprob is not None:
+                metrics = metrics | mismatch(now.logprob.detach(), part, self._same)
             # Law 8: each part counts by its share of the units, so the sum is the mean over the whole minibatch.
             yield loss * (weight * (count / whole))
             for kept in averages:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_envs.algos.ops.advantages import masked
+from lm_envs.algos.ops.losses import k3, tally
 from lm_envs.algos.policies.base import Policy
 from lm_envs.trajectories import Trajectories
 
@@ -143,10 +144,16 @@ def select(traj: Trajectories, fixed: Mapping[str, Tensor], rows: Tensor) -> tup
     return part, {n: x[:, :steps] if x.ndim > 1 and x.shape[1] == whole else x for n, x in held.items()}
 
 
-def gap(logprob: Tensor, traj: Trajectories) -> Tensor:
-    """The largest difference, nats, between log-probabilities and those the batch was sampled with."""
+def mismatch(logprob: Tensor, traj: Trajectories, same: bool) -> dict[str, Any]:
+    """How far log-probabilities ``(B, T)`` are from those a batch was sampled with.
+
+    Returns:
+        ``sampler_kl``, an estimate of KL(sampler || policy) in nats per token that is never negative, as a sum and a
+        count; and if both are said to be the ``same``, ``logprob_gap_max``, their largest difference in nats.
+    """
     assert traj.logprob is not None
-    return masked((traj.logprob - logprob).abs(), traj.mask).max()
+    found: dict[str, Any] = {"sampler_kl": tally(k3(traj.logprob, logprob, traj.mask), traj.mask)}
+    return found | ({"logprob_gap_max": masked((traj.logprob - logprob).abs(), traj.mask).max()} if same else {})
 
 
 def micro_batches(traj: Trajectories, unit: str, most: int | None, forward: float | None = None) -> list[Tensor | None]:

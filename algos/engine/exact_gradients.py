@@ -21,7 +21,7 @@ _LEAST_BATCHES = 16  # of an estimate: its error comes from how they differ
 
 
 def expected_gradient(
-    agent: Agent[Any], exact: Exact, *, batch: int = 1, same_prompt: bool = True
+    agent: Agent[Any], exact: Exact, *, batch: int = 1, same_prompt: bool = True, sampler: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Compute the mean direction of an algorithm's first step, ``-E[grad loss]`` by parameter.
 
@@ -36,6 +36,7 @@ def expected_gradient(
         batch: episodes per batch.
         same_prompt: the episodes share a prompt and are one group; else prompts are independent, and each episode is
             its own group.
+        sampler: log-probabilities ``(X, S, V)`` that episodes are drawn from; None takes the policy's.
 
     Returns:
         tensors by the names of the policy's parameters, zeros where the loss does not reach.
@@ -44,7 +45,7 @@ def expected_gradient(
         ValueError: more than :data:`MAX_BATCHES` batches.
     """
     agent.mdp = exact.mdp
-    traj, weight = exact.trajectories(exact.table(agent.policy))
+    traj, weight = exact.trajectories(exact.table(agent.policy) if sampler is None else sampler)
     assert traj.group is not None
     prompts = len(exact.prompts)
     sizes = torch.bincount(traj.group, minlength=prompts).tolist()

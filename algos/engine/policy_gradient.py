@@ -1,9 +1,10 @@
 """What the policy-gradient algorithms share: where the KL penalty stands, and a learned value beside the policy."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
@@ -11,9 +12,10 @@ from lm_envs.algos.engine.batching import Before, episode_value, rewards
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops import advantages as adv
-from lm_envs.algos.ops.losses import KLEstimator, kl_estimate, masked_mean, value_loss
+from lm_envs.algos.ops.losses import Correction, KLEstimator, kl_estimate, masked_mean, sampler_weights, value_loss
 from lm_envs.algos.policies.critics import ValueFrom, check_value_from, value_from_reward_model
 from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.env.mdp import kl_penalty
 from lm_envs.env.report import text_envs
 from lm_envs.settings import Finite, NonNegative, Probability, Rate
 from lm_envs.trajectories import Trajectories
@@ -32,6 +34,13 @@ class PolicyGradientConfig(AgentConfig):
     informative: bool = False
     """Learn only from groups whose scores differ (DAPO's dynamic sampling, with `draws`); `group_size` is then at least
     2."""
+
+    correction: Correction | None = None
+    """Weight each action by how much likelier the policy makes it than the sampler did, for samplers that differ from
+    the policy (another precision, older weights): ratios of tokens or of whole responses, truncated at
+    `correction_limit`, or with `_mask` set to 0 beyond it. None trusts that both are one."""
+    correction_limit: Annotated[float, Gt(1)] = 2.0
+    """Largest weight of `correction`; `token_mask` also drops tokens with weights below its inverse."""
 
     overlong: NonNegative = 0.0
     """Taken from the reward of a response of the greatest length (text only), and linearly less of shorter ones."""
@@ -74,9 +83,30 @@ class PolicyGradient(Agent[C]):
                 self.reference = reference_policy(env)
         return super().settle_kl_coef(env)
 
-    def rewards(self, traj: Trajectories) -> Tensor:
-        """Rewards ``(B, T)``, with the penalty for long responses; ValueError where there are none."""
+    def corrected(self, x: Tensor, traj: Trajectories, policy: Any) -> Tensor:
+        """Advantages or penalties ``(B, T)`` times the weights of ``correction`` of a policy's evaluation. Surrogates
+        are linear in weights that are not negative."""
+        kind = self.config.correction
+        if kind is None:
+            return x
+        sampled, limit = self._sampler_logprob(traj), self.config.correction_limit
+        return x * sampler_weights(kind, policy.logprob, sampled, traj.mask, limit)
+
+    def _sampler_logprob(self, traj: Trajectories) -> Tensor:
+        if traj.logprob is None:
+            raise ValueError(f"{self.name}: correction needs Trajectories.logprob of the sampler, and these have none")
+        return traj.logprob
+
+    def rewards(self, traj: Trajectories, before: Before) -> Tensor:
+        """Rewards ``(B, T)``, with the penalty for long responses; ValueError where there are none.
+
+        With ``correction`` a KL penalty in them is that of the policy, where the env charged the sampler's.
+        """
         reward = rewards(traj)
+        if self.config.correction is not None and self.kl_in_reward and traj.ref_logprob is not None:
+            sampled = self._sampler_logprob(traj)
+            extra = kl_penalty(self.kl_coefficient(), before.logprob, sampled)
+            reward = reward - adv.masked(extra, traj.mask)
         if not self.config.overlong:
             return reward
         if traj.response is None:
@@ -87,7 +117,8 @@ class PolicyGradient(Agent[C]):
         return reward + last * self.config.overlong * penalty.to(reward.dtype).unsqueeze(1)
 
     def kl_penalty(self, traj: Trajectories, now: Any) -> Tensor:
-        """``coefficient * KL`` per position, ``(B, T)``; zeros where the penalty is in the reward.
+        """``coefficient * KL`` per position, ``(B, T)``, with the weights of ``correction``; zeros where the penalty is
+        in the reward.
 
         Raises:
             ValueError: the coefficient or the reference is not known.
@@ -101,10 +132,12 @@ class PolicyGradient(Agent[C]):
                 raise ValueError(f"{self.name}: kl_loss='full' needs a reference; no env was seen yet: set .reference")
             with torch.no_grad():
                 reference = self.reference.evaluate(traj).log_probs()
-            return coef * kl_estimate(kind, now.log_probs(), reference, traj.mask)
-        if traj.ref_logprob is None:
+            estimate = kl_estimate(kind, now.log_probs(), reference, traj.mask)
+        elif traj.ref_logprob is None:
             raise ValueError(f"{self.name}: kl_loss={kind!r} needs Trajectories.ref_logprob, and these have none")
-        return coef * kl_estimate(kind, now.logprob, traj.ref_logprob, traj.mask)
+        else:
+            estimate = kl_estimate(kind, now.logprob, traj.ref_logprob, traj.mask)
+        return self.corrected(coef * estimate, traj, now)
 
 
 def reference_policy(env: Any) -> Any:
@@ -165,12 +198,12 @@ class ActorCritic(PolicyGradient[A]):
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         """Return ``advantage`` and ``target``, both ``(B, T)``."""
-        gae = adv.gae(self.rewards(traj), before.value, traj.mask, self.config.gamma, self.config.lam)
+        gae = adv.gae(self.rewards(traj, before), before.value, traj.mask, self.config.gamma, self.config.lam)
         target = gae + before.value[:, :-1]
         advantage = self.advantage(gae, traj, before)
         if self.config.whiten_advantage:
             advantage = adv.whiten(advantage, traj.mask)
-        return {"advantage": advantage, "target": target}
+        return {"advantage": self.corrected(advantage, traj, before), "target": target}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
         config, mask = self.config, traj.mask

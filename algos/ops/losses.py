@@ -6,7 +6,7 @@ Masked positions change neither a value nor a gradient, even if they hold NaN (l
 Losses are per position; :func:`masked_mean` (unit "token") or :func:`sequence_mean` (unit "sequence") reduces them.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from lm_envs.algos.ops.advantages import masked
 from lm_envs.kernels.logprob_kl import logprob_kl
 from lm_envs.training import bradley_terry_loss, mean_over_pairs
 
-KLEstimator = Literal["k1", "k2", "k3", "full"]
+KLEstimator = Literal["k1", "k2", "k3", "k3_ratio", "full"]
 LossMean = Literal["response", "token", "sum"]
+Correction = Literal["token", "token_mask", "sequence", "sequence_mask"]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -51,6 +52,30 @@ def policy_gradient_loss(logprob: Tensor, advantage: Tensor, mask: Tensor) -> Te
 def importance_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tensor:
     """``rho_t = pi(a_t|s_t) / pi_old(a_t|s_t)``, ``(B, T)``, 1 in masked positions."""
     return torch.exp(masked(logprob, mask) - masked(old_logprob, mask))
+
+
+def sampler_weights(kind: Correction, logprob: Tensor, sampler_logprob: Tensor, mask: Tensor, limit: float) -> Tensor:
+    """Importance weights ``(B, T)`` of actions drawn from another distribution mu than the policy's pi, without a
+    gradient; 1 in masked positions.
+
+    With ``w_t = pi(a_t|s_t) / mu(a_t|s_t)`` and ``w = prod_t w_t`` over the row:
+
+    - "token": ``min(w_t, limit)``, truncated importance sampling (Yao et al. 2025, "Your efficient RL framework
+      secretly brings you off-policy RL training"). Corrects an action, not what was sampled before and after it.
+    - "token_mask": ``w_t`` in ``[1 / limit, limit]``, else 0 (IcePop; Ling team 2025, "Every step evolves").
+    - "sequence": ``min(w, limit)`` for each token of the row; without a limit exact (Liu et al. 2025, "When speed kills
+      stability").
+    - "sequence_mask": ``w`` up to ``limit``, else 0 (the same source).
+    """
+    ratio = importance_ratio(logprob, sampler_logprob, mask).detach()
+    if kind.startswith("sequence"):
+        ratio = ratio.log().sum(dim=1, keepdim=True).exp().expand_as(ratio)
+    if not kind.endswith("mask"):
+        bounded = ratio.clamp(max=limit)
+    else:
+        least = 1 / limit if kind == "token_mask" else 0.0
+        bounded = torch.where((ratio >= least) & (ratio <= limit), ratio, torch.zeros_like(ratio))
+    return torch.where(mask, bounded, torch.ones_like(ratio))
 
 
 def ppo_clip_loss(
@@ -273,6 +298,11 @@ def k3(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
+def k3_ratio(logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
+    """:func:`k3` times ``pi / sg(pi)``, ``(B, T)``: k3's value, and as a loss term k2's expected gradient."""
+    return importance_ratio(logprob, logprob.detach(), mask) * k3(logprob, ref_logprob, mask)
+
+
 def kl_estimate(kind: KLEstimator, logprob: Tensor, ref_logprob: Tensor, mask: Tensor) -> Tensor:
     """Estimate ``KL(pi || ref)`` per position, ``(B, T)`` nats, 0 in masked positions, as a term of a loss.
 
@@ -283,9 +313,11 @@ def kl_estimate(kind: KLEstimator, logprob: Tensor, ref_logprob: Tensor, mask: T
       where one position is the whole sequence, it is exact.
     - "k3": biased even at each state: ``E[(1 - ref/pi) grad log pi]`` is the gradient of ``KL(ref || pi)``, the other
       direction. Used by GRPO.
+    - "k3_ratio": as "k2" (DeepSeek-AI 2025, "DeepSeek-V3.2", eq. 7, with the ratio to the policy that sampled).
     - "full": as "k2", but summed over the vocabulary, so without the variance of a sample.
 
-    On samples of an older policy (several epochs) "full" stays the KL at the visited states; the others lack the ratio.
+    On samples of another policy (several epochs) "full" stays the KL at the visited states; the others lack its weights
+    (:func:`sampler_weights`).
 
     Args:
         logprob, ref_logprob: ``(B, T)``; for "full" all log-probabilities, ``(B, T, V)``.
@@ -299,9 +331,9 @@ def kl_estimate(kind: KLEstimator, logprob: Tensor, ref_logprob: Tensor, mask: T
         kl = logprob_kl(logprob, ref_logprob.to(logprob.dtype), torch.zeros_like(mask, dtype=torch.int64), mask=mask).kl
         assert kl is not None
         return kl
-    estimators = {"k1": k1, "k2": k2, "k3": k3}
+    estimators = {"k1": k1, "k2": k2, "k3": k3, "k3_ratio": k3_ratio}
     if kind not in estimators:
-        raise ValueError(f"kl_estimate: no estimator is called {kind!r}; there are {', '.join(estimators)} and full")
+        raise ValueError(f"kl_estimate: no estimator is called {kind!r}; there are {', '.join(get_args(KLEstimator))}")
     return estimators[kind](logprob, ref_logprob.to(logprob.dtype), mask)
 
 

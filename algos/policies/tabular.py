@@ -1,6 +1,7 @@
 """A tabular policy for text envs that can be enumerated: a row of logits and a value per prompt and prefix."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class TabularPolicy(TextPolicy):
         value_scale: ratio of values to their parameters, because Adam's steps have the size of the learning rate; with
             a larger scale the critic learns its level before the policy has moved far.
 
+    Attributes:
+        sampler: what it samples from, logits ``(N, V)`` as a function of its own, to plant a mismatch between sampler
+            and policy; None is the policy itself.
+
     Raises:
         ValueError: a table of another shape, or one that is infinite or NaN where a token is allowed.
     """
@@ -45,6 +50,7 @@ class TabularPolicy(TextPolicy):
         self.logits = nn.Parameter(start.double().flatten(0, 1).clone())
         self.value = nn.Parameter(torch.zeros(len(self.logits), dtype=torch.float64))
         self.token_logits: nn.Parameter | None = None
+        self.sampler: Callable[[Tensor], Tensor] | None = None
 
     def add_reward_tokens(self, count: int) -> None:
         """Give each token a table of its own that starts as the policy is; values are those of the plain prompt."""
@@ -62,6 +68,9 @@ class TabularPolicy(TextPolicy):
             return plain
         added = self.token_logits.unflatten(0, (-1, len(plain))).masked_fill(self.forbidden, -math.inf)
         return torch.cat([plain, added.flatten(0, 1)])
+
+    def _sampled(self) -> Tensor:
+        return self._masked() if self.sampler is None else self.sampler(self._masked())
 
     def log_probs(self) -> Tensor:
         """``(X, S, V)``, the table that :class:`~lm_envs.exact.solver.Exact` reads; differentiable."""
@@ -87,12 +96,12 @@ class TabularPolicy(TextPolicy):
 
     def next_logits(self, rows: Tensor) -> Tensor:
         prompt, response = rows[:, : self.prompt_length], rows[:, self.prompt_length :]
-        return self._masked()[self._first_row(prompt) + self.tree.states(response)[:, -1]]
+        return self._sampled()[self._first_row(prompt) + self.tree.states(response)[:, -1]]
 
     @torch.no_grad()
     def respond(self, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         count, steps = len(prompts), self.tree.horizon
-        table, first = self._masked(), self._first_row(prompts.to(self.logits.device))
+        table, first = self._sampled(), self._first_row(prompts.to(self.logits.device))
         response = torch.full((count, steps), -1, device=first.device)
         logprob = torch.zeros(count, steps, dtype=torch.float64, device=first.device)
         active, state = torch.arange(count, device=first.device), torch.zeros_like(first)

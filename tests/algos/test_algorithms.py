@@ -378,6 +378,8 @@ CHANGES = {
     "clip": ({}, {"default": 0.001, "gspo": 0.5}),
     "value_clip": ({}, 0.001),
     "kl_stop": ({}, 1e-6),
+    "correction": (None, None),
+    "correction_limit": (None, None),
     "kl_loss": ({}, {"default": "k2", "reinforce-plus-plus-baseline": "k3"}),
     "critic": ({}, "q"),
     "value_from": ({"ptx_coef": 0.0}, "reward_model"),
@@ -470,7 +472,7 @@ def test_no_setting_is_dead(name, inherited):
             continue
         context, change = CHANGES[field.name]
         if context is None or field.name in WITHOUT_EFFECT.get(name, {}):
-            continue  # steps, micro_batch and draws have tests of their own
+            continue  # steps, micro_batch, draws and corrections have tests of their own
         known = {f.name for f in fields(config)}
         context = BASE.get(name, {}) | {key: value for key, value in context.items() if key in known}
         change = change.get(name, change["default"]) if isinstance(change, dict) else change

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ def test_its_reward_by_hand(monkeypatch):
     """Three reference samples and the response itself: F is a quarter of those at or below it."""
     agent, traj, seen = batches.learner("vbon", n=3), batches.text_batch(), []
     held = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    monkeypatch.setattr(type(agent), "_reference_scores", lambda self, index: held)
+    monkeypatch.setattr(type(agent), "_reference_scores", lambda self, prompts: held.repeat(len(prompts), 1))
     monkeypatch.setattr(RLOO, "update", lambda self, rows: seen.append(rows.reward) or {})
     traj.score = torch.tensor([-1.0, 0.5, 1.0, 9.0] * 4, dtype=torch.float64)
     agent.update(traj)
@@ -33,7 +34,8 @@ def test_its_reward_by_hand(monkeypatch):
 
 def test_large_n_and_low_scores_do_not_underflow(monkeypatch):
     agent, traj, seen = batches.learner("vbon", n=1000), batches.text_batch(), []
-    monkeypatch.setattr(type(agent), "_reference_scores", lambda self, index: torch.zeros(4096, dtype=torch.float64))
+    held = torch.zeros(4096, dtype=torch.float64)
+    monkeypatch.setattr(type(agent), "_reference_scores", lambda self, prompts: held.repeat(len(prompts), 1))
     monkeypatch.setattr(RLOO, "update", lambda self, rows: seen.append(rows.reward) or {})
     traj.score = torch.full((16,), -1.0, dtype=torch.float64)
     gain = agent.update(traj)["log_gain"]
@@ -48,6 +50,11 @@ def test_the_references_samples_are_paid_once():
     assert agent.samples_done == agent.reward_calls == 16 + 5 * prompts and prompts > 1
     learn(agent, env, 3)
     assert agent.samples_done == 4 * 16 + 5 * len(agent._scores) and agent.episodes_done == 64
+    together = agent._reference_scores(np.array(sorted(agent._scores)))
+    assert [scores.tolist() for scores in together] == [
+        agent._scores[index].tolist() for index in sorted(agent._scores)
+    ]
+    assert len({tuple(scores.tolist()) for scores in together}) == len(together)
     restored = batches.learner("vbon", env=env, reference_samples=5)
     restored.restore(*agent.checkpoint())
     assert all(torch.equal(restored._scores[index], scores) for index, scores in agent._scores.items())

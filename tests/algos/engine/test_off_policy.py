@@ -1,0 +1,152 @@
+"""Samplers that differ from the policy: importance weights, what each correction restores on the exact env, and the
+metric that reports a mismatch."""
+
+import math
+
+import pytest
+import torch
+
+from lm_envs.algos.engine.agent import learn
+from lm_envs.algos.engine.exact_gradients import expected_gradient
+from lm_envs.algos.ops.losses import sampler_weights
+from lm_envs.algos.policies.tabular import TabularPolicy
+from lm_envs.algos.registry import make_agent
+from lm_envs.env.mdp import TextMDP
+from lm_envs.env.vector import TextVectorEnv
+from lm_envs.exact.solver import Exact, cosine, relative_bias
+from lm_envs.tasks.enumerable import load
+from tests.algos import batches
+
+KINDS = ("token", "token_mask", "sequence", "sequence_mask")
+
+
+def test_weights_by_hand():
+    """Ratios of 2, 1/4 and 3 in the first row, and of 1/2 and 1/2 in the second; what is masked holds NaN."""
+    ratio = torch.tensor([[2.0, 0.25, 3.0], [0.5, 0.5, math.nan]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    sampler = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -1.5, math.nan]], dtype=torch.float64)
+
+    def weights(kind, limit):
+        found = sampler_weights(kind, sampler + ratio.log(), sampler, mask, limit)
+        return pytest.approx(found.flatten().tolist())
+
+    assert weights("token", 2.5) == [2, 0.25, 2.5, 0.5, 0.5, 1]
+    assert weights("token_mask", 2.5) == [2, 0, 0, 0.5, 0.5, 1]
+    assert weights("sequence", 1.2) == [1.2, 1.2, 1.2, 0.25, 0.25, 1]
+    assert weights("sequence_mask", 1.2) == [0, 0, 0, 0.25, 0.25, 1]
+    assert weights("sequence_mask", 1.6) == [1.5, 1.5, 1.5, 0.25, 0.25, 1]
+
+
+def quantized(table, bits=3):
+    """Log-probabilities rounded to steps of ``2**-bits`` and normalized, as of weights in few bits."""
+    return (torch.round(table * 2**bits) / 2**bits).log_softmax(dim=-1)
+
+
+SAMPLERS = {
+    "temperature 0.7": lambda now, before: (now / 0.7).log_softmax(dim=-1),
+    "quantized": lambda now, before: quantized(now, bits=1),
+    "stale": lambda now, before: before,
+}
+
+
+def problem(sampler, kl_coef=0.3):
+    """A solver, a policy away from the reference, and what it is sampled by instead."""
+    exact = Exact(TextMDP(load(tokens=2, horizon=3, prompts=2), kl_coef=kl_coef))
+    generator = torch.Generator().manual_seed(1)
+    noise = [torch.randn(exact.log_ref.shape, dtype=torch.float64, generator=generator) for _ in range(2)]
+    before = (exact.log_ref + 0.7 * noise[0]).log_softmax(dim=-1)
+    policy = TabularPolicy(exact, (before + 0.5 * noise[1]).log_softmax(dim=-1))
+    return exact, policy, SAMPLERS[sampler](policy.log_probs().detach(), before)
+
+
+def gradients(name, sampler, batch=1, **settings):
+    """The expected gradient with another sampler, with the policy itself, and the exact one; of the logits, since the
+    critic's loss is not corrected."""
+    exact, policy, other = problem(sampler, 0.0 if settings.get("kl_loss") else 0.3)
+    agent = make_agent(name, policy, **{"episodes": 8, "group_size": 1, "kl_coef": 0.3, **settings})
+    found = [expected_gradient(agent, exact, batch=batch, sampler=table) for table in (other, None)]
+    return *({"logits": gradient["logits"]} for gradient in found), exact.gradient(policy)
+
+
+ON_POLICY = [
+    ("reinforce", 1, {"baseline": "none"}),
+    ("reinforce", 1, {"baseline": "none", "kl_loss": "k2"}),
+    ("reinforce", 1, {"baseline": "none", "kl_loss": "k3_ratio"}),
+    ("a2c", 1, {"lam": 1.0, "whiten_advantage": False}),
+    ("ppo", 1, {"lam": 1.0, "whiten_advantage": False}),
+    ("rloo", 2, {}),
+    ("dr-grpo", 2, {}),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name, batch, settings", ON_POLICY)
+def test_whole_ratios_without_a_limit_restore_the_gradient(sampler, name, batch, settings):
+    """That of the algorithm when it samples for itself, the KL penalty in the reward or in the loss included."""
+    corrected, own, _ = gradients(name, sampler, batch, correction="sequence", correction_limit=1e9, **settings)
+    as_is = gradients(name, sampler, batch, **settings)[0]
+    assert relative_bias(corrected, own) < 1e-8
+    assert relative_bias(as_is, own) > 0.02
+
+
+COSINES = {  # of RLOO's expected gradient in groups of two, with a limit of 2; docs quote these
+    "temperature 0.7": {
+        None: 0.9912,
+        "token": 0.9963,
+        "token_mask": 0.9950,
+        "sequence": 0.9997,
+        "sequence_mask": 0.9987,
+    },
+    "quantized": {None: 0.9982, "token": 0.9999, "token_mask": 0.9999, "sequence": 1, "sequence_mask": 1},
+    "stale": {None: 0.8584, "token": 0.9964, "token_mask": 0.7211, "sequence": 0.9802, "sequence_mask": 0.8397},
+}
+
+
+@pytest.mark.parametrize("sampler, kind", [(sampler, kind) for sampler in SAMPLERS for kind in (None, *KINDS)])
+def test_what_each_correction_restores(sampler, kind):
+    found, _, target = gradients("rloo", sampler, 2, correction=kind)
+    assert cosine(found, target) == pytest.approx(COSINES[sampler][kind], abs=1e-4)
+
+
+def trained(sampler, **settings):
+    """An agent after 30 iterations on a small draw, with its last metrics, and the exact regret of its policy."""
+    env = TextVectorEnv(load(tokens=2, horizon=3, prompts=2), 16, group_size=8)
+    exact = Exact(env.mdp)
+    policy = TabularPolicy(exact)
+    policy.sampler = sampler
+    settings = {"learning_rate": 0.1, "anneal": False, "max_grad_norm": 1e6, **settings}
+    agent = make_agent("rloo", policy, episodes=512, group_size=8, iterations=30, **settings)
+    seen = []
+    learn(agent, env, callback=lambda _, traj, metrics: seen.append((traj, metrics)))
+    return seen, exact.regret(policy)
+
+
+def test_a_sampler_of_another_temperature_is_reported_and_corrected():
+    """Its regret is of the policy, not of the sampler; untouched, learning goes to a policy that suits the sampler."""
+    seen, regret = trained(lambda logits: logits / 0.6)
+    traj, metrics = seen[0]
+    gap = (traj.ref_logprob - traj.logprob)[traj.mask]  # the policy starts as the reference
+    assert metrics["sampler_kl"] == pytest.approx(float((gap.exp() - 1 - gap).mean()))
+    assert metrics["logprob_gap_max"] == pytest.approx(float(gap.abs().max())) and metrics["sampler_kl"] > 0.01
+    corrected = trained(lambda logits: logits / 0.6, correction="sequence", correction_limit=10.0)[1]
+    alone, own = trained(None)
+    assert alone[0][1]["sampler_kl"] == pytest.approx(0, abs=1e-12)
+    assert own < 0.02 and corrected < 0.02 and regret > 0.03
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sampler_that_is_the_policy_needs_no_correction(kind):
+    ends = []
+    for correction in (None, kind):
+        env = batches.text_env()
+        agent = batches.learner("grpo", env=env, correction=correction, epochs=1, minibatches=1)
+        agent.iteration(env)
+        ends.append(batches.weights(agent.policy))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-7)
+
+
+def test_without_the_samplers_log_probabilities_there_is_no_correction():
+    traj = batches.text_batch()
+    traj.logprob = None
+    with pytest.raises(ValueError, match=r"correction needs Trajectories\.logprob"):
+        batches.learner("rloo", correction="token").update(traj)
