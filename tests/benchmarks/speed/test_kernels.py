@@ -48,6 +48,7 @@ def test_a_small_run(tmp_path, capsys):
     assert image.stat().st_size > 5000 and "native" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_runs_where_only_torch_is(tmp_path):
     """No gymnasium, matplotlib, tyro or transformers: the file as a script, from any folder."""
     missing = "gymnasium lm_envs matplotlib transformers tyro rich".split()

@@ -70,7 +70,6 @@ def without_compiling(names):
     return [pytest.param(n, marks=pytest.mark.slow) if n in throughput_work.COMPILED else n for n in names]
 
 
-@pytest.mark.slow
 def test_without_a_compiler_the_other_ways_are_measured(capsys):
     from torch._inductor import config
 
