@@ -52,7 +52,8 @@ def texts(path: Path, count: int = 40) -> Path:
     return byo.write_jsonl(path, rows)
 
 
-def test_from_texts_to_ratings_and_rows_of_data(tmp_path: Path, capsys: Any) -> None:
+def test_from_texts_to_ratings_and_rows_of_data(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_envs.feedback.agreement.RESAMPLES", 50)
     study = tmp_path / "study"
     main(
         [
