@@ -34,6 +34,7 @@ from lm_envs.benchmarks.commands.learn import RewardModel
 from lm_envs.benchmarks.commands.options import Own
 from lm_envs.benchmarks.commands.train import Train
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run.compare import write_results
 from lm_envs.benchmarks.run.storage import finished, read_json, write_json
 from lm_envs.data.conventions import Example
 from lm_envs.data.dataset import Examples
@@ -204,7 +205,9 @@ class Loop:
         write_json(path, found)
 
     def improve(self, number: int, console: Console) -> None:
+        out = self.folder / f"round-{number}" / "policy"
         if finished(self.run_of(number)) is not None:
+            write_results(out)  # a kill may have come between the end of the run and this
             return
         settings = self.settings
         given = {"algorithm": "ppo", "seed": settings.seed, **settings.train}
@@ -215,7 +218,7 @@ class Loop:
             reward_model=str(self.reward_model(number) / "model"),
             reference=settings.policy,
         )
-        here = {"out": self.folder / f"round-{number}" / "policy", "resume": True, "own": own}
+        here = {"out": out, "resume": True, "own": own}
         here["env"] = (*env, *given.pop("env", ()))
         make(Train, given | here, f"[train] in {self.folder / FILE}").run(console)
 

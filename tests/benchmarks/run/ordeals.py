@@ -271,7 +271,7 @@ def _content(path: Path) -> Any:
     return path.read_bytes()
 
 
-_PASSING = (".lock", "manifest.json", "report.html", "study.sqlite-wal", "study.sqlite-shm")
+_PASSING = (".lock", "manifest.json", "report.html", "log.txt", "study.sqlite-wal", "study.sqlite-shm")
 
 
 def facts(out: Path) -> dict[str, Any]:
