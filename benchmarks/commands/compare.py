@@ -15,7 +15,7 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.run.suite_files import load_suite
 from lm_envs.benchmarks.run.suites import Suite, TaskSettings, parse_settings
-from lm_envs.settings import Seed, Several, Threads, near
+from lm_envs.settings import Positive, Seed, Several, Threads, near
 
 # The suite whose settings a task of the user's own gets by default.
 _LIKE: dict[tuple[str, ...], str] = {("corpus",): "demo-real", ("translation",): "translation"}
@@ -46,6 +46,8 @@ class Compare(Running):
     """Seeds; they replace those of --suite."""
     test_prompts: Annotated[Several | None, tyro.conf.arg(metavar="N")] = None
     """Test prompts to measure on."""
+    match_kl: Annotated[tuple[Positive, ...], tyro.conf.arg(metavar="NATS ...")] = ()
+    """KLs from SFT at which methods are also compared, read off their validation curves."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """A setting of an algorithm, as in --set ppo.learning_rate=1e-4; may be repeated."""
     jobs: Threads = 1
@@ -81,6 +83,8 @@ class Compare(Running):
                 suite = replace(like, name="comparison", tasks=chosen)
         if self.seeds:
             suite = replace(suite, seeds=self.seeds)
+        if self.match_kl:
+            suite = replace(suite, match_kl=self.match_kl)
         for name, values in _by_algorithm(self.set).items():
             running = {run.algorithm for run in suite.runs()}
             if name not in running:

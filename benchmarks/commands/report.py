@@ -16,7 +16,7 @@ from lm_envs.feedback.store import open_study
 
 @dataclass(frozen=True)
 class Report:
-    """Write results.csv, the plots and report.html of a folder again, from the finished runs."""
+    """Write results.csv, aggregate.csv, the plots and report.html of a folder again, from the finished runs."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of a comparison."""
@@ -51,7 +51,7 @@ def show(out: Path, people: Path | None = None) -> None:
     from lm_envs.benchmarks.run.results import rich_table, table
 
     rows = write_results(out)
-    made = [out / "results.csv"]
+    made = [out / "results.csv", out / "aggregate.csv"]
     if people is not None:
         made.append(add_people(out, rows, open_study(people).judgments()))
     path = write_report(out, rows)

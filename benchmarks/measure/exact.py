@@ -12,6 +12,7 @@ from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.exact.solver import Exact
 
 _POINTS = 60  # of the optimal frontier
+_NO_PROMPTS: dict[str, list[float]] = {"wins": [], "golds": [], "length_gaps": []}  # expectations know none
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def half_way(exact: Exact) -> torch.Tensor:
 def result(exact: Exact, policy: Any) -> dict[str, Any]:
     """Return :func:`measure` for a run's result, with the optimal frontier and standard errors of 0."""
     errors = dict.fromkeys(("win_rate_se", "gold_se", "proxy_se", "kl_se"), 0.0)
-    return {**measure(exact, policy), **errors, "kl_is_bound": False, "wins": [], "frontier": frontier(exact)}
+    return {**measure(exact, policy), **errors, "kl_is_bound": False, **_NO_PROMPTS, "frontier": frontier(exact)}
 
 
 def frontier(exact: Exact) -> dict[str, list[float]]:

@@ -218,7 +218,8 @@ def measure_greedy(mdp: TextMDP, policy: Any, count: int | None) -> dict[str, An
 def summarise(
     found: MeasuredSamples, reference: MeasuredSamples, policy: Any, stats: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Compute the measured columns of a result.
+    """Compute the measured columns of a result, and per prompt ``wins``, ``golds`` and ``length_gaps``, the tokens that
+    the policy's response has more than SFT's; ``sft_gold_sd`` is the standard deviation of SFT's scores over prompts.
 
     A ``judge_threshold`` or ``reward_threshold`` in the task's ``stats`` adds the share of positive samples. The KL of
     best-of-n, whose own log-probability is unknown, is measured on more samples (:meth:`BestOfN.measured_kl`);
@@ -259,4 +260,8 @@ def summarise(
         "inference_s": found.seconds,
         "prompts": len(outcome),
         "wins": outcome.tolist(),
+        "golds": found.gold.tolist(),
+        "length_gaps": (found.length - reference.length).tolist(),
+        "sft_gold": float(reference.gold.mean()),
+        "sft_gold_sd": float(reference.gold.std(ddof=1)) if len(outcome) > 1 else math.nan,
     }

@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 
 from lm_envs.benchmarks.report.plots import as_file, figures
 from lm_envs.benchmarks.report.series import Series, by_task, gather, styles
-from lm_envs.benchmarks.run.names import best_of, folder_name
-from lm_envs.benchmarks.run.results import Line, cell, footnotes, number, plain, shown, table, title
+from lm_envs.benchmarks.run.aggregate import lead
+from lm_envs.benchmarks.run.matched import Matched, at_kl
+from lm_envs.benchmarks.run.names import best_of, folder_name, method_name
+from lm_envs.benchmarks.run.results import Line, cell, footnotes, interval, number, plain, shown, table, title
 from lm_envs.benchmarks.run.storage import read_json
 from lm_envs.files import write_atomic
 
@@ -43,6 +45,9 @@ _FIGURES = {
 }
 
 
+_NAMED = 3  # methods in a headline that the best is better than
+
+
 def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
     """Write ``report.html`` and ``plots/*.png`` for the results ``rows`` of the folder ``out``.
 
@@ -60,7 +65,7 @@ def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
     page = template.render(
         name=held.get("name", "comparison"),
         description=held.get("description", ""),
-        sections=[_section(task, mine, made) for task, mine in by_task(series).items()],
+        sections=[_section(task, mine, made, held.get("match_kl", ())) for task, mine in by_task(series).items()],
         versions=_pairs(series[0].config.get("versions", {}), " "),
         settings=[(f"{folder_name(s.task)}/{s.algorithm}", _settings(s)) for s in series],
     )
@@ -68,8 +73,9 @@ def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def headline(lines: Sequence[Line]) -> str:
-    """Return what a reader should take away, in a sentence or two."""
+def headline(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what a reader should take away from a task's results, in two or three sentences."""
+    lines = table(rows)
     sft = next((line for line in lines if line.algorithm == "sft"), None)
     others = [line for line in lines if line.algorithm != "sft"]
     judged = [line for line in others if not math.isnan(line.mean["gold"])]
@@ -77,51 +83,92 @@ def headline(lines: Sequence[Line]) -> str:
         return ""
     if not judged:
         best = max(others, key=lambda line: line.mean["proxy"])
-        score = f"{best.mean['proxy']:.2f}"
-        return f"{_name(best)} has the highest proxy score, {score}. There is no judge to say whether that is real."
+        text = f"{_name(best)} has the highest proxy score, {best.mean['proxy']:.2f}."
+        return f"{text}{_told_apart(rows, _name(best))} There is no judge to say whether that is real."
     best = max(judged, key=lambda line: line.mean["gold"])
     against = f" against SFT's {sft.mean['gold']:.2f}" if sft else ""
     bound = "at most " if best.kl_is_bound else ""
+    gold, wins = (best.estimates[name] for name in ("gold", "win_rate"))
     text = (
-        f"{_name(best)} reaches the highest gold score, {best.mean['gold']:.2f}{against}, at a KL of "
-        f"{bound}{best.mean['kl']:.1f} nats, and wins {100 * best.mean['win_rate']:.0f} % of the test prompts against "
-        "SFT."
+        f"{_name(best)} reaches the highest gold score, {best.mean['gold']:.2f}{interval(gold, 2)}{against}, at a "
+        f"KL of {bound}{best.mean['kl']:.1f} nats, and wins {100 * best.mean['win_rate']:.0f} %"
+        f"{interval(wins, 0, 100, 100)} of the test prompts against SFT.{_told_apart(rows, _name(best))}"
     )
-    unclear = [line for line in judged if not line.mean["win_rate"] - 2 * line.spread["win_rate"] > 0.5]
-    if unclear:
-        text += f" Not above 50 % by two standard errors: {', '.join(map(_name, unclear))}."
-    elif len(judged) > 1:
-        text += " Every method is above 50 % by more than two standard errors."
-    return text
+    even = [_name(line) for line in judged if not line.estimates["win_rate"].low > 0.5]
+    return text + (f" The win-rate's interval holds 50 % or less: {', '.join(even)}." if even else "")
+
+
+def _told_apart(rows: Sequence[dict[str, Any]], best: str) -> str:
+    """Say which methods of a task the best is better than, with intervals, and which it cannot be told apart from."""
+    over = lead(rows, best)
+    if not over:
+        return ""
+    if not any("seeds" in each.estimate.layers for each in over):
+        return " One seed of a method cannot tell which method is better."
+    worse = sorted((each for each in over if each.clear), key=lambda each: each.estimate.value)
+    named = [f"{each.theirs} by {each.estimate.value:.2f}{interval(each.estimate, 2)}" for each in worse[:_NAMED]]
+    named += [f"{len(worse) - _NAMED} more"] * (len(worse) > _NAMED)
+    same = [each.theirs for each in over if not each.clear]
+    text = f" It is better than {listed(named)}." if named else ""
+    return text + (f" Not told apart from it: {', '.join(same)}." if same else "")
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Join texts as "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(texts[:-1]), *texts[-1:])))
 
 
 def _name(line: Line) -> str:
-    return f"{line.algorithm} (bandit)" if line.task.endswith("-bandit") else line.algorithm
+    return method_name(line.task, line.algorithm)
 
 
-def _section(task: str, series: list[Series], made: dict[tuple[str, str], Figure]) -> dict[str, Any]:
+def _section(
+    task: str, series: list[Series], made: dict[tuple[str, str], Figure], match_kl: Sequence[float]
+) -> dict[str, Any]:
     """The template's values for a task."""
-    lines = table([result for s in series for result in s.results])
+    rows = [result for s in series for result in s.results]
+    lines = table(rows)
     columns, described = shown(lines), series[0].config.get("task", {})
     numbers = {key: f"{n:.3g}" if isinstance(n, float) else n for key, n in (described.get("stats") or {}).items()}
     facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numbers.items())
-    golds = [line.mean["gold"] for line in lines]
-    highest = max((gold for gold in golds if not math.isnan(gold)), default=math.nan)
+    judged = [line for line in lines if not math.isnan(line.mean["gold"])]
+    best = _name(max(judged, key=lambda line: line.mean["gold"])) if judged else ""
+    worse = {each.theirs for each in lead(rows, best) if each.clear}
+    marked = {best} | {s.label for s in series if worse and s.label not in worse}
     cells = [[cell(line, column) for column in columns] for line in lines]
     images = {kind: as_file(made[task, kind], "svg") for kind in _FIGURES if (task, kind) in made}
     return {
         "task": task,
         "description": described.get("description", ""),
         "facts": f" ({facts})" if facts else "",
-        "headline": headline(lines),
+        "headline": headline(rows),
         "title": title(lines),
         "columns": columns,
-        "rows": list(zip(series, (gold == highest for gold in golds), cells, strict=True)),
+        "rows": list(zip(series, (s.label in marked for s in series), cells, strict=True)),
         "notes": [*footnotes(lines), "; ".join(f"{column.title}: {column.meaning}" for column in columns) + "."],
+        "matched_kl": [f"{kl:g}" for kl in match_kl],
+        "matched": [(s, _matched(at_kl(s.results, s.out, match_kl))) for s in series if match_kl],
         "figures": [(*_FIGURES[kind], base64.b64encode(image).decode()) for kind, image in images.items()],
         "seeds": ", ".join(map(str, sorted({s.results[0]["seed"] for s in series}))),
         "samples": _samples(series),
     }
+
+
+def _matched(found: Sequence[Matched]) -> list[str]:
+    """The cells of a method at each KL: gold and win-rate with intervals, or that it never got there."""
+    cells = []
+    for each in found:
+        for estimate, digits, factor, most in ((each.gold, 2, 1, math.inf), (each.win_rate, 1, 100, 100)):
+            if math.isnan(each.furthest):
+                cells.append("–")
+            elif not each.reached:
+                cells.append(f"never (KL {each.furthest:.1f})")
+            elif math.isnan(estimate.value):
+                cells.append("–")
+            else:
+                text = plain(factor * estimate.value, digits) + interval(estimate, digits, factor, most)
+                cells.append(text + (f" ({each.reached} of {each.runs} seeds)" if each.reached < each.runs else ""))
+    return cells
 
 
 def chosen_prompts(samples: dict[str, list[dict[str, Any]]]) -> list[tuple[int, str]]:

@@ -40,7 +40,7 @@ Style = dict[str, tuple[str, str]]
 
 
 def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
-    """Draw a dot per method with two standard errors to each side; None without a judge."""
+    """Draw a dot per method with its 95 % interval; None without a judge."""
     lines = [(s, table(s.results)[0]) for s in series if not np.isnan(s.mean("win_rate"))]
     if not lines:
         return None
@@ -48,15 +48,16 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
     ax = figure.subplots()
     for place, (s, line) in enumerate(reversed(lines)):
         color, marker = style[s.algorithm]
-        rate, error = 100 * line.mean["win_rate"], 200 * line.spread["win_rate"]
-        ax.errorbar(rate, place, xerr=error, color=color, capsize=4, linewidth=2)
+        rate, estimate = 100 * line.mean["win_rate"], line.estimates["win_rate"]
+        ends = rate - 100 * max(estimate.low, 0), 100 * min(estimate.high, 1) - rate
+        ax.errorbar(rate, place, xerr=np.reshape(ends, (2, 1)), color=color, capsize=4, linewidth=2)
         ax.plot(rate, place, marker, color=color, markersize=9, markerfacecolor="white" if s.bandit else color)
         ax.annotate(f"{rate:.0f} %", (rate, place), (0, 9), textcoords="offset points", ha="center", fontsize=10)
     ax.axvline(50, color="#888888", linestyle="--", linewidth=1)
     ax.set_yticks(range(len(lines)), [s.label for s, _ in reversed(lines)])
     ax.set_ylim(-0.6, len(lines) - 0.2)
     ax.set_xlim(min(40, *(100 * line.mean["win_rate"] - 8 for _, line in lines)), 101)
-    ax.set_xlabel("% of test prompts won against SFT (bars: ±2 standard errors)")
+    ax.set_xlabel("% of test prompts won against SFT (bars: 95 % intervals)")
     ax.grid(visible=False, axis="y")
     return figure
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.names import base_task, best_of, folder_name
-from lm_envs.benchmarks.run.results import COLUMNS, by_method, number
+from lm_envs.benchmarks.run.names import base_task, best_of, method_name
+from lm_envs.benchmarks.run.results import COLUMNS, by_method, number, run_folder
 from lm_envs.benchmarks.run.storage import Records, read_json
 
 # Okabe and Ito's colors, which people with any kind of color vision can tell apart; yellow is left out, it vanishes
@@ -42,9 +42,8 @@ class Series:
     def __post_init__(self) -> None:
         self.base, env = base_task(self.task)
         self.bandit = env == "bandit"
-        self.label, self.dash = (f"{self.algorithm} (bandit)", "--") if self.bandit else (self.algorithm, "-")
-        method = self.out / folder_name(self.task) / folder_name(self.algorithm)
-        self.folders = [method / f"seed-{result['seed']}" for result in self.results]
+        self.label, self.dash = method_name(self.task, self.algorithm), "--" if self.bandit else "-"
+        self.folders = [self.out / run_folder(result) for result in self.results]
 
     def mean(self, column: str) -> float:
         return float(np.mean([number(result[column]) for result in self.results]))

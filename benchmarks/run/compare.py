@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
+from lm_envs.benchmarks.run.aggregate import write_aggregate
 from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
 from lm_envs.benchmarks.run.progress import Display
 from lm_envs.benchmarks.run.results import collect_results, write_csv
@@ -194,12 +195,13 @@ def _held(out: Path) -> dict[str, Any]:
 
 
 def write_results(out: Path) -> list[dict[str, Any]]:
-    """Collect the finished runs of a folder into ``results.csv``, in the suite's order."""
+    """Collect the finished runs of a folder, in the suite's order, into ``results.csv`` and ``aggregate.csv``."""
     for folder in (out, out / "plots"):
         remove_unfinished(folder)
     held = _held(out)
     rows = collect_results(out, [task["name"] for task in held.get("tasks", [])], held.get("algorithms", []))
     write_csv(rows, out / "results.csv")
+    write_aggregate(rows, out, held.get("match_kl", ()))
     return rows
 
 

@@ -28,6 +28,11 @@ def base_task(name: str) -> tuple[str, str]:
     return name, "mdp"
 
 
+def method_name(task: str, algorithm: str) -> str:
+    """Return what a report calls an algorithm on a task's env: ``"ppo (bandit)"``, ``"ppo"`` on the MDP."""
+    return f"{algorithm} (bandit)" if base_task(task)[1] == "bandit" else algorithm
+
+
 def best_of(algorithm: str) -> int | None:
     """Return the n of ``"best-of-n"`` and ``"soft-best-of-n"``, None for any other algorithm."""
     match = _BEST_OF.fullmatch(algorithm)

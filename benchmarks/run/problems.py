@@ -76,7 +76,7 @@ class Problem(Protocol):
     def settings(self) -> dict[str, Any]:
         """Return what ``config.json`` says beyond the spec."""
 
-    def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def validate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Measure a point of the learning curve, the same way each time; return it and some samples."""
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -131,6 +131,7 @@ class TextProblem(Problem):
         # TOML and JSON have no tuples
         self._options: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in spec.env.items()}
         self._measures: dict[str, TextVectorEnv] = {}
+        self._validation_sft: np.ndarray | None = None  # its gold per validation prompt
         mdp = self._measure("test").mdp
         self._reference = LMPolicy.for_mdp(mdp, self.task.reference)
         self.agent: Agent[Any] | None = None
@@ -201,11 +202,17 @@ class TextProblem(Problem):
         for split in ("train", "validation", "test"):
             samples.sample_reference(self._measure(split), self._reference, 2)
 
-    def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        found = samples.sample_policy(self._measure("validation"), self.policy, self.spec.plan.validation_prompts, 0)
-        metrics = {name: float(np.mean(getattr(found, name))) for name in self.tracked}
+    def validate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        env, count = self._measure("validation"), self.spec.plan.validation_prompts
+        found = samples.sample_policy(env, self.policy, count, 0)
+        metrics: dict[str, Any] = {name: float(np.mean(getattr(found, name))) for name in self.tracked}
         if self.exact is not None:
             metrics |= exact.measure(self.exact, self.policy)
+        elif self.task.judge is not None:
+            if self._validation_sft is None:
+                self._validation_sft = samples.sample_reference(env, self._reference, count).gold
+            wins = samples.wins(found.gold, self._validation_sft)
+            metrics |= {"win_rate": float(wins.mean()), "golds": found.gold.round(6).tolist(), "wins": wins.tolist()}
         return metrics, found.records(4)
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:

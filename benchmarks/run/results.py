@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.measure.samples import GREEDY, standard_error
-from lm_envs.benchmarks.run.names import is_control
+from lm_envs.benchmarks.measure.statistics import Estimate, crossed_mean
+from lm_envs.benchmarks.run.names import folder_name, is_control
 from lm_envs.benchmarks.run.storage import finished, write_lines
 from lm_envs.data.splits import ENOUGH_PROMPTS
 
@@ -27,8 +29,15 @@ KNOWN_AT_TIMES = (*COSTS, "corpus", *GREEDY, *EXACT, "kl_coef", "kl_bound")
 EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: for judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
+PER_PROMPT = {"win_rate": "wins", "gold": "golds"}
+"""Names of the lists in a result that hold a value per test prompt."""
 _REPORTED = ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")
 ENOUGH_SEEDS = 3
+
+
+def run_folder(row: Mapping[str, Any]) -> str:
+    """Return the folder of a result's run within its comparison."""
+    return f"{folder_name(row['task'])}/{folder_name(row['algorithm'])}/seed-{row['seed']}"
 
 
 def number(value: Any) -> float:
@@ -49,16 +58,17 @@ def collect_results(out: Path, tasks: Sequence[str] = (), algorithms: Sequence[s
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write ``results.csv``: the columns :data:`COLUMNS`, then those of :data:`KNOWN_AT_TIMES` that are known for some
     run. An unknown number is an empty cell."""
-
-    def written(value: Any) -> Any:
-        if isinstance(value, float):
-            return "" if math.isnan(value) else f"{value:.6g}"
-        return value
-
     known = [name for name in KNOWN_AT_TIMES if any(not math.isnan(number(row.get(name))) for row in rows)]
     if not _differ((row["task"], row.get("kl_coef")) for row in rows):
         known = [name for name in known if name != "kl_coef"]
     write_lines(path, [{name: written(value) for name, value in row.items()} for row in rows], (*COLUMNS, *known))
+
+
+def written(value: Any) -> Any:
+    """Return a value as a CSV has it: six digits, nothing for NaN."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
 
 
 def _differ(coefs: Iterable[tuple[str, float | None]]) -> bool:
@@ -72,8 +82,8 @@ class Line:
     """A line of the table: one algorithm on one task, over its seeds.
 
     ``spread`` is the standard deviation over the seeds (n - 1), NaN for one; for ``win_rate`` the standard error over
-    **prompts** of the outcome averaged over the seeds, since all seeds answer the same prompts against the same SFT
-    samples. ``prompts`` is the number of test prompts, None without any.
+    prompts and seeds. ``estimates`` has the win-rate and the gold with their intervals. ``prompts`` is the number of
+    test prompts, None without any.
     """
 
     task: str
@@ -83,6 +93,7 @@ class Line:
     spread: dict[str, float]
     kl_is_bound: bool
     prompts: int | None = None
+    estimates: dict[str, Estimate] = field(default_factory=dict)
 
 
 def by_method(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -104,19 +115,23 @@ def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
         values = np.array([number(row.get(name) if name in EXTRA else row[name]) for row in rows])
         mean[name] = float(values.mean())
         spread[name] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    spread["win_rate"] = _win_rate_se(rows)
+    estimates = {name: crossed_mean(outcomes(rows, name)) for name in PER_PROMPT}
+    spread["win_rate"] = estimates["win_rate"].error
     human = np.array([outcome for outcome in rows[0].get("human", ()) if not math.isnan(outcome)])
     mean["human"] = float(human.mean()) if len(human) else math.nan
     spread["human"] = standard_error(human)
     bound = any(row.get("kl_is_bound", False) for row in rows)
     seeds = tuple(row["seed"] for row in rows)
-    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"))
+    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates)
 
 
-def _win_rate_se(rows: list[dict[str, Any]]) -> float:
-    outcomes = [[number(w) for w in row.get("wins", [])] for row in rows]
-    same = len({len(outcome) for outcome in outcomes}) == 1
-    return standard_error(np.mean(outcomes, axis=0)) if same else math.nan
+def outcomes(rows: Sequence[dict[str, Any]], name: str) -> NDArray[np.float64]:
+    """Return a column of results per prompt, ``(runs, prompts)``; where results do not have it for the same number of
+    prompts, the column itself, ``(runs, 1)``."""
+    lists = [row.get(PER_PROMPT.get(name, "")) or [] for row in rows]
+    if len({len(values) for values in lists}) != 1 or not lists[0]:
+        lists = [[row.get(name)] for row in rows]
+    return np.array([[number(value) for value in values] for values in lists])
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,7 @@ class Column:
     meaning: str
     percent: bool = False
     spread: bool = True
+    interval: bool = False
 
 
 def _aside(name: str, title: str, digits: int, meaning: str, percent: bool = False) -> Column:
@@ -137,7 +153,14 @@ def _aside(name: str, title: str, digits: int, meaning: str, percent: bool = Fal
 
 
 SHOWN = (
-    Column("win_rate", "win-rate %", 1, "of the gold judge, against SFT on the same test prompts, ties half", True),
+    Column(
+        "win_rate",
+        "win-rate %",
+        1,
+        "of the gold judge, against SFT on the same test prompts, ties half",
+        percent=True,
+        interval=True,
+    ),
     Column("human", "people's win-rate %", 1, "of people, against SFT on the test prompts of a study, ties half", True),
     Column("gold", "gold", 2, "mean score of the judge, which no method trains on"),
     _aside("gold_positive", "gold + %", 1, "share of texts that the judge calls positive", percent=True),
@@ -176,7 +199,7 @@ def plain(value: float, digits: int) -> str:
 
 
 def cell(line: Line, column: Column) -> str:
-    """Format a cell of the table: ``0.58 ±0.03``, a dash for an unknown value, ≤ for a bound."""
+    """Format a cell of the table: ``0.58 ±0.03``, ``81.2 [75, 87]``, a dash for an unknown value, ≤ for a bound."""
     value, spread = line.mean[column.name], line.spread[column.name]
     if math.isnan(value):
         return "–"
@@ -184,11 +207,28 @@ def cell(line: Line, column: Column) -> str:
     text = plain(value * factor, column.digits)
     if column.name == "kl" and line.kl_is_bound:
         return f"≤{text}"
+    if column.interval:
+        return text + interval(line.estimates[column.name], column.digits - 1, factor, most=factor)
     if column.spread and not math.isnan(spread):
         text += f" ±{spread * factor:.{column.digits}f}"
     if column.name == "kl" and not math.isnan(line.mean["kl_bound"]):
         text += f" (≤{plain(line.mean['kl_bound'], column.digits)})"
     return text
+
+
+def interval(estimate: Estimate, digits: int, factor: float = 1, most: float = math.inf) -> str:
+    """Format a 95 % interval as `` [75, 87]``; nothing where its error is not known.
+
+    Args:
+        factor: of both ends.
+        most: the largest possible value; the smallest is then 0.
+    """
+    if math.isnan(estimate.error):
+        return ""
+    low, high = factor * estimate.low, factor * estimate.high
+    if most < math.inf:
+        low, high = max(low, 0.0), min(high, most)
+    return f" [{plain(low, digits)}, {plain(high, digits)}]"
 
 
 def shown(lines: Sequence[Line]) -> list[Column]:
@@ -204,9 +244,21 @@ def shown(lines: Sequence[Line]) -> list[Column]:
     return [column for column in SHOWN if told(column)]
 
 
+_LAYERS = {"seeds": "training seeds", "prompts": "test prompts"}
+_FIXED = {
+    "seeds": "other training seeds",
+    "prompts": "other prompts",
+    "models": "other models of the task (SFT, reward model)",
+}
+
+
 def footnotes(lines: Sequence[Line]) -> list[str]:
     """Return the notes that a reader of the table needs."""
-    notes = ["± is the standard deviation over seeds; for win-rates, the standard error over prompts."]
+    notes = ["± is the standard deviation over seeds; for people's win-rates, the standard error over prompts."]
+    if layers := {line.estimates["win_rate"].layers for line in lines if line.estimates} - {()}:
+        counted = " or ".join(" and ".join(_LAYERS[layer] for layer in each) for each in sorted(layers))
+        fixed = ", ".join(told for layer, told in _FIXED.items() if not any(layer in each for each in layers))
+        notes.append(f"[ ]: 95 % interval over {counted}, by Student's t. Not in it: {fixed}.")
     texts = [line for line in lines if not is_control(line.task)]
     fewest = min((line.prompts for line in texts if line.prompts is not None), default=ENOUGH_PROMPTS)
     if fewest < ENOUGH_PROMPTS:

@@ -15,7 +15,21 @@ from lm_envs.benchmarks.errors import UserError, one_line
 from lm_envs.benchmarks.run.names import ALL, check_algorithm, check_task, expanded
 from lm_envs.benchmarks.run.suites import EnvOptions, Plan, Suite, TaskSettings, check_adaptation, env_options
 from lm_envs.files import read_text
-from lm_envs.settings import Count, Name, Seed, SettingError, Settings, Several, Size, Table, Unique, Whole, make, near
+from lm_envs.settings import (
+    Count,
+    Name,
+    Positive,
+    Seed,
+    SettingError,
+    Settings,
+    Several,
+    Size,
+    Table,
+    Unique,
+    Whole,
+    make,
+    near,
+)
 
 BUILT_IN = Path(__file__).resolve().parents[1] / "suites"
 _LARGEST = 2**20  # bytes of a suite
@@ -62,6 +76,7 @@ class _Suite(Settings):
     budget: Table = field(default_factory=dict)
     evaluation: Table = field(default_factory=dict)
     checkpoints: Table = field(default_factory=dict)
+    match: Table = field(default_factory=dict)
     adaptation: Table = field(default_factory=dict)
     algorithm: dict[str, Table] = field(default_factory=dict)
     task: dict[str, Table] = field(default_factory=dict)
@@ -83,6 +98,11 @@ class _Evaluation(Settings):
 @dataclass(frozen=True)
 class _Checkpoints(Settings):
     every: Count = Plan.checkpoint_every
+
+
+@dataclass(frozen=True)
+class _Match(Settings):
+    kl: Annotated[tuple[Positive, ...], Unique] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,7 @@ class _Reader:
             adaptation=data.adaptation,
             compile=data.compile,
             every=ALL in data.algorithms,
+            match_kl=self.make(_Match, data.match, "[match]").kl,
         )
         used = dict.fromkeys(run.algorithm for run in suite.runs())
         for name in [*data.algorithm, *(name for task in suite.tasks for name in task.overrides)]:

@@ -107,6 +107,7 @@ class Suite:
         :class:`lm_envs.algos.policies.adaptation.Adaptation`.
         compile: compile the sampling of the trained language models, see :mod:`lm_envs.model.compiled`.
         every: the algorithms are "all": those that a task does not suit are left out.
+        match_kl: KLs, nats per response, at which methods are compared by their validation curves.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Suite:
     adaptation: dict[str, Any] = field(default_factory=dict)
     compile: bool = False
     every: bool = False
+    match_kl: tuple[float, ...] = ()
 
     def runs(self) -> list[RunSpec]:
         """Return the cells: for each task all algorithms with the first seed, then with the next, so that early results

@@ -105,7 +105,8 @@ def test_rank_correlation_is_scipys_and_its_interval_is_wide_where_methods_are_a
         for k, (rate, other) in enumerate(zip(rates, human, strict=True)):
             outcomes = [(draws.random(300) < p).astype(float).tolist() for p in (rate, other)]
             outcomes[1][k] = float("nan")  # not compared
-            made.append(Series("t", f"m{k}", ({"seed": 0, "wins": outcomes[0], "human": outcomes[1]},), Path()))
+            result = {"task": "t", "algorithm": f"m{k}", "seed": 0, "wins": outcomes[0], "human": outcomes[1]}
+            made.append(Series("t", f"m{k}", (result,), Path()))
         return made
 
     apart = correlation(series([0.1, 0.3, 0.5, 0.7, 0.9], [0.1, 0.3, 0.5, 0.7, 0.9]))

@@ -109,7 +109,7 @@ def test_unknown_numbers_are_empty_cells(tmp_path):
     lines = table(rows)
     assert cell(lines[0], SHOWN[0]) == cell(lines[0], SHOWN[1]) == "–"
     assert any("no judge" in note for note in footnotes(lines))
-    assert "no judge" in headline(lines)
+    assert "no judge" in headline(rows)
     write_report(tmp_path, rows)
 
 
@@ -118,13 +118,18 @@ def test_the_table_averages_over_seeds_with_honest_errors(out):
     ppo = lines["reviews", "ppo"]
     assert ppo.seeds == (0, 1)
     assert ppo.mean["gold"] == pytest.approx(0.6) and ppo.spread["gold"] == pytest.approx(0.2 / math.sqrt(2))
-    # Prompts are the sample; the seeds share them. Per prompt, over the seeds: 1, 0.75, 0.5, 1.
+    # Per prompt, over the seeds: 1, 0.75, 0.5, 1. The seeds differ by 1/8, whose share of the variance, 1/256, is that
+    # of the rest as well: so the prompts' share is left, with their degrees of freedom.
     assert ppo.mean["win_rate"] == pytest.approx(0.8125)
     variance = ((1 - 0.8125) ** 2 * 2 + (0.75 - 0.8125) ** 2 + (0.5 - 0.8125) ** 2) / 3
     assert ppo.spread["win_rate"] == pytest.approx(math.sqrt(variance / 4))
     columns = {column.name: column for column in SHOWN}
     assert cell(ppo, columns["gold"]) == "0.60 ±0.14"
-    assert cell(ppo, columns["win_rate"]) == f"81.2 ±{100 * math.sqrt(variance / 4):.1f}"
+    half = 3.182446 * math.sqrt(variance / 4)  # Student's t with 3 degrees of freedom
+    assert cell(ppo, columns["win_rate"]) == f"81.2 [{100 * (0.8125 - half):.0f}, 100]"
+    assert cell(lines["reviews", "best-of-16"], columns["win_rate"]).startswith("62.5 [")
+    notes = footnotes(list(lines.values()))
+    assert any("95 % interval over test prompts or training seeds and test prompts" in note for note in notes)
     assert cell(lines["reviews", "best-of-16"], columns["kl"]) == "≤1.8"
     assert cell(ppo, columns["tokens_generated"]) == "12,345"
     measured = table([result("best-of-16", 0, 0.2, 1.6, [1, 0], kl_is_bound=False, kl_bound=1.84)])[0]
@@ -133,10 +138,37 @@ def test_the_table_averages_over_seeds_with_honest_errors(out):
 
 
 def test_the_headline_says_who_wins_and_who_does_not_clearly(out):
-    lines = [line for line in table(write_results(out)) if line.task == "reviews"]
-    text = headline(lines)
-    assert text.startswith("ppo reaches the highest gold score, 0.60 against SFT's -0.10, at a KL of 5.0 nats")
-    assert "Not above 50 % by two standard errors: best-of-16." in text
+    rows = [row for row in write_results(out) if row["task"] == "reviews"]
+    text = headline(rows)
+    assert text.startswith("ppo reaches the highest gold score, 0.60 [-0.67, 1.87] against SFT's -0.10, at a KL of 5.0")
+    assert "wins 81 % [43, 100] of the test prompts against SFT." in text
+    assert "One seed of a method cannot tell which method is better." in text  # best-of-16 and SFT have one
+    assert text.endswith("The win-rate's interval holds 50 % or less: best-of-16, ppo.")
+
+
+def test_the_headline_calls_a_method_better_with_its_interval_only():
+    def golds(mean: float, seed: int) -> list[float]:
+        return [mean + 0.01 * seed + 0.1 * (i % 5) for i in range(40)]
+
+    def rows(seeds: int) -> list[dict]:
+        made = {"sft": 0.0, "ppo": 0.9, "rloo": 0.895}
+        return [
+            result(name, seed, gold, 3.0, [1.0, 0.0] * 20, golds=golds(gold, seed if name != "sft" else -seed))
+            for name, gold in made.items()
+            for seed in range(seeds)
+        ]
+
+    text = headline(rows(5))
+    assert "It is better than rloo by 0.01 [0.01, 0.01] and sft by 0.94 [0.90, 0.98]." in text
+    near = [
+        row | {"golds": [x + 0.02 * row["seed"] * (-1) ** row["seed"] for x in row["golds"]]}
+        if row["algorithm"] == "rloo"
+        else row
+        for row in rows(5)
+    ]
+    text = headline(near)
+    assert "It is better than sft by 0.94" in text and "Not told apart from it: rloo." in text
+    assert "better than" not in headline(rows(1))
 
 
 @pytest.mark.parametrize("width", [80, 160])

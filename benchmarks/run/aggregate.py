@@ -1,0 +1,212 @@
+"""``aggregate.csv``: what the runs of a comparison say together, with 95 % intervals and tests between methods."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_envs.benchmarks.measure import statistics
+from lm_envs.benchmarks.measure.statistics import Estimate, crossed_mean
+from lm_envs.benchmarks.run.matched import at_kl
+from lm_envs.benchmarks.run.names import base_task, method_name
+from lm_envs.benchmarks.run.results import by_method, number, outcomes, written
+from lm_envs.benchmarks.run.storage import write_lines
+
+COLUMNS = ("task", "method", "against", "statistic", "value", "low", "high", "p", "seeds", "prompts", "counts")
+ALL_TASKS = "all"
+ALARM = 0.05  # chance that a comparison of equal methods calls any of them better
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher one method of a task scores than another, on the same prompts and training seeds.
+
+    ``p`` is adjusted for all pairs of the task's methods (Holm). Without training seeds in the error, which takes two
+    of them, there is no telling: one run of a method is not the method.
+    """
+
+    ours: str
+    theirs: str
+    measure: str
+    estimate: Estimate
+    p: float = math.nan
+
+    @property
+    def methods(self) -> tuple[str, str]:
+        return self.ours, self.theirs
+
+    def reversed(self) -> Difference:
+        """The same seen from the other method."""
+        turned = replace(self.estimate, value=-self.estimate.value)
+        return replace(self, ours=self.theirs, theirs=self.ours, estimate=turned)
+
+    @property
+    def clear(self) -> bool:
+        """Whether ours is better."""
+        return self.p < ALARM and self.estimate.value > 0 and "seeds" in self.estimate.layers
+
+
+def methods(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Rows]]:
+    """Group results by base task, then by method; the MDP and the bandit env of a task are together."""
+    found: dict[str, dict[str, Rows]] = {}
+    for (task, algorithm), mine in by_method(rows).items():
+        found.setdefault(base_task(task)[0], {})[method_name(task, algorithm)] = mine
+    return found
+
+
+def measure_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what a task's methods are compared by: gold, or the proxy where there is no judge."""
+    return "proxy" if all(math.isnan(number(row["gold"])) for row in rows) else "gold"
+
+
+def difference(ours: Rows, theirs: Rows, measure: str) -> Estimate:
+    """Estimate how much higher ``ours`` scores, paired by prompts and by the seeds that both have."""
+    seeds = [row["seed"] for row in ours if row["seed"] in {row["seed"] for row in theirs}]
+    if not seeds:
+        return statistics.UNKNOWN
+    pair = [[next(row for row in rows if row["seed"] == seed) for seed in seeds] for rows in (ours, theirs)]
+    a, b = (outcomes(rows, measure) for rows in pair)
+    if a.shape != b.shape:
+        a, b = (np.array([[number(row[measure])] for row in rows]) for rows in pair)
+    return crossed_mean(a - b)
+
+
+def differences(by_name: dict[str, Rows]) -> list[Difference]:
+    """Compare every two methods of a task; their p-values are adjusted together."""
+    measure = measure_of([row for rows in by_name.values() for row in rows])
+    found = [
+        Difference(a, b, measure, difference(by_name[a], by_name[b], measure))
+        for a, b in itertools.combinations(by_name, 2)
+    ]
+    adjusted = statistics.holm([each.estimate.p for each in found])
+    return [replace(each, p=p) for each, p in zip(found, adjusted, strict=True)]
+
+
+def lead(rows: Sequence[dict[str, Any]], name: str) -> list[Difference]:
+    """Compare a method with each other one of its task; ``rows`` are the task's results."""
+    (by_name,) = methods(rows).values()
+    return [each if each.ours == name else each.reversed() for each in differences(by_name) if name in each.methods]
+
+
+def scores(rows: Rows) -> NDArray[np.float64]:
+    """Return a score per run, 0 for SFT: where the optimum is known that is 1, else the unit is the standard deviation
+    of SFT's gold over prompts; NaN where neither is known."""
+
+    def score(row: dict[str, Any]) -> float:
+        if not math.isnan(regret := number(row.get("regret"))):
+            return 1 - regret
+        spread = number(row.get("sft_gold_sd"))
+        return (number(row["gold"]) - number(row.get("sft_gold"))) / spread if spread > 0 else math.nan
+
+    return np.array([score(row) for row in rows])
+
+
+def knows_optimum(rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the scores of these runs are 1 at the optimum."""
+    return all(not math.isnan(number(row.get("regret"))) for row in rows)
+
+
+def facts(rows: Sequence[dict[str, Any]], out: Path, match_kl: Sequence[float] = ()) -> list[dict[str, Any]]:
+    """Return the lines of ``aggregate.csv``; see :func:`write_aggregate`."""
+    found: list[dict[str, Any]] = []
+    tasks = methods(rows)
+    for task, by_name in tasks.items():
+        for name, mine in by_name.items():
+            gaps = [row.get("length_gaps") or [] for row in mine]
+            wins = outcomes(mine, "win_rate")
+            told = {"win_rate": crossed_mean(wins), "gold": crossed_mean(outcomes(mine, "gold"))}
+            if all(len(gap) == wins.shape[1] for gap in gaps):
+                gap = np.array(gaps, dtype=float)
+                told["win_rate_length_controlled"] = statistics.length_controlled(wins, gap)
+            told |= _aggregates({task: mine})
+            found += [_line(task, name, "", statistic, estimate, mine) for statistic, estimate in told.items()]
+            for each in at_kl(mine, out, match_kl):
+                at = {"seeds": each.reached, "prompts": None}
+                for measure, estimate in (("gold", each.gold), ("win_rate", each.win_rate)):
+                    found.append(_line(task, name, "", f"{measure}_at_kl_{each.kl:g}", estimate, mine) | at)
+        for each in differences(by_name):
+            a, b = by_name[each.ours], by_name[each.theirs]
+            found.append(_line(task, each.ours, each.theirs, f"{each.measure}_difference", each.estimate, a, p=each.p))
+            found += _improvement(task, each.ours, each.theirs, {task: (a, b)})
+    if len(tasks) > 1:
+        common = [
+            name for name in dict.fromkeys(n for each in tasks.values() for n in each) if _everywhere(tasks, name)
+        ]
+        for name in common:
+            mine = {task: by_name[name] for task, by_name in tasks.items()}
+            every = [row for each in mine.values() for row in each]
+            found += [_line(ALL_TASKS, name, "", key, value, every) for key, value in _aggregates(mine).items()]
+        for a, b in itertools.combinations(common, 2):
+            found += _improvement(ALL_TASKS, a, b, {task: (each[a], each[b]) for task, each in tasks.items()})
+    return [line for line in found if not math.isnan(line["value"])]
+
+
+def _everywhere(tasks: dict[str, dict[str, Rows]], name: str) -> bool:
+    """Whether a method has a score of the same unit on every task."""
+    if not all(name in by_name for by_name in tasks.values()):
+        return False
+    units = {knows_optimum(by_name[name]) for by_name in tasks.values()}
+    return len(units) == 1 and not any(np.isnan(scores(by_name[name])).any() for by_name in tasks.values())
+
+
+def _aggregates(by_task: dict[str, Rows]) -> dict[str, Estimate]:
+    """The aggregates of a method's scores."""
+    found = [scores(rows) for rows in by_task.values()]
+    if any(np.isnan(each).any() for each in found):
+        return {}
+    told = {
+        "score": statistics.stratified(found, lambda x: x.mean(axis=-1)),
+        "score_iqm": statistics.stratified(found, statistics.interquartile_mean),
+    }
+    if all(knows_optimum(rows) for rows in by_task.values()):
+        told["optimality_gap"] = statistics.stratified(found, statistics.optimality_gap)
+    return told
+
+
+def _improvement(task: str, ours: str, theirs: str, by_task: dict[str, tuple[Rows, Rows]]) -> list[dict[str, Any]]:
+    """The probability that a run of one method scores above a run of the other, where both have scores."""
+    a, b = ([scores(pair[side]) for pair in by_task.values()] for side in (0, 1))
+    if any(np.isnan(each).any() for each in (*a, *b)):
+        return []
+    value, low, high = statistics.probability_of_improvement(a, b)
+    rows = [row for mine, _ in by_task.values() for row in mine]
+    line = _line(task, ours, theirs, "probability_of_improvement", Estimate(value, layers=("seeds",)), rows)
+    return [line | {"low": low, "high": high}]
+
+
+def _line(
+    task: str, method: str, against: str, statistic: str, estimate: Estimate, rows: Rows, p: float = math.nan
+) -> dict[str, Any]:
+    return {
+        "task": task,
+        "method": method,
+        "against": against,
+        "statistic": statistic,
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "p": p,
+        "seeds": len({row["seed"] for row in rows}),
+        "prompts": rows[0].get("prompts"),
+        "counts": " and ".join(estimate.layers),
+    }
+
+
+def write_aggregate(rows: Sequence[dict[str, Any]], out: Path, match_kl: Sequence[float] = ()) -> None:
+    """Write ``aggregate.csv`` into the folder of a comparison: an estimate per line, with the ends of its 95 %
+    interval, for differences their adjusted p-value, and under ``counts`` what the interval counts. An unknown number
+    is an empty cell.
+
+    Args:
+        match_kl: KLs at which methods are also compared, see :mod:`lm_envs.benchmarks.run.matched`.
+    """
+    lines = [{name: written(value) for name, value in line.items()} for line in facts(rows, out, match_kl)]
+    write_lines(out / "aggregate.csv", lines, COLUMNS)

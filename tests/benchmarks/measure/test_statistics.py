@@ -1,0 +1,182 @@
+"""Statistics against known answers: worked by hand, by SciPy, and by simulated scores with known differences."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lm_envs.benchmarks.measure import statistics as ours
+from lm_envs.benchmarks.measure.statistics import crossed_mean
+from lm_envs.benchmarks.run.aggregate import differences
+
+SIMULATIONS = [pytest.param(60, id="quick"), pytest.param(500, id="whole", marks=pytest.mark.slow)]
+
+
+def drawn(rng, seeds, prompts, by_seed, by_prompt, rest, mean=0.0):
+    """Outcomes ``(S, P)`` with normal effects of these standard deviations."""
+    effects = by_seed * rng.normal(size=(seeds, 1)) + by_prompt * rng.normal(size=prompts)
+    return mean + effects + rest * rng.normal(size=(seeds, prompts))
+
+
+def held(estimates, truth):
+    return np.mean([each.low <= truth <= each.high for each in estimates])
+
+
+def fair(share, count):
+    """95 % give or take the limits of the issue, and twice the error of a smaller number of simulations."""
+    room = 0.0 if count >= 500 else 2 * math.sqrt(0.95 * 0.05 / count)
+    return 0.92 - room <= share <= min(1.0, 0.98 + room)
+
+
+def test_a_crossed_mean_by_hand():
+    """MS of seeds 4.5 - 2 * 0.0 ...: a two-way table with effects of 1 per seed, 3 per prompt and no rest."""
+    found = crossed_mean(np.array([[0.0, 3.0, 6.0], [1.0, 4.0, 7.0]]))
+    assert found.value == 3.5 and found.layers == ("seeds", "prompts")
+    a, b = 0.5 / 2, 9 / 3  # the variances of the row means and of the column means, over their numbers
+    assert found.error == pytest.approx(math.sqrt(a + b))
+    assert found.freedom == pytest.approx((a + b) ** 2 / (a**2 / 1 + b**2 / 2))
+
+
+def test_one_layer_is_the_usual_t_interval():
+    values = np.array([0.2, 0.9, 0.4, 0.7])
+    low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
+    for shape, layers in (((1, 4), ("prompts",)), ((4, 1), ("seeds",))):
+        found = crossed_mean(values.reshape(shape))
+        assert (found.low, found.high) == pytest.approx((low, high)) and found.layers == layers
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-3)
+    assert math.isnan(crossed_mean(np.array([[0.5]])).error)
+    assert math.isnan(crossed_mean(np.full((2, 3), np.nan)).value)
+    assert crossed_mean(np.array([[1.0, np.nan, 0.0], [1.0, 1.0, 0.0]])).value == 0.5  # a prompt without a judgment
+    exact = crossed_mean(np.full((3, 1), 0.7))
+    assert exact.low == exact.high == pytest.approx(0.7) and exact.p == 0
+    assert crossed_mean(np.array([[1e-17], [3e-17], [2e-17]])).p == 1  # equal but for rounding
+
+
+@pytest.mark.parametrize("count", SIMULATIONS)
+@pytest.mark.parametrize(
+    "seeds, prompts, spreads",
+    [
+        (3, 100, (0.1, 0.5, 0.8)),
+        (3, 100, (0.5, 0.5, 0.5)),
+        (3, 100, (0.0, 0.3, 1.0)),
+        (5, 256, (0.05, 0.5, 0.5)),
+        (1, 100, (0.0, 0.5, 0.5)),
+    ],
+)
+def test_intervals_hold_the_truth(seeds, prompts, spreads, count):
+    rng = np.random.default_rng(0)
+    found = [crossed_mean(drawn(rng, seeds, prompts, *spreads, mean=0.3)) for _ in range(count)]
+    assert fair(held(found, 0.3), count)
+
+
+@pytest.mark.parametrize("count", SIMULATIONS)
+def test_win_rates_hold_the_truth(count):
+    """Outcomes of 0 and 1; seeds and prompts differ. An error over prompts alone would hold it in half the cases."""
+    rng = np.random.default_rng(1)
+    effects = rng.normal(size=(2, 200_000))
+    truth = float((1 / (1 + np.exp(-(1.2 + 0.4 * effects[0] + 0.7 * effects[1])))).mean())
+    found, prompts_only = [], []
+    for _ in range(count):
+        rate = 1 / (1 + np.exp(-drawn(rng, 4, 256, 0.4, 0.7, 0.0, mean=1.2)))
+        wins = (rng.random(rate.shape) < rate).astype(float)
+        found.append(crossed_mean(wins))
+        prompts_only.append(crossed_mean(wins.mean(axis=0, keepdims=True)))
+    assert fair(held(found, truth), count)
+    assert held(prompts_only, truth) < 0.75  # negative control: the error that was printed before
+
+
+@pytest.mark.parametrize("count", SIMULATIONS)
+@pytest.mark.parametrize("layout", ["prompts", "runs"])
+def test_equal_methods_are_hardly_ever_called_better(count, layout):
+    rng, alarms, naive = np.random.default_rng(2), 0, 0
+    for _ in range(count):
+        prompts = 0.5 * rng.normal(size=60)
+        by_name = {}
+        for name in "abcde":
+            golds = prompts + drawn(rng, 3, 60, 0.2, 0.0, 0.7)
+            values = [list(each) if layout == "prompts" else [] for each in golds]
+            by_name[name] = [{"seed": s, "gold": float(golds[s].mean()), "golds": values[s]} for s in range(3)]
+        found = differences(by_name)
+        alarms += any(each.clear or each.reversed().clear for each in found)
+        naive += any(each.estimate.p < 0.05 for each in found)
+    # 5 % is what the theory allows: not more than it, but for the noise of the simulations.
+    assert alarms / count <= 0.05 + 1.65 * math.sqrt(0.05 * 0.95 / count) < 0.15 < naive / count
+
+
+@pytest.mark.parametrize("shift, clear", [(0.8, True), (0.0, False)])
+def test_a_large_difference_is_seen(shift, clear):
+    rng = np.random.default_rng(3)
+    made = {"a": drawn(rng, 5, 100, 0.1, 0.5, 0.5, mean=shift), "b": drawn(rng, 5, 100, 0.1, 0.5, 0.5)}
+    rows = {name: [{"seed": s, "gold": 0.0, "golds": list(x[s])} for s in range(5)] for name, x in made.items()}
+    (found,) = differences(rows)
+    assert found.clear == clear and not found.reversed().clear
+    single = {name: mine[:1] for name, mine in rows.items()}
+    assert not differences(single)[0].clear  # one run of a method is not the method
+
+
+def test_holm_by_hand():
+    assert ours.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert ours.holm([0.5, math.nan, 0.9])[0] == 1.0 and math.isnan(ours.holm([0.5, math.nan])[1])
+
+
+def test_aggregates_are_those_of_scipy():
+    scores = np.random.default_rng(4).normal(size=(7, 10))
+    assert ours.interquartile_mean(scores) == pytest.approx(stats.trim_mean(scores, 0.25, axis=1))
+    assert float(ours.optimality_gap(np.array([0.2, 1.4]))) == pytest.approx(0.4)
+    assert float(ours.share_above(0.5)(np.array([0.2, 0.6, 0.5, 0.9]))) == 0.5
+    x, y = np.array([1.0, 2.0, 5.0]), np.array([1.0, 0.0, 4.0, 6.0])
+    value, low, high = ours.probability_of_improvement([x], [y])
+    assert value == pytest.approx(stats.mannwhitneyu(x, y).statistic / 12) and low < value < high
+    # Newcombe's example of complete separation, 3 against 3: the interval is not a point.
+    value, low, high = ours.probability_of_improvement([np.array([4.0, 5.0, 6.0])], [np.array([1.0, 2.0, 3.0])])
+    assert value == high == 1 and 0.3 < low < 0.75
+
+
+@pytest.mark.parametrize("count", SIMULATIONS)
+@pytest.mark.parametrize("statistic", ["mean", "iqm"])
+@pytest.mark.parametrize("tasks, runs", [(1, 10), (6, 3), (10, 5)])
+def test_stratified_intervals_hold_the_truth(statistic, tasks, runs, count):
+    rng = np.random.default_rng(5)
+    centers = np.linspace(0, 1, tasks)
+    function = ours.interquartile_mean if statistic == "iqm" else lambda x: x.mean(axis=-1)
+    many = np.concatenate([c + 0.3 * rng.normal(size=40_000) for c in centers])
+    truth = float(function(many))
+    found = [ours.stratified([c + 0.3 * rng.normal(size=runs) for c in centers], function) for _ in range(count)]
+    assert fair(held(found, truth), count)
+
+
+@pytest.mark.parametrize("count", SIMULATIONS)
+def test_improvements_hold_the_truth(count):
+    rng, truth, inside = np.random.default_rng(6), float(stats.norm.cdf(1 / math.sqrt(2))), 0
+    for _ in range(count):
+        _, low, high = ours.probability_of_improvement([rng.normal(1, 1, 8)] * 1, [rng.normal(0, 1, 8)])
+        inside += low <= truth <= high
+    assert fair(inside / count, count)
+
+
+def test_lengths_are_controlled():
+    """A method that wins by length alone wins half at equal lengths; one that wins by itself keeps its win-rate."""
+    rng = np.random.default_rng(7)
+    gaps = rng.normal(6, 4, size=(3, 400))
+    by_length = (rng.random(gaps.shape) < 1 / (1 + np.exp(-2 * np.tanh(gaps / gaps.std())))).astype(float)
+    assert by_length.mean() > 0.75
+    found = ours.length_controlled(by_length, gaps)
+    assert abs(found.value - 0.5) < 3 * found.error < 0.2
+    own = (rng.random(gaps.shape) < 0.8).astype(float)
+    found = ours.length_controlled(own, gaps)
+    assert found.low < 0.8 < found.high
+    never = ours.length_controlled(np.ones((2, 50)), gaps[:2, :50])
+    assert 0.9 < never.value <= 1 and math.isfinite(never.error)
+
+
+@pytest.mark.parametrize("count", SIMULATIONS)
+def test_length_controlled_intervals_hold_the_truth(count):
+    rng, found = np.random.default_rng(8), []
+    for _ in range(count):
+        gaps = rng.normal(3, 4, size=(4, 200))
+        rate = 1 / (1 + np.exp(-(0.4 + np.tanh(gaps / gaps.std()) + 0.2 * rng.normal(size=(4, 1)))))
+        found.append(ours.length_controlled((rng.random(rate.shape) < rate).astype(float), gaps))
+    assert fair(held(found, 1 / (1 + math.exp(-0.4))), count)
