@@ -1487,8 +1487,8 @@ MUTATIONS = [
     Mutation(
         "a steered coefficient may turn negative",
         "algos/engine/kl_coefficient.py",
-        "self.coef *= 1 + error * share if share <= 1 else (1 + error) ** share",
-        "self.coef *= 1 + error * share",
+        "self.base *= math.exp(min(max(error, -0.2), 0.2) / self.horizon)",
+        "self.base *= 1 + error / self.horizon",
         "tests/algos/engine/test_kl_control.py",
     ),
     Mutation(

@@ -335,7 +335,7 @@ class Agent(Generic[C]):
         else:
             self.iterations_done, metrics["updates"] = self.iterations_done + 1, 0
         if "kl" in metrics:
-            self._kl.steer(metrics["kl"], len(traj))
+            self._kl.steer(metrics["kl"])
         self.after_iteration()
         metrics["tokens_per_second"] = float(traj.response_lengths.sum()) / (time.perf_counter() - start)
         shown = ("episodes_done", "steps_done", "tokens_done", "reward_calls", "trained_tokens")

@@ -50,8 +50,8 @@ class AgentConfig(Settings):
     """Coefficient of the KL penalty. None takes the env's, else the algorithm's published one, else the task's."""
     kl_target: Positive | None = None
     """Steer the coefficient toward this KL to the reference, nats per sequence. None keeps it fixed."""
-    kl_horizon: Positive = 10_000.0
-    """Episodes over which the steered coefficient reacts; smaller is faster."""
+    kl_horizon: Positive = 3.0
+    """Iterations over which the steered coefficient's base reacts; smaller is faster."""
     seed: Seed = 0
     """Decides the sampled actions and the order of minibatches."""
 

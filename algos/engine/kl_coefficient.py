@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.env.mdp import TextMDP, check_kl_coef
@@ -11,35 +11,37 @@ from lm_envs.env.report import text_envs
 
 @dataclass
 class AdaptiveKL:
-    """Proportional controller in log space (Ziegler et al. 2019, "Fine-tuning language models from human preferences",
-    section 2.2).
+    """Proportional-integral controller of the log of a coefficient.
 
-    ``beta <- beta * (1 + e * n / horizon)``, ``e = clip(KL / target - 1, -0.2, 0.2)``; if the batch has more episodes n
-    than the horizon, ``beta <- beta * (1 + e) ** (n / horizon)``, so that the coefficient stays positive.
+    ``log beta = log base + 2 clip(e, -0.5, 1)`` and ``log base <- log base + clip(e, -0.2, 0.2) / horizon``, with
+    ``e = KL / target - 1``. The second alone is the controller of Ziegler et al. 2019, "Fine-tuning language models
+    from human preferences", section 2.2: it moves slowly, and the policy follows it slowly, so that the KL swings far
+    past its target, or a short run ends first. The first answers at once, and lets the KL come to rest.
 
     Args:
-        coef: the current coefficient.
+        coef: the coefficient to start with.
         target: KL to the reference to reach, nats per **sequence**.
-        horizon: episodes over which the clipped error compounds once.
+        horizon: **iterations** over which the clipped error compounds once.
     """
 
     coef: float
     target: float
     horizon: float
-    limit: float = 0.2
+    gain: ClassVar[float] = 2.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.target < math.inf and 0 < self.horizon < math.inf):
-            raise ValueError(f"AdaptiveKL needs target > 0 and horizon > 0, got {self.target} and {self.horizon}")
-        if not 0 < self.coef < math.inf:
+        for name, value in (("target", self.target), ("horizon", self.horizon)):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"AdaptiveKL needs a finite {name} above 0, got {value}")
+        if not (self.coef > 0 and math.isfinite(self.coef)):
             raise ValueError(f"AdaptiveKL multiplies its coefficient, so it must start above 0, got {self.coef}")
+        self.base = self.coef
 
-    def update(self, kl: float, episodes: int) -> float:
-        """Update the coefficient after ``episodes`` episodes of mean ``kl`` (nats per sequence), and return it."""
-        error = min(max(kl / self.target - 1, -self.limit), self.limit)
-        share = episodes / self.horizon
-        # Beyond the horizon the published factor would reach 0 and turn negative, so the error compounds instead.
-        self.coef *= 1 + error * share if share <= 1 else (1 + error) ** share
+    def update(self, kl: float) -> float:
+        """Update the coefficient after an iteration of mean ``kl`` (nats per sequence), and return it."""
+        error = kl / self.target - 1
+        self.base *= math.exp(min(max(error, -0.2), 0.2) / self.horizon)
+        self.coef = self.base * math.exp(self.gain * min(max(error, -0.5), 1.0))
         return self.coef
 
 
@@ -95,22 +97,26 @@ class KLCoefficient:
         """The coefficient of a penalty in the loss; ValueError where nothing names one and no env was settled."""
         if self.mdp is not None:
             return self.mdp.kl_coef
-        for coef in (self.steered, config.kl_coef, self.published):
+        steered = None if self._control is None else self._control.coef
+        for coef in (steered, config.kl_coef, self.published):
             if coef is not None:
                 return coef
         raise ValueError(f"{self.name}: kl_coef=None takes the env's, and no env was seen yet: set kl_coef")
 
     @property
-    def steered(self) -> float | None:
-        """The coefficient as ``kl_target`` has steered it, for checkpoints; None without a target."""
-        return None if self._control is None else self._control.coef
+    def steered(self) -> list[float] | None:
+        """The coefficient as ``kl_target`` has steered it, and the controller's base, for checkpoints; None without a
+        target."""
+        return None if self._control is None else [self._control.coef, self._control.base]
 
-    def steer(self, kl: float, episodes: int) -> None:
-        """Move the coefficient after ``episodes`` episodes of mean ``kl``, nats per sequence."""
+    def steer(self, kl: float) -> None:
+        """Move the coefficient after an iteration of mean ``kl``, nats per sequence."""
         if self._control is not None:
-            self._control.update(kl, episodes)
+            self._control.update(kl)
 
-    def restore(self, steered: float | None, config: AgentConfig) -> None:
+    def restore(self, steered: list[float] | None, config: AgentConfig) -> None:
         """Take back :attr:`steered`."""
-        target = None if steered is None else config.kl_target
-        self._control = None if target is None else AdaptiveKL(steered or 0.0, target, config.kl_horizon)
+        self._control = None
+        if steered is not None and config.kl_target is not None:
+            self._control = AdaptiveKL(steered[0], config.kl_target, config.kl_horizon)
+            self._control.base = steered[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 
 import gymnasium
@@ -97,8 +98,9 @@ def test_a_steered_coefficient_is_recorded_where_it_starts_and_line_by_line(tmp_
     steered = {"kl_coef": 0.2, "kl_target": 5.0, "kl_horizon": 16.0}
     config, result, seen, _ = train(tmp_path, "reinforce", {}, steered)
     assert config["env"]["kl_coef"] == result["kl_coef"] == 0.2
-    assert seen[1][1]["kl_coef"] == pytest.approx(0.2 * 0.9)
-    assert charged(seen[1][0]) == pytest.approx(0.2 * 0.9, abs=1e-6)
+    expected = 0.2 * math.exp(-0.2 / 16 - 1)  # far below the target
+    assert seen[1][1]["kl_coef"] == pytest.approx(expected)
+    assert charged(seen[1][0]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_nothing_is_recorded_where_nothing_is_charged(tmp_path):
