@@ -145,7 +145,11 @@ def _section(
         "title": title(lines),
         "columns": columns,
         "rows": list(zip(series, (s.label in marked for s in series), cells, strict=True)),
-        "notes": [*footnotes(lines), "; ".join(f"{column.title}: {column.meaning}" for column in columns) + "."],
+        "notes": [
+            *(["Shaded: the highest gold, and what is not told apart from it."] if worse else []),
+            *footnotes(lines),
+            "; ".join(f"{column.title}: {column.meaning}" for column in columns) + ".",
+        ],
         "matched_kl": [f"{kl:g}" for kl in match_kl],
         "matched": [(s, _matched(at_kl(s.results, s.out, match_kl))) for s in series if match_kl],
         "figures": [(*_FIGURES[kind], base64.b64encode(image).decode()) for kind, image in images.items()],

@@ -185,14 +185,15 @@ def _improvement(task: str, ours: str, theirs: str, by_task: dict[str, tuple[Row
 def _line(
     task: str, method: str, against: str, statistic: str, estimate: Estimate, rows: Rows, p: float = math.nan
 ) -> dict[str, Any]:
+    least, most = (0.0, 1.0) if statistic.startswith("win_rate") else (-math.inf, math.inf)
     return {
         "task": task,
         "method": method,
         "against": against,
         "statistic": statistic,
         "value": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
+        "low": max(estimate.low, least),
+        "high": min(estimate.high, most),
         "p": p,
         "seeds": len({row["seed"] for row in rows}),
         "prompts": rows[0].get("prompts"),

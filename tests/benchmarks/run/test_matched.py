@@ -54,6 +54,7 @@ def test_the_csv_and_the_report_say_who_got_there(tmp_path, rows):
     write_report(tmp_path, write_results(tmp_path))
     lines = {(row["method"], row["statistic"]): row for row in csv.DictReader((tmp_path / "aggregate.csv").open())}
     assert lines["ppo", "gold_at_kl_4"]["value"] == "2.75" and lines["ppo", "gold_at_kl_4"]["seeds"] == "2"
+    assert lines["ppo", "win_rate"]["low"] == "0" and lines["ppo", "win_rate"]["high"] == "1"  # not beyond
     assert lines["ppo", "gold_at_kl_16"]["seeds"] == "1" and ("ppo", "gold_at_kl_20") not in lines
     assert ("sft", "gold_at_kl_4") not in lines
     page = (tmp_path / "report.html").read_text()
