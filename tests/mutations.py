@@ -666,15 +666,15 @@ MUTATIONS = [
     Mutation(
         "the adaptive controller counts nats per token",
         "algos/engine/agent.py",
-        'self._kl.steer(metrics["kl"], len(traj))',
-        'self._kl.steer(metrics["kl"] / metrics["length"], len(traj))',
+        'self._kl.steer(metrics["kl"])',
+        'self._kl.steer(metrics["kl"] / metrics["length"])',
         AGENT + "::test_the_controllers_kl_is_in_nats_per_sequence",
     ),
     Mutation(
         "the adaptive controller's error is not clipped",
         "algos/engine/kl_coefficient.py",
-        "error = min(max(kl / self.target - 1, -self.limit), self.limit)",
-        "error = kl / self.target - 1",
+        "self.gain * min(max(error, -0.5), 1.0)",
+        "self.gain * error",
         "tests/algos/engine/test_kl_control.py",
     ),
     Mutation(
@@ -1149,8 +1149,8 @@ MUTATIONS = [
     Mutation(
         "the learning curve is on test prompts",
         "benchmarks/run/problems.py",
-        'samples.sample_policy(self._measure("validation"), self.policy',
-        'samples.sample_policy(self._measure("test"), self.policy',
+        'env, count = self._measure("validation"), self.spec',
+        'env, count = self._measure("test"), self.spec',
         RECOMPUTED,
     ),
     Mutation(
@@ -1305,8 +1305,8 @@ MUTATIONS = [
     Mutation(
         "validation counts the test's prompts",
         "benchmarks/run/problems.py",
-        "self.spec.plan.validation_prompts, 0)",
-        "self.spec.plan.test_prompts, 0)",
+        "self.spec.plan.validation_prompts\n",
+        "self.spec.plan.test_prompts\n",
         RECOMPUTED,
     ),
     Mutation(
@@ -2014,8 +2014,8 @@ MUTATIONS = [
     Mutation(
         "a controller takes NaN",
         "algos/engine/kl_coefficient.py",
-        "if not (0 < self.target < math.inf and 0 < self.horizon < math.inf):",
-        "if self.target <= 0 or self.horizon <= 0:",
+        "if not (value > 0 and math.isfinite(value)):",
+        "if value <= 0:",
         "tests/algos/engine/test_kl_control.py",
     ),
     Mutation(
