@@ -6,6 +6,8 @@ import torch
 from lm_envs.algos.engine.settings_control import ROWS, control_settings
 from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.registry import make_agent
+from lm_envs.benchmarks.run import problems
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from lm_envs.env.cat import CatEnv, expected_return, value_iteration
 from lm_envs.env.rollout import collect
 from lm_envs.trajectories import Trajectories
@@ -107,3 +109,17 @@ def test_a2c_and_reinforce_reach_400_on_cartpole_within_300k_steps(name, seed):
 def test_the_cat_gets_95_percent_of_the_optimum(name, slip):
     agent = trained("lm_envs/Cat-v0", name, 0, 300_000, {"slip": slip})
     assert cat_share(agent, slip) >= 0.95
+
+
+def test_the_result_is_of_other_episodes_than_the_curve_and_of_others_for_each_seed(monkeypatch):
+    seeds, whole = [], problems.collect
+
+    def collect(*given, episodes, seed):
+        seeds.append(seed)
+        return whole(*given, episodes=2, seed=seed)
+
+    monkeypatch.setattr(problems, "collect", collect)
+    for seed in (3, 4):
+        problem = problems.open_problem(RunSpec("CartPole-v1", "reinforce", seed, Plan()))
+        problem.validate(), problem.evaluate()
+    assert seeds[0] == seeds[2] and len(set(seeds)) == 3  # the curves of both are of the same episodes

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lm_envs.algos import iterated_rlhf
 from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.engine.judged_pairs import judge_pairs
 from lm_envs.env.rollout import rollout
@@ -111,3 +112,16 @@ def test_a_checkpoint_before_the_first_round_and_one_of_a_checkpoint():
     twin.restore(*agent.checkpoint())
     again = twin.checkpoint()  # restored, but not yet used
     assert batches.same(again[0], agent.checkpoint()[0]) and again[1] == agent.checkpoint()[1]
+
+
+def test_each_round_has_annotators_of_its_own(monkeypatch):
+    """With the same ones, pair i of every round would be judged, and mistaken, by the same random number."""
+    seeds, whole = [], iterated_rlhf.annotate
+
+    def annotate(*gold, flip, seed):
+        seeds.append(seed)
+        return whole(*gold, flip=flip, seed=seed)
+
+    monkeypatch.setattr(iterated_rlhf, "annotate", annotate)
+    ran(4, rounds=2)
+    assert len(seeds) == len(set(seeds)) == 2

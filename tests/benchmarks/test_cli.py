@@ -291,6 +291,18 @@ def test_without_algorithms_a_text_task_gets_the_demos(tmp_path):
     assert suite.overrides == real.overrides and [task.name for task in suite.tasks] == ["corpus"]
 
 
+def test_sources_on_the_command_line_come_before_those_of_a_suite(tmp_path):
+    for name in ("asked.jsonl", "held.jsonl"):
+        (tmp_path / name).touch()
+    suite = tmp_path / "suite.toml"
+    held = json.dumps(str(tmp_path / "held.jsonl"))
+    suite.write_text(
+        f'tasks = ["corpus"]\nalgorithms = ["sft"]\n[task.corpus]\noptions = {{path = {held}, seed = 3}}\n'
+    )
+    asked = Compare(out=Path("out"), suite=str(suite), own=Own(corpus=tmp_path / "asked.jsonl")).to_suite()
+    assert asked.tasks[0].options == {"path": str(tmp_path / "asked.jsonl"), "seed": 3}
+
+
 def test_a_reader_that_goes_away_is_no_traceback():
     command = [sys.executable, "-m", "lm_envs.benchmarks.cli", "compare", "--help"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -328,3 +328,23 @@ def test_what_each_loss_is_worth_at_rest(small):
     }
     for case, regret in cases.items():
         assert small.regret(at_rest(small, *case)) == pytest.approx(regret, abs=2e-4), case
+
+
+def test_simpo_compares_means_over_each_responses_tokens():
+    data = batches.ranked()
+    assert len(set(data.response_lengths.tolist())) > 2
+    agent = registry.make_agent("dpo", batches.text_policy(batches.text_env()), data=data, loss="simpo")
+    rows = agent.data.select(torch.arange(len(agent.data)))
+    now = agent.policy.evaluate(rows)
+    means = (now.logprob * rows.mask).sum(dim=1) / rows.mask.sum(dim=1)
+    each = []
+    for group in rows.group.unique():
+        ranks, values = rows.rank[rows.group == group], means[rows.group == group]
+        pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+        each.append(torch.stack([softplus_of(1.0 - 2.0 * (values[i] - values[j])) for i, j in pairs]).mean())
+    loss, _ = agent.loss(rows, now, {})
+    torch.testing.assert_close(loss, torch.stack(each).mean())
+
+
+def softplus_of(x):
+    return torch.nn.functional.softplus(x)

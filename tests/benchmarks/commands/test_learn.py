@@ -20,6 +20,7 @@ from transformers import (
     RobertaForCausalLM,
 )
 
+from lm_envs.benchmarks import commands
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.run import one_run
 from lm_envs.benchmarks.run.data_problem import DataProblem, DataSpec
@@ -180,6 +181,13 @@ def test_the_pipeline_learns_what_is_wanted(tmp_path):
 
 
 # One stage
+
+
+def test_the_figures_printed_are_those_before_and_after(tmp_path, capsys):
+    lines = [{"iteration": 0, "validation_loss": 2.5}, {"iteration": 1, "validation_loss": 1.5}]
+    byo.write_jsonl(tmp_path / "metrics.jsonl", lines)
+    commands.learn._show(tmp_path, {"held_out_loss": 0.5})
+    assert ["loss", "2.5", "0.5"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch, capsys):

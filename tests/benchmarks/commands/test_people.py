@@ -126,6 +126,21 @@ def test_the_terminal_gives_the_page_s_answers(tmp_path: Path, monkeypatch: Any,
     assert not second.answer.skipped and len(second.answer.ranks) == 3  # "u" went back to what was skipped
 
 
+@pytest.mark.parametrize(("typed", "ranks"), [("a", (0, 1)), ("b", (1, 0)), ("t", (0, 0)), ("x", (0, 0))])
+def test_a_letter_typed_prefers_the_response_that_is_shown_by_it(
+    tmp_path: Path, monkeypatch: Any, typed: str, ranks: tuple[int, int]
+) -> None:
+    study = tmp_path / "study"
+    main(["people", "new", "--out", str(study), "--texts", str(texts(tmp_path / "t.jsonl", 4))])
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{typed}\n" * 4 + "q\n"))
+    main(["people", "rank", str(study), "--annotator", "ann"])
+    found = Store(study, read_settings(study)).judgments()
+    assert len({judgment.order for judgment in found}) == 2
+    for judgment in found:
+        assert tuple(judgment.answer.ranks[place] for place in judgment.order) == ranks
+        assert judgment.answer.both_bad == (typed == "x")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

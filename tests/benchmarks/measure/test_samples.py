@@ -14,6 +14,7 @@ from lm_envs.benchmarks.measure.samples import (
     corpus_score,
     distinct_2,
     evaluation_env,
+    measure,
     measure_greedy,
     sample_policy,
     sample_reference,
@@ -188,3 +189,18 @@ def test_the_score_of_the_corpus_is_in_the_result():
     assert result["corpus"] == SentenceBLEU().corpus(found.response, columns["test"]["reference"])
     assert found.gold.tolist() == SentenceBLEU()(found.response, reference=columns["test"]["reference"])
     assert "corpus" not in summarise(*[sample_policy(evaluation_env(tiny.task(), "test"), policy, None, 0)] * 2, policy)
+
+
+def test_the_start_has_a_standard_error_of_its_own():
+    """The start, whose responses differ in their gold, beside a model that always says the same."""
+    start = tiny.task(judge=lambda prompts, completions, **columns: [len(text) + 0.0 for text in completions])
+    constant = tiny.gpt2(seed=3)
+    with torch.no_grad():
+        constant.lm_head.weight.zero_()
+        constant.transformer.wte.weight.zero_()
+    env = evaluation_env(start, "test")
+    texts = sample_reference(env, LMPolicy.for_mdp(env.mdp, start.start), None)
+    found = measure(constant, start, split="test")
+    assert found["start_gold"] == pytest.approx(texts.gold.mean())
+    assert found["start_gold_se"] == pytest.approx(texts.gold.std(ddof=1) / len(texts.gold) ** 0.5)
+    assert found["start_gold_se"] != found["gold_se"]

@@ -1,17 +1,22 @@
 """Over-optimisation: the fits, best-of-n over all subsets, and a whole drawing of a tiny task."""
 
+import copy
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 
+from lm_envs import rng
 from lm_envs.algos.best_of_n import kl_bound
 from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.report import overoptimization as over
 from lm_envs.benchmarks.report.overoptimization import FLOOR, Curve, Settings, best_of_subsets, fit, overoptimise
+from tests import tiny
 
 TASK = "tests.algos.batches:learned_task"  # words that a count judges, and a learned reward
 SMALL = Settings(
@@ -102,6 +107,15 @@ def test_the_command_draws_and_says_what_it_found(tmp_path, capsys, monkeypatch)
     assert "8 pairs, best-of-n: gold at most" in said and (tmp_path / "o" / "overoptimisation.png").exists()
 
 
+def test_the_command_tells_where_gold_was_highest(tmp_path, capsys, monkeypatch):
+    fit = {"alpha": 1.0, "beta": 0.5, "r2": 0.9}
+    curve = Curve(6, 0.7, "ppo", [0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 0.75, -0.5], fit)
+    monkeypatch.setattr("lm_envs.benchmarks.report.overoptimization.overoptimise", lambda *given: [curve])
+    cli.main(["overoptimise", "--task", TASK, "--out", str(tmp_path / "o")])
+    said = "6 pairs, ppo: gold at most +0.75 at KL 1.0, -0.50 at KL 2.0, where the proxy says +2.00; alpha 1.00, beta"
+    assert said in capsys.readouterr().out
+
+
 def test_a_task_without_judge_or_learned_reward_is_refused(tmp_path):
     with pytest.raises(UserError, match="judge and a learned reward"):
         overoptimise("tests.benchmarks.fake_task:load", {}, SMALL, tmp_path)
@@ -109,3 +123,120 @@ def test_a_task_without_judge_or_learned_reward_is_refused(tmp_path):
         Settings(pairs=(1,))
     with pytest.raises(SystemExit):
         cli.main(["overoptimise", "--algorithm", "pp0", "--out", str(tmp_path)])
+
+
+@torch.no_grad()
+def kl_of(model, reference, traj) -> float:
+    """``mean sum log pi - log ref`` of a batch's episodes, row by row, without padding."""
+    found = []
+    for prompt, response in zip(traj.prompt, traj.response, strict=True):
+        head, said = prompt[prompt >= 0].tolist(), response[response >= 0].tolist()
+        both = [torch.log_softmax(each(torch.tensor([head + said])).logits[0], -1) for each in (model, reference)]
+        ours, theirs = (p[range(len(head) - 1, len(head + said) - 1), said].sum() for p in both)
+        found.append(float(ours - theirs))
+    return float(np.mean(found))
+
+
+def words_of(rows) -> list[list[str]]:
+    return [[tiny.WORDS[i] for i in row.tolist() if i > 0] for row in rows]
+
+
+def golds_of(traj) -> np.ndarray:
+    return np.array([said.count("b") - said.count("c") for said in words_of(traj.response)], dtype=float)
+
+
+def proxies_of(reward, traj) -> np.ndarray:
+    """Text by text: the model's logit at the last token, shifted and scaled."""
+    mean, std = reward.normalise
+    rows = [torch.cat([p[p >= 0], r[r >= 0]]) for p, r in zip(traj.prompt, traj.response, strict=True)]
+    with torch.no_grad():
+        hidden = [reward.model.transformer(row[None]).last_hidden_state[0, -1] for row in rows]
+        return np.array([(float(reward.model.score(h)) - mean) / std for h in hidden])
+
+
+def test_every_number_is_computed_a_second_time(tmp_path, monkeypatch):
+    """From the reward models, the samples and the policies as they were, each seen where it is made."""
+    judged, made, many, steps = [], [], [], []
+
+    def watched(owner, name, keep):
+        whole = getattr(owner, name)
+
+        def call(*given, **options):
+            found = whole(*given, **options)
+            keep(given, options, found)
+            return found
+
+        monkeypatch.setattr(owner, name, call)
+
+    def watch_agent(given, options, agent):
+        whole = agent.iteration
+
+        def iteration(env):
+            before = copy.deepcopy(agent.policy.model)
+            traj, metrics = whole(env)
+            steps.append((before, agent.config, traj))
+            return traj, metrics
+
+        agent.iteration = iteration
+
+    watched(over.judged_pairs, "judge_pairs", lambda given, options, found: judged.append((given[2:], found)))
+    watched(over.judged_pairs, "make_reward_model", lambda given, options, found: made.append((given, options, found)))
+    watched(over, "rollout", lambda given, options, found: many.append(found))
+    watched(over, "make_agent", watch_agent)
+    settings = replace(
+        SMALL,
+        pairs=(40, 6),
+        held_out=30,
+        flip=0.3,
+        iterations=3,
+        samples=8,
+        seed=5,
+        reward_model={"steps": 10, "batch_size": 8, "learning_rate": 1e-2},
+    )
+    curves = over.overoptimise(TASK, {}, settings, tmp_path)
+    written = json.loads((tmp_path / "overoptimisation.json").read_text())
+    assert [asdict(curve) for curve in curves] == written["curves"]
+
+    (train_numbers, train), (held_numbers, held) = judged
+    assert (train_numbers, held_numbers) == ((0, 40, 5), (40, 30, 5))  # none of those held out is trained on
+    for each in (train, held):
+        counts = [text.split().count("b") - text.split().count("c") for text in each.samples.completions]
+        assert each.gold.flatten().tolist() == counts
+    chances = 1 / (1 + np.exp(train.gold[:, 1] - train.gold[:, 0]))
+    drawn = [rng.uniform(5, rng.ANNOTATOR, np.arange(40), k) for k in range(2)]
+    chosen = (drawn[0] < chances) != (drawn[1] < 0.3)
+    rewards = [reward for *_, reward in made]
+    for count, ((template, texts, first, units, name), options, reward) in zip((6, 40), made, strict=True):
+        assert (len(texts), name, options["seed"]) == (count, f"reward_model_{count}", 5)
+        assert texts == made[1][0][1][:count] and first.tolist() == chosen[:count].tolist()
+        assert template is made[0][0][0] and units == held.read_by(reward)
+        scores = np.array(held.samples.score(reward))
+        assert scores.mean() == pytest.approx(0, abs=1e-9) and scores.std() == pytest.approx(1)
+
+    assert [(c.pairs, c.method) for c in curves] == [(6, "best-of-n"), (6, "ppo"), (40, "best-of-n"), (40, "ppo")]
+    mean, unit = held.gold.mean(), held.gold.std()
+    assert [len(each) for each in many] == [8, 8]  # of two prompts, the same for both reward models
+    for k, reward in enumerate(rewards):
+        best, trained = curves[2 * k : 2 * k + 2]
+        differ = held.gold[:, 0] != held.gold[:, 1]
+        margins = np.diff(np.array(held.samples.score(reward)).reshape(-1, 2))[:, 0]
+        share = np.mean((margins < 0)[differ] == (held.gold[:, 0] > held.gold[:, 1])[differ])
+        assert best.accuracy == trained.accuracy == pytest.approx(share)
+        for place, n in enumerate((1, 2, 4, 8)):
+            proxy, gold = [], []
+            for traj in many:
+                p, g = proxies_of(reward, traj), golds_of(traj)
+                subsets = [list(s) for s in itertools.combinations(range(8), n)]
+                proxy.append(np.mean([p[s].max() for s in subsets]) - p.mean())
+                gold.append(np.mean([g[s][p[s].argmax()] for s in subsets]) - g.mean())
+            assert best.kl[place] == pytest.approx(math.log(n) - (n - 1) / n)
+            assert best.proxy[place] == pytest.approx(np.mean(proxy)) and best.gold[place] == pytest.approx(
+                np.mean(gold) / unit
+            )
+        for place, (model, config, traj) in enumerate(steps[3 * k : 3 * k + 3]):
+            assert config.kl_coef == 0 and config.iterations == 3 and config.seed == 5 and len(traj) == 32
+            assert trained.kl[place] == pytest.approx(kl_of(model, tiny.task().reference, traj), abs=1e-6)
+            assert trained.proxy[place] == pytest.approx(proxies_of(reward, traj).mean())
+            assert trained.gold[place] == pytest.approx((golds_of(traj).mean() - mean) / unit)
+    for curve in curves:
+        assert curve.fit == pytest.approx(fit(curve.kl[: curve.fitted()], curve.gold[: curve.fitted()], curve.method))

@@ -12,6 +12,7 @@ import pytest
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.report import plots
 from lm_envs.benchmarks.report.html import chosen_prompts, headline, write_report
 from lm_envs.benchmarks.report.plots import figures
 from lm_envs.benchmarks.report.series import gather, styles
@@ -296,3 +297,20 @@ def test_few_prompts_and_few_seeds_are_said(prompts, seeds):
     assert (f"Measured on {prompts} test prompt" in told) == (prompts is not None and prompts < 100)
     assert ("Fewer than 3 seeds" in told) == (seeds < 3)
     assert "1 test prompts" not in told
+    many = results.Line("reviews", "sft", (0, 1, 2), known, known, False, 1000)  # the fewest of several are told
+    assert (f"Measured on {prompts} test prompt" in " ".join(results.footnotes([many, line]))) == (prompts in (1, 99))
+
+
+@pytest.mark.parametrize(
+    ("sampled", "axis"), [((0, 0), "trained_tokens"), ((0, 90), "trained_tokens"), ((80, 90), "tokens")]
+)
+def test_learning_curves_of_a_method_that_samples_nothing_count_trained_tokens(sampled, axis):
+    class Known:
+        def __init__(self, last):
+            self.last = last
+
+        def curve(self, name, x="tokens"):
+            ends = {"tokens": self.last, "trained_tokens": 50}
+            return [([0, ends[x]], [0.0, 1.0])] if name == "proxy" else []
+
+    assert plots._progress([Known(last) for last in sampled])[0] == axis

@@ -73,6 +73,21 @@ def test_an_answer_comes_back_in_the_order_of_the_item_whatever_was_shown(tmp_pa
     assert len(store.judgments()) == 12 and len(orders) > 3
 
 
+def test_an_answer_is_shown_again_in_the_order_in_which_it_was_given(tmp_path: Path) -> None:
+    """Orders of four responses include some that are no swap, whose inverse is another order."""
+    page = Page(study(tmp_path, count=12, responses=4, mode="rank"), "me")
+    given: dict[int, Any] = {}
+    task = page.get("next")
+    while task["item"] is not None:
+        given[task["item"]] = {"ranks": [2, 0, 1, 3], "reasons": [f"about {text}" for text in task["responses"]]}
+        task = page.post(task["item"], given[task["item"]])
+    orders = {judgment.order for judgment in page.store.judgments()}
+    assert any(order[order[place]] != place for order in orders for place in range(4))
+    for item, answer in given.items():
+        shown = page.get(f"items/{item}")["answer"]
+        assert {name: shown[name] for name in answer} == answer
+
+
 def test_who_wrote_what_stays_hidden(tmp_path: Path) -> None:
     page = Page(study(tmp_path), "me")
     assert "policy" not in page.web.get(page.base + "next").text + page.web.get(page.base + "study").text
@@ -90,6 +105,14 @@ def test_overlap_gold_and_no_item_twice(tmp_path: Path) -> None:
     assert all(len(set(items)) == len(items) for items in seen.values())
     counts = {item: sum(item in items for items in seen.values()) for item in range(1, 7)}
     assert counts == {1: 2, 2: 2, 3: 2, 4: 2, 5: 4, 6: 4}
+
+
+def test_gold_items_are_left_to_everybody_and_others_until_enough_have_answered(tmp_path: Path) -> None:
+    store = study(tmp_path, count=3, gold=1, overlap=1)
+    first, second = Page(store, "first"), Page(store, "second")
+    while (task := first.get("next"))["item"] is not None:
+        first.post(task["item"], {"ranks": [0, 1]})
+    assert store.progress(first.annotator) == (3, 0) and store.progress(second.annotator) == (0, 1)
 
 
 def test_an_item_that_is_held_is_not_given_to_others_until_it_is_old(tmp_path: Path) -> None:
@@ -207,6 +230,8 @@ def test_strange_bodies_are_refused(tmp_path: Path) -> None:
     address, kind = f"{page.base}items/{page.get('next')['item']}", {"content-type": "application/json"}
     for body, status in ((b"{", 400), (b"[" * 100_000, 400), (b"x" * 600_000, 413), (b"7", 422), (b"\xff", 400)):
         assert page.web.post(address, content=body, headers=kind).status_code == status, body[:10]
+    parts = iter([b"x" * 300_000] * 2)  # neither of them is too long
+    assert page.web.post(address, content=parts, headers=kind).status_code == 413
     page.post(1, {"ranks": [0, 1], "notes": "'); DROP TABLE answers; --"})
     assert page.store.judgments()[0].answer.notes == "'); DROP TABLE answers; --"
 

@@ -147,6 +147,13 @@ def test_a_held_out_text_is_not_trained_on(tmp_path):
     assert list(divided.values()).count("train") == 99
 
 
+def test_a_repeated_text_has_its_first_label(tmp_path):
+    rows = sentences(60)
+    again = [{**row, "label": 1 - row["label"]} for row in rows]
+    found = {row.text: row.label for row in read_labelled(write(tmp_path / "a.jsonl", rows + again))}
+    assert found == {row["text"]: row["label"] for row in rows}
+
+
 def test_openings_belong_to_one_split(tmp_path):
     rows = [{**row, "split": "train"} for row in sentences(60)]
     rows += [
