@@ -119,7 +119,7 @@ def test_the_result_is_of_other_episodes_than_the_curve_and_of_others_for_each_s
         return whole(*given, episodes=2, seed=seed)
 
     monkeypatch.setattr(problems, "collect", collect)
-    for seed in (3, 4):
+    for seed in (0, 4):
         problem = problems.open_problem(RunSpec("CartPole-v1", "reinforce", seed, Plan()))
         problem.validate(), problem.evaluate()
     assert seeds[0] == seeds[2] and len(set(seeds)) == 3  # the curves of both are of the same episodes

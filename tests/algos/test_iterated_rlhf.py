@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lm_envs import rng
 from lm_envs.algos import iterated_rlhf
 from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.engine.judged_pairs import judge_pairs
@@ -125,3 +126,18 @@ def test_each_round_has_annotators_of_its_own(monkeypatch):
     monkeypatch.setattr(iterated_rlhf, "annotate", annotate)
     ran(4, rounds=2)
     assert len(seeds) == len(set(seeds)) == 2
+
+
+def test_pairs_of_other_numbers_are_sampled_with_other_random_numbers(monkeypatch):
+    used, whole = [], rng.uniform
+
+    def uniform(seed, stream, episode, position=0):
+        if stream == rng.TOKEN:
+            used.extend(episode.ravel().tolist())
+        return whole(seed, stream, episode, position)
+
+    env = batches.env_for("iterated-rlhf")
+    monkeypatch.setattr(rng, "uniform", uniform)
+    for first, count in ((0, 3), (3, 2), (5, 1)):
+        judge_pairs(env.mdp, batches.text_policy(env), first, count, 0)
+    assert len(used) == len(set(used)) == 2 * 6

@@ -116,6 +116,17 @@ def test_the_command_tells_where_gold_was_highest(tmp_path, capsys, monkeypatch)
     assert said in capsys.readouterr().out
 
 
+def test_the_command_gives_the_tasks_source_on(tmp_path, monkeypatch):
+    (tmp_path / "mine.jsonl").touch()
+    asked = []
+    monkeypatch.setattr(
+        "lm_envs.benchmarks.report.overoptimization.overoptimise", lambda *given: asked.append(given[:2]) or []
+    )
+    words = ["--task", "corpus", "--corpus", str(tmp_path / "mine.jsonl"), "--out", str(tmp_path / "o")]
+    cli.main(["overoptimise", *words])
+    assert asked == [("corpus", {"path": str(tmp_path / "mine.jsonl")})]
+
+
 def test_a_task_without_judge_or_learned_reward_is_refused(tmp_path):
     with pytest.raises(UserError, match="judge and a learned reward"):
         overoptimise("tests.benchmarks.fake_task:load", {}, SMALL, tmp_path)
