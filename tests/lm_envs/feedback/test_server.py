@@ -21,7 +21,6 @@ pytest.importorskip("starlette")
 import anyio
 from starlette.testclient import TestClient
 
-from lm_envs.feedback import server
 from lm_envs.feedback.server import application
 
 EVIL = "<script>alert(1)</script> <img src=x onerror=alert(1)> [a](javascript:alert(1)) ![b](http://x/y) **bold**"
