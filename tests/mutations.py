@@ -638,7 +638,7 @@ MUTATIONS = [
     Mutation(
         "the learning rate does not fall",
         "algos/engine/agent.py",
-        "left = 1 - self.iterations_done / self.config.iterations if self.config.anneal else 1.0",
+        "left = 1 - done if self.config.anneal else 1.0",
         "left = 1.0",
         AGENT + "::test_learning_rate_falls_to_zero_over_the_iterations",
     ),
@@ -1201,6 +1201,13 @@ MUTATIONS = [
         "adjusted = statistics.holm([each.estimate.p for each in found])",
         "adjusted = [each.estimate.p for each in found]",
         "tests/benchmarks/measure/test_statistics.py::test_equal_methods_are_hardly_ever_called_better",
+    ),
+    Mutation(
+        "a budget of tokens lowers the step size by iterations",
+        "benchmarks/run/one_run.py",
+        "agent.progress = self._spent(agent)",
+        "agent.progress = None",
+        "tests/benchmarks/run/test_budgets.py",
     ),
     Mutation(
         "a curve is read off at its last point before a KL",
@@ -1901,7 +1908,7 @@ MUTATIONS = [
     Mutation(
         "a learning curve lacks its last point",
         "benchmarks/run/one_run.py",
-        "if every and (done % every == 0 or done == total):",
+        "if every and (done % every == 0 or self._over(problem.agent)):",
         "if every and done % every == 0:",
         f"{ONE_RUN}::test_a_run_of_few_iterations_has_a_learning_curve_too",
     ),

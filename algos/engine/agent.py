@@ -59,6 +59,7 @@ class Agent(Generic[C]):
         mixes_data: it samples, and may also learn from demonstrations given to it as ``data``.
         reference: a policy whose ``evaluate(traj).log_probs()`` is the reference's distribution; None takes the text
             env's at the first iteration.
+        progress: the share of a budget in another unit than iterations that is spent; None counts iterations.
         missing: rows of this iteration that :meth:`select` left to sample; None before it was asked.
         mdp: that of the text env, for an agent that scores texts of its own; None takes it at the first iteration.
         published_kl_coef: for where neither its config nor the env names a coefficient; None takes the task's.
@@ -82,6 +83,7 @@ class Agent(Generic[C]):
     mdp: Any = None
     data: Any = None
     missing: int | None = None
+    progress: float | None = None
 
     @classmethod
     def lacks(cls, task: TextTask, config: Any) -> str | None:
@@ -231,7 +233,8 @@ class Agent(Generic[C]):
     @property
     def learning_rate(self) -> float:
         """Adam's step size in the iteration that comes next."""
-        left = 1 - self.iterations_done / self.config.iterations if self.config.anneal else 1.0
+        done = self.iterations_done / self.config.iterations if self.progress is None else self.progress
+        left = 1 - done if self.config.anneal else 1.0
         return self.config.learning_rate * max(left, 0.0)
 
     def _step(self, traj: Trajectories, fixed: dict[str, Tensor], averages: Averages, epoch: int, number: int) -> bool:

@@ -12,7 +12,7 @@ import tyro
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task, is_control
-from lm_envs.benchmarks.run.suites import Suite, check_adaptation, env_options, parse_settings
+from lm_envs.benchmarks.run.suites import BUDGETS, Suite, check_adaptation, env_options, parse_settings
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
 from lm_envs.settings import Count, Positive, Rank, Whole
@@ -143,7 +143,7 @@ class Running:
             plan: further fields of the plan.
         """
         if self.iterations or self.episodes:
-            plan |= {"iterations": self.iterations, "episodes": self.episodes}
+            plan |= dict.fromkeys(BUDGETS) | {"iterations": self.iterations, "episodes": self.episodes}
         options = env_options(parse_settings(self.env, "--env", "kl_coef=0.1"), "--env")
         tasks = [task if is_control(task.name) else replace(task, env={**task.env, **options}) for task in suite.tasks]
         suite = replace(

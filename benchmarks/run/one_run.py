@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.inputs import fingerprints
-from lm_envs.benchmarks.run.problems import Problem, open_problem
+from lm_envs.benchmarks.run.problems import MOST, Problem, open_problem
 from lm_envs.benchmarks.run.storage import (
     SEAL,
     Checkpoints,
@@ -175,7 +175,7 @@ class _Run:
             config = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
             config = write_sealed(self.folder / "config.json", config | {"inputs": fingerprints(self.spec)})
         self.checkpoints.run = config[SEAL]
-        total = 0 if problem.agent is None else problem.agent.config.iterations
+        total = 0 if problem.agent is None else self._total(problem.agent)
         self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": total})
         if problem.agent is None:
             self.samples.cut(0)
@@ -186,21 +186,22 @@ class _Run:
     def _train(self, problem: Problem) -> None:
         agent = problem.agent
         self._resume(agent)
-        done, total = agent.iterations_done, agent.config.iterations
+        done = agent.iterations_done
         tracker = Tracker(self.folder / "tensorboard", resumed_at=done)
         saved = done if self.checkpoints.paths() else -1
         try:
             if done == 0:
                 nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "trained_tokens"), 0)
                 self._record(problem, tracker, {**nothing, "wall_s": 0.0})
-            while agent.iterations_done < total:
+            while not self._over(agent):
+                agent.progress = self._spent(agent)
                 start = time.perf_counter()
                 traj, metrics = agent.iteration(problem.env)
                 self.wall_s += time.perf_counter() - start
                 done = agent.iterations_done
                 tracker.scalars(metrics, done)
                 self._record(problem, tracker, {**metrics, "iteration": done, "wall_s": self.wall_s})
-                if done % self.spec.plan.checkpoint_every == 0 or done == total:
+                if done % self.spec.plan.checkpoint_every == 0 or self._over(agent):
                     tracker.texts(problem.texts(traj), done, "training")
                     self._save(problem)
                     saved = done
@@ -213,11 +214,36 @@ class _Run:
         finally:
             tracker.close()
 
+    def _spent(self, agent: Any) -> float | None:
+        """The share that is spent of a budget other than iterations, None without one."""
+        if self.spec.plan.spending is None or agent.config.iterations < MOST:
+            return None
+        kind, amount = self.spec.plan.spending
+        weights = sum(p.numel() for p in agent.policy.parameters() if p.requires_grad)
+        spent = {
+            "tokens": agent.tokens_done if agent.policy.sequence_obs else agent.steps_done,
+            "reward_calls": agent.reward_calls,
+            "flops": 6 * weights * agent.trained_tokens,
+            "seconds": self.wall_s,
+        }
+        return float(spent[kind] / amount)
+
+    def _over(self, agent: Any) -> bool:
+        spent = self._spent(agent)
+        return agent.iterations_done >= agent.config.iterations if spent is None else spent >= 1
+
+    def _total(self, agent: Any) -> int:
+        """The iterations of the run; where another budget ends it, as many as its share so far suggests."""
+        spent, done = self._spent(agent), agent.iterations_done
+        if spent is None:
+            return int(agent.config.iterations)
+        return max(done, round(done / spent)) if spent else max(done, 1)
+
     def _record(self, problem: Problem, tracker: Tracker, metrics: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, with a point of the learning curve where one is due."""
-        done, total = metrics["iteration"], problem.agent.config.iterations
+        done, total = metrics["iteration"], self._total(problem.agent)
         every = min(self.spec.plan.validate_every, max(1, total // LEAST_POINTS))
-        if every and (done % every == 0 or done == total):
+        if every and (done % every == 0 or self._over(problem.agent)):
             found, samples = problem.validate()
             metrics = metrics | {f"validation_{name}": value for name, value in found.items()}
             self.samples.append(*({"iteration": done, "split": "validation", **sample} for sample in samples))
@@ -246,7 +272,7 @@ class _Run:
             self.wall_s = found.state["wall_s"]
         for each in records:
             each.cut(0 if found is None else found.state["records"][each.path.name][0])
-        start = {"iteration": agent.iterations_done, "of": agent.config.iterations}
+        start = {"iteration": agent.iterations_done, "of": self._total(agent)}
         self.notify({"event": "start", "run": self.spec.label, **start})
 
     def _finish(self, problem: Problem) -> dict[str, Any]:

@@ -40,9 +40,13 @@ def open_problem(spec: RunSpec) -> TextProblem | ControlProblem:
     return ControlProblem(spec) if is_control(spec.task) else TextProblem(spec)
 
 
+MOST = 2**31 - 1  # iterations of a run that another budget ends
+
+
 def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
     """Set the iterations: those of the overrides, else of the plan, else as many as the plan's episodes need, else the
-    algorithm's own. An iteration has no more episodes than the plan, in whole groups."""
+    algorithm's own. An iteration has no more episodes than the plan, in whole groups. Where another budget ends the run
+    there is no limit; a method that learns from given data spends no tokens or reward calls and keeps its own."""
     config, most = agent.config, spec.plan.episodes
     if "iterations" in spec.overrides:
         return agent
@@ -54,6 +58,12 @@ def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
         if config.episodes > most:
             config = replace(config, episodes=config.group_size * math.ceil(most / config.group_size))
         config = replace(config, iterations=math.ceil(most / config.episodes))
+    elif spec.plan.spending is not None:
+        kind = spec.plan.spending[0]
+        if kind == "reward_calls" and not agent.policy.sequence_obs:
+            raise UserError(f"{spec.label}: a control environment has no reward calls: set [budget] tokens (its steps)")
+        if kind in ("flops", "seconds") or not agent.needs_data:
+            config = replace(config, iterations=MOST)
     agent.config = config
     return agent
 

@@ -86,6 +86,10 @@ class _Suite(Settings):
 class _Budget(Settings):
     iterations: Count | None = None
     episodes: Count | None = None
+    tokens: Count | None = None
+    reward_calls: Count | None = None
+    flops: Positive | None = None
+    seconds: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,9 @@ class _Reader:
 
     def plan(self, data: _Suite) -> Plan:
         budget = self.make(_Budget, data.budget, "[budget]")
-        if budget.iterations is not None and budget.episodes is not None:
-            raise self.fail("[budget] takes iterations or episodes, not both", "budget")
+        given = [name for name, amount in vars(budget).items() if amount is not None]
+        if len(given) > 1:
+            raise self.fail(f"[budget] takes one of {', '.join(vars(budget))}, not {' and '.join(given)}", "budget")
         evaluation = self.make(_Evaluation, data.evaluation, "[evaluation]")
         every = self.make(_Checkpoints, data.checkpoints, "[checkpoints]").every
         return Plan(

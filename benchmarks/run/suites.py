@@ -13,6 +13,8 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import folder_name, is_control
 from lm_envs.settings import Count, Finite, NonNegative, Positive, Settings, Several, Size, Whole, make, short
 
+BUDGETS = ("iterations", "episodes", "tokens", "reward_calls", "flops", "seconds")
+
 
 @dataclass(frozen=True)
 class Plan(Settings):
@@ -20,12 +22,16 @@ class Plan(Settings):
 
     Attributes:
         iterations: iterations of every trained run; None leaves it to ``episodes`` or to the algorithm.
-        episodes: training episodes of every run, rounded up to whole iterations. Not with ``iterations``.
+        episodes: training episodes of every run, rounded up to whole iterations.
         test_prompts: test prompts of the final evaluation; None is all.
         validation_prompts: validation prompts of a point of the learning curve.
         validate_every: iterations between points of the learning curve, 0 for none; fewer if a short run would have
             less than four points.
         checkpoint_every: iterations between checkpoints.
+        tokens: response tokens sampled in training, until a run ends.
+        reward_calls: responses scored in training, until a run ends.
+        flops: floating-point operations of the optimizer, 6 per trained parameter and trained token.
+        seconds: of training; the only budget that a rerun does not repeat exactly.
     """
 
     iterations: Count | None = None
@@ -34,11 +40,21 @@ class Plan(Settings):
     validation_prompts: Size = 64
     validate_every: Whole = 10
     checkpoint_every: Count = 20
+    tokens: Count | None = None
+    reward_calls: Count | None = None
+    flops: Positive | None = None
+    seconds: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iterations is not None and self.episodes is not None:
-            raise ValueError("iterations and episodes exclude each other")
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a run has one budget, and {' and '.join(given)} are given")
+
+    @property
+    def spending(self) -> tuple[str, float] | None:
+        """The budget that is spent while a run trains, with its amount; None where iterations are known before."""
+        return next(((name, amount) for name in BUDGETS[2:] if (amount := getattr(self, name)) is not None), None)
 
 
 @dataclass(frozen=True)

@@ -109,12 +109,13 @@ def resume(suite: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "at"),
-    [("reward", 9), pytest.param("judge", 6, marks=pytest.mark.slow)],
+    [("reward", 10), pytest.param("judge", 7, marks=pytest.mark.slow)],
     ids=["during an iteration", "between two iterations"],
 )
 def test_killed_and_resumed_is_the_same_run(tmp_path, whole, moment, at):
-    # Calls: three to try out, one at iteration 0, then one of the reward per iteration and one of both per
-    # validation. So iteration 4 is under way, or its validation is; the last checkpoint is of iteration 2.
+    # Calls: three to try out, two at iteration 0 (of the policy's samples, and of SFT's to compare with), then one of
+    # the reward per iteration and one of both per validation. So iteration 4 is under way, or its validation is; the
+    # last checkpoint is of iteration 2.
     mark, out = tmp_path / "mark", tmp_path / "out"
     suite = write_suite(tmp_path, pause=moment, mark=str(mark), at=at)
     process = start(suite, out)
@@ -192,8 +193,8 @@ def test_negative_control_a_checkpoint_that_forgets_something_is_noticed(tmp_pat
         if not (forgotten == "adam." and name.startswith(forgotten))
     }
     if forgotten == "kl_coef":
-        assert found.state["agent"]["kl_coef"] != pytest.approx(0.05)
-        found.state["agent"]["kl_coef"] = 0.05
+        assert found.state["agent"]["kl_coef"] != pytest.approx([0.05, 0.05])
+        found.state["agent"]["kl_coef"] = [0.05, 0.05]
     checkpoints.save(found.iteration, tensors, found.state)
     execute(spec(), tmp_path)
     assert final(tmp_path) != final(whole)
