@@ -107,6 +107,8 @@ class Loop:
         Args:
             anyway: take the current round's answers as enough, if there are any.
         """
+        for place in (self.folder, *self.folder.glob("round-*")):
+            files.remove_unfinished(place)
         for number in itertools.count():
             if not self.items(number):
                 self.sample(number)
