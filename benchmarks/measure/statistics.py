@@ -164,11 +164,6 @@ def optimality_gap(scores: Array, optimum: float = 1.0) -> Array:
     return np.maximum(optimum - scores, 0).mean(axis=-1)
 
 
-def share_above(level: float) -> Callable[[Array], Array]:
-    """Return the statistic "share of runs with a higher score": a point of the performance profile."""
-    return lambda scores: (scores > level).mean(axis=-1)
-
-
 def stratified(by_task: Sequence[Array], statistic: Callable[[Array], Array], seed: int = 0) -> Estimate:
     """Estimate a statistic of the scores of all tasks together; its error is that of a bootstrap within each task.
 

@@ -132,20 +132,20 @@ def facts(rows: Sequence[dict[str, Any]], out: Path, match_kl: Sequence[float] =
                 at = {"seeds": each.reached, "prompts": None}
                 for measure, estimate in (("gold", each.gold), ("win_rate", each.win_rate)):
                     found.append(_line(task, name, "", f"{measure}_at_kl_{each.kl:g}", estimate, mine) | at)
-        for each in differences(by_name):
-            a, b = by_name[each.ours], by_name[each.theirs]
-            found.append(_line(task, each.ours, each.theirs, f"{each.measure}_difference", each.estimate, a, p=each.p))
-            found += _improvement(task, each.ours, each.theirs, {task: (a, b)})
+        for pair in differences(by_name):
+            ours, theirs = by_name[pair.ours], by_name[pair.theirs]
+            statistic = f"{pair.measure}_difference"
+            found.append(_line(task, pair.ours, pair.theirs, statistic, pair.estimate, ours, p=pair.p))
+            found += _improvement(task, pair.ours, pair.theirs, {task: (ours, theirs)})
     if len(tasks) > 1:
-        common = [
-            name for name in dict.fromkeys(n for each in tasks.values() for n in each) if _everywhere(tasks, name)
-        ]
+        common = [name for name in dict.fromkeys(itertools.chain(*tasks.values())) if _everywhere(tasks, name)]
         for name in common:
-            mine = {task: by_name[name] for task, by_name in tasks.items()}
-            every = [row for each in mine.values() for row in each]
-            found += [_line(ALL_TASKS, name, "", key, value, every) for key, value in _aggregates(mine).items()]
+            by_task = {task: by_name[name] for task, by_name in tasks.items()}
+            every = list(itertools.chain(*by_task.values()))
+            found += [_line(ALL_TASKS, name, "", key, value, every) for key, value in _aggregates(by_task).items()]
         for a, b in itertools.combinations(common, 2):
-            found += _improvement(ALL_TASKS, a, b, {task: (each[a], each[b]) for task, each in tasks.items()})
+            both = {task: (by_name[a], by_name[b]) for task, by_name in tasks.items()}
+            found += _improvement(ALL_TASKS, a, b, both)
     return [line for line in found if not math.isnan(line["value"])]
 
 
