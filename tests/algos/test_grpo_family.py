@@ -68,7 +68,7 @@ def test_the_penalty_of_long_responses_by_hand():
     torch.testing.assert_close(found, torch.tensor([0.0, 0.0, -0.5, -1.0]))
     traj = batches.text_batch()
     agent = batches.learner("rloo", overlong=2.0, overlong_share=0.5)
-    more = (agent.rewards(traj) - traj.reward)[traj.mask]
+    more = (agent.rewards(traj, Before(agent.policy, traj)) - traj.reward)[traj.mask]
     ends_here = torch.arange(traj.mask.shape[1]) == traj.lengths[:, None] - 1
     assert (more[~ends_here[traj.mask]] == 0).all()
     expected = [-2 * max(0, length - 3) / 3 for length in traj.lengths.tolist()]  # of at most six tokens

@@ -118,11 +118,16 @@ def test_rank_correlation_is_scipys_and_its_interval_is_wide_where_methods_are_a
     assert correlation(series([0.1, 0.9], [0.1, 0.9])) is None
 
 
+def method(number: int, wins: list[float], human: list[float]) -> Series:
+    """A method of one seed, by what the judge and people said of each prompt."""
+    row = {"task": "t", "algorithm": f"m{number}", "seed": 0, "wins": wins, "human": human}
+    return Series("t", f"m{number}", (row,), Path())
+
+
 def test_the_interval_keeps_together_what_people_and_the_judge_said_of_a_prompt() -> None:
     """People who say what the judge says have its order in each resample, however near the methods are."""
     wins = (np.random.default_rng(0).random((6, 100)) < 0.5).astype(float).tolist()
-    same = [Series("t", f"m{k}", ({"seed": 0, "wins": row, "human": row},), Path()) for k, row in enumerate(wins)]
-    found = correlation(same)
+    found = correlation([method(k, row, row) for k, row in enumerate(wins)])
     assert found is not None and (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
 
 
@@ -144,10 +149,8 @@ def test_intervals_of_the_rank_correlation_cover_the_true_one(
         wins = hard + luck < 2**0.5 * stats.norm.ppf(rates)[:, None]
         other = hard + 0.8 * luck + 0.6 * draws.normal(size=(7, 512))
         human = np.where(np.arange(512) < 86, other < 2**0.5 * stats.norm.ppf(rates[list(order)])[:, None], np.nan)
-        rows = [
-            {"seed": 0, "wins": a.astype(float).tolist(), "human": b.tolist()} for a, b in zip(wins, human, strict=True)
-        ]
-        found = correlation([Series("t", f"m{k}", (row,), Path()) for k, row in enumerate(rows)])
+        rows = zip(wins.astype(float).tolist(), human.tolist(), strict=True)
+        found = correlation([method(k, *row) for k, row in enumerate(rows)])
         assert found is not None
         covered.append(found.low - 1e-9 <= true <= found.high + 1e-9)
     print(f"true {true:.2f}, {100 * apart:.0f} points apart: {np.mean(covered):.2f} of the intervals cover it")
