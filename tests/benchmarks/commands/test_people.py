@@ -452,7 +452,7 @@ def test_the_links_that_are_printed_are_the_ones_that_are_answered(
 
     servers: list[Any] = []
     monkeypatch.setattr(
-        uvicorn.Server, "run", lambda self, sockets: servers.append((self.config.app, sockets[0].family))
+        uvicorn.Server, "run", lambda self, sockets: servers.append((self.config.app, sockets[0].getsockname()[0]))
     )
     main(["people", "new", "--out", str(tmp_path / "s"), "--texts", str(texts(tmp_path / "t.jsonl", 1))])
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -465,7 +465,9 @@ def test_the_links_that_are_printed_are_the_ones_that_are_answered(
     (line,) = capsys.readouterr().out.strip().split("\n")  # a name that is given twice is one person
     name, link = line.split(": ", 1)
     assert name == "a\\x1b[2Jb" and link.startswith(base.replace("PORT", port) + "/a/")
-    web = TestClient(servers[0][0])
+    ((app, address),) = servers
+    assert address == ("::1" if "::1" in words else "127.0.0.1")  # loopback, unless told otherwise
+    web = TestClient(app)
     place = "/a/" + link.split("/a/")[1]
     page = web.get(place, headers={"host": host.replace("PORT", port)})
     assert page.status_code == 200 and "../../static/page.js" in page.text
