@@ -117,6 +117,20 @@ def test_kto_learns_the_same_from_labels_on_disk(tokenizer, tmp_path):
         assert (part.column("share")[:half] == part.column("share")[half:]).all() and (part.rank[half:] == -1).all()
 
 
+def test_a_stored_reference_without_the_mismatched_rows_is_not_taken_for_them(packed):
+    def one(traj):
+        return traj.mask.float()
+
+    PackedExamples(packed.folder).keep_reference("k", one)
+    PackedExamples(packed.folder).keep_reference("k")  # it is there
+    more = PackedExamples(packed.folder, preferences=True, mismatched=True)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        more.keep_reference("k")
+    more.keep_reference("k", one)
+    last = more.select(torch.tensor([len(more) - 1]))
+    assert torch.equal(last.ref_logprob, last.mask.float())
+
+
 def test_the_reference_is_the_policy_as_it_started_when_training_goes_on(packed, tokenizer):
     def data():
         return PackedExamples(packed.folder, preferences=True)

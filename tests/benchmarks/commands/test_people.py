@@ -22,6 +22,7 @@ import pytest
 
 from lm_envs.algos.engine.judged_pairs import fresh
 from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.commands.people_items import sampled
 from lm_envs.benchmarks.commands.people_loop import Loop, scores_of
 from lm_envs.benchmarks.report.human import add_people, correlation
 from lm_envs.benchmarks.report.series import gather
@@ -111,6 +112,14 @@ def test_pairs_of_two_policies_are_sampled_by_counted_numbers(tmp_path: Path) ->
     assert items[0] == items[1]
     assert [r.source for r in items[0][0].responses] == [f"{policy} at temperature {t}" for t in ("1", "0.5")]
     assert all(response.text for item in items[0] for response in item.responses)
+
+
+def test_responses_are_sampled_at_their_temperature(tmp_path: Path) -> None:
+    policy = byo.make(tmp_path / "byo").options["policy"]
+    prompts = byo.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "the old cat"}])
+    (item,) = sampled([policy], str(prompts), 8, (1e-6, 1.0), 5, 0)
+    cold, warm = ({response.text for response in item.responses[k : k + 4]} for k in (0, 4))
+    assert len(cold) == 1 < len(warm)
 
 
 def test_the_terminal_gives_the_page_s_answers(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -208,6 +217,10 @@ def test_rounds_wait_for_people_and_go_on(rounds: Path, capsys: Any) -> None:
     ]
     known = json.loads((rounds / "round-0" / "accuracy.json").read_text())
     assert (known["accuracy"][0] if right else known.get("accuracy")) == (np.mean(right) if right else None)
+    everybody_answers(rounds)
+    loop.write_answers(1, rounds / "answers.jsonl")
+    both = [json.loads(line) for line in (rounds / "answers.jsonl").read_text().split("\n") if line]
+    assert all(row in both for row in rows) and len(both) > len(rows)  # the next reward model learns from all rounds
 
 
 def test_a_reply_does_not_wait_for_an_acknowledgment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

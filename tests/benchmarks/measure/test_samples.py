@@ -24,7 +24,7 @@ from lm_envs.benchmarks.measure.samples import (
 )
 from lm_envs.model.decoding import greedy
 from lm_envs.reward.base import Clip, WeightedSum
-from lm_envs.reward.metrics import Rouge, SentenceBLEU
+from lm_envs.reward.metrics import Rouge, SentenceBLEU, SentenceChrF
 from lm_envs.tasks.translation import CorpusBLEU
 from tests import tiny
 from tests.benchmarks.fake_task import gold, load
@@ -92,7 +92,7 @@ def test_kl_of_a_changed_policy_is_the_sample_mean_of_the_log_ratio(env, referen
     model = type(task.reference)(task.reference.config)
     model.load_state_dict(task.reference.state_dict())
     with torch.no_grad():
-        model.transformer.wte.weight[2] += 0.5
+        model.transformer.wte.weight[2, :8] += 0.5  # a layer norm takes what is added to all
     policy = LMPolicy.for_mdp(env.mdp, model.eval())
     found = sample_policy(env, policy, None, 0)
     tokens = [torch.tensor([prompt + ids]) for prompt, ids in zip(env.mdp.prompts, found.tokens, strict=True)]
@@ -107,6 +107,7 @@ def test_kl_of_a_changed_policy_is_the_sample_mean_of_the_log_ratio(env, referen
             ratio += sign * float(log_p.gather(1, ids[0, 2:, None]).sum())
         expected.append(ratio)
     np.testing.assert_allclose(found.kl, expected, atol=1e-4)
+    assert np.mean(expected) > 0.1
     result = summarise(found, found, policy)
     assert result["kl"] == pytest.approx(np.mean(expected), abs=1e-4)
     assert result["win_rate"] == 0.5 and result["win_rate_se"] == 0 and not result["kl_is_bound"]
@@ -137,6 +138,21 @@ def test_best_of_n_pays_for_all_its_samples(env, reference):
     assert 0.1 < result["kl"] < result["kl_bound"]  # scores are whole numbers, so there are ties
     many = summarise(found, plain, BestOfN(reference, env.mdp, 1000))
     assert many["kl_is_bound"] and many["kl"] == many["kl_bound"]
+
+
+def test_the_kl_of_best_of_n_of_a_changed_policy_is_from_the_reference(env, reference):
+    """What best-of-n moves away from its base policy, and what that has moved already."""
+    model = type(reference.model)(reference.model.config)
+    model.load_state_dict(reference.model.state_dict())
+    with torch.no_grad():
+        model.transformer.wte.weight[2, :8] += 0.5  # a layer norm takes what is added to all
+    best = BestOfN(LMPolicy.for_mdp(env.mdp, model.eval()), env.mdp, 4)
+    found = sample_policy(env, best, None, 0)
+    assert abs(found.kl.mean()) > 0.1
+    result, moved = summarise(found, found, best), best.measured_kl()
+    assert result["kl"] == pytest.approx(moved.mean() + found.kl.mean())
+    assert result["kl_se"] == pytest.approx(math.hypot(standard_error(moved), standard_error(found.kl)))
+    assert math.isnan(result["kl_bound"])  # it is on the KL from the base policy
 
 
 def test_without_a_judge_gold_is_unknown_and_not_replaced(reference):
@@ -189,6 +205,16 @@ def test_the_score_of_the_corpus_is_in_the_result():
     assert result["corpus"] == SentenceBLEU().corpus(found.response, columns["test"]["reference"])
     assert found.gold.tolist() == SentenceBLEU()(found.response, reference=columns["test"]["reference"])
     assert "corpus" not in summarise(*[sample_policy(evaluation_env(tiny.task(), "test"), policy, None, 0)] * 2, policy)
+
+
+def test_the_judges_metric_scores_the_corpus_before_the_rewards():
+    pytest.importorskip("sacrebleu")
+    columns = {"train": {"reference": ["a"] * 5}, "test": {"reference": ["b b c", "b c a"]}}
+    task = tiny.task(judge=SentenceChrF(), reward=SentenceBLEU(), columns=columns)
+    env = evaluation_env(task, "test")
+    found = sample_policy(env, LMPolicy.for_mdp(env.mdp, task.reference), None, seed=0)
+    scores = [metric.corpus(found.response, columns["test"]["reference"]) for metric in (task.judge, task.reward)]
+    assert found.corpus == scores[0] != scores[1]
 
 
 def test_the_start_has_a_standard_error_of_its_own():

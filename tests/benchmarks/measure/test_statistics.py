@@ -40,6 +40,18 @@ def test_a_crossed_mean_by_hand():
     assert found.freedom == pytest.approx((a + b) ** 2 / (a**2 / 1 + b**2 / 2))
 
 
+def test_the_p_value_of_two_layers_by_simulation():
+    """The variance of the few seeds is a fiducial draw; that of the prompts, less the share of the rest, is known."""
+    values = np.array([[0.0, 5.0, 3.0, 2.0, -2.0], [3.0, 1.0, 4.0, -1.0, 1.0], [1.0, 4.0, 5.0, 0.5, 0.0]])
+    found, (seeds, prompts) = crossed_mean(values), values.shape
+    by_seed, by_prompt = values.mean(axis=1), values.mean(axis=0)
+    rest = values - by_seed[:, None] - by_prompt + values.mean()
+    few, known = by_seed.var(ddof=1) / seeds, by_prompt.var(ddof=1) / prompts
+    known -= (rest**2).sum() / ((seeds - 1) * (prompts - 1)) / values.size
+    drawn = few * (seeds - 1) / np.random.default_rng(0).chisquare(seeds - 1, 400_000) + known
+    assert known > 0 and found.p == pytest.approx((2 * stats.norm.sf(found.value / np.sqrt(drawn))).mean(), rel=1e-2)
+
+
 def test_one_layer_is_the_usual_t_interval():
     values = np.array([0.2, 0.9, 0.4, 0.7])
     low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))

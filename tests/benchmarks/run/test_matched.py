@@ -11,7 +11,7 @@ import pytest
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.report.html import write_report
-from lm_envs.benchmarks.run.aggregate import write_aggregate
+from lm_envs.benchmarks.run.aggregate import facts, write_aggregate
 from lm_envs.benchmarks.run.compare import write_results
 from lm_envs.benchmarks.run.matched import at_kl
 from lm_envs.benchmarks.run.storage import write_sealed
@@ -69,3 +69,13 @@ def test_a_suite_names_the_kls():
     assert parse_suite(text + "[2, 5.5]", "s.toml").match_kl == (2, 5.5)
     with pytest.raises(UserError, match="line 4"):
         parse_suite(text + "[-1]", "s.toml")
+
+
+def test_seeds_of_several_tasks_count_once(tmp_path):
+    rows = [
+        result("ppo", seed, 0.5 + seed, 9.0, [1.0, 0.0], task=task, sft_gold=0.0, sft_gold_sd=2.0)
+        for task in ("reviews", "translation")
+        for seed in (0, 1, 2)
+    ]
+    (score,) = [line for line in facts(rows, tmp_path) if (line["task"], line["statistic"]) == ("all", "score")]
+    assert score["seeds"] == 3 and score["value"] == pytest.approx(0.75)

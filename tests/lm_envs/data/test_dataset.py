@@ -309,6 +309,13 @@ def test_messages_that_were_written_as_text_are_messages(tmp_path, written, end)
     assert list(Examples(path)) == [Example([USER], ([SAID],))]
 
 
+@pytest.mark.parametrize("end", ["csv", "tsv", "jsonl"])
+def test_lists_of_objects_in_other_columns_are_objects(tmp_path, end):
+    facts = [{"year": 1996}, {"year": 2003}]
+    path = write(tmp_path / f"f.{end}", [{"prompt": "p", "completion": "a", "facts": facts}])
+    assert [example.columns["facts"] for example in Examples(path)] == [facts]
+
+
 def test_text_that_begins_like_json_stays_text(tmp_path):
     texts = [
         "[1] the cat",

@@ -70,6 +70,13 @@ def test_bad_maps_are_named(rows, complaint):
         CatEnv(map=rows)
 
 
+def test_the_tolerance_bounds_the_error():
+    exact, _ = value_iteration(gamma=0.99, slip=0.2, tolerance=1e-9)
+    for tolerance in (1.0, 0.1, 1e-3):
+        found, _ = value_iteration(gamma=0.99, slip=0.2, tolerance=tolerance)
+        assert np.abs(found - exact).max() <= tolerance
+
+
 def test_other_bad_arguments():
     for slip in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="probability"):

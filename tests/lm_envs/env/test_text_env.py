@@ -87,6 +87,16 @@ def test_minimum_length_masks_eos():
     assert env.step(tiny.EOS)[2]
 
 
+def test_minimum_length_refuses_a_whole_response_that_is_too_short():
+    env = TextBanditEnv(tiny.task(), kl_coef=0.0, min_new_tokens=2)
+    for tokens in (0, 1):
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match=f"row 0 ended after {tokens} tokens, but min_new_tokens=2"):
+            env.step([*[2] * tokens, tiny.EOS, 2, 2, 2, 2, 2][:6])
+    env.reset(seed=0)
+    assert env.step([2, 2, tiny.EOS, 2, 2, 2])[1] == 2
+
+
 def test_the_mask_is_part_of_the_reference():
     """The penalty compares distributions under one mask: the reference has no EOS to lose probability to."""
     task = tiny.task()

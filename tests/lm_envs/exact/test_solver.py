@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,16 @@ def test_without_a_penalty_the_optimum_is_the_best_response():
     solver = Exact(TextMDP(load(tokens=2, horizon=3, prompts=3), kl_coef=0.0))
     assert float(solver.optimal_value) == pytest.approx(float(solver.score.amax(dim=1).mean()), abs=1e-12)
     assert float(solver.reward(solver.optimal_policy)) == pytest.approx(float(solver.optimal_value), abs=1e-12)
+
+
+def test_without_a_penalty_the_optimum_writes_nothing_that_is_forbidden():
+    """The shortest text is the best, and the environment does not let it end there."""
+    task = replace(tiny.task(), reward=lambda prompts, completions, **columns: [-float(len(c)) for c in completions])
+    solver = Exact(TextMDP(task, max_new_tokens=2, min_new_tokens=1, kl_coef=0.0))
+    possible = solver.score.masked_fill(solver.sequences(solver.log_ref) == -math.inf, -math.inf).amax(dim=1)
+    assert (possible < solver.score.amax(dim=1)).all()
+    assert float(solver.optimal_value) == pytest.approx(float(possible.mean()), abs=1e-12)
+    assert float(solver.reward(solver.optimal_policy)) == pytest.approx(float(possible.mean()), abs=1e-12)
 
 
 def test_values_are_those_of_the_rewards_that_the_environment_pays(exact):

@@ -161,6 +161,13 @@ def test_intervals_cover_the_strengths_of_simulated_annotators(monkeypatch: pyte
     assert 0.89 <= np.mean(covered) <= 0.99, np.mean(covered)
 
 
+def test_a_liking_for_the_first_is_for_what_is_shown_first() -> None:
+    item = Item("p", (Response("a", "x"), Response("b", "y"), Response("c", "z")))
+    person = Annotator(lambda item: [0.0, 0.0, 0.0], temperature=1e-3, first=1.0)
+    for order in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        assert person(Task(0, item, order, 0, None)).ranks[order[0]] == 0
+
+
 @pytest.mark.slow
 def test_a_biased_annotator_is_noticed(tmp_path: Path) -> None:
     store = Store(tmp_path, StudySettings("s", "pair", seed=3))

@@ -123,6 +123,11 @@ def test_what_the_head_does_is_measured_and_not_looked_up(from_hidden):
         assert (head.scale, head.softcap) == (pytest.approx(scale, rel=1e-9), softcap)
         for a, b in zip(*both(model, atol=1e-9), strict=True):
             close(a, b, atol=1e-9)
+    model.then = lambda z: z / 3 + torch.arange(10)  # beside a bias of the layer's own
+    model.lm_head.bias = nn.Parameter(torch.linspace(-1, 2, 10, dtype=model.dtype))
+    for a, b in zip(*both(model, atol=1e-9), strict=True):
+        close(a, b, atol=1e-9)
+    model.lm_head.bias = None
     for then in (lambda z: z.relu(), lambda z: -z, lambda z: z.roll(1, -1), lambda z: z**3, lambda z: z.bfloat16()):
         model.then = then
         now = response_forward(model, PROMPT, RESPONSE)
