@@ -238,6 +238,7 @@ def test_training_saw_training_prompts_and_no_episode_twice(runs):
         metrics = run.lines("metrics.jsonl")
         assert [m["iteration"] for m in metrics] == [0, 1, 2, 3, 4]
         assert run.scored("train")[0] == 4 * 32
+        assert json.loads((run.folder / "config.json").read_text())["agent"]["seed"] == seed  # of what it samples
         assert [m["tokens"] for m in metrics][-1] == run.scored("train")[1]
 
 
