@@ -801,8 +801,8 @@ MUTATIONS = [
     Mutation(
         "corrections carry a gradient",
         "algos/ops/losses.py",
-        "ratio = importance_ratio(logprob, sampler_logprob, mask).detach()",
-        "ratio = importance_ratio(logprob, sampler_logprob, mask)",
+        "log_ratio = k1(logprob, sampler_logprob, mask).detach()",
+        "log_ratio = k1(logprob, sampler_logprob, mask)",
         OFF_POLICY,
     ),
     Mutation(

@@ -67,9 +67,10 @@ def sampler_weights(kind: Correction, logprob: Tensor, sampler_logprob: Tensor, 
       stability").
     - "sequence_mask": ``w`` up to ``limit``, else 0 (the same source).
     """
-    ratio = importance_ratio(logprob, sampler_logprob, mask).detach()
+    log_ratio = k1(logprob, sampler_logprob, mask).detach()
     if kind.startswith("sequence"):
-        ratio = ratio.log().sum(dim=1, keepdim=True).exp().expand_as(ratio)
+        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    ratio = log_ratio.exp()
     if not kind.endswith("mask"):
         bounded = ratio.clamp(max=limit)
     else:

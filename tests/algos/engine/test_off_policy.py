@@ -38,6 +38,14 @@ def test_weights_by_hand():
     assert weights("sequence_mask", 1.6) == [1.5, 1.5, 1.5, 0.25, 0.25, 1]
 
 
+def test_ratios_beyond_the_range_of_their_dtype_cancel():
+    """A token that the policy makes e^200 likelier and one e^200 times less likely: a ratio of 1 for the response."""
+    sampler = torch.tensor([[-300.0, -1.0]])
+    now, mask = sampler + torch.tensor([[200.0, -200.0]]), torch.ones(1, 2, dtype=torch.bool)
+    assert sampler_weights("sequence", now, sampler, mask, 2.0).tolist() == [[1.0, 1.0]]
+    assert sampler_weights("token", now, sampler, mask, 2.0).tolist() == [[2.0, 0.0]]
+
+
 def quantized(table, bits=3):
     """Log-probabilities rounded to steps of ``2**-bits`` and normalized, as of weights in few bits."""
     return (torch.round(table * 2**bits) / 2**bits).log_softmax(dim=-1)
