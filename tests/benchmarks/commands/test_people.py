@@ -53,23 +53,16 @@ def texts(path: Path, count: int = 40) -> Path:
     return byo.write_jsonl(path, rows)
 
 
+def ranked(tmp_path: Path, rows: Path, *more: str) -> Path:
+    """A study of these texts, to be ranked."""
+    study = tmp_path / "study"
+    main(["people", "new", "--out", str(study), "--texts", str(rows), "--mode", "rank", *more])
+    return study
+
+
 def test_from_texts_to_ratings_and_rows_of_data(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_envs.feedback.agreement.RESAMPLES", 50)
-    study = tmp_path / "study"
-    main(
-        [
-            "people",
-            "new",
-            "--out",
-            str(study),
-            "--texts",
-            str(texts(tmp_path / "t.jsonl")),
-            "--mode",
-            "rank",
-            "--overlap",
-            "2",
-        ]
-    )
+    study = ranked(tmp_path, texts(tmp_path / "t.jsonl"), "--overlap", "2")
     simulate = [
         "people",
         "simulate",
@@ -529,20 +522,7 @@ def test_rankings_of_another_tool_are_shown_as_rankings_or_as_pairs(tmp_path: Pa
 
 
 def test_in_the_terminal_responses_get_flags_and_reasons_too(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    study = tmp_path / "study"
-    main(
-        [
-            "people",
-            "new",
-            "--out",
-            str(study),
-            "--texts",
-            str(texts(tmp_path / "t.jsonl", 2)),
-            "--mode",
-            "rank",
-            "--flags",
-        ]
-    )
+    study = ranked(tmp_path, texts(tmp_path / "t.jsonl", 2), "--flags")
     path = study / "study.toml"
     path.write_text(path.read_text().replace("reasons = false", "reasons = true"))
     lines = [
