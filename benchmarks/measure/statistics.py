@@ -114,14 +114,29 @@ def _p_value(mean: float, variance: float, degrees: int, known: float = 0.0) -> 
     return float((np.diff(_SHARES) * 2 * ndtr(-abs(mean) / spread)).sum())
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values so that calling all below 0.05 true errs in at most 5 % of comparisons (Holm 1979); NaN stays."""
-    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    found, least = [math.nan] * len(p_values), 0.0
-    for rank, (p, i) in enumerate(known):
-        least = max(least, min(1.0, p * (len(known) - rank)))
+def holm(p_values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
+    """Adjust p-values so that calling all below 0.05 true errs in at most 5 % of comparisons (Holm 1979, section 4);
+    NaN stays.
+
+    Args:
+        weights: how much of the 5 % each may spend, in any unit; equal by default.
+    """
+    weights = [1.0] * len(p_values) if weights is None else weights
+    known = sorted((p / w, w, i) for i, (p, w) in enumerate(zip(p_values, weights, strict=True)) if not math.isnan(p))
+    found, least, left = [math.nan] * len(p_values), 0.0, math.fsum(w for _, w, _ in known)
+    for ratio, weight, i in known:
+        least = max(least, min(1.0, ratio * left))
         found[i] = least
+        left -= weight
     return found
+
+
+def enough_seeds(values: Array, level: float, most: int = 100) -> int | None:
+    """Return how many seeds would give a mean a p-value below ``level`` if they differed as ``values`` ``(S,)``, one
+    per seed, do; None if more than ``most``."""
+    mean, variance = float(values.mean()), float(values.var(ddof=1))
+    counts = (n for n in range(2, most + 1) if _p_value(mean, variance / n, n - 1) < level)
+    return next(counts, None)
 
 
 def length_controlled(wins: Array, gaps: Array, rows: str = "seeds") -> Estimate:

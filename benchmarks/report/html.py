@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lm_envs.benchmarks.report.plots import as_file, figures
 from lm_envs.benchmarks.report.series import Series, by_task, gather, styles
-from lm_envs.benchmarks.run.aggregate import lead
+from lm_envs.benchmarks.run.aggregate import enough_seeds, lead
 from lm_envs.benchmarks.run.matched import Matched, at_kl
 from lm_envs.benchmarks.run.names import best_of, folder_name, method_name
 from lm_envs.benchmarks.run.results import Line, cell, footnotes, interval, number, plain, shown, table, title
@@ -108,9 +108,20 @@ def _told_apart(rows: Sequence[dict[str, Any]], best: str) -> str:
     worse = sorted((each for each in over if each.clear), key=lambda each: each.estimate.value)
     named = [f"{each.theirs} by {each.estimate.value:.2f}{interval(each.estimate, 2)}" for each in worse[:_NAMED]]
     named += [f"{len(worse) - _NAMED} more"] * (len(worse) > _NAMED)
-    same = [each.theirs for each in over if not each.clear]
+    same = [each for each in over if not each.clear]
     text = f" It is better than {listed(named)}." if named else ""
-    return text + (f" Not told apart from it: {', '.join(same)}." if same else "")
+    if not same:
+        return text
+    text += f" Not told apart from it: {', '.join(each.theirs for each in same)}."
+    # Beside SFT's interval a reader would expect more: it is of one pair, and the test is of all of them.
+    sft = next((each for each in same if each.theirs == "sft" and each.estimate.low > 0), None)
+    if sft is not None and (seeds := enough_seeds(rows, best, "sft")) is not None:
+        pairs = f"among {len(over) + 1} methods" if len(over) > 1 else "at this spread"
+        text += (
+            f" It is {sft.estimate.value:.2f}{interval(sft.estimate, 2)} above SFT; {pairs} it takes about {seeds} "
+            "seeds to tell that from chance."
+        )
+    return text
 
 
 def listed(texts: Sequence[str]) -> str:

@@ -29,8 +29,8 @@ Rows = list[dict[str, Any]]
 class Difference:
     """How much higher one method of a task scores than another, on the same prompts and training seeds.
 
-    ``p`` is adjusted for all pairs of the task's methods (Holm). Without training seeds in the error, which takes two
-    of them, there is no telling: one run of a method is not the method.
+    ``p`` is adjusted for all pairs of the task's methods (:func:`differences`). Without training seeds in the error,
+    which takes two of them, there is no telling: one run of a method is not the method.
     """
 
     ours: str
@@ -67,27 +67,47 @@ def measure_of(rows: Sequence[dict[str, Any]]) -> str:
     return "proxy" if all(math.isnan(number(row["gold"])) for row in rows) else "gold"
 
 
-def difference(ours: Rows, theirs: Rows, measure: str) -> Estimate:
-    """Estimate how much higher ``ours`` scores, paired by prompts and by the seeds that both have."""
+def _paired(ours: Rows, theirs: Rows, measure: str) -> NDArray[np.float64]:
+    """How much higher ``ours`` scores, ``(S, P)``, paired by prompts and by the seeds that both have."""
     seeds = [row["seed"] for row in ours if row["seed"] in {row["seed"] for row in theirs}]
     if not seeds:
-        return statistics.UNKNOWN
+        return np.empty((0, 0))
     pair = [[next(row for row in rows if row["seed"] == seed) for seed in seeds] for rows in (ours, theirs)]
     a, b = (outcomes(rows, measure) for rows in pair)
     if a.shape != b.shape:
         a, b = (np.array([[number(row[measure])] for row in rows]) for rows in pair)
-    return crossed_mean(a - b)
+    return a - b
 
 
 def differences(by_name: dict[str, Rows]) -> list[Difference]:
-    """Compare every two methods of a task; their p-values are adjusted together."""
+    """Compare every two methods of a task.
+
+    Their p-values are adjusted together by Holm's weighted procedure: the pairs with SFT, which every reader looks at,
+    share one half of the 5 %, all others the other half.
+    """
     measure = measure_of([row for rows in by_name.values() for row in rows])
-    found = [
-        Difference(a, b, measure, difference(by_name[a], by_name[b], measure))
-        for a, b in itertools.combinations(by_name, 2)
-    ]
-    adjusted = statistics.holm([each.estimate.p for each in found])
+    pairs = list(itertools.combinations(by_name, 2))
+    found = [Difference(a, b, measure, crossed_mean(_paired(by_name[a], by_name[b], measure))) for a, b in pairs]
+    adjusted = statistics.holm([each.estimate.p for each in found], _shares(pairs))
     return [replace(each, p=p) for each, p in zip(found, adjusted, strict=True)]
+
+
+def _shares(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """What share of the 5 % each pair of methods may spend."""
+    with_sft = sum("sft" in pair for pair in pairs)
+    others = len(pairs) - with_sft
+    half = 0.5 if with_sft and others else 1.0
+    return [half / with_sft if "sft" in pair else half / others for pair in pairs]
+
+
+def enough_seeds(rows: Sequence[dict[str, Any]], ours: str, theirs: str) -> int | None:
+    """Return how many seeds would tell two methods of a task apart if they differed as those in ``rows`` do; None if
+    more than a hundred."""
+    (by_name,) = methods(rows).values()
+    pairs = list(itertools.combinations(by_name, 2))
+    share = next(s for pair, s in zip(pairs, _shares(pairs), strict=True) if {ours, theirs} == set(pair))
+    by_seed = _paired(by_name[ours], by_name[theirs], measure_of(rows)).mean(axis=1)
+    return statistics.enough_seeds(by_seed, ALARM * share)
 
 
 def lead(rows: Sequence[dict[str, Any]], name: str) -> list[Difference]:

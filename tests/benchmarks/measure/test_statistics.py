@@ -107,7 +107,7 @@ def test_equal_methods_are_hardly_ever_called_better(count, layout):
     for _ in range(count):
         prompts = 0.5 * rng.normal(size=60)
         by_name = {}
-        for name in "abcde":
+        for name in ("sft", *"abcd"):
             golds = prompts + drawn(rng, 3, 60, 0.2, 0.0, 0.7)
             values = [list(each) if layout == "prompts" else [] for each in golds]
             by_name[name] = [{"seed": s, "gold": float(golds[s].mean()), "golds": values[s]} for s in range(3)]
@@ -132,6 +132,37 @@ def test_a_large_difference_is_seen(shift, clear):
 def test_holm_by_hand():
     assert ours.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert ours.holm([0.5, math.nan, 0.9])[0] == 1.0 and math.isnan(ours.holm([0.5, math.nan])[1])
+
+
+def test_weighted_holm_by_hand():
+    """Ratios 0.02, 0.04, 0.12: times the weights that are left, 4, then 3, then 1; the last is not below the second."""
+    assert ours.holm([0.04, 0.02, 0.12], [2, 1, 1]) == pytest.approx([0.04 / 2 * 4, 0.02 / 1 * 4, 0.12])
+    assert ours.holm([0.01, 0.03], [1, 4]) == pytest.approx([0.03 / 4 * 5, 0.03 / 4 * 5])
+    assert ours.holm([0.01, math.nan, 0.03], [2, 7, 2]) == pytest.approx([0.02, math.nan, 0.03], nan_ok=True)
+
+
+def test_seeds_that_would_do():
+    values = np.array([0.1, 0.4, 0.3])
+    found = ours.enough_seeds(values, 0.01)
+    t = {n: values.mean() / (values.std(ddof=1) / math.sqrt(n)) for n in (found - 1, found)}
+    assert 2 * stats.t.sf(t[found], found - 1) < 0.01 <= 2 * stats.t.sf(t[found - 1], found - 2)
+    assert ours.enough_seeds(np.array([-1.0, 1.0, 0.01]), 0.01) is None
+
+
+def test_pairs_with_sft_spend_half():
+    rng = np.random.default_rng(9)
+    rows = {
+        name: [{"seed": s, "gold": g, "golds": []} for s, g in enumerate(rng.normal(mean, 1, size=4))]
+        for name, mean in {"a": 0.0, "sft": 9.0, "b": 1.0, "c": 2.0}.items()
+    }
+    raw = {each.methods: each.estimate.p for each in differences(rows)}
+    assert len(raw) == 6
+    shares = {pair: 1 / 6 for pair in raw}  # three pairs with SFT share a half, and so do three others
+    assert [each.p for each in differences(rows)] == pytest.approx(ours.holm(list(raw.values()), list(shares.values())))
+    two = {name: rows[name] for name in ("a", "sft", "b")}  # two with SFT, one without
+    found = differences(two)
+    assert [each.p for each in found] == pytest.approx(ours.holm([each.estimate.p for each in found], [1, 2, 1]))
+    assert [each.methods for each in found] == [("a", "sft"), ("a", "b"), ("sft", "b")]
 
 
 def test_aggregates_are_those_of_scipy():

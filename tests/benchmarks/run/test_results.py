@@ -8,7 +8,9 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import UserError
@@ -170,6 +172,23 @@ def test_the_headline_calls_a_method_better_with_its_interval_only():
     text = headline(near)
     assert "It is better than sft by 0.94" in text and "Not told apart from it: rloo." in text
     assert "better than" not in headline(rows(1))
+
+
+def test_the_headline_says_how_many_seeds_would_tell():
+    """The interval of one pair is above 0, the test among all methods is not passed: a reader asks why."""
+    made = {"sft": (0.0, 0.0, 0.0), "ppo": (0.8, 0.9, 1.0)} | {f"m{i}": (0.1 * i, 0.2, 0.3) for i in range(6)}
+    rows = [
+        result(name, seed, gold, 3.0, [1.0, 0.0] * 20, golds=[gold] * 40)
+        for name, golds in made.items()
+        for seed, gold in enumerate(golds)
+    ]
+    level = 0.05 * 0.5 / 7  # of seven pairs with SFT
+    spread = np.array([0.8, 0.9, 1.0]).std(ddof=1)
+    seeds = next(n for n in range(2, 99) if 2 * stats.t.sf(0.9 / spread * math.sqrt(n), n - 1) < level)
+    text = headline(rows)
+    assert "sft" in text.split("Not told apart from it: ")[1].split(".")[0]
+    assert f"It is 0.90 [0.65, 1.15] above SFT; among 8 methods it takes about {seeds} seeds" in text
+    assert "it takes about" not in headline(rows[:6])
 
 
 @pytest.mark.parametrize("width", [80, 160])
