@@ -1198,7 +1198,7 @@ MUTATIONS = [
     Mutation(
         "methods are called better one pair at a time",
         "benchmarks/run/aggregate.py",
-        "adjusted = statistics.holm([each.estimate.p for each in found])",
+        "adjusted = statistics.holm([each.estimate.p for each in found], _shares(pairs))",
         "adjusted = [each.estimate.p for each in found]",
         "tests/benchmarks/measure/test_statistics.py::test_equal_methods_are_hardly_ever_called_better",
     ),
