@@ -26,8 +26,8 @@ EPS = 1e-8  # so that a group of equal returns has advantage 0
 
 
 @dataclass
-class GRPOConfig(PolicyGradientConfig):
-    """Settings of :class:`GRPO`; the defaults are for a small language model."""
+class GroupConfig(PolicyGradientConfig):
+    """What GRPO shares with its relatives that have no clip; the defaults are for a small language model."""
 
     whole_episodes = True
 
@@ -35,13 +35,19 @@ class GRPOConfig(PolicyGradientConfig):
     group_size: Size = 8
     """Consecutive episodes that share a prompt, at least 2; the text env must have the same group_size."""
     minibatches: Count = 2
+    loss_mean: LossMean = "response"
+    """What has the same weight in the loss: each response, each token of the whole batch, or (sum) each token, with
+    responses as long as they are."""
+
+
+@dataclass
+class GRPOConfig(GroupConfig):
+    """Settings of :class:`GRPO`; the defaults are for a small language model."""
+
     clip: Positive = 0.2
     """Distance of the ratio to the sampling policy from 1 beyond which it is clipped."""
     clip_high: Positive | None = None
     """The same distance above 1; None is `clip`."""
-    loss_mean: LossMean = "response"
-    """What has the same weight in the loss: each response, each token of the whole batch, or (sum) each token, with
-    responses as long as they are."""
     kl_loss: KLEstimator | None = "k3"
     """Estimator that puts the KL penalty into the loss. None leaves it in the reward."""
 

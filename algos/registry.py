@@ -26,6 +26,7 @@ ALGORITHMS: dict[str, str] = {
     "grpo": "lm_envs.algos.grpo:GRPO",
     "dapo": "lm_envs.algos.dapo:DAPO",
     "gspo": "lm_envs.algos.gspo:GSPO",
+    "sapo": "lm_envs.algos.sapo:SAPO",
     "cispo": "lm_envs.algos.cispo:CISPO",
     "reinforce-plus-plus": "lm_envs.algos.reinforce_plus_plus:ReinforcePlusPlus",
     "reinforce-plus-plus-baseline": "lm_envs.algos.reinforce_plus_plus:ReinforcePlusPlusBaseline",

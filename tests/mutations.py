@@ -778,6 +778,20 @@ MUTATIONS = [
         LOSSES,
     ),
     Mutation(
+        "SAPO's gate does not divide by the temperature",
+        "algos/ops/losses.py",
+        "return -advantage * 4 / taus * torch",
+        "return -advantage * 4 * torch",
+        LOSSES,
+    ),
+    Mutation(
+        "SAPO has one temperature for both signs",
+        "algos/ops/losses.py",
+        "torch.where(advantage < 0, tau_negative, tau)",
+        "torch.where(advantage < 0, tau, tau)",
+        LOSSES,
+    ),
+    Mutation(
         "the penalty of long responses begins at once",
         "algos/ops/advantages.py",
         "(limit * (1 - share) - lengths)",

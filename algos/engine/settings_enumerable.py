@@ -37,6 +37,7 @@ TABULAR: dict[str, dict[str, Any]] = {
     # takes four steps per batch; here there is one, so nothing is ever clipped.
     "dapo": {**_TABLE, **_GROUP, "minibatches": 1, "overlong": 0.0},
     "gspo": {**_TABLE, **_GROUP, "minibatches": 1},
+    "sapo": {**_TABLE, **_GROUP, "minibatches": 1},
     "cispo": {**_TABLE, **_GROUP, "minibatches": 1},
     "reinforce-plus-plus": {**_TABLE, **_GROUP, "minibatches": 1, "group_size": 1},
     "reinforce-plus-plus-baseline": {**_TABLE, **_GROUP, "minibatches": 1},

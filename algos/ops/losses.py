@@ -139,6 +139,19 @@ def cispo_loss(
     return bounded * policy_gradient_loss(logprob, advantage, mask)
 
 
+def sapo_loss(
+    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, tau: float, tau_negative: float
+) -> Tensor:
+    """``-A (4 / tau) sigmoid(tau (rho - 1))`` per position, ``(B, T)``, ``tau_negative`` where A is negative.
+
+    Gao et al. 2025, "Soft adaptive policy optimization". The slope in rho is ``4 s (1 - s)`` with s the
+    sigmoid: 1 at ratio 1, where the gradient is REINFORCE's, and near 0 far from it on both sides.
+    """
+    ratio, advantage = importance_ratio(logprob, old_logprob, mask), masked(advantage, mask)
+    taus = torch.where(advantage < 0, tau_negative, tau).to(ratio.dtype)
+    return -advantage * 4 / taus * torch.sigmoid(taus * (ratio - 1))
+
+
 def ppo_penalty_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, mask: Tensor, coef: float) -> Tensor:
     """``-A * rho + coef * (rho - 1 - log rho)`` per position, ``(B, T)``.
 

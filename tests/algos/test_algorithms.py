@@ -104,7 +104,14 @@ def test_settings_out_of_range_are_refused(name, settings, message):
 
 # What each algorithm learns
 
-COUSINS = ("cispo", "gspo", "dr-grpo", "reinforce-plus-plus", "reinforce-plus-plus-baseline")  # of GRPO and DAPO
+COUSINS = (
+    "cispo",
+    "gspo",
+    "sapo",
+    "dr-grpo",
+    "reinforce-plus-plus",
+    "reinforce-plus-plus-baseline",
+)  # of GRPO and DAPO
 
 
 def mean_score(policy, kind):
@@ -358,8 +365,10 @@ CHANGES = {
     "overlong": ({}, 3.0),
     "overlong_share": ({"overlong": 1.0}, 0.8),
     "clip_high": ({}, {"default": 0.001, "gspo": 0.5}),
-    "loss_mean": ({}, {"default": "response", "grpo": "token", "gspo": "token"}),
+    "loss_mean": ({}, {"default": "response", "grpo": "token", "gspo": "token", "sapo": "token"}),
     "by_token": ({}, True),
+    "tau": ({}, 30.0),
+    "tau_negative": ({}, 30.0),
     "max_grad_norm": ({}, 0.01),
     "adam_eps": ({}, 0.1),
     "gamma": ({}, 0.5),

@@ -1,4 +1,4 @@
-"""DAPO, GSPO, CISPO, REINFORCE++ and ReMax: by hand, what reduces to what, and means that do not depend on the cut."""
+"""GRPO's relatives and ReMax: by hand, what reduces to what, and means that do not depend on how a batch is cut."""
 
 import pytest
 import torch
@@ -100,6 +100,17 @@ def test_gspos_tokens_have_the_rewards_that_follow_them():
     assert torch.equal(fixed["advantage"][:, 0], prepared("gspo", traj)[1]["advantage"][:, 0])
 
 
+def test_sapo_starts_as_grpo_and_goes_on_without_a_clip(monkeypatch):
+    """One step is GRPO's; the second differs, and no ratio is reported as clipped."""
+    traj = batches.text_batch()
+    (own,), (plain,) = (steps(name, traj, 1, monkeypatch, kl_loss=None) for name in ("sapo", "grpo"))
+    for key, gradient in plain.items():
+        torch.testing.assert_close(own[key], gradient, rtol=1e-9, atol=1e-12)
+    agent = batches.learner("sapo", epochs=3, learning_rate=3e-2)
+    assert "clip_fraction" not in agent.update(traj)
+    assert not batches.same(batches.weights(agent.policy), ends("grpo", traj, kl_loss=None))
+
+
 def test_gspo_counts_clipped_responses():
     agent, traj = batches.learner("gspo", clip=0.05, clip_high=0.1), batches.text_batch()
     old = agent.policy.evaluate(traj).logprob.detach()
@@ -127,7 +138,7 @@ def test_reinforce_plus_plus_scales_over_the_whole_batch():
 def test_groups_of_one_are_refused_where_a_group_is_needed():
     traj = batches.text_batch(episodes=8)
     traj.group = torch.arange(8)
-    for name in ("dapo", "gspo", "cispo", "reinforce-plus-plus-baseline"):
+    for name in ("dapo", "gspo", "sapo", "cispo", "reinforce-plus-plus-baseline"):
         with pytest.raises(ValueError, match="group_size"):
             prepared(name, traj)
     for name in ("reinforce-plus-plus", "remax"):

@@ -140,7 +140,7 @@ GRPO_COSINE = {  # for groups of 2 and of 3; docs quote these
 }
 BIASED = {  # by algorithm and settings, the biases that its first step has
     "std": [("grpo", {"kl_loss": None, "loss_mean": "sum"}), ("cispo", {}), ("dapo", {"overlong": 0.0})],
-    "std and length": [("grpo", {"kl_loss": None}), ("gspo", {}), ("cispo", {"loss_mean": "response"})],
+    "std and length": [("grpo", {"kl_loss": None}), ("gspo", {}), ("sapo", {}), ("cispo", {"loss_mean": "response"})],
     "std, length and k3": [("grpo", {}), ("gspo", {"kl_loss": "k3"})],
 }
 

@@ -113,6 +113,28 @@ def test_gspo_of_one_token_is_ppos_clip():
         torch.testing.assert_close(found, losses.ppo_clip_loss(new, old, advantage, one, 0.2, 0.28))
 
 
+def test_sapo_by_hand():
+    """Ratios 2, 1/2, 1 and 3: the gate is 4 sigmoid(tau (rho - 1)) / tau, its slope 4 s (1 - s)."""
+    new = rows([math.log(2), -math.log(2), 0.0], [math.log(3), NAN, NAN]).requires_grad_()
+    old, advantage = rows([0, 0, 0], [0, NAN, NAN]), rows([2.0, 2.0, -1.0], [-3.0, NAN, NAN])
+    found = losses.sapo_loss(new, old, advantage, MASK, 1.0, 2.0)
+    s = [1 / (1 + math.exp(-x)) for x in (1.0, -0.5, 0.0, 4.0)]
+    assert found[0].tolist() == pytest.approx([-2 * 4 * s[0], -2 * 4 * s[1], 2 * s[2]])
+    assert float(found[1, 0]) == pytest.approx(3 * 2 * s[3])
+    slopes = [4 * x * (1 - x) for x in s]
+    gradient = gradient_of(found.sum(), new)  # d rho / d log rho is rho
+    assert gradient[0].tolist() == pytest.approx([-2 * slopes[0] * 2, -2 * slopes[1] / 2, slopes[2]])
+    assert float(gradient[1, 0]) == pytest.approx(3 * slopes[3] * 3)
+
+
+def test_sapo_at_ratio_one_is_reinforce_at_any_temperature():
+    logprob, advantage = rows([-0.3, -1.0, -2.0], [-0.7, 0, 0]).requires_grad_(), rows([1.0, -2.0, 0.5], [3.0, 0, 0])
+    plain = gradient_of(losses.policy_gradient_loss(logprob, advantage, MASK).sum(), logprob)
+    for taus in ((1.0, 1.05), (0.1, 7.0)):
+        found = losses.sapo_loss(logprob, logprob.detach(), advantage, MASK, *taus)
+        torch.testing.assert_close(gradient_of(found.sum(), logprob), plain)
+
+
 def test_cispo_by_hand():
     new, old = rows([math.log(0.9), math.log(0.1), 0.0], [math.log(0.2), NAN, NAN]).requires_grad_(), math.log(0.1)
     old, advantage = rows([old, math.log(0.2), 0.0], [math.log(0.4), NAN, NAN]), rows([2, 2, -1], [-3, NAN, NAN])
@@ -212,6 +234,7 @@ TWO = {
     "gspo": lambda a, b: losses.gspo_loss(a, b, b, MASK, 0.2),
     "gspo_by_token": lambda a, b: losses.gspo_loss(a, b, b, MASK, 0.2, None, True),
     "cispo": lambda a, b: losses.cispo_loss(a, b, b, MASK, 0.2),
+    "sapo": lambda a, b: losses.sapo_loss(a, b, b, MASK, 1.0, 1.05),
     "value": lambda a, b: losses.value_loss(a, b, MASK, b, 0.1),
     "nll": lambda a, b: losses.nll(a, MASK),
     "k1": lambda a, b: losses.k1(a, b, MASK),

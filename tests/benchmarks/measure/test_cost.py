@@ -48,6 +48,7 @@ EXPECTED = [
     ("dapo", {}, ONCE),
     ("gspo", {}, ONCE),
     ("cispo", {}, ONCE),
+    ("sapo", {}, ONCE),
     ("reinforce-plus-plus", {}, ONCE),
     ("reinforce-plus-plus-baseline", {}, ONCE),
     # the greedy response to each of a batch's prompts, of which one comes up twice
