@@ -16,18 +16,36 @@ from lm_envs.feedback.store import open_study
 
 @dataclass(frozen=True)
 class Report:
-    """Write results.csv, aggregate.csv, the plots and report.html of a folder again, from the finished runs."""
+    """Write results.csv, aggregate.csv, the plots and report.html of a folder again, from the finished runs.
 
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of a comparison."""
+      lm-envs report runs/mine
+      lm-envs report runs/monday runs/tuesday --out runs/both
+
+    Several folders are merged first: their runs are linked into OUT, and a run that stands in two of them counts once.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
+    """Folders of comparisons."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """New folder for the merged comparison; needed for several folders."""
     people: Annotated[Path | None, tyro.conf.arg(metavar="STUDY")] = None
     """Set what people said in a study of its test samples beside what the judge did (docs/people.md); writes people.csv
     too."""
 
     def run(self, console: Console) -> None:
-        if not self.out.is_dir():
-            raise UserError(f"no such folder: {self.out}")
-        show(self.out, self.people)
+        if not self.folders:
+            raise UserError("say which comparison: lm-envs report DIR")
+        for folder in self.folders:
+            if not folder.is_dir():
+                raise UserError(f"no such folder: {folder}")
+        if self.out is None and len(self.folders) > 1:
+            raise UserError(f"{len(self.folders)} folders make a new comparison: say where with --out DIR")
+        if self.out is not None:
+            from lm_envs.benchmarks.run.merge import merge
+
+            for note in merge(self.folders, self.out):
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
+        show(self.out or self.folders[0], self.people)
 
 
 def carry_out(suite: Suite, out: Path, **options: Any) -> None:
