@@ -1,5 +1,5 @@
-"""Each option of ``lm-envs people`` reaches what it is for, and what rounds of a study ask, train and report is computed
-here a second time."""
+"""Each option of ``lm-envs people`` reaches what it is for, and what rounds of a study ask, train and report is
+computed here a second time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lm_envs import rng
 from lm_envs.benchmarks.cli import main
@@ -158,8 +158,8 @@ def test_the_terminal_and_the_rounds_are_of_the_study_given(tmp_path: Path, aske
 def test_no_option_is_forgotten_here() -> None:
     """One that is new needs a test above."""
     known = {
-        people.New: "out mode policy prompts responses temperature max_new_tokens comparison task texts judged gold limit "
-        "overlap flags seed",
+        people.New: "out mode policy prompts responses temperature max_new_tokens comparison task texts judged gold "
+        "limit overlap flags seed",
         people.Simulate: "study annotators strength temperature flip length_bias position_bias limit seed",
         people.Results: "study against reward_model json",
         people.Next: "study anyway",
