@@ -94,7 +94,8 @@ class Compare(Running):
 
     def run(self, console: Console) -> None:
         suite = self.to_suite()
-        carry_out(suite, self.out, resume=self.resume, jobs=self.jobs, threads=self.threads, console=console)
+        how = {"resume": self.resume, "extend": self.extend, "jobs": self.jobs, "threads": self.threads}
+        carry_out(suite, self.out, **how, console=console)
 
 
 def _only(suite: Suite, algorithms: tuple[str, ...]) -> Suite:

@@ -129,6 +129,10 @@ class Running:
     """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be repeated."""
     resume: bool = False
     """Continue what OUT holds."""
+    extend: bool = False
+    """With --resume: runs with a smaller budget go on to the one that is given, from what --keep 1 left."""
+    keep: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
+    """Checkpoints that a finished run keeps, with the optimizer's state; none if not given, but always the model."""
     compile: bool = False
     """Compile the policy's sampling with torch.compile, which takes seconds to minutes each time: for long runs
     (docs/throughput.md)."""
@@ -142,6 +146,8 @@ class Running:
             own: from :meth:`Own.options`.
             plan: further fields of the plan.
         """
+        if self.extend and not self.resume:
+            raise UserError("--extend continues finished runs: add --resume")
         if self.iterations or self.episodes:
             plan |= dict.fromkeys(BUDGETS) | {"iterations": self.iterations, "episodes": self.episodes}
         options = env_options(parse_settings(self.env, "--env", "kl_coef=0.1"), "--env")
@@ -152,6 +158,7 @@ class Running:
             plan=replace(suite.plan, **plan),
             adaptation=self.adapt.settings(suite.adaptation),
             compile=suite.compile or self.compile,
+            keep=suite.keep if self.keep is None else self.keep,
         )
         return _with_own(suite, own)
 

@@ -54,7 +54,7 @@ class Train(Running):
         suite = Suite("training", (TaskSettings(task),), (self.algorithm,), (self.seed,), overrides=overrides)
         plan = {"validate_every": self.validate_every, "checkpoint_every": self.checkpoint_every}
         suite = self.applied(suite, own, **plan)
-        carry_out(suite, self.out, resume=self.resume, threads=threads, console=console)
+        carry_out(suite, self.out, resume=self.resume, extend=self.extend, threads=threads, console=console)
         model = self.out / suite.runs()[0].label / "model"
         if model.is_dir():
             print(model)

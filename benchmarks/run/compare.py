@@ -62,8 +62,9 @@ def gone_if_refused(out: Path, *ours: str) -> Iterator[None]:
         raise
 
 
-def check_folder(out: Path, suite: Suite, resume: bool) -> None:
-    """Raise UserError if ``out`` holds a comparison without ``resume``, one with other settings, or other files."""
+def check_folder(out: Path, suite: Suite, resume: bool, extend: bool = False) -> None:
+    """Raise UserError if ``out`` holds a comparison without ``resume``, one with other settings (``extend`` allows a
+    larger budget), or other files."""
     from lm_envs.benchmarks.run.one_run import check_same
 
     begun = any((out / spec.label / "config.json").exists() for spec in suite.runs())
@@ -74,7 +75,7 @@ def check_folder(out: Path, suite: Suite, resume: bool) -> None:
                 "are kept), another --out starts a new comparison"
             )
         for spec in suite.runs():
-            check_same(spec, out / spec.label)
+            check_same(spec, out / spec.label, extend)
     elif strange := held_files(out):
         raise UserError(
             f"{out} is not empty (it holds {strange[0]!r}) and holds no comparison: choose another folder with --out"
@@ -133,12 +134,20 @@ def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]
 
 
 def compare(
-    suite: Suite, out: Path, *, resume: bool = False, jobs: int = 1, threads: int = 1, console: Console | None = None
+    suite: Suite,
+    out: Path,
+    *,
+    resume: bool = False,
+    extend: bool = False,
+    jobs: int = 1,
+    threads: int = 1,
+    console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Carry out a comparison in ``out``, or the rest of it; return the results of all finished runs.
 
     Args:
         resume: continue what ``out`` holds; it may get more tasks, algorithms or seeds than it began with.
+        extend: with ``resume``, runs with a smaller budget go on to the suite's.
         jobs: runs at a time, each in a process of its own if more than one.
         threads: torch threads per run. The last bits of sums depend on it, so it must not depend on ``jobs``.
 
@@ -150,8 +159,8 @@ def compare(
     runs = suite.runs()
     check_runs(runs)
     with gone_if_refused(out):
-        check_folder(out, suite, resume)
-        open_runs = [run for run in runs if finished(out / run.label) is None]
+        check_folder(out, suite, resume, extend)
+        open_runs = [run for run in runs if finished(out / run.label) is None or not _same(run, out)]
         if open_runs:
             console.print(_heading(suite, runs, open_runs), highlight=False)
             unsuited = prepare(suite, open_runs)  # building a task from the user's text shows a bar of its own
@@ -162,8 +171,13 @@ def compare(
     write_sealed(out / COMPARISON, _merged(out, suite))
     write_results(out)
     if open_runs:
-        _carry_out(open_runs, out, jobs, threads, console)
+        _carry_out(open_runs, out, jobs, console, threads=threads, keep=suite.keep, extend=extend)
     return write_results(out)
+
+
+def _same(run: RunSpec, out: Path) -> bool:
+    """Whether the folder's run is this one, and not one with a smaller budget."""
+    return bool(read_sealed(out / run.label / "config.json")["run"] == run.to_json())
 
 
 def _heading(suite: Suite, runs: Sequence[RunSpec], open_runs: Sequence[RunSpec]) -> str:
@@ -205,7 +219,7 @@ def write_results(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, console: Console) -> None:
+def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, console: Console, **options: Any) -> None:
     done, failed = 0, []
     with Display(console, len(runs)) as shown:
 
@@ -221,11 +235,11 @@ def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, threads: int, cons
         with StopRequest(shown.say).listening() as stop:
             if jobs == 1:
                 for run in runs:
-                    notify(event := attempt(run, out, threads=threads, notify=shown, should_stop=stop))
+                    notify(event := attempt(run, out, **options, notify=shown, should_stop=stop))
                     if stop.requested or event.get("fatal"):
                         break
             else:
-                run_in_workers(runs, out, jobs=jobs, threads=threads, notify=notify, stop=stop)
+                run_in_workers(runs, out, jobs=jobs, notify=notify, stop=stop, **options)
     if failed:
         raise RunsFailed(_failures(failed, len(runs)), len(collect_results(out)))
     if done < len(runs):

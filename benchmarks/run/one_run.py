@@ -38,8 +38,8 @@ from lm_envs.benchmarks.run.storage import (
     write_json,
     write_sealed,
 )
-from lm_envs.benchmarks.run.suites import RunSpec
-from lm_envs.files import TEMPORARY, code_hash, remove, write_manifest
+from lm_envs.benchmarks.run.suites import BUDGETS, RunSpec
+from lm_envs.files import MANIFEST, TEMPORARY, code_hash, remove, write_manifest
 
 if TYPE_CHECKING:
     from lm_envs.benchmarks.run.data_problem import DataSpec
@@ -81,6 +81,8 @@ def execute(
     out: Path,
     *,
     threads: int = 1,
+    keep: int = 0,
+    extend: bool = False,
     notify: Notify = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     opener: Callable[[Any], Any] = open_problem,
@@ -89,6 +91,8 @@ def execute(
 
     Args:
         threads: torch threads. A run that is continued keeps its number: the last bits of sums depend on it.
+        keep: checkpoints that stay when the run is finished.
+        extend: a run with a smaller budget goes on to this one, from its last checkpoint.
         notify: called with events "start", "iteration" and "evaluate", dictionaries in JSON's types.
         should_stop: called after every iteration.
         opener: makes the problem of a spec.
@@ -103,7 +107,7 @@ def execute(
     try:
         with FileLock(lock, timeout=_WAIT_FOR_OTHER_S):
             lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            return _Run(spec, folder, threads, notify, should_stop).execute(opener)
+            return _Run(spec, folder, threads, keep, extend, notify, should_stop).execute(opener)
     except Timeout as error:
         who = lock.read_text(errors="replace") or "another process"
         raise UserError(f"{who} is at work in {folder}: wait for it, or end it") from error
@@ -122,8 +126,11 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_same(spec: AnySpec, folder: Path) -> dict[str, Any] | None:
+def check_same(spec: AnySpec, folder: Path, extend: bool = False) -> dict[str, Any] | None:
     """Return the ``config.json`` of a folder in which a run continues, None if it begins there; warn of other versions.
+
+    Args:
+        extend: the run may have had a smaller budget, if it has a checkpoint to go on from.
 
     Raises:
         UserError: the folder holds a run with other settings, or one whose inputs had other contents.
@@ -131,7 +138,11 @@ def check_same(spec: AnySpec, folder: Path) -> dict[str, Any] | None:
     config = settings_of(folder)
     if config is None:
         return None
-    if found := differences(config["run"], spec.to_json()):
+    found = differences(config["run"], spec.to_json())
+    if found and extend and _only_larger(config, spec.to_json()):
+        if config["agent"] is not None and not Checkpoints(folder / "checkpoints").paths():
+            raise UserError(f"{folder} holds no checkpoint to go on from: a run that is to be extended needs --keep 1")
+    elif found:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(found[:3])}): "
             "choose another --out, or delete that folder"
@@ -146,11 +157,26 @@ def check_same(spec: AnySpec, folder: Path) -> dict[str, Any] | None:
     return config
 
 
+def _only_larger(config: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a run differs from an older one in nothing but a larger budget of the same kind."""
+    old = config["run"]
+    rest = [{k: v for k, v in run["plan"].items() if k not in BUDGETS} for run in (old, new)]
+    if {**old, "plan": rest[0]} != {**new, "plan": rest[1]} or "iterations" in new.get("overrides", {}):
+        return False  # its own iterations come before those of the plan
+    amounts = [{k: v for k, v in run["plan"].items() if k in BUDGETS and v is not None} for run in (old, new)]
+    if not amounts[0] and config["agent"] is not None:  # the algorithm's own number
+        amounts[0] = {"iterations": config["agent"]["iterations"]}
+    before, now = amounts
+    return before.keys() == now.keys() and all(now[kind] > before[kind] for kind in now)
+
+
 @dataclass
 class _Run:
     spec: AnySpec
     folder: Path
     threads: int
+    keep: int
+    extend: bool
     notify: Notify
     should_stop: Callable[[], bool]
     wall_s: float = 0.0
@@ -160,8 +186,10 @@ class _Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
 
     def execute(self, opener: Callable[[Any], Any]) -> dict[str, Any]:
-        config = check_same(self.spec, self.folder)
-        if (result := finished(self.folder)) is not None:
+        config = check_same(self.spec, self.folder, self.extend)
+        extended = config is not None and config["run"] != self.spec.to_json()
+        if not extended and (result := finished(self.folder)) is not None:
+            self.checkpoints.prune(self.keep)  # a kill may have left more
             return result
         unfinished = sorted(self.folder.rglob(f"{TEMPORARY}*"))  # what killed writes left
         no_folders = [path for name in _FOLDERS if not (path := self.folder / name).is_dir()]
@@ -174,7 +202,9 @@ class _Run:
         if config is None:
             config = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
             config = write_sealed(self.folder / "config.json", config | {"inputs": fingerprints(self.spec)})
-        self.checkpoints.run = config[SEAL]
+        elif extended:
+            config = self._extended(config, problem)
+        self.checkpoints.runs = (*config.get("extends", ()), config[SEAL])
         total = 0 if problem.agent is None else self._total(problem.agent)
         self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": total})
         if problem.agent is None:
@@ -182,6 +212,15 @@ class _Run:
         else:
             self._train(problem)
         return self._finish(problem)
+
+    def _extended(self, config: dict[str, Any], problem: Problem) -> dict[str, Any]:
+        """Make the run an unfinished one with the larger budget, whose checkpoints are those of the smaller one too."""
+        for name in (MANIFEST, "result.json"):
+            remove(self.folder / name)
+        content = {name: value for name, value in config.items() if name != SEAL}
+        seals = [*config.get("extends", ()), config[SEAL]]
+        new = {"run": self.spec.to_json(), **problem.settings(), "extends": seals}
+        return write_sealed(self.folder / "config.json", content | new)
 
     def _train(self, problem: Problem) -> None:
         agent = problem.agent
@@ -287,9 +326,9 @@ class _Run:
         wall_s = self.wall_s + measured.get("inference_s", 0.0)
         result = {**run, **measured, **problem.costs(measured), "wall_s": wall_s}
         write_json(self.folder / "result.json", result)
-        self.checkpoints.prune(1)
         files = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")]
         write_manifest(self.folder, {}, [*files, *(self.folder / "model").rglob("*")])
+        self.checkpoints.prune(self.keep)  # last: until here a kill goes on from them
         return read_json(self.folder / "result.json")
 
 

@@ -180,11 +180,12 @@ class Checkpoints:
     """The last few checkpoints of a run, each a folder ``checkpoint-000012`` with ``tensors.safetensors``,
     ``state.json`` and the hashes of both in ``manifest.json``, which appears whole or not at all.
 
-    ``run`` is a hash of what decides the run: a checkpoint of another one is not used. "" takes any.
+    ``runs`` are hashes of what decides the run, the last one its own, before it those of runs that it extends: a
+    checkpoint of another one is not used. Without any, all are taken.
     """
 
     folder: Path
-    run: str = ""
+    runs: tuple[str, ...] = ()
     keep: ClassVar[int] = 2
 
     def paths(self) -> list[Path]:
@@ -200,14 +201,15 @@ class Checkpoints:
             with replacing_folder(final) as folder:
                 (folder / "tensors.safetensors").write_bytes(data)
                 write_json(folder / "state.json", state)
-                write_manifest(folder, {"run": self.run, "iteration": iteration})
+                write_manifest(folder, {"run": "".join(self.runs[-1:]), "iteration": iteration})
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(final)) from error
         self.prune(self.keep)
         return final
 
     def prune(self, keep: int) -> None:
-        for old in self.paths()[:-keep]:
+        paths = self.paths()
+        for old in paths[: max(0, len(paths) - keep)]:
             shutil.rmtree(old)
 
     def newest(self, records: Sequence[Records] = ()) -> Checkpoint | None:
@@ -235,9 +237,11 @@ class Checkpoints:
     def _read(self, path: Path) -> Checkpoint:
         """Read a checkpoint; raise UserError if it is damaged or of another run."""
         number = path.name.removeprefix("checkpoint-")
-        made_from = {"run": self.run, "iteration": int(number) if number.isdigit() else None}
-        if (name := damaged(path, made_from if self.run else None)) is not None:
-            what = f"is damaged: {name}" if damaged(path) else "is of another run"
+        count = int(number) if number.isdigit() else None
+        origins = [{"run": run, "iteration": count} for run in self.runs] or [None]
+        if all(damaged(path, origin) is not None for origin in origins):
+            name = damaged(path)
+            what = "is of another run" if name is None else f"is damaged: {name}"
             raise UserError(f"checkpoint {path} {what}")
         try:
             tensors = safetensors.load((path / "tensors.safetensors").read_bytes())

@@ -102,6 +102,7 @@ class _Evaluation(Settings):
 @dataclass(frozen=True)
 class _Checkpoints(Settings):
     every: Count = Plan.checkpoint_every
+    keep: Whole = Suite.keep
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class _Reader:
             compile=data.compile,
             every=ALL in data.algorithms,
             match_kl=self.make(_Match, data.match, "[match]").kl,
+            keep=self.make(_Checkpoints, data.checkpoints, "[checkpoints]").keep,
         )
         used = dict.fromkeys(run.algorithm for run in suite.runs())
         for name in [*data.algorithm, *(name for task in suite.tasks for name in task.overrides)]:

@@ -124,6 +124,7 @@ class Suite:
         compile: compile the sampling of the trained language models, see :mod:`lm_envs.model.compiled`.
         every: the algorithms are "all": those that a task does not suit are left out.
         match_kl: KLs, nats per response, at which methods are compared by their validation curves.
+        keep: checkpoints that a finished run keeps, so that it can be extended later.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Suite:
     compile: bool = False
     every: bool = False
     match_kl: tuple[float, ...] = ()
+    keep: int = 0
 
     def runs(self) -> list[RunSpec]:
         """Return the cells: for each task all algorithms with the first seed, then with the next, so that early results

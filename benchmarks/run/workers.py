@@ -92,9 +92,9 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
 class _Worker:
     """The parent's end of a worker process."""
 
-    def __init__(self, out: Path, threads: int) -> None:
+    def __init__(self, out: Path, options: dict[str, Any]) -> None:
         self.events, theirs = _SPAWN.Pipe()
-        self.process = _SPAWN.Process(target=_work, args=(theirs, out, threads))
+        self.process = _SPAWN.Process(target=_work, args=(theirs, out, options))
         self.job: RunSpec | None = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until it handles it
         try:
@@ -124,10 +124,10 @@ class _Worker:
 
 
 def run_in_workers(
-    specs: Sequence[RunSpec], out: Path, *, jobs: int, threads: int, notify: Notify, stop: StopRequest
+    specs: Sequence[RunSpec], out: Path, *, jobs: int, notify: Notify, stop: StopRequest, **options: Any
 ) -> None:
     """Carry out runs, ``jobs`` at a time; ``notify`` gets all their events, the last as :func:`attempt` returns it, or
-    "failed" if the process was killed.
+    "failed" if the process was killed. ``options`` are passed to :func:`~lm_envs.benchmarks.run.one_run.execute`.
 
     After a fatal failure or a stop request no run begins, and those under way are asked to stop.
     """
@@ -136,7 +136,7 @@ def run_in_workers(
 
     def begin(worker: _Worker | None = None) -> None:
         if worker is None:
-            workers.append(worker := _Worker(out.resolve(), threads))
+            workers.append(worker := _Worker(out.resolve(), options))
         worker.give(queue.popleft())
 
     try:
@@ -169,7 +169,7 @@ def run_in_workers(
             worker.process.join()
 
 
-def _work(events: Connection, out: Path, threads: int) -> None:
+def _work(events: Connection, out: Path, options: dict[str, Any]) -> None:
     os.setsid()  # a terminal's Ctrl-C reaches it once, through the parent
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -185,4 +185,4 @@ def _work(events: Connection, out: Path, threads: int) -> None:
 
         disable_progress_bar()
         while True:
-            events.send(attempt(events.recv(), out, True, threads=threads, notify=events.send, should_stop=stop))
+            events.send(attempt(events.recv(), out, True, **options, notify=events.send, should_stop=stop))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_envs.benchmarks.commands.compare import Compare
 from lm_envs.benchmarks.commands.options import Adapt
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.run.one_run import execute, settings_of
+from lm_envs.benchmarks.run import one_run
+from lm_envs.benchmarks.run.one_run import settings_of
 from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.storage import Checkpoints, Records
 from lm_envs.benchmarks.run.suite_files import parse_suite
@@ -20,6 +22,8 @@ from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
 from tests.marks import slow_unless
+
+execute = partial(one_run.execute, keep=1)  # their last checkpoints are compared
 
 LORA, FROZEN = {"lora_rank": 4}, {"freeze_layers": 1}
 # Width 16: c_attn 16 x 48, c_proj 16 x 16, c_fc 16 x 64, c_proj 64 x 16 a layer; two layers; the value head is 17.

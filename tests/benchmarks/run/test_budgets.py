@@ -37,7 +37,7 @@ def test_a_run_ends_with_the_iteration_that_reaches_its_budget(tmp_path, name, a
     assert found[-1][column] >= amount > found[-2][column]
     before = [0, *(each[column] for each in found[:-1])]
     assert [each["learning_rate"] for each in found] == pytest.approx([1e-2 * (1 - x / amount) for x in before])
-    assert "validation_gold" in found[-1] and len(list((tmp_path / run.label / "checkpoints").iterdir())) == 1
+    assert "validation_gold" in found[-1] and not list((tmp_path / run.label / "checkpoints").iterdir())
     stop = iter([True])
     again = tmp_path / "again"
     with pytest.raises(Interrupted):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run import one_run
-from lm_envs.benchmarks.run.one_run import execute, settings_of
+from lm_envs.benchmarks.run.one_run import settings_of
 from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.storage import Checkpoints, Records
 from lm_envs.benchmarks.run.suite_files import load_suite
@@ -23,6 +24,8 @@ from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from tests.benchmarks.fake_task import NAME
 from tests.house import CHECKOUT
 from tests.lm_envs import byo
+
+execute = partial(one_run.execute, keep=1)  # their last checkpoints are compared
 
 PLAN = Plan(iterations=8, test_prompts=8, validation_prompts=8, validate_every=2, checkpoint_every=2)
 # A steered coefficient, value clipping and several epochs: much state that a checkpoint could forget.
@@ -32,7 +35,7 @@ tasks = ["{name}"]
 algorithms = ["ppo"]
 budget = {{ iterations = {iterations} }}
 evaluation = {{ test_prompts = 8, validation_prompts = 8, every = 2 }}
-checkpoints = {{ every = {every} }}
+checkpoints = {{ every = {every}, keep = 1 }}
 [algorithm.ppo]
 {settings}
 [task."{name}"]
@@ -185,7 +188,7 @@ def test_negative_control_a_checkpoint_that_forgets_something_is_noticed(tmp_pat
     with pytest.raises(Interrupted):
         execute(spec(), tmp_path, should_stop=StopAfter(4))
     folder = tmp_path / spec().label
-    checkpoints = Checkpoints(folder / "checkpoints", settings_of(folder)["sha256"])
+    checkpoints = Checkpoints(folder / "checkpoints", (settings_of(folder)["sha256"],))
     found = checkpoints.newest()
     tensors = {
         name: tensor if "value_head" not in forgotten or not name.startswith(forgotten) else tensor * 0

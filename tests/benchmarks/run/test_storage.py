@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
 
 
 def test_a_checkpoint_of_another_run_or_iteration_is_not_used(tmp_path):
-    mine, other = Checkpoints(tmp_path / "mine", "a"), Checkpoints(tmp_path / "other", "b")
+    mine, other = Checkpoints(tmp_path / "mine", ("a",)), Checkpoints(tmp_path / "other", ("b",))
     mine.save(1, tensors(1), {})
     (tmp_path / "mine/checkpoint-000003").symlink_to(other.save(3, tensors(3), {}))
     (tmp_path / "mine/checkpoint-000002").symlink_to(tmp_path / "mine/checkpoint-000001")
