@@ -1677,15 +1677,15 @@ MUTATIONS = [
     Mutation(
         "a checkpoint's hashes are not compared",
         "benchmarks/run/storage.py",
-        "if (name := damaged(path, made_from if self.run else None)) is not None:",
-        "if (name := None) is not None:",
+        "if all(damaged(path, origin) is not None for origin in origins):",
+        "if False:",
         STORAGE,
     ),
     Mutation(
         "a checkpoint of another run is taken",
         "benchmarks/run/storage.py",
-        'made_from = {"run": self.run, "iteration": int(number)',
-        'made_from = None and {"run": self.run, "iteration": int(number)',
+        "for run in self.runs] or [None]",
+        "for run in ()] or [None]",
         STORAGE,
     ),
     Mutation(
