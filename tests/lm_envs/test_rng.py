@@ -43,6 +43,16 @@ def test_every_one_of_53_bits_is_drawn():
     assert all(abs(x - 0.5) < 4 * 0.5 / 2000**0.5 for x in share)
 
 
+def test_a_number_is_made_of_all_that_names_its_place():
+    """The counter (position, episode low, episode high, stream) and the seed as key, in all their bits."""
+    for seed, stream, episode, position in ((5, 1, 7, 3), (5 + 2**40, 6, 2**40 + 9, 2**31), (2**63, 0, 2**33, 0)):
+        counter = np.array([position, episode % 2**32, episode // 2**32, stream], dtype=np.uint64)
+        word = rng.philox4x32(counter, (seed % 2**32, seed // 2**32)).tolist()
+        found = rng.uniform(seed, stream, episode, position)
+        assert found == ((word[0] << 32 | word[1]) >> 11) / 2**53
+        assert rng.integers(seed, stream, episode, 1000, position) == int(found * 1000)
+
+
 def test_integers_stay_below_high_and_hit_everything():
     drawn = rng.integers(0, rng.PROMPT, np.arange(1000), 7)
     assert sorted(set(drawn.tolist())) == list(range(7))

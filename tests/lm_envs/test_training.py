@@ -182,6 +182,37 @@ def test_weight_decay_and_the_norm_limit_are_used():
     assert quadratic(1, learning_rate=0.1, max_grad_norm=1e-12)[0] < 1e-3
 
 
+def test_the_loop_is_adamw_by_hand():
+    """Two parameters pulled to 3 and -2 with other strengths; warm-up over two of eight steps, then a fall to 0."""
+    rate, decay, most, strength, goal = 0.05, 0.4, 1.5, (4.0, 0.02), (3.0, -2.0)
+    model, told = nn.Linear(2, 1, bias=False).double(), []
+    nn.init.zeros_(model.weight)
+
+    def loss(chosen):
+        pull = torch.tensor(strength, dtype=torch.float64)
+        return (pull * (model.weight[0] - torch.tensor(goal, dtype=torch.float64)) ** 2).sum()
+
+    settings = {"steps": 8, "learning_rate": rate, "weight_decay": decay, "max_grad_norm": most, "warmup": 0.25}
+    losses = training.fit(model, loss, 3, **settings, progress=lambda step, value: told.append((step, value)))
+    w, m, v, expected = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], []
+    for step in range(8):
+        expected.append(sum(k * (x - g) ** 2 for k, x, g in zip(strength, w, goal, strict=True)))
+        gradient = [2 * k * (x - g) for k, x, g in zip(strength, w, goal, strict=True)]
+        norm = math.hypot(*gradient)
+        size = rate * min((step + 1) / 2, (8 - step) / 6)
+        for i in range(2):
+            g = gradient[i] * min(1.0, most / (norm + 1e-6))
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.95 * v[i] + 0.05 * g * g
+            update = m[i] / (1 - 0.9 ** (step + 1)) / (math.sqrt(v[i] / (1 - 0.95 ** (step + 1))) + 1e-8)
+            w[i] -= size * (decay * w[i] + update)
+    assert model.weight[0].tolist() == pytest.approx(w, rel=1e-9)
+    assert losses == pytest.approx(expected, rel=1e-9) and told == list(enumerate(losses, 1))
+    defaults = training.fit.__kwdefaults__
+    assert {name: defaults[name] for name in ("weight_decay", "max_grad_norm", "warmup")} == {
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup": 0.1
+    }  # fmt: skip
+
+
 def test_bad_settings_and_divergence_are_refused():
     with pytest.raises(ValueError, match="steps and a batch size of at least 1, got 4, 0 and 2"):
         quadratic(0, learning_rate=0.1)

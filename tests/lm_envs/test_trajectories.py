@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_envs.trajectories import Trajectories
+from lm_envs.trajectories import Trajectories, demonstrations
 
 
 def text(lengths=(2, 3), width=2, **changes):
@@ -68,6 +68,7 @@ def test_flatten_makes_every_real_step_a_row():
         obs=torch.arange(12.0).reshape(2, 3, 2), final_obs=torch.zeros(2, 2),
     )  # fmt: skip
     flat = control.flatten()
+    assert flat.terminated.all() and not flat.truncated.any() and flat.final_obs is None
     assert flat.actions.tolist() == [[1], [2], [3], [4]]
     assert flat.obs[:, 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     with pytest.raises(ValueError, match="for control"):
@@ -84,3 +85,30 @@ def test_bandit_trajectories_keep_their_response_axis():
     assert traj.is_bandit
     assert traj.response_lengths.tolist() == [2, 3]
     assert traj.select(torch.tensor([0])).trim().actions.tolist() == [[[3, 0]]]
+
+
+def test_control_of_different_lengths_is_joined_with_zeros():
+    """Observations of control are numbers, and what is beyond the end of a row is masked."""
+    parts = []
+    for steps in (1, 3):
+        ones = torch.ones(1, steps, dtype=torch.bool)
+        parts.append(
+            Trajectories(
+                actions=ones.long() * 2, mask=ones, terminated=ones[:, 0], truncated=~ones[:, 0],
+                obs=torch.ones(1, steps, 2), reward=torch.full((1, steps), 4.0), value=torch.full((1, steps + 1), 5.0),
+                final_obs=torch.zeros(1, 2),
+            )
+        )  # fmt: skip
+    joined = Trajectories.concatenate(parts)
+    assert joined.mask.tolist() == [[True, False, False], [True] * 3] and joined.actions.tolist() == [
+        [2, 0, 0],
+        [2] * 3,
+    ]
+    assert joined.reward[0].tolist() == [4, 0, 0] and joined.value[0].tolist() == [5, 5, 0, 0]
+    assert joined.obs.shape == (2, 3, 2) and joined.obs[0, 0].tolist() == [1, 1] and joined.final_obs.shape == (2, 2)
+
+
+def test_demonstrations_are_cut_at_their_end():
+    found = demonstrations([[1, 2, 3, 4, 5, 6], [1, 2, 7]], 2, 3, group=[4, 4])
+    assert found.prompt.tolist() == [[1, 2]] * 2 and found.response.tolist() == [[3, 4, 5], [7, -1, -1]]
+    assert found.group.tolist() == [4, 4] and found.terminated.all() and found.reward is None

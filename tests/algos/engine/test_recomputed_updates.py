@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm_envs.algos.engine.agent import learn
-from lm_envs.algos.engine.sampling import draw
+from lm_envs.algos.engine.sampling import charge, draw
 from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.registry import make_agent
 from tests.algos import batches
@@ -47,9 +47,16 @@ def test_the_samplers_kl_is_measured_before_the_first_step_alone():
 
 def test_the_early_stop_reads_its_own_minibatch(monkeypatch):
     """Not the mean over those before it, which lags behind while the policy moves away."""
-    traj, settings = batches.text_batch(), {"epochs": 4, "minibatches": 2, "learning_rate": 5e-3}
+    traj, settings = batches.text_batch(), {"epochs": 4, "minibatches": 2, "learning_rate": 5e-3, "micro_batch": 16}
     agent, seen = batches.learner("ppo", **settings), []
-    monkeypatch.setattr(agent, "should_stop", lambda metrics: seen.append(metrics["approx_kl"]))
+    whole = agent.loss
+
+    def loss(*given):
+        found = whole(*given)
+        seen.append(float(found[1]["approx_kl"]))
+        return found
+
+    monkeypatch.setattr(agent, "loss", loss)
     agent.update(traj)
     number = max(range(8), key=seen.__getitem__)
     others = max(seen[:number])
@@ -90,6 +97,12 @@ def test_demonstrations_beside_the_samples_are_trained_tokens_too():
     _, chosen = agent.mixture(0)
     agent.update(traj)
     assert agent.trained_tokens == int((traj.response >= 0).sum()) + int((chosen.response >= 0).sum())
+
+
+def test_samples_beside_the_batches_are_charged_with_their_ends():
+    agent = batches.learner("rloo")
+    charge(agent, torch.tensor([[3, 0, -1], [2, 2, 2]]))  # EOS, 0, is a token like others
+    assert (agent.samples_done, agent.reward_calls, agent.tokens_done, agent.episodes_done) == (2, 2, 5, 0)
 
 
 class Counted(gymnasium.Wrapper):

@@ -144,6 +144,20 @@ def test_the_value_starts_as_the_reward_models_score_of_what_stands_before_the_t
         assert (value[i, len(response) :] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["single", "independent"])
+@pytest.mark.parametrize("output", ["log_odds", "logit", "probability"])
+def test_the_values_label_and_output_are_the_rewards(output, kind):
+    """Of three labels the first; before each token the critic gives what the reward gives of the text so far."""
+    model = batches.reward_policy().model
+    model.config.num_labels = model.num_labels = 3
+    model.score = torch.nn.Linear(16, 3, bias=False).double()
+    model.config.problem_type = "multi_label_classification" if kind == "independent" else None
+    reward = LearnedReward(model, tiny.tokenizer(), normalise=(0.3, 2.0), label=0, output=output)
+    found = RewardCritic(reward)(torch.tensor([[-1, 5, 2]]), torch.tensor([[3, 1, 0]]))
+    expected = [(x - 0.3) / 2.0 for x in reward.raw([[5, 2], [5, 2, 3], [5, 2, 3, 1]])]
+    assert found[0].tolist() == pytest.approx(expected)
+
+
 def test_it_learns_and_leaves_the_reward_model_alone():
     traj, policy = batches.text_batch(), batches.text_policy(batches.text_env())
     task = batches.learned_task()

@@ -103,6 +103,7 @@ def test_discrete_observations_become_one_hot():
     actions, _ = policy.act(np.array([2, 6, 2]), np.array([0.5, 0.5, 0.5]))
     assert actions[0] == actions[2]
     assert policy.actor[0].in_features == 5
+    assert policy._features(torch.tensor([2, 6])).tolist() == [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
 
 
 def test_the_seed_decides_the_weights_and_no_global_generator():
@@ -120,6 +121,9 @@ def test_it_starts_near_uniform():
     assert logprob == pytest.approx(np.log(0.5), abs=0.01)
     weight = policy.actor[0].weight
     torch.testing.assert_close(weight.T @ weight, 2 * torch.eye(4), atol=1e-5, rtol=0)  # orthogonal, gain sqrt(2)
+    inner, last = policy.critic[2].weight, policy.critic[-1].weight
+    torch.testing.assert_close(inner @ inner.T, 2 * torch.eye(64), atol=1e-4, rtol=0)
+    assert last.norm().item() == pytest.approx(1) and policy.actor[-1].weight[0].norm().item() == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(

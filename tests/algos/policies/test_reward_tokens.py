@@ -43,6 +43,12 @@ def test_the_embedding_keeps_its_first_rows_and_its_tie():
     torch.testing.assert_close(found[0, 0], base.weight[1])
     assert 0.3 < (found[0, 1] - base.weight.mean(0)).std() / base.weight.std() < 3  # rows like the others
     assert (found[0, 1] - found[0, 2]).abs().max() > 0.1 * base.weight.std()
+    wide = torch.nn.Embedding(50, 400)
+    with torch.no_grad():
+        wide.weight.copy_(torch.randn(50, 400) * torch.linspace(0.1, 5, 400) + 7)
+    extra, table = ExtendedEmbedding(wide, 3).extra, wide.weight
+    away = (extra - table.mean(dim=0)) / table.std(dim=0)  # a normal draw in units of each column
+    assert away.mean().item() == pytest.approx(0, abs=0.12) and away.std().item() == pytest.approx(1, abs=0.1)
     assert model.get_output_embeddings().weight is base.weight  # GPT-2 ties them
     assert model(ids).logits.shape[-1] == V  # it can be read and not written
 

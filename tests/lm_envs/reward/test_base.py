@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from lm_envs.reward.base import Clip, Conversational, Standardise, WeightedSum, call_reward, leaves, reward_name
+from lm_envs.reward.base import (
+    Clip,
+    Conversational,
+    Standardise,
+    WeightedSum,
+    call_reward,
+    dense_part,
+    is_dense,
+    leaves,
+    reward_name,
+)
 
 PROMPTS, COMPLETIONS = ["a b", "c"], [" d", " e e"]
 IDS, REASONS = [[4, 0], [5, 5, 0]], ["stop", "stop"]
@@ -278,6 +288,26 @@ def test_clip():
     assert call(Clip(per_token, -1, 0.5)).tolist() == [[0.5, 0.5, 0], [0.5, 0.5, 0.5]]
     with pytest.raises(ValueError, match="low < high"):
         Clip(length, 1, 1)
+
+
+def test_the_part_of_a_composition_that_pays_before_the_end():
+    """Clipped or given messages as the whole is, without what is paid once."""
+
+    def by_message(prompts, completions, completion_ids):
+        return [[float(prompts[i][0]["role"] == "user") * 3] * len(ids) for i, ids in enumerate(completion_ids)]
+
+    def steady(completion_ids):
+        return per_token(completion_ids)
+
+    steady.dense = by_message.dense = True
+    parts = [(1.0, length), (2.0, Clip(steady, -1, 0.5)), (1.0, Conversational(by_message))]
+    whole, paid = WeightedSum(parts), dense_part(WeightedSum(parts))
+    assert is_dense(whole) and not is_dense(length)
+    assert call(paid).tolist() == [[4, 4, 0], [4, 4, 4]] and call(whole).tolist() == [[4, 6, 0], [4, 4, 8]]
+
+
+def test_more_values_than_tokens_are_cut_at_the_end():
+    assert call(lambda completion_ids: [[1.0, 2.0, 3.0, 4.0]] * 2).tolist() == [[1, 2, 0], [1, 2, 3]]
 
 
 def test_standardise_refuses_dense_rewards():

@@ -164,6 +164,30 @@ def test_a_pattern_of_ones_own_and_another_scale(serve):
     assert grade(judge(server, pattern=r"honest=(\d)", unreadable="none"), "x") == [None]
 
 
+def test_the_ends_of_the_scale_and_the_last_of_several_grades(serve):
+    for text, expected in (("1", 1), ("10", 10), ("Score: 3. On reflection, final score: 8", 8), ("10/10", 10)):
+        assert grade(judge(serve(lambda number, body, text=text: chat(text))), "x") == [expected]
+    for text, scale, expected in (("7/10", (0, 100), None), ("70 %", (0, 100), 70), ("3/5", (1, 5), 3)):
+        server = serve(lambda number, body, text=text: chat(text))
+        assert grade(judge(server, scale=scale, unreadable="none"), "x") == [expected]
+
+
+def test_parameters_of_ones_own_replace_all(serve):
+    server = serve(lambda number, body: chat("7"))
+    grade(judge(server, parameters={"seed": 3}), "x")
+    assert server.asked[0]["seed"] == 3 and not {"temperature", "max_tokens"} & set(server.asked[0])
+
+
+def test_the_cache_knows_server_model_messages_and_parameters():
+    here, there = (ChatEndpoint(f"http://127.0.0.1:{port}", "m") for port in (1, 2))
+    said, other = [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]
+    keys = [
+        here.cache_key(said, {"t": 0}), here.cache_key(other, {"t": 0}), here.cache_key(said, {"t": 1}),
+        there.cache_key(said, {"t": 0}), ChatEndpoint("http://127.0.0.1:1", "n").cache_key(said, {"t": 0}),
+    ]  # fmt: skip
+    assert len(set(keys)) == 5 and keys[0] == ChatEndpoint("http://127.0.0.1:1/", "m").cache_key(said, {"t": 0})
+
+
 def test_none_takes_part_in_compositions(serve):
     server = serve(lambda number, body: chat("5" if "good" in body["messages"][-1]["content"] else "?"))
     made = judge(server, prompt="{completion}", unreadable="none")

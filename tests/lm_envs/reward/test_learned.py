@@ -182,6 +182,19 @@ def test_a_chat_template_writes_the_conversation():
     assert not reward.is_plain
 
 
+def test_labels_go_by_name_in_any_case_or_by_number():
+    model = classifier("Bert", labels=3)
+    model.config.id2label = {0: "Bad", 1: "so so", 2: "GOOD"}
+    for label, number in (("good", 2), ("BAD", 0), ("1", 1), (0, 0)):
+        assert LearnedReward(model, words(), label=label).label == number
+    two = classifier("GPT2", labels=2)
+    plain = {None: True, 1: True, 0: False}
+    assert {label: LearnedReward(two, words(), label=label).is_plain for label in plain} == plain
+    for wrong in ("fine", "3", 3, -1):
+        with pytest.raises(ValueError, match="has no label"):
+            LearnedReward(model, words(), label=wrong)
+
+
 def test_normalise():
     model, tokenizer = classifier("GPT2"), words()
     raw = np.array(LearnedReward(model, tokenizer)([""] * 4, TEXTS))

@@ -128,6 +128,43 @@ def test_corpus_scores_are_those_of_sacrebleu():
         SentenceBLEU().corpus(texts, references[:1])
 
 
+def test_options_reach_sentences_and_corpora():
+    """Each as sacreBLEU scores with the same options; a corpus has its standard smoothing and all four orders."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    texts, references = ["The CAT sat, on mats", "a dog"], [["the cat sat , on a mat"], ["A dog ran off"]]
+    streams = [[row[0] for row in references]]
+    for options in ({"lowercase": True}, {"tokenize": "char"}, {"smoothing": "floor", "smooth_value": 0.4}):
+        named = {"smooth_method" if name == "smoothing" else name: value for name, value in options.items()}
+        ours, sentence = SentenceBLEU(**options), BLEU(**named, effective_order=True)
+        expected = [sentence.sentence_score(text, row).score / 100 for text, row in zip(texts, references, strict=True)]
+        assert ours(texts, reference=references) == pytest.approx(expected) and min(expected) < 0.9
+        whole = BLEU(**{name: value for name, value in options.items() if name in ("lowercase", "tokenize")})
+        assert ours.corpus(texts, references) == pytest.approx(whole.corpus_score(texts, streams).score)
+    for name, options in (("chrf", {"lowercase": True}), ("chrf++", {}), ("chrf", {"word_order": 1})):
+        metric = CHRF(word_order=options.get("word_order", 2 if "+" in name else 0), lowercase="lowercase" in options)
+        expected = [metric.sentence_score(text, row).score / 100 for text, row in zip(texts, references, strict=True)]
+        assert make_metric(name, **options)(texts, reference=references) == pytest.approx(expected)
+        assert make_metric(name, **options).corpus(texts, references) == pytest.approx(
+            metric.corpus_score(texts, streams).score
+        )
+    short = SentenceBLEU().corpus(["a dog"], [["a dog"]])  # without four words no order of four: not 100
+    assert short == pytest.approx(BLEU().corpus_score(["a dog"], [["a dog"]]).score)
+
+
+def test_what_counts_as_a_word_and_that_one_is_the_most():
+    assert one(Rouge("rouge1"), "３ ﬁne", "3 fine") == 1  # compatible forms are the same letters and digits
+    assert one(Rouge("rouge1"), "году 2024", "году 1999") == pytest.approx(1 / 2)
+    assert one(Rouge("rouge1"), "год2024", "год2024") == 1 > one(Rouge("rouge1"), "год2024", "год 2024")
+    assert one(Rouge("rouge1"), "т²", "т2") == 1
+
+    class Long(Rouge):
+        def sentence(self, completion, references):
+            return 1.0 + 2e-16 + 1e-9
+
+    assert Long()(["a"], reference=["a"]) == [1.0]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
