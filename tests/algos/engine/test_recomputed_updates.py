@@ -124,10 +124,12 @@ def test_what_an_iteration_of_control_counts():
         "reinforce", MLPPolicy(env, hidden=(8,)), episodes=4, group_size=1, baseline="value", iterations=3
     )
     Counted.taken.clear()
-    steps = 0
+    steps, starts = 0, set()
     for _ in range(2):
         traj, metrics = agent.iteration(env)
         steps += int(traj.mask.sum())
+        starts |= {tuple(row.tolist()) for row in traj.obs[:, 0]}
+    assert len(starts) == 8  # each episode starts by its own number
     assert agent.steps_done == metrics["steps"] == len(Counted.taken) > steps == agent.tokens_done
     assert agent.episodes_done == agent.samples_done == 8 and agent.reward_calls == 0
     assert metrics["return"] == metrics["length"] == pytest.approx(float(traj.lengths.double().mean()))
@@ -162,3 +164,42 @@ def test_a_number_of_iterations_is_of_further_ones():
     agent = batches.learner("rloo", env=env)
     assert [learn(agent, env, count).iterations_done for count in (2, 1)] == [2, 3]
     assert learn(agent, env).iterations_done == batches.SMALL["iterations"]
+
+
+def test_the_first_step_is_adams_by_hand():
+    """Its first moments cancel: ``lr g / (|g| + eps)``, with g clipped to the norm."""
+    traj, settings = batches.text_batch(), {"learning_rate": 0.02, "adam_eps": 0.05, "max_grad_norm": 0.3}
+    agent = batches.learner("rloo", iterations=4, **settings)
+    agent.iterations_done = 1  # of four: three quarters of the rate are left
+    start, found, step = batches.weights(agent.policy), {}, agent.optimizer.step
+    agent.optimizer.step = lambda: found.update(batches.gradients(agent.policy)) or step()
+    metrics = agent.update(traj)
+    clipped = math.sqrt(sum(float((g**2).sum()) for g in found.values()))
+    assert clipped == pytest.approx(0.3, rel=1e-5) and metrics["grad_norm"] > 0.3
+    assert metrics["learning_rate"] == pytest.approx(0.015)
+    for name, g in found.items():
+        moved = dict(agent.policy.named_parameters())[name] - start[name]
+        torch.testing.assert_close(moved, -0.015 * g / (g.abs() + 0.05), rtol=1e-5, atol=1e-9)
+
+
+def test_the_rate_follows_a_budget_in_another_unit():
+    agent = batches.learner("rloo", learning_rate=0.02, iterations=100)
+    rates = []
+    for agent.progress in (None, 0.0, 0.25, 1.0, 1.5):
+        rates.append(agent.learning_rate)
+    assert rates == pytest.approx([0.02, 0.02, 0.015, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["remax", "ppo-ptx", "iterated-rlhf"])
+def test_a_restored_agent_has_counted_the_same(name):
+    env = batches.env_for(name)
+    agent = (
+        batches.learner(name, env=env, iterations=4, rm_steps=4) if "rlhf" in name else batches.learner(name, env=env)
+    )
+    learn(agent, env, 1)
+    twin = batches.learner(name, env=env)
+    twin.restore(*agent.checkpoint())
+    counts = {key: value for key, value in vars(agent).items() if key[0] != "_" and type(value) is int}
+    assert counts == {key: vars(twin)[key] for key in counts}
+    assert {"iterations_done", "episodes_done", "samples_done", "tokens_done", "steps_done"} < counts.keys()
+    assert {"reward_calls", "comparisons_done", "trained_tokens"} < counts.keys() and agent.reward_calls >= 16

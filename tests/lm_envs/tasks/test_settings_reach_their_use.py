@@ -217,7 +217,7 @@ def test_custom(monkeypatch, folders, tmp_path):
     drawn, built = recorded(monkeypatch, custom.sampling, "sample"), recorded(monkeypatch, custom, "build_reward")
     settings = {"max_new_tokens": 5, "min_new_tokens": 2, "samples": 6, "temperature": 0.6, "seed": 7, "batch_size": 3}
     task = load(
-        "custom", **folders.options, **settings, reference=str(tmp_path / "reference"), dtype="float64",
+        "custom", **folders.options, **settings, reference=str(tmp_path / "reference"), reward_dtype="float64",
         judge=str(folders.root / "judge"),
     )  # fmt: skip
     (sample,) = drawn
@@ -226,7 +226,8 @@ def test_custom(monkeypatch, folders, tmp_path):
     assert {name: sample.options[name] for name in known} == known
     assert sample.options["eos_token_id"] == task.eos_token_ids
     assert {call.options["batch_size"] for call in built} == {3} == {task.reward.batch_size, task.judge.batch_size}
-    assert task.reference.dtype == torch.float64 and task.reward.model.dtype == torch.float32
+    dtypes = [model.dtype for model in (task.reference, task.reward.model, task.judge.model)]
+    assert dtypes == [torch.float32, torch.float64, torch.float64]
     assert task.temperature == 0.6 and task.kl_coef == 0.05
     assert (task.stats["reward_mean"], task.stats["reward_std"]) == task.reward.normalise
 
