@@ -32,6 +32,7 @@ ALGORITHMS: dict[str, str] = {
     "reinforce-plus-plus-baseline": "lm_envs.algos.reinforce_plus_plus:ReinforcePlusPlusBaseline",
     "remax": "lm_envs.algos.remax:ReMax",
     "dr-grpo": "lm_envs.algos.dr_grpo:DrGRPO",
+    "trpo": "lm_envs.algos.trpo:TRPO",
     "a2c": "lm_envs.algos.a2c:A2C",
     "ppo": "lm_envs.algos.ppo:PPO",
     "ppo-klpen": "lm_envs.algos.ppo_klpen:PPOKLPen",

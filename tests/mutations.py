@@ -51,7 +51,7 @@ LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/r
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
-FAMILY = "tests/algos/test_grpo_family.py"
+FAMILY, TRUST = "tests/algos/test_grpo_family.py", "tests/algos/test_trpo.py"
 SELECT = "tests/algos/engine/test_select.py"
 OFF_POLICY = "tests/algos/engine/test_off_policy.py"
 CAPABILITIES = "tests/algos/policies/test_capabilities.py"
@@ -792,6 +792,34 @@ MUTATIONS = [
         LOSSES,
     ),
     Mutation(
+        "TRPO's step ignores the KL limit",
+        "algos/trpo.py",
+        "if loss < reached and kl <= limit:",
+        "if loss < reached:",
+        TRUST,
+    ),
+    Mutation(
+        "TRPO takes a step that is worse",
+        "algos/trpo.py",
+        "if loss < reached and kl <= limit:",
+        "if kl <= limit:",
+        TRUST,
+    ),
+    Mutation(
+        "TRPO's step is longer by the square root of two",
+        "algos/trpo.py",
+        "(2 * limit / (x @ product(x))).sqrt()",
+        "(4 * limit / (x @ product(x))).sqrt()",
+        TRUST,
+    ),
+    Mutation(
+        "conjugate gradients are steepest descent",
+        "algos/ops/conjugate_gradients.py",
+        "direction = residual + square / before * direction",
+        "direction = residual",
+        TRUST,
+    ),
+    Mutation(
         "the penalty of long responses begins at once",
         "algos/ops/advantages.py",
         "(limit * (1 - share) - lengths)",
@@ -804,6 +832,20 @@ MUTATIONS = [
         "return returns - adv.group_mean(returns, group)",
         "return returns",
         FAMILY,
+    ),
+    Mutation(
+        "the geometric mask compares the product",
+        "algos/ops/losses.py",
+        "mean = log_ratio / mask.sum(dim=1, keepdim=True)",
+        "mean = log_ratio",
+        OFF_POLICY,
+    ),
+    Mutation(
+        "the negative mask drops good responses too",
+        "algos/engine/policy_gradient.py",
+        'weights if kind != "negative_mask" else torch.where(x < 0, weights, 1.0)',
+        "weights",
+        OFF_POLICY,
     ),
     Mutation(
         "a corrected reward keeps the sampler's penalty",

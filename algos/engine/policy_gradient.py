@@ -38,9 +38,11 @@ class PolicyGradientConfig(AgentConfig):
     correction: Correction | None = None
     """Weight each action by how much likelier the policy makes it than the sampler did, for samplers that differ from
     the policy (another precision, older weights): ratios of tokens or of whole responses, truncated at
-    `correction_limit`, or with `_mask` set to 0 beyond it. None trusts that both are one."""
+    `correction_limit`, or with `_mask` set to 0 beyond it; or drop responses by their ratio's geometric mean, all
+    ("geometric_mask") or bad ones ("negative_mask"). None trusts that both are one."""
     correction_limit: Annotated[float, Gt(1)] = 2.0
-    """Largest weight of `correction`; `token_mask` also drops tokens with weights below its inverse."""
+    """Largest weight of `correction`; `token_mask` also drops tokens with weights below its inverse. The last two masks
+    compare the geometric mean over a response, for which a limit is nearer to 1."""
 
     overlong: NonNegative = 0.0
     """Taken from the reward of a response of the greatest length (text only), and linearly less of shorter ones."""
@@ -90,7 +92,8 @@ class PolicyGradient(Agent[C]):
         if kind is None:
             return x
         sampled, limit = self._sampler_logprob(traj), self.config.correction_limit
-        return x * sampler_weights(kind, policy.logprob, sampled, traj.mask, limit)
+        weights = sampler_weights(kind, policy.logprob, sampled, traj.mask, limit)
+        return x * (weights if kind != "negative_mask" else torch.where(x < 0, weights, 1.0))
 
     def _sampler_logprob(self, traj: Trajectories) -> Tensor:
         if traj.logprob is None:

@@ -30,6 +30,7 @@ _COMMON: dict[str, dict[str, Any]] = {
     "reinforce": _REINFORCE,
     # Without prompts, the episodes of a batch are compared with one another.
     "rloo": {**_GROUP, "max_grad_norm": _NO_CLIP},
+    "trpo": {**_GROUP, "old_kl_limit": 0.02},
     "grpo": _GRPO,
     "dr-grpo": _GRPO,
     "expert-iteration": {"episodes": 32, "group_size": 8, "keep": 2, "iterations": 60, "learning_rate": 5e-3},

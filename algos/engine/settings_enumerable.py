@@ -42,6 +42,9 @@ TABULAR: dict[str, dict[str, Any]] = {
     "reinforce-plus-plus": {**_TABLE, **_GROUP, "minibatches": 1, "group_size": 1},
     "reinforce-plus-plus-baseline": {**_TABLE, **_GROUP, "minibatches": 1},
     "remax": {**_TABLE, **_GROUP, "group_size": 1},
+    # A rare state's part of the Fisher matrix is as small as its share of a batch, so damping has to be smaller. Steps
+    # do not shrink with the gradient, so the limit is annealed.
+    "trpo": {**_GROUP, "episodes": 1024, "old_kl_limit": 0.02, "damping": 1e-4, "anneal": True},
     "a2c": {**_TABLE, **_CRITIC, "episodes": 128, "learning_rate": 0.05},
     "ppo": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "clip": 0.3, "learning_rate": 0.02},
     "ppo-klpen": {**_TABLE, **_PPO, "epochs": 10, "minibatches": 1, "learning_rate": 0.02},

@@ -6,6 +6,7 @@ Masked positions change neither a value nor a gradient, even if they hold NaN (l
 Losses are per position; :func:`masked_mean` (unit "token") or :func:`sequence_mean` (unit "sequence") reduces them.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +19,7 @@ from lm_envs.training import bradley_terry_loss, mean_over_pairs
 
 KLEstimator = Literal["k1", "k2", "k3", "k3_ratio", "full"]
 LossMean = Literal["response", "token", "sum"]
-Correction = Literal["token", "token_mask", "sequence", "sequence_mask"]
+Correction = Literal["token", "token_mask", "sequence", "sequence_mask", "geometric_mask", "negative_mask"]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -66,10 +67,18 @@ def sampler_weights(kind: Correction, logprob: Tensor, sampler_logprob: Tensor, 
     - "sequence": ``min(w, limit)`` for each token of the row; without a limit exact (Liu et al. 2025, "When speed kills
       stability").
     - "sequence_mask": ``w`` up to ``limit``, else 0 (the same source).
+    - "geometric_mask": 1 where ``w^(1/|y|)``, the ratio's geometric mean, is in ``[1 / limit, limit]``, else 0 (the
+      same source, its continuation): rows are dropped alike at any length, and none is reweighted.
+    - "negative_mask": 1 where ``w^(1/|y|)`` is at least ``1 / limit``, else 0, for negative advantages alone
+      (DeepSeek-AI 2025, "DeepSeek-V3.2", off-policy sequence masking with delta ``log limit``).
     """
     log_ratio = k1(logprob, sampler_logprob, mask).detach()
-    if kind.startswith("sequence"):
+    if not kind.startswith("token"):
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    if kind in ("geometric_mask", "negative_mask"):
+        mean = log_ratio / mask.sum(dim=1, keepdim=True)
+        far = (mean.abs() if kind == "geometric_mask" else -mean) > math.log(limit)
+        return (~(far & mask)).to(log_ratio.dtype)
     ratio = log_ratio.exp()
     if not kind.endswith("mask"):
         bounded = ratio.clamp(max=limit)

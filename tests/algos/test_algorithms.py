@@ -423,6 +423,10 @@ CHANGES = {
     "rm_learning_rate": ({}, 0.001),
     "rm_weight_decay": ({}, 0.5),
     "restart": ({}, True),
+    "old_kl_limit": ({}, 0.1),
+    "cg_steps": ({}, 2),
+    "damping": ({}, 10.0),
+    "backtracks": (None, None),
     "n": ({}, 3),
     "reference_samples": ({}, 7),
 }
@@ -430,6 +434,8 @@ CHANGES = {
 WITHOUT_EFFECT = {
     "a2c": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "rloo": {"epochs": "one step per batch", "minibatches": "one step per batch"},
+    "trpo": dict.fromkeys(("learning_rate", "adam_eps", "max_grad_norm"), "for Adam")
+    | dict.fromkeys(("epochs", "minibatches"), "one step per batch"),
     "remax": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "vbon": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "expert-iteration": {
@@ -463,7 +469,7 @@ def end(name, settings):
 
 
 INHERITED = {field.name for field in fields(AgentConfig)}
-SLOW = (*COUSINS, "iterated-rlhf", "ppo-ptx", "ppo-klpen")
+SLOW = (*COUSINS, "trpo", "iterated-rlhf", "ppo-ptx", "ppo-klpen")
 WHOLE = ("sft", "expert-iteration", "reinforce", "ppo")  # whose settings from the engine the quick suite tests too
 
 

@@ -14,7 +14,7 @@ from lm_envs.trajectories import Trajectories
 from tests.algos import batches
 from tests.marks import slow_unless
 
-CONTROL = ("ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "grpo", "dr-grpo", "expert-iteration")
+CONTROL = ("ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "trpo", "grpo", "dr-grpo", "expert-iteration")
 
 
 def trained(env_id, name, seed, budget, env_options=None, **overrides):
@@ -55,7 +55,7 @@ def test_the_committed_settings_run_everywhere(name):
         assert metrics.get("logprob_gap_max", 0.0) < 1e-4
 
 
-LEARNERS = ["ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "grpo", "dr-grpo"]
+LEARNERS = ["ppo", "ppo-klpen", "a2c", "reinforce", "rloo", "trpo", "grpo", "dr-grpo"]
 
 
 @pytest.mark.parametrize("name", slow_unless({"ppo", "reinforce"}.__contains__, LEARNERS))

@@ -18,7 +18,7 @@ from lm_envs.tasks.enumerable import load
 from tests.algos import batches
 from tests.marks import slow_unless
 
-KINDS = ("token", "token_mask", "sequence", "sequence_mask")
+KINDS = ("token", "token_mask", "sequence", "sequence_mask", "geometric_mask", "negative_mask")
 
 
 def test_weights_by_hand():
@@ -36,6 +36,23 @@ def test_weights_by_hand():
     assert weights("sequence", 1.2) == [1.2, 1.2, 1.2, 0.25, 0.25, 1]
     assert weights("sequence_mask", 1.2) == [0, 0, 0, 0.25, 0.25, 1]
     assert weights("sequence_mask", 1.6) == [1.5, 1.5, 1.5, 0.25, 0.25, 1]
+    # Geometric means are 1.5^(1/3), 1.145, and 1/2.
+    assert weights("geometric_mask", 1.1) == [0, 0, 0, 0, 0, 1]
+    assert weights("geometric_mask", 1.2) == [1, 1, 1, 0, 0, 1]
+    assert weights("geometric_mask", 2.1) == [1, 1, 1, 1, 1, 1]
+    assert weights("negative_mask", 2.1) == [1, 1, 1, 1, 1, 1]
+    assert weights("negative_mask", 1.1) == [1, 1, 1, 0, 0, 1]
+
+
+def test_the_negative_mask_is_for_negative_advantages_alone():
+    traj = batches.text_batch()
+    agent = batches.learner("rloo", correction="negative_mask", correction_limit=1.5)
+    now = agent.policy.evaluate(traj)
+    traj.logprob = torch.where(torch.arange(len(traj))[:, None] < 8, now.logprob.detach() + 1.0, now.logprob.detach())
+    x = torch.tensor([1.0, -1.0] * 8).double()[:, None].expand(traj.mask.shape)
+    found = agent.corrected(x, traj, now)[traj.mask]
+    dropped = ((torch.arange(16) < 8) & (torch.arange(16) % 2 == 1))[:, None].expand(traj.mask.shape)[traj.mask]
+    assert torch.equal(found, torch.where(dropped, 0.0, x[traj.mask]))
 
 
 def test_ratios_beyond_the_range_of_their_dtype_cancel():
@@ -108,9 +125,27 @@ COSINES = {  # of RLOO's expected gradient in groups of two, with a limit of 2; 
         "token_mask": 0.9950,
         "sequence": 0.9997,
         "sequence_mask": 0.9987,
+        "geometric_mask": 0.9880,
+        "negative_mask": 0.9880,
     },
-    "quantized": {None: 0.9982, "token": 0.9999, "token_mask": 0.9999, "sequence": 1, "sequence_mask": 1},
-    "stale": {None: 0.8584, "token": 0.9964, "token_mask": 0.7211, "sequence": 0.9802, "sequence_mask": 0.8397},
+    "quantized": {
+        None: 0.9982,
+        "token": 0.9999,
+        "token_mask": 0.9999,
+        "sequence": 1,
+        "sequence_mask": 1,
+        "geometric_mask": 0.9984,
+        "negative_mask": 0.9984,
+    },
+    "stale": {
+        None: 0.8584,
+        "token": 0.9964,
+        "token_mask": 0.7211,
+        "sequence": 0.9802,
+        "sequence_mask": 0.8397,
+        "geometric_mask": 0.8280,
+        "negative_mask": 0.9070,
+    },
 }
 
 
@@ -124,6 +159,24 @@ QUICK = ("stale", None), ("stale", "token")
 def test_what_each_correction_restores(sampler, kind):
     found, target = gradient("rloo", lambda policy, other: other, 2, sampler=sampler, correction=kind)
     assert cosine(found, target) == pytest.approx(COSINES[sampler][kind], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3_ratio"])
+def test_weighted_kl_terms_are_the_kl_at_the_states_that_were_sampled(kind):
+    """With a sampler's weights per token, a term in the loss has the gradient of the KL of each state that the sampler
+    visits; without, it has another (DeepSeek-AI 2025, "DeepSeek-V3.2", eq. 7)."""
+    exact, policy, other = problem("stale")
+    traj, weight = exact.trajectories(other)
+    log_p, visits = policy.log_probs(), exact.visits(other) / len(exact.prompts)
+    per_state = (log_p.exp() * (log_p - exact.log_ref)).sum(dim=2)
+    target = torch.autograd.grad(0.3 * (visits * per_state).sum(), policy.logits)[0]
+    for correction, right in (("token", True), (None, False)):
+        settings = {"correction": correction, "correction_limit": 1e9, "kl_coef": 0.3, "group_size": 1}
+        agent = make_agent("rloo", policy, episodes=8, kl_loss=kind, **settings)
+        each = agent.kl_penalty(traj, policy.evaluate(traj))
+        found = torch.autograd.grad((weight[:, None] * each).sum(), policy.logits)[0]
+        bias = relative_bias({"logits": found}, {"logits": target})
+        assert (bias < 1e-8) if right else (bias > 0.02), (correction, bias)
 
 
 def trained(sampler, **settings):

@@ -43,6 +43,7 @@ EXPECTED = [
     # ... and one batch of 5 demonstrations of 3 tokens for each of 2 steps
     ("reinforce", {"alpha": 0.1, "demonstrations": 5}, SAMPLED | {"trained_tokens": 96 + 2 * 15}),
     ("rloo", {}, ONCE),
+    ("trpo", {}, ONCE),
     ("grpo", {}, ONCE),
     ("dr-grpo", {}, ONCE),
     ("dapo", {}, ONCE),
