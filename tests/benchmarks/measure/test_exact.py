@@ -1,7 +1,10 @@
 """A comparison on the task that is solved exactly: expectations for samples, regret, and the frontier drawn."""
 
 import csv
+import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +94,63 @@ def test_measures_agree_with_samples():
         for name, values in (("proxy", sampled.score), ("length", sampled.response_lengths.double())):
             error = float(values.std()) / 4000**0.5
             assert abs(float(values.mean()) - found[name]) < 4 * error
+
+
+@pytest.mark.parametrize("kind", ["table", "best-of-3", "soft-best-of-3"])
+def test_every_measure_is_computed_a_second_time(kind):
+    """Response by response, from the probabilities under the policy and under SFT, and the scores."""
+    solver = Exact(TextMDP(load(tokens=3, horizon=2, prompts=2)))
+    noise = torch.randn(solver.log_ref.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    table = solver.log_ref + noise
+    policy, p = TabularPolicy(solver, table), solver.sequences(table.log_softmax(dim=2)).exp().tolist()
+    ref, score, lengths = (
+        solver.sequences(solver.log_ref).exp().tolist(),
+        solver.score.tolist(),
+        solver.mask.sum(dim=1).tolist(),
+    )
+    if kind != "table":
+        n, temperature, mdp = 3, 0.4 if kind.startswith("soft") else None, solver.mdp
+        policy = BestOfN(LMPolicy.for_mdp(mdp, mdp.reference), mdp, n, temperature)
+        p = []
+        for chances, scores in zip(ref, score, strict=True):
+            found = [0.0] * len(scores)
+            for drawn in itertools.product(range(len(scores)), repeat=n):
+                best = max(scores[k] for k in drawn)
+                first = next(k for k in drawn if scores[k] == best)
+                weights = [float(k == first) for k in drawn]
+                if temperature is not None:
+                    weights = [math.exp((scores[k] - best) / temperature) for k in drawn]
+                for k, weight in zip(drawn, weights, strict=True):
+                    found[k] += math.prod(chances[j] for j in drawn) * weight / sum(weights)
+            p.append(found)
+    found, beta, count = exact.measure(solver, policy), solver.kl_coef, range(len(score[0]))
+    rows = list(zip(p, ref, score, strict=True))
+    reward = np.mean([sum(a * r for a, r in zip(ours, scores, strict=True)) for ours, _, scores in rows])
+    start = np.mean([sum(b * r for b, r in zip(theirs, scores, strict=True)) for _, theirs, scores in rows])
+    kl = np.mean([sum(a * math.log(a / b) for a, b in zip(ours, theirs, strict=True) if a) for ours, theirs, _ in rows])
+    optimum = np.mean(
+        [beta * math.log(sum(b * math.exp(r / beta) for b, r in zip(q, s, strict=True))) for _, q, s in rows]
+    )
+    wins = [0.5 + 0.5 * np.sign(s[i] - s[j]) for _, _, s in rows for i in count for j in count]
+    chance = [a[i] * b[j] for a, b, _ in rows for i in count for j in count]
+    assert (found["proxy"], found["gold"], found["kl"]) == pytest.approx((reward, reward, kl))
+    assert found["win_rate"] == pytest.approx(np.dot(wins, chance) / 2)
+    assert found["length"] == pytest.approx(np.mean([np.dot(ours, lengths) for ours in p]))
+    assert found["regret"] == pytest.approx((optimum - reward + beta * kl) / (optimum - start))
+    curve = exact.result(solver, policy)["frontier"]
+    kls, rewards = [0.0], [start]
+    largest = max(map(max, score)) - min(map(min, score))
+    for coef in largest * np.geomspace(20, 0.002, 60):
+        tilted = [np.array(b) * np.exp((np.array(s) - max(s)) / coef) for _, b, s in rows]
+        tilted = [q / q.sum() for q in tilted]
+        both = list(zip(tilted, rows, strict=True))
+        kls.append(np.mean([sum(a * math.log(a / b) for a, b in zip(q, r[1], strict=True) if a) for q, r in both]))
+        rewards.append(np.mean([np.dot(q, r[2]) for q, r in both]))
+    assert curve == {"kl": pytest.approx(kls), "reward": pytest.approx(rewards)} and kls == sorted(kls)
+    assert found["frontier_gap"] == pytest.approx(np.interp(kl, kls, rewards) - reward, abs=0.02)
+    half = exact.half_way(solver).exp()
+    torch.testing.assert_close(half, (solver.log_ref.exp() + solver.optimal_policy.exp()) / 2)
+    assert exact.result(solver, policy)["kl_se"] == 0 and not exact.result(solver, policy)["kl_is_bound"]
 
 
 def test_only_a_table_gets_a_table():
