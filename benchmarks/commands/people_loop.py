@@ -119,7 +119,6 @@ class Loop:
                 told = f"round {number} waits for {lacking} answers: lm-envs people serve {self.folder}"
                 console.print(told, highlight=False, markup=False, soft_wrap=True)
                 return
-            anyway = False
             if not answers.exists():
                 self.write_answers(number, answers)
             self.learn(number, console)

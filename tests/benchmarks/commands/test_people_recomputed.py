@@ -242,6 +242,25 @@ def test_pairs_of_an_item_keep_its_ranks_and_columns() -> None:
     assert list(people_items.in_pairs([two])) == [two]
 
 
+def test_no_more_is_read_than_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = byo.write_jsonl(tmp_path / "t.jsonl", [{"prompt": f"p{k}", "completions": ["x", "y"]} for k in range(4)])
+    assert [item.prompt for item in people_items.of_file(rows, 3)] == ["p0", "p1", "p2"]
+
+    class Method:
+        def __init__(self, label: str) -> None:
+            self.label = label
+
+        def test_samples(self) -> list[dict[str, str]]:
+            return [{"prompt": f"p{k}", "response": f"{self.label} {k}"} for k in range(4)]
+
+    monkeypatch.setattr(people_items, "collect_results", lambda folder: [])
+    monkeypatch.setattr(people_items, "gather", lambda folder, rows: [])
+    monkeypatch.setattr(people_items, "by_task", lambda series: {"t": [Method("sft"), Method("ppo")]})
+    found = list(people_items.compared(tmp_path, None, 2))
+    assert found == [Item(f"p{k}", (Response(f"sft {k}", "sft"), Response(f"ppo {k}", "ppo"))) for k in (0, 1)]
+    assert len(list(people_items.compared(tmp_path, "t", None))) == 4
+
+
 # ---- rounds ----
 
 LOOP = """
@@ -376,7 +395,7 @@ def test_what_rounds_report(rounds: tuple[people_loop.Loop, dict[str, list[Any]]
     assert rows[2]["Elo"] == "-" and rows[2]["accuracy"] == "-"
 
 
-def test_to_go_on_anyway_is_for_one_round(rounds: tuple[people_loop.Loop, dict[str, list[Any]]]) -> None:
+def test_to_go_on_anyway_is_for_the_round_that_waits(rounds: tuple[people_loop.Loop, dict[str, list[Any]]]) -> None:
     loop, seen = rounds
     assert "round 0 waits for 4" in go_on(loop, anyway=True)  # nobody has answered
     work(loop.store, "ann", Annotator(lambda item: [0.0, 1.0, 2.0], temperature=0), 1)
@@ -384,6 +403,9 @@ def test_to_go_on_anyway_is_for_one_round(rounds: tuple[people_loop.Loop, dict[s
     store.next(store.annotator("ann"))
     told = go_on(loop, anyway=True)
     assert "round 1 waits for 4" in told and len(seen["train"]) == 1
+    work(store, "ann", Annotator(lambda item: [0.0, 1.0, 2.0], temperature=0), 2)
+    assert "round 1 waits for 3" in go_on(loop)  # the second of them is of round 0
+    assert "round 2 waits for 4" in go_on(loop, anyway=True) and len(seen["train"]) == 2
 
 
 def test_a_reward_model_and_a_training_may_have_settings_of_their_own(

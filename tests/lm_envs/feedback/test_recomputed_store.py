@@ -203,3 +203,34 @@ def test_judges_of_battles_and_rankings(tmp_path: Path) -> None:
         ("C", "c"),
     ]
     assert found[2][2].ranks == (2, 1, 0) and found[3][2].ranks == (1, 0)
+
+
+def test_the_page_gives_and_takes_each_list_in_the_order_shown(tmp_path: Path) -> None:
+    pytest.importorskip("starlette")
+    from starlette.testclient import TestClient
+
+    from lm_envs.feedback.server import application
+
+    found = Store(tmp_path, StudySettings("s", "rate", scale=9, flags={"bad": "b", "sad": "s"}, markdown=False, seed=2))
+    found.add_items(map(item, range(4)))
+    ann = found.annotator("ann")
+    web, base = TestClient(application(found, ["testserver"])), f"/a/{found.key(ann)}/"
+    told, moved = web.get(base + "next").json(), 0
+    for number in range(4):
+        assert (told["done"], told["left"]) == (number, 4 - number)
+        order = found.task(ann, told["item"]).order
+        texts = [found.items()[told["item"]].responses[place].text for place in order]
+        assert told["responses"] == [f'<div class="plain">{text}</div>' for text in texts]
+        said = {"ratings": [3, 1, 8], "flags": [["bad"], [], ["sad", "bad"]], "reasons": ["x", "y", ""]}
+        web_item, moved = told["item"], moved + (order not in ((0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)))
+        told = web.post(f"{base}items/{web_item}", json={"answer": said, "version": 0}).json()
+        answer = found.task(ann, web_item).answer
+        assert answer is not None
+        for name, values in (*said.items(), ("ranks", [1, 2, 0])):
+            stored = [getattr(answer, name)[place] for place in order]
+            assert [list(each) if isinstance(each, tuple) else each for each in stored] == values
+        again = web.get(f"{base}items/{web_item}").json()["answer"]
+        assert {name: again[name] for name in said} == said and again["ranks"] == [1, 2, 0]
+    assert moved and (told["done"], told["left"], told["item"]) == (4, 0, None)  # an order that is no exchange of two
+    first, second = web.get(base + "before").json()["item"], web.get(f"{base}before?item={web_item}").json()["item"]
+    assert first == web_item != second
