@@ -33,6 +33,7 @@ from lm_envs.benchmarks.commands.people import People
 from lm_envs.benchmarks.commands.report import Report
 from lm_envs.benchmarks.commands.tasks import Tasks
 from lm_envs.benchmarks.commands.train import Train
+from lm_envs.benchmarks.commands.tune import Tune
 from lm_envs.benchmarks.errors import Interrupted, explain
 from lm_envs.printable import printable
 from lm_envs.settings import check, near
@@ -48,6 +49,7 @@ _COMMANDS: dict[str, type[Any]] = {
     "reward-model": RewardModel,
     "dpo": Dpo,
     "data": DataCommand,
+    "tune": Tune,
     "overoptimise": Overoptimise,
     "people": People,
     "check": Check,

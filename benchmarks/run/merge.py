@@ -19,7 +19,7 @@ from lm_envs.benchmarks.run.suites import Suite
 from lm_envs.files import TEMPORARY, replacing_folder, sha256
 
 _LEFT = ("checkpoints", ".lock", f"{TEMPORARY}*")  # what a finished run does not need
-_MEASURED_ON = ("test_prompts", "validation_prompts")
+_MEASURED_ON = ("test_prompts", "validation_prompts", "split")
 
 
 @dataclass(frozen=True)

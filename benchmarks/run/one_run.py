@@ -318,7 +318,7 @@ class _Run:
         self.notify({"event": "evaluate", "run": self.spec.label})
         measured, found = problem.evaluate()
         done = 0 if problem.agent is None else problem.agent.iterations_done
-        self.samples.append(*({"iteration": done, "split": "test", **sample} for sample in found))
+        self.samples.append(*({"iteration": done, "split": self.spec.plan.split, **sample} for sample in found))
         self.samples.seal()
         remove(self.folder / "model")  # a process that was killed here left half of it
         problem.save_model(self.folder / "model")

@@ -226,7 +226,7 @@ class TextProblem(Problem):
         return metrics, found.records(4)
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        env, count = self._measure("test"), self.spec.plan.test_prompts
+        env, count = self._measure(self.spec.plan.split), self.spec.plan.test_prompts
         reference = samples.sample_reference(env, self._reference, count)
         found = samples.sample_policy(env, self.policy, count, self.spec.seed)
         measured = samples.summarise(found, reference, self.policy, self.task.stats)

@@ -13,7 +13,17 @@ from annotated_types import MinLen
 
 from lm_envs.benchmarks.errors import UserError, one_line
 from lm_envs.benchmarks.run.names import ALL, check_algorithm, check_task, expanded
-from lm_envs.benchmarks.run.suites import EnvOptions, Plan, Suite, TaskSettings, check_adaptation, env_options
+from lm_envs.benchmarks.run.suites import (
+    EnvOptions,
+    Plan,
+    Range,
+    Space,
+    Suite,
+    TaskSettings,
+    check_adaptation,
+    check_overrides,
+    env_options,
+)
 from lm_envs.files import read_text
 from lm_envs.settings import (
     Count,
@@ -79,6 +89,7 @@ class _Suite(Settings):
     match: Table = field(default_factory=dict)
     adaptation: Table = field(default_factory=dict)
     algorithm: dict[str, Table] = field(default_factory=dict)
+    tune: dict[str, dict[str, list[Any] | Table]] = field(default_factory=dict)
     task: dict[str, Table] = field(default_factory=dict)
 
 
@@ -145,6 +156,25 @@ class _Reader:
         env = env_options({key: table[key] for key in table if key in _ENV}, where)
         return TaskSettings(name, found.algorithms, env, found.options, found.algorithm)
 
+    def space(self, algorithm: str, table: Mapping[str, Any]) -> Space:
+        """What is tried of an algorithm's settings, each checked as a setting."""
+        found: Space = {}
+        for name, part in table.items():
+            where = f"[tune.{algorithm}] {name}"
+            try:
+                found[name] = self.make(Range, part, where) if isinstance(part, dict) else tuple(part)
+            except ValueError as error:
+                raise self.fail(str(error), name) from error
+            ends = (part["low"], part["high"]) if isinstance(part, dict) else part
+            if not ends:
+                raise self.fail(f"{where}: a list of values, or {{ low = ..., high = ... }}", name)
+            for value in ends:
+                try:
+                    check_overrides(algorithm, {name: value})
+                except UserError as error:
+                    raise self.fail(f"{where}: {error}", name) from error
+        return found
+
     def plan(self, data: _Suite) -> Plan:
         budget = self.make(_Budget, data.budget, "[budget]")
         given = [name for name, amount in vars(budget).items() if amount is not None]
@@ -182,9 +212,10 @@ class _Reader:
             every=ALL in data.algorithms,
             match_kl=self.make(_Match, data.match, "[match]").kl,
             keep=self.make(_Checkpoints, data.checkpoints, "[checkpoints]").keep,
+            tune={name: self.space(name, table) for name, table in data.tune.items()},
         )
         used = dict.fromkeys(run.algorithm for run in suite.runs())
-        for name in [*data.algorithm, *(name for task in suite.tasks for name in task.overrides)]:
+        for name in [*data.algorithm, *data.tune, *(name for task in suite.tasks for name in task.overrides)]:
             if name not in used:
                 raise self.fail(f"settings for {name!r}, which this suite does not run: {near(name, used)}", name)
         for name in data.tasks:

@@ -32,6 +32,7 @@ class Plan(Settings):
         reward_calls: responses scored in training, until a run ends.
         flops: floating-point operations of the optimizer, 6 per trained parameter and trained token.
         seconds: of training; the only budget that a rerun does not repeat exactly.
+        split: whose prompts the final evaluation takes; the validation prompts are for tuning.
     """
 
     iterations: Count | None = None
@@ -44,6 +45,7 @@ class Plan(Settings):
     reward_calls: Count | None = None
     flops: Positive | None = None
     seconds: Positive | None = None
+    split: Literal["test", "validation"] = "test"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +75,24 @@ def env_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     made = make(EnvOptions, values, where)
     found = {name: getattr(made, name) for name in values}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Range(Settings):
+    """Numbers between two ends, whole ones if both ends are."""
+
+    low: int | Finite
+    high: int | Finite
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"a range needs low < high, and low > 0 with log, got {self.low} to {self.high}")
+
+
+Space = dict[str, Range | tuple[Any, ...]]
+"""What is tried of an algorithm's settings in tuning: a range, or one of several values."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,7 @@ class Suite:
         every: the algorithms are "all": those that a task does not suit are left out.
         match_kl: KLs, nats per response, at which methods are compared by their validation curves.
         keep: checkpoints that a finished run keeps, so that it can be extended later.
+        tune: what is tried of algorithms' settings by :func:`lm_envs.benchmarks.run.tuning.tune`, by algorithm.
     """
 
     name: str
@@ -139,6 +160,7 @@ class Suite:
     every: bool = False
     match_kl: tuple[float, ...] = ()
     keep: int = 0
+    tune: dict[str, Space] = field(default_factory=dict)
 
     def runs(self) -> list[RunSpec]:
         """Return the cells: for each task all algorithms with the first seed, then with the next, so that early results
