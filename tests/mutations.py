@@ -1198,7 +1198,7 @@ MUTATIONS = [
     Mutation(
         "the final evaluation is on training prompts",
         "benchmarks/run/problems.py",
-        'env, count = self._measure("test"), self.spec.plan.test_prompts',
+        "env, count = self._measure(self.spec.plan.split), self.spec.plan.test_prompts",
         'env, count = self._measure("train"), self.spec.plan.test_prompts',
         RECOMPUTED,
     ),
