@@ -7,6 +7,8 @@ import pytest
 
 from lm_envs.algos.dpo import DPOConfig
 from lm_envs.algos.engine.kl_coefficient import AdaptiveKL
+from lm_envs.algos.engine.settings_control import control_settings
+from lm_envs.algos.engine.settings_enumerable import EPISODES, TABULAR, VALUE_SCALE
 from lm_envs.algos.registry import load
 from lm_envs.files import MANIFEST
 from lm_envs.reward.chat_endpoint import ChatEndpoint
@@ -93,6 +95,57 @@ def test_algorithms(name):
     found = vars(load(name).Config())
     assert {key: found[key] for key in SETTINGS[name]} == SETTINGS[name]
     assert load(name).published_kl_coef == COEFFICIENTS.get(name)
+
+
+@pytest.mark.parametrize(
+    ("env", "name", "expected"),
+    [
+        ("CartPole-v1", "ppo", dict(steps=1024, episodes=None, epochs=10, minibatches=4, lam=0.8, gamma=0.98)),
+        (
+            "CartPole-v1",
+            "ppo",
+            dict(iterations=97, learning_rate=1e-3, value_coef=0.5, max_grad_norm=0.5, value_clip=None),
+        ),
+        ("CartPole-v1", "a2c", dict(steps=128, iterations=2340, lam=0.9, gamma=0.98, whiten_advantage=False)),
+        ("CartPole-v1", "reinforce", dict(episodes=8, iterations=95, learning_rate=5e-3, value_coef=1e-3, gamma=0.98)),
+        ("CartPole-v1", "grpo", dict(episodes=16, group_size=1, kl_loss=None, max_grad_norm=1e6, learning_rate=1e-2)),
+        ("CartPole-v1", "expert-iteration", dict(episodes=32, keep=2, iterations=60, learning_rate=5e-3)),
+        ("lm_envs/Cat-v0", "ppo", dict(steps=512, iterations=80, epochs=4, gamma=0.95, lam=0.95, learning_rate=3e-3)),
+        ("lm_envs/Cat-v0", "a2c", dict(steps=256, iterations=300, gamma=0.95, max_grad_norm=1e6)),
+        ("lm_envs/Cat-v0", "reinforce", dict(episodes=16, iterations=200, value_coef=0.5, whiten_advantage=False)),
+    ],
+)
+def test_control(env, name, expected):
+    found = control_settings(env, name)
+    assert {key: found[key] for key in expected} == expected
+    assert control_settings("Acrobot-v1", name) == control_settings("CartPole-v1", name)
+
+
+def test_tables():
+    assert (EPISODES, VALUE_SCALE) == (100_000, 3.0)
+    table = dict(anneal=False, max_grad_norm=1e6)
+    group, critic = (
+        dict(group_size=16, episodes=256, learning_rate=0.07),
+        dict(whiten_advantage=False, lam=1.0, value_coef=0.5),
+    )
+    ppo = table | critic | dict(value_clip=None, episodes=1024, epochs=10, minibatches=1, learning_rate=0.02)
+    pairs = dict(max_grad_norm=1e6, pairs=50_000, flip=0.0, learning_rate=0.1)
+    for name, expected in {
+        "reinforce": table | group | dict(baseline="leave_one_out"),
+        "vbon": table | group | dict(reference_samples=4096),
+        "grpo": table | group | dict(minibatches=1, kl_coef=0.3),
+        "dapo": table | group | dict(minibatches=1, overlong=0.0),
+        "a2c": table | critic | dict(episodes=128, learning_rate=0.05),
+        "ppo": ppo | dict(clip=0.3),
+        "ppo-klpen": ppo,
+        "expert-iteration": table | dict(episodes=4096, group_size=16, epochs=4, learning_rate=0.05),
+        "quark": table | dict(episodes=1024, learn_episodes=4096, learning_rate=0.05, kl_coef=0.05),
+        "online-dpo": table | dict(episodes=256, beta=0.3, learning_rate=0.05),
+        "dpo": pairs | dict(episodes=500, beta=0.3, learning_rate=0.3),
+        "binary-feedme": pairs | dict(episodes=500),
+        "reward-conditioning": pairs | dict(episodes=1000),
+    }.items():
+        assert TABULAR[name] == expected, name
 
 
 def test_preference_losses():

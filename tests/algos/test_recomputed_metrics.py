@@ -80,9 +80,11 @@ def test_a_tie_orders_nothing_rightly():
 def test_ktos_metrics_and_weights():
     agent = batches.learner("dpo", loss="kto", beta=0.4, wanted_weight=1.5, unwanted_weight=0.5, episodes=9)
     batch = next(agent.batches())
-    moved(agent)
-    now, ratio = log_ratios(agent, batch)
     rank = batch.rank.tolist()
+    ratio = [1.0 if k < 0 else (0.5, 2.0, -1.0)[i % 3] for i, k in enumerate(rank)]  # some between 0 and the baseline
+    shift = torch.zeros_like(batch.ref_logprob)
+    shift[:, 0] = torch.tensor(ratio)
+    now = SimpleNamespace(logprob=batch.ref_logprob + shift)
     other = [r for r, k in zip(ratio, rank, strict=True) if k < 0]
     z = max(0.0, sum(other) / len(other))
     labeled = [(r, k == 0) for r, k in zip(ratio, rank, strict=True) if k >= 0]

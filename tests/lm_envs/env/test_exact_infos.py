@@ -61,6 +61,8 @@ def test_options_are_the_tasks_unless_given():
     env = TextEnv(task)
     lm_envs.set_kl_coef(env, 0.5)
     assert env.mdp.kl_coef == env.mdp.explicit_kl_coef == env.kl_coef == 0.5  # the caller's, as an agent will see
+    long = tiny.task(prompts={"train": [[1], [2, 3]], "test": [[5, 6, 2, 1]]})
+    assert TextMDP(long).prompt(np.array([1])).tolist() == [[-1, -1, 2, 3]]  # as wide as the longest of any split
     columns = {"train": {"n": [1, 2, 3, 4, 5]}, "test": {"n": [6, 7]}}
     assert TextMDP(tiny.task(columns=columns), split="test").columns(np.array([1, 0, 1])) == {"n": [7, 6, 7]}
 

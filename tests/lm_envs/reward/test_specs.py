@@ -244,6 +244,10 @@ def test_models(tmp_path):
     place = folders.options["reward_model"]
     made = build_reward(parse_reward(f"model:{place}"))
     assert isinstance(made, LearnedReward)
+    sizes = [
+        build_reward(parse_reward(f"model:{place}{more}"), batch_size=3).batch_size for more in ("", "[batch_size=7]")
+    ]
+    assert sizes == [3, 7] and made.batch_size == 64
     raw = score(f"model:{place}")
     in_units = build_reward(parse_reward(f"standardise(model:{place}, 1, 2)"))
     assert isinstance(in_units, LearnedReward) and in_units.normalise == (1.0, 2.0)  # still one learned reward

@@ -18,6 +18,7 @@ from lm_envs.reward.base import call_reward
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.tasks import reviews, sampling
 from lm_envs.tasks.reviews import FOLDER, GoldReview, annotate, ranking_accuracy
+from lm_envs.tasks.reviews_grammar import corpus
 from tests.house import CHECKOUT, python
 
 VALUES = json.loads((CHECKOUT / "tests/lm_envs/tasks/reviews_values.json").read_text())
@@ -126,6 +127,16 @@ def test_the_data_is_whole(task):
             assert response[-1] == task.eos_token_id or len(response) == task.max_new_tokens
             assert task.eos_token_id not in response[:-1]
     assert [row for row, _, _ in task.pairs] == list(range(len(task.prompts["train"]))) * 2
+
+
+def test_the_demonstrations_are_the_grammars(task):
+    """Reviews 3,000 to 3,029 of seed 0, but for those that begin like a held-out prompt."""
+    held = {tuple(prompt) for name in ("validation", "test") for prompt in task.prompts[name]}
+    ids = {word.strip(): number for word, number in task.tokenizer.get_vocab().items()}
+    rows = [[ids[word] for word in words] for words in corpus(0, 30, first=3000)]
+    kept = [row for row in rows if tuple(row[:8]) not in held]
+    first = task.demonstrations.index(kept[0])
+    assert len(kept) > 25 and task.demonstrations[first : first + len(kept)] == kept
 
 
 def test_the_task_is_ready_for_use(task):
