@@ -20,6 +20,8 @@ RUNNING = {
     "episodes": (["--episodes", "9"], {f"{PLAN}.episodes": 9}),
     "env": (["--env", "kl_coef=0.5", "--env", "min_new_tokens=2"], {f"{ENV}.kl_coef": 0.5, f"{ENV}.min_new_tokens": 2}),
     "resume": (["--resume"], {"resume": True}),
+    "extend": (["--resume", "--extend"], {"resume": True, "extend": True}),
+    "keep": (["--keep", "17"], {"suite.keep": 17}),
     "compile": (["--compile"], {"suite.compile": True}),
     "freeze_layers": (["--freeze-layers", "1"], {f"{ADAPT}.freeze_layers": 1}),
     "lora_rank": (["--lora-rank", "4"], {f"{ADAPT}.lora_rank": 4}),
@@ -156,7 +158,7 @@ def leaves(value: Any, where: str = "") -> dict[str, Any]:
     return {where: value}
 
 
-APART = ("episodes", "compile", "recompute", "epochs")  # excludes another one, or is a flag beside another
+APART = ("extend", "episodes", "compile", "recompute", "epochs")  # excludes another one, or is a flag beside another
 GROUPS = [(command, apart) for command in TABLES for apart in (False, True)]
 
 
