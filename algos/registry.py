@@ -23,6 +23,7 @@ ALGORITHMS: dict[str, str] = {
     "reinforce": "lm_envs.algos.reinforce:REINFORCE",
     "rloo": "lm_envs.algos.rloo:RLOO",
     "vbon": "lm_envs.algos.vbon:VBoN",
+    "bond": "lm_envs.algos.bond:BOND",
     "grpo": "lm_envs.algos.grpo:GRPO",
     "dapo": "lm_envs.algos.dapo:DAPO",
     "gspo": "lm_envs.algos.gspo:GSPO",

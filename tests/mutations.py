@@ -51,6 +51,7 @@ LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/r
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
+BOND = "tests/algos/test_bond.py"
 FAMILY, TRUST = "tests/algos/test_grpo_family.py", "tests/algos/test_trpo.py"
 SELECT = "tests/algos/engine/test_select.py"
 OFF_POLICY = "tests/algos/engine/test_off_policy.py"
@@ -790,6 +791,27 @@ MUTATIONS = [
         "torch.where(advantage < 0, tau_negative, tau)",
         "torch.where(advantage < 0, tau, tau)",
         LOSSES,
+    ),
+    Mutation(
+        "J-BOND punishes a response below one sample",
+        "algos/bond.py",
+        "traj.score.cpu() < score.amin(dim=1)",
+        "traj.score.cpu() < score.amax(dim=1)",
+        BOND,
+    ),
+    Mutation(
+        "J-BOND imitates the worse sample",
+        "algos/bond.py",
+        "score.argmax(dim=1)]",
+        "score.argmin(dim=1)]",
+        BOND,
+    ),
+    Mutation(
+        "J-BOND's anchor stays",
+        "algos/bond.py",
+        "self._anchor[name].lerp_(p.detach(), config.anchor_rate)",
+        "self._anchor[name].lerp_(p.detach(), 0.0)",
+        BOND,
     ),
     Mutation(
         "TRPO's step ignores the KL limit",

@@ -30,6 +30,7 @@ TABULAR: dict[str, dict[str, Any]] = {
     "reinforce": {**_TABLE, **_GROUP, "baseline": "leave_one_out"},
     "rloo": {**_TABLE, **_GROUP},
     "vbon": {**_TABLE, **_GROUP, "reference_samples": 4096},
+    "bond": {**_TABLE, **_GROUP, "anchor_rate": 0.1},
     "dr-grpo": {**_TABLE, **_GROUP, "minibatches": 1},
     # k3 and its place are published; with the task's coefficient only its bias is left.
     "grpo": {**_TABLE, **_GROUP, "minibatches": 1, "kl_coef": _BETA},

@@ -423,6 +423,9 @@ CHANGES = {
     "rm_learning_rate": ({}, 0.001),
     "rm_weight_decay": ({}, 0.5),
     "restart": ({}, True),
+    "forward_weight": ({}, 0.9),
+    "anchor_rate": ({}, 0.5),
+    "anchor_kl_coef": ({}, 5.0),
     "old_kl_limit": ({}, 0.1),
     "cg_steps": ({}, 2),
     "damping": ({}, 10.0),
@@ -434,6 +437,7 @@ CHANGES = {
 WITHOUT_EFFECT = {
     "a2c": {"epochs": "one step per batch", "minibatches": "one step per batch"},
     "rloo": {"epochs": "one step per batch", "minibatches": "one step per batch"},
+    "bond": dict.fromkeys(("gamma", "kl_coef", "kl_target", "kl_horizon"), "compares scores, before the penalty"),
     "trpo": dict.fromkeys(("learning_rate", "adam_eps", "max_grad_norm"), "for Adam")
     | dict.fromkeys(("epochs", "minibatches"), "one step per batch"),
     "remax": {"epochs": "one step per batch", "minibatches": "one step per batch"},

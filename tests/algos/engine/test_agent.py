@@ -352,7 +352,7 @@ STATE = {
     "expert-iteration": {"restart": True},
 }
 # The others that have state of their own, or data to go on with.
-KEEPING = ("sft", "dpo", "vbon", "quark", "ppo-klpen", "ppo-ptx", "iterated-rlhf")
+KEEPING = ("sft", "dpo", "vbon", "bond", "quark", "ppo-klpen", "ppo-ptx", "iterated-rlhf")
 
 
 @pytest.mark.parametrize("name", slow_unless(lambda name: name in STATE or name in KEEPING, batches.LEARNERS))

@@ -56,6 +56,13 @@ EXPECTED = [
     ("remax", {}, ONCE | {"tokens_generated": 156 + 15 * 6, "episodes": 26 + 15, "reward_calls": 16 + 15}),
     # 64 samples of the reference for each of 4 prompts
     ("vbon", {}, ONCE | {"tokens_generated": 156 + 256 * 6, "episodes": 26 + 256, "reward_calls": 16 + 256}),
+    # two samples of the anchor for each response, of which one is learned from
+    (
+        "bond",
+        {},
+        SAMPLED
+        | {"trained_tokens": 2 * 96, "tokens_generated": 156 + 32 * 6, "episodes": 26 + 32, "reward_calls": 16 + 32},
+    ),
     ("a2c", {}, ONCE),
     ("ppo", PASSES, SAMPLED | {"trained_tokens": 3 * 96}),
     ("ppo-klpen", PASSES, SAMPLED | {"trained_tokens": 3 * 96}),
