@@ -43,7 +43,13 @@ def test_corpus(monkeypatch, tmp_path):
         lm_learning_rate=3e-3, rm_steps=10_000, rm_epochs=4, rm_batch=7, rm_learning_rate=7e-4, samples=12,
         temperature=0.6,
     )  # fmt: skip
-    fits = recorded(monkeypatch, sampling, "fit", lambda *given, **options: None)
+
+    def learn(title, loop, model, *given, **options):  # else both models, of one seed, would be alike
+        if loop is corpus.training.fit_language_model:
+            with torch.no_grad():
+                model.transformer.wte.weight.mul_(1.5)
+
+    fits = recorded(monkeypatch, sampling, "fit", learn)
     drawn = recorded(monkeypatch, sampling, "sample")
     built = recorded(monkeypatch, sampling, "small_gpt2")
     rows = texts()
