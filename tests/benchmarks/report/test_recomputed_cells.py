@@ -137,7 +137,7 @@ def test_without_a_judge_the_headline_is_about_the_proxy() -> None:
 
 
 def test_prompts_where_the_proxy_flatters_any_method_are_shown() -> None:
-    one = [{"gold": g, "proxy": p} for g, p in ((0, 9), (0, 9), (0, 9), (0, 1), (5, 0), (0, 2), (None, 90))]
+    one = [{"gold": g, "proxy": p} for g, p in ((0, 9), (0, 9), (0, 9), (0, -1), (5, 0), (0, 2), (None, 90))]
     two = [{"gold": g, "proxy": p} for g, p in ((0, 0), (0, 0), (0, 0), (0, 3), (9, 0), (0, 0), (None, 90))]
     assert [i for i, _ in chosen_prompts({"one": one, "two": two})] == [0, 1, 2, 3]
 
@@ -172,7 +172,7 @@ def written(tmp_path: Path) -> tuple[Path, list[dict]]:
                 "trained_tokens": 3000 * i + row["seed"],
                 "validation_proxy": i + row["seed"],
             }
-            | {"validation_gold": i * row["gold"], "validation_kl": float(i)}
+            | {"validation_gold": i * row["gold"], "validation_kl": float(i), "validation_win_rate": 0.75}
             for i in range(3 + (row["seed"] == 2))  # the last seed's curve is longer
         ]
         lines = points if row["algorithm"] != "sft" else []
@@ -206,7 +206,7 @@ def test_the_page_says_what_each_run_was_and_marks_the_best(
     cells = re.findall(r"<td>([^<]*)</td>", page.split("At the same KL")[1].split("</table>")[0])
     rloo = [row["gold"] for row in rows if row["algorithm"] == "rloo"]
     assert cells[:6] == ["–"] * 6  # sft has no curve
-    assert cells[12].startswith(f"{np.mean(rloo):.2f} [") and cells[13] == "–"  # gold at 1 nat; no win-rate is known
+    assert cells[12].startswith(f"{np.mean(rloo):.2f} [") and cells[13] == "75.0 [75.0, 75.0]"  # at 1 nat
     share = (math.sqrt(2.5) - math.sqrt(2)) / (math.sqrt(3) - math.sqrt(2))
     assert cells[8] == f"{0.9 * (2 + share):.2f} (1 of 3 seeds)" and cells[10] == cells[11] == "never (KL 3.0)"
 
@@ -335,6 +335,7 @@ def test_people_beside_the_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert float(row["human_win_rate"]) == 0.375
     assert float(row["human_win_rate_se"]) == pytest.approx(0.375)  # of 0.75 and 0
     (line,) = [line for line in table(rows) if line.algorithm == "ppo"]
+    assert cell(line, next(column for column in SHOWN if column.name == "human")) == "37.5 ±37.5"
     assert float(row["win_rate_se"]) == pytest.approx(line.estimates["win_rate"].error, rel=1e-5) != 0.375
 
 

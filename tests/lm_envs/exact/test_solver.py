@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,3 +381,33 @@ def test_enumerated_episodes_are_those_that_the_environment_plays(masked):
     expected = weight * 50_000
     chi2 = float(((counts - expected) ** 2 / expected).sum())
     assert chi2 < len(traj) + 4 * (2 * len(traj)) ** 0.5
+
+
+def test_enumerated_episodes_know_their_prompts(masked):
+    traj, _ = masked.trajectories(masked.log_ref)
+    for prompt, index, group in zip(traj.prompt, traj.prompt_index.tolist(), traj.group.tolist(), strict=True):
+        assert prompt[prompt >= 0].tolist() == list(masked.mdp.prompts[index]) and group == index
+    assert set(traj.prompt_index.tolist()) == {0, 1}
+
+
+def test_a_critic_s_values_are_those_of_their_prefixes(masked):
+    class Critic:
+        def evaluate(self, traj):
+            """The value before each token tells the prompt and the tokens so far."""
+            weight = torch.tensor([7.0**t for t in range(traj.response.shape[1])], dtype=torch.float64)
+            said = ((traj.response + 1) * weight).cumsum(dim=1)
+            value = torch.cat([torch.zeros(len(said), 1, dtype=torch.float64), said], dim=1)
+            return SimpleNamespace(value=value + 1e4 * traj.prompt.clamp(min=0).sum(dim=1, keepdim=True))
+
+    found, texts = masked.values_of(Critic()), masked.tree.texts()
+    for x, prompt in enumerate(masked.mdp.prompts):
+        for s, text in enumerate(texts[: masked.tree.prefixes].tolist()):
+            said = sum((token + 1) * 7.0**t for t, token in enumerate(text) if token >= 0)
+            assert float(found[x, s]) == 1e4 * sum(prompt) + said
+
+
+def test_gradients_are_compared_over_the_parameters_of_the_second():
+    found = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([100.0])}
+    exact = {"a": torch.tensor([4.0, 3.0])}
+    assert cosine(found, exact) == pytest.approx(0.8)
+    assert relative_bias(found, exact) == pytest.approx(math.hypot(1, 3) / 5)
