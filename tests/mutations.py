@@ -2642,10 +2642,10 @@ MUTATIONS = [
         f"{EXACT}::test_every_measure_is_computed_a_second_time",
     ),
     Mutation(
-        "the optimal frontier begins at 0",
+        "the optimal frontier ends early",
         "benchmarks/measure/exact.py",
-        '"reward": [float(exact.reference_value), *reward.tolist()]}',
-        '"reward": [0.0, *reward.tolist()]}',
+        "np.geomspace(20, 2e-3, _POINTS)",
+        "np.geomspace(20, 2e-2, _POINTS)",
         f"{EXACT}::test_every_measure_is_computed_a_second_time",
     ),
     Mutation(
@@ -2661,6 +2661,34 @@ MUTATIONS = [
         ".value[:, :-1] for rows",
         ".value[:, 1:] for rows",
         "tests/lm_envs/exact/test_solver.py::test_a_critic_s_values_are_those_of_their_prefixes",
+    ),
+    Mutation(
+        "the floor of throughput is divided by the time",
+        "benchmarks/speed/throughput.py",
+        'round(one["seconds"] / floor, 3)',
+        'round(floor / one["seconds"], 3)',
+        "tests/benchmarks/speed/test_throughput.py::test_every_number_of_a_line_is_computed_a_second_time",
+    ),
+    Mutation(
+        "throughput counts texts",
+        "benchmarks/speed/throughput.py",
+        'round(size.tokens / one["seconds"], 1)',
+        'round(size.rows / one["seconds"], 1)',
+        "tests/benchmarks/speed/test_throughput.py::test_every_number_of_a_line_is_computed_a_second_time",
+    ),
+    Mutation(
+        "a kernel's time is its floor's share",
+        "benchmarks/speed/kernels.py",
+        'round(floor / seconds, 3), "peak',
+        'round(seconds / floor, 3), "peak',
+        "tests/benchmarks/speed/test_kernels.py::test_every_number_of_a_line_is_computed_a_second_time",
+    ),
+    Mutation(
+        "ratios are of medians",
+        "benchmarks/speed/kernels.py",
+        "return statistics.median(a / b for a, b in zip(own, base, strict=True))",
+        "return statistics.median(own) / statistics.median(base)",
+        "tests/benchmarks/speed/test_kernels.py::test_ratios_are_within_rounds_which_go_there_and_back",
     ),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -53,6 +54,21 @@ def test_it_says_what_a_file_holds(file, capsys):
     assert "bad rows: 1 chosen and rejected alike, 1 empty, 1 not JSON" in text
     for line in (" line 4: the preferred", " line 5: 'chosen' is empty", " line 7: not JSON: Expecting property name"):
         assert line in text
+
+
+def test_labels_repeats_and_lengths_are_counted(tmp_path, capsys):
+    """Twenty judgments of each answer to a prompt: the same with another label says something else."""
+    rows = [{"prompt": "p" * (k + 1), "completion": "y" * (1 + k**2), "label": k % 4 > 0} for k in range(20)]
+    rows += [rows[2] | {"label": not rows[2]["label"]}, rows[5]]
+    path = byo.write_jsonl(tmp_path / "j.jsonl", rows)
+    text = shown(capsys, path)[1]
+    assert "labels 16 true and 6 false" in text and "duplicates 1 rows say what an earlier one did: line 22" in text
+    prompts = sorted(len(row["prompt"]) for row in rows)
+    together = sorted(len(row["prompt"]) + len(row["completion"]) for row in rows)
+    for name, lengths in (("prompt", prompts), ("together", together)):
+        # of 22, the least that is at or above each share
+        marks = [lengths[math.ceil(share * 21)] for share in (0, 0.5, 0.95, 0.99, 1)]
+        assert f"{name} {' '.join(map(str, marks))} {sum(lengths) / 22:.0f}" in text
 
 
 def test_lengths_are_the_tokenizers(file, tmp_path, capsys):

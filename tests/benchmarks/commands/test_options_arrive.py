@@ -11,6 +11,7 @@ import pytest
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.commands import compare, learn, overoptimize, report, train
 from lm_envs.benchmarks.report import overoptimization
+from lm_envs.benchmarks.run.suite_files import load_suite
 
 CUSTOM = ["--policy", "P", "--prompts", "FILE", "--reward-model", "R"]
 ENV, ADAPT, PLAN = "suite.tasks.0.env", "suite.adaptation", "suite.plan"
@@ -203,20 +204,36 @@ def test_sources_of_ones_own(arrived: Any) -> None:
     assert task["options"] == {"policy": "P", "prompts": "FILE", "reward": ["bleu*0.5", "chrf"]}
 
 
+SUITE = """
+tasks = ["reviews", "translation"]
+algorithms = ["ppo", "sft", "rloo"]
+seeds = [5, 6]
+budget = { episodes = 64 }
+adaptation = { lora_rank = 4, lora_alpha = 9.0 }
+[algorithm.ppo]
+epochs = 2
+clip = 0.1
+[task.reviews]
+kl_coef = 0.3
+temperature = 0.75
+algorithms = ["rloo", "ppo"]
+"""
+
+
 def test_a_suite_and_what_comes_on_top_of_it(arrived: Any) -> None:
-    before = arrived("compare", "--suite", "demo", "--out", "OUT")["suite"]
+    Path("s.toml").write_text(SUITE)
     words = ["--algorithms", "sft", "ppo", "--iterations", "3", "--set", "ppo.epochs=7", "--env", "kl_coef=0.5"]
-    after = arrived("compare", "--suite", "demo", *words, "--seeds", "8", "--out", "OUT")["suite"]
-    assert after["plan"] == before["plan"] | {"iterations": 3, "episodes": None}
-    assert after["overrides"]["ppo"] == before["overrides"].get("ppo", {}) | {"epochs": 7}
-    assert {k: v for k, v in after["overrides"].items() if k != "ppo"} == {
-        k: v for k, v in before["overrides"].items() if k != "ppo"
-    }
-    assert after["seeds"] == (8,) and after["algorithms"] == ("sft", "ppo")
-    for old, new in zip(before["tasks"], after["tasks"], strict=True):
-        assert new["env"] == old["env"] | {"kl_coef": 0.5}
-        kept = None if old["algorithms"] is None else tuple(n for n in ("sft", "ppo") if n in old["algorithms"])
-        assert new["algorithms"] == (kept if old["algorithms"] is not None else new["algorithms"])
+    words += ["--lora-alpha", "2.5", "--seeds", "8", "7", "--parallel", "FILE"]
+    found = arrived("compare", "--suite", "s.toml", *words, "--out", "OUT")["suite"]
+    assert (found["plan"]["iterations"], found["plan"]["episodes"]) == (3, None)
+    assert found["overrides"] == {"ppo": {"epochs": 7, "clip": 0.1}}
+    assert found["adaptation"] == {"lora_rank": 4, "lora_alpha": 2.5}
+    reviews, translation = found["tasks"]
+    assert (reviews["env"], translation["env"]) == ({"kl_coef": 0.5, "temperature": 0.75}, {"kl_coef": 0.5})
+    runs = [(run.task, run.seed, run.algorithm) for run in load_suite("s.toml").runs()]
+    assert runs[:5] == [("reviews", s, a) for s in (5, 6) for a in ("rloo", "ppo")] + [("translation", 5, "ppo")]
+    assert reviews["algorithms"] == ("ppo",) and translation["algorithms"] in (None, ("sft", "ppo"))
+    assert found["seeds"] == (8, 7) and found["algorithms"] == ("sft", "ppo")
 
 
 def test_a_report_is_of_its_folder_and_its_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

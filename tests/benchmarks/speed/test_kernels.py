@@ -76,3 +76,27 @@ def test_bad_requests():
         with pytest.raises(SystemExit) as error:
             kernels.main(words)
         assert message in str(error.value)
+
+
+def test_ratios_are_within_rounds_which_go_there_and_back():
+    assert kernels.ratio([2.0, 4.0, 9.0], [1.0, 4.0, 3.0]) == 2.0
+    called = []
+    found = kernels.in_turns("ab", 3, lambda name: called.append(name) or len(called))
+    assert called == list("abbaab") and found == {"a": [1, 4, 5], "b": [2, 3, 6]}
+
+
+def test_every_number_of_a_line_is_computed_a_second_time(monkeypatch):
+    size = kernels.Size("dual", "bfloat16", 100, 1000, threads=1)
+    monkeypatch.setattr(kernels, "rates", lambda device, size: (4e9, 2e12))
+    measured = [{"variant": "x", "forward": 0.25, "backward": 0.5, "peak": 7e5}, {"variant": "y", "error": "no"}]
+    monkeypatch.setattr(kernels, "measure_cpu", lambda size, names, rounds: measured)
+    lines = list(kernels.measure(size, "cpu", (), 1))
+    logits = 100 * 1000 * 2  # bytes
+    moved = {"forward": 2, "backward": 3, "total": 5}  # both models' logits; again, and the gradient
+    seconds = {"forward": 0.25, "backward": 0.5, "total": 0.75}
+    for line, (name, times) in zip(lines[:3], moved.items(), strict=True):
+        floor = times * logits / 4e9
+        assert (line["direction"], line["ms"], line["floor_ms"]) == (name, 1e3 * seconds[name], round(1e3 * floor, 3))
+        assert line["of_roofline"] == round(floor / seconds[name], 3) and line["peak_in_logits"] == 7e5 / logits
+        assert (line["copy_GB_s"], line["product_TFLOP_s"], line["error"]) == (4.0, 2.0, "")
+    assert [(line["variant"], line["ms"], line["error"]) for line in lines[3:]] == [("y", "", "no")] * 3

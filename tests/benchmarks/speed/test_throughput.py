@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,3 +147,40 @@ def test_memory_is_that_of_the_call():
 def test_bad_requests(given, message):
     with pytest.raises(ValueError, match=message):
         bench.check(bench.Settings(**given))
+
+
+def test_every_number_of_a_line_is_computed_a_second_time(monkeypatch):
+    """Of three rounds: the median of the seconds, and of the ratios to generate and to the other library's way."""
+    rival = "trl-1.12 ppo 4 epochs"
+    times = {"generate": [4.0, 2.0, 6.0], "bare forwards": [0.5, 1.0, 0.75], "bare forward+backward": [1.0, 2.0, 1.5]}
+    times |= {"ppo 4 epochs": [8.0, 16.0, 4.0], rival: [24.0, 8.0, 6.0]}
+    known = {
+        name: {"times": own, "seconds": sorted(own)[1], "first": 9.0 + own[0], "foreign": 0.03}
+        for name, own in times.items()
+    }
+    nothing = SimpleNamespace(way=lambda name: None, close=lambda: None)
+    monkeypatch.setattr(bench, "Work", lambda size, device: nothing)
+    monkeypatch.setattr(bench, "Peer", lambda *given: nothing)
+    monkeypatch.setattr(bench, "in_rounds", lambda ways, rounds, device: {name: dict(known[name]) for name in ways})
+    monkeypatch.setattr(bench, "peak", lambda size, name, settings: 1_000_000 * len(name))
+    settings = bench.Settings(
+        shapes=("small",), ways=tuple(times), tables=("fixed work",), rounds=3, peaks=True, threads=1
+    )
+    (batch,) = bench.lines(settings)
+    size = Size("small")
+    for line, (name, own) in zip(batch, times.items(), strict=True):
+        of_generate = sorted(a / b for a, b in zip(times["generate"], own, strict=True))[1]
+        assert (line["way"], line["seconds"], line["of_generate"]) == (name, sorted(own)[1], round(of_generate, 3))
+        assert line["tokens_per_s"] == round(size.rows * size.new_tokens / sorted(own)[1], 1)
+        assert (line["first_s"], line["foreign_load"], line["peak_MB"]) == (9.0 + own[0], 0.03, len(name))
+        assert (line["rows"], line["new_tokens"], line["prompt"], line["rounds"]) == (32, 48, 16, 3)
+        assert line["of_peer"] == (1.5 if name == "ppo 4 epochs" else "")  # of 3, 0.5 and 1.5
+        assert line["times_floor"] == (round(8.0 / (0.75 + 4 * 1.5), 3) if name == "ppo 4 epochs" else "")
+
+
+def test_others_have_the_part_of_the_machine_that_is_not_ours(monkeypatch):
+    load = bench.Load()
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 4)
+    load._start = (10.0, 3.0, 100.0)
+    monkeypatch.setattr(load, "_now", lambda: (18.0, 5.0, 105.0))
+    assert load.foreign() == pytest.approx((8 - 2) / (5 * 4))  # seconds of others of those of all cores
