@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lm_envs import rng
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import Before, rewards
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Metric
-from lm_envs.algos.engine.sampling import charge
+from lm_envs.algos.engine.sampling import sample_beside
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import policy_gradient_loss, sequence_mean, tally
 from lm_envs.settings import NonNegative, Probability, Rate, Several
-from lm_envs.tasks.sampling import SAMPLE_EPISODES
 from lm_envs.trajectories import Trajectories, whole_episodes
 
 BELOW = -math.log(16)
@@ -104,12 +102,7 @@ class BOND(Agent[BONDConfig]):
         """Two responses to each row's prompt, ``(2 B, T)``, those of a row adjacent."""
         assert traj.prompt is not None
         prompt = traj.prompt.repeat_interleave(2, dim=0)
-        episode = SAMPLE_EPISODES + 2 * self.episodes_done + np.arange(len(prompt))
-        places = np.arange(self.policy.uniforms_per_response)
-        uniforms = rng.uniform(self.config.seed, rng.TOKEN, episode[:, None], places)
-        response = self.policy.respond(prompt, torch.as_tensor(uniforms))[0]
-        charge(self, response)
-        return response
+        return sample_beside(self, self.policy, prompt, 2 * self.episodes_done + np.arange(len(prompt)))
 
     @contextmanager
     def _as_anchor(self) -> Iterator[None]:

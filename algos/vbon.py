@@ -9,14 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_envs import rng
 from lm_envs.algos.engine.batching import rewards
-from lm_envs.algos.engine.sampling import charge
+from lm_envs.algos.engine.sampling import sample_beside
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.rloo import RLOO, RLOOConfig
 from lm_envs.exact.best_of_n import log_gain
 from lm_envs.settings import Several, Size
-from lm_envs.tasks.sampling import SAMPLE_EPISODES
 from lm_envs.trajectories import Trajectories
 
 
@@ -69,10 +67,8 @@ class VBoN(RLOO):
         mdp, count = self.mdp, self.config.reference_samples
         rows = prompts.repeat(count)
         policy = LMPolicy.for_mdp(mdp, mdp.reference)
-        episode = SAMPLE_EPISODES + rows * count + np.tile(np.arange(count), len(prompts))
-        uniforms = rng.uniform(self.config.seed, rng.TOKEN, episode[:, None], np.arange(policy.uniforms_per_response))
-        response, _ = policy.respond(torch.as_tensor(mdp.prompt(rows)), torch.as_tensor(uniforms))
-        charge(self, response)
+        episodes = rows * count + np.tile(np.arange(count), len(prompts))
+        response = sample_beside(self, policy, torch.as_tensor(mdp.prompt(rows)), episodes)
         scores = mdp.score(rows, response.cpu().numpy()).sum(axis=1)
         return torch.as_tensor(np.sort(scores.reshape(len(prompts), count), axis=1), dtype=torch.float64)
 

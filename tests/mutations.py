@@ -51,7 +51,7 @@ LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/r
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
-BOND = "tests/algos/test_bond.py"
+BOND, XPO = "tests/algos/test_bond.py", "tests/algos/test_xpo.py"
 FAMILY, TRUST = "tests/algos/test_grpo_family.py", "tests/algos/test_trpo.py"
 SELECT = "tests/algos/engine/test_select.py"
 OFF_POLICY = "tests/algos/engine/test_off_policy.py"
@@ -1047,6 +1047,20 @@ MUTATIONS = [
         "self._anchor[name].lerp_(p.detach(), config.anchor_rate)",
         "self._anchor[name].lerp_(p.detach(), 0.0)",
         BOND,
+    ),
+    Mutation(
+        "XPO's bonus is for the policy's samples",
+        "algos/xpo.py",
+        ".sum(dim=1)[1::2].mean()",
+        ".sum(dim=1)[0::2].mean()",
+        XPO,
+    ),
+    Mutation(
+        "XPO prefers the worse sample",
+        "algos/xpo.py",
+        "[gap[kept] < 0, gap[kept] > 0]",
+        "[gap[kept] > 0, gap[kept] < 0]",
+        XPO,
     ),
     Mutation(
         "TRPO's step ignores the KL limit",

@@ -5,12 +5,15 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lm_envs import rng
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Averages, describe
 from lm_envs.env.report import text_envs
 from lm_envs.env.rollout import Collector, rollout
+from lm_envs.tasks.sampling import SAMPLE_EPISODES
 from lm_envs.trajectories import Trajectories
 
 
@@ -99,6 +102,16 @@ def charge(agent: Any, response: Tensor) -> None:
     agent.samples_done += len(response)
     agent.reward_calls += len(response)
     agent.tokens_done += int((response >= 0).sum())
+
+
+def sample_beside(agent: Any, policy: Any, prompt: Tensor, episodes: NDArray[np.int64]) -> Tensor:
+    """Sample responses ``(N, T)`` of a policy to prompts ``(N, P)`` beside an agent's batches, and charge them; they
+    depend on the agent's seed and the numbers ``episodes (N,)``, which are not those of its batches."""
+    places = np.arange(policy.uniforms_per_response)
+    uniforms = rng.uniform(agent.config.seed, rng.TOKEN, SAMPLE_EPISODES + episodes[:, None], places)
+    response, _ = policy.respond(prompt, torch.as_tensor(uniforms))
+    charge(agent, response)
+    return response
 
 
 def draw(agent: Any, env: Any, weights: int) -> tuple[Trajectories, Trajectories, dict[str, float]]:

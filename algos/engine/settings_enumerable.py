@@ -52,6 +52,7 @@ TABULAR: dict[str, dict[str, Any]] = {
     "expert-iteration": {**_TABLE, "episodes": 4096, "group_size": 16, "epochs": 4, "learning_rate": 0.05},
     "quark": {**_TABLE, "episodes": 1024, "learn_episodes": 4096, "learning_rate": 0.05, "kl_coef": 0.05},
     "online-dpo": {**_TABLE, "episodes": 256, "beta": _BETA, "learning_rate": 0.05},
+    "xpo": {**_TABLE, "episodes": 256, "beta": _BETA, "learning_rate": 0.05},
     "dpo": {**_PAIRS, "episodes": 500, "beta": _BETA, "learning_rate": 0.3},
     "binary-feedme": {**_PAIRS, "episodes": 500},
     "reward-conditioning": {**_PAIRS, "episodes": 1000},

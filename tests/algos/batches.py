@@ -123,7 +123,7 @@ def learner(name: str, kind: str = "mdp", env=None, **overrides):
     mixed = settings.get("ptx_coef", 0.5) if name == "ppo-ptx" else settings.get("alpha", 0.0)
     data = demonstrations(texts(), 2, 6) if algorithm.needs_data or mixed else None
     agent = make_agent(name, policy, data=data, **settings)
-    if name in ("bond", "remax", "vbon"):
+    if name in ("bond", "remax", "vbon", "xpo"):
         agent.mdp = text_env(kind).mdp
     if name == "quark":
         agent.reference = LMPolicy.for_mdp(text_env().mdp, text_task().reference)

@@ -423,6 +423,7 @@ CHANGES = {
     "rm_learning_rate": ({}, 0.001),
     "rm_weight_decay": ({}, 0.5),
     "restart": ({}, True),
+    "optimism": ({}, 0.5),
     "forward_weight": ({}, 0.9),
     "anchor_rate": ({}, 0.5),
     "anchor_kl_coef": ({}, 5.0),
@@ -454,6 +455,9 @@ WITHOUT_EFFECT = {
         ("gamma", "kl_coef", "kl_target", "kl_horizon"), "compares scores; the penalty is beta's"
     )
     | dict.fromkeys(("wanted_weight", "unwanted_weight"), "for kto, which learns from labels"),
+    "xpo": dict.fromkeys(("gamma", "kl_coef", "kl_target", "kl_horizon"), "compares scores; the penalty is beta's")
+    | dict.fromkeys(("wanted_weight", "unwanted_weight"), "for kto, which learns from labels")
+    | dict.fromkeys(("target_margin", "odds_weight"), "for losses without a reference"),
     **{
         name: dict.fromkeys(("gamma", "kl_coef", "kl_target", "kl_horizon", "group_size"), "nothing is sampled")
         for name in batches.LEARNERS

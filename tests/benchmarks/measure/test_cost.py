@@ -72,6 +72,13 @@ EXPECTED = [
     ("quark", {"learn_episodes": 4, "minibatches": 1}, SAMPLED | {"trained_tokens": 2 * 4 * 6}),
     # the best and the worst of each of 2 groups
     ("online-dpo", {"group_size": 4}, SAMPLED | {"trained_tokens": 2 * 4 * 6}),
+    # a sample of the reference for each response
+    (
+        "xpo",
+        {},
+        SAMPLED
+        | {"trained_tokens": 2 * 96, "tokens_generated": 156 + 16 * 6, "episodes": 26 + 16, "reward_calls": 16 + 16},
+    ),
     ("dpo", {"pairs": 5, "episodes": 3}, FIVE | {"trained_tokens": 2 * 3 * 12}),
     # the task comes with 4 pairs, of 5 tokens each
     ("dpo", {"pairs": 3, "episodes": 3}, TEST | THREE | {"trained_tokens": 2 * 15}),
