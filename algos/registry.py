@@ -20,6 +20,7 @@ ALGORITHMS: dict[str, str] = {
     "expert-iteration": "lm_envs.algos.expert_iteration:ExpertIteration",
     "quark": "lm_envs.algos.quark:Quark",
     "online-dpo": "lm_envs.algos.online_dpo:OnlineDPO",
+    "distillation": "lm_envs.algos.distillation:Distillation",
     "xpo": "lm_envs.algos.xpo:XPO",
     "reinforce": "lm_envs.algos.reinforce:REINFORCE",
     "rloo": "lm_envs.algos.rloo:RLOO",

@@ -51,6 +51,7 @@ LEARN, SAME_IDS = "tests/benchmarks/commands/test_learn.py", "tests/benchmarks/r
 VARIANTS, CRITICS = "tests/algos/test_ppo_variants.py", "tests/algos/policies/test_critics.py"
 TOKENS, PREFERENCES = "tests/algos/policies/test_reward_tokens.py", "tests/algos/engine/test_comparisons.py"
 COST = "tests/benchmarks/measure/test_cost.py"
+DISTILLATION = "tests/algos/test_distillation.py"
 BOND, XPO = "tests/algos/test_bond.py", "tests/algos/test_xpo.py"
 FAMILY, TRUST = "tests/algos/test_grpo_family.py", "tests/algos/test_trpo.py"
 SELECT = "tests/algos/engine/test_select.py"
@@ -175,8 +176,8 @@ MUTATIONS = [
     ),
     Mutation(
         "vBoN's reference samples are those of seed 0",
-        "algos/vbon.py",
-        "rng.uniform(self.config.seed, rng.TOKEN",
+        "algos/engine/sampling.py",
+        "rng.uniform(agent.config.seed, rng.TOKEN",
         "rng.uniform(0, rng.TOKEN",
         "tests/algos/test_recomputed_metrics.py::test_vbons_samples_and_its_gain",
     ),
@@ -1047,6 +1048,27 @@ MUTATIONS = [
         "self._anchor[name].lerp_(p.detach(), config.anchor_rate)",
         "self._anchor[name].lerp_(p.detach(), 0.0)",
         BOND,
+    ),
+    Mutation(
+        "distillation as a reward counts the token's own KL",
+        "algos/distillation.py",
+        "self.config.gamma) - adv.masked(reward, traj.mask)",
+        "self.config.gamma)",
+        DISTILLATION,
+    ),
+    Mutation(
+        "distillation turns the KL round",
+        "algos/distillation.py",
+        "now.log_probs(), teacher.log_probs(), traj.mask)",
+        "teacher.log_probs(), now.log_probs(), traj.mask)",
+        DISTILLATION,
+    ),
+    Mutation(
+        "a teacher of other tokens is taken",
+        "algos/distillation.py",
+        "if tokenizer.get_vocab() != mdp.task.tokenizer.get_vocab():",
+        "if len(tokenizer.get_vocab()) < 0:",
+        DISTILLATION,
     ),
     Mutation(
         "XPO's bonus is for the policy's samples",

@@ -23,6 +23,7 @@ KINDS = {"mdp": TextVectorEnv, "bandit": TextBanditVectorEnv}
 # From the registry, so that an algorithm which is added there is tested without another line.
 LEARNERS = tuple(name for name in ALGORITHMS if name not in WRAPPERS)
 SAMPLERS = tuple(name for name in LEARNERS if not load(name).needs_data)
+REWARDED = tuple(name for name in SAMPLERS if name != "distillation")  # learns from a teacher
 SMALL = {"episodes": 16, "group_size": 4, "iterations": 8}
 ROUNDS = {"annotations": 256, "held_out": 32, "rm_steps": 40, "rm_batch": 32, "rm_learning_rate": 1e-2, "flip": 0.0}
 
@@ -125,6 +126,8 @@ def learner(name: str, kind: str = "mdp", env=None, **overrides):
     agent = make_agent(name, policy, data=data, **settings)
     if name in ("bond", "remax", "vbon", "xpo"):
         agent.mdp = text_env(kind).mdp
+    if name == "distillation":
+        agent.teacher = LMPolicy.for_mdp(text_env().mdp, tiny.gpt2(seed=5))
     if name == "quark":
         agent.reference = LMPolicy.for_mdp(text_env().mdp, text_task().reference)
     return agent

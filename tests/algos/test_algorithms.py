@@ -126,7 +126,7 @@ QUICK = ("quark", "expert-iteration", "online-dpo", "reinforce", "grpo", "ppo", 
     ("name", "kind"),
     slow_unless(
         lambda case: case[0] in QUICK if case[1] == "mdp" else case[0] in ("reinforce", "ppo"),
-        product(batches.SAMPLERS, ("mdp", "bandit")),
+        product(batches.REWARDED, ("mdp", "bandit")),
     ),
 )
 def test_every_sampling_algorithm_raises_the_score_on_text(name, kind):
@@ -346,6 +346,7 @@ BASE = {
     "ppo": {"epochs": 1},  # two minibatches: the second sees a ratio that is not 1
     **dict.fromkeys((*COUSINS, "grpo", "dapo", "ppo-ptx"), {"epochs": 2}),
     "ppo-klpen": {"epochs": 2},
+    "distillation": {"as_reward": True},
     "iterated-rlhf": {"epochs": 2, "iterations": 2, "annotations": 64, "held_out": 16, "rm_steps": 8},
     "expert-iteration": {"epochs": 1},
 }
@@ -424,6 +425,8 @@ CHANGES = {
     "rm_weight_decay": ({}, 0.5),
     "restart": ({}, True),
     "optimism": ({}, 0.5),
+    "teacher": (None, None),
+    "as_reward": ({}, False),
     "forward_weight": ({}, 0.9),
     "anchor_rate": ({}, 0.5),
     "anchor_kl_coef": ({}, 5.0),
@@ -455,6 +458,8 @@ WITHOUT_EFFECT = {
         ("gamma", "kl_coef", "kl_target", "kl_horizon"), "compares scores; the penalty is beta's"
     )
     | dict.fromkeys(("wanted_weight", "unwanted_weight"), "for kto, which learns from labels"),
+    "distillation": dict.fromkeys(("kl_coef", "kl_target", "kl_horizon"), "no reward, no penalty")
+    | {"group_size": "prompts are compared with others"},
     "xpo": dict.fromkeys(("gamma", "kl_coef", "kl_target", "kl_horizon"), "compares scores; the penalty is beta's")
     | dict.fromkeys(("wanted_weight", "unwanted_weight"), "for kto, which learns from labels")
     | dict.fromkeys(("target_margin", "odds_weight"), "for losses without a reference"),
@@ -495,7 +500,7 @@ def test_no_setting_is_dead(name, inherited):
             continue
         context, change = CHANGES[field.name]
         if context is None or field.name in WITHOUT_EFFECT.get(name, {}):
-            continue  # steps, micro_batch, draws and corrections have tests of their own
+            continue  # what has None has tests of its own
         known = {f.name for f in fields(config)}
         context = BASE.get(name, {}) | {key: value for key, value in context.items() if key in known}
         change = change.get(name, change["default"]) if isinstance(change, dict) else change

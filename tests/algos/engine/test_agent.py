@@ -307,7 +307,7 @@ def test_minibatches_cover_every_row_once_and_keep_groups_whole():
         units(traj, "word")
 
 
-@pytest.mark.parametrize("name", batches.SAMPLERS)
+@pytest.mark.parametrize("name", batches.REWARDED)
 def test_learning_from_rewards_needs_rewards(name):
     with pytest.raises(ValueError, match="learns from rewards"):
         batches.learner(name).update(demonstrations(batches.texts(), 2, 6, [0] * 12))
