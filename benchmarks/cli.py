@@ -28,6 +28,7 @@ from lm_envs.benchmarks.commands.check import Check
 from lm_envs.benchmarks.commands.compare import Compare
 from lm_envs.benchmarks.commands.data import DataCommand
 from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
+from lm_envs.benchmarks.commands.options import ManyProcesses
 from lm_envs.benchmarks.commands.overoptimize import Overoptimise
 from lm_envs.benchmarks.commands.people import People
 from lm_envs.benchmarks.commands.report import Report
@@ -35,6 +36,7 @@ from lm_envs.benchmarks.commands.tasks import Tasks
 from lm_envs.benchmarks.commands.train import Train
 from lm_envs.benchmarks.commands.tune import Tune
 from lm_envs.benchmarks.errors import Interrupted, explain
+from lm_envs.benchmarks.run.many_processes import STARTED, carry_out, launch
 from lm_envs.printable import printable
 from lm_envs.settings import check, near
 
@@ -106,9 +108,11 @@ def _run(words: list[str], debug: bool) -> None:
     if unknown:
         _refuse(console, _unknown(command, unknown[0]))
         raise SystemExit(BAD_COMMAND)
+    if isinstance(command, ManyProcesses) and command.processes > 1 and not STARTED:
+        raise SystemExit(launch(words, command.processes))
     try:
         check(command)
-        command.run(console)
+        carry_out(lambda: command.run(console))
     except (Interrupted, KeyboardInterrupt):
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt

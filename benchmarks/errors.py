@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 from lm_envs.plugins import USER, told
+from lm_envs.processes.heartbeats import Lost
 
 _REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -44,6 +45,8 @@ def explain(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, Lost):
+        return f"{error}; --resume goes on"
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if str(frame.f_globals.get("__name__")).startswith(USER) and isinstance(error, Exception):
             return told(error, frame.f_code.co_filename)

@@ -18,6 +18,7 @@ ORDER = (
     "lm_envs.files",
     "lm_envs.printable",
     "lm_envs.plugins",
+    "lm_envs.processes",
     "lm_envs.model",
     "lm_envs.trajectories",
     "lm_envs.data",
@@ -39,6 +40,7 @@ ORDER = (
     "lm_envs.benchmarks.speed",
     "lm_envs.benchmarks.commands",
     "lm_envs.benchmarks",
+    "lm_envs.__main__",
 )
 
 

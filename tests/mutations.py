@@ -1610,8 +1610,8 @@ MUTATIONS = [
     Mutation(
         "a second pass over a batch is free",
         "algos/engine/agent.py",
-        "            self.trained_tokens += int(part.response_lengths.sum())\n",
-        "            self.trained_tokens += int(part.response_lengths.sum()) * (epoch == 0)\n",
+        "        self.trained_tokens += int(traj.response_lengths.sum())\n",
+        "        self.trained_tokens += int(traj.response_lengths.sum()) // self.config.epochs\n",
         COST,
     ),
     Mutation(

@@ -7,7 +7,7 @@ the unit that its loss averages over. The result does not depend on the micro-ba
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,9 +19,9 @@ from lm_envs.algos.engine.batching import (
     Before,
     cost_of_a_forward,
     flatten_fixed,
-    micro_batches,
     minibatches,
     mismatch,
+    own_parts,
     select,
     units,
 )
@@ -34,6 +34,8 @@ from lm_envs.algos.engine.optimizer import make_adam, take_back, tensors_of
 from lm_envs.algos.engine.sampling import Sampler, draw
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
+from lm_envs.processes.group import exchange
+from lm_envs.processes.sharing import sum_gradients
 from lm_envs.tasks.base import TextTask
 from lm_envs.training import add_gradients, stream, take_step
 from lm_envs.trajectories import Trajectories
@@ -240,17 +242,21 @@ class Agent(Generic[C]):
     def _step(self, traj: Trajectories, fixed: dict[str, Tensor], averages: Averages, epoch: int, number: int) -> bool:
         """One minibatch. Returns True, having changed nothing, where :meth:`should_stop` says so."""
         self.optimizer.zero_grad(set_to_none=True)
-        mine = Averages()
+        mine, mixed = Averages(), Averages()
         weight = 1.0 if self._units_per_step is None else units(traj, self.unit) / self._units_per_step
         try:
-            add_gradients(self._losses("loss", traj, fixed, self.unit, self.loss, (mine, averages), weight))
+            add_gradients(self._losses("loss", traj, fixed, self.unit, self.loss, mine, weight))
+            mine = Averages().join(*exchange(mine, "the metrics of a minibatch"))
+            averages.join(mine)
             if self.should_stop(mine.means()):
                 self.optimizer.zero_grad(set_to_none=True)
                 return True
-            if (mixed := self.mixture(number)) is not None:
-                weight, data = mixed
+            if (mixture := self.mixture(number)) is not None:
+                weight, data = mixture
                 unit = "token" if self.unit == "token" else "sequence"
-                add_gradients(self._losses("demonstration_nll", data, {}, unit, likelihood(unit), (averages,), weight))
+                add_gradients(self._losses("demonstration_nll", data, {}, unit, likelihood(unit), mixed, weight))
+                averages.join(*exchange(mixed, "the metrics of demonstrations"))
+            sum_gradients(self._parameters.values())
             norm = take_step(self.optimizer, self._parameters.values(), self.config.max_grad_norm)
         except FloatingPointError as error:
             self.optimizer.zero_grad(set_to_none=True)
@@ -271,23 +277,21 @@ class Agent(Generic[C]):
         fixed: dict[str, Tensor],
         unit: str,
         loss_of: Callable[..., tuple[Tensor, dict[str, Metric]]],
-        averages: Iterable[Averages],
+        averages: Averages,
         weight: float = 1.0,
     ) -> Iterator[Tensor]:
-        """The parts of a weighted mean over a minibatch's units, one per micro-batch; their metrics go to averages."""
+        """This process's parts of a weighted mean over a minibatch's units, one per forward; their metrics are added to
+        averages."""
         whole = units(traj, unit)
-        for rows in micro_batches(traj, unit, self.config.micro_batch, self.forward_cost):
-            part, held = (traj, fixed) if rows is None else select(traj, fixed, rows)
-            count = whole if rows is None else units(part, unit)
-            now = self.policy.evaluate(part)
-            self.trained_tokens += int(part.response_lengths.sum())
+        self.trained_tokens += int(traj.response_lengths.sum())
+        for part, held in own_parts(traj, fixed, unit, self.config.micro_batch, self.forward_cost):
+            now, count = self.policy.evaluate(part), units(part, unit)
             loss, metrics = loss_of(part, now, held)
             if self._first_step and part.logprob is not None:
                 metrics = metrics | mismatch(now.logprob.detach(), part, self._same)
-            # Law 8: each part counts by its share of the units, so the sum is the mean over the whole minibatch.
+            # Law 8: each part counts by its share of all processes' units, so the sum is the mean over the minibatch.
             yield loss * (weight * (count / whole))
-            for kept in averages:
-                kept.add({name: loss.detach(), **metrics}, count)
+            averages.add({name: loss.detach(), **metrics}, count)
 
     # ---- sampling ----
 

@@ -1,6 +1,6 @@
 """Cut a batch into minibatches (an Adam step each) and micro-batches (a forward each), by units that stay whole."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lm_envs.algos.ops.advantages import masked
 from lm_envs.algos.ops.losses import k3, tally
 from lm_envs.algos.policies.base import Policy
+from lm_envs.processes import group, sharing
 from lm_envs.trajectories import Trajectories
 
 UNITS = ("token", "sequence", "group")
@@ -46,10 +47,27 @@ class Before:
         self._kept = kept and policy.keeps_logprob
         self._parts: list[Any] | None = None
 
+    @cached_property
+    def _shares(self) -> list[sharing.Rows]:
+        return sharing.shares(costs(self._traj).cpu())
+
     def _batches(self) -> list[Trajectories]:
-        if self._rows >= len(self._traj):
-            return [self._traj]
-        return [self._traj.select(slice(i, i + self._rows)) for i in range(0, len(self._traj), self._rows)]
+        """The parts of this process's share of the rows."""
+        traj = self._traj
+        if group.world() > 1:
+            traj = traj.select(torch.from_numpy(self._shares[group.rank()]))
+        if self._rows >= len(traj):
+            return [traj] if len(traj) else []
+        return [traj.select(slice(i, i + self._rows)) for i in range(0, len(traj), self._rows)]
+
+    def _whole(self, parts: Iterable[Tensor]) -> Tensor:
+        """Tensors of this process's rows, as those of all rows."""
+        held = list(parts)
+        if group.world() == 1:
+            return torch.cat(held)
+        found = sharing.gather(self._shares, {"x": torch.cat(held)} if held else {}, "the batch before the update")["x"]
+        assert found is not None
+        return found.to(self._traj.mask.device)
 
     def _evaluated(self) -> list[Any]:
         if self._parts is None:
@@ -72,11 +90,11 @@ class Before:
         if self._kept and self._traj.logprob is not None and not self.was_read:
             precise = torch.promote_types(next(self._policy.parameters()).dtype, torch.float32)
             return masked(self._traj.logprob.to(precise), self._traj.mask)
-        return torch.cat([part.logprob for part in self._evaluated()])
+        return self._whole(part.logprob for part in self._evaluated())
 
     @cached_property
     def entropy(self) -> Tensor:
-        return torch.cat([part.entropy for part in self._evaluated()])
+        return self._whole(part.entropy for part in self._evaluated())
 
     @cached_property
     @torch.no_grad()
@@ -85,16 +103,31 @@ class Before:
             if self._traj.value is not None:
                 return self._traj.value
             if self._policy.has_own_critic:
-                return torch.cat([self._policy.critic_values(part) for part in self._batches()])
-        return torch.cat([part.value for part in self._evaluated()])
+                return self._whole(self._policy.critic_values(part) for part in self._batches())
+        return self._whole(part.value for part in self._evaluated())
 
     def log_probs(self) -> Tensor:
         with torch.no_grad():
-            return torch.cat([part.log_probs() for part in self._evaluated()])
+            return self._whole(part.log_probs() for part in self._evaluated())
 
     def q_values(self) -> Tensor:
         with torch.no_grad():
-            return torch.cat([part.q_values() for part in self._evaluated()])
+            return self._whole(part.q_values() for part in self._evaluated())
+
+
+def costs(traj: Trajectories) -> Tensor:
+    """``(B,)`` tokens of each row, prompt and response; for control its steps."""
+    lengths = traj.response_lengths
+    return lengths if traj.prompt is None else lengths + (traj.prompt >= 0).sum(dim=1)
+
+
+def share(traj: Trajectories, unit: str) -> Tensor | None:
+    """The rows of a minibatch that this process learns from, whole units; None for all."""
+    if group.world() == 1:
+        return None
+    together = groups(traj)[1].cpu() if unit == "group" else None
+    mine = sharing.shares(costs(traj).cpu(), together)[group.rank()]
+    return torch.from_numpy(mine).to(traj.mask.device)
 
 
 def groups(traj: Trajectories) -> tuple[Tensor, Tensor]:
@@ -156,6 +189,19 @@ def mismatch(logprob: Tensor, traj: Trajectories, same: bool) -> dict[str, Any]:
     return found | ({"logprob_gap_max": masked((traj.logprob - logprob).abs(), traj.mask).max()} if same else {})
 
 
+def own_parts(
+    traj: Trajectories, fixed: dict[str, Tensor], unit: str, most: int | None, forward: float | None
+) -> Iterator[tuple[Trajectories, dict[str, Tensor]]]:
+    """The parts of a minibatch that this process learns from, one per forward: its :func:`share`, cut into
+    :func:`micro_batches`."""
+    if (mine := share(traj, unit)) is not None:
+        if not len(mine):
+            return
+        traj, fixed = select(traj, fixed, mine)
+    for rows in micro_batches(traj, unit, most, forward):
+        yield (traj, fixed) if rows is None else select(traj, fixed, rows)
+
+
 def micro_batches(traj: Trajectories, unit: str, most: int | None, forward: float | None = None) -> list[Tensor | None]:
     """Row indices of each forward within a minibatch, ``most`` rows or fewer; a single None is all at once.
 
@@ -175,8 +221,8 @@ def micro_batches(traj: Trajectories, unit: str, most: int | None, forward: floa
         return list(rows.split(most))
     found, inverse = groups(traj)
     chunks: list[list[Tensor]] = [[]]
-    for group in range(len(found)):
-        members = rows[inverse == group]
+    for number in range(len(found)):
+        members = rows[inverse == number]
         if chunks[-1] and sum(map(len, chunks[-1])) + len(members) > most:
             chunks.append([])
         chunks[-1].append(members)

@@ -30,6 +30,13 @@ class Averages:
             self._sums[name] = self._sums.get(name, 0.0) + float(total)
             self._weights[name] = self._weights.get(name, 0.0) + float(count)
 
+    def join(self, *others: "Averages") -> "Averages":
+        """Add all that was added to others, and return these averages."""
+        for other in others:
+            for name, total in other._sums.items():
+                self.add({name: total if name.endswith("_max") else (total, other._weights[name])}, 1.0)  # type: ignore[dict-item]
+        return self
+
     def means(self) -> dict[str, float]:
         """The averages so far, of what was counted at all."""
         return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}

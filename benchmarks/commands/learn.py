@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lm_envs.benchmarks.commands.options import Adapt
+from lm_envs.benchmarks.commands.options import Adapt, ManyProcesses
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.suites import Plan, parse_settings
 from lm_envs.settings import Count, Positive, Rate, Seed, Share, Size, Threads, Whole
@@ -19,7 +19,7 @@ _SHOWN = 10  # skipped rows on the screen; data/info.json has all
 
 
 @dataclass(frozen=True)
-class _Learn:
+class _Learn(ManyProcesses):
     model: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """The model to start from, and its tokenizer: a folder of save_pretrained, or a hub name."""
     data: Annotated[str, tyro.conf.arg(metavar="FILE")]
@@ -58,7 +58,7 @@ class _Learn:
     resume: bool = False
     """Continue what OUT holds."""
     threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
-    """Torch threads."""
+    """Torch threads of each process."""
     adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
 
     algorithm: ClassVar[str]
@@ -130,7 +130,6 @@ class Dpo(_Preferences):
 def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, console: Console) -> dict[str, Any]:
     """Carry out a stage (a :class:`~lm_envs.benchmarks.run.data_problem.DataSpec`) in ``out``, or the rest of it, and
     print its results."""
-    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from lm_envs.benchmarks.run.compare import gone_if_refused
@@ -139,6 +138,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     from lm_envs.benchmarks.run.progress import Display
     from lm_envs.benchmarks.run.suites import check_overrides
     from lm_envs.benchmarks.run.workers import StopRequest
+    from lm_envs.processes import group
 
     disable_progress_bar()
     check_overrides(spec.algorithm, spec.overrides)
@@ -155,7 +155,7 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
 
         try:
             with StopRequest(shown.say).listening() as stop:
-                threads = threads or torch.get_num_threads()
+                threads = threads or group.threads()
                 result = execute(spec, out, threads=threads, notify=shown, should_stop=stop, opener=opener)
         except Interrupted:
             shown({"event": "stopped", "run": spec.label})

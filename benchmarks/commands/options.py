@@ -15,7 +15,7 @@ from lm_envs.benchmarks.run.names import base_task, is_control
 from lm_envs.benchmarks.run.suites import BUDGETS, Suite, check_adaptation, env_options, parse_settings
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
-from lm_envs.settings import Count, Positive, Rank, Whole
+from lm_envs.settings import Count, Positive, Rank, Threads, Whole
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,16 @@ class Adapt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running:
+class ManyProcesses:
+    """A command that processes can carry out together."""
+
+    processes: Annotated[Threads, tyro.conf.arg(metavar="N")] = 1
+    """Processes on this machine that carry out each run together, each a share of every batch; the result is that of
+    one (docs/scale.md). Started by torchrun, the command takes its processes instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(ManyProcesses):
     """Options of the commands that train on tasks."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]

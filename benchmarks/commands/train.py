@@ -40,12 +40,12 @@ class Train(Running):
     checkpoint_every: Count = Plan.checkpoint_every
     """Iterations between checkpoints."""
     threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
-    """Torch threads; all cores if not given. The last bits of results may depend on it."""
+    """Torch threads of each process; all cores if not given. The last bits of results may depend on it."""
 
     def run(self, console: Console) -> None:
-        import torch
+        from lm_envs.processes import group
 
-        threads = torch.get_num_threads() if self.threads is None else self.threads
+        threads = group.threads() if self.threads is None else self.threads
         overrides = {self.algorithm: parse_settings(self.set)} if self.set else {}
         own = self.own.options()
         task = self.task or (next(iter(own)) if len(own) == 1 else None)

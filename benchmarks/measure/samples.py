@@ -22,6 +22,7 @@ from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import RespondingPolicy, rollout
 from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model.decoding import greedy
+from lm_envs.processes.sharing import total
 from lm_envs.reward.base import leaves
 from lm_envs.reward.metrics import TextMetric
 from lm_envs.reward.units import Samples
@@ -78,13 +79,13 @@ class MeasuredSamples:
 def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed: int) -> MeasuredSamples:
     """Sample and score a response to each of the first ``count`` prompts (None: all) of an :func:`evaluation_env`."""
     mdp = env.mdp
-    total = len(mdp.prompts) if count is None else min(count, len(mdp.prompts))
+    whole = len(mdp.prompts) if count is None else min(count, len(mdp.prompts))
     per_prompt = max(1, policy.uniforms_per_response // mdp.max_new_tokens)
     at_once = max(1, _ROWS_AT_ONCE // per_prompt)
     start = time.perf_counter()
     parts = [
-        rollout(env, policy, episodes=min(at_once, total - first), first_episode=first, seed=seed)
-        for first in range(0, total, at_once)
+        rollout(env, policy, episodes=min(at_once, whole - first), first_episode=first, seed=seed)
+        for first in range(0, whole, at_once)
     ]
     seconds = time.perf_counter() - start
     traj = Trajectories.concatenate(parts)
@@ -236,7 +237,10 @@ def summarise(
         kl, kl_se = float(measured.mean()) + kl, math.hypot(standard_error(measured), kl_se)
     elif best:
         kl, kl_se = bound, math.nan
-    inference_tokens = best.tokens_generated if best else int(found.length.sum())
+    inference_tokens = int(found.length.sum())
+    if best:  # a process counts what it sampled
+        inference_tokens = total(best.tokens_generated, "tokens of best-of-n")
+        calls = total(best.reward_calls, "reward calls of best-of-n")
     return {
         "win_rate": float(outcome.mean()),
         "win_rate_se": standard_error(outcome),
@@ -255,8 +259,8 @@ def summarise(
         "distinct_2": distinct_2(found.tokens),
         "stopped": float(np.mean([reason == "stop" for reason in found.finish_reason])),
         "inference_tokens": inference_tokens,
-        "inference_episodes": best.reward_calls if best else len(outcome),
-        "inference_reward_calls": best.reward_calls if best else 0,
+        "inference_episodes": calls if best else len(outcome),
+        "inference_reward_calls": calls if best else 0,
         "inference_s": found.seconds,
         "prompts": len(outcome),
         "wins": outcome.tolist(),

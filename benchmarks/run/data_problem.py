@@ -31,6 +31,7 @@ from lm_envs.model.adapters import has_adapters
 from lm_envs.model.checking import check_model
 from lm_envs.model.text import Codec
 from lm_envs.model.tokens import context_of
+from lm_envs.processes import group
 from lm_envs.reward.learned import pools_last_token, reward_start
 
 KINDS: dict[str, conventions.Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
@@ -101,7 +102,8 @@ class DataProblem(Problem):
             self.model = loading.load_policy(spec.model, "model", placement)
             loading.check_fits(self.tokenizer, loading.vocabulary_of(self.model), f"model {spec.model!r}")
             check_model(self.model, f"model {spec.model!r}")
-        self.info = self._packed(context_of(self.model))
+        context = context_of(self.model)
+        self.info = group.first(lambda: self._packed(context), "the tokenized data")
         examples = PackedExamples(self.folder, self._kind != "demonstrations", self._kind == "judgments")
         self._train, held = examples.divide(spec.held_out)
         if not len(self._train):
@@ -201,12 +203,13 @@ class DataProblem(Problem):
         if self._held is None:
             return {}
         averages = Averages()
-        for chosen in torch.arange(len(self._held))[:most].split(self.agent.config.micro_batch or _MICRO_BATCH):
+        chunks = torch.arange(len(self._held))[:most].split(self.agent.config.micro_batch or _MICRO_BATCH)
+        for chosen in chunks[group.rank() :: group.world()]:
             part = self._held.select(chosen).to(self.model.device)
             part.weight = None
             loss, metrics = self.agent.loss(part, self.policy.evaluate(part), {})
             averages.add({"loss": loss, **metrics}, units(part, self.agent.unit))
-        found = averages.means()
+        found = Averages().join(*group.exchange(averages, "the measures of held-out rows")).means()
         if self.spec.algorithm == "sft":
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
         has_reference = self.spec.algorithm == "dpo" and self.agent.config.loss not in REFERENCE_FREE

@@ -1,19 +1,24 @@
-"""Hashes of the user's files that a run reads: models, data, and the code of rewards and tasks."""
+"""What the numbers of a run depend on: versions, and hashes of the files that it reads, which are models, data, and the
+code of rewards and tasks."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import os
+import platform
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lm_envs
 from lm_envs.algos.registry import ALGORITHMS
 from lm_envs.benchmarks.run.names import base_task
 from lm_envs.data import sources
-from lm_envs.files import sha256
+from lm_envs.files import code_hash, sha256
 from lm_envs.model.adapters import base_of, is_adapter
 from lm_envs.model.hub import commit_of
 from lm_envs.plugins import place_of
@@ -25,6 +30,28 @@ if TYPE_CHECKING:
     from lm_envs.benchmarks.run.suites import RunSpec
 
 _OF_MODELS = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions that numbers depend on; for this package with a hash of its files."""
+    beside = [import_module(f"{lm_envs.__name__}.{name}") for name in ("kernels", "algos", "benchmarks")]
+    folders = [Path(path) for module in (lm_envs, *beside) for path in module.__path__]
+    ours = sorted({file for folder in folders for file in folder.rglob("*.py")})
+    found = {"python": platform.python_version(), "lm-envs": f"{lm_envs.__version__} ({code_hash(ours)})"}
+    for name in ("torch", "transformers", "gymnasium", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # installed in a way that left no metadata
+            found[name] = "unknown"
+    return found
+
+
+def flat(value: Any, where: str = "") -> dict[str, str]:
+    """Settings as text by their place, so that two NaN are the same."""
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in flat(value[key], f"{where}.{key}" if where else str(key)).items()}
+    return {where: repr(value)}
 
 
 def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:

@@ -6,26 +6,21 @@ result; its presence means that the run is finished.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import platform
 import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
 
-import lm_envs
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.run.inputs import fingerprints
+from lm_envs.benchmarks.run.inputs import fingerprints, flat, versions
 from lm_envs.benchmarks.run.problems import MOST, Problem, open_problem
 from lm_envs.benchmarks.run.storage import (
     SEAL,
@@ -38,8 +33,11 @@ from lm_envs.benchmarks.run.storage import (
     write_json,
     write_sealed,
 )
-from lm_envs.benchmarks.run.suites import BUDGETS, RunSpec
-from lm_envs.files import MANIFEST, TEMPORARY, code_hash, remove, write_manifest
+from lm_envs.benchmarks.run.suites import RunSpec, only_larger
+from lm_envs.benchmarks.run.tracking import Tracker, Untracked
+from lm_envs.files import MANIFEST, TEMPORARY, remove, write_manifest
+from lm_envs.processes import group
+from lm_envs.processes.group import call, called
 
 if TYPE_CHECKING:
     from lm_envs.benchmarks.run.data_problem import DataSpec
@@ -51,21 +49,6 @@ _RNG = "rng.torch"
 _FOLDERS = ("checkpoints", "data", "model", "tensorboard")
 BEFORE_CONFIG = (".lock", "data", "log.txt")  # what may lie in a folder without a config.json
 LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take few, large iterations
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Return the versions that numbers depend on; for this package with a hash of its files."""
-    beside = [import_module(f"{lm_envs.__name__}.{name}") for name in ("kernels", "algos", "benchmarks")]
-    folders = [Path(path) for module in (lm_envs, *beside) for path in module.__path__]
-    ours = sorted({file for folder in folders for file in folder.rglob("*.py")})
-    found = {"python": platform.python_version(), "lm-envs": f"{lm_envs.__version__} ({code_hash(ours)})"}
-    for name in ("torch", "transformers", "gymnasium", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # installed in a way that left no metadata
-            found[name] = "unknown"
-    return found
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -139,7 +122,7 @@ def check_same(spec: AnySpec, folder: Path, extend: bool = False) -> dict[str, A
     if config is None:
         return None
     found = differences(config["run"], spec.to_json())
-    if found and extend and _only_larger(config, spec.to_json()):
+    if found and extend and only_larger(config, spec.to_json()):
         if config["agent"] is not None and not Checkpoints(folder / "checkpoints").paths():
             raise UserError(f"{folder} holds no checkpoint to go on from: a run that is to be extended needs --keep 1")
     elif found:
@@ -157,19 +140,6 @@ def check_same(spec: AnySpec, folder: Path, extend: bool = False) -> dict[str, A
     return config
 
 
-def _only_larger(config: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a run differs from an older one in nothing but a larger budget of the same kind."""
-    old = config["run"]
-    rest = [{k: v for k, v in run["plan"].items() if k not in BUDGETS} for run in (old, new)]
-    if {**old, "plan": rest[0]} != {**new, "plan": rest[1]} or "iterations" in new.get("overrides", {}):
-        return False  # its own iterations come before those of the plan
-    amounts = [{k: v for k, v in run["plan"].items() if k in BUDGETS and v is not None} for run in (old, new)]
-    if not amounts[0] and config["agent"] is not None:  # the algorithm's own number
-        amounts[0] = {"iterations": config["agent"]["iterations"]}
-    before, now = amounts
-    return before.keys() == now.keys() and all(now[kind] > before[kind] for kind in now)
-
-
 @dataclass
 class _Run:
     spec: AnySpec
@@ -180,6 +150,11 @@ class _Run:
     notify: Notify
     should_stop: Callable[[], bool]
     wall_s: float = 0.0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run's files."""
+        return group.number() == 0
 
     def __post_init__(self) -> None:
         self.metrics, self.samples = Records(self.folder / "metrics.jsonl"), Records(self.folder / "samples.jsonl")
@@ -195,22 +170,37 @@ class _Run:
         no_folders = [path for name in _FOLDERS if not (path := self.folder / name).is_dir()]
         for path in (*unfinished, *no_folders):
             remove(path)
-        torch.set_num_threads(self.threads if config is None else config["threads"])
+        self.threads = self.threads if config is None else config["threads"]
+        call((self.spec, self.folder, self.threads))
+        with group.together():
+            return self._carry_out(opener, config)
+
+    def follow(self) -> None:
+        """Carry out the run with process 0, which writes what there is to write."""
+        with group.together():
+            self._carry_out(_opener(self.spec, self.folder), None)
+
+    def _carry_out(self, opener: Callable[[Any], Any], config: dict[str, Any] | None) -> dict[str, Any]:
+        torch.set_num_threads(self.threads)
         # Our own code counts its random numbers; a user's reward or algorithm may take torch's generator.
         torch.manual_seed(self.spec.seed)
         problem: Problem = opener(self.spec)
-        if config is None:
-            config = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
-            config = write_sealed(self.folder / "config.json", config | {"inputs": fingerprints(self.spec)})
-        elif extended:
-            config = self._extended(config, problem)
-        self.checkpoints.runs = (*config.get("extends", ()), config[SEAL])
+        found = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
+        found |= {"inputs": fingerprints(self.spec)}
+        group.check_same(flat(found), "what the run is made of")
+        if self.leads:
+            if config is None:
+                config = write_sealed(self.folder / "config.json", found)
+            elif config["run"] != found["run"]:
+                config = self._extended(config, problem)
+            self.checkpoints.runs = (*config.get("extends", ()), config[SEAL])
         total = 0 if problem.agent is None else self._total(problem.agent)
         self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": total})
-        if problem.agent is None:
-            self.samples.cut(0)
-        else:
+        if problem.agent is not None:
+            check_shares(problem.agent)
             self._train(problem)
+        elif self.leads:
+            self.samples.cut(0)
         return self._finish(problem)
 
     def _extended(self, config: dict[str, Any], problem: Problem) -> dict[str, Any]:
@@ -224,10 +214,8 @@ class _Run:
 
     def _train(self, problem: Problem) -> None:
         agent = problem.agent
-        self._resume(agent)
-        done = agent.iterations_done
-        tracker = Tracker(self.folder / "tensorboard", resumed_at=done)
-        saved = done if self.checkpoints.paths() else -1
+        saved = done = self._resume(agent)
+        tracker = Tracker(self.folder / "tensorboard", resumed_at=done) if self.leads else Untracked()
         try:
             if done == 0:
                 nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "trained_tokens"), 0)
@@ -238,13 +226,14 @@ class _Run:
                 traj, metrics = agent.iteration(problem.env)
                 self.wall_s += time.perf_counter() - start
                 done = agent.iterations_done
+                stop = self._agree(agent, metrics)
                 tracker.scalars(metrics, done)
                 self._record(problem, tracker, {**metrics, "iteration": done, "wall_s": self.wall_s})
                 if done % self.spec.plan.checkpoint_every == 0 or self._over(agent):
                     tracker.texts(problem.texts(traj), done, "training")
                     self._save(problem)
                     saved = done
-                if self.should_stop():
+                if stop:
                     # A checkpoint restarts the episodes of an agent that samples steps, so an extra one would change
                     # the run: such a run goes back to its last regular checkpoint.
                     if saved != done and agent.config.steps is None:
@@ -252,6 +241,18 @@ class _Run:
                     raise Interrupted(self.spec.label)
         finally:
             tracker.close()
+
+    def _agree(self, agent: Any, metrics: Mapping[str, Any]) -> bool:
+        """Whether to stop after this iteration, as any process was asked to, with the time of process 0 on all."""
+        mine = self.should_stop(), self.wall_s, (agent.tokens_done, agent.trained_tokens), metrics.get("grad_norm", 0.0)
+        all_stop, all_wall_s, counts, norms = zip(*group.exchange(mine, "the end of an iteration"), strict=True)
+        if len(set(counts)) > 1 or not all(math.isclose(norm, norms[0], rel_tol=1e-3) for norm in norms):
+            raise UserError(
+                f"the processes have drifted apart by iteration {agent.iterations_done} (norms of the gradient "
+                f"{', '.join(f'{norm:.6g}' for norm in norms)}): a reward or an environment gave them different numbers"
+            )
+        self.wall_s = all_wall_s[0]
+        return any(all_stop)
 
     def _spent(self, agent: Any) -> float | None:
         """The share that is spent of a budget other than iterations, None without one."""
@@ -278,45 +279,58 @@ class _Run:
             return int(agent.config.iterations)
         return max(done, round(done / spent)) if spent else max(done, 1)
 
-    def _record(self, problem: Problem, tracker: Tracker, metrics: dict[str, Any]) -> None:
+    def _record(self, problem: Problem, tracker: Tracker | Untracked, metrics: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, with a point of the learning curve where one is due."""
         done, total = metrics["iteration"], self._total(problem.agent)
         every = min(self.spec.plan.validate_every, max(1, total // LEAST_POINTS))
         if every and (done % every == 0 or self._over(problem.agent)):
             found, samples = problem.validate()
+            if not self.leads:
+                return
             metrics = metrics | {f"validation_{name}": value for name, value in found.items()}
             self.samples.append(*({"iteration": done, "split": "validation", **sample} for sample in samples))
             tracker.scalars(found, done, "validation")
             text = "{prompt} | {response}  (gold {gold:.2f}, proxy {proxy:.2f})"
             tracker.texts([text.format(**sample) for sample in samples], done, "validation")
-        self.metrics.append(metrics)
+        if self.leads:
+            self.metrics.append(metrics)
         self.notify({"event": "iteration", "run": self.spec.label, "of": total, "metrics": metrics})
 
     def _save(self, problem: Problem) -> None:
         """Write a checkpoint, after its records are on disk, so that it never counts on what a crash could lose."""
         tensors, counters = problem.agent.checkpoint()
         tensors[_RNG] = torch.get_rng_state()
+        group.first(lambda: self._write(problem.agent.iterations_done, tensors, counters), "a checkpoint")
+
+    def _write(self, iteration: int, tensors: dict[str, Any], counters: dict[str, Any]) -> None:
         records = {each.path.name: each.seal() for each in (self.metrics, self.samples)}
         state = {"agent": counters, "wall_s": self.wall_s, "records": records}
-        self.checkpoints.save(problem.agent.iterations_done, tensors, state)
+        self.checkpoints.save(iteration, tensors, state)
 
-    def _resume(self, agent: Any) -> None:
-        """Continue from the newest whole checkpoint, or start from scratch; drop the records after it."""
+    def _resume(self, agent: Any) -> int:
+        """Continue from the newest whole checkpoint, or start from scratch; drop the records after it. Returns the
+        iterations done."""
         records = (self.metrics, self.samples)
-        found = self.checkpoints.newest(records)
+        found = group.first(lambda: self.checkpoints.newest(records), "the newest checkpoint")
         if found is not None:
             tensors = dict(found.tensors)
             torch.set_rng_state(tensors.pop(_RNG))
             agent.restore(tensors, found.state["agent"])
             self.wall_s = found.state["wall_s"]
-        for each in records:
+        for each in records if self.leads else ():
             each.cut(0 if found is None else found.state["records"][each.path.name][0])
         start = {"iteration": agent.iterations_done, "of": self._total(agent)}
         self.notify({"event": "start", "run": self.spec.label, **start})
+        return int(agent.iterations_done)
 
     def _finish(self, problem: Problem) -> dict[str, Any]:
         self.notify({"event": "evaluate", "run": self.spec.label})
         measured, found = problem.evaluate()
+        return group.first(lambda: self._write_result(problem, measured, found), "the result")
+
+    def _write_result(
+        self, problem: Problem, measured: dict[str, Any], found: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         done = 0 if problem.agent is None else problem.agent.iterations_done
         self.samples.append(*({"iteration": done, "split": self.spec.plan.split, **sample} for sample in found))
         self.samples.seal()
@@ -332,41 +346,31 @@ class _Run:
         return read_json(self.folder / "result.json")
 
 
-# TensorBoard shows what people look at first under "main", the rest of an algorithm's metrics under "update".
-_MAIN = ("return", "score", "gold", "proxy", "kl", "kl_coef", "entropy", "length", "tokens_per_second")
-_COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "trained_tokens", "iteration")
+def check_shares(agent: Any) -> None:
+    """Raise UserError if a batch has fewer groups (texts, for an agent that learns from data) than there are processes
+    to share it."""
+    config = agent.config
+    if config.episodes is None or config.steps is not None:
+        return
+    groups = config.episodes // (1 if agent.needs_data else config.group_size)
+    if groups < group.world():
+        raise UserError(
+            f"{agent.name}: {group.world()} processes share the {groups} group{'s' * (groups > 1)} of a batch "
+            f"(episodes={config.episodes}, group_size={config.group_size}): take more episodes or fewer processes"
+        )
 
 
-def _made(path: Path) -> int:
-    """The second in which an event file was made; 0 if its name has none, or one in the future."""
-    made = path.name.split(".")[3]
-    return int(made) if made.isdigit() and int(made) <= time.time() else 0
+def _opener(spec: AnySpec, folder: Path) -> Callable[[Any], Any]:
+    """What opens the problem of a spec on the processes that process 0 called."""
+    if isinstance(spec, RunSpec):
+        return open_problem
+    from lm_envs.benchmarks.run.data_problem import DataProblem
+
+    return lambda spec: DataProblem(spec, folder)
 
 
-class Tracker:
-    """Writes scalars and sample texts of one run; hides what a killed process logged after iteration ``resumed_at``."""
-
-    def __init__(self, folder: Path, resumed_at: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Readers sort the files by their names, which begin with the second they were made in: a file that hides what
-        # another one holds has to come after it.
-        while any(int(time.time()) <= _made(path) for path in folder.glob("events.out.tfevents.*")):
-            time.sleep(0.05)
-        # Only a fresh start logs iteration 0; a process that was killed before its first checkpoint left it.
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed_at else 0, flush_secs=30)
-
-    def scalars(self, metrics: Mapping[str, Any], iteration: int, prefix: str | None = None) -> None:
-        """Log the finite numbers among ``metrics``; ``prefix`` None sorts them into main, counters and update."""
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)) and math.isfinite(value) and name != "iteration":
-                group = prefix or ("main" if name in _MAIN else "counters" if name in _COUNTERS else "update")
-                self._writer.add_scalar(f"{group}/{name}", value, iteration)
-
-    def texts(self, texts: Sequence[str], iteration: int, tag: str) -> None:
-        """Log sample texts as one block, a line each."""
-        if texts:
-            self._writer.add_text(tag, "\n".join("    " + line.replace("\n", " ") for line in texts), iteration)
-
-    def close(self) -> None:
-        self._writer.close()
+def follow(should_stop: Callable[[], bool]) -> None:
+    """On the processes after the first: carry out the runs that process 0 carries out, until it ends."""
+    while (job := called()) is not None:
+        spec, folder, threads = job
+        _Run(spec, folder, threads, 0, False, lambda event: None, should_stop).follow()

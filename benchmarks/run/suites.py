@@ -235,3 +235,16 @@ def check_overrides(algorithm: str, overrides: Mapping[str, Any]) -> dict[str, A
     except ValueError as error:
         raise UserError(str(error)) from error
     return {name: getattr(made, name) for name in overrides}
+
+
+def only_larger(config: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a run differs from an older one in nothing but a larger budget of the same kind."""
+    old = config["run"]
+    rest = [{k: v for k, v in run["plan"].items() if k not in BUDGETS} for run in (old, new)]
+    if {**old, "plan": rest[0]} != {**new, "plan": rest[1]} or "iterations" in new.get("overrides", {}):
+        return False  # its own iterations come before those of the plan
+    amounts = [{k: v for k, v in run["plan"].items() if k in BUDGETS and v is not None} for run in (old, new)]
+    if not amounts[0] and config["agent"] is not None:  # the algorithm's own number
+        amounts[0] = {"iterations": config["agent"]["iterations"]}
+    before, now = amounts
+    return before.keys() == now.keys() and all(now[kind] > before[kind] for kind in now)

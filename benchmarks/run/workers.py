@@ -69,6 +69,7 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
         options: passed to :func:`~lm_envs.benchmarks.run.one_run.execute`.
     """
     from lm_envs.benchmarks.run.one_run import execute
+    from lm_envs.processes import group
 
     label = spec.label
     try:
@@ -86,7 +87,8 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
             raise
         with contextlib.suppress(OSError), (out / spec.folder / LOG).open("a") as log:  # a full disk
             traceback.print_exc(file=log)
-        return {"event": "failed", "run": label, "message": message, "fatal": isinstance(error, OSError)}
+        fatal = isinstance(error, OSError) or group.count() > 1  # other processes are still in the midst of it
+        return {"event": "failed", "run": label, "message": message, "fatal": fatal}
 
 
 class _Worker:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lm_envs.settings import Count, Size, Threads
+from lm_envs.settings import Count, Several, Size, Threads
 
 Shapes = tuple[Literal["small", "larger", "gpt2"], ...]
 Table = Literal["fixed work", "response length", "rows", "vocabulary"]
@@ -99,6 +99,29 @@ class Memory:
     """Another checkout of this project, measured in turns with this one."""
     out: Csv = None
     """File of the result; benchmarks/results/memory-cpu.csv if not given."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Measure one PPO iteration by several processes against the same by one, with the same threads per process; they
+    take turns."""
+
+    processes: tuple[Several, ...] = (2,)
+    """Numbers of processes."""
+    shape: Literal["small", "larger", "gpt2"] = "larger"
+    """Model: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape."""
+    rows: Size = 64
+    """Texts an iteration, of all processes together."""
+    new_tokens: Size = 48
+    """Exact length of the texts in tokens."""
+    threads: Threads = 1
+    """Torch threads per process."""
+    iterations: Count = 3
+    """Iterations per measurement, after one that is not counted."""
+    rounds: Count = 5
+    """Measurements of each number of processes; medians are reported."""
+    out: Csv = None
+    """File of the result; benchmarks/results/scale-cpu.csv if not given."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ class Work:
     def _env(self, **changes: Any) -> TextVectorEnv:
         return TextVectorEnv(self.task, self.size.rows, **changes)
 
-    def _policy(self, **options: Any) -> LMPolicy:
+    def policy(self, **options: Any) -> LMPolicy:
+        """Return a policy that starts as the reference."""
         return LMPolicy.for_mdp(self._env().mdp, copy.deepcopy(self.reference).requires_grad_(True), **options)
 
     def generate(self) -> None:
@@ -138,7 +139,7 @@ class Work:
 
     def our_forwards(self, compile: bool = False) -> Callable[[], object]:
         """Return the same forwards by the policy's decoder: a step without its surroundings."""
-        model, room = self._policy(compile=compile).model, self.size.new_tokens
+        model, room = self.policy(compile=compile).model, self.size.new_tokens
         fixed = FixedRows(model, room) if compile else None
 
         @torch.no_grad()
@@ -153,12 +154,12 @@ class Work:
     def step(self, kl_coef: float = 0.0, reward: Any = nothing) -> Callable[[], object]:
         """Return the step path: the policy acts and the environment steps, all rows at once."""
         task = replace(self.task, reward=reward or self.task.reward)
-        env, policy = TextVectorEnv(task, self.size.rows, kl_coef=kl_coef), self._policy()
+        env, policy = TextVectorEnv(task, self.size.rows, kl_coef=kl_coef), self.policy()
         return self._all_tokens(lambda: collect(env, policy, episodes=self.size.rows))
 
     def bulk(self, compile: bool = False) -> Callable[[], object]:
         """Return the fast path: generation, reference and reward model."""
-        env, policy = self._env(), self._policy(compile=compile)
+        env, policy = self._env(), self.policy(compile=compile)
         return self._all_tokens(lambda: rollout(env, policy, episodes=self.size.rows))
 
     def train(
@@ -170,7 +171,7 @@ class Work:
             group: responses to each prompt.
             critic: add a separate model of the policy's size, as TRL's PPO does.
         """
-        policy = self._policy(compile=compile)
+        policy = self.policy(compile=compile)
         if critic:
             value_from_reward_model(policy, self.task)
         chosen = config(episodes=self.size.rows, group_size=group, minibatches=1, learning_rate=1e-5, **settings)

@@ -35,6 +35,7 @@ from lm_envs.files import MANIFEST, damaged, replacing_folder, sha256, write_man
 from lm_envs.model.chat import BadExample
 from lm_envs.model.text import Codec
 from lm_envs.model.tokens import encode_text
+from lm_envs.processes import group
 from lm_envs.settings import short
 from lm_envs.trajectories import Trajectories, from_responses
 
@@ -265,7 +266,10 @@ class PackedExamples:
         """
         folder = self.folder / f"reference-{key[:20]}"
         made_from = {"model": key, "rows": sha256(self.folder / MANIFEST), "mismatched": self._mismatched}
-        if damaged(folder, made_from) is not None:
+
+        def make() -> None:
+            if damaged(folder, made_from) is None:
+                return
             if logprob is None:
                 raise ValueError(
                     f"{folder} is missing or damaged: it holds the reference's log-probabilities of the data"
@@ -277,4 +281,6 @@ class PackedExamples:
                     file.write(logprob(traj).float().cpu()[traj.mask].numpy().tobytes())
                 file.flush()
                 write_manifest(made, made_from)
+
+        group.first(make, "the reference's log-probabilities")
         self._reference = open(folder / "logprob.bin", "rb", buffering=0)

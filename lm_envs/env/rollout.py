@@ -16,9 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from lm_envs import rng
 from lm_envs.env.mdp import kl_penalty
 from lm_envs.env.report import report, text_envs
+from lm_envs.processes import group, sharing
 from lm_envs.trajectories import Trajectories, whole_episodes
 
 AHEAD = 32  # uniform numbers drawn at a time
+_SAMPLED = ("response", "logprob", "value", "score", "ref_logprob")
 Floats = NDArray[np.float64]
 
 
@@ -261,12 +263,32 @@ def rollout(
     numbers = np.arange(first_episode, first_episode + episodes)
     index = mdp.prompt_index(seed, numbers)
     prompt = torch.as_tensor(mdp.prompt(index))
-    uniforms = rng.uniform(seed, rng.TOKEN, numbers[:, None], np.arange(policy.uniforms_per_response))
-    response, logprob, value = policy.answer(torch.as_tensor(index), prompt, torch.as_tensor(uniforms))
-    response, logprob = response.cpu(), logprob.double().cpu()
+
+    def answered(rows: Any) -> dict[str, Tensor | None]:
+        uniforms = rng.uniform(seed, rng.TOKEN, numbers[rows, None], np.arange(policy.uniforms_per_response))
+        starts = prompt[rows]
+        response, logprob, value = policy.answer(torch.as_tensor(index[rows]), starts, torch.as_tensor(uniforms))
+        response = response.cpu()
+        return {
+            "response": response,
+            "logprob": logprob.double().cpu(),
+            "value": value,
+            "score": torch.as_tensor(mdp.score(index[rows], response.numpy())),
+            "ref_logprob": mdp.reference_logprob(starts, response).double().cpu(),
+        }
+
+    if group.world() == 1:
+        found = answered(slice(None))
+    else:  # law 8: an episode is a function of the seed and its number, whichever process samples it
+        costs = (prompt >= 0).sum(dim=1) + mdp.max_new_tokens
+        shares = sharing.shares(costs, numbers // mdp.group_size)
+        mine = shares[group.rank()]
+        with group.alone():
+            part = answered(mine) if len(mine) else {}
+        found = sharing.gather(shares, part, "the sampled episodes", {"response": -1})
+    response, logprob, value, score, ref_logprob = (found[name] for name in _SAMPLED)
+    assert response is not None and score is not None
     mask = response >= 0
-    score = torch.as_tensor(mdp.score(index, response.numpy()))
-    ref_logprob = mdp.reference_logprob(prompt, response).double().cpu()
     reward = score - kl_penalty(mdp.charged_kl_coef, logprob, ref_logprob)
     others: dict[str, Tensor] = {}
     if inner[0].is_bandit:

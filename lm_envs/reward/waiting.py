@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from lm_envs.processes.heartbeats import excused
+
 _LOOP = "async rewards"
 _waiting = 0  # running calls of `finished`
 
@@ -37,7 +39,8 @@ def finished(awaitable: Awaitable[Any]) -> Any:
     future = asyncio.run_coroutine_threadsafe(wait(), loop)
     _waiting += 1
     try:
-        result, error = future.result()
+        with excused():
+            result, error = future.result()
     finally:
         _waiting -= 1
         future.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lm_envs.benchmarks.run.one_run import Tracker
+from lm_envs.benchmarks.run.tracking import Tracker
 
 
 def log(folder, iterations, value, resumed_at=0):
