@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lm_envs.algos.engine.agent import Agent
@@ -75,24 +76,21 @@ class Distillation(Agent[DistillationConfig]):
         """Return with ``as_reward`` the ``advantage (B, T)`` of what comes after each token."""
         if not self.config.as_reward:
             return {}
-        reward = -self._gap(traj, before)
+        teacher = Before(self.teacher, traj, self.config.micro_batch).log_probs()
+        reward = -kl_estimate("full", before.log_probs(), teacher, traj.mask)
         later = adv.discounted_returns(reward, traj.mask, self.config.gamma) - adv.masked(reward, traj.mask)
         advantage = later - adv.leave_one_out(adv.extend(later, traj.mask))
         return {"advantage": adv.masked(advantage, traj.mask)}
 
     def loss(self, traj: Trajectories, now: Any, fixed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Metric]]:
-        gap = self._gap(traj, now)
-        loss = sequence_mean(gap, traj.mask)
+        with torch.no_grad():
+            teacher = self.teacher.evaluate(traj).log_probs()
+        loss = sequence_mean(kl_estimate("full", now.log_probs(), teacher, traj.mask), traj.mask)
         metrics: dict[str, Metric] = {"teacher_kl": loss.detach(), "entropy": tally(now.entropy, traj.mask)}
         if self.config.as_reward:
             policy = policy_gradient_loss(now.logprob, fixed["advantage"], traj.mask)
             loss = loss + sequence_mean(policy, traj.mask)
         return loss, metrics
-
-    def _gap(self, traj: Trajectories, now: Any) -> Tensor:
-        """KL(pi || teacher) at each position, ``(B, T)``."""
-        teacher = Before(self.teacher, traj, self.config.micro_batch)
-        return kl_estimate("full", now.log_probs(), teacher.log_probs(), traj.mask)
 
 
 def load_teacher(place: str, mdp: Any) -> LMPolicy:

@@ -88,7 +88,7 @@ class TRPO(RLOO):
             return
 
         def product(v: Tensor) -> Tensor:
-            h = torch.finfo(v.dtype).eps ** 0.5 * (1 + start.norm()) / v.norm()
+            h = torch.finfo(v.dtype).eps ** (1 / 3) * (1 + start.norm()) / v.norm()
             _put(start + h * v, parameters)
             return self._gap_gradient(parameters) / h + config.damping * v
 

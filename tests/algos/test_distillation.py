@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lm_envs.algos import distillation
 from lm_envs.algos.engine.agent import learn
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.engine.exact_gradients import expected_gradient
@@ -52,16 +53,16 @@ def test_as_a_loss_it_has_the_gradient_at_the_visited_states():
     assert along == pytest.approx(COSINE, abs=1e-4)
 
 
-def test_what_comes_after_a_token_by_hand():
+def test_what_comes_after_a_token_by_hand(monkeypatch):
     """Three KLs in the first row and two in the second: later ones only, less those of the other row."""
     agent = batches.learner("distillation", as_reward=True)
     traj = batches.text_batch(episodes=4).select(torch.tensor([0, 1]))
     gap = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, float("nan")]]).double()
     mask = torch.tensor([[True, True, True], [True, True, False]])
     traj.mask = mask
-    agent._gap = lambda rows, now: gap
+    monkeypatch.setattr(distillation, "kl_estimate", lambda *given: gap)
     with torch.no_grad():
-        found = agent.prepare(traj, None)["advantage"]
+        found = agent.prepare(traj, Before(agent.policy, traj))["advantage"]
     # Later KLs are 6, 4, 0 and 16, 0; a row that has ended counts with its last, 0.
     assert found.tolist() == [[-6 + 16, -4 + 0, 0], [-16 + 6, 0 + 4, 0]]
 
