@@ -1059,8 +1059,8 @@ MUTATIONS = [
     Mutation(
         "distillation turns the KL round",
         "algos/distillation.py",
-        "now.log_probs(), teacher.log_probs(), traj.mask)",
-        "teacher.log_probs(), now.log_probs(), traj.mask)",
+        "now.log_probs(), teacher, traj.mask)",
+        "teacher, now.log_probs(), traj.mask)",
         DISTILLATION,
     ),
     Mutation(
@@ -1069,6 +1069,27 @@ MUTATIONS = [
         "if tokenizer.get_vocab() != mdp.task.tokenizer.get_vocab():",
         "if len(tokenizer.get_vocab()) < 0:",
         DISTILLATION,
+    ),
+    Mutation(
+        "a part of the reward counts where it does not apply",
+        "lm_envs/reward/base.py",
+        "self.seen[part] += values[mine].sum(), mine.sum()",
+        "self.seen[part] += values[mine].sum(), len(mine)",
+        "tests/lm_envs/reward/test_parts.py",
+    ),
+    Mutation(
+        "the parts of a batch's reward are those of all samples so far",
+        "algos/engine/sampling.py",
+        "        forget_parts(reward)",
+        "        pass",
+        "tests/lm_envs/reward/test_parts.py",
+    ),
+    Mutation(
+        "a process reports its own parts of the reward",
+        "lm_envs/reward/base.py",
+        'np.sum(group.exchange(whole.seen, "the parts of the reward"), axis=0)',
+        "whole.seen",
+        "tests/lm_envs/reward/test_parts.py",
     ),
     Mutation(
         "XPO's bonus is for the policy's samples",

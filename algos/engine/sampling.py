@@ -13,6 +13,7 @@ from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Averages, describe
 from lm_envs.env.report import text_envs
 from lm_envs.env.rollout import Collector, rollout
+from lm_envs.reward.base import forget_parts, part_means
 from lm_envs.tasks.sampling import SAMPLE_EPISODES
 from lm_envs.trajectories import Trajectories
 
@@ -121,6 +122,9 @@ def draw(agent: Any, env: Any, weights: int) -> tuple[Trajectories, Trajectories
     kept: list[Trajectories] = []
     averages, wanted, filtered = Averages(), 0, False
     agent.missing = None
+    rewards = [inner.mdp.task.reward for inner in text_envs(env)[:1]]
+    for reward in rewards:
+        forget_parts(reward)
     while len(drawn) < agent.config.draws:
         agent.sampler.rows = 0
         traj = agent.sample(env)
@@ -140,6 +144,8 @@ def draw(agent: Any, env: Any, weights: int) -> tuple[Trajectories, Trajectories
     agent.missing = None
     whole, learned = (parts[0] if len(parts) == 1 else Trajectories.concatenate(parts) for parts in (drawn, kept))
     metrics = averages.means()
+    for reward in rewards:
+        metrics |= part_means(reward)
     if filtered:
         metrics |= {"draws": len(drawn), "dropped": 1 - len(learned) / len(whole)}
     return whole, learned, metrics

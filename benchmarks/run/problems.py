@@ -30,6 +30,7 @@ from lm_envs.benchmarks.run.suites import RunSpec, check_overrides
 from lm_envs.env.rollout import collect
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact.solver import Exact
+from lm_envs.reward.base import forget_parts, part_means
 from lm_envs.tasks import load
 from lm_envs.tasks.enumerable import TableLM
 from lm_envs.trajectories import Trajectories
@@ -228,8 +229,10 @@ class TextProblem(Problem):
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         env, count = self._measure(self.spec.plan.split), self.spec.plan.test_prompts
         reference = samples.sample_reference(env, self._reference, count)
+        forget_parts(self.task.reward)
         found = samples.sample_policy(env, self.policy, count, self.spec.seed)
-        measured = samples.summarise(found, reference, self.policy, self.task.stats)
+        parts = {} if isinstance(self.policy, BestOfN) else part_means(self.task.reward)  # that scores n of each
+        measured = parts | samples.summarise(found, reference, self.policy, self.task.stats)
         measured |= samples.measure_greedy(env.mdp, self.policy, count)
         if self.exact is not None:
             measured |= exact.result(self.exact, self.policy) | self._gradient()

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs.printable import one_line
+from lm_envs.processes import group
 from lm_envs.reward.waiting import finished
 
 RESERVED = ("prompts", "completions", "completion_ids", "finish_reasons")  # names that no column may have
@@ -271,6 +272,7 @@ class WeightedSum:
             if not np.isfinite(weight):
                 raise ValueError(f"reward {reward_name(reward)!r} has the weight {weight}: it must be finite")
         self.parts = list(parts)
+        self.seen = np.zeros((len(self.parts), 2))  # of each part: its sum over samples, and their number
         self.__name__ = " + ".join(f"{weight:g}*{reward_name(reward)}" for weight, reward in self.parts)
 
     def __call__(self, /, **given: Any) -> Rewards:
@@ -280,15 +282,44 @@ class WeightedSum:
         dense = any(values.ndim == 2 for _, values in found)
         total = np.zeros((len(lengths), lengths.max(initial=0)) if dense else len(lengths))
         applies = np.zeros(len(lengths), dtype=bool)
-        for weight, values in found:
+        for part, (weight, values) in enumerate(found):
             mine = ~_missing(values)
             applies |= mine
+            self.seen[part] += values[mine].sum(), mine.sum()
             if values.ndim == total.ndim:
                 total[mine] += weight * values[mine]
             else:
                 total[mine, lengths[mine] - 1] += weight * values[mine]
         total[~applies] = np.nan
         return _with_nones(total)
+
+
+def part_means(reward: AnyReward) -> dict[str, float]:
+    """Return the mean of each part of a weighted sum over the samples since :func:`forget_parts`, on all processes that
+    share work: ``part_NAME``, without its weight, where the part applied; per response if it is dense."""
+    found: dict[str, float] = {}
+    for whole in _sums(reward):
+        seen = np.sum(group.exchange(whole.seen, "the parts of the reward"), axis=0)
+        for (_, part), (total, count) in zip(whole.parts, seen, strict=True):
+            name = f"part_{reward_name(part)}"
+            again = f"{name} ({sum(other.startswith(name) for other in found) + 1})" if name in found else name
+            if count:
+                found[again] = float(total / count)
+    return found
+
+
+def forget_parts(reward: AnyReward) -> None:
+    """Begin :func:`part_means` again."""
+    for whole in _sums(reward):
+        whole.seen[:] = 0
+
+
+def _sums(reward: AnyReward) -> Iterator[WeightedSum]:
+    """Yield the outermost weighted sum, if there is one."""
+    if isinstance(reward, WeightedSum):
+        yield reward
+    elif isinstance(reward, (Clip, Standardise, Conversational)):
+        yield from _sums(reward.reward)
 
 
 class Clip:
