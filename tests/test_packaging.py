@@ -176,7 +176,10 @@ def test_pins_are_plain_and_cover_the_requirements():
     for name, version in pins().items():
         assert name == canonicalize_name(name) and re.fullmatch(r"\d[\w.]*", version), f"{name}=={version}"
     extras = PROJECT["project"]["optional-dependencies"]
-    for line in [*PROJECT["project"]["dependencies"], *(line for extra in extras.values() for line in extra)]:
+    (own,) = (line for line in extras["dev"] if Requirement(line).name == "lm-envs")
+    installed = [extras[name] for name in ("dev", "docs", *Requirement(own).extras)]
+    assert extras.keys() - {"dev", "docs", "triton"} - Requirement(own).extras == {"mlflow", "trackio", "wandb"}
+    for line in [*PROJECT["project"]["dependencies"], *(line for extra in installed for line in extra)]:
         requirement = Requirement(line)
         if requirement.name != "lm-envs":
             assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)]), line

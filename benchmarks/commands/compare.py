@@ -94,8 +94,8 @@ class Compare(Running):
 
     def run(self, console: Console) -> None:
         suite = self.to_suite()
-        how = {"resume": self.resume, "extend": self.extend, "jobs": self.jobs, "threads": self.threads}
-        carry_out(suite, self.out, **how, console=console)
+        how = {"resume": self.resume, "extend": self.extend, "track": self.track}
+        carry_out(suite, self.out, **how, jobs=self.jobs, threads=self.threads, console=console)
 
 
 def _only(suite: Suite, algorithms: tuple[str, ...]) -> Suite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from lm_envs.benchmarks.commands.options import Adapt, ManyProcesses
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.run.suites import Plan, parse_settings
+from lm_envs.benchmarks.run.suites import Plan, Service, parse_settings
 from lm_envs.settings import Count, Positive, Rate, Seed, Share, Size, Threads, Whole
 
 _SHOWN = 10  # skipped rows on the screen; data/info.json has all
@@ -57,6 +58,8 @@ class _Learn(ManyProcesses):
     """Iterations between checkpoints."""
     resume: bool = False
     """Continue what OUT holds."""
+    track: Annotated[tuple[Service, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Services that follow the run beside TensorBoard: wandb, mlflow or trackio (extras of the same names)."""
     threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads of each process."""
     adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
@@ -78,7 +81,8 @@ class _Learn(ManyProcesses):
             adaptation=self.adapt.settings(),
             on_bad=self.bad,
         )
-        learn_from_data(spec, self.out, resume=self.resume, threads=self.threads, console=console)
+        how = {"resume": self.resume, "track": self.track, "threads": self.threads}
+        learn_from_data(spec, self.out, **how, console=console)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,9 @@ class Dpo(_Preferences):
     algorithm = "dpo"
 
 
-def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, console: Console) -> dict[str, Any]:
+def learn_from_data(
+    spec: Any, out: Path, *, resume: bool, threads: int | None, console: Console, track: Sequence[Service] = ()
+) -> dict[str, Any]:
     """Carry out a stage (a :class:`~lm_envs.benchmarks.run.data_problem.DataSpec`) in ``out``, or the rest of it, and
     print its results."""
     from transformers.utils.logging import disable_progress_bar
@@ -137,11 +143,13 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
     from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG, execute, settings_of
     from lm_envs.benchmarks.run.progress import Display
     from lm_envs.benchmarks.run.suites import check_overrides
+    from lm_envs.benchmarks.run.tracking import check_services
     from lm_envs.benchmarks.run.workers import StopRequest
     from lm_envs.processes import group
 
     disable_progress_bar()
     check_overrides(spec.algorithm, spec.overrides)
+    check_services(track)
 
     with gone_if_refused(out, *BEFORE_CONFIG), Display(console, 1) as shown:
         if settings_of(out) is not None and not resume:
@@ -156,7 +164,8 @@ def learn_from_data(spec: Any, out: Path, *, resume: bool, threads: int | None, 
         try:
             with StopRequest(shown.say).listening() as stop:
                 threads = threads or group.threads()
-                result = execute(spec, out, threads=threads, notify=shown, should_stop=stop, opener=opener)
+                how = {"threads": threads, "track": track, "notify": shown, "should_stop": stop}
+                result = execute(spec, out, opener=opener, **how)
         except Interrupted:
             shown({"event": "stopped", "run": spec.label})
             raise

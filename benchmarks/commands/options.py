@@ -12,7 +12,7 @@ import tyro
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task, is_control
-from lm_envs.benchmarks.run.suites import BUDGETS, Suite, check_adaptation, env_options, parse_settings
+from lm_envs.benchmarks.run.suites import BUDGETS, Service, Suite, check_adaptation, env_options, parse_settings
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
 from lm_envs.settings import Count, Positive, Rank, Threads, Whole
@@ -142,6 +142,8 @@ class Running(ManyProcesses):
     """With --resume: runs with a smaller budget go on to the one that is given, from what --keep 1 left."""
     keep: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
     """Checkpoints that a finished run keeps, with the optimizer's state; none if not given, but always the model."""
+    track: Annotated[tuple[Service, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Services that follow the runs beside TensorBoard: wandb, mlflow or trackio (extras of the same names)."""
     compile: bool = False
     """Compile the policy's sampling with torch.compile, which takes seconds to minutes each time: for long runs
     (docs/throughput.md)."""

@@ -20,7 +20,8 @@ from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
 from lm_envs.benchmarks.run.progress import Display
 from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
-from lm_envs.benchmarks.run.suites import RunSpec, Suite, check_overrides
+from lm_envs.benchmarks.run.suites import RunSpec, Service, Suite, check_overrides
+from lm_envs.benchmarks.run.tracking import check_services
 from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
 from lm_envs.files import TEMPORARY, remove_unfinished, write_atomic
 
@@ -139,6 +140,7 @@ def compare(
     *,
     resume: bool = False,
     extend: bool = False,
+    track: Sequence[Service] = (),
     jobs: int = 1,
     threads: int = 1,
     console: Console | None = None,
@@ -148,6 +150,7 @@ def compare(
     Args:
         resume: continue what ``out`` holds; it may get more tasks, algorithms or seeds than it began with.
         extend: with ``resume``, runs with a smaller budget go on to the suite's.
+        track: services that follow the runs, beside TensorBoard.
         jobs: runs at a time, each in a process of its own if more than one.
         threads: torch threads per run. The last bits of sums depend on it, so it must not depend on ``jobs``.
 
@@ -158,6 +161,7 @@ def compare(
     console = console or Console(emoji=False, stderr=True)
     runs = suite.runs()
     check_runs(runs)
+    check_services(track)
     with gone_if_refused(out):
         check_folder(out, suite, resume, extend)
         open_runs = [run for run in runs if finished(out / run.label) is None or not _same(run, out)]
@@ -171,7 +175,7 @@ def compare(
     write_sealed(out / COMPARISON, _merged(out, suite))
     write_results(out)
     if open_runs:
-        _carry_out(open_runs, out, jobs, console, threads=threads, keep=suite.keep, extend=extend)
+        _carry_out(open_runs, out, jobs, console, threads=threads, keep=suite.keep, extend=extend, track=track)
     return write_results(out)
 
 

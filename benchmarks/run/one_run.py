@@ -33,8 +33,8 @@ from lm_envs.benchmarks.run.storage import (
     write_json,
     write_sealed,
 )
-from lm_envs.benchmarks.run.suites import RunSpec, only_larger
-from lm_envs.benchmarks.run.tracking import Tracker, Untracked
+from lm_envs.benchmarks.run.suites import RunSpec, Service, only_larger
+from lm_envs.benchmarks.run.tracking import Followers, TensorBoard, Untracked
 from lm_envs.files import MANIFEST, TEMPORARY, remove, write_manifest
 from lm_envs.processes import group
 from lm_envs.processes.group import call, called
@@ -66,6 +66,7 @@ def execute(
     threads: int = 1,
     keep: int = 0,
     extend: bool = False,
+    track: Sequence[Service] = (),
     notify: Notify = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     opener: Callable[[Any], Any] = open_problem,
@@ -76,6 +77,7 @@ def execute(
         threads: torch threads. A run that is continued keeps its number: the last bits of sums depend on it.
         keep: checkpoints that stay when the run is finished.
         extend: a run with a smaller budget goes on to this one, from its last checkpoint.
+        track: services that follow the run, beside TensorBoard.
         notify: called with events "start", "iteration" and "evaluate", dictionaries in JSON's types.
         should_stop: called after every iteration.
         opener: makes the problem of a spec.
@@ -90,7 +92,7 @@ def execute(
     try:
         with FileLock(lock, timeout=_WAIT_FOR_OTHER_S):
             lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            return _Run(spec, folder, threads, keep, extend, notify, should_stop).execute(opener)
+            return _Run(spec, folder, threads, keep, extend, notify, should_stop, track).execute(opener)
     except Timeout as error:
         who = lock.read_text(errors="replace") or "another process"
         raise UserError(f"{who} is at work in {folder}: wait for it, or end it") from error
@@ -149,6 +151,7 @@ class _Run:
     extend: bool
     notify: Notify
     should_stop: Callable[[], bool]
+    track: Sequence[Service] = ()
     wall_s: float = 0.0
 
     @property
@@ -196,12 +199,15 @@ class _Run:
             self.checkpoints.runs = (*config.get("extends", ()), config[SEAL])
         total = 0 if problem.agent is None else self._total(problem.agent)
         self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": total})
-        if problem.agent is not None:
-            check_shares(problem.agent)
-            self._train(problem)
-        elif self.leads:
-            self.samples.cut(0)
-        return self._finish(problem)
+        with Followers(self.track, self.folder, self.spec.label, config or found) as self.followers:
+            if problem.agent is not None:
+                check_shares(problem.agent)
+                self._train(problem)
+            elif self.leads:
+                self.samples.cut(0)
+            result = self._finish(problem)
+            self.followers.finish(result)
+        return result
 
     def _extended(self, config: dict[str, Any], problem: Problem) -> dict[str, Any]:
         """Make the run an unfinished one with the larger budget, whose checkpoints are those of the smaller one too."""
@@ -215,7 +221,7 @@ class _Run:
     def _train(self, problem: Problem) -> None:
         agent = problem.agent
         saved = done = self._resume(agent)
-        tracker = Tracker(self.folder / "tensorboard", resumed_at=done) if self.leads else Untracked()
+        tracker = TensorBoard(self.folder / "tensorboard", resumed_at=done) if self.leads else Untracked()
         try:
             if done == 0:
                 nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "trained_tokens"), 0)
@@ -227,7 +233,6 @@ class _Run:
                 self.wall_s += time.perf_counter() - start
                 done = agent.iterations_done
                 stop = self._agree(agent, metrics)
-                tracker.scalars(metrics, done)
                 self._record(problem, tracker, {**metrics, "iteration": done, "wall_s": self.wall_s})
                 if done % self.spec.plan.checkpoint_every == 0 or self._over(agent):
                     tracker.texts(problem.texts(traj), done, "training")
@@ -279,7 +284,7 @@ class _Run:
             return int(agent.config.iterations)
         return max(done, round(done / spent)) if spent else max(done, 1)
 
-    def _record(self, problem: Problem, tracker: Tracker | Untracked, metrics: dict[str, Any]) -> None:
+    def _record(self, problem: Problem, tracker: TensorBoard | Untracked, metrics: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, with a point of the learning curve where one is due."""
         done, total = metrics["iteration"], self._total(problem.agent)
         every = min(self.spec.plan.validate_every, max(1, total // LEAST_POINTS))
@@ -289,9 +294,9 @@ class _Run:
                 return
             metrics = metrics | {f"validation_{name}": value for name, value in found.items()}
             self.samples.append(*({"iteration": done, "split": "validation", **sample} for sample in samples))
-            tracker.scalars(found, done, "validation")
             text = "{prompt} | {response}  (gold {gold:.2f}, proxy {proxy:.2f})"
             tracker.texts([text.format(**sample) for sample in samples], done, "validation")
+        tracker.scalars(metrics, done)
         if self.leads:
             self.metrics.append(metrics)
         self.notify({"event": "iteration", "run": self.spec.label, "of": total, "metrics": metrics})
@@ -306,6 +311,8 @@ class _Run:
         records = {each.path.name: each.seal() for each in (self.metrics, self.samples)}
         state = {"agent": counters, "wall_s": self.wall_s, "records": records}
         self.checkpoints.save(iteration, tensors, state)
+        if self.track:
+            self.followers.send(self.metrics.read())
 
     def _resume(self, agent: Any) -> int:
         """Continue from the newest whole checkpoint, or start from scratch; drop the records after it. Returns the

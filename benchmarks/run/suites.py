@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import folder_name, is_control
 from lm_envs.settings import Count, Finite, NonNegative, Positive, Settings, Several, Size, Whole, make, short
 
+Service: TypeAlias = Literal["wandb", "mlflow", "trackio"]
+"""What can follow a run beside TensorBoard."""
 BUDGETS = ("iterations", "episodes", "tokens", "reward_calls", "flops", "seconds")
 
 
