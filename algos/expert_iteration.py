@@ -27,7 +27,7 @@ class ExpertIterationConfig(AgentConfig):
     group_size: Size = 8
     """Consecutive episodes that share a prompt, of which the best are kept."""
     keep: Size = 1
-    """Episodes of each group that are imitated: its best `keep`."""
+    """Episodes of each group that are imitated: its best `keep`, fewer than `group_size`."""
     keep_by: Literal["prompt", "overall", "random"] = "prompt"
     """Keep the best of each group (RAFT), as many of the whole batch (ReST), or as many of each group blindly: the
     control that shows what choosing is worth."""
@@ -38,8 +38,9 @@ class ExpertIterationConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep > self.group_size:
-            raise ValueError(f"keep must lie in 1..group_size={self.group_size}, got {self.keep}")
+        if self.keep >= self.group_size:
+            why = "to imitate every episode chooses nothing"
+            raise ValueError(f"keep must be below group_size={self.group_size}, got {self.keep}: {why}")
 
 
 class ExpertIteration(Agent[ExpertIterationConfig]):

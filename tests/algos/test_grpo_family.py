@@ -5,7 +5,7 @@ import torch
 
 from lm_envs.algos.engine.batching import Before
 from lm_envs.algos.ops.advantages import overlong_penalty
-from lm_envs.algos.registry import make_agent
+from lm_envs.algos.registry import make_agent, make_config
 from tests.algos import batches
 
 OFF = {"clip_high": None, "informative": False, "draws": 1, "overlong": 0.0}
@@ -138,9 +138,18 @@ def test_reinforce_plus_plus_scales_over_the_whole_batch():
 def test_groups_of_one_are_refused_where_a_group_is_needed():
     traj = batches.text_batch(episodes=8)
     traj.group = torch.arange(8)
-    for name in ("dapo", "gspo", "sapo", "cispo", "reinforce-plus-plus-baseline"):
+    for name in ("grpo", "dr-grpo", "dapo", "gspo", "sapo", "cispo", "reinforce-plus-plus-baseline"):
         with pytest.raises(ValueError, match="group_size"):
             prepared(name, traj)
+    for name in ("reinforce", "rloo", "trpo", "vbon"):
+        with pytest.raises(ValueError, match="at least two episodes per prompt"):
+            prepared(name, traj)
+    for name in ("bond", "online-dpo"):
+        with pytest.raises(ValueError, match="group_size.*at least 2"):
+            make_config(name, group_size=1)
+    for name in ("dapo", "expert-iteration"):
+        with pytest.raises(ValueError, match="group_size"):
+            make_config(name, group_size=1)
     for name in ("reinforce-plus-plus", "remax"):
         prepared(name, traj)
 

@@ -82,6 +82,15 @@ def test_a_batch_moves_the_policy_as_far_as_it_may_and_no_further(kind):
         assert float(kl) == pytest.approx(metrics["old_kl"], rel=1e-6)
 
 
+def test_a_step_that_is_too_long_is_halved(monkeypatch):
+    """With a quarter of the Fisher matrix the step is twice too long, its KL about four times the limit."""
+    agent, traj = batches.learner("trpo", damping=1e-12, old_kl_limit=1e-3), batches.text_batch()
+    whole = agent._gap_gradient
+    monkeypatch.setattr(agent, "_gap_gradient", lambda parameters: whole(parameters) / 4)
+    metrics = agent.update(traj)
+    assert metrics["step_share"] <= 0.5 and 1e-4 < metrics["old_kl"] <= 1e-3
+
+
 def test_a_step_that_makes_the_surrogate_worse_is_not_taken(monkeypatch):
     agent, traj = batches.learner("trpo", backtracks=3), batches.text_batch()
     before = batches.weights(agent.policy)
