@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ def test_registered_names_are_the_classes_own(name):
     found = registry.load(name)
     assert name in registry.WRAPPERS or found.name == name
     assert found.__doc__
+
+
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_docs_have_a_line_and_advice_for_each(name):
+    text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    before, advice = text.split("\n## Advice\n")
+    shown = {"best-of-n": "best-of-<n>"}.get(name, name)
+    assert f"\n| `{shown}` |" in before
+    rows = [line.split("|")[1] for line in advice.splitlines() if line.startswith("| `")]
+    assert any(f"`{shown}`" in names for names in rows)
 
 
 def test_unknown_names_are_answered_with_near_ones():
