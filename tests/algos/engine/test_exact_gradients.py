@@ -84,6 +84,7 @@ def test_a_running_mean_of_the_past_is_a_baseline_without_bias():
     "name, overrides",
     [
         ("rloo", {}),
+        ("trpo", {}),
         ("reinforce", {"baseline": "leave_one_out"}),
         ("reinforce", {"baseline": "leave_one_out", "reward_to_go": True}),
     ],
