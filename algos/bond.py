@@ -19,6 +19,7 @@ from lm_envs.algos.engine.sampling import sample_beside
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import policy_gradient_loss, sequence_mean, tally
 from lm_envs.settings import NonNegative, Probability, Rate, Several
+from lm_envs.training import at_least_float32
 from lm_envs.trajectories import Trajectories, whole_episodes
 
 BELOW = -math.log(16)
@@ -58,7 +59,8 @@ class BOND(Agent[BONDConfig]):
 
     def __init__(self, policy: Any, config: BONDConfig | None = None) -> None:
         super().__init__(policy, config)
-        self._anchor = {name: p.detach().clone() for name, p in self._parameters.items()}
+        # A moving average loses small steps in bfloat16.
+        self._anchor = {name: at_least_float32(p.detach()).clone() for name, p in self._parameters.items()}
 
     def update(self, traj: Trajectories) -> dict[str, float]:
         rewards(traj)  # raises where there are none
@@ -88,7 +90,7 @@ class BOND(Agent[BONDConfig]):
         metrics = {"below_both": float(below.double().mean()), "anchor_kl": float(drift.double().mean())}
         metrics |= super().update(joined)
         for name, p in self._parameters.items():
-            self._anchor[name].lerp_(p.detach(), config.anchor_rate)
+            self._anchor[name].lerp_(at_least_float32(p.detach()), config.anchor_rate)
         return metrics
 
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:

@@ -1024,8 +1024,8 @@ MUTATIONS = [
     Mutation(
         "SAPO has one temperature for both signs",
         "algos/ops/losses.py",
-        "torch.where(advantage < 0, tau_negative, tau)",
-        "torch.where(advantage < 0, tau, tau)",
+        "tau + (tau_negative - tau) * (advantage < 0)",
+        "tau + 0 * (advantage < 0)",
         LOSSES,
     ),
     Mutation(
@@ -1045,8 +1045,8 @@ MUTATIONS = [
     Mutation(
         "J-BOND's anchor stays",
         "algos/bond.py",
-        "self._anchor[name].lerp_(p.detach(), config.anchor_rate)",
-        "self._anchor[name].lerp_(p.detach(), 0.0)",
+        "at_least_float32(p.detach()), config.anchor_rate)",
+        "at_least_float32(p.detach()), 0.0)",
         BOND,
     ),
     Mutation(

@@ -157,7 +157,7 @@ def sapo_loss(
     sigmoid: 1 at ratio 1, where the gradient is REINFORCE's, and near 0 far from it on both sides.
     """
     ratio, advantage = importance_ratio(logprob, old_logprob, mask), masked(advantage, mask)
-    taus = torch.where(advantage < 0, tau_negative, tau).to(ratio.dtype)
+    taus = tau + (tau_negative - tau) * (advantage < 0).to(ratio.dtype)
     return -advantage * 4 / taus * torch.sigmoid(taus * (ratio - 1))
 
 

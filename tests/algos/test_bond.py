@@ -68,6 +68,17 @@ def test_the_anchor_follows_the_policy_and_is_restored():
     assert batches.same(batches.weights(agent.policy), after)
 
 
+def test_the_anchor_of_a_coarse_policy_is_fine():
+    """A step of 2 % of 1/256 of a weight is lost in bfloat16."""
+    env = batches.text_env()
+    agent = make_agent("bond", batches.text_policy(env).to(torch.bfloat16), **batches.SMALL)
+    before = {name: p.detach().float() for name, p in agent._parameters.items()}
+    agent.iteration(env)
+    for name, p in agent._parameters.items():
+        torch.testing.assert_close(agent._anchor[name], before[name].lerp(p.detach().float(), 0.02), rtol=0, atol=1e-7)
+    assert any((agent._anchor[name] != anchor).any() for name, anchor in before.items())
+
+
 def test_samples_of_the_anchor_are_fresh_and_charged():
     env, agent = batches.text_env(), learner()
     traj, _ = agent.iteration(env)
