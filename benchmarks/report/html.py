@@ -17,7 +17,7 @@ from lm_envs.benchmarks.report.series import Series, by_task, gather, styles
 from lm_envs.benchmarks.run.aggregate import enough_seeds, lead
 from lm_envs.benchmarks.run.matched import Matched, at_kl
 from lm_envs.benchmarks.run.names import best_of, folder_name, method_name
-from lm_envs.benchmarks.run.results import Line, cell, footnotes, interval, number, plain, shown, table, title
+from lm_envs.benchmarks.run.results import Column, Line, cell, footnotes, interval, number, plain, shown, table, title
 from lm_envs.benchmarks.run.storage import read_json
 from lm_envs.files import write_atomic
 
@@ -33,19 +33,22 @@ _FIGURES = {
     ),
     "frontier": (
         "Reward against KL",
-        "How much score a method buys for its distance from SFT. Lines: training, on validation prompts, one per seed. "
-        "Markers: the end, on test prompts, large for the mean over seeds; an arrow to the left: the KL is at most "
-        "this. Where proxy still rises and gold falls, the reward model is being over-optimized.",
+        "How much score a method buys for its distance from SFT. Lines: training, on validation prompts, mean over "
+        "seeds. Markers: the end, on test prompts, large for the mean over seeds; an arrow to the left: the KL is at "
+        "most this. A KL below 0 is an estimate from few samples. Where proxy still rises and gold falls, the reward "
+        "model is being over-optimized.",
     ),
     "learning-curves": (
         "Learning curves",
-        "On validation prompts; bold is the mean over seeds, dotted lines are methods without training. The judge only "
-        "measures: nothing trains on it.",
+        "On validation prompts: the mean over seeds, in a band from the lowest seed to the highest; dotted lines are "
+        "methods without training. The judge only measures: nothing trains on it.",
     ),
 }
 
 
 _NAMED = 3  # methods in a headline that the best is better than
+_MANY = 7  # names in a list of it
+_COSTS = ("tokens_generated", "reward_calls", "wall_s", "comparisons", "given_tokens", "episodes", "trained_tokens")
 
 
 def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
@@ -75,16 +78,22 @@ def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
 
 def headline(rows: Sequence[dict[str, Any]]) -> str:
     """Return what a reader should take away from a task's results, in two or three sentences."""
+    return " ".join(answers(rows))
+
+
+def answers(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which method of a task is the best and by how much, how sure that is, and which wins are none."""
     lines = table(rows)
     sft = next((line for line in lines if line.algorithm == "sft"), None)
     others = [line for line in lines if line.algorithm != "sft"]
     judged = [line for line in others if not math.isnan(line.mean["gold"])]
     if not others:
-        return ""
+        return []
     if not judged:
         best = max(others, key=lambda line: line.mean["proxy"])
         text = f"{_name(best)} has the highest proxy score, {best.mean['proxy']:.2f}."
-        return f"{text}{_told_apart(rows, _name(best))} There is no judge to say whether that is real."
+        told = [text, _told_apart(rows, _name(best)), "There is no judge to say whether that is real."]
+        return [line for line in told if line]
     best = max(judged, key=lambda line: line.mean["gold"])
     against = f" against SFT's {sft.mean['gold']:.2f}" if sft else ""
     bound = "at most " if best.kl_is_bound else ""
@@ -92,10 +101,11 @@ def headline(rows: Sequence[dict[str, Any]]) -> str:
     text = (
         f"{_name(best)} reaches the highest gold score, {best.mean['gold']:.2f}{interval(gold, 2)}{against}, at a "
         f"KL of {bound}{best.mean['kl']:.1f} nats, and wins {100 * best.mean['win_rate']:.0f} %"
-        f"{interval(wins, 0, 100, 100)} of the test prompts against SFT.{_told_apart(rows, _name(best))}"
+        f"{interval(wins, 0, 100, 100)} of the test prompts against SFT."
     )
     even = [_name(line) for line in judged if not line.estimates["win_rate"].low > 0.5]
-    return text + (f" The win-rate's interval holds 50 % or less: {', '.join(even)}." if even else "")
+    half = f"The win-rate's interval holds 50 % or less: {', '.join(_some(even))}." if even else ""
+    return [line for line in (text, _told_apart(rows, _name(best)), half) if line]
 
 
 def _told_apart(rows: Sequence[dict[str, Any]], best: str) -> str:
@@ -104,24 +114,27 @@ def _told_apart(rows: Sequence[dict[str, Any]], best: str) -> str:
     if not over:
         return ""
     if not any("seeds" in each.estimate.layers for each in over):
-        return " One seed of a method cannot tell which method is better."
+        return "One seed of a method cannot tell which method is better."
     worse = sorted((each for each in over if each.clear), key=lambda each: each.estimate.value)
     named = [f"{each.theirs} by {each.estimate.value:.2f}{interval(each.estimate, 2)}" for each in worse[:_NAMED]]
     named += [f"{len(worse) - _NAMED} more"] * (len(worse) > _NAMED)
     same = [each for each in over if not each.clear]
-    text = f" It is better than {listed(named)}." if named else ""
-    if not same:
-        return text
-    text += f" Not told apart from it: {', '.join(each.theirs for each in same)}."
+    told = [f"It is better than {listed(named)}."] if named else []
+    if same:
+        told.append(f"Not told apart from it: {', '.join(_some([each.theirs for each in same]))}.")
     # Beside SFT's interval a reader would expect more: it is of one pair, and the test is of all of them.
     sft = next((each for each in same if each.theirs == "sft" and each.estimate.low > 0), None)
     if sft is not None and (seeds := enough_seeds(rows, best, "sft")) is not None:
         pairs = f"among {len(over) + 1} methods" if len(over) > 1 else "at this spread"
-        text += (
-            f" It is {sft.estimate.value:.2f}{interval(sft.estimate, 2)} above SFT; {pairs} it takes about {seeds} "
-            "seeds to tell that from chance."
-        )
-    return text
+        gap = f"{sft.estimate.value:.2f}{interval(sft.estimate, 2)}"
+        told.append(f"It is {gap} above SFT; {pairs} it takes about {seeds} seeds to tell that from chance.")
+    return " ".join(told)
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    """The names, or the first of many and how many more there are."""
+    more = len(names) - _MANY
+    return list(names) if more <= 1 else [*names[:_MANY], f"{more} more"]
 
 
 def listed(texts: Sequence[str]) -> str:
@@ -141,32 +154,41 @@ def _section(
     lines = table(rows)
     columns, described = shown(lines), series[0].config.get("task", {})
     numbers = {key: f"{n:.3g}" if isinstance(n, float) else n for key, n in (described.get("stats") or {}).items()}
-    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numbers.items())
     judged = [line for line in lines if not math.isnan(line.mean["gold"])]
     best = _name(max(judged, key=lambda line: line.mean["gold"])) if judged else ""
     worse = {each.theirs for each in lead(rows, best) if each.clear}
     marked = {best} | {s.label for s in series if worse and s.label not in worse}
-    cells = [[cell(line, column) for column in columns] for line in lines]
+    results = [column for column in columns if column.name not in _COSTS]
+    costs = [column for column in columns if column.name in _COSTS]
+    cells, cost_cells = ([[cell(line, column) for column in part] for line in lines] for part in (results, costs))
+    seeds = sorted({s.results[0]["seed"] for s in series})
     images = {kind: as_file(made[task, kind], "svg") for kind in _FIGURES if (task, kind) in made}
     return {
         "task": task,
         "description": described.get("description", ""),
-        "facts": f" ({facts})" if facts else "",
-        "headline": headline(rows),
+        "facts": [(key.replace("_", " "), value) for key, value in numbers.items()],
+        "headline": answers(rows),
         "title": title(lines),
-        "columns": columns,
+        "columns": results,
+        "cost_columns": costs,
+        "costs": list(zip(series, cost_cells, strict=True)),
+        "cost_note": _meanings(costs),
         "rows": list(zip(series, (s.label in marked for s in series), cells, strict=True)),
         "notes": [
             *(["Shaded: the highest gold, and what is not told apart from it."] if worse else []),
             *footnotes(lines),
-            "; ".join(f"{column.title}: {column.meaning}" for column in columns) + ".",
+            _meanings(results),
         ],
         "matched_kl": [f"{kl:g}" for kl in match_kl],
         "matched": [(s, _matched(at_kl(s.results, s.out, match_kl))) for s in series if match_kl],
         "figures": [(*_FIGURES[kind], base64.b64encode(image).decode()) for kind, image in images.items()],
-        "seeds": ", ".join(map(str, sorted({s.results[0]["seed"] for s in series}))),
+        "seeds": f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}",
         "samples": _samples(series),
     }
+
+
+def _meanings(columns: Sequence[Column]) -> str:
+    return "; ".join(f"{column.title}: {column.meaning}" for column in columns) + "."
 
 
 def _matched(found: Sequence[Matched]) -> list[str]:

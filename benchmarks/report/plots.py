@@ -37,6 +37,8 @@ STYLE = {
     "svg.hashsalt": "lm-envs",  # the same figure gives the same file
 }
 Style = dict[str, tuple[str, str]]
+Segment = NDArray[np.float64]
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
@@ -93,15 +95,18 @@ def people(series: Sequence[Series], style: Style) -> Figure | None:
 def frontier(series: Sequence[Series], style: Style) -> Figure:
     """Draw gold and proxy against KL: the path of training on validation prompts, and the result on test prompts."""
     names = [n for n in ("gold", "proxy") if not all(np.isnan(s.mean(n)) for s in series)]
-    figure = Figure(figsize=(5.6 * len(names), 4.8), layout="constrained")
+    height = 4.8 + 0.18 * max(0, len(series) - 10)  # many names need room
+    figure = Figure(figsize=(5.6 * len(names), height), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(names), sharex=True))
     labels: list[list[Label]] = []
     for ax, name in zip(panels, names, strict=True):
         points = []
         for s in series:
             color, marker = style[s.algorithm]
-            for (_, kl), (_, value) in zip(s.curve("kl"), s.curve(name), strict=True):
-                ax.plot(kl, value, s.dash, color=color, alpha=0.45, linewidth=1.2)
+            paths = [(kl, value) for (_, kl), (_, value) in zip(s.curve("kl"), s.curve(name), strict=True)]
+            if paths:
+                kl, value = _mean_of(paths)
+                ax.plot(kl, value, s.dash, color=color, alpha=0.6, linewidth=1.4)
             for result in s.results:
                 ax.plot(number(result["kl"]), number(result[name]), marker, color=color, alpha=0.5, markersize=4)
             at, bound = (s.mean("kl"), s.mean(name)), bool(s.results[0].get("kl_is_bound"))
@@ -115,7 +120,8 @@ def frontier(series: Sequence[Series], style: Style) -> Figure:
         # Scores rise like the square root of KL (Gao et al. 2022, arXiv:2210.10760), so that is the scale.
         ax.set_xscale("function", functions=(root, _square))
         largest = max(line.get_xdata(orig=False).max() for line in ax.lines)
-        ax.set_xticks(_ticks(largest))
+        least = min(line.get_xdata(orig=False).min() for line in ax.lines)
+        ax.set_xticks([*(-x for x in _ticks(-least) if x > 0), *_ticks(largest)])
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set_xlabel("KL from SFT, nats per sequence (square-root scale)")
         ax.set_ylabel("mean score")
@@ -147,25 +153,33 @@ def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:
         return None
     titles = {"gold": "Gold", "proxy": "Proxy", "kl": "KL from SFT, nats", "return": "Return"}
     x_name, x_label = _progress(trained)
-    figure = Figure(figsize=(4.7 * len(names), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.7 * len(names), max(4.2, 0.26 * len(series))), layout="constrained")
     for ax, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
         ends = []
         for s in series:
             color, curves = style[s.algorithm][0], s.curve(name, x_name)
-            for x, y in curves:
-                ax.plot(x / 1000, y, s.dash, color=color, alpha=0.25, linewidth=1)
-            shared = [curve for curve in curves if len(curve[0]) == len(curves[0][0])]
-            if shared:
-                x, y = np.mean(shared, axis=0)
+            if curves:
+                x, y = _mean_of(curves)
                 ax.plot(x / 1000, y, s.dash, color=color, linewidth=2.2)
                 ends.append((float(y[-1]), s.label, color))
+                if len(curves) > 1:
+                    heights = [curve[1][: len(x)] for curve in curves]
+                    low, high = np.min(heights, axis=0), np.max(heights, axis=0)
+                    ax.fill_between(x / 1000, low, high, color=color, alpha=0.15, linewidth=0)
             elif s not in trained and name in ("gold", "proxy") and not np.isnan(s.mean(name)):
                 ax.axhline(s.mean(name), color=color, linestyle=":", linewidth=1.6)
                 ends.append((s.mean(name), s.label, color))
         ax.set_title(titles[name])
         ax.set_xlabel(x_label)
-        _label_ends(ax, ends)
+        _label_ends(ax, ends, figure.get_size_inches()[1])
     return figure
+
+
+def _mean_of(curves: Sequence[Curve]) -> Curve:
+    """The mean over seeds, as far as all of them go."""
+    least = min(len(x) for x, _ in curves)
+    x, y = np.mean([(x[:least], y[:least]) for x, y in curves], axis=0)
+    return x, y
 
 
 def _progress(trained: Sequence[Series]) -> tuple[str, str]:
@@ -207,21 +221,33 @@ def _square(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.sign(x) * np.square(x)
 
 
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write names to the right of the axes, at the height of their curves' ends, moved apart if they would overlap."""
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]], height: float) -> None:
+    """Write names to the right of axes in a figure of this height, at the height of their curves' ends, moved apart if
+    they would overlap, in the order of the ends, so that no two lines to them cross."""
     order = sorted(ends)
     low, high = ax.get_ylim()
-    gap = 0.062 * (high - low)
-    places = np.array([y for y, _, _ in order])
-    for _ in range(200):
-        for i in range(1, len(places)):
-            overlap = max(0.0, gap - (places[i] - places[i - 1]))
-            places[i - 1 : i + 1] += -overlap / 2, overlap / 2
+    places = _spread(np.array([y for y, _, _ in order]), 0.26 / height * (high - low), low, high)
     shown: dict[str, Any] = {"fontsize": 9.5, "va": "center", "annotation_clip": False}
     shown |= dict.fromkeys(("xycoords", "textcoords"), ax.get_yaxis_transform())
     for (y, label, color), place in zip(order, places, strict=True):
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
         ax.annotate(label, (1.0, y), (1.05, place), color=color, arrowprops=line, **shown)
+
+
+def _spread(places: NDArray[np.float64], gap: float, low: float, high: float) -> NDArray[np.float64]:
+    """Return the nearest places, by least squares, that are ``gap`` apart, in their order; around the middle of the
+    range if it is too short for them."""
+    from scipy.optimize import isotonic_regression
+
+    if not len(places):
+        return places
+    steps = gap * np.arange(len(places))
+    apart = isotonic_regression(places - steps).x + steps
+    room = high - low - steps[-1]
+    if room < 0:
+        return low + room / 2 + steps
+    # Where one end leaves the range, the rest makes room.
+    return np.clip(apart, low + steps, high - steps[::-1])
 
 
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
@@ -237,6 +263,7 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
         for (x, y), point in zip(pixels, points, strict=True)
     ]
     strokes = [_along(ax.transData.transform(line.get_xydata())) for line in ax.lines]
+    leaders: list[Segment] = []
     frame, font = ax.get_window_extent(renderer), FontProperties(size=9.5)
     for point, own, here in zip(points, list(taken), pixels, strict=True):
         size = np.array(renderer.get_text_width_height_descent(point.text, font, False)[:2])
@@ -247,17 +274,20 @@ def _label(figure: Figure, ax: Axes, points: Sequence[Label]) -> None:
 
         def cost(place: tuple[float, tuple[float, float]], here: Any = here, own: Bbox = own) -> float:
             box = box_at(*place)
-            leader = _along(np.array([here, np.clip(here, box.min, box.max)]))
+            segment = np.array([here, np.clip(here, box.min, box.max)])
+            leader = _along(segment)
             covered = sum(_within(leader, other) for other in taken if other is not own)
+            covered += 100 * sum(_cross(segment, other) for other in leaders)
             outside = box.width * box.height - _overlap(box, frame)
             overlap = sum(_overlap(box, other) for other in taken)
             crossed = sum(_within(stroke, box) for stroke in strokes)
             return 5 * overlap + 10 * outside + 8 * crossed + 15 * covered + 3 * place[0]
 
-        distance, way = min(itertools.product((10, 20, 34, 50, 70), _AROUND), key=cost)
+        distance, way = min(itertools.product((10, 20, 34, 50, 70, 95), _AROUND), key=cost)
         taken.append(box := box_at(distance, way))
         if distance > 10:
-            strokes.append(_along(np.array([here, np.clip(here, box.min, box.max)])))
+            leaders.append(np.array([here, np.clip(here, box.min, box.max)]))
+            strokes.append(_along(leaders[-1]))
         shown: dict[str, Any] = {"color": point.color, "fontsize": 9.5, "zorder": 6}
         shown |= {"ha": _SIDES[int(np.sign(way[0]))][0], "va": _SIDES[int(np.sign(way[1]))][1]}
         shown["path_effects"] = [withStroke(linewidth=2.5, foreground="white")]
@@ -273,6 +303,16 @@ def _along(path: NDArray[np.float64]) -> NDArray[np.float64]:
         return path
     steps = np.linspace(0, 1, 25)[:, None]
     return np.concatenate([a + steps * (b - a) for a, b in itertools.pairwise(path)])
+
+
+def _cross(a: Segment, b: Segment) -> bool:
+    """Whether two segments of pixels, ``(2, 2)``, have a point inside both in common."""
+
+    def side(of: Segment, point: NDArray[np.float64]) -> float:
+        along, to = of[1] - of[0], point - of[0]
+        return float(along[0] * to[1] - along[1] * to[0])
+
+    return side(a, b[0]) * side(a, b[1]) < 0 and side(b, a[0]) * side(b, a[1]) < 0
 
 
 def _within(points: NDArray[np.float64], box: Bbox) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_envs.benchmarks.report import html, human
+from lm_envs.benchmarks.report import html, human, plots
 from lm_envs.benchmarks.report.html import chosen_prompts, headline, write_report
 from lm_envs.benchmarks.report.overoptimization import FLOOR, Curve, draw
 from lm_envs.benchmarks.report.plots import frontier, learning_curves, win_rates
@@ -190,7 +190,9 @@ def test_the_page_says_what_each_run_was_and_marks_the_best(
     )
     page = unescape(re.sub("</?bdi>", "", write_report(out, rows).read_text()))
     assert "<h1>N</h1><p>About it</p>" in page and '<p class="note">torch 9</p>' in page
-    assert "D (accuracy 0.123, pairs 1234)" in page and "(seed 0)" in page
+    assert '<p class="note">D</p>' in page and "(seed 0)" in page
+    facts = re.findall(r'<tr><td class="text">(.*?)</td><td>(.*?)</td></tr>', page.split("task's models</summary>")[1])
+    assert facts[:2] == [("accuracy", "0.123"), ("pairs", "1234")]
     for part, values in (
         ("settings", "clip=0.125, seed=0"),
         ("environment", "temperature=0.75"),
@@ -214,7 +216,7 @@ def test_the_page_says_what_each_run_was_and_marks_the_best(
 # ---- figures ----
 
 
-def test_the_learning_curves_are_means_of_equally_long_ones(written: tuple[Path, list[dict]]) -> None:
+def test_the_learning_curves_are_means_as_far_as_all_seeds_go(written: tuple[Path, list[dict]]) -> None:
     out, rows = written
     series = gather(out, rows)
     figure = learning_curves(series, styles(series))
@@ -224,12 +226,14 @@ def test_the_learning_curves_are_means_of_equally_long_ones(written: tuple[Path,
     ax = figure.axes[1]
     thick = [line for line in ax.lines if line.get_linewidth() == 2.2]
     for line, style in zip(thick, ("-", "-", "--"), strict=True):
-        assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == [0.5, 1.5, 2.5]
+        assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == [1.0, 2.0, 3.0]
         assert line.get_linestyle() == style
     names = {text.get_text(): text for text in ax.texts}
     assert set(names) == {"ppo", "rloo", "ppo (bandit)", "sft"}
-    thousands = [line.get_xdata().tolist() for line in figure.axes[0].lines if line.get_linewidth() == 1]
-    assert thousands.count([0, 1, 2]) == 6 and thousands.count([0, 1, 2, 3]) == 3
+    for band in ax.collections:  # from the lowest seed to the highest
+        edges = {x: sorted(y for at, y in band.get_paths()[0].vertices if at == x) for x in (0.0, 1.0, 2.0)}
+        assert {x: (found[0], found[-1]) for x, found in edges.items()} == {x: (x, x + 2) for x in edges}
+    assert len(ax.collections) == 3
 
 
 def test_learning_curves_over_trained_tokens(written: tuple[Path, list[dict]]) -> None:
@@ -241,7 +245,7 @@ def test_learning_curves_over_trained_tokens(written: tuple[Path, list[dict]]) -
     figure = learning_curves(series, styles(series))
     assert figure is not None
     first = figure.axes[0].lines[0]
-    assert first.get_xdata().tolist() == [0, 3, 6] and "trained tokens" in figure.axes[0].get_xlabel()
+    assert first.get_xdata() == pytest.approx([0, 3, 6], abs=2e-3) and "trained tokens" in figure.axes[0].get_xlabel()
 
 
 def drawn_result(algorithm: str, kl: float, gold: float, wins: list[float], **changes: Any) -> dict:
@@ -363,3 +367,26 @@ def test_the_rank_correlation_s_interval_is_computed_a_second_time(monkeypatch: 
     low, high = np.quantile(resampled, (0.025, 0.975))
     low, high = max(-1, min(low, 2 * value - high)), min(1, max(high, 2 * value - low))
     assert (found.value, found.low, found.high, found.count) == pytest.approx((value, low, high, 5))
+
+
+def test_names_beside_curves_are_apart_in_order_and_inside() -> None:
+    found = plots._spread(np.array([0.0, 0.1, 5.0, 9.9, 10.0]), 1.0, 0.0, 10.0)
+    assert found == pytest.approx([0.0, 1.0, 5.0, 9.0, 10.0])
+    assert plots._spread(np.array([4.0, 4.0, 4.5]), 1.0, 0.0, 10.0) == pytest.approx(np.array([3.5, 4.5, 5.5]) - 1 / 3)
+    crowded = plots._spread(np.array([1.0] * 5), 1.0, 0.0, 2.0)  # too many: around the middle
+    assert crowded == pytest.approx([-1.0, 0.0, 1.0, 2.0, 3.0])
+
+
+def test_lines_to_names_do_not_cross() -> None:
+    a, b = np.array([[0.0, 0.0], [2.0, 2.0]]), np.array([[0.0, 2.0], [2.0, 0.0]])
+    assert plots._cross(a, b) and not plots._cross(a, a + [0.0, 1.0]) and not plots._cross(a, b + [3.0, 0.0])
+    assert not plots._cross(a, np.array([[2.0, 2.0], [3.0, 0.0]]))  # they only touch
+
+
+def test_a_headline_of_many_methods_names_some() -> None:
+    rows = many({f"m{i}": 0.5 for i in range(12)})
+    for row in rows:
+        shift = (row["seed"] * 7 + int(row["algorithm"][1:]) * 5) % 11
+        row |= {"gold": row["gold"] + shift, "golds": [x + shift for x in row["golds"]]}
+    assert re.search(r"Not told apart from it: (m\d+, ){7}2 more\.", headline(rows))
+    assert html._some(list("abcdefgh")) == list("abcdefgh") and html._some(list("abcdefghi"))[-1] == "2 more"
