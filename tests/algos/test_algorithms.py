@@ -493,7 +493,7 @@ def end(name, settings):
 
 
 INHERITED = {field.name for field in fields(AgentConfig)}
-SLOW = (*COUSINS, "trpo", "iterated-rlhf", "ppo-ptx", "ppo-klpen")
+SLOW = (*COUSINS, "trpo", "bond", "xpo", "distillation", "iterated-rlhf", "ppo-ptx", "ppo-klpen")
 WHOLE = ("sft", "expert-iteration", "reinforce", "ppo")  # whose settings from the engine the quick suite tests too
 
 

@@ -15,11 +15,12 @@ from lm_envs.exact.solver import Exact, cosine, relative_bias
 from lm_envs.tasks.enumerable import load
 from tests import tiny
 from tests.algos import batches
+from tests.marks import slow_unless
 
 
-def problem(**settings):
+def problem(horizon=3, **settings):
     """A solver, an agent with a table, and its teacher's table."""
-    exact = Exact(TextMDP(load(tokens=2, horizon=3, prompts=2)))
+    exact = Exact(TextMDP(load(tokens=2, horizon=horizon, prompts=2)))
     generator = torch.Generator().manual_seed(1)
     tables = [exact.log_ref + torch.randn(exact.log_ref.shape, dtype=torch.float64, generator=generator) for _ in "ab"]
     agent = make_agent("distillation", TabularPolicy(exact, tables[0]), episodes=8, **settings)
@@ -33,7 +34,7 @@ def whole_kl(exact, agent, teacher):
 
 @pytest.mark.parametrize("same_prompt", [True, False])
 def test_as_a_reward_it_has_the_gradient_of_the_kl_of_whole_responses(same_prompt):
-    exact, agent, teacher = problem(as_reward=True)
+    exact, agent, teacher = problem(horizon=2, as_reward=True)
     found = expected_gradient(agent, exact, batch=2, same_prompt=same_prompt)
     assert relative_bias({"logits": found["logits"]}, whole_kl(exact, agent, teacher)) < 1e-8
 
@@ -67,7 +68,7 @@ def test_what_comes_after_a_token_by_hand(monkeypatch):
     assert found.tolist() == [[-6 + 16, -4 + 0, 0], [-16 + 6, 0 + 4, 0]]
 
 
-@pytest.mark.parametrize("as_reward", [False, True])
+@pytest.mark.parametrize("as_reward", slow_unless(bool, [False, True]))
 def test_it_rests_at_the_teacher(as_reward):
     task = load(tokens=2, horizon=2, prompts=2)
     env = TextVectorEnv(task, 16, group_size=1)
