@@ -16,8 +16,7 @@ from lm_envs.algos.rloo import RLOO, RLOOConfig
 from lm_envs.settings import Count, Positive
 from lm_envs.trajectories import Trajectories
 
-LARGEST = 2**28
-"""Most log-probabilities of whole distributions that are held for a batch, 1 GiB in float32."""
+LARGEST = 2**28  # log-probabilities of whole distributions that are held for a batch, 1 GiB in float32
 
 
 @dataclass
@@ -43,8 +42,8 @@ class TRPO(RLOO):
     with F is a difference of the KL's gradients. The KL is exact over the actions at the batch's states; on a bandit
     env, whose actions cannot be listed, it is estimated from those that were sampled.
 
-    A batch costs ``cg_steps + 2`` forward and backward passes and up to ``backtracks`` forwards, and holds the whole
-    distribution at each position: it is for small models, in float32. The gradient is RLOO's, which is exact.
+    A batch costs ``cg_steps + 2`` forward and backward passes and up to ``backtracks`` forwards, on each process all of
+    it, and holds whole distributions: it is for small models, in float32. The gradient is RLOO's, which is exact.
     """
 
     Config = TRPOConfig
@@ -61,10 +60,11 @@ class TRPO(RLOO):
     def prepare(self, traj: Trajectories, before: Before) -> dict[str, Tensor]:
         fixed = super().prepare(traj, before) | {"old_logprob": before.logprob}
         if not traj.is_bandit:
-            fixed["old"] = before.log_probs()
-            if (held := fixed["old"].numel()) > LARGEST:
+            width = self.policy.evaluate(traj.select(slice(0, 1))).log_probs().shape[2]
+            if (held := traj.mask.numel() * width) > LARGEST:
                 why = f"trpo holds whole distributions, here {held:,} numbers, more than {LARGEST:,}"
                 raise ValueError(f"{why}: sample fewer episodes, or use ppo-klpen, which estimates the KL")
+            fixed["old"] = before.log_probs()
         self._batch = traj, {name: x.to(before.logprob.dtype) for name, x in fixed.items()}
         return fixed
 
