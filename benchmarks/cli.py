@@ -31,6 +31,7 @@ from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
 from lm_envs.benchmarks.commands.options import ManyProcesses
 from lm_envs.benchmarks.commands.overoptimize import Overoptimise
 from lm_envs.benchmarks.commands.people import People
+from lm_envs.benchmarks.commands.probe import Probe
 from lm_envs.benchmarks.commands.report import Report
 from lm_envs.benchmarks.commands.tasks import Tasks
 from lm_envs.benchmarks.commands.train import Train
@@ -55,6 +56,7 @@ _COMMANDS: dict[str, type[Any]] = {
     "overoptimise": Overoptimise,
     "people": People,
     "check": Check,
+    "probe": Probe,
     "tasks": Tasks,
     "report": Report,
     "build": Build,

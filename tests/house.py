@@ -38,6 +38,7 @@ ORDER = (
     "lm_envs.benchmarks.run",
     "lm_envs.benchmarks.report",
     "lm_envs.benchmarks.speed",
+    "lm_envs.benchmarks.probes",
     "lm_envs.benchmarks.commands",
     "lm_envs.benchmarks",
     "lm_envs.__main__",

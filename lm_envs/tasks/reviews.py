@@ -53,7 +53,8 @@ def annotate(first: NDArray[np.float64], second: NDArray[np.float64], *, flip: f
     with probability ``flip``. The choice on pair i depends only on the seed, i and the pair's two gold rewards.
     """
     pair = np.arange(len(first))
-    choice = rng.uniform(seed, rng.ANNOTATOR, pair, 0) < 1 / (1 + np.exp(second - first))
+    with np.errstate(over="ignore"):  # a gap of hundreds: the probability is 0
+        choice = rng.uniform(seed, rng.ANNOTATOR, pair, 0) < 1 / (1 + np.exp(second - first))
     return choice ^ (rng.uniform(seed, rng.ANNOTATOR, pair, 1) < flip)
 
 

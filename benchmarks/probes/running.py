@@ -1,0 +1,232 @@
+"""Run probes: every value of their sweeps, algorithm and seed, several at a time, into a folder that can be continued.
+
+``probes.json`` holds what was asked, ``runs.jsonl`` a line for each run; a kill loses what was under way. A run depends
+on its probe, value, algorithm and seed alone, so results do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from lm_envs.algos.registry import Unsuited
+from lm_envs.benchmarks.errors import UserError, explain
+from lm_envs.benchmarks.probes.base import ask, run
+from lm_envs.benchmarks.probes.registry import load
+from lm_envs.benchmarks.run.compare import check_writable
+from lm_envs.benchmarks.run.inputs import fingerprints
+from lm_envs.benchmarks.run.one_run import differences, versions
+from lm_envs.benchmarks.run.storage import Records, held_files, read_sealed, write_lines, write_sealed
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
+from lm_envs.files import remove_unfinished, write_atomic
+
+COLUMNS = ("probe", "value", "algorithm", "seed", "score", "return", "start", "optimum", "note")
+SETTINGS, RUNS, SCORES = "probes.json", "runs.jsonl", "scores.csv"
+Key = tuple[str, float, str, int]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is asked: probes and algorithms by name, and seeds."""
+
+    probes: tuple[str, ...]
+    algorithms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def keys(self) -> Iterator[Key]:
+        """Yield the probe, value, algorithm and seed of each run, in the order of tables."""
+        for name in self.probes:
+            for value in load(name).values:
+                for algorithm in self.algorithms:
+                    yield from ((name, float(value), algorithm, seed) for seed in self.seeds)
+
+    def joined(self, held: dict[str, Any]) -> Sweep:
+        """Return this sweep after one that a folder holds."""
+        mine = asdict(self)
+        return Sweep(**{name: tuple(dict.fromkeys([*held.get(name, ()), *mine[name]])) for name in mine})
+
+
+def key_of(record: dict[str, Any]) -> Key:
+    """Return the probe, value, algorithm and seed of a run's record."""
+    return record["probe"], record["value"], record["algorithm"], record["seed"]
+
+
+def carry_out(
+    sweep: Sweep,
+    out: Path,
+    *,
+    resume: bool = False,
+    jobs: int = 1,
+    notify: Callable[[int, int], object] = lambda done, of: None,
+) -> list[dict[str, Any]]:
+    """Run a sweep in ``out``, or the rest of it; return the records of all runs that the folder holds, in order.
+
+    Args:
+        resume: continue what ``out`` holds; it may get more probes, algorithms or seeds.
+        jobs: processes.
+        notify: called with how many runs are done, and of how many.
+
+    Raises:
+        UserError: the folder holds something else, or an algorithm fails.
+    """
+    check_writable(out)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            return _carry_out(sweep, out, resume, jobs, notify)
+    except Timeout as error:
+        raise UserError(f"another process is at work in {out}: wait for it, or choose another --out") from error
+
+
+def _carry_out(
+    sweep: Sweep, out: Path, resume: bool, jobs: int, notify: Callable[[int, int], object]
+) -> list[dict[str, Any]]:
+    whole, records = _begin(sweep, out, resume), Records(out / RUNS)
+    found = {key_of(record): record for record in records.read()}
+    write_atomic(records.path, "".join(json.dumps(record) + "\n" for record in found.values()))  # without half a line
+    keys = list(sweep.keys())
+    done = sum(key in found for key in keys)
+    notify(done, len(keys))
+    with contextlib.closing(_results(_jobs(keys, found), jobs)) as results:
+        for finished in results:
+            records.append(*finished)
+            found |= {key_of(record): record for record in finished}
+            notify(done := done + len(finished), len(keys))
+    return write_scores(whole, found, out)
+
+
+def write_scores(whole: Sweep, found: dict[Key, dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Write ``scores.csv`` from the records by key; return them in the order of tables."""
+    lines = [found[key] for key in whole.keys() if key in found]
+    write_lines(out / SCORES, lines, COLUMNS)
+    return lines
+
+
+def held(out: Path) -> tuple[Sweep, list[dict[str, Any]]]:
+    """Return the sweep and the records of a folder, for a report of what is finished."""
+    settings = read_sealed(out / SETTINGS)
+    whole = Sweep((), (), ()).joined(settings)
+    found = {key_of(record): record for record in Records(out / RUNS).read()}
+    return whole, write_scores(whole, found, out)
+
+
+def _begin(sweep: Sweep, out: Path, resume: bool) -> Sweep:
+    """Check and write the folder's settings; return the sweep with what the folder holds."""
+    remove_unfinished(out)
+    names = {text: fingerprints(RunSpec("enumerable", text, 0, Plan())) for text in sweep.algorithms}
+    inputs = {name: value for found in names.values() for name, value in found.items()}
+    before: dict[str, Any] = {}
+    if (out / SETTINGS).exists():
+        if not resume:
+            raise UserError(f"{out} holds probes already: --resume continues them, another --out starts anew")
+        before = read_sealed(out / SETTINGS)
+        changed = [name for name, value in before["inputs"].items() if inputs.get(name, value) != value]
+        if changed:
+            raise UserError(
+                f"{out} began with other contents of {changed[0]}: restore them to continue, or choose another --out"
+            )
+        if others := differences(before["versions"], versions()):
+            warnings.warn(f"continued with other versions, so numbers may differ ({'; '.join(others)})", stacklevel=1)
+    elif strange := held_files(out, [".lock"]):
+        raise UserError(f"{out} is not empty (it holds {strange[0]!r}) and holds no probes: choose another --out")
+    whole = sweep.joined(before)
+    inputs = {**before.get("inputs", {}), **inputs}
+    write_sealed(out / SETTINGS, {**asdict(whole), "inputs": inputs, "versions": before.get("versions", versions())})
+    return whole
+
+
+Job = tuple[str, float, int, tuple[str, ...]]
+
+
+def _jobs(keys: Sequence[Key], found: dict[Key, dict[str, Any]]) -> list[Job]:
+    """Return what is left to do: a probe, a value, a seed, and the algorithms, which share the solution."""
+    jobs: dict[tuple[str, float, int], list[str]] = {}
+    for name, value, algorithm, seed in keys:
+        if (name, value, algorithm, seed) not in found:
+            jobs.setdefault((name, value, seed), []).append(algorithm)
+    return [(*where, tuple(algorithms)) for where, algorithms in jobs.items()]
+
+
+def _results(jobs: Sequence[Job], processes: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of each job as it is done."""
+    if processes == 1:
+        torch.set_num_threads(1)
+        yield from map(work, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process hangs where its parent's torch has used threads
+    with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
+        waiting = {pool.submit(_attempt, job) for job in jobs}
+        try:
+            while waiting:
+                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    found = future.result()
+                    if isinstance(found, str):
+                        raise UserError(found)
+                    yield found
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process was ended (where memory runs out, try fewer --jobs); --resume goes on"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Prepare a worker: one thread, no Ctrl-C of its own, and no life after its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _attempt(job: Job) -> list[dict[str, Any]] | str:
+    """Do a job in a worker; return one line about an error that the user can put right."""
+    try:
+        return work(job)
+    except Exception as error:
+        if (message := explain(error)) is None:
+            raise
+        return message
+
+
+def work(job: Job) -> list[dict[str, Any]]:
+    """Run the algorithms of a job, and return a record for each.
+
+    An algorithm that the probe does not suit has no score, and one whose loss becomes infinite a score of 0.
+    """
+    name, value, seed, algorithms = job
+    question, records = ask(load(name).case(value, seed)), []
+    for algorithm in algorithms:
+        record = {"probe": name, "value": value, "algorithm": algorithm, "seed": seed}
+        known = {"start": question.start, "optimum": question.optimum, "note": ""}
+        torch.manual_seed(seed)  # for algorithms of others, which may take torch's generator
+        reached: float | None
+        try:
+            score, reached = run(question, algorithm, seed)
+        except Unsuited as error:
+            records.append({**record, "score": None, "return": None, **known, "note": f"left out: {error}"})
+            continue
+        except FloatingPointError as error:
+            score, reached, known["note"] = 0.0, None, f"diverged: {error}"
+        records.append({**record, "score": score, "return": reached, **known})
+    return records
