@@ -33,8 +33,8 @@ _PROXIMAL: dict[str, Any] = {"epochs": 4, "learning_rate": 0.1}
 _FAST: dict[str, Any] = {"learning_rate": 0.3}
 _PAIRS: dict[str, Any] = {"episodes": BATCH, "pairs": EPISODES // 2, "learning_rate": 0.3}
 SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("reinforce", "rloo", "vbon", "dr-grpo", "grpo", "dapo", "gspo", "cispo"), _GROUP),
-    **dict.fromkeys(("reinforce-plus-plus-baseline", "online-dpo"), _GROUP),
+    **dict.fromkeys(("reinforce", "rloo", "vbon", "bond", "dr-grpo", "grpo", "dapo", "gspo", "sapo", "cispo"), _GROUP),
+    **dict.fromkeys(("reinforce-plus-plus-baseline", "online-dpo", "xpo"), _GROUP),
     **dict.fromkeys(("reinforce-plus-plus", "remax", "a2c"), _FAST),
     **dict.fromkeys(("ppo", "ppo-klpen"), _PROXIMAL),
     **dict.fromkeys(("dpo", "binary-feedme", "reward-conditioning"), _PAIRS),

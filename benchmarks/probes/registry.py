@@ -15,7 +15,7 @@ PROBES: dict[str, str] = {
     "noise": "lm_envs.benchmarks.probes.noise:PROBE",
     "scale": "lm_envs.benchmarks.probes.scale:PROBE",
     "shift": "lm_envs.benchmarks.probes.shift:PROBE",
-    "changes": "lm_envs.benchmarks.probes.changes:PROBE",
+    "change": "lm_envs.benchmarks.probes.change:PROBE",
     "kl": "lm_envs.benchmarks.probes.kl:PROBE",
     "overoptimization": "lm_envs.benchmarks.probes.overoptimization:PROBE",
     "staleness": "lm_envs.benchmarks.probes.staleness:PROBE",
