@@ -2747,6 +2747,41 @@ MUTATIONS = [
         "return statistics.median(own) / statistics.median(base)",
         "tests/benchmarks/speed/test_kernels.py::test_ratios_are_within_rounds_which_go_there_and_back",
     ),
+    Mutation(
+        "a probe's score starts at 0",
+        "benchmarks/probes/base.py",
+        "(value - self.start) / (self.optimum - self.start)",
+        "value / self.optimum",
+        "tests/benchmarks/probes/test_probes.py::test_the_score_by_hand",
+    ),
+    Mutation(
+        "a probe's optimum is for gold, not for the proxy",
+        "benchmarks/probes/base.py",
+        "exact.optimal_policy if case.taught is None",
+        "exact.optimal_policy if case.rewards is not None",
+        "tests/benchmarks/probes/test_probes.py::test_the_optimum_is_that_of_brute_force",
+    ),
+    Mutation(
+        "a probe's sampler is refreshed every time",
+        "benchmarks/probes/staleness.py",
+        "iteration % int(value) == 0",
+        "iteration % 1 == 0",
+        "tests/benchmarks/probes/test_probes.py::test_the_stale_sampler_is_refreshed_when_it_is_due",
+    ),
+    Mutation(
+        "a probe's runs are not done again where a line was cut",
+        "benchmarks/probes/running.py",
+        "if (name, value, algorithm, seed) not in found:",
+        "if not found:",
+        "tests/benchmarks/probes/test_running.py::test_a_run_that_was_killed_is_continued_and_extended",
+    ),
+    Mutation(
+        "values at which nothing works are held against each method",
+        "benchmarks/probes/report.py",
+        "if value not in scores.hopeless[name]]",
+        "if name]",
+        "tests/benchmarks/probes/test_running.py::test_words_by_hand",
+    ),
 ]
 
 
