@@ -178,7 +178,12 @@ def test_pins_are_plain_and_cover_the_requirements():
     extras = PROJECT["project"]["optional-dependencies"]
     (own,) = (line for line in extras["dev"] if Requirement(line).name == "lm-envs")
     installed = [extras[name] for name in ("dev", "docs", *Requirement(own).extras)]
-    assert extras.keys() - {"dev", "docs", "triton"} - Requirement(own).extras == {"mlflow", "trackio", "wandb"}
+    assert extras.keys() - {"dev", "docs", "triton"} - Requirement(own).extras == {
+        "mlflow",
+        "pretrained",
+        "trackio",
+        "wandb",
+    }
     for line in [*PROJECT["project"]["dependencies"], *(line for extra in installed for line in extra)]:
         requirement = Requirement(line)
         if requirement.name != "lm-envs":

@@ -220,8 +220,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False, en
         if has_adapters(model) and model.name_or_path and not merge:
             config = model.peft_config["default"]
             place = Path(model.name_or_path)
-            config.base_model_name_or_path = str(place.resolve()) if place.is_dir() else model.name_or_path
-            model.save_pretrained(folder)
+            config.base_model_name_or_path = str(place.resolve()) if place.exists() else model.name_or_path
+            with quiet_layout():
+                model.save_pretrained(folder)
             if getattr(model, "generation_config", None) is not None:
                 model.generation_config.save_pretrained(folder)
         else:

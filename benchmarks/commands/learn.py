@@ -22,7 +22,8 @@ _SHOWN = 10  # skipped rows on the screen; data/info.json has all
 @dataclass(frozen=True)
 class _Learn(ManyProcesses):
     model: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    """The model to start from, and its tokenizer: a folder of save_pretrained, or a hub name."""
+    """The model to start from, and its tokenizer: a folder of save_pretrained, a GGUF file, "smollm2" (of the extra
+    pretrained) or a hub name."""
     data: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """JSONL, CSV, Parquet, a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub; `lm-envs data check` says what
     it holds."""

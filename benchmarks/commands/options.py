@@ -29,7 +29,8 @@ class Own:
     """Make the task "translation" from your parallel text: a JSONL file with "prompt" and "reference", and optionally
     "split"."""
     policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Make the task "custom": the policy to tune, a folder of save_pretrained or a hub name."""
+    """Make the task "custom": the policy to tune, a folder of save_pretrained, a GGUF file, "smollm2" (of the extra
+    pretrained) or a hub name."""
     reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Reward model of "custom", with its own tokenizer: a folder or a hub name. Its scores are standardized by those of
     the reference's samples; short for --reward 'standardise(model:DIR)'."""

@@ -20,6 +20,7 @@ from lm_envs.benchmarks.run.names import base_task
 from lm_envs.data import sources
 from lm_envs.files import code_hash, sha256
 from lm_envs.model.adapters import base_of, is_adapter
+from lm_envs.model.gguf import gguf_file
 from lm_envs.model.hub import commit_of
 from lm_envs.plugins import place_of
 from lm_envs.reward.specs import Source, Spec, is_spec, parse_reward
@@ -93,6 +94,8 @@ def _sources(spec: Spec) -> Iterator[Source]:
 
 def _model(place: str) -> str | None:
     """Hash weights, config and tokenizer; for adapters also those of their base."""
+    if (file := gguf_file(place, "model")) is not None:
+        return _file(file)
     folder = Path(os.path.expanduser(place))
     if not os.path.isdir(folder):
         return commit_of(place)

@@ -29,7 +29,7 @@ def is_adapter(place: str | Path) -> bool:
 
 
 def base_of(place: str | Path, what: str = "policy") -> str:
-    """Return the folder or hub name of the model that a folder's adapters were trained on.
+    """Return the folder, GGUF file or hub name of the model that a folder's adapters were trained on.
 
     A relative path counts from the working directory, or else from the adapters' folder. ValueError if the adapters are
     not low-rank, do not name the model, or its folder is missing.
@@ -51,14 +51,14 @@ def base_of(place: str | Path, what: str = "policy") -> str:
     if not (Path(place) / WEIGHTS).is_file():
         raise ValueError(f"{begin} holds no {WEIGHTS}: save them with save_pretrained (pickles are not read)")
     beside = Path(place) / name
-    if not Path(name).is_dir() and beside.is_dir():
+    if not Path(name).exists() and beside.exists():
         name = str(beside)
     if is_adapter(name):
         raise ValueError(
             f"{begin}: its adapters are for {name!r}, which holds adapters itself: merge those into a model"
         )
-    if not Path(name).is_dir() and Path(name).is_absolute():
-        gone = f"its adapters are for {name!r}, and there is no such folder"
+    if not Path(name).exists() and Path(name).is_absolute():
+        gone = f"its adapters are for {name!r}, and there is no such folder or file"
         raise ValueError(f"{begin}: {gone}: put that model's place into base_model_name_or_path of {path}")
     return str(name)
 
@@ -116,9 +116,11 @@ def whole_numbers(file: Path) -> list[str]:
 
 @contextmanager
 def quiet_layout() -> Iterator[None]:
-    """Silence peft's warning about layers with transposed weights, such as GPT-2's, which peft handles."""
+    """Silence peft's warnings about layers with transposed weights, such as GPT-2's, which peft handles, and about
+    bases that are no folder, such as GGUF files."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
         yield
 
 

@@ -1,4 +1,4 @@
-"""Loading of models and tokenizers from folders of ``save_pretrained`` or hub names.
+"""Loading of models and tokenizers from folders of ``save_pretrained``, GGUF files or hub names.
 
 Weights come from safetensors and code from transformers alone: nothing in a folder is executed. Models that do not fit
 are refused in one line, before anything runs.
@@ -30,6 +30,7 @@ from transformers.utils import logging
 from lm_envs.files import read_text
 from lm_envs.model.adapters import base_of, is_adapter, whole_numbers, with_adapters
 from lm_envs.model.checking import refuse_config
+from lm_envs.model.gguf import folder_of, gguf_file
 from lm_envs.model.hub import place_of
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
@@ -84,7 +85,7 @@ def load_policy(
     """Load a causal or encoder-decoder language model, in ``eval`` mode.
 
     Args:
-        name: a folder saved by ``save_pretrained``, or a hub name.
+        name: a folder saved by ``save_pretrained``, a GGUF file, or a hub name.
         what: the model's name in messages.
         recompute: see :func:`~lm_envs.model.checking.check_model`.
 
@@ -294,8 +295,11 @@ def _check_generation_config(path: Path) -> None:
 
 
 def _place(name: str | Path, what: str) -> str:
-    """Return a folder's path, a hub name, or the model's folder in the cache if the hub cannot be reached."""
+    """Return a folder's path, a hub name, or the model's folder in the cache: of a GGUF file, or of a name if the hub
+    cannot be reached."""
     text = os.path.expanduser(str(name))
+    if (file := gguf_file(name, what)) is not None:
+        return str(folder_of(file, what))
     if Path(text).is_dir():
         if is_adapter(text):
             raise ValueError(

@@ -43,7 +43,8 @@ class CustomConfig(Settings):
     """The parts of the task, and how they are used.
 
     Attributes:
-        policy: the model to tune and its tokenizer: a folder of ``save_pretrained`` (or of adapters), or a hub name.
+        policy: the model to tune and its tokenizer: a folder of ``save_pretrained`` (or of adapters), a GGUF file
+            (:mod:`lm_envs.model.gguf`), or a hub name.
         prompts: a source whose rows have ``prompt`` (text or chat messages) and an optional ``split`` (train,
             validation, test), or follow another convention; see :class:`~lm_envs.data.dataset.Examples`.
         reward_model: the folder or hub name of a sequence classifier with its own tokenizer; short for
