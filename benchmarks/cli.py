@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import inspect
 import io
@@ -15,7 +14,6 @@ import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from itertools import pairwise
 from typing import Annotated, Any
 
 import tyro
@@ -39,7 +37,7 @@ from lm_envs.benchmarks.commands.tune import Tune
 from lm_envs.benchmarks.errors import Interrupted, explain
 from lm_envs.benchmarks.run.many_processes import STARTED, carry_out, launch
 from lm_envs.printable import printable
-from lm_envs.settings import check, near
+from lm_envs.settings import check, field_texts, near
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 BAD_COMMAND = 2
@@ -191,11 +189,8 @@ def _join_lines(command: type[Any]) -> None:
     """Make each field's docstring one paragraph, also in the dataclasses that are its fields."""
     hints = typing.get_type_hints(command, include_extras=True)
     for owner in filter(is_dataclass, command.__mro__):
-        for node, behind in pairwise(ast.parse(inspect.getsource(owner)).body[0].body):  # type: ignore[attr-defined]
-            match node, behind:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    shown = tyro.conf.arg(help=" ".join(text.split()), help_behavior_hint=_hint)
-                    owner.__annotations__[name] = Annotated[hints[name], shown]
+        for name, text in field_texts(owner):
+            owner.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(help=text, help_behavior_hint=_hint)]
     for inner in _dataclasses(*hints.values()):
         _join_lines(inner)
 

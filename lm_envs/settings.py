@@ -6,12 +6,16 @@ from a mapping (TOML or ``name=value``), and :func:`check` checks any other data
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
+import inspect
 import numbers
+import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Interval, MinLen
@@ -54,6 +58,16 @@ Names = Annotated[tuple[Name, ...], MinLen(1)]
 Table = dict[str, Any]
 
 T = TypeVar("T")
+
+
+def field_texts(kind: type) -> Iterator[tuple[str, str]]:
+    """Yield the fields of a class, without its bases', that have a docstring below them, each with it in one line."""
+    for node, behind in pairwise(ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body):  # type: ignore[attr-defined]
+        match node, behind:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())
+
+
 # Messages for pydantic's error types; other types keep pydantic's.
 _ALLOWED = {
     "greater_than": "above {gt}",

@@ -21,10 +21,10 @@ _SHOWN = 10  # skipped rows on the screen; data/info.json has all
 
 @dataclass(frozen=True)
 class _Learn(ManyProcesses):
-    model: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    model: Annotated[str, tyro.conf.arg(metavar="DIR", aliases=["--policy"])]
     """The model to start from, and its tokenizer: a folder of save_pretrained, a GGUF file, "smollm2" (of the extra
     pretrained) or a hub name."""
-    data: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    data: Annotated[str, tyro.conf.arg(metavar="FILE", aliases=["--prompts"])]
     """JSONL, CSV, Parquet, a folder of them, or OWNER/NAME[/CONFIG][:SPLIT] of the hub; `lm-envs data check` says what
     it holds."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]

@@ -28,7 +28,7 @@ class Own:
     parallel: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Make the task "translation" from your parallel text: a JSONL file with "prompt" and "reference", and optionally
     "split"."""
-    policy: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    policy: Annotated[str | None, tyro.conf.arg(metavar="DIR", aliases=["--model"])] = None
     """Make the task "custom": the policy to tune, a folder of save_pretrained, a GGUF file, "smollm2" (of the extra
     pretrained) or a hub name."""
     reward_model: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -38,7 +38,7 @@ class Own:
     """Reward of "custom" for training, instead of --reward-model; if repeated, they are summed. One is model:DIR, bleu,
     chrf, rougeL (against the prompts' column "reference"), judge:URL#MODEL or my_file.py:function (runs that file); as
     in --reward 'bleu*0.5', 'clip(model:DIR, -2, 2)', 'standardise(my_file.py:f)'."""
-    prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE", aliases=["--data"])] = None
     """Prompts of "custom": JSONL, CSV or Parquet with a "prompt" a row (text or chat messages), and optionally "split"
     (train, validation, test); or a data set of the hub. `lm-envs data check FILE` says what it holds."""
     bad: Literal["raise", "skip"] = "raise"

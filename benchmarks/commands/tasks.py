@@ -1,25 +1,46 @@
-"""``lm-envs tasks``: the tasks, the algorithms and the built-in suites."""
+"""``lm-envs tasks``: the tasks, the algorithms and the built-in suites, and the settings of one of them."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from lm_envs.benchmarks.run.names import trainable
+from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run.names import best_of, trainable
 from lm_envs.benchmarks.run.suite_files import BUILT_IN, load_suite
-from lm_envs.plugins import installed
+from lm_envs.plugins import find, installed
+from lm_envs.settings import field_texts, near
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """List the tasks, the algorithms and the built-in suites, each with a line about it."""
+    """List the tasks, the algorithms and the built-in suites, or say what one of them is and takes.
+
+      lm-envs tasks
+      lm-envs tasks ppo
+      lm-envs tasks my_algo.py:CISPO
+
+    Settings are given by --set NAME=VALUE, or in a suite under [algorithm.ppo].
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
+    """An algorithm, for its settings; a task, for its options; or a suite, for its text."""
 
     def run(self, console: Console) -> None:
+        for name in self.names:
+            Console(emoji=False).print(*_about(name), sep="\n\n", highlight=False)
+        if not self.names:
+            self._list()
+
+    def _list(self) -> None:
         from lm_envs.algos.registry import ALGORITHMS
         from lm_envs.tasks import TASKS
 
@@ -43,6 +64,67 @@ class Tasks:
             suites.add_row(path.stem, load_suite(path).description)
         for table in (tasks, algorithms, suites):
             Console(emoji=False).print(table)
+
+
+def _about(name: str) -> Iterator[Any]:
+    """What is printed about an algorithm, a task or a suite; UserError if it is none of them."""
+    from lm_envs.algos.registry import load
+    from lm_envs.tasks import TASKS
+
+    tasks, algorithms = {**TASKS, **installed("task")}, [*trainable(), *installed("algorithm")]
+    suite = BUILT_IN / f"{name}.toml"
+    if name == "sft" or best_of(name) is not None:
+        yield f"{name} trains nothing and has no settings."
+    elif name in tasks:
+        yield from _task(name, find(name, "task", TASKS))
+    elif suite.is_file():
+        yield escape(suite.read_text(encoding="utf-8").rstrip())
+    elif name in algorithms or ":" in name:
+        try:
+            found = load(name)
+        except ValueError:
+            if name in algorithms:
+                raise
+            yield from _task(name, find(name, "task", TASKS))  # a function, or nothing: the message says so
+            return
+        yield from _paragraphs(found)
+        yield _settings(name, found.Config)
+    else:
+        suites = [path.stem for path in BUILT_IN.glob("*.toml")]
+        raise UserError(f"nothing is called {name!r}: {near(name, [*algorithms, *tasks, *suites])}")
+
+
+def _paragraphs(made: Any) -> Iterator[str]:
+    """The text about a class or a function, without its arguments and errors."""
+    for part in (inspect.getdoc(made) or "").split("\n\n"):
+        if not part.startswith(("Args:", "Raises:", "Returns:", "Attributes:")):
+            yield escape(part if "\n " in part else " ".join(part.split()))
+
+
+def _settings(name: str, kind: Any) -> Table:
+    table = Table("setting", "default", "what it is", title=f"Settings of {escape(name)}", title_justify="left")
+    texts = {field: text for base in reversed(kind.__mro__) if is_dataclass(base) for field, text in field_texts(base)}
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        default = field.default if field.default is not MISSING else ""
+        shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        text = texts.get(field.name, "")
+        parts = (hints[field.name], *get_args(hints[field.name]))
+        choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        table.add_row(field.name, escape(shown), escape(f"{text} One of {', '.join(choices)}." if choices else text))
+    return table
+
+
+def _task(name: str, made: Any) -> Iterator[Any]:
+    """A task's text, and the options that its loader takes."""
+    yield from _paragraphs(made)
+    table = Table("option", "default", title=f"Options of {escape(name)}", title_justify="left")
+    for option in inspect.signature(made).parameters.values():
+        default = "needed" if option.default is inspect.Parameter.empty else str(option.default)
+        if option.kind is not inspect.Parameter.VAR_KEYWORD:
+            table.add_row(option.name, escape(default.lower() if default in ("None", "True", "False") else default))
+    if table.row_count:
+        yield table
 
 
 def _first_line(place: Any) -> str:

@@ -12,7 +12,7 @@ from lm_envs.benchmarks.commands.options import Running
 from lm_envs.benchmarks.commands.report import carry_out
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.suites import Plan, Suite, TaskSettings, parse_settings
-from lm_envs.settings import Count, Seed, Threads, Whole
+from lm_envs.settings import Count, Rate, Seed, Threads, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,10 @@ class Train(Running):
     options below make one."""
     seed: Seed = 0
     """Seed of prompts, samples and the order of minibatches."""
+    learning_rate: Annotated[Rate | None, tyro.conf.arg(metavar="X")] = None
+    """Adam's step size at the start; the algorithm's own if not given."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """A setting of the algorithm, as in --set learning_rate=1e-3; may be repeated."""
+    """Another setting of the algorithm, as in --set epochs=2; may be repeated."""
     validate_every: Whole = Plan.validate_every
     """Iterations between points of the learning curve, 0 for none."""
     checkpoint_every: Count = Plan.checkpoint_every
@@ -46,7 +48,12 @@ class Train(Running):
         from lm_envs.processes import group
 
         threads = group.threads() if self.threads is None else self.threads
-        overrides = {self.algorithm: parse_settings(self.set)} if self.set else {}
+        settings = parse_settings(self.set)
+        if self.learning_rate is not None:
+            if "learning_rate" in settings:
+                raise UserError("--learning-rate and --set learning_rate are the same setting: give one")
+            settings["learning_rate"] = self.learning_rate
+        overrides = {self.algorithm: settings} if settings else {}
         own = self.own.options()
         task = self.task or (next(iter(own)) if len(own) == 1 else None)
         if task is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lm_envs.algos.registry import make_config
 from lm_envs.benchmarks import errors
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.commands.compare import Compare
@@ -109,7 +110,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
     ("arguments", "message"),
     [
         (["--task", "review", "--algorithms", "ppo"], "no task 'review': did you mean 'reviews'"),
-        (["--task", "reviews", "--algorithms", "poo"], "no algorithm 'poo': did you mean 'ppo'"),
+        (["--task", "reviews", "--algorithms", "poo"], "no algorithm 'poo': did you mean .*'ppo'"),
         (["--task", "CartPol-v1", "--algorithms", "ppo"], "CartPol"),
         (["--task", "reviews-bandit"], "say which --algorithms"),
         (["--task", "reviews", "--algorithms", "bestof-4"], "did you mean 'best-of-4'"),
@@ -410,3 +411,53 @@ def test_names_and_folders_are_printed_as_they_are(tmp_path, capsys):
     shown = capsys.readouterr()
     assert str(out / "results.csv") in shown.out.replace("\n", "")
     assert "[/] :x: [red]a" in shown.err and "b [/] :smile:" in shown.err
+
+
+def test_tasks_says_what_a_name_is_and_takes(capsys, tmp_path, monkeypatch):
+    def said(*names: str) -> str:
+        main(["tasks", *names])
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    monkeypatch.setenv("COLUMNS", "200")
+    ppo = said("ppo")
+    assert "Settings of ppo" in ppo and "clipped objective" in ppo
+    assert f"learning_rate {make_config('ppo').learning_rate} Adam's step size at the start." in ppo
+    assert "loss_mean minibatch What has the same weight in the loss" in ppo
+    assert "One of minibatch, response, token, sum." in ppo and "anneal true Lower" in ppo and "kl_target none" in ppo
+    both = said("reviews", "enumerable")
+    assert (
+        "Make the task of the user's parts." in said("custom")
+        and "rewards none" in both
+        and "Options of enumerable" in both
+    )
+    assert 'name = "demo"' in said("demo") and "has no settings" in said("best-of-4")
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from lm_envs.algos.reinforce import Reinforce, ReinforceConfig\n"
+        "@dataclass\nclass MyConfig(ReinforceConfig):\n"
+        '    bonus: float = 0.5\n    """What is\n    added."""\n'
+        'class Mine(Reinforce):\n    """A method of one\'s own."""\n    Config = MyConfig\n'
+        'def load(size: int = 3):\n    """A task of one\'s own."""\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    own = said("mine.py:Mine")
+    assert own.startswith("A method of one's own.") and "bonus 0.5 What is added." in own
+    assert "A task of one's own. Options of mine.py:load" in said("mine.py:load") and "size 3" in said("mine.py:load")
+    for name, advice in (("ppoo", "ppo"), ("revews", "reviews"), ("nothing.py:x", "no file")):
+        with pytest.raises(SystemExit):
+            main(["tasks", name])
+        assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward-model"])
+def test_one_vocabulary(command, capsys):
+    """--model and --policy, --data and --prompts are the same everywhere."""
+    for words in (
+        [command, "--policy", "none", "--prompts", "none.jsonl"],
+        ["train", "--model", "none", "--data", "x"],
+    ):
+        more = ["--algorithm", "ppo", "--reward", "bleu"] if words[0] == "train" else []
+        with pytest.raises(SystemExit):
+            main([*words, *more, "--out", "nowhere"])
+        said = capsys.readouterr().err
+        assert "has no option" not in said and "required" not in said

@@ -35,6 +35,7 @@ TRAIN = RUNNING | {
     "algorithm": (["--algorithm", "rloo"], {"suite.algorithms.0": "rloo"}),
     "task": (["--task", "enumerable"], {"suite.tasks.0.name": "enumerable"}),
     "seed": (["--seed", "21"], {"suite.seeds.0": 21}),
+    "learning_rate": (["--learning-rate", "0.25"], {"suite.overrides.rloo.learning_rate": 0.25}),
     "set": (["--set", "epochs=3"], {"suite.overrides.rloo.epochs": 3}),
     "validate_every": (["--validate-every", "3"], {f"{PLAN}.validate_every": 3}),
     "checkpoint_every": (["--checkpoint-every", "14"], {f"{PLAN}.checkpoint_every": 14}),
