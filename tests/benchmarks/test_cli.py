@@ -433,8 +433,8 @@ def test_tasks_says_what_a_name_is_and_takes(capsys, tmp_path, monkeypatch):
     assert 'name = "demo"' in said("demo") and "has no settings" in said("best-of-4")
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from lm_envs.algos.reinforce import REINFORCE, REINFORCEConfig\n"
-        "@dataclass\nclass MyConfig(REINFORCEConfig):\n"
+        "from lm_envs.algos.reinforce import REINFORCE, ReinforceConfig\n"
+        "@dataclass\nclass MyConfig(ReinforceConfig):\n"
         '    bonus: float = 0.5\n    """What is\n    added."""\n'
         'class Mine(REINFORCE):\n    """A method of one\'s own."""\n    Config = MyConfig\n'
         'def load(size: int = 3):\n    """A task of one\'s own."""\n'
