@@ -64,11 +64,11 @@ class BOND(Agent[BONDConfig]):
 
     def update(self, traj: Trajectories) -> dict[str, float]:
         rewards(traj)  # raises where there are none
+        traj, config = traj.to(next(iter(self._parameters.values())).device), self.config
         if traj.prompt is None or traj.response is None or traj.score is None or traj.prompt_index is None:
             raise ValueError("bond learns from text and a score per response")
         if self.mdp is None or traj.group is None:
             raise ValueError("bond scores samples of its anchor: give it a text env, or set .mdp")
-        traj, config = traj.to(next(iter(self._parameters.values())).device), self.config
         own = whole_episodes(traj.prompt, traj.response)
         with self._as_anchor():
             other = self._answer(traj)

@@ -78,7 +78,7 @@ def test_what_a_suite_says_reaches_its_runs():
         ("episodes =", "episode =", r"mine.toml, line 8: \[budget\] has no key 'episode': did you mean 'episodes'"),
         ("episodes = 1000", "episodes = 0", r"line 8: \[budget\]: episodes must be at least 1 or none, not 0"),
         ("episodes = 1000", "episodes = 10\niterations = 3", "takes one of iterations, episodes"),
-        ('"ppo"]\nseeds', '"poo"]\nseeds', r"line 4: no algorithm 'poo': did you mean 'ppo'"),
+        ('"ppo"]\nseeds', '"pppo"]\nseeds', r"line 4: no algorithm 'pppo': did you mean 'ppo'"),
         ('tasks = ["reviews",', 'tasks = ["review",', r"line 3: no task 'review': did you mean 'reviews'"),
         ("seeds = [0, 3]", "seeds = [0, 0]", "line 5: the suite: seeds must be a list that names nothing twice"),
         ("seeds = [0, 3]", 'seeds = "0"', "line 5: the suite: seeds must be a list, not '0'"),
