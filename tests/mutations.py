@@ -394,9 +394,9 @@ MUTATIONS = [
     ),
     Mutation(
         "each epoch has the same minibatches",
-        "algos/engine/agent.py",
-        "np.random.default_rng((config.seed, self.iterations_done, epoch))",
-        "np.random.default_rng((config.seed, self.iterations_done))",
+        "algos/engine/batching.py",
+        "np.random.default_rng((config.seed, iteration, epoch))",
+        "np.random.default_rng((config.seed, iteration))",
         AGENT + "::test_each_epoch_and_each_iteration_cuts_other_minibatches",
     ),
     Mutation(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +18,9 @@ from lm_envs.algos.engine.batching import (
     Before,
     cost_of_a_forward,
     flatten_fixed,
-    minibatches,
     mismatch,
     own_parts,
+    passes,
     select,
     units,
 )
@@ -34,7 +33,7 @@ from lm_envs.algos.engine.optimizer import make_adam, take_back, tensors_of
 from lm_envs.algos.engine.sampling import Sampler, draw
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
-from lm_envs.processes.group import exchange
+from lm_envs.processes.group import alone, exchange
 from lm_envs.processes.sharing import sum_gradients
 from lm_envs.tasks.base import TextTask
 from lm_envs.training import add_gradients, stream, take_step
@@ -214,7 +213,7 @@ class Agent(Generic[C]):
         self.optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = self.learning_rate
         averages, steps = Averages(), 0
         self._units_per_step = units(traj, self.unit) / config.minibatches if self.whole_batch else None
-        for epoch, number, index in self._minibatches(traj):
+        for epoch, number, index in passes(traj, self.unit, config, self.iterations_done):
             part, held = (traj, fixed) if index is None else select(traj, fixed, index)
             if self._step(part, held, averages, epoch, number):
                 break
@@ -222,15 +221,6 @@ class Agent(Generic[C]):
         self.iterations_done += 1
         metrics["updates"] = steps
         return metrics | averages.means() | {"update_s": time.perf_counter() - start}
-
-    def _minibatches(self, traj: Trajectories) -> Iterator[tuple[int, int, Tensor | None]]:
-        """The epoch, the minibatch's number in the run, and its rows."""
-        config = self.config
-        for epoch in range(config.epochs):
-            rng = np.random.default_rng((config.seed, self.iterations_done, epoch))
-            first = (self.iterations_done * config.epochs + epoch) * config.minibatches
-            for number, index in enumerate(minibatches(traj, self.unit, config.minibatches, rng), first):
-                yield epoch, number, index
 
     @property
     def learning_rate(self) -> float:
@@ -285,8 +275,9 @@ class Agent(Generic[C]):
         whole = units(traj, unit)
         self.trained_tokens += int(traj.response_lengths.sum())
         for part, held in own_parts(traj, fixed, unit, self.config.micro_batch, self.forward_cost):
-            now, count = self.policy.evaluate(part), units(part, unit)
-            loss, metrics = loss_of(part, now, held)
+            with alone():  # each process has rows, and numbers of forwards, of its own
+                now, count = self.policy.evaluate(part), units(part, unit)
+                loss, metrics = loss_of(part, now, held)
             if self._first_step and part.logprob is not None:
                 metrics = metrics | mismatch(now.logprob.detach(), part, self._same)
             # Law 8: each part counts by its share of all processes' units, so the sum is the mean over the minibatch.

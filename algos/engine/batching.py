@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.ops.advantages import masked
 from lm_envs.algos.ops.losses import k3, tally
 from lm_envs.algos.policies.base import Policy
@@ -166,6 +167,18 @@ def minibatches(traj: Trajectories, unit: str, count: int, rng: np.random.Genera
     for part in parts:
         if len(part):
             yield torch.from_numpy(part).to(traj.mask.device)
+
+
+def passes(
+    traj: Trajectories, unit: str, config: AgentConfig, iteration: int
+) -> Iterator[tuple[int, int, Tensor | None]]:
+    """The minibatches of an iteration, the same on every process: epoch, number in the run, and rows as
+    :func:`minibatches` gives them."""
+    for epoch in range(config.epochs):
+        rng = np.random.default_rng((config.seed, iteration, epoch))
+        first = (iteration * config.epochs + epoch) * config.minibatches
+        for number, index in enumerate(minibatches(traj, unit, config.minibatches, rng), first):
+            yield epoch, number, index
 
 
 def select(traj: Trajectories, fixed: Mapping[str, Tensor], rows: Tensor) -> tuple[Trajectories, dict[str, Tensor]]:

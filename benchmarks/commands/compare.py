@@ -93,6 +93,12 @@ class Compare(Running):
         return self.applied(suite, own, **({"test_prompts": self.test_prompts} if self.test_prompts else {}))
 
     def run(self, console: Console) -> None:
+        from lm_envs.processes import group
+
+        if self.jobs > 1 and group.count() > 1:
+            raise UserError(
+                "--jobs carries out runs side by side, and --processes each run by many: take one of the two"
+            )
         suite = self.to_suite()
         how = {"resume": self.resume, "extend": self.extend, "track": self.track}
         carry_out(suite, self.out, **how, jobs=self.jobs, threads=self.threads, console=console)

@@ -49,10 +49,10 @@ def versions() -> dict[str, str]:
 
 
 def flat(value: Any, where: str = "") -> dict[str, str]:
-    """Settings as text by their place, so that two NaN are the same."""
+    """Settings as text by their place, so that two NaN are the same, and so are two roundings."""
     if isinstance(value, dict):
         return {k: v for key in value for k, v in flat(value[key], f"{where}.{key}" if where else str(key)).items()}
-    return {where: repr(value)}
+    return {where: f"{value:.6g}" if isinstance(value, float) else repr(value)}
 
 
 def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:

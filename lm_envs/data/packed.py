@@ -17,7 +17,7 @@ import json
 import math
 import os
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,21 +266,20 @@ class PackedExamples:
         """
         folder = self.folder / f"reference-{key[:20]}"
         made_from = {"model": key, "rows": sha256(self.folder / MANIFEST), "mismatched": self._mismatched}
-
-        def make() -> None:
-            if damaged(folder, made_from) is None:
-                return
+        if group.first(lambda: damaged(folder, made_from), "whether there is a reference") is not None:
             if logprob is None:
                 raise ValueError(
                     f"{folder} is missing or damaged: it holds the reference's log-probabilities of the data"
                 )
             whole = PackedExamples(self.folder, mismatched=self._mismatched)
-            with replacing_folder(folder) as made, open(made / "logprob.bin", "wb") as file:
-                for start in range(0, len(whole), rows):
-                    traj = whole.select(slice(start, start + rows))
-                    file.write(logprob(traj).float().cpu()[traj.mask].numpy().tobytes())
-                file.flush()
-                write_manifest(made, made_from)
-
-        group.first(make, "the reference's log-probabilities")
+            parts = (whole.select(slice(start, start + rows)) for start in range(0, len(whole), rows))
+            found = (logprob(traj).float().cpu()[traj.mask].numpy().tobytes() for traj in parts)
+            if group.rank() == 0:
+                with replacing_folder(folder) as made, open(made / "logprob.bin", "wb") as file:
+                    file.writelines(found)
+                    file.flush()
+                    write_manifest(made, made_from)
+            else:  # helps to compute them
+                deque(found, maxlen=0)
+            group.exchange(None, "the reference on disk", patient=True)
         self._reference = open(folder / "logprob.bin", "rb", buffering=0)

@@ -287,7 +287,7 @@ def rollout(
             part = answered(mine) if len(mine) else {}
         found = sharing.gather(shares, part, "the sampled episodes", {"response": -1})
     response, logprob, value, score, ref_logprob = (found[name] for name in _SAMPLED)
-    assert response is not None and score is not None
+    assert response is not None and score is not None and logprob is not None and ref_logprob is not None
     mask = response >= 0
     reward = score - kl_penalty(mdp.charged_kl_coef, logprob, ref_logprob)
     others: dict[str, Tensor] = {}

@@ -79,6 +79,8 @@ class Heartbeats(threading.Thread):
 
     def end(self) -> None:
         self._ended.set()
+        if self.is_alive():  # the interpreter must not end while it is within the store's code
+            self.join(5)
 
     def reason(self, step: str) -> str:
         """Say which process broke off a step, and why, from what it left."""
@@ -114,11 +116,11 @@ class Heartbeats(threading.Thread):
                     told += 1
                     if told > _TOLD:
                         said = store.get(f"failed/{failed[0]}").decode()
-                        self._stop(failed[0], f"process {failed[0]}: {said}")
+                        self._give_up(failed[0], f"process {failed[0]}: {said}")
             except RuntimeError:  # process 0 is gone, which a step will notice, or does not answer
                 self._ended.wait(10)
                 if self._since is not None and not self._ended.is_set():
-                    self._stop(0, "process 0 does not answer", speaker=1)
+                    self._give_up(0, "process 0 does not answer", speaker=1)
                 continue
             now = time.monotonic()
             for other, said in found.items():
@@ -130,13 +132,14 @@ class Heartbeats(threading.Thread):
         since, steps = self._since, self._steps
         for other, ((_, reached, place, excused), at) in heard.items():
             if now - at > SILENT_S:
-                self._stop(other, f"process {other} has not answered for {now - at:.0f} s: it was stopped, or its "
-                           "machine is gone")  # fmt: skip
+                why = "it was stopped, or its machine is gone"
+                self._give_up(other, f"process {other} has not answered for {now - at:.0f} s: {why}")
             if since is not None and reached < steps and not excused and now - since > self._allowed:
-                self._stop(other, f"process {other} hangs at {place}: the others waited {now - since:.0f} s for it at "
-                           f"{self._step!r}; where that may take longer, set LM_ENVS_WAIT_S")  # fmt: skip
+                waited = f"the others waited {now - since:.0f} s for it at {self._step!r}"
+                why = f"{waited}; where that may take longer, set LM_ENVS_WAIT_S"
+                self._give_up(other, f"process {other} hangs at {place}: {why}")
 
-    def _stop(self, lost: int, message: str, speaker: int | None = None) -> None:
+    def _give_up(self, lost: int, message: str, speaker: int | None = None) -> None:
         """End this process, and say why if it is the first of those that are not lost."""
         speaker = int(lost == 0) if speaker is None else speaker
         if self.rank == speaker:

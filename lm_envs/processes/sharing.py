@@ -52,14 +52,15 @@ def gather(
     count = sum(map(len, rows))
     found: dict[str, Tensor | None] = {}
     for name in parts[0][1]:
-        given = [(torch.from_numpy(index), part[name]) for index, part in parts]
-        if any(x is None for _, x in given):
+        given = [(torch.from_numpy(index), x) for index, part in parts if (x := part[name]) is not None]
+        if len(given) < len(parts):
             found[name] = None
             continue
         shape = [max(sizes) for sizes in zip(*(x.shape[1:] for _, x in given), strict=True)]
         whole = given[0][1].new_full((count, *shape), (fill or {}).get(name, 0))
         for index, x in given:
-            whole[(index, *(slice(size) for size in x.shape[1:]))] = x
+            place: tuple[Any, ...] = (index, *(slice(size) for size in x.shape[1:]))
+            whole[place] = x
         found[name] = whole
     return found
 
