@@ -61,6 +61,8 @@ COLUMNS = "tests/lm_envs/reward/test_columns.py"
 KL_COEF = "tests/benchmarks/run/test_kl_coef.py"
 JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/test_base.py"
 MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
+MANY = "tests/algos/engine/test_many_processes.py"
+SHARING, BEATS = "tests/lm_envs/processes/test_sharing.py", "tests/lm_envs/processes/test_heartbeats.py"
 STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run/test_one_run.py"
 INPUTS = "tests/benchmarks/run/test_inputs.py"
 CONTRACTS = "tests/benchmarks/run/test_contracts.py::test_what_is_broken_is_reported_by_its_line"
@@ -119,10 +121,59 @@ MUTATIONS = [
         "tests/algos/engine/test_recomputed_updates.py::test_the_early_stop_reads_its_own_minibatch",
     ),
     Mutation(
-        "minibatches are numbered by epoch",
+        "the mean of the processes' gradients",
+        "lm_envs/processes/sharing.py",
+        'group.add(flat, "the sum of gradients")',
+        'group.add(flat.div_(group.world()), "the sum of gradients")',
+        MANY,
+    ),
+    Mutation(
+        "all processes evaluate the first one's rows before an update",
+        "algos/engine/batching.py",
+        "traj = traj.select(torch.from_numpy(self._shares[group.rank()]))",
+        "traj = traj.select(torch.from_numpy(self._shares[0]))",
+        f"{MANY}::test_what_was_before_an_update_is_of_all_rows",
+    ),
+    Mutation(
+        "pairs are cut between processes",
+        "algos/engine/batching.py",
+        "mine = sharing.shares(costs(traj).cpu(), together)[group.rank()]",
+        "mine = sharing.shares(costs(traj).cpu())[group.rank()]",
+        f"{MANY}::test_many_processes_are_one[dpo-2]",
+    ),
+    Mutation(
+        "each process stops by its own minibatch's KL",
         "algos/engine/agent.py",
-        "first = (self.iterations_done * config.epochs + epoch) * config.minibatches",
-        "first = self.iterations_done * config.epochs + epoch",
+        'mine = Averages().join(*exchange(mine, "the metrics of a minibatch"))',
+        "mine = Averages().join(mine)",
+        MANY,
+    ),
+    Mutation(
+        "groups are cut between processes",
+        "lm_envs/processes/sharing.py",
+        "np.arange(len(cost)) if unit is None else",
+        "np.arange(len(cost)) if True else",
+        SHARING,
+    ),
+    Mutation(
+        "who works long is lost as soon as who does not",
+        "lm_envs/processes/heartbeats.py",
+        "self._limit + _PER_WORK * (now - self._worked_from)",
+        "self._limit",
+        BEATS,
+    ),
+    Mutation(
+        "who waits for a judge hangs",
+        "lm_envs/processes/heartbeats.py",
+        "reached < steps and not excused and",
+        "reached < steps and",
+        BEATS,
+    ),
+    Mutation(
+        "minibatches are numbered by epoch",
+        "algos/engine/batching.py",
+        "first = (iteration * config.epochs + epoch) * config.minibatches",
+        "first = iteration * config.epochs + epoch",
         "tests/algos/engine/test_recomputed_updates.py::test_minibatches_are_numbered_through_the_run",
     ),
     Mutation(

@@ -87,6 +87,26 @@ def test_many_processes_are_one(name, world):
         }
 
 
+def test_what_was_before_an_update_is_of_all_rows():
+    """Twelve rows over two and five processes, in forwards of two rows; each row is evaluated once."""
+    traj = batches.text_batch(episodes=12)
+    evaluated: list[int] = []
+
+    def read(policy):
+        before = batching.Before(policy, traj, 2)
+        found = [before.logprob, before.entropy, before.value, before.log_probs()]
+        evaluated.append(sum(len(part.logprob) for part in before._evaluated()))
+        return found
+
+    policies = [batches.text_policy(TextVectorEnv(tiny.task(), 8)) for _ in range(5)]
+    expected = read(policies[0])
+    for world in (2, 5):
+        evaluated.clear()
+        for found in on_many(world, lambda: read(policies[group.rank()])):
+            assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(expected, found, strict=True))
+        assert sum(evaluated) == 12 and max(evaluated) == -(-12 // world)
+
+
 # Negative controls: each breaks what makes it hold.
 
 
