@@ -181,7 +181,10 @@ def compare(
 
 def _same(run: RunSpec, out: Path) -> bool:
     """Whether the folder's run is this one, and not one with a smaller budget."""
-    return bool(read_sealed(out / run.label / "config.json")["run"] == run.to_json())
+    from lm_envs.benchmarks.run.one_run import settings_of
+
+    config = settings_of(out / run.label)
+    return config is not None and bool(config["run"] == run.to_json())
 
 
 def _heading(suite: Suite, runs: Sequence[RunSpec], open_runs: Sequence[RunSpec]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.compare import COMPARISON, check_writable
-from lm_envs.benchmarks.run.one_run import differences
+from lm_envs.benchmarks.run.one_run import differences, settings_of
 from lm_envs.benchmarks.run.results import collect_results, run_folder
 from lm_envs.benchmarks.run.storage import held_files, read_sealed, write_sealed
 from lm_envs.benchmarks.run.suites import Suite
@@ -100,7 +100,9 @@ def _finished(source: Path) -> Iterator[_Finished]:
         raise UserError(f"{source} holds no finished run")
     for row in rows:
         label = run_folder(row)
-        yield _Finished(source / label, label, read_sealed(source / label / "config.json"))
+        config = settings_of(source / label)
+        assert config is not None  # of a finished run
+        yield _Finished(source / label, label, config)
 
 
 def _same(run: _Finished, other: _Finished) -> bool:

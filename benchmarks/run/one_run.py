@@ -12,7 +12,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -33,7 +33,7 @@ from lm_envs.benchmarks.run.storage import (
     write_json,
     write_sealed,
 )
-from lm_envs.benchmarks.run.suites import RunSpec, Service, only_larger
+from lm_envs.benchmarks.run.suites import Plan, RunSpec, Service, only_larger
 from lm_envs.benchmarks.run.tracking import Followers, TensorBoard, Untracked
 from lm_envs.files import MANIFEST, TEMPORARY, remove, write_manifest
 from lm_envs.processes import group
@@ -103,7 +103,9 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     missing beside a run."""
     path = folder / "config.json"
     if path.exists():
-        return read_sealed(path)
+        config = read_sealed(path)
+        plan = {**asdict(Plan()), **config["run"]["plan"]}  # an older version knew fewer settings
+        return config | {"run": config["run"] | {"plan": plan}}
     if folder.is_dir() and (held := held_files(folder, BEFORE_CONFIG)):
         raise UserError(
             f"{folder} is not empty (it holds {held[0]!r}) and has no config.json: restore it, or choose another --out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.one_run import execute, settings_of
-from lm_envs.benchmarks.run.storage import Checkpoints, Records, finished
+from lm_envs.benchmarks.run.storage import Checkpoints, Records, finished, write_sealed
 from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from tests.benchmarks.fake_task import NAME
 
@@ -113,3 +114,19 @@ def test_the_command_extends_all_runs_of_a_comparison(tmp_path, capsys):
         assert finished(tmp_path / "out" / run.label) is not None
     assert Records(tmp_path / "out" / run.label / "metrics.jsonl").read()[-1]["iteration"] == 3
     assert not Checkpoints(tmp_path / "out" / run.label / "checkpoints").paths()  # --keep was not given again
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path):
+    run = spec(iterations=2)
+    with pytest.raises(Interrupted):
+        execute(run, tmp_path, should_stop=lambda: True)
+    path = tmp_path / run.label / "config.json"
+    config = json.loads(path.read_text())
+    del config["run"]["plan"]["split"]
+    write_sealed(path, {name: value for name, value in config.items() if name != "sha256"})
+    Checkpoints(path.parent / "checkpoints").prune(0)  # they are of the config as it was
+    execute(run, tmp_path)
+    config["run"]["plan"]["split"] = "validation"  # but a setting that differs is one
+    write_sealed(path, {name: value for name, value in config.items() if name != "sha256"})
+    with pytest.raises(UserError, match="plan.split"):
+        execute(run, tmp_path)
