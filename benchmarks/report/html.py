@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from lm_envs.benchmarks.report.plots import as_file, figures
 from lm_envs.benchmarks.report.series import Series, by_task, gather, styles
 from lm_envs.benchmarks.run.aggregate import enough_seeds, lead
+from lm_envs.benchmarks.run.leaderboard import write_leaderboard
 from lm_envs.benchmarks.run.matched import Matched, at_kl
 from lm_envs.benchmarks.run.names import best_of, folder_name, method_name
 from lm_envs.benchmarks.run.results import Column, Line, cell, footnotes, interval, number, plain, shown, table, title
@@ -52,7 +53,7 @@ _COSTS = ("tokens_generated", "reward_calls", "wall_s", "comparisons", "given_to
 
 
 def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write ``report.html`` and ``plots/*.png`` for the results ``rows`` of the folder ``out``.
+    """Write ``report.html``, ``leaderboard.json`` and ``plots/*.png`` for the results ``rows`` of the folder ``out``.
 
     Raises:
         UserError: there is no finished run.
@@ -72,6 +73,7 @@ def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
         versions=_pairs(series[0].config.get("versions", {}), " "),
         settings=[(f"{folder_name(s.task)}/{s.algorithm}", _settings(s)) for s in series],
     )
+    write_leaderboard(rows, out, held, series[0].config.get("versions"))
     write_atomic(path := out / "report.html", page)
     return path
 

@@ -129,6 +129,12 @@ def scores(rows: Rows) -> NDArray[np.float64]:
     return np.array([score(row) for row in rows])
 
 
+def mean_score(rows: Rows) -> Estimate:
+    """Estimate the mean score of a method's runs; unknown where a run has none."""
+    found = scores(rows)
+    return statistics.UNKNOWN if np.isnan(found).any() else statistics.stratified([found], lambda x: x.mean(axis=-1))
+
+
 def knows_optimum(rows: Sequence[dict[str, Any]]) -> bool:
     """Return whether the scores of these runs are 1 at the optimum."""
     return all(not math.isnan(number(row.get("regret"))) for row in rows)

@@ -8,6 +8,7 @@ modules into the package tree that an installed wheel has, under `build/docs`.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,12 @@ TREE = ROOT / "build" / "docs" / "lm_envs"
 FOLDERS = ("lm_envs", "algos", "benchmarks", "kernels")
 ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
+LEADERBOARD = """# Leaderboard
+
+Each table is the `leaderboard.json` that `lm-envs report` wrote for the folder of a suite. Numbers are means with 95 %
+intervals over test prompts and training seeds ([statistics](statistics.md)). Methods in bold cannot be told apart from
+the first. A score is 0 for SFT, and 1 for the optimum where that is known.
+"""
 FENCED = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
 SOURCE_PATH = re.compile(r"(?<!\[)`((?:lm_envs|algos|benchmarks|kernels)/[\w/]+)\.py`")
 ARITHMATEX = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
@@ -55,11 +62,42 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = text.replace("](CONTRIBUTING.md", "](contributing.md").replace("](CHANGELOG.md", "](changelog.md")
         files.append(File.generated(config, page, content=text))
     files.append(File.generated(config, "cli.md", content=command_line()))
+    files.append(File.generated(config, "leaderboard.md", content=leaderboard()))
     files.append(File.generated(config, "reference/index.md", content=_reference_index()))
     for name in modules():
         content = f"# `{name}` {{ #{name} }}\n\n::: {name}\n"
         files.append(File.generated(config, f"reference/{name}.md", content=content))
     return files
+
+
+def leaderboard() -> str:
+    """Make the page of the results in ``benchmarks/results/leaderboard``, a table per suite and task."""
+    parts = [LEADERBOARD]
+    for path in sorted((ROOT / "benchmarks" / "results" / "leaderboard").glob("*.json")):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        versions = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
+        for task in held["tasks"]:
+            measure = "gold" if "gold" in task["methods"][0] else "proxy"
+            prompts = f" {task['prompts']:,} test prompts." if task["prompts"] else ""
+            parts += [f"## {held['suite']}: {task['task']}\n", f"{held['description']}.{prompts} {versions}.\n"]
+            titles = ("method", "seeds", "score", measure, "win-rate %", "KL", "tokens")
+            parts += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+            for row in task["methods"]:
+                name = f"**{row['method']}**" if row["not_told_from_the_best"] else row["method"]
+                cells = [name, str(len(row["seeds"])), _cell(row["score"], 3), _cell(row[measure], 2)]
+                cells += [_cell(row["win_rate"], 1, 100), "–" if row["kl"] is None else f"{row['kl']:.1f}"]
+                parts.append(f"| {' | '.join([*cells, format(row['tokens_generated'], ',.0f')])} |")
+            parts.append("")
+    return "\n".join(parts)
+
+
+def _cell(found: list[float | None], digits: int, factor: float = 1) -> str:
+    """A value with the ends of its interval, which may be unknown."""
+    value, low, high = found
+    if value is None:
+        return "–"
+    text = f"{factor * value:.{digits}f}"
+    return text if low is None else f"{text} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
