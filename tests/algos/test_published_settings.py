@@ -9,7 +9,7 @@ from lm_envs.algos.dpo import DPOConfig
 from lm_envs.algos.engine.kl_coefficient import AdaptiveKL
 from lm_envs.algos.engine.settings_control import control_settings
 from lm_envs.algos.engine.settings_enumerable import EPISODES, TABULAR, VALUE_SCALE
-from lm_envs.algos.registry import load
+from lm_envs.algos.registry import ALGORITHMS, WRAPPERS, load
 from lm_envs.files import MANIFEST
 from lm_envs.reward.chat_endpoint import ChatEndpoint
 from lm_envs.tasks.corpus import CorpusConfig
@@ -47,6 +47,12 @@ SETTINGS = {
         learning_rate=1e-3, minibatches=8, quantiles=5, best_only=False, pool=None, learn_episodes=512, entropy_coef=0.0
     ),
     "online-dpo": ENGINE | dict(learning_rate=1e-3, group_size=4, loss="sigmoid", beta=0.1, length_normalized=False),
+    "xpo": ENGINE
+    | dict(learning_rate=1e-3, group_size=1, loss="sigmoid", beta=0.1, length_normalized=False, optimism=1e-3),
+    "distillation": ENGINE | dict(learning_rate=1e-3, teacher=None, as_reward=False),
+    "bond": ENGINE | dict(learning_rate=1e-3, group_size=4, forward_weight=0.5, anchor_rate=0.02, anchor_kl_coef=1.0),
+    "trpo": GRADIENT | dict(group_size=4, old_kl_limit=0.01, cg_steps=10, damping=0.01, backtracks=10),
+    "sapo": GRADIENT | dict(group_size=8, minibatches=2, loss_mean="response", tau=1.0, tau_negative=1.05),
     "reinforce": GRADIENT
     | dict(group_size=4, baseline="leave_one_out", baseline_constant=0.0, baseline_decay=0.9, reward_to_go=False)
     | dict(whiten_advantage=False, value_coef=0.1, entropy_coef=0.0, alpha=0.0, demonstrations=32),
@@ -88,6 +94,10 @@ CUSTOM = dict(
     max_new_tokens=32, min_new_tokens=0, kl_coef=0.05, temperature=1.0, normalise=None, samples=256, batch_size=64,
     seed=0, dtype="float32", reward_dtype="float32", recompute=False, bad="raise",
 )  # fmt: skip
+
+
+def test_every_algorithm_is_here():
+    assert set(SETTINGS) == set(ALGORITHMS) - set(WRAPPERS)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

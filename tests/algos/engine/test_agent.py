@@ -146,6 +146,13 @@ def test_law_7_negative_control_another_temperature_shows_in_the_gap():
     assert agent.update(batches.text_batch())["logprob_gap_max"] > 1e-3
 
 
+def test_a_gap_is_told_only_where_the_policy_read_the_batch():
+    """A batch given from outside may be of an older policy, whose log-probabilities are right to differ."""
+    for name, read in (("rloo", False), ("ppo", True)):
+        metrics = batches.learner(name, epochs=1, minibatches=1).update(batches.text_batch())
+        assert ("logprob_gap_max" in metrics) == read and "sampler_kl" in metrics
+
+
 def test_the_ratio_leaves_one_after_the_first_step():
     metrics = batches.learner("ppo", epochs=4, minibatches=1, learning_rate=1e-2).update(batches.text_batch())
     assert metrics["ratio_max"] > 1.01 and metrics["approx_kl"] > 1e-5

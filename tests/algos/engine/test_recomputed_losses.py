@@ -35,6 +35,11 @@ CASES = [
     ("ppo", {**PPO, "loss_mean": "response", "kl_loss": "k3", **IN_LOSS, "entropy_coef": 0.3}),
     ("ppo", {**PPO, "loss_mean": "sum", "value_clip": None, "clip_high": None}),
     ("ppo-klpen", {**CRITIC, "value_clip": 0.05, "old_kl_coef": 2.0}),
+    ("sapo", {"gamma": 0.9, "tau": 2.0, "tau_negative": 30.0}),
+    ("sapo", {"loss_mean": "token", "kl_loss": "k1", **IN_LOSS}),
+    ("trpo", {"gamma": 0.9}),
+    ("trpo", {"kl_loss": "k3", **IN_LOSS}),
+    ("bond", {}),
 ]
 
 
@@ -92,12 +97,14 @@ def advantages(name, config, rows):
         return (whitened(found) if config.whiten_advantage else found), signal
     if name == "reinforce-plus-plus":
         return whitened(returns), None
+    if name == "bond":  # rows come with the weights of their log-probabilities as the rewards
+        return [row.reward for row in rows], None
     found = []
     for i, row in enumerate(rows):
         group = [returns[j][0] for j, other in enumerate(rows) if other.group == row.group]
         others = [returns[j][0] for j, other in enumerate(rows) if other.group == row.group and j != i]
         own = returns[i][0]
-        if name == "rloo":
+        if name in ("rloo", "trpo"):
             found.append([own - mean(others)] * len(row.reward))
         elif name in ("dr-grpo", "reinforce-plus-plus-baseline"):
             found.append([own - mean(group)] * len(row.reward))
@@ -119,8 +126,13 @@ def larger(a, b):
 def surrogate(name, config, row, t, advantage):
     log_ratio = row.now[t] - row.old[t]
     ratio = log_ratio.exp()
-    if name in ("reinforce", "rloo", "a2c"):
+    if name in ("reinforce", "rloo", "a2c", "bond"):
         return -advantage * row.now[t]
+    if name == "trpo":
+        return -advantage * ratio
+    if name == "sapo":
+        tau = config.tau_negative if advantage < 0 else config.tau
+        return -advantage * 4 / tau / (1 + (-tau * (ratio - 1)).exp())
     if name == "ppo-klpen":
         return -advantage * ratio + config.old_kl_coef * (ratio - 1 - log_ratio)
     low, high = 1 - config.clip, 1 + (config.clip if config.clip_high is None else config.clip_high)
@@ -170,7 +182,7 @@ def recomputed(name, config, rows):
         return number(sum(of(row, t) for row in rows for t in range(len(row.reward)))) / sum(sizes)
 
     policy = total(lambda row, t, i: surrogate(name, config, row, t, found[i][t]))
-    loss, metrics = policy, {"policy_loss": number(policy)}
+    loss, metrics = policy, {} if name == "bond" else {"policy_loss": number(policy)}
     metrics["entropy"] = token_mean(lambda row, t: number(row.entropy[t]))
     if getattr(config, "entropy_coef", 0.0):
         loss = loss - config.entropy_coef * total(lambda row, t, i: row.entropy[t])
@@ -179,15 +191,15 @@ def recomputed(name, config, rows):
         loss = loss + config.value_coef * value
         whole = token_mean(lambda row, t: critic(config, row, t, targets[row.number][t]))
         metrics["value_loss"] = number(value) if by_token else whole
-    if config.kl_loss is not None:
+    if getattr(config, "kl_loss", None) is not None:
         loss = loss + config.kl_coef * total(lambda row, t, i: divergence(config.kl_loss, row, t))
-    if name in ("reinforce", "rloo", "a2c"):
+    if name in ("reinforce", "rloo", "a2c", "trpo", "bond"):
         return loss, metrics
     ratios = [[number((n - o).exp()) for n, o in zip(row.now, row.old, strict=True)] for row in rows]
     metrics["ratio"] = token_mean(lambda row, t: ratios[row.number][t])
     metrics["ratio_max"] = max(map(max, ratios))
     metrics["approx_kl"] = token_mean(lambda row, t: ratios[row.number][t] - 1 - math.log(ratios[row.number][t]))
-    if name == "ppo-klpen":
+    if name in ("ppo-klpen", "sapo"):
         return loss, metrics
     if name == "gspo":
         ratios = [[math.exp(mean(map(math.log, row)))] * len(row) for row in ratios]

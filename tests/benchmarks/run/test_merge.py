@@ -19,14 +19,15 @@ from tests.benchmarks.run.test_results import result
 PLAN = {"iterations": 5, "test_prompts": 2, "validation_prompts": 2}
 
 
-def run(out: Path, algorithm: str, seed: int, gold: float, *, agent: dict | None = None, inputs=None, **spec) -> Path:
+def run(out: Path, algorithm: str, seed: int, gold: float, *, agent=None, inputs=None, **given) -> Path:
     """A finished run as one_run leaves it, its results chosen."""
     row = result(algorithm, seed, gold, 1.0, [1.0, 0.0], golds=[gold, gold], prompts=2)
     folder = out / "reviews" / algorithm / f"seed-{seed}"
     (folder / "checkpoints" / "checkpoint-000005").mkdir(parents=True)
-    own = {"env": {}, "options": {}, "overrides": {}, "plan": PLAN} | spec
-    config = {"run": {"task": "reviews", "algorithm": algorithm, "seed": seed, **own}, "threads": 1}
-    config |= {"agent": agent, "versions": {"torch": "2"}, "inputs": inputs or {}}
+    config = {"agent": agent, "inputs": inputs or {}, "versions": {"torch": "2"}, "threads": 1}
+    config |= {name: given.pop(name) for name in ("versions", "threads") if name in given}
+    own = {"env": {}, "options": {}, "overrides": {}, "plan": PLAN} | given
+    config["run"] = {"task": "reviews", "algorithm": algorithm, "seed": seed, **own}
     write_sealed(folder / "config.json", config)
     write_json(folder / "result.json", row)
     sample = {"split": "test", "prompt": "p", "response": f"{algorithm} {seed} {gold}", "finish_reason": "stop"}
@@ -70,12 +71,18 @@ def test_one_run_under_two_names_counts_once(tmp_path):
     notes = merge([a, b], tmp_path / "both")
     assert any("my-ppo/seed-0 is the same run as" in note and "counts once" in note for note in notes)
     assert not (tmp_path / "both" / "reviews" / "my-ppo").exists()
+    # Two seeds, or two settings, that answered alike are two runs.
+    for name, seed, agent in (("my-ppo", 5, {"lr": 1}), ("your-ppo", 0, {"lr": 2})):
+        alike = run(b, name, seed, 3.0, agent=agent)
+        shutil.copy(a / "reviews" / "ppo" / "seed-0" / "samples.jsonl", alike / "samples.jsonl")
+        write_manifest(alike, {}, [alike / name for name in ("config.json", "result.json", "samples.jsonl")])
     # Untrained methods may well answer alike: SFT and a best-of-1 are two methods.
     twin = run(b, "best-of-1", 0, 3.0)
     shutil.copy(a / "reviews" / "sft" / "seed-0" / "samples.jsonl", twin / "samples.jsonl")
     write_manifest(twin, {}, [twin / name for name in ("config.json", "result.json", "samples.jsonl")])
     merge([a, b], tmp_path / "again")
-    assert (tmp_path / "again" / "reviews" / "best-of-1").exists()
+    kept = {path.parent.name + path.name for path in (tmp_path / "again" / "reviews").glob("*/*")}
+    assert kept == {"sftseed-0", "pposeed-0", "my-pposeed-5", "your-pposeed-0", "best-of-1seed-0"}
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,8 @@ def test_runs_of_one_name_that_differ_are_named(tmp_path, changes, message):
     [
         ({"env": {"temperature": 0.5}}, r"measured differently: env.temperature: None in .*sft/seed-0, 0.5 in"),
         ({"plan": PLAN | {"test_prompts": 9}}, "plan.test_prompts: 2 in .*, 9 in"),
+        ({"plan": PLAN | {"validation_prompts": 9}}, "plan.validation_prompts: 2 in .*, 9 in"),
+        ({"plan": PLAN | {"split": "validation"}}, "plan.split: None in .*, 'validation' in"),
         ({"options": {"policy": "x"}}, "options.policy"),
         ({"inputs": {"policy 'x'": "hash"}}, "inputs.policy"),
     ],
@@ -110,10 +119,18 @@ def test_tasks_that_were_measured_otherwise_are_refused(tmp_path, changes, messa
         merge([a, b], tmp_path / "both")
 
 
-def test_other_budgets_are_told(tmp_path):
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("plan.iterations", {"plan": PLAN | {"iterations": 50}}),
+        ("versions.torch", {"versions": {"torch": "3"}}),
+        ("threads", {"threads": 2}),
+    ],
+)
+def test_other_conditions_are_told(tmp_path, what, changes):
     a, b = folder(tmp_path / "a"), folder(tmp_path / "b", ())
-    run(b, "rloo", 0, 7.0, agent={"lr": 1}, plan=PLAN | {"iterations": 50})
-    assert merge([a, b], tmp_path / "both") == ["runs of reviews differ in plan.iterations: see their config.json"]
+    run(b, "rloo", 0, 7.0, agent={"lr": 1}, **changes)
+    assert merge([a, b], tmp_path / "both") == [f"runs of reviews differ in {what}: see their config.json"]
 
 
 def test_what_the_command_says(tmp_path, capsys):

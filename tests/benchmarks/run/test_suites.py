@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.names import base_task, best_of, check_algorithm, check_task
+from lm_envs.benchmarks.run.names import (
+    base_task,
+    best_of,
+    check_algorithm,
+    check_task,
+    folder_name,
+    is_control,
+    method_name,
+)
 from lm_envs.benchmarks.run.suite_files import BUILT_IN, load_suite, parse_suite
 
 GOOD = """
@@ -109,6 +117,12 @@ def test_names():
     assert base_task("reviews") == ("reviews", "mdp")
     assert [best_of(n) for n in ("best-of-16", "best-of-0", "best-of-n", "ppo")] == [16, None, None, None]
     assert best_of("soft-best-of-8") == 8 and best_of("hard-best-of-8") is None
+    assert (best_of("best-of-99999"), best_of("best-of-100000")) == (99999, None)
+    assert [method_name(task, "ppo") for task in ("reviews", "reviews-bandit")] == ["ppo", "ppo (bandit)"]
+    assert folder_name("lm_envs/Cat-v0") == "lm_envs_Cat-v0" and folder_name("my.task v1.5") == "my.task_v1.5"
+    assert [is_control(name) for name in ("CartPole-v1", "Own-v12", "reviews", "x-v1.py")] == [True, True, False, False]
+    with pytest.raises(UserError, match="did you mean 'best-of-16'"):
+        check_algorithm("bo16")
     check_task("CartPole-v1")
     check_algorithm("best-of-3")
     with pytest.raises(UserError, match="CartPol"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -123,3 +125,25 @@ def test_the_option_reaches_the_runs(tmp_path, service, monkeypatch):
     main(["compare", *words, str(tmp_path / "b"), "--algorithms", "sft", "--test-prompts", "4"])
     assert [label.split("/")[1] for label, *_ in service.opened] == ["reinforce", "sft"]
     assert "result/gold" in service.ended[1]  # an untrained method too
+
+
+def test_every_number_has_its_place_and_step(tmp_path):
+    tracker = TensorBoard(tmp_path)
+    tracker.scalars({"gold": 0.5, "tokens": 7, "clip_fraction": 0.25, "kl": math.nan, "iteration": 3, "x": "y"}, 3)
+    tracker.scalars({"validation_gold": 0.75, "wall_s": 9}, 4)
+    tracker.texts(["a\nb", "c"], 4, "training")
+    tracker.texts([], 4, "nothing")
+    tracker.close()
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]} == {
+        "main/gold": [(3, 0.5)],
+        "counters/tokens": [(3, 7.0)],
+        "update/clip_fraction": [(3, 0.25)],
+        "validation/gold": [(4, 0.75)],
+        "counters/wall_s": [(4, 9.0)],
+    }
+    (tag,) = read.Tags()["tensors"]
+    (event,) = read.Tensors(tag)
+    assert tag == "training/text_summary" and event.step == 4
+    assert event.tensor_proto.string_val == [b"    a b\n    c"]  # a line each, as a block of Markdown

@@ -128,6 +128,8 @@ def test_a_policy_learns_behind_what_it_will_be_given():
     assert split_answer(made, [USER], [SAID]) == ("<s>user\nthe old cat</s>\n<s>assistant\n(thoughts)", "hid</s>\n")
     ids, (response,) = Codec(made).encode([USER], [[SAID]])
     assert ids == Codec(made).encode([USER])[0] and made.decode(response) == "hid</s>"
+    echo = {"role": "assistant", "content": "cat"}  # stands in the prompt too
+    assert split_answer(made, [USER], [echo])[1] == "cat</s>\n"
     made.chat_template = TURNS.replace("m.content", "m.content if m.role == 'user' else 'else'") + "x"
     with pytest.raises(BadExample, match="differently once it is answered"):
         split_answer(made, [USER], [SAID])

@@ -1,0 +1,62 @@
+"""The figures shown beside a run under way and at its end, and when a line is written where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from lm_envs.benchmarks.run.progress import Display, figures, final_figures
+
+VALIDATED = {"validation_gold": 0.5, "validation_proxy": 0.25, "validation_kl": 9.0, "validation_return": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "text"),
+    [
+        (VALIDATED, "return 7.00  gold 0.50  proxy 0.25  KL 9.00"),
+        # what training sampled comes first, and a text has a score instead of a return
+        (VALIDATED | {"score": 2.0, "kl": 3.0, "return": 1.0}, "gold 0.50  proxy 2.00  KL 3.00"),
+        ({"return": 21.5, "kl": math.nan, "tokens_per_second": 9840.0}, "return 21.50  9.8k tok/s"),
+        ({"ranking_loss": 0.69, "validation_loss": 0.7}, "loss 0.69  held-out loss 0.70"),
+        ({"dpo_loss": 0.6, "validation_accuracy": 0.75, "nll": None}, "loss 0.60  held-out accuracy 0.75"),
+        ({}, ""),
+    ],
+)
+def test_figures_of_an_iteration(metrics, text):
+    assert figures(metrics) == text
+
+
+def test_figures_of_a_result():
+    result = {"win_rate": 0.615, "gold": 0.25, "proxy": 1.5, "kl": 3.14}
+    assert final_figures(result) == "win-rate 62 %  gold 0.25  proxy 1.50  KL 3.1"
+    assert final_figures(result | {"kl_is_bound": True}).endswith("KL ≤3.1")
+    assert final_figures(result | {"win_rate": None, "gold": None, "kl": None}) == "proxy 1.50"
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch):
+    """The first iteration, one after every_s seconds, and the last; a metric that is not measured again stays."""
+    clock = iter([100.0, 109.0, 110.0, 111.0])
+    monkeypatch.setattr("lm_envs.benchmarks.run.progress.time.monotonic", lambda: next(clock))
+    written = io.StringIO()
+    with Display(Console(file=written, width=200), 3, every_s=10.0) as shown:
+        shown({"event": "start", "run": "a", "of": 4, "iteration": 0})
+        for iteration, gold in ((1, 0.5), (2, 0.6), (3, None), (4, None)):
+            metrics = {"iteration": iteration, "score": float(iteration)} | ({"validation_gold": gold} if gold else {})
+            shown({"event": "iteration", "run": "a", "of": 4, "metrics": metrics})
+        result = {"win_rate": 0.5, "gold": 0.1, "proxy": 0.2, "kl": 0.3}
+        shown({"event": "start", "run": "b", "of": 4, "iteration": 2})
+        shown({"event": "failed", "run": "b", "message": "diverged"})
+        shown({"event": "stopped", "run": "c"})
+        shown({"event": "done", "run": "a", "result": result})
+    assert written.getvalue().splitlines() == [
+        "a: iteration 1/4  gold 0.50  proxy 1.00",
+        "a: iteration 3/4  gold 0.60  proxy 3.00",
+        "a: iteration 4/4  gold 0.60  proxy 4.00",
+        "b: continuing after iteration 2",
+        "b: FAILED: diverged",
+        "c: stopped, saved",
+        "a: done (1/3)  win-rate 50 %  gold 0.10  proxy 0.20  KL 0.3",
+    ]
