@@ -172,10 +172,6 @@ def test_expected_return_is_what_episodes_return():
     assert abs(np.mean(returns) - expected_return(probability, env, slip=0.0)) > 4 * error
 
 
-def test_the_return_is_the_mean_over_starts():
-    assert expected_return([RIGHT] * 4, ["SS.M"]) == pytest.approx((90.25 + 95.0) / 2)
-
-
 def test_the_limit_counts():
     """Two moves to the meat: within a limit of one nothing is earned."""
     assert expected_return([RIGHT] * 3, ["S.M"], limit=1) == 0.0
