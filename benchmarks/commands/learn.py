@@ -82,7 +82,7 @@ class _Learn(ManyProcesses):
             adaptation=self.adapt.settings(),
             on_bad=self.bad,
         )
-        how = {"resume": self.resume, "track": self.track, "threads": self.threads}
+        how: dict[str, Any] = {"resume": self.resume, "track": self.track, "threads": self.threads}
         learn_from_data(spec, self.out, **how, console=console)
 
 
@@ -165,7 +165,7 @@ def learn_from_data(
         try:
             with StopRequest(shown.say).listening() as stop:
                 threads = threads or group.threads()
-                how = {"threads": threads, "track": track, "notify": shown, "should_stop": stop}
+                how: dict[str, Any] = {"threads": threads, "track": track, "notify": shown, "should_stop": stop}
                 result = execute(spec, out, opener=opener, **how)
         except Interrupted:
             shown({"event": "stopped", "run": spec.label})

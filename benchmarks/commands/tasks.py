@@ -103,7 +103,8 @@ def _paragraphs(made: Any) -> Iterator[str]:
 
 def _settings(name: str, kind: Any) -> Table:
     table = Table("setting", "default", "what it is", title=f"Settings of {escape(name)}", title_justify="left")
-    texts = {field: text for base in reversed(kind.__mro__) if is_dataclass(base) for field, text in field_texts(base)}
+    owners: list[Any] = [base for base in reversed(kind.__mro__) if is_dataclass(base)]
+    texts = {field: text for base in owners for field, text in field_texts(base)}
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
         default = field.default if field.default is not MISSING else ""

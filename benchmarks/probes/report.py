@@ -182,7 +182,8 @@ def curves(scores: Scores, algorithms: Sequence[str]) -> Figure:
 def _curve(ax: Axes, scores: Scores, name: str, algorithms: Sequence[str]) -> None:
     for number, algorithm in enumerate(algorithms):
         cell = scores.cell(name, algorithm)
-        x, style = np.arange(cell.shape[1]), {"color": _COLORS[number], "marker": _MARKERS[number]}
+        x = np.arange(cell.shape[1])
+        style: dict[str, Any] = {"color": _COLORS[number], "marker": _MARKERS[number]}
         mean = cell.mean(axis=0) if len(cell) else np.full(cell.shape[1], np.nan)
         ax.plot(x, mean, markersize=4, linewidth=1.5, label=algorithm, **style)
         if len(cell) > 1:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -160,7 +160,7 @@ def _jobs(keys: Sequence[Key], found: dict[Key, dict[str, Any]]) -> list[Job]:
     return [(*where, tuple(algorithms)) for where, algorithms in jobs.items()]
 
 
-def _results(jobs: Sequence[Job], processes: int) -> Iterator[list[dict[str, Any]]]:
+def _results(jobs: Sequence[Job], processes: int) -> Generator[list[dict[str, Any]]]:
     """Yield the records of each job as it is done."""
     if processes == 1:
         torch.set_num_threads(1)

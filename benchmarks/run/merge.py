@@ -122,7 +122,7 @@ def _contradiction(run: _Finished, other: _Finished) -> str:
 
 def _checked(runs: Sequence[_Finished]) -> list[str]:
     """Notes on tasks whose runs differ in their conditions; UserError where they were measured otherwise."""
-    notes = {}
+    notes: dict[tuple[str, str], str] = {}
     first: dict[str, _Finished] = {}
     for run in runs:
         task = run.config["run"]["task"]

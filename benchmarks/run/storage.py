@@ -238,7 +238,7 @@ class Checkpoints:
         """Read a checkpoint; raise UserError if it is damaged or of another run."""
         number = path.name.removeprefix("checkpoint-")
         count = int(number) if number.isdigit() else None
-        origins = [{"run": run, "iteration": count} for run in self.runs] or [None]
+        origins: list[Any] = [{"run": run, "iteration": count} for run in self.runs] or [None]
         if all(damaged(path, origin) is not None for origin in origins):
             name = damaged(path)
             what = "is of another run" if name is None else f"is damaged: {name}"

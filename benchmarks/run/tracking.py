@@ -102,7 +102,7 @@ class _Follower:
     def __init__(self, service: Service, folder: Path, label: str, config: Mapping[str, Any]) -> None:
         self.service = service
         self._state = folder / f"tracked-{service}.json"
-        before = read_json(self._state) if self._state.exists() else {"run": None, "iteration": -1}
+        before: dict[str, Any] = read_json(self._state) if self._state.exists() else {"run": None, "iteration": -1}
         self._sent: int = before["iteration"]
         self._run, self._log, self.end = _OPEN[service](label, config, before["run"], folder)
         self._write()
