@@ -171,3 +171,19 @@ def test_blocks_give_the_tokens_of_the_plain_search(vocabulary):
     torch.testing.assert_close(logprob, p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log(), rtol=0, atol=1e-12)
     single, _ = sample(logits.float(), uniforms, 0.7)
     assert (single == tokens).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("vocabulary", [2048, 8192])
+def test_tokens_at_the_edges_of_intervals(vocabulary):
+    """A uniform at the beginning of a token's interval is that token's; a thin tail behind a likely token is reached,
+    though float32 has no numbers between 1 and 1 + 1e-7."""
+    edges = torch.arange(0, vocabulary, 64)
+    assert torch.equal(sample(torch.zeros(len(edges), vocabulary), edges.double() / vocabulary)[0], edges)
+    logits = torch.full((1, vocabulary), -23.0)
+    logits[0, 0] = 0.0
+    weights = logits[0].double().exp()
+    for share in (0.25, 0.5, 0.75):
+        cdf = weights.cumsum(0) / weights.sum()
+        expected = int(share * vocabulary)
+        token = int(sample(logits, cdf[expected - 1 : expected])[0])
+        assert abs(token - expected) <= 64  # a block's sum is of float32
