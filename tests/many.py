@@ -18,6 +18,7 @@ class Member:
     def __init__(self, rank: int, world: int, barrier: threading.Barrier, table: list[Any]) -> None:
         self.rank, self.world, self._barrier, self._table = rank, world, barrier, table
         self.steps: list[str] = []
+        self.summed = 0  # numbers
 
     def exchange(self, value: Any, step: str, patient: bool) -> list[Any]:
         self.steps.append(step)
@@ -29,6 +30,7 @@ class Member:
         return [copy.deepcopy(value) for _, value in found]
 
     def sum(self, x: Any, step: str) -> None:
+        self.summed += x.numel()
         parts = self.exchange(x, step, False)
         x.copy_(sum(parts[1:], parts[0]))
 

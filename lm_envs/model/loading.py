@@ -35,6 +35,7 @@ from lm_envs.model.hub import place_of
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.printable import first_line
+from lm_envs.processes.group import check_gpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ class Placement:
         if self.device_map is not None and find_spec("accelerate") is None:
             raise ValueError("device_map needs accelerate: pip install 'lm-envs[accelerate]'; device=NAME does without")
         if self.device is not None:
+            check_gpu(self.device)
             try:
                 torch.ones(1, device=self.device).item()  # fails on "meta" too, which holds no numbers
             except (RuntimeError, AssertionError) as error:

@@ -119,6 +119,17 @@ def called() -> Any:
         return exchange(None, "the next run", patient=True)[0]
 
 
+def check_gpu(device: str) -> None:
+    """Raise ValueError if processes of this machine would share a GPU under this name of a device."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
+    if here == 1 or not device.startswith("cuda"):
+        return
+    if device != "cuda":
+        raise ValueError(f"{here} processes of this machine cannot share {device!r}: with 'cuda' each takes its own")
+    if here > torch.cuda.device_count():
+        raise ValueError(f"{here} processes of this machine need a GPU each, and it has {torch.cuda.device_count()}")
+
+
 def threads() -> int:
     """Torch threads for each process of this machine, if nothing says how many."""
     on_this_machine = 1 if "OMP_NUM_THREADS" in os.environ else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

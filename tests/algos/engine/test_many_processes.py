@@ -23,7 +23,7 @@ from tests.marks import slow_unless
 # Five groups over two or four processes are uneven; nothing has the size of a minibatch.
 SETTINGS = {"episodes": 20, "group_size": 4, "micro_batch": 3, "max_grad_norm": 0.05, "iterations": 3, "anneal": True}
 STEPS = {"ppo": {"kl_stop": 0.5, "minibatches": 3, "epochs": 2}, "grpo": {"minibatches": 3, "epochs": 2}}
-QUICK = ("ppo", "rloo", "dpo", "reward-modelling", "expert-iteration")
+QUICK = (("ppo", 4), ("rloo", 2), ("dpo", 2), ("reward-modelling", 4), ("expert-iteration", 2))
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +74,9 @@ def differences(a, b):
     return sorted((a.keys() | b.keys()) - near - nan - set(times))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", slow_unless(QUICK.__contains__, batches.LEARNERS))
+@pytest.mark.parametrize(
+    ("name", "world"), slow_unless(QUICK.__contains__, [(name, world) for name in batches.LEARNERS for world in (2, 4)])
+)
 def test_many_processes_are_one(name, world):
     weights, metrics, counters = run(*learner(name))
     for found, their_metrics, their_counters in runs(name, world):
@@ -105,6 +106,20 @@ def test_what_was_before_an_update_is_of_all_rows():
         for found in on_many(world, lambda: read(policies[group.rank()])):
             assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(expected, found, strict=True))
         assert sum(evaluated) == 12 and max(evaluated) == -(-12 // world)
+
+
+def test_gradients_are_sent_once_a_step():
+    """What docs/scale.md says is communicated."""
+
+    def do():
+        agent, env = made[group.rank()]
+        metrics = agent.iteration(env)[1]
+        weights = sum(p.numel() for p in agent.policy.parameters() if p.requires_grad)
+        return group._sharing.get().summed, weights * metrics["updates"]
+
+    made = [learner("ppo") for _ in range(2)]
+    for summed, expected in on_many(2, do):
+        assert summed == expected > 0
 
 
 # Negative controls: each breaks what makes it hold.

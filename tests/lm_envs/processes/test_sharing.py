@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lm_envs.model.loading import Placement
 from lm_envs.processes import group, sharing
 from tests.many import on_many
 
@@ -79,3 +80,16 @@ def test_one_process_shares_with_nobody():
     group.add(x, "nothing")
     assert (group.world(), group.rank(), group.exchange(5, "nothing"), x.tolist()) == (1, 0, [5], [1.0, 1.0])
     assert group.first(lambda: "mine", "nothing") == "mine"
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(group, "count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="4 processes of this machine need a GPU each, and it has 2"):
+        Placement(device="cuda")
+    with pytest.raises(ValueError, match="cannot share 'cuda:1'"):
+        Placement(device="cuda:1")
+    Placement(device="cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of several machines
+    group.check_gpu("cuda:1")
