@@ -25,6 +25,4 @@ def _case(value: float, seed: int) -> Case:
     return plain(seed, before=plant)
 
 
-PROBE = Probe(
-    "mismatch", "standard deviation between the sampler's and the policy's logits", (0, 0.5, 1, 2, 4), _case, __doc__
-)
+PROBE = Probe("mismatch", "standard deviation between both logits", (0, 0.5, 1, 2, 4), _case, __doc__)

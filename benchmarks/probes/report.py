@@ -129,6 +129,11 @@ def text_cell(found: Estimate) -> str:
     return f"{found.value:.2f}" + ("" if math.isnan(found.error) else f" ±{(found.high - found.low) / 2:.2f}")
 
 
+def _short(algorithm: str) -> str:
+    """The name of an algorithm without the folders of its file."""
+    return algorithm.rpartition("/")[2]
+
+
 def radar(scores: Scores) -> Figure:
     """Draw a radar plot for each method: a spoke for each probe, the score from the center out."""
     names, count = list(scores.probes), len(scores.algorithms)
@@ -155,7 +160,7 @@ def radar(scores: Scores) -> Figure:
             )
             label.set_color("black" if has else "#bbbbbb")
         ax.tick_params(axis="x", pad=-2)
-        ax.set_title(algorithm, fontsize=11, loc="center", pad=12)
+        ax.set_title(_short(algorithm), fontsize=11, loc="center", pad=12)
     return figure
 
 
@@ -172,6 +177,8 @@ def curves(scores: Scores, algorithms: Sequence[str]) -> Figure:
         ax.set_xlabel(probe.axis, fontsize=8.5)
         ax.set_ylim(-0.04, 1.04)
         ax.tick_params(axis="y", labelsize=8.5)
+    for ax in panels[::columns]:
+        ax.set_ylabel("score", fontsize=8.5)
     for ax in panels[len(scores.probes) :]:
         ax.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
@@ -182,10 +189,11 @@ def curves(scores: Scores, algorithms: Sequence[str]) -> Figure:
 def _curve(ax: Axes, scores: Scores, name: str, algorithms: Sequence[str]) -> None:
     for number, algorithm in enumerate(algorithms):
         cell = scores.cell(name, algorithm)
-        x = np.arange(cell.shape[1])
+        # Side by side, because methods that do equally well would hide one another.
+        x = np.arange(cell.shape[1]) + 0.07 * (number - (len(algorithms) - 1) / 2)
         style: dict[str, Any] = {"color": _COLORS[number], "marker": _MARKERS[number]}
         mean = cell.mean(axis=0) if len(cell) else np.full(cell.shape[1], np.nan)
-        ax.plot(x, mean, markersize=4, linewidth=1.5, label=algorithm, **style)
+        ax.plot(x, mean, markersize=4, linewidth=1.5, label=_short(algorithm), **style)
         if len(cell) > 1:
             ax.fill_between(x, cell.min(axis=0), cell.max(axis=0), color=_COLORS[number], alpha=0.12, linewidth=0)
 
