@@ -33,11 +33,12 @@ _PROXIMAL: dict[str, Any] = {"epochs": 4, "learning_rate": 0.1}
 _FAST: dict[str, Any] = {"learning_rate": 0.3}
 _PAIRS: dict[str, Any] = {"episodes": BATCH, "pairs": EPISODES // 2, "learning_rate": 0.3}
 SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("reinforce", "rloo", "vbon", "bond", "dr-grpo", "grpo", "dapo", "gspo", "sapo", "cispo"), _GROUP),
+    **dict.fromkeys(("reinforce", "rloo", "bond", "dr-grpo", "grpo", "dapo", "gspo", "sapo", "cispo"), _GROUP),
     **dict.fromkeys(("reinforce-plus-plus-baseline", "online-dpo", "xpo"), _GROUP),
     **dict.fromkeys(("reinforce-plus-plus", "remax", "a2c"), _FAST),
     **dict.fromkeys(("ppo", "ppo-klpen"), _PROXIMAL),
     **dict.fromkeys(("dpo", "binary-feedme", "reward-conditioning"), _PAIRS),
+    "vbon": {**_GROUP, "reference_samples": 64},
     "expert-iteration": {"group_size": 8, "learning_rate": 0.1},
     "quark": {"learn_episodes": 2 * BATCH, "minibatches": 2, "learning_rate": 0.3},
 }
@@ -207,9 +208,10 @@ def run(question: Question, algorithm: str, seed: int) -> tuple[float, float]:
     assert agent.config.episodes is not None
     count = max(1, EPISODES // agent.config.episodes)
     agent.config = replace(agent.config, iterations=count)
-    for iteration in range(count):
-        reward.move(iteration / count)
+    # Some also sample beside their batches; those that learn from data sample nothing.
+    while (spent := max(agent.samples_done / EPISODES, agent.iterations_done / count)) < 1:
+        reward.move(spent)
         if case.before is not None:
-            case.before(policy, iteration)
+            case.before(policy, agent.iterations_done)
         agent.iteration(env)
     return question.score(policy)

@@ -161,6 +161,19 @@ def test_one_probe_finds_a_missing_baseline():
     assert good > 0.95 and broken < 0.3
 
 
+@pytest.mark.parametrize("algorithm", ["rloo", "remax", "dapo", "vbon"])
+def test_what_is_sampled_beside_the_batches_counts(monkeypatch, algorithm):
+    """ReMax scores greedy responses, DAPO draws again, and vBoN asks the reference; within one budget."""
+    scored = []
+    monkeypatch.setattr(base, "EPISODES", 1024)
+    plain_call = base._Taught.__call__
+    monkeypatch.setattr(
+        base._Taught, "__call__", lambda self, **a: scored.append(len(a["prompts"])) or plain_call(self, **a)
+    )
+    run(ask(plain(0)), algorithm, 0)
+    assert 1024 <= sum(scored) < 1024 + 4 * base.BATCH and (algorithm != "rloo" or sum(scored) == 1024)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("broken", "where"), [("NoBaseline", "shift"), ("ClampedKL", "kl"), ("TokenMean", "length")])
 def test_a_broken_method_falls_in_the_probe_that_is_about_it(broken, where):
