@@ -107,7 +107,7 @@ def test_runs_of_one_name_that_differ_are_named(tmp_path, changes, message):
         ({"env": {"temperature": 0.5}}, r"measured differently: env.temperature: None in .*sft/seed-0, 0.5 in"),
         ({"plan": PLAN | {"test_prompts": 9}}, "plan.test_prompts: 2 in .*, 9 in"),
         ({"plan": PLAN | {"validation_prompts": 9}}, "plan.validation_prompts: 2 in .*, 9 in"),
-        ({"plan": PLAN | {"split": "validation"}}, "plan.split: None in .*, 'validation' in"),
+        ({"plan": PLAN | {"split": "validation"}}, "plan.split: 'test' in .*, 'validation' in"),
         ({"options": {"policy": "x"}}, "options.policy"),
         ({"inputs": {"policy 'x'": "hash"}}, "inputs.policy"),
     ],
