@@ -138,7 +138,7 @@ def threads() -> int:
 
 def check_same(values: dict[str, Any], step: str) -> None:
     """Raise ValueError, which names the first difference, unless all processes bring the same values."""
-    theirs = exchange(values, step)
+    theirs = exchange(values, step, patient=True)  # one may have loaded its models before, and the others not
     for other, found in enumerate(theirs):
         for name in sorted(theirs[0].keys() | found.keys()):
             mine, its = theirs[0].get(name), found.get(name)
