@@ -54,6 +54,9 @@ class Compare(Running):
     """Runs at a time, each in a process of its own. With small models, take as many as there are cores."""
     threads: Annotated[Threads, tyro.conf.arg(metavar="N")] = 1
     """Torch threads per run. The last bits of results may depend on it."""
+    ray: Annotated[str | None, tyro.conf.arg(metavar="auto|ADDRESS")] = None
+    """Carry out the runs on a Ray cluster (extra "ray"), each a task with the suite's [resources]: the cluster of this
+    machine, or one by its address. All nodes must see OUT (docs/scale.md)."""
 
     def to_suite(self) -> Suite:
         """Return the comparison that the options describe."""
@@ -100,8 +103,14 @@ class Compare(Running):
                 "--jobs carries out runs side by side, and --processes each run by many: take one of the two"
             )
         suite = self.to_suite()
-        how = {"resume": self.resume, "extend": self.extend, "track": self.track}
-        carry_out(suite, self.out, **how, jobs=self.jobs, threads=self.threads, console=console)
+        how = {"resume": self.resume, "extend": self.extend, "track": self.track, **self.where()}
+        carry_out(suite, self.out, **how, console=console)
+
+    def where(self) -> dict[str, Any]:
+        """Return by what the runs are carried out, as :func:`lm_envs.benchmarks.run.compare.compare` takes it."""
+        if self.ray is not None and (self.jobs > 1 or self.processes > 1):
+            raise UserError(f"--ray and --{'jobs' if self.jobs > 1 else 'processes'} exclude each other")
+        return {"jobs": self.jobs, "threads": self.threads, "ray": self.ray}
 
 
 def _only(suite: Suite, algorithms: tuple[str, ...]) -> Suite:

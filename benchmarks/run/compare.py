@@ -6,8 +6,9 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
 from lm_envs.benchmarks.run.suites import RunSpec, Service, Suite, check_overrides
 from lm_envs.benchmarks.run.tracking import check_services
-from lm_envs.benchmarks.run.workers import StopRequest, attempt, run_in_workers
+from lm_envs.benchmarks.run.workers import CarryOut, StopRequest, one_by_one, run_in_workers
 from lm_envs.files import TEMPORARY, remove_unfinished, write_atomic
 
 COMPARISON = "comparison.json"
@@ -143,6 +144,7 @@ def compare(
     track: Sequence[Service] = (),
     jobs: int = 1,
     threads: int = 1,
+    ray: str | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Carry out a comparison in ``out``, or the rest of it; return the results of all finished runs.
@@ -153,6 +155,7 @@ def compare(
         track: services that follow the runs, beside TensorBoard.
         jobs: runs at a time, each in a process of its own if more than one.
         threads: torch threads per run. The last bits of sums depend on it, so it must not depend on ``jobs``.
+        ray: address of a Ray cluster that carries out the runs, instead of this process or ``jobs`` others.
 
     Raises:
         UserError: the user can put it right; raised before any training where possible.
@@ -162,20 +165,27 @@ def compare(
     runs = suite.runs()
     check_runs(runs)
     check_services(track)
-    with gone_if_refused(out):
-        check_folder(out, suite, resume, extend)
-        open_runs = [run for run in runs if finished(out / run.label) is None or not _same(run, out)]
+    with ExitStack() as ending:
+        with gone_if_refused(out):
+            check_folder(out, suite, resume, extend)
+            open_runs = [run for run in runs if finished(out / run.label) is None or not _same(run, out)]
+            if open_runs:
+                console.print(_heading(suite, runs, open_runs), highlight=False)
+                unsuited = prepare(suite, open_runs)  # building a task from the user's text shows a bar of its own
+                for why in unsuited.values():
+                    console.print(f"left out: {why}", highlight=False, markup=False)
+                open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
+            carry_out: CarryOut = one_by_one if jobs == 1 else partial(run_in_workers, jobs=jobs)
+            if ray is not None and open_runs:
+                from lm_envs.benchmarks.run.cluster import joined
+
+                carry_out = ending.enter_context(joined(ray, out, open_runs, suite.resources, threads)).carry_out
+        # From here on the folder belongs to this comparison; an error above leaves it as it was.
+        write_sealed(out / COMPARISON, _merged(out, suite))
+        write_results(out)
         if open_runs:
-            console.print(_heading(suite, runs, open_runs), highlight=False)
-            unsuited = prepare(suite, open_runs)  # building a task from the user's text shows a bar of its own
-            for why in unsuited.values():
-                console.print(f"left out: {why}", highlight=False, markup=False)
-            open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
-    # From here on the folder belongs to this comparison; an error above leaves it as it was.
-    write_sealed(out / COMPARISON, _merged(out, suite))
-    write_results(out)
-    if open_runs:
-        _carry_out(open_runs, out, jobs, console, threads=threads, keep=suite.keep, extend=extend, track=track)
+            options = {"threads": threads, "keep": suite.keep, "extend": extend, "track": track}
+            _carry_out(carry_out, open_runs, out, console, **options)
     return write_results(out)
 
 
@@ -226,7 +236,7 @@ def write_results(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, console: Console, **options: Any) -> None:
+def _carry_out(do: CarryOut, runs: Sequence[RunSpec], out: Path, console: Console, **options: Any) -> None:
     done, failed = 0, []
     with Display(console, len(runs)) as shown:
 
@@ -240,13 +250,7 @@ def _carry_out(runs: Sequence[RunSpec], out: Path, jobs: int, console: Console, 
                 failed.append(event)
 
         with StopRequest(shown.say).listening() as stop:
-            if jobs == 1:
-                for run in runs:
-                    notify(event := attempt(run, out, **options, notify=shown, should_stop=stop))
-                    if stop.requested or event.get("fatal"):
-                        break
-            else:
-                run_in_workers(runs, out, jobs=jobs, notify=notify, stop=stop, **options)
+            do(runs, out, notify=notify, stop=stop, **options)
     if failed:
         raise RunsFailed(_failures(failed, len(runs)), len(collect_results(out)))
     if done < len(runs):

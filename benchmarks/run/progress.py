@@ -84,6 +84,8 @@ class Display:
             self._iteration(run, event["metrics"], event["of"])
         elif kind == "evaluate" and run in self._rows:
             self.progress.update(self._rows[run], figures="measuring on test prompts")
+        elif kind == "lost":
+            self.say(f"{run}: its node was lost; it goes on elsewhere from its last checkpoint")
         elif kind in ("done", "stopped", "failed"):
             if run in self._rows:
                 self.progress.remove_task(self._rows.pop(run))

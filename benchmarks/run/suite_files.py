@@ -17,6 +17,7 @@ from lm_envs.benchmarks.run.suites import (
     EnvOptions,
     Plan,
     Range,
+    Resources,
     Space,
     Suite,
     TaskSettings,
@@ -87,6 +88,7 @@ class _Suite(Settings):
     evaluation: Table = field(default_factory=dict)
     checkpoints: Table = field(default_factory=dict)
     match: Table = field(default_factory=dict)
+    resources: Table = field(default_factory=dict)
     adaptation: Table = field(default_factory=dict)
     algorithm: dict[str, Table] = field(default_factory=dict)
     tune: dict[str, dict[str, list[Any] | Table]] = field(default_factory=dict)
@@ -175,6 +177,12 @@ class _Reader:
                     raise self.fail(f"{where}: {error}", name) from error
         return found
 
+    def resources(self, table: Mapping[str, Any]) -> Resources:
+        try:
+            return self.make(Resources, table, "[resources]")
+        except ValueError as error:  # a fraction of several GPUs
+            raise self.fail(str(error), "gpus", "[resources]") from error
+
     def plan(self, data: _Suite) -> Plan:
         budget = self.make(_Budget, data.budget, "[budget]")
         given = [name for name, amount in vars(budget).items() if amount is not None]
@@ -212,6 +220,7 @@ class _Reader:
             every=ALL in data.algorithms,
             match_kl=self.make(_Match, data.match, "[match]").kl,
             keep=self.make(_Checkpoints, data.checkpoints, "[checkpoints]").keep,
+            resources=self.resources(data.resources),
             tune={name: self.space(name, table) for name, table in data.tune.items()},
         )
         used = dict.fromkeys(run.algorithm for run in suite.runs())

@@ -93,6 +93,26 @@ class Range(Settings):
             raise ValueError(f"a range needs low < high, and low > 0 with log, got {self.low} to {self.high}")
 
 
+@dataclass(frozen=True)
+class Resources(Settings):
+    """What a run takes of a node of a Ray cluster.
+
+    Attributes:
+        cpus: cores; None takes as many as the run has threads.
+        gpus: GPUs; a fraction shares one with other runs.
+        memory: gigabytes, by which Ray decides how many runs fit on a node; 0 leaves it to the cores.
+    """
+
+    cpus: Count | None = None
+    gpus: NonNegative = 0
+    memory: NonNegative = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"a run takes a fraction of one GPU or several whole ones, not {self.gpus}")
+
+
 Space = dict[str, Range | tuple[Any, ...]]
 """What is tried of an algorithm's settings in tuning: a range, or one of several values."""
 
@@ -147,6 +167,7 @@ class Suite:
         every: the algorithms are "all": those that a task does not suit are left out.
         match_kl: KLs, nats per response, at which methods are compared by their validation curves.
         keep: checkpoints that a finished run keeps, so that it can be extended later.
+        resources: what each run takes of a node of a Ray cluster.
         tune: what is tried of algorithms' settings by :func:`lm_envs.benchmarks.run.tuning.tune`, by algorithm.
     """
 
@@ -162,6 +183,7 @@ class Suite:
     every: bool = False
     match_kl: tuple[float, ...] = ()
     keep: int = 0
+    resources: Resources = Resources()
     tune: dict[str, Space] = field(default_factory=dict)
 
     def runs(self) -> list[RunSpec]:

@@ -23,6 +23,8 @@ from lm_envs.benchmarks.run.suites import RunSpec
 from lm_envs.reward.waiting import waiting
 
 Notify = Callable[[dict[str, Any]], None]
+CarryOut = Callable[..., None]
+"""Carries out runs in a folder, as :func:`one_by_one` does in this process."""
 LOG = "log.txt"
 _SPAWN = multiprocessing.get_context("spawn")  # a forked process hangs where its parent's torch has used threads
 
@@ -91,6 +93,18 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
         return {"event": "failed", "run": label, "message": message, "fatal": fatal}
 
 
+def one_by_one(specs: Sequence[RunSpec], out: Path, *, notify: Notify, stop: StopRequest, **options: Any) -> None:
+    """Carry out runs in this process; ``notify`` gets all their events, the last as :func:`attempt` returns it.
+
+    ``options`` are passed to :func:`~lm_envs.benchmarks.run.one_run.execute`. After a fatal failure or a stop request
+    no run begins.
+    """
+    for spec in specs:
+        notify(event := attempt(spec, out, **options, notify=notify, should_stop=stop))
+        if stop.requested or event.get("fatal"):
+            break
+
+
 class _Worker:
     """The parent's end of a worker process."""
 
@@ -128,8 +142,7 @@ class _Worker:
 def run_in_workers(
     specs: Sequence[RunSpec], out: Path, *, jobs: int, notify: Notify, stop: StopRequest, **options: Any
 ) -> None:
-    """Carry out runs, ``jobs`` at a time; ``notify`` gets all their events, the last as :func:`attempt` returns it, or
-    "failed" if the process was killed. ``options`` are passed to :func:`~lm_envs.benchmarks.run.one_run.execute`.
+    """Carry out runs, ``jobs`` at a time, as :func:`one_by_one`; the last event is "failed" if the process was killed.
 
     After a fatal failure or a stop request no run begins, and those under way are asked to stop.
     """

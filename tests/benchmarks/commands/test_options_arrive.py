@@ -50,6 +50,7 @@ COMPARE = RUNNING | {
     "match_kl": (["--match-kl", "2", "5"], {"suite.match_kl.0": 2.0, "suite.match_kl.1": 5.0}),
     "set": (["--set", "rloo.epochs=3"], {"suite.overrides.rloo.epochs": 3}),
     "jobs": (["--jobs", "6"], {"jobs": 6}),
+    "ray": (["--ray", "HOST:1"], {"ray": "HOST:1"}),
     "threads": (["--threads", "5"], {"threads": 5}),
 }
 OPTIONS = "suite.tasks.0.options"
@@ -162,7 +163,7 @@ def leaves(value: Any, where: str = "") -> dict[str, Any]:
     return {where: value}
 
 
-APART = ("extend", "episodes", "compile", "recompute", "epochs")  # excludes another one, or is a flag beside another
+APART = ("ray", "extend", "episodes", "compile", "recompute", "epochs")  # excludes another, or is a flag beside one
 GROUPS = [(command, apart) for command in TABLES for apart in (False, True)]
 
 
