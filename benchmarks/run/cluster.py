@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def _carry_out(driver: _Driver, mailbox: Any, spec: RunSpec, options: dict[str, 
         message = f"the node {ray.util.get_node_ip_address()} cannot carry it out: {why}"
         return {"event": "failed", "run": spec.label, "message": message, "fatal": False}
     disable_progress_bar()
+    here = ray.get_runtime_context().get_node_id()
+    ray.get(mailbox.put.remote({"event": "placed", "run": spec.label, "node": here}))
 
     def notify(event: dict[str, Any]) -> None:
         ray.get(mailbox.put.remote(event))
@@ -213,24 +216,35 @@ class ClusterRuns:
         :func:`~lm_envs.benchmarks.run.workers.run_in_workers`. The run of a lost node goes on elsewhere, from its last
         checkpoint."""
         under_way = {self._submit(spec, options): spec for spec in specs}
+        placed: dict[str, str] = {}  # nodes by run
+        lost: list[RunSpec] = []
         asked = False
-        while under_way:
+        while under_way or (lost and not stop.requested):
             if stop.requested and not asked:
                 asked = True
                 self._ray.get(self._mailbox.stop.remote())
             ready, _ = self._ray.wait(list(under_way), num_returns=len(under_way), timeout=_POLL_S)
             for event in self._ray.get(self._mailbox.take.remote()):
-                notify(event)
+                if event["event"] == "placed":
+                    placed[event["run"]] = event["node"]
+                else:
+                    notify(event)
             for task in ready:
                 spec = under_way.pop(task)
                 event = self._ended(task, spec)
                 if event["event"] == "lost" and not stop.requested:
                     notify(event)
-                    under_way[self._submit(spec, options)] = spec
+                    lost.append(spec)
                 elif event["event"] not in ("lost", "left"):
                     notify(event)
                 if event.get("fatal"):
                     stop.requested = True
+            if lost:  # only when the whole cluster knows: a task that is sent to a dead node waits for ever
+                time.sleep(_POLL_S)
+                alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+                for spec in [spec for spec in lost if placed.get(spec.label) not in alive and not stop.requested]:
+                    lost.remove(spec)
+                    under_way[self._submit(spec, options)] = spec
 
     def _submit(self, spec: RunSpec, options: dict[str, Any]) -> Any:
         # The driver sends a lost node's run again itself: Ray would also repeat one whose process was killed.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from itertools import product
-from pathlib import Path
 
 import torch
 
@@ -15,16 +16,19 @@ NAME = "tests.benchmarks.fake_task:load"
 
 
 class Pausing:
-    """A reward that, at one of its calls, makes the file ``mark`` and waits to be killed; once made, it goes on."""
+    """A reward that, at one of its calls, writes its process to the file ``mark`` and waits to be killed; once there is
+    one, it goes on."""
 
     def __init__(self, reward, mark: str | None, at: int) -> None:
         self.reward, self.mark, self.at, self.calls = reward, mark, at, 0
 
     def __call__(self, prompts, completions, **columns) -> list[float]:
         self.calls += 1
-        if self.mark and self.calls >= self.at and not Path(self.mark).exists():
-            Path(self.mark).touch()
-            time.sleep(120)
+        if self.mark and self.calls >= self.at:
+            with contextlib.suppress(FileExistsError), open(self.mark, "x") as mark:
+                mark.write(str(os.getpid()))
+                mark.flush()
+                time.sleep(120)
         return self.reward(prompts, completions)
 
 
