@@ -81,7 +81,7 @@ def refused(capsys, *words: str) -> str:
     return said
 
 
-def wait_for(true, seconds: float = 120) -> None:
+def wait_for(true, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -125,7 +125,7 @@ def test_a_node_is_lost_and_its_run_goes_on_elsewhere(tmp_path, two_nodes):
     (its,) = (node for node in nodes if node.all_processes["raylet"][0].process.pid == parent)
     made.remove_node(its, allow_graceful=False)
     made.add_node(num_cpus=1, **SMALL)  # for the next test
-    _, told = driver.communicate(timeout=240)
+    _, told = driver.communicate(timeout=600)
     assert driver.returncode == 0, told
     assert "its node was lost; it goes on elsewhere" in told and "continuing after iteration" in told
     main([*words, "one"])
@@ -157,7 +157,7 @@ def test_ctrl_c_stops_after_the_iteration(tmp_path, two_nodes):
     )
     wait_for(lambda: any(len(p.read_text().splitlines()) > 3 for p in (tmp_path / "ray").rglob("metrics.jsonl")))
     driver.send_signal(signal.SIGINT)
-    _, told = driver.communicate(timeout=60)
+    _, told = driver.communicate(timeout=200)
     assert driver.returncode == 130 and "stopped, saved" in told and "--resume" in told and "Traceback" not in told
 
 
