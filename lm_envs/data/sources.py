@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from lm_envs.data.splits import SPLIT_NAMES
 from lm_envs.files import refuse_streams
-from lm_envs.printable import first_line
+from lm_envs.printable import first_line, one_line
 from lm_envs.settings import short
 
 FILES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
@@ -210,7 +210,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[Read]:
             if not cells:
                 continue
             if len(cells) != len(header):
-                yield where, f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})"
+                yield where, f"{len(cells)} cells under {len(header)} columns ({one_line(', '.join(header))})"
             elif any("\udc80" <= letter <= "\udcff" for cell in cells if not cell.isascii() for letter in cell):
                 yield where, "not UTF-8 text"
             else:

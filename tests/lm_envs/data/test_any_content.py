@@ -114,6 +114,7 @@ def test_rows(rows, end, data):
 @QUICK
 @given(CELLS, st.sampled_from([(".csv", ","), (".tsv", "\t"), (".csv", ";")]))
 @example([["prompt", " completion"], ["a", "b"]], (".csv", ","))
+@example([["prompt", "a\nb"], ["a"]], (".csv", ","))
 def test_tables(cells, end):
     read_all(table(cells, end[1]), end[0])
 
