@@ -65,6 +65,8 @@ def find(
         return target
     match = TEXT.fullmatch(target)
     if match is None:
+        if target.endswith(".py") and Path(target).expanduser().is_file():
+            raise ValueError(f"no {what} {text!r}: say which of the file's names is meant, as in {text}:NAME")
         hint = near(text, [*known, *installed(what)])
         raise ValueError(f"no {what} {text!r}: {hint} (one of your own is FILE.py:NAME or module:NAME)")
     module = _run_file(match["place"], where) if match["place"].endswith(".py") else _import(match["place"], where)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -18,6 +20,13 @@ from lm_envs.benchmarks.run.names import best_of, trainable
 from lm_envs.benchmarks.run.suite_files import BUILT_IN, load_suite
 from lm_envs.plugins import find, installed
 from lm_envs.settings import field_texts, near
+
+_CONFIGS = {
+    "custom": "lm_envs.tasks.custom:CustomConfig",
+    "corpus": "lm_envs.tasks.corpus:CorpusConfig",
+    "translation": "lm_envs.tasks.translation:TranslationConfig",
+}
+"""The options of tasks whose loaders take them by any name."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,9 @@ def _about(name: str) -> Iterator[Any]:
 
 
 def _paragraphs(made: Any) -> Iterator[str]:
-    """The text about a class or a function, without its arguments and errors."""
-    for part in (inspect.getdoc(made) or "").split("\n\n"):
+    """The text about a class (not a base of it) or a function, without arguments and errors; else its module's."""
+    own = made.__doc__ or sys.modules[made.__module__].__doc__ or f"{made.__name__} has no docstring."
+    for part in inspect.cleandoc(own).split("\n\n"):
         if not part.startswith(("Args:", "Raises:", "Returns:", "Attributes:")):
             yield escape(part if "\n " in part else " ".join(part.split()))
 
@@ -119,13 +129,38 @@ def _settings(name: str, kind: Any) -> Table:
 def _task(name: str, made: Any) -> Iterator[Any]:
     """A task's text, and the options that its loader takes."""
     yield from _paragraphs(made)
-    table = Table("option", "default", title=f"Options of {escape(name)}", title_justify="left")
-    for option in inspect.signature(made).parameters.values():
-        default = "needed" if option.default is inspect.Parameter.empty else str(option.default)
-        if option.kind is not inspect.Parameter.VAR_KEYWORD:
-            table.add_row(option.name, escape(default.lower() if default in ("None", "True", "False") else default))
+    options = dict(_defaults(inspect.signature(made).parameters.values()))
+    texts: dict[str, str] = {}
+    if config := _CONFIGS.get(name):
+        kind = find(config, "task", fits=is_dataclass)
+        options |= _defaults(inspect.signature(kind).parameters.values())
+        texts = _attributes(kind)
+    table = Table("option", "default", *["what it is"] * bool(texts), title=f"Options of {escape(name)}")
+    table.title_justify = "left"
+    for option, default in options.items():
+        table.add_row(option, escape(default), *[escape(texts.get(option, ""))] * bool(texts))
     if table.row_count:
         yield table
+
+
+def _defaults(parameters: Iterable[inspect.Parameter]) -> Iterator[tuple[str, str]]:
+    """The names of parameters and the text of their defaults, without those of any name."""
+    for option in parameters:
+        default = "needed" if option.default is inspect.Parameter.empty else str(option.default)
+        if option.kind is not inspect.Parameter.VAR_KEYWORD:
+            yield option.name, default.lower() if default in ("None", "True", "False") else default
+
+
+def _attributes(kind: type) -> dict[str, str]:
+    """The texts of a class's fields, its bases' included, from the section "Attributes" of its docstring."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
+        for entry in re.split(r"\n(?=    \S)", "\n" + section)[1:] if is_dataclass(base) else ():
+            names, _, text = " ".join(entry.split()).partition(": ")
+            text = re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")
+            found |= dict.fromkeys(names.split(", "), text)
+    return found
 
 
 def _first_line(place: Any) -> str:

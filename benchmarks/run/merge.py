@@ -74,7 +74,7 @@ def merge(sources: Sequence[Path], out: Path) -> list[str]:
             again += 1
         elif (other := runs.get(run.label)) is not None:
             why = _contradiction(run, other)
-            raise UserError(f"{run.folder} and {other.folder} are different runs of one name: {why}")
+            raise UserError(f"{other.folder} and {run.folder} are different runs of one name: {why}")
         else:
             runs[run.label] = run
     notes += [f"{again} run{'s' * (again > 1)} that an earlier folder holds too: counted once"] * bool(again)

@@ -430,6 +430,10 @@ def test_tasks_says_what_a_name_is_and_takes(capsys, tmp_path, monkeypatch):
         and "rewards none" in both
         and "Options of enumerable" in both
     )
+    custom = said("custom")
+    assert "Options of custom" in custom and "prompts needed a source whose rows have prompt" in custom
+    assert "max_new_tokens 32" in custom and "device none where all models go; see" in custom
+    assert "vocabulary 4096 the most tokens." in said("corpus") and "path none" in said("translation")
     assert 'name = "demo"' in said("demo") and "has no settings" in said("best-of-4")
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
@@ -437,11 +441,13 @@ def test_tasks_says_what_a_name_is_and_takes(capsys, tmp_path, monkeypatch):
         "@dataclass\nclass MyConfig(ReinforceConfig):\n"
         '    bonus: float = 0.5\n    """What is\n    added."""\n'
         'class Mine(REINFORCE):\n    """A method of one\'s own."""\n    Config = MyConfig\n'
+        "class Bare(REINFORCE):\n    pass\n"
         'def load(size: int = 3):\n    """A task of one\'s own."""\n'
     )
     monkeypatch.chdir(tmp_path)
     own = said("mine.py:Mine")
     assert own.startswith("A method of one's own.") and "bonus 0.5 What is added." in own
+    assert said("mine.py:Bare").startswith("Bare has no docstring. Settings of mine.py:Bare")
     assert "A task of one's own. Options of mine.py:load" in said("mine.py:load") and "size 3" in said("mine.py:load")
     for name, advice in (("ppoo", "ppo"), ("revews", "reviews"), ("nothing.py:x", "no file")):
         with pytest.raises(SystemExit):

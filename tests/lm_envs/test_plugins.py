@@ -128,6 +128,7 @@ def test_entry_points_of_installed_packages(package):
         ("no_module:CISPO", "", "there is no module 'no_module' on the import path"),
         ("my_algo:CISPO", "", r"no module 'my_algo' on the import path .*; a file is named my_algo.py:NAME"),
         ("my_algo.CISPO", "", r"no algorithm 'my_algo.CISPO': .*one of your own is FILE.py:NAME or module:NAME"),
+        ("my_algo.py", "", r"no algorithm 'my_algo.py': say which of the file's names is meant, as in my_algo.py:NAME"),
         ("x.py:A", "import torch\n\n1 / 0\n", r"x.py, line 3: ZeroDivisionError: division by zero"),
         ("x.py:A", "def f(:\n", r"x.py, line 1: SyntaxError"),
         (

@@ -88,7 +88,10 @@ def test_one_run_under_two_names_counts_once(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"overrides": {"kl_coef": 0.5}}, "different runs of one name: overrides.kl_coef: None and 0.5"),
+        (
+            {"overrides": {"kl_coef": 0.5}},
+            "a/.* and .*b/.* are different runs of one name: overrides.kl_coef: None and 0.5",
+        ),
         ({"inputs": {"algorithm 'ppo'": "other"}}, "different runs of one name: inputs.algorithm 'ppo'"),
         ({}, "equal settings, other results"),
     ],
