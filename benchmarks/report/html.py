@@ -88,14 +88,20 @@ def answers(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = table(rows)
     sft = next((line for line in lines if line.algorithm == "sft"), None)
     others = [line for line in lines if line.algorithm != "sft"]
-    judged = [line for line in others if not math.isnan(line.mean["gold"])]
     if not others:
         return []
+    fallen = [line for line in others if line.collapsed]
+    names = listed(_some([_name(line) for line in fallen]))
+    collapse = [f"Collapsed, so not ranked: {names}."] if fallen else []
+    others = [line for line in others if not line.collapsed]
+    judged = [line for line in others if not math.isnan(line.mean["gold"])]
+    if not others:
+        return collapse
     if not judged:
         best = max(others, key=lambda line: line.mean["proxy"])
         text = f"{_name(best)} has the highest proxy score, {best.mean['proxy']:.2f}."
         told = [text, _told_apart(rows, _name(best)), "There is no judge to say whether that is real."]
-        return [line for line in told if line]
+        return [line for line in (*told, *collapse) if line]
     best = max(judged, key=lambda line: line.mean["gold"])
     against = f" against SFT's {sft.mean['gold']:.2f}" if sft else ""
     bound = "at most " if best.kl_is_bound else ""
@@ -107,7 +113,7 @@ def answers(rows: Sequence[dict[str, Any]]) -> list[str]:
     )
     even = [_name(line) for line in judged if not line.estimates["win_rate"].low > 0.5]
     half = f"The win-rate's interval holds 50 % or less: {', '.join(_some(even))}." if even else ""
-    return [line for line in (text, _told_apart(rows, _name(best)), half) if line]
+    return [line for line in (text, _told_apart(rows, _name(best)), half, *collapse) if line]
 
 
 def _told_apart(rows: Sequence[dict[str, Any]], best: str) -> str:
@@ -156,7 +162,7 @@ def _section(
     lines = table(rows)
     columns, described = shown(lines), series[0].config.get("task", {})
     numbers = {key: f"{n:.3g}" if isinstance(n, float) else n for key, n in (described.get("stats") or {}).items()}
-    judged = [line for line in lines if not math.isnan(line.mean["gold"])]
+    judged = [line for line in lines if not (line.collapsed or math.isnan(line.mean["gold"]))]
     best = _name(max(judged, key=lambda line: line.mean["gold"])) if judged else ""
     worse = {each.theirs for each in lead(rows, best) if each.clear}
     marked = {best} | {s.label for s in series if worse and s.label not in worse}

@@ -48,6 +48,11 @@ class Series:
     def mean(self, column: str) -> float:
         return float(np.mean([number(result[column]) for result in self.results]))
 
+    @property
+    def collapsed(self) -> bool:
+        """Whether a run of it did."""
+        return any(result.get("collapsed") for result in self.results)
+
     @cached_property
     def config(self) -> dict[str, Any]:
         return read_json(self.folders[0] / "config.json")

@@ -23,8 +23,9 @@ from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
 from lm_envs.benchmarks.run.suites import RunSpec, Service, Suite, check_overrides
 from lm_envs.benchmarks.run.tracking import check_services
-from lm_envs.benchmarks.run.workers import CarryOut, StopRequest, one_by_one, run_in_workers
+from lm_envs.benchmarks.run.workers import PATIENCE_S, CarryOut, StopRequest, one_by_one, run_in_workers
 from lm_envs.files import TEMPORARY, remove_unfinished, write_atomic
+from lm_envs.processes import group
 
 COMPARISON = "comparison.json"
 
@@ -249,7 +250,8 @@ def _carry_out(do: CarryOut, runs: Sequence[RunSpec], out: Path, console: Consol
             elif event["event"] == "failed":
                 failed.append(event)
 
-        with StopRequest(shown.say).listening() as stop:
+        alone = do is one_by_one and group.count() == 1  # workers have their own patience, processes wait for each other
+        with StopRequest(shown.say, PATIENCE_S if alone else None).listening() as stop:
             do(runs, out, notify=notify, stop=stop, **options)
     if failed:
         raise RunsFailed(_failures(failed, len(runs)), len(collect_results(out)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from lm_envs.algos.engine.batching import units
 from lm_envs.algos.engine.metrics import Averages
 from lm_envs.algos.engine.preference_losses import REFERENCE_FREE
+from lm_envs.algos.engine.settings_by_size import SMALL, far_off, learning_rate
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
@@ -35,8 +37,6 @@ from lm_envs.processes import group
 from lm_envs.reward.learned import pools_last_token, reward_start
 
 KINDS: dict[str, conventions.Kind] = {"sft": "demonstrations", "reward-modelling": "preferences", "dpo": "preferences"}
-# For pretrained models; the algorithms' own defaults are for the small ones of the embedded tasks.
-_LEARNING_RATES = {"sft": 2e-5, "reward-modelling": 1e-5, "dpo": 1e-6}
 _MICRO_BATCH = 16  # default rows a forward; the gradient does not depend on it
 _SHOWN = ("loss", "perplexity", "accuracy", "margin", "wanted_reward", "unwanted_reward")
 _SAMPLE = 256  # held-out examples at a point of the learning curve
@@ -90,7 +90,8 @@ class DataProblem(Problem):
 
     def __init__(self, spec: DataSpec, out: Path, progress: Callable[[int], object] = lambda done: None) -> None:
         self.spec, self.folder, self._progress = spec, out / "data", progress
-        overrides = {"learning_rate": _LEARNING_RATES[spec.algorithm], "episodes": 32, **spec.overrides}
+        rate = learning_rate(spec.algorithm, 0, lora=False)
+        overrides = {"learning_rate": rate, "episodes": 32, **spec.overrides}
         checked = check_overrides(spec.algorithm, overrides)
         placement = loading.Placement(spec.dtype or "float32", spec.device)
         self._rewarding = spec.algorithm == "reward-modelling"
@@ -114,6 +115,11 @@ class DataProblem(Problem):
             )
         self._held_out = held
         self.model = self._to_train()
+        size, lora = sum(p.numel() for p in self.model.parameters()), has_adapters(self.model)
+        if "learning_rate" not in spec.overrides and size >= SMALL:
+            checked["learning_rate"] = learning_rate(spec.algorithm, size, lora)
+        elif why := far_off(spec.algorithm, checked["learning_rate"], size, lora):
+            warnings.warn(f"{spec.algorithm}: {why}", stacklevel=1)
         eos = self.tokenizer.eos_token_id
         language = None if self._rewarding else LMPolicy(self.model, eos, *self._train.longest)
         self.policy: Any = language or RewardPolicy(self.model)

@@ -13,8 +13,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from typing import Any
 
-from lm_envs.benchmarks.errors import Interrupted, explain
+from lm_envs.benchmarks.errors import Interrupted, UserError, explain
+from lm_envs.processes import group
 from lm_envs.processes.heartbeats import Lost
 
 GRACE_S = 45.0  # for the others after one failed: until then process 0 says why
@@ -134,3 +136,17 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def check_shares(agent: Any) -> None:
+    """Raise UserError if a batch has fewer groups (texts, for an agent that learns from data) than there are processes
+    to share it."""
+    config = agent.config
+    if config.episodes is None or config.steps is not None:
+        return
+    groups = config.episodes // (1 if agent.needs_data else config.group_size)
+    if groups < group.world():
+        raise UserError(
+            f"{agent.name}: {group.world()} processes share the {groups} group{'s' * (groups > 1)} of a batch "
+            f"(episodes={config.episodes}, group_size={config.group_size}): take more episodes or fewer processes"
+        )

@@ -20,7 +20,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from lm_envs.benchmarks.errors import Interrupted, UserError
+from lm_envs.benchmarks.run import guards
 from lm_envs.benchmarks.run.inputs import fingerprints, flat, versions
+from lm_envs.benchmarks.run.many_processes import check_shares
 from lm_envs.benchmarks.run.problems import MOST, Problem, open_problem
 from lm_envs.benchmarks.run.storage import (
     SEAL,
@@ -48,6 +50,7 @@ _WAIT_FOR_OTHER_S = 20
 _RNG = "rng.torch"
 _FOLDERS = ("checkpoints", "data", "model", "tensorboard")
 BEFORE_CONFIG = (".lock", "data", "log.txt")  # what may lie in a folder without a config.json
+CHECKPOINT_S = 120.0  # seconds of training after which there is a checkpoint in any case
 LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take few, large iterations
 
 
@@ -155,6 +158,7 @@ class _Run:
     should_stop: Callable[[], bool]
     track: Sequence[Service] = ()
     wall_s: float = 0.0
+    collapsed: str | None = None
 
     @property
     def leads(self) -> bool:
@@ -223,23 +227,30 @@ class _Run:
     def _train(self, problem: Problem) -> None:
         agent = problem.agent
         saved = done = self._resume(agent)
+        saved_s = self.wall_s
+        self._guard(problem)
         tracker = TensorBoard(self.folder / "tensorboard", resumed_at=done) if self.leads else Untracked()
         try:
             if done == 0:
                 nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "trained_tokens"), 0)
                 self._record(problem, tracker, {**nothing, "wall_s": 0.0})
-            while not self._over(agent):
+            while not (self._over(agent) or self.collapsed):
                 agent.progress = self._spent(agent)
                 start = time.perf_counter()
                 traj, metrics = agent.iteration(problem.env)
                 self.wall_s += time.perf_counter() - start
                 done = agent.iterations_done
+                if problem.guards is not None and traj.response is not None and not agent.needs_data:
+                    metrics["distinct_2"] = guards.variety(traj)
                 stop = self._agree(agent, metrics)
                 self._record(problem, tracker, {**metrics, "iteration": done, "wall_s": self.wall_s})
-                if done % self.spec.plan.checkpoint_every == 0 or self._over(agent):
+                self._guard(problem)
+                regular = done % self.spec.plan.checkpoint_every == 0 or self._over(agent) or self.collapsed
+                # Slow iterations are not lost by the dozen. For an agent that samples steps see below.
+                if regular or (self.wall_s - saved_s > CHECKPOINT_S and agent.config.steps is None):
                     tracker.texts(problem.texts(traj), done, "training")
                     self._save(problem)
-                    saved = done
+                    saved, saved_s = done, self.wall_s
                 if stop:
                     # A checkpoint restarts the episodes of an agent that samples steps, so an extra one would change
                     # the run: such a run goes back to its last regular checkpoint.
@@ -248,6 +259,15 @@ class _Run:
                     raise Interrupted(self.spec.label)
         finally:
             tracker.close()
+
+    def _guard(self, problem: Problem) -> None:
+        """Note whether the policy has collapsed by the records, the same for a run that continues after them."""
+        if problem.guards is None or problem.guards.action != "stop":
+            return
+        band = problem.guards
+        self.collapsed = group.first(lambda: guards.of_records(band, self.metrics.read()), "the guards")
+        if self.collapsed:
+            self.notify({"event": "collapsed", "run": self.spec.label, "message": self.collapsed})
 
     def _agree(self, agent: Any, metrics: Mapping[str, Any]) -> bool:
         """Whether to stop after this iteration, as any process was asked to, with the time of process 0 on all."""
@@ -348,25 +368,14 @@ class _Run:
         run = {"task": self.spec.task, "algorithm": self.spec.algorithm, "seed": self.spec.seed}
         wall_s = self.wall_s + measured.get("inference_s", 0.0)
         result = {**run, **measured, **problem.costs(measured), "wall_s": wall_s}
+        if problem.guards is not None and problem.agent is not None:
+            if why := self.collapsed or guards.of_result(problem.guards, measured):
+                result["collapsed"] = why
         write_json(self.folder / "result.json", result)
         files = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")]
         write_manifest(self.folder, {}, [*files, *(self.folder / "model").rglob("*")])
         self.checkpoints.prune(self.keep)  # last: until here a kill goes on from them
         return read_json(self.folder / "result.json")
-
-
-def check_shares(agent: Any) -> None:
-    """Raise UserError if a batch has fewer groups (texts, for an agent that learns from data) than there are processes
-    to share it."""
-    config = agent.config
-    if config.episodes is None or config.steps is not None:
-        return
-    groups = config.episodes // (1 if agent.needs_data else config.group_size)
-    if groups < group.world():
-        raise UserError(
-            f"{agent.name}: {group.world()} processes share the {groups} group{'s' * (groups > 1)} of a batch "
-            f"(episodes={config.episodes}, group_size={config.group_size}): take more episodes or fewer processes"
-        )
 
 
 def _opener(spec: AnySpec, folder: Path) -> Callable[[Any], Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ import torch
 
 from lm_envs.algos.best_of_n import BestOfN
 from lm_envs.algos.engine import cost
+from lm_envs.algos.engine import settings_by_size as rules
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.exact_gradients import sampled_cosine
 from lm_envs.algos.engine.settings_control import ROWS, control_settings
@@ -22,15 +25,19 @@ from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.mlp import MLPPolicy
 from lm_envs.algos.policies.tabular import TabularPolicy
-from lm_envs.algos.registry import ALGORITHMS, Unsuited, make_agent
+from lm_envs.algos.registry import ALGORITHMS, Unsuited, make_agent, make_config
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
+from lm_envs.benchmarks.run.guards import Guards
 from lm_envs.benchmarks.run.names import base_task, best_of, is_control
 from lm_envs.benchmarks.run.suites import RunSpec, check_overrides
 from lm_envs.env.rollout import collect
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact.solver import Exact
+from lm_envs.model.adapters import has_adapters
+from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.reward.base import forget_parts, part_means
+from lm_envs.settings import make
 from lm_envs.tasks import load
 from lm_envs.tasks.enumerable import TableLM
 from lm_envs.trajectories import Trajectories
@@ -69,6 +76,20 @@ def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
     return agent
 
 
+def chosen_by_size(spec: RunSpec, start: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the part of the model to train and the settings that rules choose for its size, where the spec leaves them
+    open; warn of a given learning rate that is ten times off."""
+    parameters = sum(p.numel() for p in start.parameters())
+    plain = not (has_adapters(start) or is_encoder_decoder(start))
+    part = rules.adaptation(parameters, spec.adaptation, plain and find_spec("peft") is not None)
+    lora = has_adapters(start) or bool((part or spec.adaptation).get("lora_rank"))
+    given = {**spec.overrides, **{name: value for name, value in spec.env.items() if name == "kl_coef"}}
+    config = make_config(spec.algorithm, **check_overrides(spec.algorithm, spec.overrides))
+    if "learning_rate" in given and (why := rules.far_off(spec.algorithm, config.learning_rate, parameters, lora)):
+        warnings.warn(f"{spec.algorithm}: {why}", stacklevel=2)
+    return part, rules.settings(spec.algorithm, config, parameters, lora, given)
+
+
 class Problem(Protocol):
     """The work of a run; the defaults are for one that samples nothing and saves no language model.
 
@@ -83,6 +104,8 @@ class Problem(Protocol):
     policy: Any
     env: Any = None
     given: Counter[str] = Counter()
+    guards: Guards | None = None
+    """Against a collapse of the policy; None where it cannot be told."""
 
     def settings(self) -> dict[str, Any]:
         """Return what ``config.json`` says beyond the spec."""
@@ -147,9 +170,15 @@ class TextProblem(Problem):
         self._reference = LMPolicy.for_mdp(mdp, self.task.reference)
         self.agent: Agent[Any] | None = None
         self.kl_coef: float | None = None
+        self.chosen: dict[str, Any] = {}  # by the rules of settings_by_size
         self.env: TextVectorEnv | TextBanditVectorEnv | None = None
         start = LMPolicy.for_mdp(mdp, self.task.start)
         self.exact = Exact(mdp) if isinstance(self.task.start, TableLM) else None
+        guards = make(Guards, spec.guards, "guards")
+        size = sum(p.numel() for p in self.task.start.parameters())
+        # A policy that is a table has short responses, and its distance to the optimum says all.
+        if self.exact is None and guards.acts(size) != "off":
+            self.guards = replace(guards, action=guards.acts(size))
         self.policy: Any = start
         n = best_of(spec.algorithm)
         if n is not None:
@@ -162,7 +191,9 @@ class TextProblem(Problem):
         else:
             overrides = check_overrides(spec.algorithm, spec.overrides)
             if self.exact is None:
-                model = adapted(self.task.start, Adaptation(**spec.adaptation), spec.seed)
+                part, rules = chosen_by_size(spec, self.task.start)
+                self.chosen, overrides = part | rules, rules | overrides
+                model = adapted(self.task.start, Adaptation(**{**spec.adaptation, **part}), spec.seed)
                 self.policy = LMPolicy.for_mdp(mdp, model, bandit=bandit, compile=spec.compile)
             else:
                 if spec.adaptation or spec.compile:
@@ -172,8 +203,8 @@ class TextProblem(Problem):
                 preset = TABULAR.get(spec.algorithm, {})
                 overrides = {name: preset[name] for name in preset if name not in spec.env} | overrides
             self.agent = self._agent(self.policy, overrides)
-            make = TextBanditVectorEnv if bandit else TextVectorEnv
-            self.env = make(self.task, split="train", group_size=self.agent.config.group_size, **self._options)
+            kind = TextBanditVectorEnv if bandit else TextVectorEnv
+            self.env = kind(self.task, split="train", group_size=self.agent.config.group_size, **self._options)
             if not self.agent.needs_data:
                 self.kl_coef = self.agent.settle_kl_coef(self.env)
 
@@ -206,6 +237,8 @@ class TextProblem(Problem):
             "agent": None if self.agent is None else asdict(self.agent.config),
             "env": {name: getattr(mdp, name) for name in _OPTIONS} | {"kl_coef": self.kl_coef, "kl_in_reward": charged},
             "task": {"description": self.task.description, "stats": dict(self.task.stats)},
+            **({"chosen_by_rule": self.chosen} if self.chosen else {}),
+            **({"guards": asdict(self.guards)} if self.guards and self.agent else {}),
         } | self.sizes(self.task.start)
 
     def try_out(self) -> None:

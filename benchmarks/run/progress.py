@@ -28,9 +28,21 @@ def figures(metrics: dict[str, Any]) -> str:
         value = next((metrics[key] for key in keys if metrics.get(key) is not None), None)
         if value is not None and value == value and not (title == "return" and "score" in metrics):
             parts.append(f"{title} {plain(value, 2)}")
-    if metrics.get("tokens_per_second"):
-        parts.append(f"{metrics['tokens_per_second'] / 1000:.1f}k tok/s")
+    if rate := metrics.get("tokens_per_second"):
+        parts.append(f"{rate / 1000:.1f}k tok/s" if rate >= 1000 else f"{rate:.{int(rate < 10)}f} tok/s")
     return "  ".join(parts)
+
+
+def left(metrics: dict[str, Any], total: int) -> str:
+    """Return the time that the rest of the iterations takes at the pace so far, ``about 12 min left``; empty where that
+    is unknown or nothing is left."""
+    done, spent = metrics.get("iteration") or 0, metrics.get("wall_s") or 0.0
+    if not 0 < done < total or not spent:
+        return ""
+    seconds = spent / done * (total - done)
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
 
 
 def final_figures(result: dict[str, Any]) -> str:
@@ -82,6 +94,8 @@ class Display:
                 self.say(f"{run}: continuing after iteration {event['iteration']}")
         elif kind == "iteration":
             self._iteration(run, event["metrics"], event["of"])
+        elif kind == "collapsed":
+            self.say(f"{run}: collapsed ({event['message']}): training stops here; [guards] in a suite, or --guard")
         elif kind == "evaluate" and run in self._rows:
             self.progress.update(self._rows[run], figures="measuring on test prompts")
         elif kind == "lost":
@@ -100,8 +114,10 @@ class Display:
         known = self._known.setdefault(run, {})
         known |= metrics
         if run in self._rows:
-            self.progress.update(self._rows[run], completed=metrics["iteration"], figures=figures(known))
+            shown = "  ".join(filter(None, (figures(known), left(known, total))))
+            self.progress.update(self._rows[run], completed=metrics["iteration"], figures=shown)
         now, last = time.monotonic(), self._last.get(run, -self.every_s)
         if self.progress.disable and (metrics["iteration"] == total or now - last >= self.every_s):
             self._last[run] = now
-            self.say(f"{run}: iteration {metrics['iteration']}/{total}  {figures(known)}")
+            more = filter(None, (figures(known), left(known, total)))
+            self.say(f"{run}: iteration {metrics['iteration']}/{total}  {'  '.join(more)}")

@@ -62,6 +62,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if not _differ((row["task"], row.get("kl_coef")) for row in rows):
         known = [name for name in known if name != "kl_coef"]
     known += dict.fromkeys(name for row in rows for name in row if name.startswith("part_"))  # of a reward with weights
+    known += ["collapsed"] * any(row.get("collapsed") for row in rows)
     write_lines(path, [{name: written(value) for name, value in row.items()} for row in rows], (*COLUMNS, *known))
 
 
@@ -95,6 +96,14 @@ class Line:
     kl_is_bound: bool
     prompts: int | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    collapsed: dict[int, str] = field(default_factory=dict)  # how, by the seeds of runs that did
+
+    @property
+    def title(self) -> str:
+        """The algorithm's name, with how many of its runs collapsed."""
+        if not self.collapsed:
+            return self.algorithm
+        return f"{self.algorithm} (collapsed{f' {len(self.collapsed)} of {n}' if (n := len(self.seeds)) > 1 else ''})"
 
 
 def by_method(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -123,7 +132,8 @@ def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
     spread["human"] = standard_error(human)
     bound = any(row.get("kl_is_bound", False) for row in rows)
     seeds = tuple(row["seed"] for row in rows)
-    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates)
+    collapsed = {row["seed"]: row["collapsed"] for row in rows if row.get("collapsed")}
+    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates, collapsed)
 
 
 def outcomes(rows: Sequence[dict[str, Any]], name: str) -> NDArray[np.float64]:
@@ -275,6 +285,7 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
         notes.append("On control environments proxy is the return, and tokens and reward calls are steps.")
     if any(not math.isnan(line.mean["regret"]) for line in lines):
         notes.append("Where there is a regret, win-rate, gold, proxy, KL and length are exact expectations.")
+    notes += [f"{line.algorithm} collapsed: {next(iter(line.collapsed.values()))}." for line in lines if line.collapsed]
     if any(math.isnan(line.mean["gold"]) for line in lines if not is_control(line.task)):
         notes.append("There is no gold score and no win-rate where a task has no judge.")
     return notes
@@ -296,7 +307,7 @@ def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
 
     columns, notes = shown(lines), footnotes(lines)
     texts = {column: [column.title, *(cell(line, column) for line in lines)] for column in columns}
-    names = [["task", *(line.task for line in lines)], ["algorithm", *(line.algorithm for line in lines)], ["seeds"]]
+    names = [["task", *(line.task for line in lines)], ["algorithm", *(line.title for line in lines)], ["seeds"]]
     room = width - 1 - sum(3 + max(map(len, column)) for column in (*names, *texts.values()))
     for column in [column for column in columns if not column.spread][::-1]:
         if room < 0:
@@ -314,6 +325,6 @@ def rich_table(lines: Sequence[Line], width: int = 160) -> Any:
         if i and lines[i - 1].task != line.task:
             made.add_section()
         cells = [found[i + 1] for found in texts.values()]
-        made.add_row(escape(line.task), escape(line.algorithm), str(len(line.seeds)), *cells)
+        made.add_row(escape(line.task), escape(line.title), str(len(line.seeds)), *cells)
     made.caption = "\n".join(notes)
     return made

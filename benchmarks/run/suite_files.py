@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import MinLen
 
 from lm_envs.benchmarks.errors import UserError, one_line
+from lm_envs.benchmarks.run.guards import Guards
 from lm_envs.benchmarks.run.names import ALL, check_algorithm, check_task, expanded
 from lm_envs.benchmarks.run.suites import (
     EnvOptions,
@@ -89,6 +90,7 @@ class _Suite(Settings):
     checkpoints: Table = field(default_factory=dict)
     match: Table = field(default_factory=dict)
     resources: Table = field(default_factory=dict)
+    guards: Table = field(default_factory=dict)
     adaptation: Table = field(default_factory=dict)
     algorithm: dict[str, Table] = field(default_factory=dict)
     tune: dict[str, dict[str, list[Any] | Table]] = field(default_factory=dict)
@@ -221,6 +223,7 @@ class _Reader:
             match_kl=self.make(_Match, data.match, "[match]").kl,
             keep=self.make(_Checkpoints, data.checkpoints, "[checkpoints]").keep,
             resources=self.resources(data.resources),
+            guards={name: getattr(self.make(Guards, data.guards, "[guards]"), name) for name in data.guards},
             tune={name: self.space(name, table) for name, table in data.tune.items()},
         )
         used = dict.fromkeys(run.algorithm for run in suite.runs())

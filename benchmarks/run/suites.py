@@ -141,6 +141,7 @@ class RunSpec:
     overrides: dict[str, Any] = field(default_factory=dict)
     adaptation: dict[str, Any] = field(default_factory=dict)
     compile: bool = False
+    guards: dict[str, Any] = field(default_factory=dict)  # Guards, those that are set
 
     @property
     def label(self) -> str:
@@ -152,8 +153,9 @@ class RunSpec:
         return self.label
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as nested dictionaries, without an empty adaptation or a False compile."""
-        return {key: value for key, value in asdict(self).items() if value or key not in ("adaptation", "compile")}
+        """Return the settings as nested dictionaries, without those that are empty or False."""
+        left_out = ("adaptation", "compile", "guards")
+        return {key: value for key, value in asdict(self).items() if value or key not in left_out}
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Suite:
         compile: compile the sampling of the trained language models, see :mod:`lm_envs.model.compiled`.
         every: the algorithms are "all": those that a task does not suit are left out.
         match_kl: KLs, nats per response, at which methods are compared by their validation curves.
+        guards: what differs from the defaults of :class:`lm_envs.benchmarks.run.guards.Guards`.
         keep: checkpoints that a finished run keeps, so that it can be extended later.
         resources: what each run takes of a node of a Ray cluster.
         tune: what is tried of algorithms' settings by :func:`lm_envs.benchmarks.run.tuning.tune`, by algorithm.
@@ -185,6 +188,7 @@ class Suite:
     keep: int = 0
     resources: Resources = Resources()
     tune: dict[str, Space] = field(default_factory=dict)
+    guards: dict[str, Any] = field(default_factory=dict)
 
     def runs(self) -> list[RunSpec]:
         """Return the cells: for each task all algorithms with the first seed, then with the next, so that early results
@@ -198,7 +202,8 @@ class Suite:
 
     def _run(self, task: TaskSettings, algorithm: str, seed: int) -> RunSpec:
         overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
-        models = {} if is_control(task.name) else {"adaptation": self.adaptation, "compile": self.compile}
+        models = {"adaptation": self.adaptation, "compile": self.compile, "guards": self.guards}
+        models = {} if is_control(task.name) else models
         return RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides, **models)  # type: ignore[arg-type]
 
 

@@ -26,16 +26,27 @@ Notify = Callable[[dict[str, Any]], None]
 CarryOut = Callable[..., None]
 """Carries out runs in a folder, as :func:`one_by_one` does in this process."""
 LOG = "log.txt"
+PATIENCE_S = 4.0  # after the first Ctrl-C, for the iteration under way
 _SPAWN = multiprocessing.get_context("spawn")  # a forked process hangs where its parent's torch has used threads
+
+
+class GivenUp(KeyboardInterrupt):
+    """An iteration took too long after the first Ctrl-C; ``--resume`` repeats it."""
 
 
 class StopRequest:
     """Ctrl-C in two steps: the first says so and sets a flag, which is checked between iterations; the second
-    interrupts at once, and so does the first during a wait for a remote judge."""
+    interrupts at once, and so does the first during a wait for a remote judge.
 
-    def __init__(self, say: Callable[[str], object] = lambda text: None) -> None:
+    Args:
+        say: receives the answer to the first.
+        patience_s: seconds after which an iteration is given up, as a second Ctrl-C would; ``--resume`` goes on from
+            the last checkpoint. None waits for its end.
+    """
+
+    def __init__(self, say: Callable[[str], object] = lambda text: None, patience_s: float | None = None) -> None:
         self.requested = False
-        self._say = say
+        self._say, self._patience_s = say, patience_s
 
     def __call__(self) -> bool:
         return self.requested
@@ -44,7 +55,14 @@ class StopRequest:
         if self.requested or waiting():
             raise KeyboardInterrupt
         self.requested = True
-        self._say("Stopping after this iteration; Ctrl-C again stops at once.")
+        if self._patience_s is None:
+            self._say("Stopping after this iteration; Ctrl-C again stops at once.")
+        else:
+            self._say(f"Stopping after this iteration, or in {self._patience_s:g} s; Ctrl-C again stops at once.")
+            signal.setitimer(signal.ITIMER_REAL, self._patience_s)
+
+    def _give_up(self, signum: int, frame: object) -> None:
+        raise GivenUp
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -52,10 +70,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before: dict[signal.Signals, Any] = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
         try:
             yield self
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -81,7 +101,7 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
         return {"event": "done", "run": label, "result": execute(spec, out, **options)}
-    except Interrupted:
+    except (Interrupted, GivenUp):
         return {"event": "stopped", "run": label}
     except (Exception, SystemExit) as error:
         message = explain(error)
@@ -194,7 +214,7 @@ def _work(events: Connection, out: Path, options: dict[str, Any]) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    with StopRequest().listening() as stop:
+    with StopRequest(patience_s=PATIENCE_S).listening() as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         from transformers.utils.logging import disable_progress_bar
 

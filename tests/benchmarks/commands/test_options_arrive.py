@@ -24,6 +24,10 @@ RUNNING = {
     "extend": (["--resume", "--extend"], {"resume": True, "extend": True}),
     "keep": (["--keep", "17"], {"suite.keep": 17}),
     "track": (["--track", "wandb", "trackio"], {"track.0": "wandb", "track.1": "trackio"}),
+    "guard": (
+        ["--guard", "action=tell", "--guard", "distinct_2=0.5"],
+        {"suite.guards.action": "tell", "suite.guards.distinct_2": 0.5},
+    ),
     "compile": (["--compile"], {"suite.compile": True}),
     "freeze_layers": (["--freeze-layers", "1"], {f"{ADAPT}.freeze_layers": 1}),
     "lora_rank": (["--lora-rank", "4"], {f"{ADAPT}.lora_rank": 4}),

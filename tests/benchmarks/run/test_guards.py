@@ -1,0 +1,147 @@
+"""Guards against collapse: the band, what a run does that leaves it, and that no table crowns it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm_envs.algos.engine import settings_by_size
+from lm_envs.benchmarks.errors import Interrupted, UserError
+from lm_envs.benchmarks.report.html import answers
+from lm_envs.benchmarks.run import guards, one_run
+from lm_envs.benchmarks.run.guards import Guards
+from lm_envs.benchmarks.run.problems import open_problem
+from lm_envs.benchmarks.run.results import footnotes, rich_table, table, write_csv
+from lm_envs.benchmarks.run.storage import Records, read_json
+from lm_envs.benchmarks.run.suite_files import load_suite, parse_suite
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
+from tests.benchmarks.fake_task import NAME
+from tests.benchmarks.report.test_recomputed_cells import many
+
+PLAN = Plan(iterations=6, test_prompts=8, validation_prompts=8, validate_every=3, checkpoint_every=2)
+WILD = {"learning_rate": 0.3, "episodes": 16, "anneal": False, "kl_coef": 0.0}
+TAME = {"learning_rate": 1e-5, "episodes": 16}
+STOP = {"action": "stop", "kl_per_token": 0.5}
+
+
+def spec(**changes) -> RunSpec:
+    return RunSpec(**{"task": NAME, "algorithm": "reinforce", "seed": 0, "plan": PLAN, "guards": STOP, **changes})
+
+
+def records(out: Path, run: RunSpec) -> list[dict]:
+    return Records(out / run.label / "metrics.jsonl").read()
+
+
+def test_the_band_by_hand():
+    band = Guards()
+    assert band.collapse(kl=12.0, length=10.0, distinct=0.3, start=0.6) is None
+    assert "1.6 nats per token, above 1.5" in (band.collapse(16.0, 10.0, 0.5, 0.5) or "")
+    assert "0.20 of the start's share" in (band.collapse(1.0, 10.0, 0.1, 0.5) or "")
+    assert band.collapse(math.nan, 10.0, math.nan, 0.5) is None and band.collapse(9.0, 0.0, 0.5, math.nan) is None
+    small, large = 1_000_000, settings_by_size.SMALL
+    assert (band.acts(small), band.acts(large), Guards(action="off").acts(large)) == ("tell", "stop", "off")
+
+
+def test_a_run_that_collapses_stops_and_one_that_does_not_goes_on(tmp_path):
+    events: list[dict] = []
+    result = one_run.execute(spec(overrides=WILD), tmp_path, notify=events.append)
+    done = records(tmp_path, spec())[-1]
+    assert 0 < done["iteration"] < 6 and done["kl"] / done["length"] > 0.5
+    assert all(r["kl"] / r["length"] <= 0.5 for r in records(tmp_path, spec())[1:-1])
+    assert "above 0.5, in iteration" in result["collapsed"] and result["collapsed"].endswith(str(done["iteration"]))
+    assert [e["message"] for e in events if e["event"] == "collapsed"] == [result["collapsed"]]
+    assert read_json(tmp_path / spec().label / "config.json")["guards"] == {**STOP, "distinct_2": 0.25}
+    assert one_run.execute(spec(overrides=WILD), tmp_path)["collapsed"] == result["collapsed"]  # finished
+    # negative control: a normal run, by the same band
+    calm = one_run.execute(spec(overrides=TAME, seed=1), tmp_path)
+    assert "collapsed" not in calm and records(tmp_path, spec(seed=1))[-1]["iteration"] == 6
+
+
+def test_repeated_pairs_stop_a_run_too(tmp_path):
+    band = {"action": "stop", "kl_per_token": 1e6, "distinct_2": 0.9}
+    result = one_run.execute(spec(overrides=WILD, guards=band), tmp_path)
+    assert "share of different token pairs" in result["collapsed"]
+    found = [r["distinct_2"] for r in records(tmp_path, spec())[1:]]
+    assert found[-1] < 0.9 * found[0] and all(value >= 0.9 * found[0] for value in found[:-1])
+
+
+def test_a_small_model_is_told_of_and_goes_on(tmp_path):
+    band = {"kl_per_token": 0.5}
+    result = one_run.execute(spec(overrides=WILD, guards=band), tmp_path)
+    assert records(tmp_path, spec())[-1]["iteration"] == 6 and "on the prompts of the test" in result["collapsed"]
+    off = one_run.execute(spec(overrides=WILD, guards={**band, "action": "off"}, seed=1), tmp_path)
+    assert "collapsed" not in off
+
+
+def test_a_run_that_was_interrupted_where_it_collapsed_does_not_go_on(tmp_path):
+    whole = one_run.execute(spec(overrides=WILD), tmp_path / "whole")
+
+    def at_once(self, problem):
+        raise Interrupted("between the last iteration and the result")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(one_run._Run, "_finish", at_once)
+        one_run.execute(spec(overrides=WILD), tmp_path / "cut")
+    resumed = one_run.execute(spec(overrides=WILD), tmp_path / "cut")
+    assert resumed["collapsed"] == whole["collapsed"] and resumed["kl"] == whole["kl"]
+
+
+def test_a_collapsed_method_is_never_crowned(tmp_path):
+    rows = many({"sft": 0.0, "a": 0.5, "b": 0.9})
+    assert answers(rows)[0].startswith("b reaches the highest")
+    fallen = [row | {"collapsed": "KL of 2.0 nats per token"} if row["algorithm"] == "b" else row for row in rows]
+    told = answers(fallen)
+    assert told[0].startswith("a reaches the highest") and told[-1] == "Collapsed, so not ranked: b."
+    all_of_them = [row | {"collapsed": "x"} if row["algorithm"] != "sft" else row for row in rows]
+    assert answers(all_of_them) == ["Collapsed, so not ranked: a and b."]
+    lines = table(fallen)
+    assert "b (collapsed" in next(line.title for line in lines if line.algorithm == "b")
+    assert any("b collapsed: KL of 2.0 nats per token." == note for note in footnotes(lines))
+    assert rich_table(lines).columns[1]._cells[-1].startswith("b (collapsed")
+    write_csv(fallen, tmp_path / "results.csv")
+    head, *more = (tmp_path / "results.csv").read_text().splitlines()
+    assert head.endswith(",collapsed") and sum("nats per token" in line for line in more) == len(rows) / 3
+
+
+def test_guards_are_read_and_checked():
+    text = 'tasks = ["reviews"]\nalgorithms = ["ppo"]\n[guards]\nkl_per_token = 3\naction = "tell"\n'
+    (run,) = parse_suite(text, "s.toml").runs()
+    assert run.to_json()["guards"] == {"kl_per_token": 3.0, "action": "tell"}
+    with pytest.raises(UserError, match="s.toml, line 5"):
+        parse_suite(text.replace('"tell"', '"cry"'), "s.toml")
+    assert load_suite("demo").guards == {} and "guards" not in load_suite("demo").runs()[0].to_json()
+
+
+def test_rules_reach_the_run_and_are_recorded(monkeypatch):
+    monkeypatch.setattr(settings_by_size, "SMALL", 10)
+    monkeypatch.setattr(guards, "SMALL", 10)
+    problem = open_problem(spec(overrides={"episodes": 16}, guards={}))
+    chosen = problem.settings()["chosen_by_rule"]
+    assert chosen == {"learning_rate": 3e-5, "micro_batch": 16, "kl_target": 6.0}
+    assert problem.agent.config.learning_rate == 3e-5 and problem.agent.config.kl_target == 6.0
+    assert problem.guards.action == "stop"
+    with pytest.warns(UserWarning, match="use learning_rate=3e-05"):
+        own = open_problem(spec(overrides={"learning_rate": 1.0}))
+    assert own.agent.config.learning_rate == 1.0 and "learning_rate" not in own.chosen
+    # adapters by default from some size on, unless the whole model is asked for
+    monkeypatch.setattr(settings_by_size, "LORA_FROM", 10)
+    lora = open_problem(spec())
+    assert lora.chosen["lora_rank"] == 16 and lora.agent.config.learning_rate == pytest.approx(3e-4)
+    assert sum(p.numel() for p in lora.policy.model.parameters() if p.requires_grad) < 2e5
+    whole = open_problem(spec(adaptation={"lora_rank": 0}))
+    assert all(p.requires_grad for p in whole.policy.model.parameters())
+
+
+def test_nothing_changes_for_the_shipped_models():
+    problem = open_problem(spec(guards={}))
+    assert problem.chosen == {} and "chosen_by_rule" not in problem.settings() and problem.guards.action == "tell"
+
+
+def test_variety_counts_pairs_within_responses():
+    class Traj:
+        response = torch.tensor([[1, 2, 1, 2], [1, 2, -1, -1]])
+
+    assert guards.variety(Traj()) == 2 / 4  # (1, 2) three times, (2, 1) once
