@@ -34,22 +34,25 @@ def write_leaderboard(rows: Sequence[dict[str, Any]], out: Path, held: Mapping[s
 
 
 def _methods(by_name: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The methods of a task, the best first."""
+    """The methods of a task, the best first, those of which a run collapsed last."""
     every = [row for rows in by_name.values() for row in rows]
     measure = measure_of(every)
     means = {name: _mean(rows, measure) for name, rows in by_name.items()}
-    order = sorted(by_name, key=lambda name: -math.inf if math.isnan(means[name]) else means[name], reverse=True)
+    fallen = {name: sum(bool(row.get("collapsed")) for row in rows) for name, rows in by_name.items()}
+    last = {name for name in by_name if fallen[name] or math.isnan(means[name])}
+    order = sorted(by_name, key=lambda name: -math.inf if name in last else means[name], reverse=True)
     worse = {each.theirs for each in lead(every, order[0]) if each.clear}
     return [
         {
             "method": name,
             "seeds": sorted(row["seed"] for row in by_name[name]),
-            "not_told_from_the_best": name not in worse,
+            "not_told_from_the_best": name not in worse and not fallen[name],
             measure: _interval(crossed_mean(outcomes(by_name[name], measure))),
             "win_rate": _interval(crossed_mean(outcomes(by_name[name], "win_rate")), 0.0, 1.0),
             "score": _interval(mean_score(by_name[name])),
         }
         | {column: _mean(by_name[name], column) for column in _MEANS}
+        | ({"collapsed": fallen[name]} if fallen[name] else {})
         for name in order
     ]
 

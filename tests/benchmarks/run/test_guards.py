@@ -13,6 +13,7 @@ from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.report.html import answers
 from lm_envs.benchmarks.run import guards, one_run
 from lm_envs.benchmarks.run.guards import Guards
+from lm_envs.benchmarks.run.leaderboard import write_leaderboard
 from lm_envs.benchmarks.run.problems import open_problem
 from lm_envs.benchmarks.run.results import footnotes, rich_table, table, write_csv
 from lm_envs.benchmarks.run.storage import Records, read_json
@@ -97,6 +98,9 @@ def test_a_collapsed_method_is_never_crowned(tmp_path):
     assert told[0].startswith("a reaches the highest") and told[-1] == "Collapsed, so not ranked: b."
     all_of_them = [row | {"collapsed": "x"} if row["algorithm"] != "sft" else row for row in rows]
     assert answers(all_of_them) == ["Collapsed, so not ranked: a and b."]
+    write_leaderboard(fallen, tmp_path, {}, {})
+    (task,) = read_json(tmp_path / "leaderboard.json")["tasks"]
+    assert [(m["method"], m.get("collapsed")) for m in task["methods"]][-1] == ("b", len(rows) // 3)
     lines = table(fallen)
     assert "b (collapsed" in next(line.title for line in lines if line.algorithm == "b")
     assert any("b collapsed: KL of 2.0 nats per token." == note for note in footnotes(lines))
