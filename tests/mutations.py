@@ -2407,8 +2407,8 @@ MUTATIONS = [
     Mutation(
         "an algorithm's name is markup in the table",
         "benchmarks/run/results.py",
-        "made.add_row(escape(line.task), escape(line.algorithm),",
-        "made.add_row(escape(line.task), line.algorithm,",
+        "made.add_row(escape(line.task), escape(line.title),",
+        "made.add_row(escape(line.task), line.title,",
         "tests/benchmarks/test_brackets.py::test_a_comparison_of_what_is_plugged_in",
     ),
     Mutation(
