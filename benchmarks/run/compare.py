@@ -250,7 +250,7 @@ def _carry_out(do: CarryOut, runs: Sequence[RunSpec], out: Path, console: Consol
             elif event["event"] == "failed":
                 failed.append(event)
 
-        alone = do is one_by_one and group.count() == 1  # workers have their own patience, processes wait for each other
+        alone = do is one_by_one and group.count() == 1  # workers have a patience of their own
         with StopRequest(shown.say, PATIENCE_S if alone else None).listening() as stop:
             do(runs, out, notify=notify, stop=stop, **options)
     if failed:
