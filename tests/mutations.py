@@ -2478,8 +2478,8 @@ MUTATIONS = [
     Mutation(
         "the note names the most prompts",
         "benchmarks/run/results.py",
-        "fewest = min((line.prompts for line in texts",
-        "fewest = max((line.prompts for line in texts",
+        "fewest = min((line.prompts for line in sampled",
+        "fewest = max((line.prompts for line in sampled",
         "tests/benchmarks/run/test_results.py::test_few_prompts_and_few_seeds_are_said",
     ),
     Mutation(

@@ -270,11 +270,11 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
         counted = " or ".join(" and ".join(_LAYERS[layer] for layer in each) for each in sorted(layers))
         fixed = ", ".join(told for layer, told in _FIXED.items() if not any(layer in each for each in layers))
         notes.append(f"[ ]: 95 % interval over {counted}, by Student's t. Not in it: {fixed}.")
-    texts = [line for line in lines if not is_control(line.task)]
-    fewest = min((line.prompts for line in texts if line.prompts is not None), default=ENOUGH_PROMPTS)
+    sampled = [line for line in lines if not is_control(line.task) and math.isnan(line.mean["regret"])]  # not exact
+    fewest = min((line.prompts for line in sampled if line.prompts is not None), default=ENOUGH_PROMPTS)
     if fewest < ENOUGH_PROMPTS:
-        prompts = f"{fewest} test prompt{'s' * (fewest > 1)}: too few to tell methods apart"
-        notes.append(f"Measured on {prompts}. Give the prompts a split, or more of them.")
+        prompts = f"{fewest} test prompt{'s' * (fewest > 1)}, which tell only large differences apart"
+        notes.append(f"Measured on {prompts}: more come from a larger --test-prompts, or a file with more of them.")
     if min(len(line.seeds) for line in lines) < ENOUGH_SEEDS:
         notes.append(f"Fewer than {ENOUGH_SEEDS} seeds: differences between methods may be those of the seeds.")
     if any(not line.kl_is_bound and not math.isnan(line.mean["kl_bound"]) for line in lines):

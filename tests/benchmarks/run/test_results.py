@@ -310,10 +310,12 @@ def test_all_algorithms_together_can_be_told_apart():
 
 @pytest.mark.parametrize(("prompts", "seeds"), [(1, 1), (99, 3), (100, 2), (100, 3), (None, 3)])
 def test_few_prompts_and_few_seeds_are_said(prompts, seeds):
-    known = dict.fromkeys(results.NUMBERS, 0.0)
+    known = dict.fromkeys(results.NUMBERS, 0.0) | {"regret": math.nan}
     line = results.Line("reviews", "ppo", tuple(range(seeds)), known, known, False, prompts)
     told = " ".join(results.footnotes([line]))
     assert (f"Measured on {prompts} test prompt" in told) == (prompts is not None and prompts < 100)
+    exact = results.Line("enumerable", "ppo", (0, 1, 2), known | {"regret": 0.0}, known, False, prompts)
+    assert "Measured on" not in " ".join(results.footnotes([exact]))  # exact expectations need no samples
     assert ("Fewer than 3 seeds" in told) == (seeds < 3)
     assert "1 test prompts" not in told
     many = results.Line("reviews", "sft", (0, 1, 2), known, known, False, 1000)  # the fewest of several are told
