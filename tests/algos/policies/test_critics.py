@@ -35,6 +35,22 @@ def test_the_value_is_the_mean_of_q_under_the_policy():
         batches.learner("a2c").policy.evaluate(traj).q_values()
 
 
+@pytest.mark.parametrize("critic", ["v", "q"])
+def test_values_that_a_rollout_keeps_are_those_of_a_second_reading(critic):
+    """What sampling knows is not computed again; the Q critic's value is not among it, and is."""
+    env = batches.text_env()
+    agent = batches.learner("a2c", env=env, critic=critic, episodes=8)
+    with torch.no_grad():
+        for head in filter(None, (agent.policy.q_head, agent.policy.value_head)):
+            head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    traj = agent.sample(env)
+    with torch.no_grad():
+        expected = agent.policy.evaluate(traj).value
+        found = expected if traj.value is None else traj.value
+    assert expected.abs().max() > 0.1 and (traj.value is None) == (critic == "q")
+    torch.testing.assert_close(found, expected)
+
+
 def test_advantage_and_target_of_a_q_critic_by_hand():
     agent = with_random_q(batches.learner("a2c", critic="q", lam=0.6, whiten_advantage=False))
     traj = batches.text_batch()
