@@ -46,7 +46,11 @@ def expected_in_wheel(root: Path) -> set[str]:
     files = [*modules(root), *(root / "benchmarks" / "suites").glob("*.toml"), root / "lm_envs" / "py.typed"]
     files += (root / "kernels").glob("*.c")
     files += (path for path in (root / "lm_envs/tasks/reviews_v0").rglob("*") if path.is_file())
-    files += [*(root / "lm_envs/feedback/page").iterdir(), root / "benchmarks/report/page.html"]
+    files += [
+        *(root / "lm_envs/feedback/page").iterdir(),
+        root / "benchmarks/report/page.html",
+        root / "benchmarks/probes/page.html",
+    ]
     names = (path.relative_to(root) for path in files)
     return {str(name if name.parts[0] == "lm_envs" else Path("lm_envs") / name) for name in names}
 

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.guards import Guards
 from lm_envs.benchmarks.run.names import base_task, is_control
-from lm_envs.benchmarks.run.suites import BUDGETS, Service, Suite, check_adaptation, env_options, parse_settings
+from lm_envs.benchmarks.run.suites import BUDGETS, Guards, Service, Suite, check_adaptation, env_options, parse_settings
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
 from lm_envs.settings import Count, Positive, Rank, Threads, Whole, make

@@ -16,7 +16,6 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from lm_envs.benchmarks.errors import Interrupted, UserError, explain
-from lm_envs.processes import group
 from lm_envs.processes.heartbeats import Lost
 
 GRACE_S = 45.0  # for the others after one failed: until then process 0 says why
@@ -141,6 +140,8 @@ def free_port() -> int:
 def check_shares(agent: Any) -> None:
     """Raise UserError if a batch has fewer groups (texts, for an agent that learns from data) than there are processes
     to share it."""
+    from lm_envs.processes import group
+
     config = agent.config
     if config.episodes is None or config.steps is not None:
         return

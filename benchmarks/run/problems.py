@@ -28,9 +28,8 @@ from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import ALGORITHMS, Unsuited, make_agent, make_config
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
-from lm_envs.benchmarks.run.guards import Guards
 from lm_envs.benchmarks.run.names import base_task, best_of, is_control
-from lm_envs.benchmarks.run.suites import RunSpec, check_overrides
+from lm_envs.benchmarks.run.suites import Guards, RunSpec, check_overrides
 from lm_envs.env.rollout import collect
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact.solver import Exact

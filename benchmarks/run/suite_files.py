@@ -12,10 +12,10 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import MinLen
 
 from lm_envs.benchmarks.errors import UserError, one_line
-from lm_envs.benchmarks.run.guards import Guards
 from lm_envs.benchmarks.run.names import ALL, check_algorithm, check_task, expanded
 from lm_envs.benchmarks.run.suites import (
     EnvOptions,
+    Guards,
     Plan,
     Range,
     Resources,

@@ -79,6 +79,50 @@ def env_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
+Action: TypeAlias = Literal["stop", "tell", "off"]
+
+
+@dataclass(frozen=True)
+class Guards(Settings):
+    """The band that a policy has to stay in, and what is done when it leaves it.
+
+    The methods of the embedded Reviews task end at 0.1 to 0.8 nats per token and 0.46 to 1 of SFT's distinct-2; those
+    that collapse there (GRPO without a whole KL term, online DPO) at 1.2 to 3 nats or 0.16 to 0.28.
+
+    Attributes:
+        kl_per_token: most nats of KL per token of a response, the mean over a batch.
+        distinct_2: least share of different token pairs in a batch, as a part of the first batch's.
+        action: "stop" ends the run there, "tell" lets it go on and says so in its result, "off" does neither. None
+            stops language models of 20 million parameters and more, and tells of smaller ones.
+    """
+
+    kl_per_token: Positive = 1.5
+    distinct_2: NonNegative = 0.25
+    action: Action | None = None
+
+    def acts(self, parameters: int) -> Action:
+        """Return the action for a model of this many parameters."""
+        from lm_envs.algos.engine.settings_by_size import SMALL
+
+        return self.action or ("stop" if parameters >= SMALL else "tell")
+
+    def collapse(self, kl: float, length: float, distinct: float, start: float) -> str | None:
+        """Return how a policy has collapsed, None if it has not; NaN is unknown and no collapse.
+
+        Args:
+            kl: nats per response.
+            length: tokens per response.
+            distinct: distinct-2 of the responses.
+            start: distinct-2 of as many responses of the policy as it started.
+        """
+        if length > 0 and kl / length > self.kl_per_token:
+            return f"KL of {kl / length:.1f} nats per token, above {self.kl_per_token:g}"
+        if distinct < self.distinct_2 * start:
+            share = f"{distinct / start:.2f} of the start's share of different token pairs"
+            return f"{share}, below {self.distinct_2:g}"
+        return None
+
+
 @dataclass(frozen=True)
 class Range(Settings):
     """Numbers between two ends, whole ones if both ends are."""
@@ -168,7 +212,7 @@ class Suite:
         compile: compile the sampling of the trained language models, see :mod:`lm_envs.model.compiled`.
         every: the algorithms are "all": those that a task does not suit are left out.
         match_kl: KLs, nats per response, at which methods are compared by their validation curves.
-        guards: what differs from the defaults of :class:`lm_envs.benchmarks.run.guards.Guards`.
+        guards: what differs from the defaults of :class:`Guards`.
         keep: checkpoints that a finished run keeps, so that it can be extended later.
         resources: what each run takes of a node of a Ray cluster.
         tune: what is tried of algorithms' settings by :func:`lm_envs.benchmarks.run.tuning.tune`, by algorithm.

@@ -12,13 +12,12 @@ from lm_envs.algos.engine import settings_by_size
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.report.html import answers
 from lm_envs.benchmarks.run import guards, one_run
-from lm_envs.benchmarks.run.guards import Guards
 from lm_envs.benchmarks.run.leaderboard import write_leaderboard
 from lm_envs.benchmarks.run.problems import open_problem
 from lm_envs.benchmarks.run.results import footnotes, rich_table, table, write_csv
 from lm_envs.benchmarks.run.storage import Records, read_json
 from lm_envs.benchmarks.run.suite_files import load_suite, parse_suite
-from lm_envs.benchmarks.run.suites import Plan, RunSpec
+from lm_envs.benchmarks.run.suites import Guards, Plan, RunSpec
 from tests.benchmarks.fake_task import NAME
 from tests.benchmarks.report.test_recomputed_cells import many
 
@@ -121,7 +120,6 @@ def test_guards_are_read_and_checked():
 
 def test_rules_reach_the_run_and_are_recorded(monkeypatch):
     monkeypatch.setattr(settings_by_size, "SMALL", 10)
-    monkeypatch.setattr(guards, "SMALL", 10)
     problem = open_problem(spec(overrides={"episodes": 16}, guards={}))
     chosen = problem.settings()["chosen_by_rule"]
     assert chosen == {"learning_rate": 3e-5, "micro_batch": 16, "kl_target": 6.0}

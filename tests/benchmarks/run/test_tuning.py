@@ -11,7 +11,7 @@ import pytest
 from lm_envs.algos.registry import make_config
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run import compare, problems, tuning
+from lm_envs.benchmarks.run import compare, problems, tuning, workers
 from lm_envs.benchmarks.run.one_run import settings_of
 from lm_envs.benchmarks.run.storage import Records, finished
 from lm_envs.benchmarks.run.suite_files import parse_suite
@@ -110,14 +110,14 @@ def test_a_stopped_tuning_goes_on_to_the_same(tuned, tmp_path, monkeypatch):
 
 
 def test_a_failed_trial_has_no_value(tmp_path, monkeypatch):
-    real = compare.attempt
+    real = workers.attempt
 
     def attempt(run, out, **options):
         if run.algorithm == "ppo" and out.name == "trial-000":
             return {"event": "failed", "run": run.label, "message": "diverged", "fatal": False}
         return real(run, out, **options)
 
-    monkeypatch.setattr(compare, "attempt", attempt)
+    monkeypatch.setattr(workers, "attempt", attempt)
     tune(suite(), tmp_path, trials=2, seeds=1)
     mine = [line for line in lines(tmp_path) if line["algorithm"] == "ppo"]
     assert mine[0]["value"] == "" and mine[0]["best"] == "0" and mine[1]["best"] == "1"
