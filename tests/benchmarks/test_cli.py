@@ -456,7 +456,7 @@ def test_tasks_says_what_a_name_is_and_takes(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo", "reward-model"])
-def test_one_vocabulary(command, capsys):
+def test_one_vocabulary(command, capsys, tmp_path):
     """--model and --policy, --data and --prompts are the same everywhere."""
     for words in (
         [command, "--policy", "none", "--prompts", "none.jsonl"],
@@ -464,6 +464,6 @@ def test_one_vocabulary(command, capsys):
     ):
         more = ["--algorithm", "ppo", "--reward", "bleu"] if words[0] == "train" else []
         with pytest.raises(SystemExit):
-            main([*words, *more, "--out", "nowhere"])
+            main([*words, *more, "--out", str(tmp_path / "out")])
         said = capsys.readouterr().err
         assert "has no option" not in said and "required" not in said
