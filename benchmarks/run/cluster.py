@@ -58,10 +58,10 @@ class _Driver:
             here, mine = versions().get(other[0]), self.versions[other[0]]
             return f"it has {other[0]} {here} and the driver has {mine}: install the same on both"
         for spec in specs:
-            here = fingerprints(spec)
+            seen = fingerprints(spec)
             for name, hashed in self.inputs[spec.label].items():
-                if here.get(name) != hashed:
-                    state = "other contents of" if name in here else "no"
+                if seen.get(name) != hashed:
+                    state = "other contents of" if name in seen else "no"
                     return f"it has {state} {name}: keep what runs read on a file system that all nodes share"
         return None
 
@@ -175,7 +175,7 @@ class ClusterRuns:
         self._asked = {"num_cpus": cpus, "num_gpus": resources.gpus, "memory": int(resources.memory * _GB)}
         self._task = ray.remote(_carry_out)
         here = ray.get_runtime_context().get_node_id()
-        self._mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=self._on(here)).remote()
+        self._mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=self._on(here)).remote()
 
     def _on(self, node: str) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

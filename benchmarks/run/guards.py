@@ -27,8 +27,8 @@ def of_records(guards: Guards, records: Sequence[Mapping[str, Any]]) -> str | No
     if not records:
         return None
     start = next((record["distinct_2"] for record in records if record.get("distinct_2")), math.nan)
-    found = (number(records[-1].get(name)) for name in ("kl", "length", "distinct_2"))
-    why = guards.collapse(*found, start)
+    kl, length, distinct = (number(records[-1].get(name)) for name in ("kl", "length", "distinct_2"))
+    why = guards.collapse(kl, length, distinct, start)
     return None if why is None else f"{why}, in iteration {records[-1]['iteration']}"
 
 
