@@ -79,6 +79,20 @@ AGGREGATE = "tests/benchmarks/run/test_recomputed_aggregate.py"
 MUTATIONS = [
     # Numbers that a step on the way loses: a setting, a seed, a split, a term, a mean
     Mutation(
+        "scores are in units of the method's own spread",
+        "benchmarks/measure/samples.py",
+        '"sft_gold_sd": float(reference.gold.std(ddof=1))',
+        '"sft_gold_sd": float(found.gold.std(ddof=1))',
+        "tests/benchmarks/measure/test_samples.py::test_best_of_n_pays_for_all_its_samples",
+    ),
+    Mutation(
+        "a rollout keeps the values of an untrained head beside a Q critic",
+        "algos/policies/language_model.py",
+        "if self.critic is not None or self.q_head is not None or not self.keeps_logprob:",
+        "if self.critic is not None or not self.keeps_logprob:",
+        "tests/algos/policies/test_critics.py::test_values_that_a_rollout_keeps_are_those_of_a_second_reading",
+    ),
+    Mutation(
         "labels of cells keep their spaces",
         "lm_envs/data/conventions.py",
         "value.strip().lower())",

@@ -131,6 +131,11 @@ def test_best_of_n_pays_for_all_its_samples(env, reference):
     plain = sample_policy(env, reference, None, 0)
     assert (found.proxy >= plain.proxy).all() and (found.proxy > plain.proxy).any()
     result = summarise(found, plain, best)
+    assert result["sft_gold"] == pytest.approx(plain.gold.mean()) != pytest.approx(found.gold.mean())
+    assert (
+        result["sft_gold_sd"] == pytest.approx(np.std(plain.gold, ddof=1)) != pytest.approx(np.std(found.gold, ddof=1))
+    )
+    assert result["sft_distinct_2"] == distinct_2(plain.tokens) != result["distinct_2"]
     assert result["inference_reward_calls"] == 4 * 21
     assert 3 * 21 < result["inference_tokens"] <= 4 * 21 * 6
     assert result["inference_tokens"] > 2 * found.length.sum()
