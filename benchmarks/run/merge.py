@@ -81,14 +81,13 @@ def merge(sources: Sequence[Path], out: Path) -> list[str]:
     notes += _checked(list(runs.values()))
     if out.is_dir() and (held := held_files(out)):
         raise UserError(f"{out} is not empty (it holds {held[0]!r}): choose a new folder for the merged comparison")
-    check_writable(out)
-    for run in runs.values():
-        with replacing_folder(out / run.label) as folder:
-            shutil.copytree(
-                run.folder, folder, copy_function=_linked, ignore=shutil.ignore_patterns(*_LEFT), dirs_exist_ok=True
-            )
     held_suites = [read_sealed(source / COMPARISON) for source in sources if (source / COMPARISON).exists()]
-    write_sealed(out / COMPARISON, _suite(held_suites))
+    check_writable(out)
+    with replacing_folder(out) as whole:
+        for run in runs.values():
+            left_out = shutil.ignore_patterns(*_LEFT)
+            shutil.copytree(run.folder, whole / run.label, copy_function=_linked, ignore=left_out)
+        write_sealed(whole / COMPARISON, _suite(held_suites))
     return notes
 
 

@@ -151,3 +151,22 @@ def test_what_the_command_says(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "holds no finished run" in refused(a, tmp_path / "empty", "--out", tmp_path / "c")
     assert "no such folder" in refused(a, tmp_path / "nowhere", "--out", tmp_path / "c")
+
+
+def test_a_merge_that_fails_on_the_way_leaves_nothing(tmp_path, monkeypatch):
+    a, b = folder(tmp_path / "a"), folder(tmp_path / "b", ("rloo",))
+    real, seen = shutil.copytree, []
+
+    def full(source, *rest, **options):
+        seen.append(source)
+        if len(seen) == 3:
+            raise OSError(28, "No space left on device")
+        return real(source, *rest, **options)
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space"):
+        merge([a, b], tmp_path / "both")
+    assert not list((tmp_path / "both").iterdir())
+    monkeypatch.setattr(shutil, "copytree", real)
+    merge([a, b], tmp_path / "both")
+    assert (tmp_path / "both" / "comparison.json").exists()
