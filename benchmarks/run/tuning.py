@@ -86,7 +86,8 @@ def tune(suite: Suite, out: Path, *, trials: int, seeds: int, resume: bool = Fal
             study.tell(mine if len(mine) == seeds else [])
         lines = [line for study in studies for line in study.lines(seeds)]
         write_lines(out / "trials.csv", lines, _COLUMNS)
-    best = {study.key: study.best() for study in studies}
+    ran = [study for study in studies if study.ran or not suite.every]  # of all methods, some do not suit a task
+    best = {study.key: study.best() for study in ran}
     found = "; ".join(f"{algorithm} {_text(settings)}" for (_, algorithm), settings in best.items())
     told = f"{suite.description} Tuned on validation prompts, {trials} trials a method: {found}."
     return replace(_with(suite, best), description=told.strip())
@@ -154,6 +155,11 @@ class _Study:
         self._study.tell(self._asked, None if math.isnan(value) else value, state=state)
         told = {"measure": measure, "value": value, "kl": means.get("kl", math.nan), "set": self._settings}
         self._told.append(told)
+
+    @property
+    def ran(self) -> bool:
+        """Whether a trial has a value."""
+        return self._best() is not None
 
     def _best(self) -> int | None:
         known = [i for i, told in enumerate(self._told) if not math.isnan(told["value"])]

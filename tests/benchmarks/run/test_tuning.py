@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,11 @@ def test_the_command_runs_the_test_once(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--task", NAME, "--algorithms", "sft", "--out", str(tmp_path / "none")])
     assert "nothing to tune" in capsys.readouterr().err
+
+
+def test_methods_that_do_not_suit_are_left_out_of_all(tmp_path, capsys):
+    """After the trials, too: of all methods some need what a task lacks."""
+    made = suite(algorithms=("reinforce", "distillation"), tune={"reinforce": SPACE["reinforce"]}, every=True)
+    best = tune(replace(made, overrides={"reinforce": {"episodes": 4}}), tmp_path, trials=1, seeds=1)
+    assert "distillation" not in best.tasks[0].overrides and "distillation" not in best.description
+    assert [(line["algorithm"], line["best"]) for line in lines(tmp_path)][0] == ("reinforce", "1")
