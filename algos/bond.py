@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import Before, rewards
@@ -18,6 +17,7 @@ from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.engine.sampling import sample_beside
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import policy_gradient_loss, sequence_mean, tally
+from lm_envs.model.tokens import same_width
 from lm_envs.settings import NonNegative, Probability, Rate, Several
 from lm_envs.training import at_least_float32
 from lm_envs.trajectories import Trajectories, whole_episodes
@@ -81,8 +81,7 @@ class BOND(Agent[BONDConfig]):
         value = backward * BELOW * below.to(drift) - (backward + config.anchor_kl_coef) * drift
         advantage = value - adv.leave_one_out(value, traj.group)
         best = other.view(len(own), 2, -1)[torch.arange(len(own)), score.argmax(dim=1)]
-        most = max(best.shape[1], traj.response.shape[1])
-        both = [pad(x, (0, most - x.shape[1]), value=-1) for x in (traj.response, best.to(traj.response.device))]
+        both = same_width(traj.response, best.to(traj.response.device))
         # Rows of both kinds are weighted log-probabilities; a mean over twice the rows halves each.
         weight = 2 * torch.cat([advantage, torch.full_like(advantage, forward)])
         joined = whole_episodes(traj.prompt.repeat(2, 1), torch.cat(both))

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.batching import rewards
@@ -15,6 +14,7 @@ from lm_envs.algos.engine.preference_losses import REFERENCE_FREE, PreferenceLos
 from lm_envs.algos.engine.sampling import sample_beside
 from lm_envs.algos.ops.advantages import masked
 from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.model.tokens import same_width
 from lm_envs.settings import NonNegative, Rate
 from lm_envs.trajectories import Trajectories, whole_episodes
 
@@ -63,8 +63,7 @@ class XPO(Agent[XPOConfig]):
         if not len(kept):
             self.iterations_done += 1
             return metrics | {"updates": 0}
-        most = max(own.shape[1], other.shape[1])
-        both = [pad(x[kept], (0, most - x.shape[1]), value=-1) for x in (own, other)]
+        both = same_width(own[kept], other[kept])
         # A pair is two rows in a row, the policy's first.
         prompt, response = prompt[kept].repeat_interleave(2, dim=0), torch.stack(both, dim=1).flatten(0, 1)
         pairs = whole_episodes(prompt, response, ref_logprob=self.mdp.reference_logprob(prompt, response).cpu())

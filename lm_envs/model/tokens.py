@@ -125,6 +125,12 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, stopped: bool, *,
     return ids
 
 
+def same_width(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors ``(N_i, T_i)`` of tokens as ``(N_i, longest)``, with -1 after their rows."""
+    longest = max(x.shape[1] for x in tensors)
+    return [torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=NO_TOKEN) for x in tensors]
+
+
 def right_pad(rows: Sequence[Sequence[int]]) -> Tensor:
     """Return ``(N, longest)`` int64, each row from the left, -1 after it."""
     out = torch.full((len(rows), max(map(len, rows), default=0)), NO_TOKEN)
