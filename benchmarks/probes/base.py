@@ -59,7 +59,7 @@ class Case:
         logits: ``(X, S, n + 1)`` of the reference; None is uniform.
         taught: the rewards ``(X, L)`` that training sees, given the share of the budget that is spent; None is
             ``rewards``. At the end it must be ``rewards``, or a proxy of them.
-        noise: standard deviation of what is added to a reward of training, each time anew.
+        noise: standard deviation of the normal noise that each training reward gets; a text gets a new draw every time.
         before: called with the policy and the number of the iteration before each, to plant a fault.
         settings: for algorithms that have settings of these names.
         needs: a setting without which the probe says nothing about an algorithm.

@@ -131,7 +131,7 @@ def _begin(sweep: Sweep, out: Path, resume: bool) -> Sweep:
     before: dict[str, Any] = {}
     if (out / SETTINGS).exists():
         if not resume:
-            raise UserError(f"{out} holds probes already: --resume continues them, another --out starts anew")
+            raise UserError(f"{out} holds probes already: --resume continues them, another --out starts a new sweep")
         before = read_sealed(out / SETTINGS)
         changed = [name for name, value in before["inputs"].items() if inputs.get(name, value) != value]
         if changed:

@@ -1,8 +1,9 @@
 """Staleness: responses are sampled by the weights of some iterations ago.
 
-The sampler is refreshed every so many iterations, as where sampling and training run side by side. Methods that learn
-by imitation or from fixed data do not depend on who sampled; policy gradients without importance weights take a
-direction that was right for other weights, and overshoot: the KL penalty they are charged is that of the old weights.
+The sampler gets the trained weights once in several iterations, as in systems that sample and train side by side.
+Methods that learn by imitation or from fixed data do not depend on who sampled; policy gradients without importance
+weights take a direction that was right for other weights, and overshoot: the KL penalty they are charged is that of the
+old weights.
 The rewards are those of the probe "kl" at a coefficient of 0.3, where the optimum is well inside.
 """
 

@@ -185,7 +185,7 @@ class _Run:
             return self._carry_out(opener, config)
 
     def follow(self) -> None:
-        """Carry out the run with process 0, which writes what there is to write."""
+        """Take part in the run that process 0 leads; it alone writes files."""
         with group.together():
             self._carry_out(_opener(self.spec, self.folder), None)
 

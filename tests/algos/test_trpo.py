@@ -37,7 +37,7 @@ def one_state(**settings):
 
 
 def test_a_product_with_the_fisher_matrix_by_hand():
-    """Of a softmax it is ``diag(p) - p p'``, per state."""
+    """The Fisher matrix of a softmax is ``diag(p) - p p'`` in each state."""
     agent, traj, _ = one_state()
     with torch.no_grad():
         agent.prepare(traj, Before(agent.policy, traj))

@@ -163,7 +163,7 @@ def test_the_value_starts_as_the_reward_models_score_of_what_stands_before_the_t
 @pytest.mark.parametrize("kind", ["single", "independent"])
 @pytest.mark.parametrize("output", ["log_odds", "logit", "probability"])
 def test_the_values_label_and_output_are_the_rewards(output, kind):
-    """Of three labels the first; before each token the critic gives what the reward gives of the text so far."""
+    """With three labels, the critic reads the first one. Before each token it gives the reward of the text so far."""
     model = batches.reward_policy().model
     model.config.num_labels = model.num_labels = 3
     model.score = torch.nn.Linear(16, 3, bias=False).double()

@@ -366,7 +366,7 @@ def test_what_rounds_report(rounds: tuple[people_loop.Loop, dict[str, list[Any]]
     judgments = loop.store.judgments()
 
     def right(number: int, sign: int, held: bool) -> float:
-        """Of pairs that people decided in a round, the share in which a longer (shorter) text was the better one."""
+        """The share of a round's decided pairs in which the longer (shorter) text won."""
         found = []
         for judgment in judgments:
             item = judgment.content

@@ -313,7 +313,7 @@ def test_a_drawing_of_over_optimisation_is_of_its_curves() -> None:
 
 
 def test_people_beside_the_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of equal prompts the first one counts; what is written are both sides' means and errors."""
+    """The first of several equal prompts counts. The file holds the means and errors of both sides."""
     prompts = ["p", "q", "p", "r"]
     rows = [result("ppo", seed, 0.5, 1.0, [1.0, 0.0, 0.5, float(seed)]) for seed in (0, 1)]
     rows.append(result("sft", 0, 0.0, 0.0, [0.5] * 4))
