@@ -13,11 +13,14 @@ from lm_envs.algos.engine.metrics import Metric
 from lm_envs.algos.ops import advantages as adv
 from lm_envs.algos.ops.losses import kl_estimate, policy_gradient_loss, sequence_mean, tally
 from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.policies.tabular import TabularPolicy
+from lm_envs.exact.solver import Exact
 from lm_envs.model.loading import load_policy, load_tokenizer
 from lm_envs.settings import Rate
 from lm_envs.tasks.base import TextTask
 from lm_envs.trajectories import Trajectories, whole_episodes
 
+OPTIMUM = "optimum"
 
 @dataclass
 class DistillationConfig(AgentConfig):
@@ -27,7 +30,8 @@ class DistillationConfig(AgentConfig):
 
     learning_rate: Rate = 1e-3
     teacher: str | None = None
-    """Folder or hub name of a causal language model with the policy's vocabulary; None takes the agent's `teacher`."""
+    """Folder or hub name of a causal language model with the policy's vocabulary, or `optimum`, the exactly optimal
+    policy of a task that can be enumerated; None takes the agent's `teacher`."""
     as_reward: bool = False
     """Also count what a token does to the KL at later positions, as a reward, so that the gradient is exact."""
 
@@ -52,7 +56,7 @@ class Distillation(Agent[DistillationConfig]):
 
     @classmethod
     def lacks(cls, task: TextTask, config: DistillationConfig) -> str | None:
-        return None if config.teacher is not None else "a teacher (set `teacher` to a model's folder)"
+        return None if config.teacher is not None else "a teacher (set `teacher` to a model's folder, or `optimum`)"
 
     @property
     def uses_reward(self) -> bool:
@@ -93,9 +97,15 @@ class Distillation(Agent[DistillationConfig]):
         return loss, metrics
 
 
-def load_teacher(place: str, mdp: Any) -> LMPolicy:
-    """Return the frozen policy of a folder or hub name on a text env; ValueError if its tokens are others than the
-    task's."""
+def load_teacher(place: str, mdp: Any) -> LMPolicy | TabularPolicy:
+    """Return the frozen policy of a folder or hub name on a text env, or its exact optimum; ValueError if its tokens
+    are others than the task's, or if the task has too many texts for an optimum."""
+    if place == OPTIMUM:
+        try:
+            exact = Exact(mdp)
+        except ValueError as error:
+            raise ValueError(f"teacher {OPTIMUM}: this task cannot be enumerated: {error}") from None
+        return TabularPolicy(exact, exact.optimal_policy).requires_grad_(False)
     model, tokenizer = load_policy(place), load_tokenizer(place, "teacher")
     if tokenizer.get_vocab() != mdp.task.tokenizer.get_vocab():
         raise ValueError(f"teacher {place}: its tokens are not the policy's, so their probabilities do not compare")

@@ -53,6 +53,7 @@ TABULAR: dict[str, dict[str, Any]] = {
     "quark": {**_TABLE, "episodes": 1024, "learn_episodes": 4096, "learning_rate": 0.05, "kl_coef": 0.05},
     "online-dpo": {**_TABLE, "episodes": 256, "beta": _BETA, "learning_rate": 0.05},
     "xpo": {**_TABLE, "episodes": 256, "beta": _BETA, "learning_rate": 0.05},
+    "distillation": {**_TABLE, "episodes": 256, "learning_rate": 0.1, "teacher": "optimum"},
     "dpo": {**_PAIRS, "episodes": 500, "beta": _BETA, "learning_rate": 0.3},
     "binary-feedme": {**_PAIRS, "episodes": 500},
     "reward-conditioning": {**_PAIRS, "episodes": 1000},

@@ -74,10 +74,16 @@ def test_it_rests_at_the_teacher(as_reward):
     env = TextVectorEnv(task, 16, group_size=1)
     exact = Exact(env.mdp)
     settings = {"learning_rate": 0.2, "episodes": 64, "iterations": 30, "max_grad_norm": 1e6, "as_reward": as_reward}
-    agent = make_agent("distillation", TabularPolicy(exact), **settings)
-    agent.teacher = TabularPolicy(exact, exact.optimal_policy)  # so that it is a regret, too
+    agent = make_agent("distillation", TabularPolicy(exact), teacher="optimum", **settings)  # so that it is a regret
     learn(agent, env)
+    torch.testing.assert_close(agent.teacher.log_probs(), exact.optimal_policy)
+    assert not any(p.requires_grad for p in agent.teacher.parameters())
     assert exact.regret(agent.policy) < 0.05
+
+
+def test_a_task_that_cannot_be_enumerated_has_no_optimum():
+    with pytest.raises(ValueError, match="teacher optimum: this task cannot be enumerated: .* sequences"):
+        distillation.load_teacher("optimum", TextMDP(batches.text_task(), max_new_tokens=20))
 
 
 @pytest.mark.parametrize("kind", ["mdp", "bandit"])
@@ -95,7 +101,7 @@ def test_both_envs_are_one(kind):
 def test_a_teacher_is_a_folder_of_a_model_with_the_same_tokens(tmp_path):
     task, env = batches.text_task(), batches.text_env()
     policy = batches.text_policy(env)
-    with pytest.raises(Unsuited, match="distillation needs a teacher .set `teacher` to a model's folder"):
+    with pytest.raises(Unsuited, match="distillation needs a teacher .set `teacher` to a model's folder, or `optimum`"):
         make_agent("distillation", policy, task)
     agent = make_agent("distillation", policy, **batches.SMALL)
     with pytest.raises(ValueError, match="name its folder in the setting teacher"):
