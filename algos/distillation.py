@@ -22,6 +22,7 @@ from lm_envs.trajectories import Trajectories, whole_episodes
 
 OPTIMUM = "optimum"
 
+
 @dataclass
 class DistillationConfig(AgentConfig):
     """Settings of :class:`Distillation`; the defaults are for a small language model."""

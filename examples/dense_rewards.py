@@ -1,10 +1,11 @@
-"""A reward per token against the same sum at the end: how much sooner PPO learns, by GAE's lambda.
+"""A reward per token or per sentence against the same sum at the end: how much sooner PPO learns, by GAE's lambda.
 
     python examples/dense_rewards.py [EPISODES [SEEDS]]
 
 The task is exactly solvable: three tokens and EOS, at most seven tokens, and a weight per prompt and token. In one form
-each token pays its weight at once, in the other all of it comes at the end. Both have the same optimum, so the exact
-regret compares them: 0 at the optimum, 1 at the start.
+each token pays its weight at once, in another a sentence pays for its tokens when its full stop (the token `a`) is
+written or the text ends, and in the third all of it comes at the end. All have the same optimum, so the exact regret
+compares them: 0 at the optimum, 1 at the start.
 """
 
 import sys
@@ -22,6 +23,8 @@ from lm_envs.tasks.enumerable import EnumerableConfig, load
 
 SIZES = {"tokens": 3, "horizon": 7, "prompts": 2}
 LAMBDAS = (0.0, 0.5, 0.95, 1.0)
+STOP = 0
+"""The token that ends a sentence."""
 
 
 class PerToken:
@@ -36,15 +39,29 @@ class PerToken:
         return [self.weights[self.rows[text]][list(ids)] for text, ids in zip(prompts, completion_ids, strict=True)]
 
 
+class PerSentence(PerToken):
+    """Pays the sum of a sentence's weights with its last token."""
+
+    def __call__(self, prompts, completion_ids, **columns):
+        paid = []
+        for weights, ids in zip(super().__call__(prompts, completion_ids), completion_ids, strict=True):
+            ends = np.array([i for i, token in enumerate(ids) if token == STOP or i == len(ids) - 1], dtype=int)
+            each = np.zeros(len(ids))
+            each[ends] = np.diff(weights.cumsum()[ends], prepend=0.0)
+            paid.append(each)
+        return paid
+
+
 def tasks(seed=0):
-    """The task with its reward at the end, and the same with a reward per token."""
+    """The task with its reward at the end, per sentence and per token."""
     config = EnumerableConfig(**SIZES)
     weights = np.random.default_rng(seed).normal(size=(config.prompts, config.tokens + 1)) / 2
     responses = config.tree.responses()
     total = np.where(responses >= 0, weights[:, responses.clamp(min=0)], 0.0).sum(axis=2)
     end = load(rewards=total, **SIZES)
     rows = {end.tokenizer.decode(prompt): row for row, prompt in enumerate(end.prompts["train"])}
-    return {"end": end, "per token": replace(end, reward=PerToken(weights, rows))}
+    dense = {"per sentence": PerSentence, "per token": PerToken}
+    return {"end": end} | {name: replace(end, reward=kind(weights, rows)) for name, kind in dense.items()}
 
 
 def regret(task, exact, lam, seed, episodes):
