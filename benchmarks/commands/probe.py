@@ -21,8 +21,9 @@ class Probe:
       lm-envs probe --algorithms ppo rloo my_algo.py:CISPO --seeds 5 --jobs 2 --out runs/probes
 
     A probe is a sweep (of the horizon, of noise in the reward, of the KL coefficient ...), and its score is 0 where
-    nothing is learned and 1 at the optimum. OUT then holds scores.csv, summary.csv, report.html and plots/. After
-    Ctrl-C the same command with --resume continues; runs that were under way begin again. docs/probes.md says more.
+    nothing is learned and 1 at the optimum. OUT then holds scores.csv, summary.csv, scores.md, report.html and plots/.
+    After Ctrl-C the same command with --resume continues; runs that were under way begin again. docs/probes.md says
+    more.
     """
 
     algorithms: Annotated[Names, Unique, tyro.conf.arg(metavar="NAME ...")]

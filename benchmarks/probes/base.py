@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vbon": {**_GROUP, "reference_samples": 64},
     "expert-iteration": {"group_size": 8, "learning_rate": 0.1},
     "quark": {"learn_episodes": 2 * BATCH, "minibatches": 2, "learning_rate": 0.3},
+    "distillation": {"teacher": None},  # the optimum would teach it what a probe asks
 }
 """What differs from the settings for a table on the enumerable task, because the budget is a 25th of theirs."""
 

@@ -122,11 +122,25 @@ def beyond(scores: Scores) -> str:
     return f"No method here reaches {FAILS:g} in {listed(found)}." if found else ""
 
 
-def text_cell(found: Estimate) -> str:
-    """Return a cell of the table: the score, and half the width of its 95 % interval if it is known."""
-    if math.isnan(found.value):
-        return ""
-    return f"{found.value:.2f}" + ("" if math.isnan(found.error) else f" ±{(found.high - found.low) / 2:.2f}")
+def text_cell(found: Estimate) -> tuple[str, str]:
+    """Return a cell of the table: the score, and half the width of its 95 % interval, "" where one is not known."""
+    score = "" if math.isnan(found.value) else f"{found.value:.2f}"
+    half = (found.high - found.low) / 2
+    return score, "" if math.isnan(found.error) else f"±{half:.2f}" if half >= 0.005 else "±<0.01"
+
+
+def as_markdown(scores: Scores) -> str:
+    """Return the table of scores, a line for each probe and six methods at a time, and where methods fail: the text of
+    ``scores.md``, for a page of one's own."""
+    size, parts = len(_COLORS), []
+    for chunk in (scores.algorithms[i : i + size] for i in range(0, len(scores.algorithms), size)):
+        parts += [f"| probe | {' | '.join(chunk)} |", "|---" + "|---:" * len(chunk) + "|"]
+        for name in scores.probes:
+            cells = (" ".join(text_cell(scores.estimate(name, algorithm))) for algorithm in chunk)
+            parts.append(f"| {name} | {' | '.join(cell.strip() for cell in cells)} |")
+        parts.append("")
+    said = [*(words(scores, algorithm) for algorithm in scores.algorithms), *filter(None, [beyond(scores)])]
+    return "\n".join([*parts, *(f"- {line}" for line in said), ""])
 
 
 def _short(algorithm: str) -> str:
@@ -199,18 +213,19 @@ def _curve(ax: Axes, scores: Scores, name: str, algorithms: Sequence[str]) -> No
 
 
 def figures(scores: Scores) -> dict[str, Figure]:
-    """Draw all figures by the name of their file; curves for six methods at a time."""
+    """Draw all figures by the name of their file: curves for six methods at a time, spokes from three probes on."""
     size = len(_COLORS)
     chunks = [scores.algorithms[i : i + size] for i in range(0, len(scores.algorithms), size)]
     with matplotlib.rc_context(STYLE):
         drawn = {f"curves-{i}" if len(chunks) > 1 else "curves": curves(scores, c) for i, c in enumerate(chunks, 1)}
-        return {"radar": radar(scores), **drawn}
+        return {"radar": radar(scores), **drawn} if len(scores.probes) > 2 else drawn
 
 
 def write_report(records: Sequence[dict[str, Any]], out: Path) -> Scores:
-    """Write ``summary.csv``, ``report.html`` and ``plots/*.png`` for the records of a folder."""
+    """Write ``summary.csv``, ``scores.md``, ``report.html`` and ``plots/*.png`` for the records of a folder."""
     scores = Scores(records)
     write_summary(scores, out)
+    write_atomic(out / "scores.md", as_markdown(scores))
     pictures = []
     for name, figure in figures(scores).items():
         write_atomic(out / "plots" / f"{name}.png", as_file(figure, "png"))

@@ -14,8 +14,9 @@ from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.probes import base, running
 from lm_envs.benchmarks.probes.registry import PROBES
-from lm_envs.benchmarks.probes.report import Scores, beyond, words
+from lm_envs.benchmarks.probes.report import Scores, as_markdown, beyond, words
 from lm_envs.benchmarks.probes.running import Sweep, carry_out
+from tests.house import CHECKOUT
 
 MINE = """
 from lm_envs.benchmarks.probes.base import Probe, plain
@@ -60,9 +61,25 @@ def test_the_table_is_recomputed_from_the_scores(folder, capsys):
         assert [float(row[name]) for name in ("score", "low", "high")] == pytest.approx(expected)
         assert row["seeds"] == "3"
     page = Path("out/report.html").read_text()
-    assert "a probe of one's own" in page.replace("&#39;", "'") and page.count("data:image/svg+xml") == 2
+    assert "a probe of one's own" in page.replace("&#39;", "'") and page.count("data:image/svg+xml") == 1
     assert "ppo-ptx in preferences: left out: " in page
-    assert {path.name for path in Path("out/plots").iterdir()} == {"radar.png", "curves.png"}
+    assert {path.name for path in Path("out/plots").iterdir()} == {"curves.png"}  # two spokes would be a line
+    low, high = (float(row[name]) for name in ("low", "high"))  # of the last row
+    text = Path("out/scores.md").read_text()
+    assert f"| {row['probe']} | " in text and f" {float(row['score']):.2f} ±{(high - low) / 2:.2f} |" in text
+    assert f"- {MY_ALGORITHM}: " in text and f"- {MY_ALGORITHM}: " not in text.partition("| probe |")[0]
+
+
+def test_the_page_of_the_docs_has_the_committed_scores():
+    """docs/probes.md holds the text that `lm-envs probe` writes for benchmarks/results/probes.csv."""
+    with (CHECKOUT / "benchmarks" / "results" / "probes.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        score = float(line["score"]) if line["score"] else None
+        line |= {"value": float(line["value"]), "seed": int(line["seed"]), "score": score}
+    page = (CHECKOUT / "docs" / "probes.md").read_text(encoding="utf-8")
+    held = page.partition("<!-- scores -->\n")[2].partition("<!-- end of scores -->")[0]
+    assert held == as_markdown(Scores(lines))
 
 
 def test_a_run_that_was_killed_is_continued_and_extended(folder):
