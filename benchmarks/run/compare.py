@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -147,6 +147,7 @@ def compare(
     threads: int = 1,
     ray: str | None = None,
     console: Console | None = None,
+    prepared: bool = False,
 ) -> list[dict[str, Any]]:
     """Carry out a comparison in ``out``, or the rest of it; return the results of all finished runs.
 
@@ -157,6 +158,7 @@ def compare(
         jobs: runs at a time, each in a process of its own if more than one.
         threads: torch threads per run. The last bits of sums depend on it, so it must not depend on ``jobs``.
         ray: address of a Ray cluster that carries out the runs, instead of this process or ``jobs`` others.
+        prepared: whether :func:`prepare` has opened these kinds of runs before.
 
     Raises:
         UserError: the user can put it right; raised before any training where possible.
@@ -172,9 +174,10 @@ def compare(
             open_runs = [run for run in runs if finished(out / run.label) is None or not _same(run, out)]
             if open_runs:
                 console.print(_heading(suite, runs, open_runs), highlight=False)
-                unsuited = prepare(suite, open_runs)  # building a task from the user's text shows a bar of its own
-                for why in unsuited.values():
-                    console.print(f"left out: {why}", highlight=False, markup=False)
+                unsuited = (
+                    {} if prepared else prepare(suite, open_runs)
+                )  # building a task from the user's text shows a bar of its own
+                tell_left_out(unsuited, console)
                 open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
             carry_out: CarryOut = one_by_one if jobs == 1 else partial(run_in_workers, jobs=jobs)
             if ray is not None and open_runs:
@@ -188,6 +191,12 @@ def compare(
             options = {"threads": threads, "keep": suite.keep, "extend": extend, "track": track}
             _carry_out(carry_out, open_runs, out, console, **options)
     return write_results(out)
+
+
+def tell_left_out(unsuited: Mapping[tuple[str, str], str], console: Console) -> None:
+    """Say which of all algorithms do not suit a task, and why."""
+    for why in unsuited.values():
+        console.print(f"left out: {why}", highlight=False, markup=False)
 
 
 def _same(run: RunSpec, out: Path) -> bool:

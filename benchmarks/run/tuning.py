@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from lm_envs.algos.registry import make_config
 from lm_envs.benchmarks.errors import RunsFailed, UserError
 from lm_envs.benchmarks.run.aggregate import measure_of
-from lm_envs.benchmarks.run.compare import compare, write_results
+from lm_envs.benchmarks.run.compare import check_runs, compare, prepare, tell_left_out, write_results
 from lm_envs.benchmarks.run.names import best_of
 from lm_envs.benchmarks.run.results import number, written
 from lm_envs.benchmarks.run.storage import write_lines
 from lm_envs.benchmarks.run.suites import Range, RunSpec, Space, Suite
 
 Key = tuple[str, str]  # a task and an algorithm
-_COLUMNS = ("task", "algorithm", "trial", "seeds", "measure", "value", "kl", "best", "settings")
+_COLUMNS = ("task", "algorithm", "trial", "seeds", "measure", "value", "kl", "collapsed", "best", "settings")
 _CHOICES: dict[str, tuple[float, ...]] = {"epochs": (1, 2, 4), "clip": (0.1, 0.2, 0.3), "lam": (0.9, 0.95, 1.0)}
 _FACTOR = 10.0  # of learning_rate and beta, to both sides
 
@@ -53,7 +54,8 @@ def tune(suite: Suite, out: Path, *, trials: int, seeds: int, resume: bool = Fal
     """Tune the methods of a suite in ``out / "trials"``, or the rest of it; return the suite with the best settings.
 
     ``trials.csv`` lists all trials: the mean of the judge's scores on validation prompts (of the proxy's without a
-    judge), over the seeds of a trial, none of which is the suite's. A trial in which a run failed has no value.
+    judge), over the seeds of a trial, none of which is the suite's. A trial in which a run failed has no value, and one
+    in which a policy collapsed is not chosen.
 
     Args:
         trials: per method.
@@ -65,8 +67,8 @@ def tune(suite: Suite, out: Path, *, trials: int, seeds: int, resume: bool = Fal
     """
     if find_spec("optuna") is None:
         raise UserError("tune needs Optuna: pip install 'lm-envs[tune]'")
-    studies = [_Study(run, suite.tune.get(run.algorithm)) for run in _tuned(suite)]
-    if not studies:
+    runs = _tuned(suite)
+    if not runs:
         raise UserError(f"nothing to tune: {', '.join(suite.algorithms)} are not trained")
     folders = [out / "trials" / f"trial-{number:03d}" for number in range(trials)]
     if not resume and folders[0].exists():
@@ -74,11 +76,15 @@ def tune(suite: Suite, out: Path, *, trials: int, seeds: int, resume: bool = Fal
     first = max(suite.seeds) + 1
     plan = replace(suite.plan, split="validation")
     tried = replace(suite, seeds=tuple(range(first, first + seeds)), plan=plan, keep=0, match_kl=(), description="")
+    check_runs(runs)
+    unsuited = prepare(suite, runs)  # once, not in each trial
+    tell_left_out(unsuited, options.get("console") or Console(stderr=True))
+    studies = [_Study(run, suite.tune.get(run.algorithm)) for run in runs if (run.task, run.algorithm) not in unsuited]
     for trial, folder in enumerate(folders):
         named = replace(tried, name=f"trial {trial + 1} of {trials}")
         asked = {study.key: study.ask() for study in studies}
         try:
-            rows = compare(_with(named, asked, only=True), folder, resume=folder.exists(), **options)
+            rows = compare(_with(named, asked, only=True), folder, resume=folder.exists(), prepared=True, **options)
         except RunsFailed:
             rows = write_results(folder)
         for study in studies:
@@ -86,8 +92,7 @@ def tune(suite: Suite, out: Path, *, trials: int, seeds: int, resume: bool = Fal
             study.tell(mine if len(mine) == seeds else [])
         lines = [line for study in studies for line in study.lines(seeds)]
         write_lines(out / "trials.csv", lines, _COLUMNS)
-    ran = [study for study in studies if study.ran or not suite.every]  # of all methods, some do not suit a task
-    best = {study.key: study.best() for study in ran}
+    best = {study.key: study.best() for study in studies}
     found = "; ".join(f"{algorithm} {_text(settings)}" for (_, algorithm), settings in best.items())
     told = f"{suite.description} Tuned on validation prompts, {trials} trials a method: {found}."
     return replace(_with(suite, best), description=told.strip())
@@ -151,18 +156,14 @@ class _Study:
         measure = measure_of(rows) if rows else ""
         means = {name: float(np.mean([number(row[name]) for row in rows])) for name in (measure, "kl") if rows}
         value = means.get(measure, math.nan)
-        state = optuna.trial.TrialState.FAIL if math.isnan(value) else optuna.trial.TrialState.COMPLETE
-        self._study.tell(self._asked, None if math.isnan(value) else value, state=state)
+        fallen = any(row.get("collapsed") for row in rows)  # its score may be the highest of all
+        state = optuna.trial.TrialState.FAIL if fallen or math.isnan(value) else optuna.trial.TrialState.COMPLETE
+        self._study.tell(self._asked, value if state == optuna.trial.TrialState.COMPLETE else None, state=state)
         told = {"measure": measure, "value": value, "kl": means.get("kl", math.nan), "set": self._settings}
-        self._told.append(told)
-
-    @property
-    def ran(self) -> bool:
-        """Whether a trial has a value."""
-        return self._best() is not None
+        self._told.append(told | {"collapsed": fallen})
 
     def _best(self) -> int | None:
-        known = [i for i, told in enumerate(self._told) if not math.isnan(told["value"])]
+        known = [i for i, told in enumerate(self._told) if not (told["collapsed"] or math.isnan(told["value"]))]
         return max(known, key=lambda i: (self._told[i]["value"], -i), default=None)
 
     def best(self) -> dict[str, Any]:
@@ -170,7 +171,7 @@ class _Study:
         if (best := self._best()) is None:
             task, algorithm = self.key
             raise UserError(
-                f"all {len(self._told)} trials of {algorithm} on {task} failed: see the log.txt of its runs"
+                f"all {len(self._told)} trials of {algorithm} on {task} failed or collapsed: see their log.txt"
             )
         settings: dict[str, Any] = self._told[best]["set"]
         return settings
@@ -181,7 +182,8 @@ class _Study:
         for trial, told in enumerate(self._told):
             line = {"task": task, "algorithm": algorithm, "trial": trial, "seeds": seeds, "measure": told["measure"]}
             numbers = {name: written(told[name]) for name in ("value", "kl")}
-            yield line | numbers | {"best": int(trial == self._best()), "settings": _text(told["set"])}
+            line |= numbers | {"collapsed": int(told["collapsed"])}
+            yield line | {"best": int(trial == self._best()), "settings": _text(told["set"])}
 
 
 def _holds(part: Range | tuple[Any, ...], value: Any) -> bool:

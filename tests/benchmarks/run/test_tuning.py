@@ -126,6 +126,22 @@ def test_a_failed_trial_has_no_value(tmp_path, monkeypatch):
         tune(suite(), tmp_path / "again", trials=1, seeds=1)
 
 
+def test_a_trial_that_collapsed_is_not_chosen(tmp_path, monkeypatch):
+    """However high its score; and each kind of run is opened once for all trials."""
+    real, opened = compare.compare, []
+
+    def fallen(given, folder, **options):
+        rows = real(given, folder, **options)
+        return [row | {"collapsed": "KL", "gold": "9"} if folder.name == "trial-001" else row for row in rows]
+
+    monkeypatch.setattr(tuning, "compare", fallen)
+    monkeypatch.setattr(tuning, "prepare", lambda *given: opened.append(given) or {})
+    made = suite(algorithms=("reinforce",), overrides={"reinforce": {"episodes": 4}})
+    tune(made, tmp_path, trials=2, seeds=1)
+    found = [(line["trial"], line["value"], line["collapsed"], line["best"]) for line in lines(tmp_path)]
+    assert found[0][2:] == ("0", "1") and found[1] == ("1", "9", "1", "0") and len(opened) == 1
+
+
 def test_what_is_tried_by_default():
     assert default_space("reinforce", {"learning_rate": 1e-3}) == {"learning_rate": Range(1e-4, 1e-2, log=True)}
     found = default_space("ppo", {"learning_rate": 0.5, "clip": 0.25})
