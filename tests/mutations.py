@@ -2343,7 +2343,7 @@ MUTATIONS = [
     Mutation(
         "a learning curve lacks its last point",
         "benchmarks/run/one_run.py",
-        "if every and (done % every == 0 or self._over(problem.agent)):",
+        "if every and (done % every == 0 or self._over(problem.agent) or self.ended):",
         "if every and done % every == 0:",
         f"{ONE_RUN}::test_a_run_of_few_iterations_has_a_learning_curve_too",
     ),
@@ -2930,6 +2930,27 @@ MUTATIONS = [
         "scores = traj.score[rows].tolist()",
         "scores = traj.reward[rows].sum(dim=1).tolist()",
         "tests/benchmarks/run/test_recomputed_control.py::test_the_texts_of_a_batch_have_their_scores_and_frozen_weights_are_not_trained",
+    ),
+    Mutation(
+        "a stop rule ends a run before it began",
+        "benchmarks/run/stopping.py",
+        "if held and iteration else None",
+        "if held else None",
+        "tests/benchmarks/run/test_stopping.py::test_rules_by_hand",
+    ),
+    Mutation(
+        "a measurement as good as the best counts as better",
+        "benchmarks/run/stopping.py",
+        "if value > self._best.get",
+        "if value >= self._best.get",
+        "tests/benchmarks/run/test_stopping.py::test_rules_by_hand",
+    ),
+    Mutation(
+        "a resumed run forgets what its stop rules saw",
+        "benchmarks/run/one_run.py",
+        "self._watch(*(self.metrics.read() if self.leads else ()))",
+        "self._watch()",
+        "tests/benchmarks/run/test_stopping.py::test_a_run_cut_anywhere_stops_at_the_same_iteration",
     ),
 ]
 

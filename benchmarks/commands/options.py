@@ -12,6 +12,7 @@ import tyro
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import base_task, is_control
+from lm_envs.benchmarks.run.stop_rules import parse_rule
 from lm_envs.benchmarks.run.suites import BUDGETS, Guards, Service, Suite, check_adaptation, env_options, parse_settings
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
@@ -149,6 +150,10 @@ class Running(ManyProcesses):
     guard: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """When a policy counts as collapsed: kl_per_token=1.5 or more, distinct_2=0.25 of the start's or less; and
     action=stop, tell or off. Language models from 20 million parameters on stop, others are told of."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="RULE")] = ()
+    """End a run before its budget: "kl > 20", "gold < 0.5" or "gold no better for 10" (measurements of the learning
+    curve); may be repeated, and replaces the rules of a suite. Read at measurements on validation prompts, a bound on
+    the KL also at every batch."""
     compile: bool = False
     """Compile the policy's sampling with torch.compile, which takes seconds to minutes each time: for long runs
     (docs/throughput.md)."""
@@ -174,6 +179,7 @@ class Running(ManyProcesses):
             plan=replace(suite.plan, **plan),
             adaptation=self.adapt.settings(suite.adaptation),
             guards=suite.guards | self._guards(),
+            stop=tuple(dict.fromkeys(str(parse_rule(rule)) for rule in self.stop)) or suite.stop,
             compile=suite.compile or self.compile,
             keep=suite.keep if self.keep is None else self.keep,
         )

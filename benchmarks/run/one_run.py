@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from lm_envs.benchmarks.errors import Interrupted, UserError
-from lm_envs.benchmarks.run import guards
+from lm_envs.benchmarks.run import stopping
 from lm_envs.benchmarks.run.inputs import fingerprints, flat, versions
 from lm_envs.benchmarks.run.many_processes import check_shares
 from lm_envs.benchmarks.run.problems import MOST, Problem, open_problem
@@ -158,7 +158,7 @@ class _Run:
     should_stop: Callable[[], bool]
     track: Sequence[Service] = ()
     wall_s: float = 0.0
-    collapsed: str | None = None
+    ended: stopping.Ended | None = None  # before its budget
 
     @property
     def leads(self) -> bool:
@@ -226,26 +226,26 @@ class _Run:
 
     def _train(self, problem: Problem) -> None:
         agent = problem.agent
+        self.watch = stopping.Watch(problem.stops, problem.guards)
         saved = done = self._resume(agent)
         saved_s = self.wall_s
-        self._guard(problem)
+        self._watch(*(self.metrics.read() if self.leads else ()))
         tracker = TensorBoard(self.folder / "tensorboard", resumed_at=done) if self.leads else Untracked()
         try:
             if done == 0:
                 nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "trained_tokens"), 0)
                 self._record(problem, tracker, {**nothing, "wall_s": 0.0})
-            while not (self._over(agent) or self.collapsed):
+            while not (self._over(agent) or self.ended):
                 agent.progress = self._spent(agent)
                 start = time.perf_counter()
                 traj, metrics = agent.iteration(problem.env)
                 self.wall_s += time.perf_counter() - start
                 done = agent.iterations_done
                 if problem.guards is not None and traj.response is not None and not agent.needs_data:
-                    metrics["distinct_2"] = guards.variety(traj)
+                    metrics["distinct_2"] = stopping.variety(traj)
                 stop = self._agree(agent, metrics)
                 self._record(problem, tracker, {**metrics, "iteration": done, "wall_s": self.wall_s})
-                self._guard(problem)
-                regular = done % self.spec.plan.checkpoint_every == 0 or self._over(agent) or self.collapsed
+                regular = done % self.spec.plan.checkpoint_every == 0 or self._over(agent) or self.ended
                 # Slow iterations are not lost by the dozen. For an agent that samples steps see below.
                 if regular or (self.wall_s - saved_s > CHECKPOINT_S and agent.config.steps is None):
                     tracker.texts(problem.texts(traj), done, "training")
@@ -260,14 +260,14 @@ class _Run:
         finally:
             tracker.close()
 
-    def _guard(self, problem: Problem) -> None:
-        """Note whether the policy has collapsed by the records, the same for a run that continues after them."""
-        if problem.guards is None or problem.guards.action != "stop":
+    def _watch(self, *records: Mapping[str, Any]) -> None:
+        """Note whether these records end the run early; the first process has them, and decides for all."""
+        if self.ended or self.watch.idle:
             return
-        band = problem.guards
-        self.collapsed = group.first(lambda: guards.of_records(band, self.metrics.read()), "the guards")
-        if self.collapsed:
-            self.notify({"event": "collapsed", "run": self.spec.label, "message": self.collapsed})
+        found = group.first(lambda: [end for each in records if (end := self.watch.see(each))], "what ends a run")
+        if found:
+            self.ended = stopping.Ended(*found[-1])
+            self.notify({"event": "ended", "run": self.spec.label, **self.ended._asdict()})
 
     def _agree(self, agent: Any, metrics: Mapping[str, Any]) -> bool:
         """Whether to stop after this iteration, as any process was asked to, with the time of process 0 on all."""
@@ -310,12 +310,14 @@ class _Run:
         """Write a line of metrics.jsonl, with a point of the learning curve where one is due."""
         done, total = metrics["iteration"], self._total(problem.agent)
         every = min(self.spec.plan.validate_every, max(1, total // LEAST_POINTS))
-        if every and (done % every == 0 or self._over(problem.agent)):
+        self._watch(metrics)
+        if every and (done % every == 0 or self._over(problem.agent) or self.ended):
             found, samples = problem.validate()
-            if not self.leads:
-                return
-            metrics = metrics | {f"validation_{name}": value for name, value in found.items()}
-            self.samples.append(*({"iteration": done, "split": "validation", **sample} for sample in samples))
+            point = {f"validation_{name}": value for name, value in found.items()}
+            self._watch({"iteration": done, **point})
+            metrics = metrics | point
+            if self.leads:
+                self.samples.append(*({"iteration": done, "split": "validation", **sample} for sample in samples))
             text = "{prompt} | {response}  (gold {gold:.2f}, proxy {proxy:.2f})"
             tracker.texts([text.format(**sample) for sample in samples], done, "validation")
         tracker.scalars(metrics, done)
@@ -369,8 +371,9 @@ class _Run:
         wall_s = self.wall_s + measured.get("inference_s", 0.0)
         result = {**run, **measured, **problem.costs(measured), "wall_s": wall_s}
         if problem.guards is not None and problem.agent is not None:
-            if why := self.collapsed or guards.of_result(problem.guards, measured):
+            if why := stopping.of_result(problem.guards, measured):
                 result["collapsed"] = why
+        result |= {self.ended.kind: self.ended.why} if self.ended else {}
         write_json(self.folder / "result.json", result)
         files = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")]
         write_manifest(self.folder, {}, [*files, *(self.folder / "model").rglob("*")])

@@ -29,6 +29,7 @@ from lm_envs.algos.registry import ALGORITHMS, Unsuited, make_agent, make_config
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
 from lm_envs.benchmarks.run.names import base_task, best_of, is_control
+from lm_envs.benchmarks.run.stop_rules import Rule, check_measured, parse_rule
 from lm_envs.benchmarks.run.suites import Guards, RunSpec, check_overrides
 from lm_envs.env.rollout import collect
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
@@ -43,8 +44,13 @@ from lm_envs.trajectories import Trajectories
 
 
 def open_problem(spec: RunSpec) -> TextProblem | ControlProblem:
-    """Return the problem of a run, with its task loaded."""
-    return ControlProblem(spec) if is_control(spec.task) else TextProblem(spec)
+    """Return the problem of a run, with its task loaded; raise UserError for a stop rule on what is not measured."""
+    problem = ControlProblem(spec) if is_control(spec.task) else TextProblem(spec)
+    if problem.agent is not None:
+        problem.stops = tuple(map(parse_rule, spec.stop))
+        batches = not problem.agent.needs_data
+        check_measured(problem.stops, problem.measured, batches, spec.plan.validate_every > 0, spec.label)
+    return problem
 
 
 MOST = 2**31 - 1  # iterations of a run that another budget ends
@@ -105,6 +111,8 @@ class Problem(Protocol):
     given: Counter[str] = Counter()
     guards: Guards | None = None
     """Against a collapse of the policy; None where it cannot be told."""
+    stops: tuple[Rule, ...] = ()
+    """Rules that end training before its budget."""
 
     def settings(self) -> dict[str, Any]:
         """Return what ``config.json`` says beyond the spec."""
@@ -245,6 +253,14 @@ class TextProblem(Problem):
         for split in ("train", "validation", "test"):
             samples.sample_reference(self._measure(split), self._reference, 2)
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics of :meth:`validate` that a stop rule may be about."""
+        if self.exact is not None:
+            return (*self.tracked, "win_rate", "regret", "frontier_gap")
+        judged = self.task.judge is not None
+        return tuple(name for name in (*self.tracked, "win_rate") if judged or name not in ("gold", "win_rate"))
+
     def validate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         env, count = self._measure("validation"), self.spec.plan.validation_prompts
         found = samples.sample_policy(env, self.policy, count, 0)
@@ -292,6 +308,8 @@ _OPTIONS = ("temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
 class ControlProblem(Problem):
     """A Gymnasium environment with a small feed-forward policy, to check algorithms on well-known problems. Its result
     has the mean return of 100 test episodes as ``proxy``, and the env steps as tokens and reward calls."""
+
+    measured = ("return", "length")
 
     def __init__(self, spec: RunSpec) -> None:
         ours = spec.algorithm in ALGORITHMS or best_of(spec.algorithm) is not None

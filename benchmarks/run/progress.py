@@ -94,8 +94,10 @@ class Display:
                 self.say(f"{run}: continuing after iteration {event['iteration']}")
         elif kind == "iteration":
             self._iteration(run, event["metrics"], event["of"])
-        elif kind == "collapsed":
-            self.say(f"{run}: collapsed ({event['message']}): training stops here; [guards] in a suite, or --guard")
+        elif kind == "ended":
+            fell = event["kind"] == "collapsed"
+            told = f"collapsed ({event['why']}): training stops here; [guards] in a suite, or --guard"
+            self.say(f"{run}: {told if fell else 'stopped: ' + event['why']}")
         elif kind == "evaluate" and run in self._rows:
             self.progress.update(self._rows[run], figures="measuring on test prompts")
         elif kind == "lost":

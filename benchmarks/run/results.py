@@ -62,7 +62,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if not _differ((row["task"], row.get("kl_coef")) for row in rows):
         known = [name for name in known if name != "kl_coef"]
     known += dict.fromkeys(name for row in rows for name in row if name.startswith("part_"))  # of a reward with weights
-    known += ["collapsed"] * any(row.get("collapsed") for row in rows)
+    known += [name for name in ("collapsed", "stop_rule") if any(row.get(name) for row in rows)]
     write_lines(path, [{name: written(value) for name, value in row.items()} for row in rows], (*COLUMNS, *known))
 
 
@@ -97,6 +97,7 @@ class Line:
     prompts: int | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
     collapsed: dict[int, str] = field(default_factory=dict)  # how, by the seeds of runs that did
+    stopped: dict[int, str] = field(default_factory=dict)  # by which rule, by the seeds of runs that one ended
 
     @property
     def title(self) -> str:
@@ -132,8 +133,8 @@ def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
     spread["human"] = standard_error(human)
     bound = any(row.get("kl_is_bound", False) for row in rows)
     seeds = tuple(row["seed"] for row in rows)
-    collapsed = {row["seed"]: row["collapsed"] for row in rows if row.get("collapsed")}
-    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates, collapsed)
+    ended = [{row["seed"]: row[kind] for row in rows if row.get(kind)} for kind in ("collapsed", "stop_rule")]
+    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates, *ended)
 
 
 def outcomes(rows: Sequence[dict[str, Any]], name: str) -> NDArray[np.float64]:
@@ -286,6 +287,9 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
     if any(not math.isnan(line.mean["regret"]) for line in lines):
         notes.append("Where there is a regret, win-rate, gold, proxy, KL and length are exact expectations.")
     notes += [f"{line.algorithm} collapsed: {next(iter(line.collapsed.values()))}." for line in lines if line.collapsed]
+    for line in lines:
+        if whys := "; ".join(f"seed {seed}: {why}" for seed, why in line.stopped.items()):
+            notes.append(f"{line.algorithm} stopped before its budget by a rule ({whys}).")
     if any(math.isnan(line.mean["gold"]) for line in lines if not is_control(line.task)):
         notes.append("There is no gold score and no win-rate where a task has no judge.")
     return notes

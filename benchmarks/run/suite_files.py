@@ -13,6 +13,7 @@ from annotated_types import MinLen
 
 from lm_envs.benchmarks.errors import UserError, one_line
 from lm_envs.benchmarks.run.names import ALL, check_algorithm, check_task, expanded
+from lm_envs.benchmarks.run.stop_rules import parse_rule
 from lm_envs.benchmarks.run.suites import (
     EnvOptions,
     Guards,
@@ -85,6 +86,7 @@ class _Suite(Settings):
     description: str = ""
     seeds: Annotated[tuple[Seed, ...], MinLen(1), Unique] = (0,)
     compile: bool = False
+    stop: tuple[Name, ...] = ()
     budget: Table = field(default_factory=dict)
     evaluation: Table = field(default_factory=dict)
     checkpoints: Table = field(default_factory=dict)
@@ -185,6 +187,12 @@ class _Reader:
         except ValueError as error:  # a fraction of several GPUs
             raise self.fail(str(error), "gpus", "[resources]") from error
 
+    def stop(self, rules: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(dict.fromkeys(str(parse_rule(rule, "stop")) for rule in rules))
+        except UserError as error:
+            raise self.fail(str(error), "stop") from error
+
     def plan(self, data: _Suite) -> Plan:
         budget = self.make(_Budget, data.budget, "[budget]")
         given = [name for name, amount in vars(budget).items() if amount is not None]
@@ -223,6 +231,7 @@ class _Reader:
             match_kl=self.make(_Match, data.match, "[match]").kl,
             keep=self.make(_Checkpoints, data.checkpoints, "[checkpoints]").keep,
             resources=self.resources(data.resources),
+            stop=self.stop(data.stop),
             guards={name: getattr(self.make(Guards, data.guards, "[guards]"), name) for name in data.guards},
             tune={name: self.space(name, table) for name, table in data.tune.items()},
         )

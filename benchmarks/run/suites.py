@@ -186,6 +186,7 @@ class RunSpec:
     adaptation: dict[str, Any] = field(default_factory=dict)
     compile: bool = False
     guards: dict[str, Any] = field(default_factory=dict)  # Guards, those that are set
+    stop: list[str] = field(default_factory=list)  # stop rules as they are written
 
     @property
     def label(self) -> str:
@@ -198,7 +199,7 @@ class RunSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as nested dictionaries, without those that are empty or False."""
-        left_out = ("adaptation", "compile", "guards")
+        left_out = ("adaptation", "compile", "guards", "stop")
         return {key: value for key, value in asdict(self).items() if value or key not in left_out}
 
 
@@ -213,6 +214,7 @@ class Suite:
         every: the algorithms are "all": those that a task does not suit are left out.
         match_kl: KLs, nats per response, at which methods are compared by their validation curves.
         guards: what differs from the defaults of :class:`Guards`.
+        stop: rules that end a run before its budget, see :mod:`lm_envs.benchmarks.run.stop_rules`.
         keep: checkpoints that a finished run keeps, so that it can be extended later.
         resources: what each run takes of a node of a Ray cluster.
         tune: what is tried of algorithms' settings by :func:`lm_envs.benchmarks.run.tuning.tune`, by algorithm.
@@ -233,6 +235,7 @@ class Suite:
     resources: Resources = Resources()
     tune: dict[str, Space] = field(default_factory=dict)
     guards: dict[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
 
     def runs(self) -> list[RunSpec]:
         """Return the cells: for each task all algorithms with the first seed, then with the next, so that early results
@@ -248,7 +251,8 @@ class Suite:
         overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
         models = {"adaptation": self.adaptation, "compile": self.compile, "guards": self.guards}
         models = {} if is_control(task.name) else models
-        return RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides, **models)  # type: ignore[arg-type]
+        more = {**models, "stop": list(self.stop)}
+        return RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides, **more)  # type: ignore[arg-type]
 
 
 def check_adaptation(settings: Mapping[str, Any]) -> None:

@@ -28,6 +28,10 @@ RUNNING = {
         ["--guard", "action=tell", "--guard", "distinct_2=0.5"],
         {"suite.guards.action": "tell", "suite.guards.distinct_2": 0.5},
     ),
+    "stop": (
+        ["--stop", "kl>20", "--stop", "gold  no better for 3"],
+        {"suite.stop.0": "kl > 20", "suite.stop.1": "gold no better for 3"},
+    ),
     "compile": (["--compile"], {"suite.compile": True}),
     "freeze_layers": (["--freeze-layers", "1"], {f"{ADAPT}.freeze_layers": 1}),
     "lora_rank": (["--lora-rank", "4"], {f"{ADAPT}.lora_rank": 4}),
