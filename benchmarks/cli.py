@@ -36,6 +36,7 @@ from lm_envs.benchmarks.commands.train import Train
 from lm_envs.benchmarks.commands.tune import Tune
 from lm_envs.benchmarks.errors import Interrupted, explain
 from lm_envs.benchmarks.run.many_processes import STARTED, carry_out, launch
+from lm_envs.benchmarks.run.suites import BUDGETS, EnvOptions
 from lm_envs.printable import printable
 from lm_envs.settings import check, field_texts, near
 
@@ -148,6 +149,12 @@ def _unknown(command: Any, word: str) -> str:
     if hasattr(command, "set") and name != "build" and setting in _settings():
         where = "" if algorithm else "ALGORITHM."
         return f"{name} has no option {option}: it is a setting, --set {where}{setting}={value or 'VALUE'}"
+    if hasattr(command, "env") and setting in (field.name for field in fields(EnvOptions)):
+        return f"{name} has no option {option}: it is one of the environment, --env {setting}={value or 'VALUE'}"
+    tables = {"evaluation": ("validation_prompts",), "budget": BUDGETS[2:]}
+    table = next((table for table, names in tables.items() if setting in names), None)
+    if name in ("compare", "train") and table is not None:
+        return f"{name} has no option {option}: a suite has it, as {setting} in [{table}] (compare --suite FILE)"
     return f"{name} has no option {option}: {near(option, _options(command))}"
 
 

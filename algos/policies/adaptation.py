@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lm_envs.model.adapters import adapter_parameters, has_adapters, merged, quiet_layout, sharing
 from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.model.endings import eos_tokens
+from lm_envs.model.gguf import folder_of, gguf_file
 from lm_envs.settings import Name, Positive, Rank, Settings, Whole
 
 
@@ -219,7 +220,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False, en
     try:
         if has_adapters(model) and model.name_or_path and not merge:
             config = model.peft_config["default"]
-            place = Path(model.name_or_path)
+            file = gguf_file(model.name_or_path)  # peft by itself reads the cache's folder of it
+            place = Path(model.name_or_path) if file is None else folder_of(file)
             config.base_model_name_or_path = str(place.resolve()) if place.exists() else model.name_or_path
             with quiet_layout():
                 model.save_pretrained(folder)

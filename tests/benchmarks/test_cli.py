@@ -467,3 +467,21 @@ def test_one_vocabulary(command, capsys, tmp_path):
             main([*words, *more, "--out", str(tmp_path / "out")])
         said = capsys.readouterr().err
         assert "has no option" not in said and "required" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("train --task reviews --algorithm ppo --clip 0.1", "it is a setting, --set clip=VALUE"),
+        ("compare --task reviews --clip=0.1", "it is a setting, --set ALGORITHM.clip=0.1"),
+        ("train --task reviews --algorithm ppo --max-new-tokens=8", "the environment, --env max_new_tokens=8"),
+        ("compare --task reviews --temperature 0.5", "it is one of the environment, --env temperature=VALUE"),
+        ("compare --task reviews --validation-prompts 8", r"a suite has it, as validation_prompts in \[evaluation\]"),
+        ("compare --task reviews --reward-calls 8", r"as reward_calls in \[budget\]"),
+        ("compare --task reviews --aglorithms ppo", "did you mean '--algorithms'"),
+    ],
+)
+def test_an_unknown_option_points_to_the_right_one(words, advice, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--out", str(tmp_path / "out")])
+    assert re.search(advice, capsys.readouterr().err)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.benchmarks.run import inputs
@@ -73,7 +74,7 @@ def test_what_is_saved_can_be_loaded_again(model, tmp_path, monkeypatch):
     found = load_policy(file)
     save_model(found, load_tokenizer(file), tmp_path / "plain")
     torch.testing.assert_close(logits(load_policy(tmp_path / "plain")), logits(model), atol=1e-5, rtol=0)
-    # adapters name the file, found from anywhere
+    # adapters name the folder of the cache, which peft by itself can read from anywhere
     monkeypatch.chdir(tmp_path)
     tuned = adapted(load_policy("tiny.gguf"), Adaptation(lora_rank=2))
     with torch.no_grad():
@@ -83,6 +84,8 @@ def test_what_is_saved_can_be_loaded_again(model, tmp_path, monkeypatch):
     save_model(tuned, load_tokenizer(file), tmp_path / "adapters")
     monkeypatch.chdir("/")
     torch.testing.assert_close(logits(load_policy(tmp_path / "adapters")), logits(tuned), atol=1e-5, rtol=0)
+    plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
+    torch.testing.assert_close(logits(plain), logits(tuned), atol=1e-5, rtol=0)
     assert (logits(tuned) - logits(model)).abs().max() > 1e-3
 
 
