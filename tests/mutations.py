@@ -1640,7 +1640,7 @@ MUTATIONS = [
     Mutation(
         "a budget of tokens lowers the step size by iterations",
         "benchmarks/run/one_run.py",
-        "agent.progress = self._spent(agent)",
+        "agent.progress = self.budget.spent(self.wall_s)",
         "agent.progress = None",
         "tests/benchmarks/run/test_budgets.py",
     ),
@@ -2343,7 +2343,7 @@ MUTATIONS = [
     Mutation(
         "a learning curve lacks its last point",
         "benchmarks/run/one_run.py",
-        "if every and (done % every == 0 or self._over(problem.agent) or self.ended):",
+        "if every and (done % every == 0 or self._over or self.ended):",
         "if every and done % every == 0:",
         f"{ONE_RUN}::test_a_run_of_few_iterations_has_a_learning_curve_too",
     ),

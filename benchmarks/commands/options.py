@@ -147,6 +147,8 @@ class Running(ManyProcesses):
     """Checkpoints that a finished run keeps, with the optimizer's state; none if not given, but always the model."""
     track: Annotated[tuple[Service, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Services that follow the runs beside TensorBoard: wandb, mlflow or trackio (extras of the same names)."""
+    show: Annotated[Whole, tyro.conf.arg(metavar="N")] = 0
+    """Iterations between a few sampled texts on the screen, with their scores; none if not given."""
     guard: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """When a policy counts as collapsed: kl_per_token=1.5 or more, distinct_2=0.25 of the start's or less; and
     action=stop, tell or off. Language models from 20 million parameters on stop, others are told of."""

@@ -61,7 +61,7 @@ class Train(Running):
         suite = Suite("training", (TaskSettings(task),), (self.algorithm,), (self.seed,), overrides=overrides)
         plan = {"validate_every": self.validate_every, "checkpoint_every": self.checkpoint_every}
         suite = self.applied(suite, own, **plan)
-        how = {"resume": self.resume, "extend": self.extend, "track": self.track}
+        how = {"resume": self.resume, "extend": self.extend, "track": self.track, "show": self.show}
         carry_out(suite, self.out, **how, threads=threads, console=console)
         model = self.out / suite.runs()[0].label / "model"
         if model.is_dir():

@@ -34,7 +34,7 @@ class Tune(Compare):
         from lm_envs.benchmarks.run.tuning import tune
 
         suite = self.to_suite()
-        how = {"track": self.track, **self.where(), "console": console}
+        how = {"track": self.track, "show": self.show, **self.where(), "console": console}
         tuned = tune(suite, self.out, trials=self.trials, seeds=self.trial_seeds, resume=self.resume, **how)
         test = self.out / "test"
         carry_out(tuned, test, resume=self.resume and test.exists(), extend=self.extend, **how)

@@ -143,6 +143,7 @@ def compare(
     resume: bool = False,
     extend: bool = False,
     track: Sequence[Service] = (),
+    show: int = 0,
     jobs: int = 1,
     threads: int = 1,
     ray: str | None = None,
@@ -155,6 +156,7 @@ def compare(
         resume: continue what ``out`` holds; it may get more tasks, algorithms or seeds than it began with.
         extend: with ``resume``, runs with a smaller budget go on to the suite's.
         track: services that follow the runs, beside TensorBoard.
+        show: iterations between sampled texts on the screen, 0 for none.
         jobs: runs at a time, each in a process of its own if more than one.
         threads: torch threads per run. The last bits of sums depend on it, so it must not depend on ``jobs``.
         ray: address of a Ray cluster that carries out the runs, instead of this process or ``jobs`` others.
@@ -188,7 +190,7 @@ def compare(
         write_sealed(out / COMPARISON, _merged(out, suite))
         write_results(out)
         if open_runs:
-            options = {"threads": threads, "keep": suite.keep, "extend": extend, "track": track}
+            options = {"threads": threads, "keep": suite.keep, "extend": extend, "track": track, "show": show}
             _carry_out(carry_out, open_runs, out, console, **options)
     return write_results(out)
 

@@ -21,9 +21,10 @@ from filelock import FileLock, Timeout
 
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run import stopping
+from lm_envs.benchmarks.run.budgets import Budget
 from lm_envs.benchmarks.run.inputs import fingerprints, flat, versions
 from lm_envs.benchmarks.run.many_processes import check_shares
-from lm_envs.benchmarks.run.problems import MOST, Problem, open_problem
+from lm_envs.benchmarks.run.problems import Problem, open_problem
 from lm_envs.benchmarks.run.storage import (
     SEAL,
     Checkpoints,
@@ -70,6 +71,7 @@ def execute(
     keep: int = 0,
     extend: bool = False,
     track: Sequence[Service] = (),
+    show: int = 0,
     notify: Notify = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     opener: Callable[[Any], Any] = open_problem,
@@ -81,6 +83,7 @@ def execute(
         keep: checkpoints that stay when the run is finished.
         extend: a run with a smaller budget goes on to this one, from its last checkpoint.
         track: services that follow the run, beside TensorBoard.
+        show: iterations between events "texts" with samples of a training batch, 0 for none.
         notify: called with events "start", "iteration" and "evaluate", dictionaries in JSON's types.
         should_stop: called after every iteration.
         opener: makes the problem of a spec.
@@ -95,7 +98,7 @@ def execute(
     try:
         with FileLock(lock, timeout=_WAIT_FOR_OTHER_S):
             lock.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            return _Run(spec, folder, threads, keep, extend, notify, should_stop, track).execute(opener)
+            return _Run(spec, folder, threads, keep, extend, notify, should_stop, track, show).execute(opener)
     except Timeout as error:
         who = lock.read_text(errors="replace") or "another process"
         raise UserError(f"{who} is at work in {folder}: wait for it, or end it") from error
@@ -157,6 +160,7 @@ class _Run:
     notify: Notify
     should_stop: Callable[[], bool]
     track: Sequence[Service] = ()
+    show: int = 0
     wall_s: float = 0.0
     ended: stopping.Ended | None = None  # before its budget
 
@@ -203,7 +207,8 @@ class _Run:
             elif config["run"] != found["run"]:
                 config = self._extended(config, problem)
             self.checkpoints.runs = (*config.get("extends", ()), config[SEAL])
-        total = 0 if problem.agent is None else self._total(problem.agent)
+        self.budget = Budget(self.spec.plan, problem.agent)
+        total = 0 if problem.agent is None else self.budget.total(self.wall_s)
         self.notify({"event": "start", "run": self.spec.label, "iteration": 0, "of": total})
         with Followers(self.track, self.folder, self.spec.label, config or found) as self.followers:
             if problem.agent is not None:
@@ -235,8 +240,8 @@ class _Run:
             if done == 0:
                 nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "trained_tokens"), 0)
                 self._record(problem, tracker, {**nothing, "wall_s": 0.0})
-            while not (self._over(agent) or self.ended):
-                agent.progress = self._spent(agent)
+            while not (self._over or self.ended):
+                agent.progress = self.budget.spent(self.wall_s)
                 start = time.perf_counter()
                 traj, metrics = agent.iteration(problem.env)
                 self.wall_s += time.perf_counter() - start
@@ -245,7 +250,9 @@ class _Run:
                     metrics["distinct_2"] = stopping.variety(traj)
                 stop = self._agree(agent, metrics)
                 self._record(problem, tracker, {**metrics, "iteration": done, "wall_s": self.wall_s})
-                regular = done % self.spec.plan.checkpoint_every == 0 or self._over(agent) or self.ended
+                if self.show and done % self.show == 0 and (texts := problem.samples(traj)):
+                    self.notify({"event": "texts", "run": self.spec.label, "iteration": done, "texts": texts})
+                regular = done % self.spec.plan.checkpoint_every == 0 or self._over or self.ended
                 # Slow iterations are not lost by the dozen. For an agent that samples steps see below.
                 if regular or (self.wall_s - saved_s > CHECKPOINT_S and agent.config.steps is None):
                     tracker.texts(problem.texts(traj), done, "training")
@@ -281,37 +288,16 @@ class _Run:
         self.wall_s = all_wall_s[0]
         return any(all_stop)
 
-    def _spent(self, agent: Any) -> float | None:
-        """The share that is spent of a budget other than iterations, None without one."""
-        if self.spec.plan.spending is None or agent.config.iterations < MOST:
-            return None
-        kind, amount = self.spec.plan.spending
-        weights = sum(p.numel() for p in agent.policy.parameters() if p.requires_grad)
-        spent = {
-            "tokens": agent.tokens_done if agent.policy.sequence_obs else agent.steps_done,
-            "reward_calls": agent.reward_calls,
-            "flops": 6 * weights * agent.trained_tokens,
-            "seconds": self.wall_s,
-        }
-        return float(spent[kind] / amount)
-
-    def _over(self, agent: Any) -> bool:
-        spent = self._spent(agent)
-        return agent.iterations_done >= agent.config.iterations if spent is None else spent >= 1
-
-    def _total(self, agent: Any) -> int:
-        """The iterations of the run; where another budget ends it, as many as its share so far suggests."""
-        spent, done = self._spent(agent), agent.iterations_done
-        if spent is None:
-            return int(agent.config.iterations)
-        return max(done, round(done / spent)) if spent else max(done, 1)
+    @property
+    def _over(self) -> bool:
+        return self.budget.over(self.wall_s)
 
     def _record(self, problem: Problem, tracker: TensorBoard | Untracked, metrics: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, with a point of the learning curve where one is due."""
-        done, total = metrics["iteration"], self._total(problem.agent)
+        done, total = metrics["iteration"], self.budget.total(self.wall_s)
         every = min(self.spec.plan.validate_every, max(1, total // LEAST_POINTS))
         self._watch(metrics)
-        if every and (done % every == 0 or self._over(problem.agent) or self.ended):
+        if every and (done % every == 0 or self._over or self.ended):
             found, samples = problem.validate()
             point = {f"validation_{name}": value for name, value in found.items()}
             self._watch({"iteration": done, **point})
@@ -350,7 +336,7 @@ class _Run:
             self.wall_s = found.state["wall_s"]
         for each in records if self.leads else ():
             each.cut(0 if found is None else found.state["records"][each.path.name][0])
-        start = {"iteration": agent.iterations_done, "of": self._total(agent)}
+        start = {"iteration": agent.iterations_done, "of": self.budget.total(self.wall_s)}
         self.notify({"event": "start", "run": self.spec.label, **start})
         return int(agent.iterations_done)
 

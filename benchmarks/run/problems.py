@@ -28,6 +28,7 @@ from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import ALGORITHMS, Unsuited, make_agent, make_config
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
+from lm_envs.benchmarks.run.budgets import MOST
 from lm_envs.benchmarks.run.names import base_task, best_of, is_control
 from lm_envs.benchmarks.run.stop_rules import Rule, check_measured, parse_rule
 from lm_envs.benchmarks.run.suites import Guards, RunSpec, check_overrides
@@ -51,9 +52,6 @@ def open_problem(spec: RunSpec) -> TextProblem | ControlProblem:
         batches = not problem.agent.needs_data
         check_measured(problem.stops, problem.measured, batches, spec.plan.validate_every > 0, spec.label)
     return problem
-
-
-MOST = 2**31 - 1  # iterations of a run that another budget ends
 
 
 def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
@@ -129,6 +127,10 @@ class Problem(Protocol):
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
         """Return the first texts of a training batch, with their scores."""
+        return []
+
+    def samples(self, traj: Trajectories, count: int = 3) -> list[dict[str, Any]]:
+        """Return some texts that the policy sampled in a training batch: ``prompt``, ``response`` and ``score``."""
         return []
 
     def costs(self, measured: dict[str, Any]) -> dict[str, int]:
@@ -293,13 +295,22 @@ class TextProblem(Problem):
             save_model(self.policy.model, self.task.tokenizer, folder, merge, self.task.eos_token_ids)
 
     def texts(self, traj: Trajectories, count: int = 2) -> list[str]:
-        if traj.prompt is None or traj.response is None:
+        return [f"{prompt} | {response}  ({score:.2f})" for prompt, response, score in self._texts(traj, slice(count))]
+
+    def samples(self, traj: Trajectories, count: int = 3) -> list[dict[str, Any]]:
+        if self.agent is None or self.agent.needs_data:
+            return []
+        rows = np.linspace(0, len(traj), count, endpoint=False, dtype=int)  # of a few prompts, not of one group
+        found = self._texts(traj, np.unique(rows))
+        return [dict(zip(("prompt", "response", "score"), each, strict=True)) for each in found]
+
+    def _texts(self, traj: Trajectories, rows: Any) -> list[tuple[str, str, float]]:
+        if traj.prompt is None or traj.response is None or not len(traj):
             return []
         mdp = self._measure("test").mdp
-        rows = slice(count)
         prompts, responses = mdp.texts(traj.prompt[rows].numpy(), traj.response[rows].numpy())
         scores = traj.score[rows].tolist() if traj.score is not None else [math.nan] * len(prompts)
-        return [f"{p} | {r}  ({s:.2f})" for p, r, s in zip(prompts, responses, scores, strict=True)]
+        return list(zip(prompts, responses, scores, strict=True))
 
 
 _OPTIONS = ("temperature", "max_new_tokens", "min_new_tokens", "missing_eos")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Self
 
@@ -10,6 +11,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lm_envs.benchmarks.run.results import number, plain
+from lm_envs.printable import one_line
+
+PROMPT, RESPONSE = 50, 120  # characters of a sample that are shown
 
 
 def figures(metrics: dict[str, Any]) -> str:
@@ -54,6 +58,13 @@ def final_figures(result: dict[str, Any]) -> str:
     return text if gold != gold else f"win-rate {100 * win_rate:.0f} %  gold {gold:.2f}  {text}"
 
 
+def sample_line(text: dict[str, Any]) -> str:
+    """Return one printable line with the score, the end of the prompt and the beginning of the response of a sample."""
+    score, prompt = number(text["score"]), one_line(text["prompt"][-1000:], 10_000)
+    prompt = prompt if len(prompt) <= PROMPT else f"...{prompt[3 - PROMPT :]}"
+    return f"  {'–' if math.isnan(score) else plain(score, 2):>6}  {prompt} | {one_line(text['response'], RESPONSE)}"
+
+
 class Display:
     """Shows the events of :mod:`lm_envs.benchmarks.run.one_run`: in a terminal a bar per run under way and one for the
     whole; elsewhere a line now and then. Starts and ends of runs are lines in both."""
@@ -94,6 +105,9 @@ class Display:
                 self.say(f"{run}: continuing after iteration {event['iteration']}")
         elif kind == "iteration":
             self._iteration(run, event["metrics"], event["of"])
+        elif kind == "texts":
+            lines = [sample_line(text) for text in event["texts"]]
+            self.say("\n".join([f"{run}: texts of iteration {event['iteration']}", *lines]))  # one write: never torn
         elif kind == "ended":
             fell = event["kind"] == "collapsed"
             told = f"collapsed ({event['why']}): training stops here; [guards] in a suite, or --guard"

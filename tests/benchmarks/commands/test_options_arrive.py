@@ -24,6 +24,7 @@ RUNNING = {
     "extend": (["--resume", "--extend"], {"resume": True, "extend": True}),
     "keep": (["--keep", "17"], {"suite.keep": 17}),
     "track": (["--track", "wandb", "trackio"], {"track.0": "wandb", "track.1": "trackio"}),
+    "show": (["--show", "23"], {"show": 23}),
     "guard": (
         ["--guard", "action=tell", "--guard", "distinct_2=0.5"],
         {"suite.guards.action": "tell", "suite.guards.distinct_2": 0.5},

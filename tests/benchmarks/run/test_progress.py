@@ -8,7 +8,10 @@ import math
 import pytest
 from rich.console import Console
 
-from lm_envs.benchmarks.run.progress import Display, figures, final_figures
+from lm_envs.benchmarks.run.one_run import execute
+from lm_envs.benchmarks.run.progress import Display, figures, final_figures, sample_line
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
+from tests.benchmarks.fake_task import NAME
 
 VALIDATED = {"validation_gold": 0.5, "validation_proxy": 0.25, "validation_kl": 9.0, "validation_return": 7.0}
 
@@ -60,3 +63,41 @@ def test_lines_where_there_is_no_terminal(monkeypatch):
         "c: stopped, saved",
         "a: done (1/3)  win-rate 50 %  gold 0.10  proxy 0.20  KL 0.3",
     ]
+
+
+def test_sampled_texts_are_one_printable_line_each():
+    long = {"prompt": f"{'a' * 60} end", "response": "b" * 500, "score": 0.5}
+    line = sample_line(long)
+    assert line.startswith("    0.50  ...aaa") and " end | bbb" in line and line.endswith("b...") and len(line) < 190
+    assert sample_line({"prompt": "p\x1b[2J", "response": "a\n\nb", "score": math.nan}) == "       –  p\\x1b[2J | a b"
+
+
+def test_the_texts_of_a_run_are_written_at_once():
+    class Pieces(io.StringIO):
+        parts: list[str] = []
+
+        def write(self, text: str) -> int:
+            self.parts.append(text)
+            return len(text)
+
+    texts = [{"prompt": f"p{i}", "response": "r", "score": float(i)} for i in range(3)]
+    with Display(Console(file=Pieces(), width=40), 1) as shown:
+        shown({"event": "texts", "run": "a", "iteration": 5, "texts": texts})
+    (whole,) = filter(None, Pieces.parts)
+    assert whole.splitlines() == ["a: texts of iteration 5", *(f"    {i}.00  p{i} | r" for i in range(3))]
+
+
+def test_a_run_shows_texts_of_its_own_batches(tmp_path):
+    events = {}
+    for show in (0, 2):
+        found: list[dict] = []
+        run = RunSpec(NAME, "reinforce", 0, Plan(iterations=4, test_prompts=4), overrides={"episodes": 8})
+        result = execute(run, tmp_path / str(show), show=show, notify=found.append)
+        events[show] = [event for event in found if event["event"] == "texts"]
+        assert result["reward_calls"] == 4 * 8  # at no cost
+    assert events[0] == [] and [event["iteration"] for event in events[2]] == [2, 4]
+    for event in events[2]:
+        assert len(event["texts"]) == 3
+        for text in event["texts"]:
+            words = text["response"].split()
+            assert text["score"] == words.count("b") - words.count("c")
