@@ -25,6 +25,7 @@ from lm_envs.benchmarks.commands.build import Build
 from lm_envs.benchmarks.commands.check import Check
 from lm_envs.benchmarks.commands.compare import Compare
 from lm_envs.benchmarks.commands.data import DataCommand
+from lm_envs.benchmarks.commands.generate import Chat, Generate
 from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
 from lm_envs.benchmarks.commands.options import ManyProcesses
 from lm_envs.benchmarks.commands.overoptimize import Overoptimise
@@ -50,6 +51,8 @@ _COMMANDS: dict[str, type[Any]] = {
     "sft": Sft,
     "reward-model": RewardModel,
     "dpo": Dpo,
+    "generate": Generate,
+    "chat": Chat,
     "data": DataCommand,
     "tune": Tune,
     "overoptimise": Overoptimise,
@@ -118,7 +121,8 @@ def _run(words: list[str], debug: bool) -> None:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
         again = shlex.join(["lm-envs", *words, *([] if "--resume" in words else ["--resume"])])
-        console.print(f"Stopped. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
+        further = f" To go on: {again}" if "--resume" in _options(command) else ""
+        console.print(f"Stopped.{further}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         raise

@@ -1115,6 +1115,27 @@ MUTATIONS = [
         BOND,
     ),
     Mutation(
+        "the optimum as a teacher is the reference",
+        "algos/distillation.py",
+        "return TabularPolicy(exact, exact.optimal_policy)",
+        "return TabularPolicy(exact)",
+        DISTILLATION,
+    ),
+    Mutation(
+        "what a run left is shown as its start",
+        "benchmarks/run/generation.py",
+        '{"start": task.start, "tuned": load_policy(place)}',
+        '{"tuned": task.start, "start": load_policy(place)}',
+        "tests/benchmarks/commands/test_generate.py",
+    ),
+    Mutation(
+        "a trial that collapsed may be chosen",
+        "benchmarks/run/tuning.py",
+        'if not (told["collapsed"] or math.isnan(told["value"]))',
+        'if not math.isnan(told["value"])',
+        "tests/benchmarks/run/test_tuning.py",
+    ),
+    Mutation(
         "distillation as a reward counts the token's own KL",
         "algos/distillation.py",
         "self.config.gamma) - adv.masked(reward, traj.mask)",
