@@ -48,7 +48,7 @@ class BestOfN:
         # The first sample uses the numbers of a plain response, so best-of-1 gives the base policy's tokens.
         self.uniforms_per_response = n * policy.uniforms_per_response + (0 if temperature is None else n)
         self.tokens_generated = 0
-        self.reward_calls = 0
+        self.reward_calls = self.scored_tokens = 0
 
     @torch.no_grad()
     def answer(self, index: Tensor, prompts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -62,7 +62,9 @@ class BestOfN:
         response, logprob = self.policy.respond(repeated, uniforms[:, :steps].reshape(count * self.n, -1))
         rows = index.repeat_interleave(self.n).cpu().numpy()
         score = self.mdp.score(rows, response.cpu().numpy()).sum(axis=1).reshape(count, self.n)
-        self.tokens_generated += int((response >= 0).sum())
+        sampled = int((response >= 0).sum())
+        self.tokens_generated += sampled
+        self.scored_tokens += sampled + int((repeated >= 0).sum())
         self.reward_calls += count * self.n
         if self.temperature is not None:  # the largest of r / temperature plus Gumbel noise is so distributed
             noise = uniforms[:, steps:].cpu().numpy().clip(min=np.finfo(float).tiny)

@@ -43,7 +43,7 @@ class ReMax(RLOO):
             raise ValueError("remax scores a greedy response to each prompt: give it a text env, or set .mdp")
         index, place = torch.unique(traj.prompt_index, return_inverse=True)
         first = torch.zeros_like(index).scatter_(0, place.flip(0), torch.arange(len(place)).flip(0).to(place.device))
-        response = self.policy.greedy(traj.prompt[first]).cpu()
+        response = self.policy.greedy(prompt := traj.prompt[first]).cpu()
         score = torch.as_tensor(self.mdp.score(index.cpu().numpy(), response.numpy())).sum(dim=1)
-        charge(self, response)
+        charge(self, prompt, response)
         return score.to(place.device)[place]

@@ -2973,6 +2973,20 @@ MUTATIONS = [
         "self._watch()",
         "tests/benchmarks/run/test_stopping.py::test_a_run_cut_anywhere_stops_at_the_same_iteration",
     ),
+    Mutation(
+        "the reference reads for nothing",
+        "algos/engine/sampling.py",
+        "(traj.score is not None) + (traj.ref_logprob is not None) +",
+        "(traj.score is not None) +",
+        "tests/benchmarks/measure/test_cost.py::test_each_method_is_charged_for_what_it_takes",
+    ),
+    Mutation(
+        "a budget of sampled and scored tokens counts the sampled only",
+        "benchmarks/run/budgets.py",
+        '"total_tokens": sampled + agent.scored_tokens',
+        '"total_tokens": sampled',
+        "tests/benchmarks/run/test_budgets.py::test_a_run_ends_with_the_iteration_that_reaches_its_budget",
+    ),
 ]
 
 

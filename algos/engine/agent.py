@@ -39,8 +39,8 @@ from lm_envs.tasks.base import TextTask
 from lm_envs.training import add_gradients, stream, take_step
 from lm_envs.trajectories import Trajectories
 
-_SAMPLED = ("episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls", "comparisons_done")
-_COUNTERS = ("iterations_done", *_SAMPLED, "trained_tokens")
+_SAMPLED = ("episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls", "scored_tokens")
+_COUNTERS = ("iterations_done", *_SAMPLED, "comparisons_done", "trained_tokens")
 _WEIGHTS = itertools.count()  # numbers of weights: equal numbers, equal weights
 
 C = TypeVar("C", bound=AgentConfig)
@@ -67,6 +67,8 @@ class Agent(Generic[C]):
         iterations_done, episodes_done, tokens_done, reward_calls: counters of what was learned from.
         steps_done: env steps taken, those of surplus episodes included.
         samples_done: episodes sampled, those that annotators compared included.
+        scored_tokens: tokens of prompts and sampled responses that the reward read, those that the reference read, and
+            those that a critic with a model of its own read.
         comparisons_done: pairs that annotators compared during the run, and that something was trained on.
         trained_tokens: response tokens (steps on control) evaluated with a gradient; each pass counts.
         given: what its data took, see :mod:`lm_envs.algos.engine.cost`.
@@ -99,7 +101,7 @@ class Agent(Generic[C]):
             raise ValueError(f"{self.name}: the policy has no parameter that requires a gradient")
         self.optimizer = make_adam(self._parameters, self.name, self.config.learning_rate, self.config.adam_eps)
         self.iterations_done = self.episodes_done = self.samples_done = self.tokens_done = self.steps_done = 0
-        self.reward_calls = self.comparisons_done = self.trained_tokens = 0
+        self.reward_calls = self.scored_tokens = self.comparisons_done = self.trained_tokens = 0
         self.given: Mapping[str, int] = {}
         self._kl = KLCoefficient(self.name, self.published_kl_coef)
         self._weights = next(_WEIGHTS)
@@ -336,7 +338,7 @@ class Agent(Generic[C]):
             self._kl.steer(metrics["kl"])
         self.after_iteration()
         metrics["tokens_per_second"] = float(traj.response_lengths.sum()) / (time.perf_counter() - start)
-        shown = ("episodes_done", "steps_done", "tokens_done", "reward_calls", "trained_tokens")
+        shown = ("episodes_done", "steps_done", "tokens_done", "reward_calls", "scored_tokens", "trained_tokens")
         metrics |= {name.removesuffix("_done"): getattr(self, name) for name in shown}
         return traj, metrics
 

@@ -13,7 +13,7 @@ from lm_envs.tasks.base import TextTask
 from lm_envs.trajectories import Trajectories
 
 _GIVEN = ("comparisons", "given_tokens", "given_episodes")
-COLUMNS = ("tokens_generated", "reward_calls", *_GIVEN, "episodes", "trained_tokens")
+COLUMNS = ("tokens_generated", "reward_calls", "scored_tokens", *_GIVEN, "episodes", "trained_tokens")
 
 
 def of_preferences(data: Any) -> Counter[str]:
@@ -40,12 +40,14 @@ def total(agent: Agent[Any] | None, given: Mapping[str, int], measured: Mapping[
     Args:
         agent: the one that trained, if any.
         given: the cost of its data, see :func:`of_preferences` and :func:`of_reward`.
-        measured: with ``inference_tokens``, ``inference_episodes`` and ``inference_reward_calls``.
+        measured: with ``inference_tokens``, ``inference_episodes``, ``inference_reward_calls`` and, for a policy that
+            the reward chooses for, ``inference_scored_tokens``.
     """
     spent = Counter(given) + Counter(
         tokens_generated=measured["inference_tokens"],
         episodes=measured["inference_episodes"],
         reward_calls=measured["inference_reward_calls"],
+        scored_tokens=measured.get("inference_scored_tokens", 0),
     )
     if agent is not None:
         text = agent.policy.sequence_obs
@@ -53,6 +55,7 @@ def total(agent: Agent[Any] | None, given: Mapping[str, int], measured: Mapping[
             tokens_generated=agent.tokens_done if text else agent.steps_done,
             reward_calls=agent.reward_calls if text else agent.steps_done,
             episodes=agent.samples_done,
+            scored_tokens=agent.scored_tokens,
             comparisons=agent.comparisons_done,
             trained_tokens=agent.trained_tokens,
         )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import rng
+from lm_envs.algos.engine.batching import costs
 from lm_envs.algos.engine.config import AgentConfig
 from lm_envs.algos.engine.metrics import Averages, describe
 from lm_envs.env.report import text_envs
@@ -95,14 +96,19 @@ def count(agent: Any, traj: Trajectories) -> dict[str, float]:
     agent.samples_done += episodes
     agent.tokens_done += int(traj.response_lengths.sum())
     agent.reward_calls += len(traj) if traj.score is not None else 0
+    readers = (traj.score is not None) + (traj.ref_logprob is not None) + agent.policy.has_own_critic
+    agent.scored_tokens += readers * int(costs(traj).sum())
     return metrics
 
 
-def charge(agent: Any, response: Tensor) -> None:
-    """Count responses ``(N, T)`` that an agent samples and scores beside its batches, padded with -1."""
+def charge(agent: Any, prompt: Tensor, response: Tensor) -> None:
+    """Count responses ``(N, T)`` to prompts ``(N, P)``, both padded with -1, that an agent samples and scores beside
+    its batches."""
     agent.samples_done += len(response)
     agent.reward_calls += len(response)
-    agent.tokens_done += int((response >= 0).sum())
+    sampled = int((response >= 0).sum())
+    agent.tokens_done += sampled
+    agent.scored_tokens += sampled + int((prompt >= 0).sum())
 
 
 def sample_beside(agent: Any, policy: Any, prompt: Tensor, episodes: NDArray[np.int64]) -> Tensor:
@@ -111,7 +117,7 @@ def sample_beside(agent: Any, policy: Any, prompt: Tensor, episodes: NDArray[np.
     places = np.arange(policy.uniforms_per_response)
     uniforms = rng.uniform(agent.config.seed, rng.TOKEN, SAMPLE_EPISODES + episodes[:, None], places)
     response, _ = policy.respond(prompt, torch.as_tensor(uniforms))
-    charge(agent, response)
+    charge(agent, prompt, response)
     return response
 
 

@@ -241,6 +241,7 @@ def summarise(
     if best:  # a process counts what it sampled
         inference_tokens = total(best.tokens_generated, "tokens of best-of-n")
         calls = total(best.reward_calls, "reward calls of best-of-n")
+        scored = total(best.scored_tokens, "tokens that best-of-n's reward read")
     return {
         "win_rate": float(outcome.mean()),
         "win_rate_se": standard_error(outcome),
@@ -261,6 +262,7 @@ def summarise(
         "inference_tokens": inference_tokens,
         "inference_episodes": calls if best else len(outcome),
         "inference_reward_calls": calls if best else 0,
+        **({"inference_scored_tokens": scored} if best else {}),
         "inference_s": found.seconds,
         "prompts": len(outcome),
         "wins": outcome.tolist(),

@@ -31,6 +31,7 @@ class Budget:
         sampled = agent.tokens_done if agent.policy.sequence_obs else agent.steps_done
         spent = {
             "tokens": sampled,
+            "total_tokens": sampled + agent.scored_tokens,
             "reward_calls": agent.reward_calls,
             "flops": 6 * weights * agent.trained_tokens,
             "seconds": wall_s,

@@ -238,7 +238,7 @@ class _Run:
         tracker = TensorBoard(self.folder / "tensorboard", resumed_at=done) if self.leads else Untracked()
         try:
             if done == 0:
-                nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "trained_tokens"), 0)
+                nothing = dict.fromkeys(("iteration", "tokens", "reward_calls", "scored_tokens", "trained_tokens"), 0)
                 self._record(problem, tracker, {**nothing, "wall_s": 0.0})
             while not (self._over or self.ended):
                 agent.progress = self.budget.spent(self.wall_s)

@@ -200,6 +200,7 @@ SHOWN = (
     _aside("wall_s", "seconds", 0, "of training and of sampling the test responses"),
     _aside("comparisons", "comparisons", 0, "pairs that annotators judged, for the method or for its reward model"),
     _aside("given_tokens", "given tokens", 0, "of compared responses that were there before the run"),
+    _aside("scored_tokens", "scored tokens", 0, "of prompts and responses read by the reward, reference or own critic"),
     _aside("episodes", "episodes", 0, "responses sampled, in training and for the test"),
     _aside("trained_tokens", "trained tokens", 0, "response tokens with a gradient, counted in each pass over them"),
 )

@@ -104,6 +104,7 @@ class _Budget(Settings):
     iterations: Count | None = None
     episodes: Count | None = None
     tokens: Count | None = None
+    total_tokens: Count | None = None
     reward_calls: Count | None = None
     flops: Positive | None = None
     seconds: Positive | None = None

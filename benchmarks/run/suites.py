@@ -15,7 +15,7 @@ from lm_envs.settings import Count, Finite, NonNegative, Positive, Settings, Sev
 
 Service: TypeAlias = Literal["wandb", "mlflow", "trackio"]
 """What can follow a run beside TensorBoard."""
-BUDGETS = ("iterations", "episodes", "tokens", "reward_calls", "flops", "seconds")
+BUDGETS = ("iterations", "episodes", "tokens", "total_tokens", "reward_calls", "flops", "seconds")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Plan(Settings):
             less than four points.
         checkpoint_every: iterations between checkpoints.
         tokens: response tokens sampled in training, until a run ends.
+        total_tokens: tokens that are sampled in training and that are scored there, see docs/costs.md.
         reward_calls: responses scored in training, until a run ends.
         flops: floating-point operations of the optimizer, 6 per trained parameter and trained token.
         seconds: of training; the only budget that a rerun does not repeat exactly.
@@ -44,6 +45,7 @@ class Plan(Settings):
     validate_every: Whole = 10
     checkpoint_every: Count = 20
     tokens: Count | None = None
+    total_tokens: Count | None = None
     reward_calls: Count | None = None
     flops: Positive | None = None
     seconds: Positive | None = None

@@ -23,7 +23,7 @@ from lm_envs.printable import first_line
 Scalars = dict[str, float]
 # People look at these first; they are under "main", the rest of an algorithm's metrics under "update".
 _MAIN = ("return", "score", "gold", "proxy", "kl", "kl_coef", "entropy", "length", "tokens_per_second")
-_COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "trained_tokens", "wall_s")
+_COUNTERS = ("tokens", "episodes", "steps", "reward_calls", "scored_tokens", "trained_tokens", "wall_s")
 _VALIDATION = "validation_"
 PROJECT = "lm-envs"
 

@@ -101,8 +101,10 @@ def test_demonstrations_beside_the_samples_are_trained_tokens_too():
 
 def test_samples_beside_the_batches_are_charged_with_their_ends():
     agent = batches.learner("rloo")
-    charge(agent, torch.tensor([[3, 0, -1], [2, 2, 2]]))  # EOS, 0, is a token like others
+    prompt, response = torch.tensor([[-1, 0], [4, 4]]), torch.tensor([[3, 0, -1], [2, 2, 2]])
+    charge(agent, prompt, response)  # EOS, 0, is a token like others
     assert (agent.samples_done, agent.reward_calls, agent.tokens_done, agent.episodes_done) == (2, 2, 5, 0)
+    assert agent.scored_tokens == 3 + 5
 
 
 class Counted(gymnasium.Wrapper):

@@ -18,12 +18,19 @@ from tests.algos import batches
 TASK = "tests.benchmarks.distinct_task:fixed"
 PLAN = Plan(test_prompts=10, validation_prompts=2)
 # Ten test responses of 6 tokens are charged to everybody.
-TEST = {"tokens_generated": 60, "episodes": 10, "reward_calls": 0, "trained_tokens": 0}
+TEST = {"tokens_generated": 60, "episodes": 10, "reward_calls": 0, "scored_tokens": 0, "trained_tokens": 0}
 TEST |= {"comparisons": 0, "given_tokens": 0, "given_episodes": 0}
+
+
+def read(*responses: int) -> dict[str, int]:
+    """So many responses of 6 tokens are read, after their prompts of 5: those of the reward, then of the reference."""
+    return {"scored_tokens": 11 * sum(responses)}
+
+
 # The reward model has seen 4 pairs of 3 + 2 tokens.
 REWARD = {"comparisons": 4, "given_episodes": 8, "given_tokens": 20}
 # Two iterations of 8 episodes of 6 tokens, and the test.
-SAMPLED = TEST | {"tokens_generated": 96 + 60, "episodes": 16 + 10, "reward_calls": 16} | REWARD
+SAMPLED = TEST | {"tokens_generated": 96 + 60, "episodes": 16 + 10, "reward_calls": 16} | REWARD | read(16, 16)
 ONCE = SAMPLED | {"trained_tokens": 96}
 FIVE = TEST | {"comparisons": 5, "given_episodes": 10, "given_tokens": 60}  # 5 pairs of 6 + 6 tokens
 THREE = {"comparisons": 3, "given_episodes": 6, "given_tokens": 15}
@@ -34,11 +41,12 @@ ITERATED = TEST | {
     "tokens_generated": 96 + 144 + 60,
     "episodes": 16 + 24 + 10,
     "reward_calls": 16,
+    "scored_tokens": 11 * (16 + 16),
     "trained_tokens": 96,
 }
 EXPECTED = [
     ("sft", {}, TEST),
-    ("best-of-4", {}, TEST | {"tokens_generated": 240, "episodes": 40, "reward_calls": 40} | REWARD),
+    ("best-of-4", {}, TEST | {"tokens_generated": 240, "episodes": 40, "reward_calls": 40} | REWARD | read(40)),
     ("reinforce", {}, ONCE),
     # ... and one batch of 5 demonstrations of 3 tokens for each of 2 steps
     ("reinforce", {"alpha": 0.1, "demonstrations": 5}, SAMPLED | {"trained_tokens": 96 + 2 * 15}),
@@ -53,18 +61,29 @@ EXPECTED = [
     ("reinforce-plus-plus", {}, ONCE),
     ("reinforce-plus-plus-baseline", {}, ONCE),
     # the greedy response to each of a batch's prompts, of which one comes up twice
-    ("remax", {}, ONCE | {"tokens_generated": 156 + 15 * 6, "episodes": 26 + 15, "reward_calls": 16 + 15}),
+    (
+        "remax",
+        {},
+        ONCE | read(31, 16) | {"tokens_generated": 156 + 15 * 6, "episodes": 26 + 15, "reward_calls": 16 + 15},
+    ),
     # 64 samples of the reference for each of 4 prompts
-    ("vbon", {}, ONCE | {"tokens_generated": 156 + 256 * 6, "episodes": 26 + 256, "reward_calls": 16 + 256}),
+    (
+        "vbon",
+        {},
+        ONCE | read(272, 16) | {"tokens_generated": 156 + 256 * 6, "episodes": 26 + 256, "reward_calls": 16 + 256},
+    ),
     # two samples of the anchor for each response, of which one is learned from
     (
         "bond",
         {},
         SAMPLED
+        | read(48, 16)
         | {"trained_tokens": 2 * 96, "tokens_generated": 156 + 32 * 6, "episodes": 26 + 32, "reward_calls": 16 + 32},
     ),
     ("a2c", {}, ONCE),
     ("ppo", PASSES, SAMPLED | {"trained_tokens": 3 * 96}),
+    # its critic is a model of its own, which reads all that was sampled
+    ("ppo", PASSES | {"value_from": "reward_model"}, SAMPLED | {"trained_tokens": 3 * 96} | read(16, 16, 16)),
     ("ppo-klpen", PASSES, SAMPLED | {"trained_tokens": 3 * 96}),
     ("ppo-ptx", PASSES | {"demonstrations": 5}, SAMPLED | {"trained_tokens": 3 * 96 + 2 * 3 * 2 * 15}),
     # 2 of 8 are kept, for 2 passes
@@ -77,6 +96,7 @@ EXPECTED = [
         "xpo",
         {},
         SAMPLED
+        | read(32, 16)
         | {"trained_tokens": 2 * 96, "tokens_generated": 156 + 16 * 6, "episodes": 26 + 16, "reward_calls": 16 + 16},
     ),
     ("dpo", {"pairs": 5, "episodes": 3}, FIVE | {"trained_tokens": 2 * 3 * 12}),

@@ -28,12 +28,13 @@ def lines(out: Path, run: RunSpec) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("name", "amount", "column"), [("tokens", 150, "tokens"), ("reward_calls", 3 * EPISODES - 1, "reward_calls")]
+    ("name", "amount", "column"),
+    [("tokens", 150, "tokens"), ("total_tokens", 900, "all"), ("reward_calls", 3 * EPISODES - 1, "reward_calls")],
 )
 def test_a_run_ends_with_the_iteration_that_reaches_its_budget(tmp_path, name, amount, column):
     run = spec(**{name: amount})
     execute(run, tmp_path)
-    found = lines(tmp_path, run)
+    found = [{**each, "all": each["tokens"] + each["scored_tokens"]} for each in lines(tmp_path, run)]
     assert found[-1][column] >= amount > found[-2][column]
     before = [0, *(each[column] for each in found[:-1])]
     assert [each["learning_rate"] for each in found] == pytest.approx([1e-2 * (1 - x / amount) for x in before])
