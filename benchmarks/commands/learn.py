@@ -63,7 +63,7 @@ class _Learn(ManyProcesses):
     """Services that follow the run beside TensorBoard: wandb, mlflow or trackio (extras of the same names)."""
     threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads of each process."""
-    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
+    adapt: Annotated[Adapt, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="trained part")] = Adapt()
 
     algorithm: ClassVar[str]
 

@@ -159,8 +159,8 @@ class Running(ManyProcesses):
     compile: bool = False
     """Compile the policy's sampling with torch.compile, which takes seconds to minutes each time: for long runs
     (docs/throughput.md)."""
-    adapt: Annotated[Adapt, tyro.conf.arg(name="")] = Adapt()
-    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
+    adapt: Annotated[Adapt, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="trained part")] = Adapt()
+    own: Annotated[Own, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="own task")] = Own()
 
     def applied(self, suite: Suite, own: dict[str, dict[str, Any]], **plan: Any) -> Suite:
         """Return a suite with the given budget, options of the environment, adaptation, and the user's own tasks.

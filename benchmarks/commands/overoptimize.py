@@ -40,7 +40,7 @@ class Overoptimise:
     """A setting of the algorithm, as in --set learning_rate=1e-3; may be repeated."""
     seed: Seed = 0
     """Seed of everything."""
-    own: Annotated[Own, tyro.conf.arg(name="")] = Own()
+    own: Annotated[Own, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="own task")] = Own()
 
     def run(self, console: Console) -> None:
         from lm_envs.benchmarks.report.overoptimization import Settings, overoptimise
