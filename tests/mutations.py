@@ -77,6 +77,28 @@ PEOPLE = "tests/benchmarks/commands/test_people_recomputed.py"
 AGGREGATE = "tests/benchmarks/run/test_recomputed_aggregate.py"
 
 MUTATIONS = [
+    # Tasks on real text
+    Mutation(
+        "an empty response meets no constraint",
+        "lm_envs/reward/constraints.py",
+        "return bool(_words(text)) and KINDS",
+        "return KINDS",
+        "tests/lm_envs/reward/test_constraints.py::test_shares_by_hand",
+    ),
+    Mutation(
+        "less than n words in IFEval is at most n - 1",
+        "lm_envs/tasks/instruct.py",
+        '{"most": given[number] - 1}',
+        '{"most": given[number]}',
+        "tests/lm_envs/tasks/test_instruct.py::test_ifeval_columns",
+    ),
+    Mutation(
+        "options that are given come before those in a task's name",
+        "lm_envs/tasks/__init__.py",
+        "options = {**given, **options}",
+        "options = {**options, **given}",
+        "tests/lm_envs/tasks/test_names.py::test_they_reach_the_loader_behind_what_is_given",
+    ),
     # Numbers that a step on the way loses: a setting, a seed, a split, a term, a mean
     Mutation(
         "scores are in units of the method's own spread",

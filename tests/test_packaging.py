@@ -48,6 +48,7 @@ def expected_in_wheel(root: Path) -> set[str]:
     files += (path for path in (root / "lm_envs/tasks/reviews_v0").rglob("*") if path.is_file())
     files += [
         *(root / "lm_envs/feedback/page").iterdir(),
+        *(root / "lm_envs/tasks/prompts").iterdir(),
         root / "benchmarks/report/page.html",
         root / "benchmarks/probes/page.html",
     ]

@@ -16,9 +16,10 @@ from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.run.suite_files import load_suite
 from lm_envs.benchmarks.run.suites import Suite, TaskSettings, parse_settings
 from lm_envs.settings import Positive, Seed, Several, Threads, near
+from lm_envs.tasks import parts_of
 
-# The suite whose settings a task of the user's own gets by default.
-_LIKE: dict[tuple[str, ...], str] = {("corpus",): "demo-real", ("translation",): "translation"}
+# The suite whose settings a task gets by default, the demo's for others.
+_LIKE = {"corpus": "demo-real", "translation": "translation", "instruct": "demo-pretrained"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class Compare(Running):
             elif any(is_control(name) or base_task(name)[1] == "bandit" for name in tasks):
                 raise UserError("say which --algorithms to compare on that task, as in --algorithms reinforce ppo")
             else:
-                like = load_suite(_LIKE.get(tasks, "demo"))
+                like = load_suite(_LIKE.get(parts_of(tasks[0])[0] if len(tasks) == 1 else "", "demo"))
                 suite = replace(like, name="comparison", tasks=chosen)
         if self.seeds:
             suite = replace(suite, seeds=self.seeds)

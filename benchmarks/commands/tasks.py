@@ -25,6 +25,7 @@ _CONFIGS = {
     "custom": "lm_envs.tasks.custom:CustomConfig",
     "corpus": "lm_envs.tasks.corpus:CorpusConfig",
     "translation": "lm_envs.tasks.translation:TranslationConfig",
+    **dict.fromkeys(("instruct",), "lm_envs.tasks.custom:CustomConfig"),
 }
 """The options of tasks whose loaders take them by any name."""
 
@@ -129,11 +130,11 @@ def _settings(name: str, kind: Any) -> Table:
 def _task(name: str, made: Any) -> Iterator[Any]:
     """A task's text, and the options that its loader takes."""
     yield from _paragraphs(made)
-    options = dict(_defaults(inspect.signature(made).parameters.values()))
+    options = own = dict(_defaults(inspect.signature(made).parameters.values()))
     texts: dict[str, str] = {}
     if config := _CONFIGS.get(name):
         kind = find(config, "task", fits=is_dataclass)
-        options |= _defaults(inspect.signature(kind).parameters.values())
+        options = {**own, **dict(_defaults(inspect.signature(kind).parameters.values())), **own}
         texts = _attributes(kind)
     table = Table("option", "default", *["what it is"] * bool(texts), title=f"Options of {escape(name)}")
     table.title_justify = "left"

@@ -24,7 +24,7 @@ from lm_envs.model.gguf import gguf_file
 from lm_envs.model.hub import commit_of
 from lm_envs.plugins import place_of
 from lm_envs.reward.specs import Source, Spec, is_spec, parse_reward
-from lm_envs.tasks import TASKS
+from lm_envs.tasks import TASKS, parts_of
 
 if TYPE_CHECKING:
     from lm_envs.benchmarks.run.data_problem import DataSpec
@@ -61,7 +61,8 @@ def fingerprints(spec: RunSpec | DataSpec) -> dict[str, str]:
     settings = spec.to_json()
     options = settings.get("options") or {name: settings[name] for name in ("model", "data") if name in settings}
     if "options" in settings:
-        options |= {"task": base_task(spec.task)[0], "algorithm": spec.algorithm}
+        task, first, given = parts_of(base_task(spec.task)[0])
+        options = {**given, **options, "argument": first, "task": task, "algorithm": spec.algorithm}
     found: dict[str, str | None] = {}
     for name, value in options.items():
         for text in value if isinstance(value, list) else [value]:

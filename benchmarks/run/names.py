@@ -20,11 +20,13 @@ def folder_name(name: str) -> str:
 
 
 def base_task(name: str) -> tuple[str, str]:
-    """Return the registered task and the kind of env of a name: ``("reviews", "bandit")`` for ``"reviews-bandit"``."""
+    """Return the task and the kind of env of a name: ``("reviews", "bandit")`` for ``"reviews-bandit"``. The options
+    behind a question mark stay with the task."""
     from lm_envs.tasks import TASKS
 
-    if name not in TASKS and name.endswith(_BANDIT):
-        return name.removesuffix(_BANDIT), "bandit"
+    head, mark, options = name.partition("?")
+    if head not in TASKS and head.endswith(_BANDIT):
+        return head.removesuffix(_BANDIT) + mark + options, "bandit"
     return name, "mdp"
 
 
@@ -41,12 +43,12 @@ def best_of(algorithm: str) -> int | None:
 
 def is_control(task: str) -> bool:
     """Return whether a task's name is a Gymnasium id, such as ``CartPole-v1``."""
-    return re.search(r"-v\d+$", task) is not None
+    return "?" not in task and re.search(r"-v\d+$", task) is not None
 
 
 def check_task(name: str) -> None:
     """Raise UserError or ValueError unless there is such a task; the message names similar ones."""
-    from lm_envs.tasks import TASKS
+    from lm_envs.tasks import TASKS, parts_of
 
     if is_control(name):
         import gymnasium
@@ -58,8 +60,8 @@ def check_task(name: str) -> None:
         if "task" in spec.kwargs:
             bandit = _BANDIT if "Bandit" in name else ""
             raise UserError(f"{name!r} is called {spec.kwargs['task'] + bandit!r} here: use that name")
-    elif (base := base_task(name)[0]) not in TASKS:
-        find(base, "task", TASKS)
+    else:
+        find(parts_of(base_task(name)[0])[0], "task", TASKS)
 
 
 def check_algorithm(name: str) -> None:

@@ -50,6 +50,11 @@ def reward_name(reward: AnyReward) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
+def said(completion: Any) -> str:
+    """Return the text of a completion, given as text or as messages (see :class:`Conversational`)."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
 def leaves(reward: AnyReward) -> Iterator[AnyReward]:
     """Yield the rewards in a composition, or the reward itself if it is none."""
     if isinstance(reward, WeightedSum):

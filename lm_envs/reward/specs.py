@@ -12,6 +12,7 @@ The grammar, where ``...`` repeats:
               | FILE.py:NAME | MODULE:NAME          your function, or a class that makes one; its file is run
               | NAME                                an entry point of an installed package, group lm_envs.rewards
               | bleu | chrf | chrf++ | rouge1 | rouge2 | rougeL | rougeLsum
+              | constraints                     short for a function of this package, see :data:`OWN`
     source may be followed by its settings, as in bleu[column=german, lowercase=true]
 
 ``standardise`` without numbers uses the moments of samples of the reference; ``chat`` passes messages to its reward.
@@ -34,6 +35,8 @@ from lm_envs.settings import near
 
 __all__ = ["Combined", "Source", "Spec", "is_spec", "parse_reward"]
 
+OWN: Mapping[str, str] = MappingProxyType({"constraints": "lm_envs.reward.constraints:share"})
+"""Short names of functions of this package."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _TIMES = re.compile(rf"(?P<part>.*\S)\s*\*\s*(?P<weight>{_NUMBER})", re.DOTALL)
 _WEIGHTED = re.compile(rf"(?P<weight>{_NUMBER})\s*\*\s*(?P<part>.*)", re.DOTALL)
@@ -91,7 +94,7 @@ def is_spec(text: str) -> bool:
 
 
 def _names() -> list[str]:
-    return [*METRICS, *installed("reward")]
+    return [*METRICS, *OWN, *installed("reward")]
 
 
 def parse_reward(texts: str | Sequence[str]) -> Spec:
@@ -182,7 +185,7 @@ def _source(text: str) -> Source:
         return Source("model", place[6:], settings=settings)
     if place.startswith("judge:"):
         return _judge(place[6:], settings, text)
-    if function := TEXT.fullmatch(installed("reward").get(place, place)):
+    if function := TEXT.fullmatch({**installed("reward"), **OWN}.get(place, place)):
         if function["place"].endswith(".py"):
             _must_exist(function["place"], text)
         return Source("function", function["place"], function["name"], settings)

@@ -7,15 +7,12 @@ below were written for this project.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from lm_envs.files import cached, write_atomic
-from lm_envs.tasks import custom
+from lm_envs.reward.base import said
+from lm_envs.tasks import prompted
 from lm_envs.tasks.base import TextTask
 
 _ASKED = (
@@ -68,41 +65,31 @@ def load(policy: str = "smollm2", **options: Any) -> TextTask:
         policy: a language model with a chat template, as :mod:`lm_envs.tasks.custom` takes it.
         options: other fields of :class:`lm_envs.tasks.custom.CustomConfig`, such as ``max_new_tokens``.
     """
-    rows = prompts()
-    folder = cached("cheerful", {"rows": rows}, lambda folder: _write(folder, rows))
     here = "lm_envs.tasks.cheerful"
-    given = {"max_new_tokens": 32, **options, "policy": policy, "prompts": str(folder / "prompts.jsonl")}
-    task = custom.load(reward=f"{here}:reward", judge=f"{here}:judge", **given)
-    return replace(task, name="cheerful", description=f"{policy} writes a cheerful sentence about an everyday topic")
+    defaults = {"reward": f"{here}:reward", "judge": f"{here}:judge", "max_new_tokens": 32}
+    description = f"{policy} writes a cheerful sentence about an everyday topic"
+    return prompted.load("cheerful", prompts(), policy, defaults, options, description)
 
 
 def prompts() -> list[dict[str, Any]]:
-    """Return the rows: messages that ask for a sentence, and the split. A topic is in one split."""
+    """Return the rows: requests for a sentence, and the split. A topic is in one split."""
     return [
-        {"prompt": [{"role": "user", "content": asked.format(topic)}], "split": _SPLITS[i % len(_SPLITS)]}
+        {"prompt": asked.format(topic), "split": _SPLITS[i % len(_SPLITS)]}
         for i, topic in enumerate(_TOPICS)
         for asked in _ASKED
     ]
 
 
-def _write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_atomic(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     """Score texts by different words of :data:`REWARDED`, up to three, and half a point for a finished sentence."""
-    return [_score(text, REWARDED) for text in map(_text, completions)]
+    return [_score(text, REWARDED) for text in map(said, completions)]
 
 
 def judge(completions: Sequence[Any], **columns: Any) -> list[float]:
     """Score texts as :func:`reward` does, by words of :data:`JUDGED`."""
-    return [_score(text, JUDGED) for text in map(_text, completions)]
+    return [_score(text, JUDGED) for text in map(said, completions)]
 
 
 def _score(text: str, words: set[str]) -> float:
     found = words.intersection(re.findall("[a-z]+", text.lower()))
     return min(len(found), _MOST) + 0.5 * text.rstrip().endswith(_ENDS)
-
-
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[0]["content"]

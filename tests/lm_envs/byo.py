@@ -41,7 +41,7 @@ def byte_level_bpe(eos: str | None = "</s>", vocabulary: int = 300) -> PreTraine
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=eos)
 
 
-def llama(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
+def llama(vocabulary: int, seed: int = 0, context: int = CONTEXT) -> LlamaForCausalLM:
     """Two layers, grouped-query attention, an output of its own."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
@@ -52,7 +52,7 @@ def llama(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=CONTEXT,
+            max_position_embeddings=context,
             bos_token_id=0,
             eos_token_id=1,
             initializer_range=0.2,

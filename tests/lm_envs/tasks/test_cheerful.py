@@ -21,9 +21,7 @@ def test_scores_by_hand():
 
 def test_no_topic_is_in_two_splits():
     rows = cheerful.prompts()
-    by_split = {
-        s: {r["prompt"][0]["content"] for r in rows if r["split"] == s} for s in ("train", "validation", "test")
-    }
+    by_split = {s: {r["prompt"] for r in rows if r["split"] == s} for s in ("train", "validation", "test")}
     assert [len(found) for found in by_split.values()] == [144, 36, 108]
     assert len(set(cheerful._TOPICS)) == len(cheerful._TOPICS) == 96
     for topic in cheerful._TOPICS:

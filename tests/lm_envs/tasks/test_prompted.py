@@ -1,0 +1,74 @@
+"""Each task on real text with a small model: the prompts that ship, a file of the user's, and a few scored samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm_envs.benchmarks.commands.compare import Compare
+from lm_envs.benchmarks.run.compare import check_runs
+from lm_envs.tasks import TASKS, load
+from lm_envs.tasks.sampling import sample
+from tests.lm_envs import byo
+
+OWN = {"instruct": [{"prompt": f"say {word}", "constraints": [{"kind": "words", "least": 1}]} for word in "abcdef"]}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    """A small model with a context for the shipped prompts, and no chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = byo.byte_level_bpe(vocabulary=400)
+    byo.llama(len(tokenizer), context=1024).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LM_ENVS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_ships(name: str, policy: Path):
+    """The task as it is, and its reward and judge on samples of the model."""
+    task = load(name, policy=str(policy), max_new_tokens=3)
+    assert task.name == name and len(task.prompts["test"]) >= 100 and task.judge is not None
+    few = {column: values[:3] for column, values in task.columns["test"].items()}
+    eos = task.eos_token_ids
+    found = sample(
+        task.reference, task.tokenizer, task.prompts["test"][:3], 3, eos_token_id=eos, max_new_tokens=3, columns=few
+    )
+    assert all(np.isfinite(found.score(scorer)).all() for scorer in (task.reward, task.judge))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_users_file(name: str, policy: Path, tmp_path: Path):
+    path = byo.write_jsonl(tmp_path / "own.jsonl", OWN[name])
+    with pytest.warns(UserWarning, match="1 test prompt"):
+        task = load(f"{name}:{path}?policy={policy}&max_new_tokens=4")
+    assert task.max_new_tokens == 4 and [len(task.prompts[split]) for split in ("validation", "test")] == [1, 1]
+
+
+def test_prompts_are_messages_for_a_model_with_a_chat_template(policy: Path, tmp_path: Path):
+    path = byo.write_jsonl(tmp_path / "own.jsonl", OWN["instruct"])
+    with pytest.warns(UserWarning, match="1 test prompt"):
+        plain = load("instruct", path=str(path), policy=str(policy))
+    assert plain.tokenizer.decode(plain.prompts["test"][0]).startswith("<s>say ")
+    template = "{% for m in messages %}{{ '(' + m['role'] + ') ' + m['content'] }}{% endfor %}"
+    chat = tmp_path / "chat"
+    plain.reference.save_pretrained(chat)
+    plain.tokenizer.save_pretrained(chat)
+    (chat / "chat_template.jinja").write_text(template)
+    with pytest.warns(UserWarning, match="1 test prompt"):
+        found = load("instruct", path=str(path), policy=str(chat))
+    assert "(user) say " in found.tokenizer.decode(found.prompts["test"][0])
+
+
+def test_a_comparison_of_one_gets_the_settings_for_pretrained_models(policy: Path, tmp_path: Path):
+    suite = Compare(task=(f"instruct?policy={policy}",), out=tmp_path / "out").to_suite()
+    assert "rloo" in suite.algorithms and all("learning_rate" not in chosen for chosen in suite.overrides.values())
+    check_runs(suite.runs())
+    assert set(OWN) <= set(TASKS)
