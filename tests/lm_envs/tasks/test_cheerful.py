@@ -36,7 +36,7 @@ def test_the_task_with_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folders = byo.make(tmp_path / "own")
     template = "{% for m in messages %}{{ m['content'][-12:] + ' ' }}{% endfor %}"
     (folders.root / "policy" / "chat_template.jinja").write_text(template)
-    task = load("lm_envs.tasks.cheerful:load", policy=str(folders.root / "policy"), max_new_tokens=4)
+    task = load("cheerful", policy=str(folders.root / "policy"), max_new_tokens=4)
     assert task.name == "cheerful" and len(task.prompts["test"]) == 108 and task.judge is not None
 
 
