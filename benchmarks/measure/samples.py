@@ -62,6 +62,7 @@ class MeasuredSamples:
     gold: NDArray[np.float64]  # the judge's scores, NaN if the task has no judge
     proxy: NDArray[np.float64]  # the scores that training uses, before the KL penalty
     kl: NDArray[np.float64]  # nats per sequence, ``sum(log pi - log pi_ref)`` of the sample
+    surprise: NDArray[np.float64]  # nats per sequence, ``-sum(log pi_ref)`` of the sample
     length: NDArray[np.int64]  # tokens, with the EOS
     tokens: list[list[int]]  # response token ids, without the EOS
     seconds: float  # time for sampling
@@ -99,6 +100,7 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
         gold=gold,
         proxy=traj.score.double().numpy(),
         kl=((traj.logprob - traj.ref_logprob) * traj.mask).sum(dim=1).double().numpy(),
+        surprise=-(traj.ref_logprob * traj.mask).sum(dim=1).double().numpy(),
         length=traj.response_lengths.numpy(),
         tokens=[[token for token in row if token not in mdp.eos_token_ids] for row in samples.completion_ids],
         seconds=seconds,
@@ -222,10 +224,10 @@ def summarise(
     """Compute the measured columns of a result, and per prompt ``wins``, ``golds`` and ``length_gaps``, the tokens that
     the policy's response has more than SFT's; ``sft_gold_sd`` is the standard deviation of SFT's scores over prompts.
 
-    A ``judge_threshold`` or ``reward_threshold`` in the task's ``stats`` adds the share of positive samples. The KL of
-    best-of-n, whose own log-probability is unknown, is measured on more samples (:meth:`BestOfN.measured_kl`);
-    ``kl_bound`` is the bound ``log n - (n - 1)/n`` beside it. Where n is too large, ``kl`` is the bound itself, and
-    ``kl_is_bound``.
+    ``perplexity`` is that of the responses' tokens by the reference. A ``judge_threshold`` or ``reward_threshold`` in
+    the task's ``stats`` adds the share of positive samples. The KL of best-of-n, whose own log-probability is unknown,
+    is measured on more samples (:meth:`BestOfN.measured_kl`); ``kl_bound`` is the bound ``log n - (n - 1)/n`` beside
+    it. Where n is too large, ``kl`` is the bound itself, and ``kl_is_bound``.
     """
     outcome = wins(found.gold, reference.gold)
     best = policy if isinstance(policy, BestOfN) else None
@@ -258,6 +260,7 @@ def summarise(
         "length": float(found.length.mean()),
         **({} if math.isnan(found.corpus) else {"corpus": found.corpus}),
         "distinct_2": distinct_2(found.tokens),
+        "perplexity": float(np.exp(found.surprise.sum() / found.length.sum())),
         "stopped": float(np.mean([reason == "stop" for reason in found.finish_reason])),
         "inference_tokens": inference_tokens,
         "inference_episodes": calls if best else len(outcome),

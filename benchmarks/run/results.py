@@ -25,7 +25,7 @@ COLUMNS = (
 COSTS = tuple(name for name in cost.COLUMNS if name not in COLUMNS)
 EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
 # Columns of results.csv if a value is known. "corpus" is the score of sampled responses, the next three of greedy ones.
-KNOWN_AT_TIMES = (*COSTS, "corpus", *GREEDY, *EXACT, "kl_coef", "kl_bound")
+KNOWN_AT_TIMES = (*COSTS, "perplexity", "corpus", *GREEDY, *EXACT, "kl_coef", "kl_bound")
 EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: for judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
@@ -195,6 +195,7 @@ SHOWN = (
     ),
     _aside("length", "length", 1, "tokens per response"),
     _aside("distinct_2", "distinct-2", 2, "share of different token pairs over all responses"),
+    _aside("perplexity", "perplexity", 1, "of the responses under the reference, per token"),
     _aside("tokens_generated", "tokens", 0, "sampled, in training and for the test responses"),
     _aside("reward_calls", "reward calls", 0, "in training, and at inference by best-of-n"),
     _aside("wall_s", "seconds", 0, "of training and of sampling the test responses"),

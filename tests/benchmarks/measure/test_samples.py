@@ -96,7 +96,7 @@ def test_kl_of_a_changed_policy_is_the_sample_mean_of_the_log_ratio(env, referen
     policy = LMPolicy.for_mdp(env.mdp, model.eval())
     found = sample_policy(env, policy, None, 0)
     tokens = [torch.tensor([prompt + ids]) for prompt, ids in zip(env.mdp.prompts, found.tokens, strict=True)]
-    expected = []
+    expected, under_reference = [], []
     for row, ids in enumerate(tokens):
         if found.finish_reason[row] == "stop":
             ids = torch.cat([ids, torch.tensor([[0]])], dim=1)
@@ -105,10 +105,12 @@ def test_kl_of_a_changed_policy_is_the_sample_mean_of_the_log_ratio(env, referen
             with torch.no_grad():
                 log_p = net(ids).logits.log_softmax(-1)[0, 1:-1]
             ratio += sign * float(log_p.gather(1, ids[0, 2:, None]).sum())
+        under_reference.append(float(log_p.gather(1, ids[0, 2:, None]).sum()))
         expected.append(ratio)
     np.testing.assert_allclose(found.kl, expected, atol=1e-4)
     assert np.mean(expected) > 0.1
     result = summarise(found, found, policy)
+    assert result["perplexity"] == pytest.approx(math.exp(-sum(under_reference) / found.length.sum()), rel=1e-4)
     assert result["kl"] == pytest.approx(np.mean(expected), abs=1e-4)
     assert result["win_rate"] == 0.5 and result["win_rate_se"] == 0 and not result["kl_is_bound"]
     assert result["inference_reward_calls"] == 0

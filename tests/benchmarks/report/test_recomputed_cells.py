@@ -41,6 +41,7 @@ COLUMNS: dict[str, tuple[str, int, int, bool]] = {
     "gradient cosine": ("gradient_cosine", 3, 1, True),
     "length": ("length", 1, 1, False),
     "distinct-2": ("distinct_2", 2, 1, False),
+    "perplexity": ("perplexity", 1, 1, False),
     "tokens": ("tokens_generated", 0, 1, False),
     "reward calls": ("reward_calls", 0, 1, False),
     "seconds": ("wall_s", 0, 1, False),
