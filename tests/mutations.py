@@ -3009,6 +3009,13 @@ MUTATIONS = [
         '"total_tokens": sampled',
         "tests/benchmarks/run/test_budgets.py::test_a_run_ends_with_the_iteration_that_reaches_its_budget",
     ),
+    Mutation(
+        "a performance profile counts scores at a threshold",
+        "benchmarks/measure/statistics.py",
+        "(scores > threshold)",
+        "(scores >= threshold)",
+        "tests/benchmarks/measure/test_statistics.py::test_a_performance_profile_by_hand",
+    ),
 ]
 
 

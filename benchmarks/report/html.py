@@ -27,6 +27,12 @@ _FIGURES = {
         "Win-rate",
         "Each test prompt is answered once by the method and once by SFT; the gold judge decides, ties count half.",
     ),
+    "profile": (
+        "Performance profile",
+        "How many answers of a method, over its runs and the test prompts, score above a value: the further to the "
+        "right a curve lies, the better, and where two cross neither is better throughout. Bands: pointwise 95 % "
+        "intervals over what the table's intervals count.",
+    ),
     "people": (
         "People and judge",
         "Each method against SFT, by people and by the judge. On the dashed line the two agree; the rank correlation's "

@@ -18,8 +18,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from lm_envs.benchmarks.measure.statistics import performance_profile
 from lm_envs.benchmarks.report.human import correlation
 from lm_envs.benchmarks.report.series import Series, by_task, styles
+from lm_envs.benchmarks.run.aggregate import knows_optimum, prompt_scores
 from lm_envs.benchmarks.run.results import number, table
 
 STYLE = {
@@ -172,6 +174,31 @@ def learning_curves(series: Sequence[Series], style: Style) -> Figure | None:
         ax.set_title(titles[name])
         ax.set_xlabel(x_label)
         _label_ends(ax, ends, figure.get_size_inches()[1])
+    return figure
+
+
+def profiles(series: Sequence[Series], style: Style) -> Figure | None:
+    """Draw the share of runs and prompts whose score is above each value; None where no method has a score."""
+    scored = [(s, prompt_scores(list(s.results))) for s in series]
+    scored = [(s, found) for s, found in scored if not np.isnan(found).any()]
+    if not scored:
+        return None
+    every = np.concatenate([found.ravel() for _, found in scored])
+    low, high = np.quantile(every, (0.005, 0.995))
+    thresholds = np.linspace(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3, 161)
+    figure = Figure(figsize=(8, max(4.4, 0.3 * len(scored))), layout="constrained")
+    ax = figure.subplots()
+    for s, found in scored:
+        color = style[s.algorithm][0]
+        share, least, most = performance_profile(found, thresholds)
+        ax.plot(thresholds, 100 * share, s.dash, color=color, linewidth=2, label=s.label)
+        ax.fill_between(thresholds, 100 * least, 100 * most, color=color, alpha=0.13, linewidth=0)
+    exact = all(knows_optimum(s.results) for s, _ in scored)
+    unit = "1 is the optimum" if exact else "1 is the standard deviation of SFT's gold over prompts"
+    ax.set_xlabel(f"score τ (0 is SFT's mean, {unit})")
+    ax.set_ylabel("% of runs above τ" if exact else "% of runs and prompts above τ")
+    ax.set(ylim=(-2, 102), xlim=(thresholds[0], thresholds[-1]))
+    figure.legend(loc="outside right center", frameon=False, fontsize=9.5)
     return figure
 
 
@@ -332,6 +359,7 @@ def figures(series: list[Series]) -> dict[tuple[str, str], Figure]:
     with matplotlib.rc_context(STYLE):
         for task, mine in by_task(series).items():
             made = {"win-rate": win_rates(mine, style), "learning-curves": learning_curves(mine, style)}
+            made["profile"] = profiles(mine, style)
             made["people"] = people(mine, style)
             made["frontier"] = None if all(np.isnan(s.mean("kl")) for s in mine) else frontier(mine, style)
             found |= {(task, kind): figure for kind, figure in made.items() if figure is not None}

@@ -129,6 +129,16 @@ def scores(rows: Rows) -> NDArray[np.float64]:
     return np.array([score(row) for row in rows])
 
 
+def prompt_scores(rows: Rows) -> NDArray[np.float64]:
+    """Return :func:`scores` per test prompt, ``(S, P)``: by SFT's mean and spread over all prompts; ``(S, 1)`` where a
+    run has one score."""
+    means = scores(rows)[:, None]
+    if knows_optimum(rows) or np.isnan(means).any():
+        return means
+    origin, unit = (np.array([[number(row[name])] for row in rows]) for name in ("sft_gold", "sft_gold_sd"))
+    return (outcomes(rows, "gold") - origin) / unit
+
+
 def mean_score(rows: Rows) -> Estimate:
     """Estimate the mean score of a method's runs; unknown where a run has none."""
     found = scores(rows)

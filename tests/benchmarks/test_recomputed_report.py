@@ -173,6 +173,20 @@ def test_the_win_rates_drawn(drawn, known):
         assert any(dot == pytest.approx([100 * rate, place], abs=0.2) for dot in dots)
 
 
+def test_the_profiles_drawn(drawn, known, runs):  # noqa: F811
+    """The share of golds above a value, from the mean of SFT's answers to the same prompts, in the unit of theirs."""
+    (ax,) = drawn["profile"].axes
+    assert [line.get_label() for line in ax.lines] == ALGORITHMS and len(ax.collections) == 3
+    for line, algorithm in zip(ax.lines, ALGORITHMS, strict=True):
+        x, share = line.get_xydata()[::20].T
+        above = []
+        for key in (key for key in ALL if key[0] == algorithm):
+            start = runs[1][key].result
+            score = (known[key]["gold"] - start["sft_gold"]) / start["sft_gold_sd"]
+            above.append([100 * (score > at).mean() for at in x])
+        assert share == pytest.approx(np.mean(above, axis=0), abs=0.1)
+
+
 def test_the_frontier_drawn(drawn, known):
     for ax, name in zip(drawn["frontier"].axes, ("gold", "proxy"), strict=True):
         big = [line.get_xydata()[0] for line in ax.lines if line.get_markersize() == 10]

@@ -222,3 +222,40 @@ def test_length_controlled_intervals_hold_the_truth(count):
         rate = 1 / (1 + np.exp(-(0.4 + np.tanh(gaps / gaps.std()) + 0.2 * rng.normal(size=(4, 1)))))
         found.append(ours.length_controlled((rng.random(rate.shape) < rate).astype(float), gaps))
     assert fair(held(found, 1 / (1 + math.exp(-0.4))), count)
+
+
+def test_a_performance_profile_by_hand():
+    scores = np.array([[0.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
+    share, low, high = ours.performance_profile(scores, np.array([-1.0, 0.5, 1.0, 3.0]))
+    assert share == pytest.approx([1, 5 / 6, 3 / 6, 0])  # above, not at
+    assert (low[0], high[0], low[3], high[3]) == (1, 1, 0, 0)
+    above = crossed_mean(np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]]))
+    odds = math.exp((above.high - 0.5) / 0.25)  # of the upper end; those of 1/2 are 1
+    assert (low[2], high[2]) == pytest.approx((1 / (1 + odds), odds / (1 + odds)))
+    wilson = stats.binomtest(3, 4).proportion_ci(method="wilson")
+    for shape in ((1, 4), (4, 1)):
+        share, low, high = ours.performance_profile(np.array([0.0, 2.0, 3.0, 4.0]).reshape(shape), np.array([1.0]))
+        assert (share[0], low[0], high[0]) == pytest.approx((0.75, *wilson))
+    share, low, high = ours.performance_profile(np.array([[0.5]]), np.array([0.0]))
+    assert share[0] == 1 and np.isnan([low[0], high[0]]).all()
+
+
+@pytest.mark.parametrize("count", SIMULATIONS)
+@pytest.mark.parametrize(
+    "seeds, prompts, spreads",
+    [
+        (3, 100, (0.1, 0.5, 0.6)),
+        (5, 100, (0.3, 0.5, 0.6)),
+        (10, 256, (0.3, 0.5, 0.6)),
+        (1, 256, (0, 0.5, 0.6)),
+        (60, 1, (1, 0, 0)),
+    ],
+)
+def test_profiles_hold_the_truth_at_each_score(seeds, prompts, spreads, count):
+    """Also where few scores lie above, or few below."""
+    rng, thresholds = np.random.default_rng(5), np.array([-1.0, 0.0, 0.4])
+    truth = stats.norm.sf(thresholds / math.hypot(*spreads))
+    found = [ours.performance_profile(drawn(rng, seeds, prompts, *spreads), thresholds)[1:] for _ in range(count)]
+    lows, highs = np.array(found).transpose(1, 0, 2)
+    for share in ((lows <= truth) & (truth <= highs)).mean(axis=0):
+        assert fair(share, count)
