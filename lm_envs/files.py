@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -36,6 +37,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def system_error(error: SafetensorError, path: Path) -> OSError:
+    """Return the system's error, such as a full disk, behind one of safetensors' writers, with the path."""
+    code = re.search(r"os error (\d+)", str(error))
+    number = int(code.group(1)) if code else errno.EIO
+    return OSError(number, os.strerror(number), str(path))
 
 
 def _beside(path: Path) -> Path:

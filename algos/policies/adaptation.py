@@ -5,10 +5,7 @@ where the start is the reference, frozen weights are in memory once, and the ref
 """
 
 import copy
-import errno
 import hashlib
-import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lm_envs.files import system_error
 from lm_envs.model.adapters import adapter_parameters, has_adapters, merged, quiet_layout, sharing
 from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.model.endings import eos_tokens
@@ -138,11 +136,13 @@ def parameters_below(model: PreTrainedModel, layers: nn.ModuleList) -> list[nn.P
     graph of one token."""
     found: list[Any] = []
     before = [(p, p.requires_grad) for p in model.parameters()]
+    # Without numbers, transformers cannot look into a mask of tokens, and takes one that is ready.
+    ready = {"attention_mask": torch.zeros(1, 1, 1, 1, device="meta")} if model.device.type == "meta" else {}
     hook = layers[-1].register_forward_hook(lambda module, inputs, output: found.append(output))
     try:
         model.requires_grad_(True)
         with torch.enable_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False, **ready)
     finally:
         hook.remove()
         for parameter, needed in before:
@@ -231,9 +231,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, merge: bool = False, en
             (merged(model) if has_adapters(model) else model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # raised when the disk is full
-        code = re.search(r"os error (\d+)", str(error))
-        number = int(code.group(1)) if code else errno.EIO
-        raise OSError(number, os.strerror(number), str(folder)) from error
+        raise system_error(error, folder) from error
 
 
 def _stop_at(model: Any, tokenizer: Any, ends: Iterable[int]) -> None:

@@ -144,7 +144,8 @@ class Running(ManyProcesses):
     extend: bool = False
     """With --resume: runs with a smaller budget go on to the one that is given, from what --keep 1 left."""
     keep: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
-    """Checkpoints that a finished run keeps, with the optimizer's state; none if not given, but always the model."""
+    """Checkpoints that a finished run keeps, with the optimizer's state; none if not given, but always the model. While
+    it trains there are at least two."""
     track: Annotated[tuple[Service, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Services that follow the runs beside TensorBoard: wandb, mlflow or trackio (extras of the same names)."""
     show: Annotated[Whole, tyro.conf.arg(metavar="N")] = 0

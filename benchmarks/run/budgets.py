@@ -8,6 +8,7 @@ from typing import Any
 from lm_envs.benchmarks.run.suites import Plan
 
 MOST = 2**31 - 1  # iterations of a run that another budget ends
+LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take few, large iterations
 
 
 @dataclass(frozen=True)

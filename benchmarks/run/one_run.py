@@ -21,11 +21,12 @@ from filelock import FileLock, Timeout
 
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run import stopping
-from lm_envs.benchmarks.run.budgets import Budget
+from lm_envs.benchmarks.run.budgets import LEAST_POINTS, Budget
 from lm_envs.benchmarks.run.inputs import fingerprints, flat, versions
 from lm_envs.benchmarks.run.many_processes import check_shares
 from lm_envs.benchmarks.run.problems import Problem, open_problem
 from lm_envs.benchmarks.run.storage import (
+    KEEP,
     SEAL,
     Checkpoints,
     Records,
@@ -52,7 +53,6 @@ _RNG = "rng.torch"
 _FOLDERS = ("checkpoints", "data", "model", "tensorboard")
 BEFORE_CONFIG = (".lock", "data", "log.txt")  # what may lie in a folder without a config.json
 CHECKPOINT_S = 120.0  # seconds of training after which there is a checkpoint in any case
-LEAST_POINTS = 4  # of a learning curve, where it has any: some algorithms take few, large iterations
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -171,7 +171,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.metrics, self.samples = Records(self.folder / "metrics.jsonl"), Records(self.folder / "samples.jsonl")
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=max(KEEP, self.keep))
 
     def execute(self, opener: Callable[[Any], Any]) -> dict[str, Any]:
         config = check_same(self.spec, self.folder, self.extend)

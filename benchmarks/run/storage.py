@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
@@ -31,11 +31,13 @@ from lm_envs.files import (
     replacing_folder,
     sha256,
     sync,
+    system_error,
     write_atomic,
     write_manifest,
 )
 
 SEAL = "sha256"
+KEEP = 2  # checkpoints of a run that goes on
 
 
 def held_files(folder: Path, ignored: Collection[str] = ()) -> list[str]:
@@ -181,12 +183,12 @@ class Checkpoints:
     ``state.json`` and the hashes of both in ``manifest.json``, which appears whole or not at all.
 
     ``runs`` are hashes of what decides the run, the last one its own, before it those of runs that it extends: a
-    checkpoint of another one is not used. Without any, all are taken.
+    checkpoint of another one is not used. Without any, all are taken. ``keep`` of them stay while the run goes on.
     """
 
     folder: Path
     runs: tuple[str, ...] = ()
-    keep: ClassVar[int] = 2
+    keep: int = KEEP
 
     def paths(self) -> list[Path]:
         """Return the finished checkpoints, the oldest first."""
@@ -195,11 +197,13 @@ class Checkpoints:
     def save(self, iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint and drop those beyond :attr:`keep`; on an OSError the earlier ones are untouched."""
         final = self.folder / f"checkpoint-{iteration:06d}"
-        # safetensors' own writer reports a full disk as an error type of its own, so serialize and let Python write.
-        data = safetensors.save({name: tensor.contiguous() for name, tensor in tensors.items()})
         try:
             with replacing_folder(final) as folder:
-                (folder / "tensors.safetensors").write_bytes(data)
+                file = folder / "tensors.safetensors"
+                try:  # from where the tensors are: to serialize them first would take twice their memory
+                    safetensors.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+                except SafetensorError as error:
+                    raise system_error(error, file) from error
                 write_json(folder / "state.json", state)
                 write_manifest(folder, {"run": "".join(self.runs[-1:]), "iteration": iteration})
         except OSError as error:
@@ -244,7 +248,7 @@ class Checkpoints:
             what = "is of another run" if name is None else f"is damaged: {name}"
             raise UserError(f"checkpoint {path} {what}")
         try:
-            tensors = safetensors.load((path / "tensors.safetensors").read_bytes())
+            tensors = safetensors.load_file(path / "tensors.safetensors")
             return Checkpoint(int(number), tensors, read_json(path / "state.json"))
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error

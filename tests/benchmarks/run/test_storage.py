@@ -98,6 +98,16 @@ def test_a_record_damaged_in_the_middle_is_an_error_with_its_line(tmp_path):
         records.read()
 
 
+def test_an_error_of_the_writer_of_tensors_is_the_systems(tmp_path, monkeypatch):
+    save, kept = storage.safetensors.save_file, Checkpoints(tmp_path)
+    kept.save(1, tensors(1), {})
+    monkeypatch.setattr(storage.safetensors, "save_file", lambda held, file: save(held, file.parent / "gone" / "x"))
+    with pytest.raises(FileNotFoundError) as caught:
+        kept.save(2, tensors(2), {})
+    assert caught.value.filename == str(tmp_path / "checkpoint-000002")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
 def test_appending_to_a_full_disk_names_the_file(tmp_path):
     (tmp_path / "m.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError) as caught:
