@@ -30,6 +30,7 @@ from lm_envs.benchmarks.commands.learn import Dpo, RewardModel, Sft
 from lm_envs.benchmarks.commands.options import ManyProcesses
 from lm_envs.benchmarks.commands.overoptimize import Overoptimise
 from lm_envs.benchmarks.commands.people import People
+from lm_envs.benchmarks.commands.plan import Plan
 from lm_envs.benchmarks.commands.probe import Probe
 from lm_envs.benchmarks.commands.report import Report
 from lm_envs.benchmarks.commands.tasks import Tasks
@@ -48,6 +49,7 @@ LONGEST = 1000  # characters of a message
 _COMMANDS: dict[str, type[Any]] = {
     "compare": Compare,
     "train": Train,
+    "plan": Plan,
     "sft": Sft,
     "reward-model": RewardModel,
     "dpo": Dpo,

@@ -2137,6 +2137,42 @@ MUTATIONS = [
         "only=lambda error: False",
         "tests/lm_envs/test_files.py",
     ),
+    # What runs take
+    Mutation(
+        "a plan forgets one of Adam's moments",
+        "benchmarks/run/memory.py",
+        "return 2 * max(4, self.policy.itemsize)",
+        "return 1 * max(4, self.policy.itemsize)",
+        "tests/benchmarks/run/test_memory.py",
+    ),
+    Mutation(
+        "a plan takes the smallest phase for the peak",
+        "benchmarks/run/memory.py",
+        "return max(self.phases, key=",
+        "return min(self.phases, key=",
+        "tests/benchmarks/run/test_memory.py",
+    ),
+    Mutation(
+        "a plan counts frozen weights twice",
+        "benchmarks/run/planning.py",
+        "own = [p for p in policy.parameters() if id(p) not in elsewhere]",
+        "own = list(policy.parameters())",
+        "tests/benchmarks/run/test_planning.py::test_frozen_weights_and_adapters_are_the_references",
+    ),
+    Mutation(
+        "a run that does not fit begins without a word",
+        "benchmarks/run/compare.py",
+        "if plans and ray is None:",
+        "if False:",
+        "tests/benchmarks/run/test_planning.py::test_a_run_that_may_not_fit_is_warned_of",
+    ),
+    Mutation(
+        "a plan's timing trains",
+        "benchmarks/run/timing.py",
+        "agent.optimizer = _Still(trained, lr=config.learning_rate)",
+        "agent.optimizer = agent.optimizer",
+        "tests/benchmarks/run/test_planning.py::test_timing_changes_no_weight_and_holds_no_moments",
+    ),
     # What is on disk
     Mutation(
         "a checkpoint's hashes are not compared",

@@ -26,7 +26,8 @@ def make_adam(parameters: Mapping[str, nn.Parameter], name: str, lr: float, eps:
             "which nothing here does: train it in bfloat16, which has float32's range, or in float32"
         )
     kind = MasterAdam if torch.bfloat16 in dtypes else torch.optim.Adam
-    return kind(parameters.values(), lr=lr, eps=eps, fused=True)
+    fused = not any(p.is_meta for p in parameters.values())  # those without numbers are for planning
+    return kind(parameters.values(), lr=lr, eps=eps, fused=fused)
 
 
 class MasterAdam(torch.optim.Adam):

@@ -44,10 +44,8 @@ class Train(Running):
     threads: Annotated[Threads | None, tyro.conf.arg(metavar="N")] = None
     """Torch threads of each process; all cores if not given. The last bits of results may depend on it."""
 
-    def run(self, console: Console) -> None:
-        from lm_envs.processes import group
-
-        threads = group.threads() if self.threads is None else self.threads
+    def to_suite(self) -> Suite:
+        """Return the comparison of one run that the options describe."""
         settings = parse_settings(self.set)
         if self.learning_rate is not None:
             if "learning_rate" in settings:
@@ -60,7 +58,13 @@ class Train(Running):
             raise UserError("say what to train on: --task NAME, or --policy, --prompts and --reward-model or --reward")
         suite = Suite("training", (TaskSettings(task),), (self.algorithm,), (self.seed,), overrides=overrides)
         plan = {"validate_every": self.validate_every, "checkpoint_every": self.checkpoint_every}
-        suite = self.applied(suite, own, **plan)
+        return self.applied(suite, own, **plan)
+
+    def run(self, console: Console) -> None:
+        from lm_envs.processes import group
+
+        threads = group.threads() if self.threads is None else self.threads
+        suite = self.to_suite()
         how = {"resume": self.resume, "extend": self.extend, "track": self.track, "show": self.show}
         carry_out(suite, self.out, **how, threads=threads, console=console)
         model = self.out / suite.runs()[0].label / "model"

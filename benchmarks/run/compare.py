@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -105,10 +105,15 @@ def check_runs(runs: Sequence[RunSpec]) -> None:
                 )
 
 
-def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]:
+def prepare(
+    suite: Suite, runs: Sequence[RunSpec], opened: Callable[[Any], object] = lambda problem: None
+) -> dict[tuple[str, str], str]:
     """Open every kind of run once, and let each task's reward and judge score two samples.
 
     Errors show now, not in an hour, and workers find tasks that are built from the user's own text in the cache.
+
+    Args:
+        opened: called with each problem.
 
     Returns:
         For a suite of all algorithms: why the task and algorithm of a key cannot be run.
@@ -130,6 +135,7 @@ def prepare(suite: Suite, runs: Sequence[RunSpec]) -> dict[tuple[str, str], str]
                 raise
             unsuited[key] = str(error)
             continue
+        opened(problem)
         if isinstance(problem, TextProblem) and run.task not in tried:
             tried.add(run.task)
             problem.try_out()
@@ -166,6 +172,8 @@ def compare(
         UserError: the user can put it right; raised before any training where possible.
         Interrupted: Ctrl-C; everything is on disk.
     """
+    from lm_envs.benchmarks.run.planning import RunPlan, announcement, plan_of
+
     console = console or Console(emoji=False, stderr=True)
     runs = suite.runs()
     check_runs(runs)
@@ -176,11 +184,14 @@ def compare(
             open_runs = [run for run in runs if finished(out / run.label) is None or not _same(run, out)]
             if open_runs:
                 console.print(_heading(suite, runs, open_runs), highlight=False)
-                unsuited = (
-                    {} if prepared else prepare(suite, open_runs)
-                )  # building a task from the user's text shows a bar of its own
+                plans: list[RunPlan] = []
+                # Building a task from the user's text shows a bar of its own.
+                unsuited = {} if prepared else prepare(suite, open_runs, lambda p: plans.append(plan_of(p, suite.keep)))
                 tell_left_out(unsuited, console)
                 open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
+                if plans and ray is None:  # a cluster's nodes have memory of their own
+                    for line in announcement(plans, open_runs, jobs * group.count()):
+                        console.print(line, highlight=False, markup=False, soft_wrap=True)
             carry_out: CarryOut = one_by_one if jobs == 1 else partial(run_in_workers, jobs=jobs)
             if ray is not None and open_runs:
                 from lm_envs.benchmarks.run.cluster import joined

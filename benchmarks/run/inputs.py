@@ -75,7 +75,7 @@ def _places(name: str, text: str) -> Iterator[tuple[str, Callable[[str], str | N
     """The files and folders that an option names, and the function that hashes each."""
     if name in ("reward", "judge") and is_spec(text):
         kinds = {"model": _model, "judge": _file, "function": _module}
-        yield from ((part.place, kinds[part.kind]) for part in _sources(parse_reward(text)) if part.kind in kinds)
+        yield from ((part.place, kinds[part.kind]) for part in sources_of(parse_reward(text)) if part.kind in kinds)
     elif name in ("task", "algorithm"):
         yield place_of(text, name, TASKS if name == "task" else ALGORITHMS), _module
     elif name in ("model", "policy", "reference", "reward_model", "judge"):
@@ -85,12 +85,13 @@ def _places(name: str, text: str) -> Iterator[tuple[str, Callable[[str], str | N
         yield text, _rows if name in ("data", "prompts") or (name == "path" and os.path.isdir(text)) else _file
 
 
-def _sources(spec: Spec) -> Iterator[Source]:
+def sources_of(spec: Spec) -> Iterator[Source]:
+    """Yield the single rewards of a reward."""
     if isinstance(spec, Source):
         yield spec
     else:
         for part in spec.parts:
-            yield from _sources(part)
+            yield from sources_of(part)
 
 
 def _model(place: str) -> str | None:

@@ -40,6 +40,7 @@ from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.reward.base import forget_parts, part_means
 from lm_envs.settings import make
 from lm_envs.tasks import load
+from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.enumerable import TableLM
 from lm_envs.trajectories import Trajectories
 
@@ -163,14 +164,15 @@ class TextProblem(Problem):
         uses_reward = best_of(self.spec.algorithm) is not None if agent is None else agent.uses_reward or annotators
         return found + cost.of_reward(self.task) if uses_reward else found
 
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self, spec: RunSpec, task: TextTask | None = None) -> None:
+        """Open the problem, with another task than the spec's where one is given."""
         options = dict(spec.options)
         name, env = base_task(spec.task)
         bandit = env == "bandit"
         if name == "custom":  # its loader checks lengths and samples to standardize scores
             names = ("max_new_tokens", "min_new_tokens", "temperature")
             options |= {name: spec.env[name] for name in names if name in spec.env}
-        self.spec, self.task = spec, load(name, **options)
+        self.spec, self.task = spec, task or load(name, **options)
         # TOML and JSON have no tuples
         self._options: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in spec.env.items()}
         self._measures: dict[str, TextVectorEnv] = {}

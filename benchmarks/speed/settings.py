@@ -125,6 +125,34 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Measure how far `lm-envs plan` is from real runs of PPO, in memory and in time: of a model trained whole, by
+    LoRA, in its upper layers, and in bfloat16.
+    """
+
+    configurations: tuple[Literal["full", "lora", "frozen layers", "bfloat16"], ...] = ()
+    """Measure only these."""
+    width: Size = 512
+    """Width of the models' hidden states."""
+    layers: Size = 8
+    """Layers of the models."""
+    vocabulary: Size = 8192
+    """Tokens of their vocabulary."""
+    episodes: Size = 16
+    """Texts an iteration."""
+    micro_batch: Size = 8
+    """Texts per forward."""
+    new_tokens: Size = 32
+    """Exact length of the texts in tokens."""
+    iterations: Several = 3
+    """Iterations of each run; the first does not count in its time."""
+    threads: Threads = 1
+    """Torch threads."""
+    out: Csv = None
+    """File of the result; benchmarks/results/plan-cpu.csv if not given."""
+
+
+@dataclass(frozen=True)
 class SB3:
     """Measure Stable-Baselines3's PPO with our policy against our own PPO on the same work; they take turns."""
 

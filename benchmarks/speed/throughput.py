@@ -90,10 +90,10 @@ class Load:
     """The share of the machine that other processes take, from Linux's counters; 0 without them.
 
     Args:
-        peers: processes that count as ours.
+        peers: processes that count as ours, with ``cpu_seconds``.
     """
 
-    def __init__(self, peers: Sequence[Peer] = ()) -> None:
+    def __init__(self, peers: Sequence[Any] = ()) -> None:
         self._peers = peers
         self._ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
         self._stat = Path("/proc/stat")

@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 from transformers.models.auto import modeling_auto
@@ -105,6 +106,20 @@ def load_policy(
             raise ValueError(f"{what} {place!r}: {no_rows(model)}")
         setattr(model, RECOMPUTE, True)
     return model
+
+
+def without_weights(
+    name: str | Path, what: str = "policy", placement: Placement = HOST, *, classifier: bool = False
+) -> PreTrainedModel:
+    """Return the language model or classifier of a folder or hub name on the device "meta": its sizes, no numbers."""
+    config = read_config(_place(name, what), what)
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    auto: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    dtype = config.dtype if placement.dtype == "auto" else placement.torch_dtype
+    with torch.device("meta"):
+        model = (AutoModelForSequenceClassification if classifier else auto).from_config(config, dtype=dtype)
+    found: PreTrainedModel = model.eval()
+    return found
 
 
 def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenizerBase:

@@ -1,0 +1,210 @@
+"""``lm-envs plan``: what ``train`` or ``compare`` would take, without training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from lm_envs.benchmarks.commands.compare import Compare
+from lm_envs.benchmarks.commands.train import Train
+from lm_envs.benchmarks.run.suites import Suite
+
+if TYPE_CHECKING:
+    from lm_envs.benchmarks.run.planning import RunPlan
+
+Out = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTrain(Train):
+    """Say what `lm-envs train` with these options would take."""
+
+    out: Out = Path(".")
+    """Where the results would be, for the free space there; nothing is written."""
+    json: bool = False
+    """Print JSON."""
+    timing: bool = True
+    """Load the models and time three iterations; without it, weights are not read either."""
+
+    def run(self, console: Console) -> None:
+        """Make and print the plan."""
+        _plan(self, self.to_suite(), 1, self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCompare(Compare):
+    """Say what `lm-envs compare` with these options would take."""
+
+    out: Out = Path(".")
+    """Where the results would be, for the free space there; nothing is written."""
+    json: bool = False
+    """Print JSON."""
+    timing: bool = True
+    """Load the models and time three iterations of each method; without it, weights are not read either."""
+
+    def run(self, console: Console) -> None:
+        """Make and print the plan."""
+        self.where()  # refuses what excludes each other
+        _plan(self, self.to_suite(), self.jobs, self.threads)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a run or a comparison would take, and train nothing: memory by its parts, tokens, time and disk, and
+    which setting to change if it does not fit.
+
+      lm-envs plan train --task reviews --algorithm ppo
+      lm-envs plan compare --suite demo --jobs 2
+
+    Put `plan` before the command: the options are the same. Nothing is written.
+    """
+
+    what: Annotated[
+        Annotated[PlanTrain, tyro.conf.subcommand("train", prefix_name=False)]
+        | Annotated[PlanCompare, tyro.conf.subcommand("compare", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self, console: Console) -> None:
+        """Make and print the plan."""
+        self.what.run(console)
+
+
+def _plan(options: PlanTrain | PlanCompare, suite: Suite, jobs: int, threads: int | None) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from lm_envs.algos.registry import Unsuited
+    from lm_envs.benchmarks.run.compare import check_runs
+    from lm_envs.benchmarks.run.planning import does_not_fit, free_memory, plan_of
+    from lm_envs.benchmarks.run.sketch import sketch
+
+    disable_progress_bar()
+    runs = suite.runs()
+    check_runs(runs)
+    plans: list[RunPlan] = []
+    for spec in {(run.task, run.algorithm): run for run in reversed(runs)}.values():
+        try:
+            plans.insert(0, plan_of(sketch(spec), suite.keep, options.processes))
+        except Unsuited:
+            if not suite.every:
+                raise
+    at_once = min(jobs, len(runs)) * options.processes
+    free = free_memory(plans[0].sizes.device)
+    problem = does_not_fit(plans, at_once, free)
+    if options.timing and problem is None:
+        plans = [_timed(plan, threads) for plan in plans]
+    about = {"runs": len(runs), "at_once": at_once, "free": free, "fits": problem is None, "advice": problem}
+    space = next(path for path in (options.out.absolute(), *options.out.absolute().parents) if path.exists())
+    about |= _disk(plans, suite, at_once) | {"disk_free": shutil.disk_usage(space).free}
+    about["seconds"] = _seconds(plans, suite, min(jobs, len(runs)))
+    if options.json:
+        print(json.dumps(about | {"plans": [_as_json(plan) for plan in plans]}, indent=2))
+    else:
+        _show(plans, about)
+
+
+def _timed(plan: RunPlan, threads: int | None) -> RunPlan:
+    import torch
+
+    from lm_envs.benchmarks.run.problems import open_problem
+    from lm_envs.benchmarks.run.timing import timed
+    from lm_envs.processes import group
+
+    torch.set_num_threads(threads or group.threads())
+    with torch.random.fork_rng(devices=[]):
+        return timed(open_problem(plan.spec), plan)
+
+
+def _disk(plans: Sequence[RunPlan], suite: Suite, at_once: int) -> dict[str, Any]:
+    from lm_envs.benchmarks.run.planning import disk
+
+    return dict(zip(("disk_most", "disk_finished"), disk(plans, suite.runs(), at_once), strict=True))
+
+
+def _seconds(plans: Sequence[RunPlan], suite: Suite, jobs: int) -> float | None:
+    """The time of all runs, shared by the jobs; None where it is not known."""
+    of_one = {(plan.spec.task, plan.spec.algorithm): plan.seconds and plan.seconds[1] for plan in plans}
+    times = [of_one[run.task, run.algorithm] for run in suite.runs() if (run.task, run.algorithm) in of_one]
+    return None if any(time is None for time in times) else sum(filter(None, times)) / jobs
+
+
+def _as_json(plan: RunPlan) -> dict[str, Any]:
+    spec, sizes = plan.spec, plan.sizes
+    return {
+        "task": spec.task,
+        "algorithm": spec.algorithm,
+        "parameters": plan.parameters,
+        "trained": plan.trained,
+        "memory": plan.memory.total,
+        "peak": plan.memory.peak,
+        "parts": plan.memory.parts,
+        "phases": plan.memory.phases,
+        "iterations": plan.iterations,
+        "tokens_sampled": plan.tokens(plan.texts),
+        "texts_scored": plan.texts,
+        "tokens_scored": plan.scored,
+        "tokens_measured": plan.tokens(plan.measured),
+        "checkpoint": plan.checkpoint,
+        "model": plan.model,
+        "seconds_per_iteration": plan.seconds and plan.seconds[0],
+        "seconds": plan.seconds and plan.seconds[1],
+        "rows": {"sampled": sizes.rows, "measured": sizes.measured, "with_gradients": sizes.batch},
+    }
+
+
+def _show(plans: Sequence[RunPlan], about: dict[str, Any]) -> None:
+    from lm_envs.benchmarks.run.memory import size
+    from lm_envs.benchmarks.run.planning import needed
+
+    console = Console(emoji=False)
+    if not console.is_terminal:
+        console = Console(emoji=False, width=140)
+    most, total = needed(plans, about["at_once"])
+    table = Table("memory at its peak", "bytes", title=f"{most.name}, {most.memory.peak}", box=None)
+    for name, count in most.memory.parts.items():
+        if count:
+            table.add_row(name, size(count))
+    table.add_row("in all", size(most.memory.total), style="bold")
+    console.print(table)
+    rows = Table("run", "parameters", "trained", "memory", "iterations", "tokens sampled", "tokens scored", box=None)
+    for title in ("tokens to measure", "checkpoint", "model", "an iteration", "the run"):
+        rows.add_column(title)
+    for plan in plans:
+        counts = (plan.iterations, plan.tokens(plan.texts), plan.scored, plan.tokens(plan.measured))
+        rows.add_row(
+            plan.name,
+            f"{plan.parameters:,}",
+            f"{plan.trained:,}",
+            size(plan.memory.total),
+            *("?" if count is None else f"{count:,}" for count in counts),
+            size(plan.checkpoint),
+            size(plan.model),
+            *(_time(seconds) for seconds in plan.seconds or (None, None)),
+        )
+    console.print(rows)
+    lines = [f"{about['runs']} runs, {about['at_once']} at once: {size(total)} of memory, {size(about['free'])} free"]
+    lines.append(
+        f"disk: up to {size(about['disk_most'])} while training, {size(about['disk_finished'])} when finished, "
+        f"{size(about['disk_free'])} free"
+    )
+    if about["seconds"] is not None:
+        lines.append(f"time: about {_time(about['seconds'])} in all")
+    if about["advice"]:
+        lines.append(f"it does not fit into {about['advice']}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
