@@ -3052,6 +3052,13 @@ MUTATIONS = [
         "(scores >= threshold)",
         "tests/benchmarks/measure/test_statistics.py::test_a_performance_profile_by_hand",
     ),
+    Mutation(
+        "the report's differences have the same sign on both sides",
+        "benchmarks/report/html.py",
+        "each.methods: each for pair",
+        "each.methods: pair for pair",
+        "tests/benchmarks/run/test_results.py::test_every_method_is_compared_with_each_other",
+    ),
 ]
 
 

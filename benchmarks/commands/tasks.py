@@ -41,7 +41,7 @@ class Tasks:
     Settings are given by --set NAME=VALUE, or in a suite under [algorithm.ppo].
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ()
     """An algorithm, for its settings; a task, for its options; or a suite, for its text."""
 
     def run(self, console: Console) -> None:

@@ -14,11 +14,23 @@ from matplotlib.figure import Figure
 
 from lm_envs.benchmarks.report.plots import as_file, figures
 from lm_envs.benchmarks.report.series import Series, by_task, gather, styles
-from lm_envs.benchmarks.run.aggregate import enough_seeds, lead
+from lm_envs.benchmarks.run.aggregate import Difference, differences, enough_seeds, lead, measure_of, methods
 from lm_envs.benchmarks.run.leaderboard import write_leaderboard
 from lm_envs.benchmarks.run.matched import Matched, at_kl
 from lm_envs.benchmarks.run.names import best_of, folder_name, method_name
-from lm_envs.benchmarks.run.results import Column, Line, cell, footnotes, interval, number, plain, shown, table, title
+from lm_envs.benchmarks.run.results import (
+    Column,
+    Line,
+    cell,
+    enough_digits,
+    footnotes,
+    interval,
+    number,
+    plain,
+    shown,
+    table,
+    title,
+)
 from lm_envs.benchmarks.run.storage import read_json
 from lm_envs.files import write_atomic
 
@@ -194,12 +206,34 @@ def _section(
             *footnotes(lines),
             _meanings(results),
         ],
+        "measure": measure_of(rows),
+        "differences": _differences(rows),
         "matched_kl": [f"{kl:g}" for kl in match_kl],
         "matched": [(s, _matched(at_kl(s.results, s.out, match_kl))) for s in series if match_kl],
         "figures": [(*_FIGURES[kind], base64.b64encode(image).decode()) for kind, image in images.items()],
         "seeds": f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}",
         "samples": _samples(series),
     }
+
+
+def _differences(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """A row per method of a task: how much higher it scores than each method of the columns, and whether it is better;
+    nothing for a single method."""
+    (by_name,) = methods(rows).values()
+    found = {each.methods: each for pair in differences(by_name) for each in (pair, pair.reversed())}
+    if not found:
+        return []
+    return [(ours, [_difference(found.get((ours, theirs))) for theirs in by_name]) for ours in by_name]
+
+
+def _difference(pair: Difference | None) -> tuple[str, bool]:
+    """A cell of the table of differences, and whether the row's method is better."""
+    if pair is None or math.isnan(pair.estimate.value):
+        return "–", False
+    half = pair.estimate.high - pair.estimate.value
+    digits = 2 if math.isnan(half) else enough_digits(half / 2, 2)
+    p = "" if math.isnan(pair.p) else " p < 0.001" if pair.p < 0.001 else f" p {pair.p:.2g}"
+    return plain(pair.estimate.value, digits) + interval(pair.estimate, digits) + p, pair.clear
 
 
 def _meanings(columns: Sequence[Column]) -> str:

@@ -212,19 +212,27 @@ def plain(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}"
 
 
+def enough_digits(spread: float, digits: int, most: int = 3) -> int:
+    """Return with how many decimals a spread is no zero: ``digits`` or more, or ``digits`` if it takes over ``most``
+    more."""
+    return next((n for n in range(digits, digits + most + 1) if round(spread, n)), digits)
+
+
 def cell(line: Line, column: Column) -> str:
     """Format a cell of the table: ``0.58 ±0.03``, ``81.2 [75, 87]``, a dash for an unknown value, ≤ for a bound."""
     value, spread = line.mean[column.name], line.spread[column.name]
     if math.isnan(value):
         return "–"
     factor = 100 if column.percent else 1
-    text = plain(value * factor, column.digits)
+    spread_shown = column.spread and not column.interval and not math.isnan(spread)
+    digits = enough_digits(spread * factor, column.digits) if spread_shown else column.digits
+    text = plain(value * factor, digits)
     if column.name == "kl" and line.kl_is_bound:
         return f"≤{text}"
     if column.interval:
         return text + interval(line.estimates[column.name], column.digits - 1, factor, most=factor)
-    if column.spread and not math.isnan(spread):
-        text += f" ±{spread * factor:.{column.digits}f}"
+    if spread_shown:
+        text += f" ±{spread * factor:.{digits}f}" if round(spread * factor, digits) else " ±0"
     if column.name == "kl" and not math.isnan(line.mean["kl_bound"]):
         text += f" (≤{plain(line.mean['kl_bound'], column.digits)})"
     return text

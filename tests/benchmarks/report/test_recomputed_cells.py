@@ -71,7 +71,9 @@ def test_each_column_of_the_table_shows_its_number(tmp_path: Path) -> None:
         if column.title in COLUMNS:
             name, digits, factor, spread = COLUMNS[column.title]
             a, b = (factor * row[name] for row in rows[:2])
-            text = f"{(a + b) / 2:,.{digits}f}" + (f" ±{abs(a - b) / math.sqrt(2):.{digits}f}" if spread else "")
+            sd = abs(a - b) / math.sqrt(2)
+            more = digits + (spread and f"{sd:.{digits}f}".strip("0.") == "")  # one more, where it would be 0
+            text = f"{(a + b) / 2:,.{more}f}" + (f" ±{sd:.{more}f}" if spread else "")
             assert cell(lines[0], column) == text, column.title
             assert cell(lines[1], column) == f"{factor * rows[2][name]:,.{digits}f}"
     write_csv(rows, tmp_path / "r.csv")

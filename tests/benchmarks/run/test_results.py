@@ -15,7 +15,7 @@ from scipy import stats
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.report import plots
-from lm_envs.benchmarks.report.html import chosen_prompts, headline, write_report
+from lm_envs.benchmarks.report.html import _differences, chosen_prompts, headline, write_report
 from lm_envs.benchmarks.report.plots import figures
 from lm_envs.benchmarks.report.series import gather, styles
 from lm_envs.benchmarks.run import results
@@ -335,3 +335,38 @@ def test_learning_curves_of_a_method_that_samples_nothing_count_trained_tokens(s
             return [([0, ends[x]], [0.0, 1.0])] if name == "proxy" else []
 
     assert plots._progress([Known(last) for last in sampled])[0] == axis
+
+
+@pytest.mark.parametrize(
+    ("golds", "text"),
+    [
+        ((0.5, 0.7), "0.60 ±0.14"),
+        ((0.5, 0.506), "0.503 ±0.004"),
+        ((0.5, 0.5004), "0.5002 ±0.0003"),
+        ((0.5, 0.5), "0.50 ±0"),
+        ((0.5, 0.5 + 1e-9), "0.50 ±0"),
+    ],
+)
+def test_a_small_spread_has_digits_enough(golds, text):
+    line = table([result("ppo", seed, gold, 1.0, [1.0]) for seed, gold in enumerate(golds)])[0]
+    assert cell(line, next(column for column in SHOWN if column.name == "gold")) == text
+
+
+def test_every_method_is_compared_with_each_other():
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(size=40)
+    rows = []
+    for name, mean in (("sft", 0.0), ("ppo", 0.02), ("mine", 1.0)):
+        for seed in range(5):
+            golds = mean + prompts + 0.1 * rng.normal(size=40) + 0.02 * rng.normal()
+            rows.append(result(name, seed, float(golds.mean()), 1.0, [1.0] * 40) | {"golds": golds.tolist()})
+    found = _differences(rows)
+    assert [ours for ours, _ in found] == ["sft", "ppo", "mine"]
+    texts = {ours: cells for ours, cells in found}
+    assert [cells[place] for place, (_, cells) in enumerate(found)] == [("–", False)] * 3
+    (over_sft, better), (over_ppo, _), _ = texts["mine"]
+    assert better and re.fullmatch(r"(1\.\d\d|0\.9\d) \[\d\.\d\d, 1\.\d\d\] p < 0\.001", over_sft)
+    gap = np.mean([row["gold"] for row in rows[10:]]) - np.mean([row["gold"] for row in rows[5:10]])
+    assert float(over_ppo.split()[0]) == pytest.approx(gap, abs=0.006)
+    assert texts["ppo"][2][0].startswith("-") and not texts["ppo"][2][1] and not texts["ppo"][0][1]
+    assert _differences(rows[:5]) == []
