@@ -20,6 +20,7 @@ from lm_envs.benchmarks.run.aggregate import write_aggregate
 from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
 from lm_envs.benchmarks.run.progress import Display
 from lm_envs.benchmarks.run.results import collect_results, write_csv
+from lm_envs.benchmarks.run.silence import Silence
 from lm_envs.benchmarks.run.storage import finished, held_files, read_sealed, write_sealed
 from lm_envs.benchmarks.run.suites import RunSpec, Service, Suite, check_overrides
 from lm_envs.benchmarks.run.tracking import check_services
@@ -185,8 +186,11 @@ def compare(
             if open_runs:
                 console.print(_heading(suite, runs, open_runs), highlight=False)
                 plans: list[RunPlan] = []
+                unsuited: dict[tuple[str, str], str] = {}
                 # Building a task from the user's text shows a bar of its own.
-                unsuited = {} if prepared else prepare(suite, open_runs, lambda p: plans.append(plan_of(p, suite.keep)))
+                if not prepared:
+                    with Silence(partial(console.print, highlight=False, markup=False), "opening each task and model"):
+                        unsuited = prepare(suite, open_runs, lambda p: plans.append(plan_of(p, suite.keep)))
                 tell_left_out(unsuited, console)
                 open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
                 if plans and ray is None:  # a cluster's nodes have memory of their own

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lm_envs.benchmarks.run.results import number, plain
+from lm_envs.benchmarks.run.silence import Silence
 from lm_envs.printable import one_line
 
 PROMPT, RESPONSE = 50, 120  # characters of a sample that are shown
@@ -67,7 +68,7 @@ def sample_line(text: dict[str, Any]) -> str:
 
 class Display:
     """Shows the events of :mod:`lm_envs.benchmarks.run.one_run`: in a terminal a bar per run under way and one for the
-    whole; elsewhere a line now and then. Starts and ends of runs are lines in both."""
+    whole; elsewhere a line now and then, and after 20 silent seconds. Starts and ends of runs are lines in both."""
 
     def __init__(self, console: Console, total: int, every_s: float = 15.0) -> None:
         self.console, self.total, self.every_s = console, total, every_s
@@ -83,16 +84,25 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
+        self._silence = Silence(self._print, "opening models")
         self._all = self.progress.add_task("[bold]all runs", total=total, figures="")
 
     def __enter__(self) -> Self:
         self.progress.start()
+        if self.progress.disable:  # elsewhere a clock runs
+            self._silence.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
+        if self.progress.disable:
+            self._silence.__exit__()
 
     def say(self, text: str) -> None:
+        self._print(text)
+        self._silence.heard()
+
+    def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -101,6 +111,9 @@ class Display:
             if run not in self._rows:
                 self._rows[run] = self.progress.add_task(escape(run), total=max(event["of"], 1), figures="")
             self.progress.update(self._rows[run], completed=event["iteration"])
+            self._silence.begin(
+                run, f"iteration {event['iteration'] + 1}/{event['of']}" if event["of"] else "measuring"
+            )
             if event["iteration"]:
                 self.say(f"{run}: continuing after iteration {event['iteration']}")
         elif kind == "iteration":
@@ -113,10 +126,12 @@ class Display:
             told = f"collapsed ({event['why']}): training stops here; [guards] in a suite, or --guard"
             self.say(f"{run}: {told if fell else 'stopped: ' + event['why']}")
         elif kind == "evaluate" and run in self._rows:
+            self._silence.begin(run, "measuring on test prompts")
             self.progress.update(self._rows[run], figures="measuring on test prompts")
         elif kind == "lost":
             self.say(f"{run}: its node was lost; it goes on elsewhere from its last checkpoint")
         elif kind in ("done", "stopped", "failed"):
+            self._silence.end(run)
             if run in self._rows:
                 self.progress.remove_task(self._rows.pop(run))
             self.progress.advance(self._all, kind == "done")
@@ -129,6 +144,7 @@ class Display:
     def _iteration(self, run: str, metrics: dict[str, Any], total: int) -> None:
         known = self._known.setdefault(run, {})
         known |= metrics
+        self._silence.begin(run, f"iteration {min(metrics['iteration'] + 1, total)}/{total}")
         if run in self._rows:
             shown = "  ".join(filter(None, (figures(known), left(known, total))))
             self.progress.update(self._rows[run], completed=metrics["iteration"], figures=shown)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lm_envs.benchmarks.run.aggregate import measure_of
 from lm_envs.benchmarks.run.compare import check_runs, compare, prepare, tell_left_out, write_results
 from lm_envs.benchmarks.run.names import best_of
 from lm_envs.benchmarks.run.results import number, written
+from lm_envs.benchmarks.run.silence import Silence
 from lm_envs.benchmarks.run.storage import write_lines
 from lm_envs.benchmarks.run.suites import Range, RunSpec, Space, Suite
 
@@ -77,8 +79,10 @@ def tune(suite: Suite, out: Path, *, trials: int, seeds: int, resume: bool = Fal
     plan = replace(suite.plan, split="validation")
     tried = replace(suite, seeds=tuple(range(first, first + seeds)), plan=plan, keep=0, match_kl=(), description="")
     check_runs(runs)
-    unsuited = prepare(suite, runs)  # once, not in each trial
-    tell_left_out(unsuited, options.get("console") or Console(stderr=True))
+    console = options.get("console") or Console(stderr=True)
+    with Silence(partial(console.print, highlight=False, markup=False), "opening each task and model"):
+        unsuited = prepare(suite, runs)  # once, not in each trial
+    tell_left_out(unsuited, console)
     studies = [_Study(run, suite.tune.get(run.algorithm)) for run in runs if (run.task, run.algorithm) not in unsuited]
     for trial, folder in enumerate(folders):
         named = replace(tried, name=f"trial {trial + 1} of {trials}")

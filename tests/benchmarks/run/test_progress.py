@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import time
 
 import pytest
 from rich.console import Console
 
+from lm_envs.benchmarks.run import silence
 from lm_envs.benchmarks.run.one_run import execute
 from lm_envs.benchmarks.run.progress import Display, figures, final_figures, sample_line
 from lm_envs.benchmarks.run.suites import Plan, RunSpec
@@ -101,3 +104,25 @@ def test_a_run_shows_texts_of_its_own_batches(tmp_path):
         for text in event["texts"]:
             words = text["response"].split()
             assert text["score"] == words.count("b") - words.count("c")
+
+
+def test_a_long_silence_is_broken(monkeypatch):
+    """What is under way, and for how long; not while lines come, and not in a terminal, where a clock runs."""
+    written = io.StringIO()
+    monkeypatch.setattr(silence, "AFTER_S", 0.2)
+    with Display(Console(file=written, width=200), 1) as shown:
+        time.sleep(0.5)
+        shown({"event": "start", "run": "a", "of": 4, "iteration": 1})
+        time.sleep(0.5)
+        shown({"event": "evaluate", "run": "a"})
+        time.sleep(0.5)
+    lines = written.getvalue().splitlines()
+    assert re.fullmatch(r"opening models, \d s so far", lines[0])
+    assert any(re.fullmatch(r"a: iteration 2/4, \d s so far", line) for line in lines)
+    assert re.fullmatch(r"a: measuring on test prompts, \d s so far", lines[-1])
+    written = io.StringIO()
+    with Display(Console(file=written, width=200), 1) as shown:
+        for _ in range(10):
+            shown.say("busy")
+            time.sleep(0.05)
+    assert set(written.getvalue().splitlines()) == {"busy"}
