@@ -42,6 +42,10 @@ class ExpertIterationConfig(AgentConfig):
             why = "to imitate every episode chooses nothing"
             raise ValueError(f"keep must be below group_size={self.group_size}, got {self.keep}: {why}")
 
+    @property
+    def learned(self) -> int | None:
+        return None if self.episodes is None else self.episodes // self.group_size * self.keep
+
 
 class ExpertIteration(Agent[ExpertIterationConfig]):
     """``-log pi`` on the best episodes of each group (Anthony et al. 2017; RAFT, Dong et al. 2023; `restart` is

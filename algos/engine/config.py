@@ -64,3 +64,8 @@ class AgentConfig(Settings):
         if self.steps is None and self.episodes is not None and self.episodes % self.group_size:
             given = f"{self.episodes} and {self.group_size}"
             raise ValueError(f"{type(self).__name__}.episodes must be a multiple of group_size, got {given}")
+
+    @property
+    def learned(self) -> int | None:
+        """Most episodes of a batch that are learned from, after its ``select``; None where steps are sampled."""
+        return self.episodes

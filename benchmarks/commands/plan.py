@@ -32,7 +32,7 @@ class PlanTrain(Train):
     json: bool = False
     """Print JSON."""
     timing: bool = True
-    """Load the models and time three iterations; without it, weights are not read either."""
+    """Time three iterations; --no-timing leaves it out, and reads no weights for a task of your own."""
 
     def run(self, console: Console) -> None:
         """Make and print the plan."""
@@ -48,7 +48,7 @@ class PlanCompare(Compare):
     json: bool = False
     """Print JSON."""
     timing: bool = True
-    """Load the models and time three iterations of each method; without it, weights are not read either."""
+    """Time three iterations of each method; --no-timing leaves it out, and reads no weights for a task of your own."""
 
     def run(self, console: Console) -> None:
         """Make and print the plan."""
@@ -101,7 +101,13 @@ def _plan(options: PlanTrain | PlanCompare, suite: Suite, jobs: int, threads: in
     problem = does_not_fit(plans, at_once, free)
     if options.timing and problem is None:
         plans = [_timed(plan, threads) for plan in plans]
-    about = {"runs": len(runs), "at_once": at_once, "free": free, "fits": problem is None, "advice": problem}
+    about: dict[str, Any] = {
+        "runs": len(runs),
+        "at_once": at_once,
+        "free": free,
+        "fits": problem is None,
+        "advice": problem,
+    }
     space = next(path for path in (options.out.absolute(), *options.out.absolute().parents) if path.exists())
     about |= _disk(plans, suite, at_once) | {"disk_free": shutil.disk_usage(space).free}
     about["seconds"] = _seconds(plans, suite, min(jobs, len(runs)))
@@ -166,40 +172,53 @@ def _show(plans: Sequence[RunPlan], about: dict[str, Any]) -> None:
 
     console = Console(emoji=False)
     if not console.is_terminal:
-        console = Console(emoji=False, width=140)
+        console = Console(emoji=False, width=160)
     most, total = needed(plans, about["at_once"])
-    table = Table("memory at its peak", "bytes", title=f"{most.name}, {most.memory.peak}", box=None)
+    parts = Table(f"memory of a process of {most.name}", "", box=None, pad_edge=False)
+    parts.columns[0].no_wrap = True
     for name, count in most.memory.parts.items():
         if count:
-            table.add_row(name, size(count))
-    table.add_row("in all", size(most.memory.total), style="bold")
-    console.print(table)
-    rows = Table("run", "parameters", "trained", "memory", "iterations", "tokens sampled", "tokens scored", box=None)
-    for title in ("tokens to measure", "checkpoint", "model", "an iteration", "the run"):
-        rows.add_column(title)
+            parts.add_row(f"  {name}", size(count))
+    parts.add_row(f"at its peak, in {most.memory.peak}", size(most.memory.total), style="bold")
+    console.print(parts)
+    console.print()
+    console.print(_runs(plans))
+    console.print()
+    runs, free = f"{about['runs']} run{'s' * (about['runs'] > 1)}, {about['at_once']} at once", size(about["free"])
+    lines = [
+        f"{runs}: {size(total)} of memory, {free} free",
+        f"disk: up to {size(about['disk_most'])} while training, {size(about['disk_finished'])} when finished, "
+        f"{size(about['disk_free'])} free",
+    ]
+    if about["seconds"] is not None:
+        lines.append(f"time: about {_time(about['seconds'])}")
+    if about["advice"]:
+        lines.append(about["advice"])
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _runs(plans: Sequence[RunPlan]) -> Table:
+    """A table of what each kind of run takes."""
+    from lm_envs.benchmarks.run.memory import size
+
+    titles = ["memory", "parameters", "trained", "iterations", "tokens sampled", "scored", "to measure", "checkpoint"]
+    titles += ["model", *(["an iteration", "the run"] if any(plan.seconds for plan in plans) else [])]
+    found = Table("run", box=None, pad_edge=False)
+    found.columns[0].no_wrap = True
+    for title in titles:
+        found.add_column(title, justify="right")
     for plan in plans:
         counts = (plan.iterations, plan.tokens(plan.texts), plan.scored, plan.tokens(plan.measured))
-        rows.add_row(
+        found.add_row(
             plan.name,
+            size(plan.memory.total),
             f"{plan.parameters:,}",
             f"{plan.trained:,}",
-            size(plan.memory.total),
             *("?" if count is None else f"{count:,}" for count in counts),
-            size(plan.checkpoint),
-            size(plan.model),
-            *(_time(seconds) for seconds in plan.seconds or (None, None)),
+            *(size(count) if count else "" for count in (plan.checkpoint, plan.model)),
+            *(_time(seconds) for seconds in plan.seconds or ()),
         )
-    console.print(rows)
-    lines = [f"{about['runs']} runs, {about['at_once']} at once: {size(total)} of memory, {size(about['free'])} free"]
-    lines.append(
-        f"disk: up to {size(about['disk_most'])} while training, {size(about['disk_finished'])} when finished, "
-        f"{size(about['disk_free'])} free"
-    )
-    if about["seconds"] is not None:
-        lines.append(f"time: about {_time(about['seconds'])} in all")
-    if about["advice"]:
-        lines.append(f"it does not fit into {about['advice']}")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    return found
 
 
 def _time(seconds: float | None) -> str:

@@ -102,9 +102,9 @@ def sizes_of(problem: Any, processes: int | None = None) -> Sizes:
     own = [p for p in policy.parameters() if id(p) not in elsewhere]
     of_critic = {id(p) for p in policy.critic.parameters()} if policy.critic is not None else set()
     merged = spec.adaptation.get("lora_merge", False)
-    texts = config.episodes * (2 if agent.preference_data else 1)
-    share = -(-texts // config.group_size // count) * config.group_size
-    batch = min(config.micro_batch or -(-share // config.minibatches), share)
+    share = -(-config.episodes // config.group_size // count) * config.group_size
+    learned = -(-config.learned * (2 if agent.preference_data else 1) // count)
+    batch = min(config.micro_batch or -(-learned // config.minibatches), learned)
     return replace(
         found,
         own=sum(p.numel() for p in own if id(p) not in of_critic),
@@ -193,6 +193,9 @@ def plan_of(problem: Any, keep: int = 0, processes: int | None = None) -> RunPla
 # ---- whether it fits ----
 
 
+UNKNOWN = 2**63 - 1  # free bytes, elsewhere than on Linux
+
+
 def free_memory(device: str = "cpu") -> int:
     """Return the bytes that a run may take: what is free on the machine (or its container, or the GPU) and what this
     process holds."""
@@ -200,14 +203,26 @@ def free_memory(device: str = "cpu") -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved()
+    if not Path("/proc/meminfo").exists():
+        return UNKNOWN
     with open("/proc/self/statm") as file:
         own = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    free = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, int(most) - int(used.read_text()))
-    return free + own
+    return min(_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024, free_in_container()) + own
+
+
+def free_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes that are left below the limit of a control group (version 2), files that may leave its cache
+    included."""
+    limit = group / "memory.max"
+    if not limit.exists() or not (most := limit.read_text().strip()).isdigit():
+        return UNKNOWN
+    return int(most) - int((group / "memory.current").read_text()) + _numbers(group / "memory.stat")["inactive_file"]
+
+
+def _numbers(table: Path) -> dict[str, int]:
+    """The second words of a file's lines by the first."""
+    lines = (line.split() for line in table.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines}
 
 
 def needed(plans: Sequence[RunPlan], at_once: int) -> tuple[RunPlan, int]:

@@ -43,7 +43,7 @@ def sketch(spec: RunSpec) -> TextProblem | ControlProblem:
 def _task(options: Mapping[str, Any], env: Mapping[str, Any]) -> TextTask:
     """The task that ``custom`` would load, without weights and without what is only known by sampling."""
     lengths = {name: env[name] for name in ("max_new_tokens", "min_new_tokens", "temperature") if name in env}
-    config = make(CustomConfig, {**options, **lengths, "device": None, "device_map": None}, "custom")
+    config = make(CustomConfig, {**options, **lengths}, "custom")
     texts = read_prompts(config.prompts, rejected := Rejected(config.prompts, config.bad))
     tokenizer = load_tokenizer(config.policy)
     policy = without_weights(config.policy, "policy", config.placement(config.dtype))

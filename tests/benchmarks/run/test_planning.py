@@ -13,7 +13,15 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.run import planning
 from lm_envs.benchmarks.run.memory import Shape, memory
-from lm_envs.benchmarks.run.planning import announcement, disk, free_memory, plan_of, shape_of, sizes_of
+from lm_envs.benchmarks.run.planning import (
+    announcement,
+    disk,
+    free_in_container,
+    free_memory,
+    plan_of,
+    shape_of,
+    sizes_of,
+)
 from lm_envs.benchmarks.run.problems import open_problem
 from lm_envs.benchmarks.run.sketch import sketch
 from lm_envs.benchmarks.run.suites import Plan, RunSpec
@@ -96,6 +104,8 @@ def test_the_sizes_of_a_run(folders):
     assert (found.rows, found.batch, found.measured) == (8, 4, 3)
     two = sizes_of(problem, processes=2)
     assert (two.rows, two.batch, two.measured) == (4, 2, 2)
+    best = sizes_of(sketch(spec(folders, "expert-iteration", overrides={"episodes": 16, "group_size": 8, "keep": 3})))
+    assert (best.rows, best.batch) == (16, 6)  # three of each group are learned from
 
 
 def test_frozen_weights_and_adapters_are_the_references(folders):
@@ -155,8 +165,16 @@ def test_what_is_said_before_runs_begin(folders, monkeypatch):
 
 
 def test_free_memory_is_what_the_system_says():
-    free = free_memory()
-    assert 1e8 < free < 1e14
+    assert 1e8 < free_memory() < 1e14
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path):
+    assert free_in_container(tmp_path) == planning.UNKNOWN
+    for name, text in (("max", "max\n"), ("current", "700\n"), ("stat", "anon 500\ninactive_file 150\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_in_container(tmp_path) == planning.UNKNOWN
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_in_container(tmp_path) == 1000 - 700 + 150
 
 
 def test_timing_changes_no_weight_and_holds_no_moments(folders, monkeypatch):
@@ -208,7 +226,7 @@ def test_a_plan_that_does_not_fit_reads_no_weights_and_says_what_to_change(folde
     words = [f"--{name.replace('_', '-')}={place}" for name, place in folders.options.items()]
     main(["plan", "train", "--algorithm", "ppo", *words, "--iterations", "2"])
     said = capsys.readouterr().out
-    assert "it does not fit" in said and "500 MB are free" in said
+    assert "so it may be killed; try " in said and "500 MB are free" in said
     assert memory(sizes_of(sketch(spec(folders)))).total > 5e8
 
 
@@ -219,3 +237,12 @@ def test_a_run_that_may_not_fit_is_warned_of(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("warning: memory:") == 1 and "500 MB are free" in said
     assert said.count("disk: up to") == 1
+
+
+def test_a_plan_refuses_what_a_run_would(folders, capsys):
+    words = [f"--{name.replace('_', '-')}={place}" for name, place in folders.options.items()]
+    for more, why in ((["--device", "cuda:9"], "device 'cuda:9' cannot be used"), (["--set", "episode=3"], "episodes")):
+        with pytest.raises(SystemExit):
+            main(["plan", "train", "--algorithm", "ppo", *words, *more, "--no-timing"])
+        said = capsys.readouterr().err
+        assert why in said and "Traceback" not in said
