@@ -74,7 +74,7 @@ def sizes_of(problem: Any, processes: int | None = None) -> Sizes:
     count = processes or group.count()
     agent, policy = problem.agent, problem.policy
     if not isinstance(problem, TextProblem) or problem.exact is not None:
-        numbers = sum(p.numel() for p in policy.parameters())
+        numbers = 0 if agent is None else sum(p.numel() for p in policy.parameters())
         return Sizes(Shape(numbers), numbers, trained=numbers)
     task, spec = problem.task, problem.spec
     device = str(spec.options.get("device", ""))
