@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lm_envs.algos import best_of_n
 from lm_envs.algos.best_of_n import BestOfN, kl_bound, kl_of_scores
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.rollout import rollout
@@ -113,3 +114,11 @@ def test_the_measured_kl_is_the_exact_one(temperature):
     assert len(found) == 16 and best.reward_calls == best.tokens_generated == 0
     assert found.mean() == pytest.approx(expected, rel=0.1) and kl_bound(n) > 1.15 * expected
     assert len(BestOfN(best.policy, mdp, 1000).measured_kl()) == 0  # too many to measure
+
+
+def test_the_kl_of_a_pretrained_model_is_measured_on_fewer_samples(monkeypatch):
+    mdp = TextVectorEnv(enumerable(tokens=2, horizon=2, prompts=16), 1).mdp
+    best = BestOfN(LMPolicy.for_mdp(mdp, mdp.reference), mdp, 16)
+    whole = best.measured_kl()
+    monkeypatch.setattr(best_of_n, "SMALL", 1)
+    assert len(whole) == 16 and best.measured_kl() == pytest.approx(whole[:4])  # 256 samples of each
