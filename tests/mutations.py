@@ -1669,8 +1669,8 @@ MUTATIONS = [
     Mutation(
         "the table's win-rate error forgets the seeds",
         "benchmarks/run/results.py",
-        "estimates = {name: crossed_mean(outcomes(rows, name)) for name in PER_PROMPT}",
-        "estimates = {name: crossed_mean(outcomes(rows, name).mean(axis=0, keepdims=True)) for name in PER_PROMPT}",
+        "estimates = {name: estimate_of(rows, outcomes(rows, name)) for name in PER_PROMPT}",
+        "estimates = {name: estimate_of(rows[:1], outcomes(rows, name).mean(0)[None]) for name in PER_PROMPT}",
         "tests/benchmarks/test_recomputed_report.py",
     ),
     Mutation(
@@ -2782,8 +2782,8 @@ MUTATIONS = [
     Mutation(
         "differences pair runs by place, not by seed",
         "benchmarks/run/aggregate.py",
-        'next(row for row in rows if row["seed"] == seed) for seed in seeds',
-        "rows[k % len(rows)] for k, seed in enumerate(seeds)",
+        "next(row for row in rows if run_key(row) == key) for key in keys",
+        "rows[k % len(rows)] for k, key in enumerate(keys)",
         f"{AGGREGATE}::test_every_line",
     ),
     Mutation(
@@ -3058,6 +3058,20 @@ MUTATIONS = [
         "each.methods: each for pair",
         "each.methods: pair for pair",
         "tests/benchmarks/run/test_results.py::test_every_method_is_compared_with_each_other",
+    ),
+    Mutation(
+        "intervals over a task's models take runs for models",
+        "benchmarks/measure/statistics.py",
+        'crossed_mean(np.array([group.mean(axis=0) for group in groups]), "models")',
+        'crossed_mean(outcomes, "models")',
+        "tests/benchmarks/measure/test_statistics.py::test_a_nested_mean_by_hand",
+    ),
+    Mutation(
+        "methods on several versions of a task are paired by seeds alone",
+        "benchmarks/run/results.py",
+        'return row.get("task_seed", 0), row["seed"]',
+        'return 0, row["seed"]',
+        "tests/benchmarks/run/test_task_seeds.py::test_methods_are_paired_by_version_and_seed",
     ),
 ]
 

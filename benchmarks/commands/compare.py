@@ -15,7 +15,7 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.run.suite_files import load_suite
 from lm_envs.benchmarks.run.suites import Suite, TaskSettings, parse_settings
-from lm_envs.settings import Positive, Seed, Several, Threads, near
+from lm_envs.settings import Count, Positive, Seed, Several, Threads, near
 from lm_envs.tasks import parts_of
 
 # The suite whose settings a task gets by default, the demo's for others.
@@ -47,6 +47,9 @@ class Compare(Running):
     "all" stands for every algorithm, with the settings and seeds of the suite of that name."""
     seeds: Annotated[tuple[Seed, ...], tyro.conf.arg(metavar="N ...")] = ()
     """Seeds; they replace those of --suite."""
+    task_seeds: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
+    """Versions of a task's models (SFT, reward model) to run on, the task's own and N - 1 that are built with other
+    random numbers, so that intervals count them too; 1 if neither given here nor in the suite."""
     test_prompts: Annotated[Several | None, tyro.conf.arg(metavar="N")] = None
     """Test prompts to measure on."""
     match_kl: Annotated[tuple[Positive, ...], tyro.conf.arg(metavar="NATS ...")] = ()
@@ -89,6 +92,8 @@ class Compare(Running):
                 suite = replace(like, name="comparison", tasks=chosen)
         if self.seeds:
             suite = replace(suite, seeds=self.seeds)
+        if self.task_seeds:
+            suite = replace(suite, task_seeds=self.task_seeds)
         if self.match_kl:
             suite = replace(suite, match_kl=self.match_kl)
         for name, values in _by_algorithm(self.set).items():

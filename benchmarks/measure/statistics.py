@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,8 @@ class Estimate:
     """A number with its standard error and the degrees of freedom of Student's t; NaN where they are not known.
 
     Attributes:
-        layers: what the error counts, "prompts" and "seeds".
+        layers: what the error counts: "prompts", "seeds" and the task's "models".
+        models: the task's models' part of the variance, from 0 to 1; NaN where the error does not count them.
         p: two-sided p-value of the hypothesis that the value is 0.
     """
 
@@ -37,6 +38,7 @@ class Estimate:
     freedom: float = math.nan
     layers: tuple[str, ...] = ()
     p: float = math.nan
+    models: float = math.nan
 
     @property
     def low(self) -> float:
@@ -92,6 +94,29 @@ def crossed_mean(outcomes: Array, rows: str = "seeds") -> Estimate:
     return Estimate(mean, math.sqrt(variance), degrees, (rows, "prompts"), p)
 
 
+def nested_mean(outcomes: Array, models: Sequence[int]) -> Estimate:
+    """Estimate the mean of ``(S, P)`` outcomes, of runs on the models ``(S,)`` of a task, over new models too.
+
+    Runs are nested in models: the mean square of the models' means holds the seeds of each. So it is
+    :func:`crossed_mean` with a row per model; models of more or fewer runs count alike. With one model it is that of
+    its runs.
+    """
+    groups = [outcomes[np.equal(models, model)] for model in dict.fromkeys(models)]
+    if len(groups) < 2:
+        return crossed_mean(outcomes)
+    found = crossed_mean(np.array([group.mean(axis=0) for group in groups]), "models")
+    if "models" not in found.layers:
+        return found
+    layers = ("models", "seeds", *(layer for layer in found.layers if layer != "models"))
+    if any(len(group) < 2 for group in groups):  # one seed a model: the two cannot be told apart
+        return replace(found, layers=layers)
+    by_run = [np.nanmean(group, axis=1) for group in groups]
+    means = np.array([values.mean() for values in by_run])
+    within = float(np.mean([values.var(ddof=1) / len(values) for values in by_run]))
+    between = max(float(means.var(ddof=1)) - within, 0.0) / len(groups)
+    return replace(found, layers=layers, models=min(between / max(found.error**2, 1e-300), 1.0))
+
+
 # Shares of a chi-squared distribution, fine where it is near 0 and the variance may therefore be large.
 _SHARES = np.concatenate([[0.0], np.logspace(-12, -1, 400), np.linspace(0.1, 1, 201)[1:]])
 
@@ -139,7 +164,7 @@ def enough_seeds(values: Array, level: float, most: int = 100) -> int | None:
     return next(counts, None)
 
 
-def length_controlled(wins: Array, gaps: Array, rows: str = "seeds") -> Estimate:
+def length_controlled(wins: Array, gaps: Array, models: Sequence[int] | None = None) -> Estimate:
     """Estimate the win-rate at equal lengths, from outcomes and differences in length (tokens), both ``(S, P)``.
 
     ``P(win) = sigmoid(a + b tanh(gap / sd))`` is fitted, and ``sigmoid(a)`` is the win-rate at a gap of 0 (Dubois et
@@ -161,8 +186,8 @@ def length_controlled(wins: Array, gaps: Array, rows: str = "seeds") -> Estimate
             break
     value = float(expit(weights[0]))
     influence = np.linalg.solve(curvature, (x * (wins.ravel() - rate)[:, None]).T)[0] * wins.size
-    found = crossed_mean((value + value * (1 - value) * influence).reshape(wins.shape), rows)
-    return Estimate(value, found.error, found.freedom, found.layers)
+    found = nested_mean((value + value * (1 - value) * influence).reshape(wins.shape), models or [0] * len(wins))
+    return replace(found, value=value, p=math.nan)
 
 
 # Aggregates of scores, one per run, by task; rows ``(..., N)`` are averaged over the last axis
@@ -179,20 +204,23 @@ def optimality_gap(scores: Array, optimum: float = 1.0) -> Array:
     return np.maximum(optimum - scores, 0).mean(axis=-1)
 
 
-def performance_profile(scores: Array, thresholds: Array) -> tuple[Array, Array, Array]:
+def performance_profile(
+    scores: Array, thresholds: Array, models: Sequence[int] | None = None
+) -> tuple[Array, Array, Array]:
     """Return the share of scores ``(S, P)`` above each threshold ``(K,)``, and the ends of its 95 % intervals.
 
     The intervals stay within 0 and 1 and hold near them, where resampling a few runs gives none: over seeds and prompts
     that of :func:`crossed_mean` for the share's logit, over runs or prompts alone that of Wilson (1927). NaN for a
     single score.
     """
-    found = [_share((scores > threshold).astype(float)) for threshold in thresholds]
+    models = models or [0] * len(scores)
+    found = [_share((scores > threshold).astype(float), models) for threshold in thresholds]
     shares, lows, highs = np.array(found).T
     return shares, lows, highs
 
 
-def _share(outcomes: Array) -> tuple[float, float, float]:
-    """A share of outcomes ``(S, P)`` of 0 and 1 with its interval."""
+def _share(outcomes: Array, models: Sequence[int]) -> tuple[float, float, float]:
+    """A share of outcomes ``(S, P)`` of 0 and 1, of runs on these models of a task, with its interval."""
     share, count = float(outcomes.mean()), outcomes.size
     if count == 1:
         return share, math.nan, math.nan
@@ -203,7 +231,8 @@ def _share(outcomes: Array) -> tuple[float, float, float]:
         return share, middle - half, middle + half
     if share in (0.0, 1.0):
         return share, share, share
-    half = (crossed_mean(outcomes).high - share) / (share * (1 - share))
+    found = nested_mean(outcomes, models)
+    share, half = found.value, (found.high - found.value) / (found.value * (1 - found.value))
     return share, float(expit(logit(share) - half)), float(expit(logit(share) + half))
 
 

@@ -22,7 +22,7 @@ from lm_envs.benchmarks.measure.statistics import performance_profile
 from lm_envs.benchmarks.report.human import correlation
 from lm_envs.benchmarks.report.series import Series, by_task, styles
 from lm_envs.benchmarks.run.aggregate import knows_optimum, prompt_scores
-from lm_envs.benchmarks.run.results import number, table
+from lm_envs.benchmarks.run.results import number, run_key, table
 
 STYLE = {
     "font.size": 11,
@@ -190,7 +190,8 @@ def profiles(series: Sequence[Series], style: Style) -> Figure | None:
     ax = figure.subplots()
     for s, found in scored:
         color = style[s.algorithm][0]
-        share, least, most = performance_profile(found, thresholds)
+        models = [run_key(row)[0] for row in s.results] if len(found) > 1 else None
+        share, least, most = performance_profile(found, thresholds, models)
         ax.plot(thresholds, 100 * share, s.dash, color=color, linewidth=2, label=s.label)
         ax.fill_between(thresholds, 100 * least, 100 * most, color=color, alpha=0.13, linewidth=0)
     exact = all(knows_optimum(s.results) for s, _ in scored)

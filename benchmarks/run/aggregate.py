@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm_envs.benchmarks.measure import statistics
-from lm_envs.benchmarks.measure.statistics import Estimate, crossed_mean
+from lm_envs.benchmarks.measure.statistics import Estimate, nested_mean
 from lm_envs.benchmarks.run.matched import at_kl
 from lm_envs.benchmarks.run.names import base_task, method_name
-from lm_envs.benchmarks.run.results import by_method, number, outcomes, written
+from lm_envs.benchmarks.run.results import by_method, estimate_of, number, outcomes, run_key, written
 from lm_envs.benchmarks.run.storage import write_lines
 
 COLUMNS = ("task", "method", "against", "statistic", "value", "low", "high", "p", "seeds", "prompts", "counts")
@@ -67,16 +67,17 @@ def measure_of(rows: Sequence[dict[str, Any]]) -> str:
     return "proxy" if all(math.isnan(number(row["gold"])) for row in rows) else "gold"
 
 
-def _paired(ours: Rows, theirs: Rows, measure: str) -> NDArray[np.float64]:
-    """How much higher ``ours`` scores, ``(S, P)``, paired by prompts and by the seeds that both have."""
-    seeds = [row["seed"] for row in ours if row["seed"] in {row["seed"] for row in theirs}]
-    if not seeds:
-        return np.empty((0, 0))
-    pair = [[next(row for row in rows if row["seed"] == seed) for seed in seeds] for rows in (ours, theirs)]
+def _paired(ours: Rows, theirs: Rows, measure: str) -> tuple[NDArray[np.float64], list[int]]:
+    """How much higher ``ours`` scores, ``(S, P)``, paired by prompts and by the task's models and seeds that both have;
+    and the models of each."""
+    keys = [run_key(row) for row in ours if run_key(row) in set(map(run_key, theirs))]
+    if not keys:
+        return np.empty((0, 0)), []
+    pair = [[next(row for row in rows if run_key(row) == key) for key in keys] for rows in (ours, theirs)]
     a, b = (outcomes(rows, measure) for rows in pair)
     if a.shape != b.shape:
         a, b = (np.array([[number(row[measure])] for row in rows]) for rows in pair)
-    return a - b
+    return a - b, [task_seed for task_seed, _ in keys]
 
 
 def differences(by_name: dict[str, Rows]) -> list[Difference]:
@@ -87,7 +88,7 @@ def differences(by_name: dict[str, Rows]) -> list[Difference]:
     """
     measure = measure_of([row for rows in by_name.values() for row in rows])
     pairs = list(itertools.combinations(by_name, 2))
-    found = [Difference(a, b, measure, crossed_mean(_paired(by_name[a], by_name[b], measure))) for a, b in pairs]
+    found = [Difference(a, b, measure, nested_mean(*_paired(by_name[a], by_name[b], measure))) for a, b in pairs]
     adjusted = statistics.holm([each.estimate.p for each in found], _shares(pairs))
     return [replace(each, p=p) for each, p in zip(found, adjusted, strict=True)]
 
@@ -106,7 +107,10 @@ def enough_seeds(rows: Sequence[dict[str, Any]], ours: str, theirs: str) -> int 
     (by_name,) = methods(rows).values()
     pairs = list(itertools.combinations(by_name, 2))
     share = next(s for pair, s in zip(pairs, _shares(pairs), strict=True) if {ours, theirs} == set(pair))
-    by_seed = _paired(by_name[ours], by_name[theirs], measure_of(rows)).mean(axis=1)
+    paired, models = _paired(by_name[ours], by_name[theirs], measure_of(rows))
+    if len(set(models)) > 1:  # more models would do as well
+        return None
+    by_seed = paired.mean(axis=1)
     return statistics.enough_seeds(by_seed, ALARM * share)
 
 
@@ -118,7 +122,8 @@ def lead(rows: Sequence[dict[str, Any]], name: str) -> list[Difference]:
 
 def scores(rows: Rows) -> NDArray[np.float64]:
     """Return a score per run, 0 for SFT: where the optimum is known that is 1, else the unit is the standard deviation
-    of SFT's gold over prompts; NaN where neither is known."""
+    of SFT's gold over prompts; NaN where neither is known. Of runs on several models of the task, the mean per model.
+    """
 
     def score(row: dict[str, Any]) -> float:
         if not math.isnan(regret := number(row.get("regret"))):
@@ -126,11 +131,14 @@ def scores(rows: Rows) -> NDArray[np.float64]:
         spread = number(row.get("sft_gold_sd"))
         return (number(row["gold"]) - number(row.get("sft_gold"))) / spread if spread > 0 else math.nan
 
-    return np.array([score(row) for row in rows])
+    found = np.array([score(row) for row in rows])
+    models = np.array([row.get("task_seed", 0) for row in rows])
+    versions = list(dict.fromkeys(models.tolist()))
+    return found if len(versions) == 1 else np.array([found[models == each].mean() for each in versions])
 
 
 def prompt_scores(rows: Rows) -> NDArray[np.float64]:
-    """Return :func:`scores` per test prompt, ``(S, P)``: by SFT's mean and spread over all prompts; ``(S, 1)`` where a
+    """Return scores per run and test prompt, ``(S, P)``: by SFT's mean and spread over all prompts; ``(S, 1)`` where a
     run has one score."""
     means = scores(rows)[:, None]
     if knows_optimum(rows) or np.isnan(means).any():
@@ -158,10 +166,12 @@ def facts(rows: Sequence[dict[str, Any]], out: Path, match_kl: Sequence[float] =
         for name, mine in by_name.items():
             gaps = [row.get("length_gaps") or [] for row in mine]
             wins = outcomes(mine, "win_rate")
-            told = {"win_rate": crossed_mean(wins), "gold": crossed_mean(outcomes(mine, "gold"))}
+            told = {"win_rate": estimate_of(mine, wins), "gold": estimate_of(mine, outcomes(mine, "gold"))}
             if all(len(gap) == wins.shape[1] for gap in gaps):
                 gap = np.array(gaps, dtype=float)
-                told["win_rate_length_controlled"] = statistics.length_controlled(wins, gap)
+                told["win_rate_length_controlled"] = statistics.length_controlled(
+                    wins, gap, [run_key(row)[0] for row in mine]
+                )
             told |= _aggregates({task: mine})
             found += [_line(task, name, "", statistic, estimate, mine) for statistic, estimate in told.items()]
             for each in at_kl(mine, out, match_kl):

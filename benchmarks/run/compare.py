@@ -140,6 +140,11 @@ def prepare(
         if isinstance(problem, TextProblem) and run.task not in tried:
             tried.add(run.task)
             problem.try_out()
+    suited = [run for run in runs if run.task_seed and (run.task, run.algorithm) not in unsuited]
+    for run in {(run.task, run.task_seed): run for run in suited}.values():  # other models are built now
+        problem = open_problem(run)
+        if isinstance(problem, TextProblem):
+            problem.try_out()
     return unsuited
 
 

@@ -63,6 +63,7 @@ class DataSpec:
     dtype: str | None = None  # None is float32
     device: str | None = None  # None is the CPU
 
+    task_seed = 0  # its models are given
     folder = ""  # the run is in OUT itself, not in a folder of a comparison
 
     @property

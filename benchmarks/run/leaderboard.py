@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_envs.benchmarks.measure.statistics import Estimate, crossed_mean
+from lm_envs.benchmarks.measure.statistics import Estimate
 from lm_envs.benchmarks.run.aggregate import lead, mean_score, measure_of, methods
-from lm_envs.benchmarks.run.results import number, outcomes
+from lm_envs.benchmarks.run.results import estimate_of, number, outcomes
 from lm_envs.benchmarks.run.storage import write_json
 
 _MEANS = ("proxy", "kl", "length", "distinct_2", "tokens_generated", "reward_calls", "wall_s")
@@ -47,8 +47,8 @@ def _methods(by_name: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]
             "method": name,
             "seeds": sorted(row["seed"] for row in by_name[name]),
             "not_told_from_the_best": name not in worse and not fallen[name],
-            measure: _interval(crossed_mean(outcomes(by_name[name], measure))),
-            "win_rate": _interval(crossed_mean(outcomes(by_name[name], "win_rate")), 0.0, 1.0),
+            measure: _interval(estimate_of(by_name[name], outcomes(by_name[name], measure))),
+            "win_rate": _interval(estimate_of(by_name[name], outcomes(by_name[name], "win_rate")), 0.0, 1.0),
             "score": _interval(mean_score(by_name[name])),
         }
         | {column: _mean(by_name[name], column) for column in _MEANS}

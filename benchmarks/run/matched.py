@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_envs.benchmarks.measure.statistics import UNKNOWN, Estimate, crossed_mean
+from lm_envs.benchmarks.measure.statistics import UNKNOWN, Estimate, nested_mean
 from lm_envs.benchmarks.run.results import number, run_folder
 from lm_envs.benchmarks.run.storage import Records
 
@@ -50,7 +50,8 @@ def at_kl(rows: Sequence[Mapping[str, Any]], out: Path, kls: Sequence[float]) ->
     for kl in kls:
         read = [_read(curve, kl) for curve in curves]
         held = [each for each in read if each is not None]
-        estimates = {name: _estimate([each[name] for each in held]) for name in MEASURES}
+        models = [row.get("task_seed", 0) for row, each in zip(rows, read, strict=True) if each is not None]
+        estimates = {name: _estimate([each[name] for each in held], models) for name in MEASURES}
         found.append(Matched(kl, len(held), len(rows), furthest, **estimates))
     return found
 
@@ -77,5 +78,5 @@ def _outcomes(point: Mapping[str, Any], name: str) -> NDArray[np.float64]:
     return np.array([number(value) for value in values])
 
 
-def _estimate(read: Sequence[NDArray[np.float64]]) -> Estimate:
-    return crossed_mean(np.array(read)) if len({len(values) for values in read}) == 1 else UNKNOWN
+def _estimate(read: Sequence[NDArray[np.float64]], models: Sequence[int]) -> Estimate:
+    return nested_mean(np.array(read), models) if len({len(values) for values in read}) == 1 else UNKNOWN

@@ -19,6 +19,12 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
+def run_name(task: str, algorithm: str, seed: int, task_seed: int = 0) -> str:
+    """Return ``task/algorithm/seed-n``, the name of a run and of its folder; with other models of the task than its
+    own, ``task/algorithm/seed-n-task-m``."""
+    return f"{folder_name(task)}/{folder_name(algorithm)}/seed-{seed}{f'-task-{task_seed}' if task_seed else ''}"
+
+
 def base_task(name: str) -> tuple[str, str]:
     """Return the task and the kind of env of a name: ``("reviews", "bandit")`` for ``"reviews-bandit"``. The options
     behind a question mark stay with the task."""

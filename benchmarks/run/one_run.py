@@ -354,6 +354,7 @@ class _Run:
         remove(self.folder / "model")  # a process that was killed here left half of it
         problem.save_model(self.folder / "model")
         run = {"task": self.spec.task, "algorithm": self.spec.algorithm, "seed": self.spec.seed}
+        run |= {"task_seed": self.spec.task_seed} if self.spec.task_seed else {}
         wall_s = self.wall_s + measured.get("inference_s", 0.0)
         result = {**run, **measured, **problem.costs(measured), "wall_s": wall_s}
         if problem.guards is not None and problem.agent is not None:

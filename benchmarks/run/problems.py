@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections import Counter
@@ -37,9 +38,10 @@ from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact.solver import Exact
 from lm_envs.model.adapters import has_adapters
 from lm_envs.model.encoder_decoder import is_encoder_decoder
+from lm_envs.plugins import find
 from lm_envs.reward.base import forget_parts, part_means
 from lm_envs.settings import make
-from lm_envs.tasks import load
+from lm_envs.tasks import TASKS, load, parts_of
 from lm_envs.tasks.base import TextTask
 from lm_envs.tasks.enumerable import TableLM
 from lm_envs.trajectories import Trajectories
@@ -78,6 +80,12 @@ def _fit(agent: Agent[Any], spec: RunSpec) -> Agent[Any]:
             config = replace(config, iterations=MOST)
     agent.config = config
     return agent
+
+
+def _check_versions(name: str) -> None:
+    """Raise UserError unless a task's loader can make other models."""
+    if "task_seed" not in inspect.signature(find(parts_of(name)[0], "task", TASKS)).parameters:
+        raise UserError(f"task {name!r} has one version of its models: its loader takes no task_seed (reviews' does)")
 
 
 def chosen_by_size(spec: RunSpec, start: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -172,6 +180,9 @@ class TextProblem(Problem):
         if name == "custom":  # its loader checks lengths and samples to standardize scores
             names = ("max_new_tokens", "min_new_tokens", "temperature")
             options |= {name: spec.env[name] for name in names if name in spec.env}
+        if spec.task_seed:
+            _check_versions(name)
+            options["task_seed"] = spec.task_seed
         self.spec, self.task = spec, task or load(name, **options)
         # TOML and JSON have no tuples
         self._options: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in spec.env.items()}

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from lm_envs.algos.engine import cost
 from lm_envs.benchmarks.measure.samples import GREEDY, standard_error
-from lm_envs.benchmarks.measure.statistics import Estimate, crossed_mean
-from lm_envs.benchmarks.run.names import folder_name, is_control
+from lm_envs.benchmarks.measure.statistics import Estimate, nested_mean
+from lm_envs.benchmarks.run.names import is_control, run_name
 from lm_envs.benchmarks.run.storage import finished, write_lines
 from lm_envs.data.splits import ENOUGH_PROMPTS
 
@@ -37,7 +37,13 @@ ENOUGH_SEEDS = 3
 
 def run_folder(row: Mapping[str, Any]) -> str:
     """Return the folder of a result's run within its comparison."""
-    return f"{folder_name(row['task'])}/{folder_name(row['algorithm'])}/seed-{row['seed']}"
+    return run_name(row["task"], row["algorithm"], row["seed"], row.get("task_seed", 0))
+
+
+def run_key(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Return which run of its method a result is: the seed of the task's models, 0 for its own, and the training
+    seed."""
+    return row.get("task_seed", 0), row["seed"]
 
 
 def number(value: Any) -> float:
@@ -52,7 +58,7 @@ def collect_results(out: Path, tasks: Sequence[str] = (), algorithms: Sequence[s
     rows = [row for path in paths if (row := finished(path.parent, _REPORTED)) is not None]
     tasks = list(dict.fromkeys([*tasks, *(row["task"] for row in rows)]))
     algorithms = list(dict.fromkeys([*algorithms, *(row["algorithm"] for row in rows)]))
-    return sorted(rows, key=lambda r: (tasks.index(r["task"]), algorithms.index(r["algorithm"]), r["seed"]))
+    return sorted(rows, key=lambda r: (tasks.index(r["task"]), algorithms.index(r["algorithm"]), *run_key(r)))
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -62,7 +68,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if not _differ((row["task"], row.get("kl_coef")) for row in rows):
         known = [name for name in known if name != "kl_coef"]
     known += dict.fromkeys(name for row in rows for name in row if name.startswith("part_"))  # of a reward with weights
-    known += [name for name in ("collapsed", "stop_rule") if any(row.get(name) for row in rows)]
+    known += [name for name in ("task_seed", "collapsed", "stop_rule") if any(row.get(name) for row in rows)]
     write_lines(path, [{name: written(value) for name, value in row.items()} for row in rows], (*COLUMNS, *known))
 
 
@@ -96,8 +102,9 @@ class Line:
     kl_is_bound: bool
     prompts: int | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
-    collapsed: dict[int, str] = field(default_factory=dict)  # how, by the seeds of runs that did
-    stopped: dict[int, str] = field(default_factory=dict)  # by which rule, by the seeds of runs that one ended
+    collapsed: dict[str, str] = field(default_factory=dict)  # how, by the seeds of runs that did
+    stopped: dict[str, str] = field(default_factory=dict)  # by which rule, by the seeds of runs that one ended
+    versions: int = 1  # of the task's models
 
     @property
     def title(self) -> str:
@@ -126,15 +133,26 @@ def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
         values = np.array([number(row.get(name) if name in EXTRA else row[name]) for row in rows])
         mean[name] = float(values.mean())
         spread[name] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    estimates = {name: crossed_mean(outcomes(rows, name)) for name in PER_PROMPT}
+    estimates = {name: estimate_of(rows, outcomes(rows, name)) for name in PER_PROMPT}
     spread["win_rate"] = estimates["win_rate"].error
     human = np.array([outcome for outcome in rows[0].get("human", ()) if not math.isnan(outcome)])
     mean["human"] = float(human.mean()) if len(human) else math.nan
     spread["human"] = standard_error(human)
     bound = any(row.get("kl_is_bound", False) for row in rows)
-    seeds = tuple(row["seed"] for row in rows)
-    ended = [{row["seed"]: row[kind] for row in rows if row.get(kind)} for kind in ("collapsed", "stop_rule")]
-    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates, *ended)
+    seeds, versions = tuple(row["seed"] for row in rows), len({row.get("task_seed", 0) for row in rows})
+    ended = [{_seeds_of(row): row[kind] for row in rows if row.get(kind)} for kind in ("collapsed", "stop_rule")]
+    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates, *ended, versions)
+
+
+def _seeds_of(row: Mapping[str, Any]) -> str:
+    task_seed, seed = run_key(row)
+    return f"seed {seed}" if not task_seed else f"seed {seed}, task seed {task_seed}"
+
+
+def estimate_of(rows: Sequence[Mapping[str, Any]], values: NDArray[np.float64]) -> Estimate:
+    """Estimate the mean of the values ``(S, P)`` of these runs over new models of the task, seeds and prompts, as far
+    as there are several."""
+    return nested_mean(values, [row.get("task_seed", 0) for row in rows])
 
 
 def outcomes(rows: Sequence[dict[str, Any]], name: str) -> NDArray[np.float64]:
@@ -266,11 +284,11 @@ def shown(lines: Sequence[Line]) -> list[Column]:
     return [column for column in SHOWN if told(column)]
 
 
-_LAYERS = {"seeds": "training seeds", "prompts": "test prompts"}
+_LAYERS = {"models": "the task's models", "seeds": "training seeds", "prompts": "test prompts"}
 _FIXED = {
     "seeds": "other training seeds",
     "prompts": "other prompts",
-    "models": "other models of the task (SFT, reward model)",
+    "models": "the task's models (SFT, reward model): fixed (1)",
 }
 
 
@@ -281,6 +299,13 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
         counted = " or ".join(" and ".join(_LAYERS[layer] for layer in each) for each in sorted(layers))
         fixed = ", ".join(told for layer, told in _FIXED.items() if not any(layer in each for each in layers))
         notes.append(f"[ ]: 95 % interval over {counted}, by Student's t. Not in it: {fixed}.")
+    if several := [line for line in lines if line.versions > 1]:
+        part = np.array([line.estimates["win_rate"].models for line in several])
+        told = f"The task's models (SFT, reward model): {max(line.versions for line in several)} versions."
+        if len(part := part[~np.isnan(part)]):
+            ends = " to ".join(f"{100 * end:.0f}" for end in dict.fromkeys((part.min().round(2), part.max().round(2))))
+            told = f"{told[:-1]}, which make up {ends} % of the variance of a method's win-rate."
+        notes.append(told)
     sampled = [line for line in lines if not is_control(line.task) and math.isnan(line.mean["regret"])]  # not exact
     fewest = min((line.prompts for line in sampled if line.prompts is not None), default=ENOUGH_PROMPTS)
     if fewest < ENOUGH_PROMPTS:
@@ -298,7 +323,7 @@ def footnotes(lines: Sequence[Line]) -> list[str]:
         notes.append("Where there is a regret, win-rate, gold, proxy, KL and length are exact expectations.")
     notes += [f"{line.algorithm} collapsed: {next(iter(line.collapsed.values()))}." for line in lines if line.collapsed]
     for line in lines:
-        if whys := "; ".join(f"seed {seed}: {why}" for seed, why in line.stopped.items()):
+        if whys := "; ".join(f"{seeds}: {why}" for seeds, why in line.stopped.items()):
             notes.append(f"{line.algorithm} stopped before its budget by a rule ({whys}).")
     if any(math.isnan(line.mean["gold"]) for line in lines if not is_control(line.task)):
         notes.append("There is no gold score and no win-rate where a task has no judge.")

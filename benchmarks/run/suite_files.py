@@ -87,6 +87,7 @@ class _Suite(Settings):
     seeds: Annotated[tuple[Seed, ...], MinLen(1), Unique] = (0,)
     compile: bool = False
     stop: tuple[Name, ...] = ()
+    task_seeds: Count = Suite.task_seeds
     budget: Table = field(default_factory=dict)
     evaluation: Table = field(default_factory=dict)
     checkpoints: Table = field(default_factory=dict)
@@ -233,6 +234,7 @@ class _Reader:
             keep=self.make(_Checkpoints, data.checkpoints, "[checkpoints]").keep,
             resources=self.resources(data.resources),
             stop=self.stop(data.stop),
+            task_seeds=data.task_seeds,
             guards={name: getattr(self.make(Guards, data.guards, "[guards]"), name) for name in data.guards},
             tune={name: self.space(name, table) for name, table in data.tune.items()},
         )

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.names import folder_name, is_control
+from lm_envs.benchmarks.run.names import is_control, run_name
 from lm_envs.settings import Count, Finite, NonNegative, Positive, Settings, Several, Size, Whole, make, short
 
 Service: TypeAlias = Literal["wandb", "mlflow", "trackio"]
@@ -189,11 +189,12 @@ class RunSpec:
     compile: bool = False
     guards: dict[str, Any] = field(default_factory=dict)  # Guards, those that are set
     stop: list[str] = field(default_factory=list)  # stop rules as they are written
+    task_seed: int = 0  # of the task's models; 0 are its own
 
     @property
     def label(self) -> str:
-        """``task/algorithm/seed-n``, the name of the run and of its folder."""
-        return f"{folder_name(self.task)}/{folder_name(self.algorithm)}/seed-{self.seed}"
+        """The name of the run and of its folder, see :func:`~lm_envs.benchmarks.run.names.run_name`."""
+        return run_name(self.task, self.algorithm, self.seed, self.task_seed)
 
     @property
     def folder(self) -> str:
@@ -201,7 +202,7 @@ class RunSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as nested dictionaries, without those that are empty or False."""
-        left_out = ("adaptation", "compile", "guards", "stop")
+        left_out = ("adaptation", "compile", "guards", "stop", "task_seed")
         return {key: value for key, value in asdict(self).items() if value or key not in left_out}
 
 
@@ -216,6 +217,7 @@ class Suite:
         every: the algorithms are "all": those that a task does not suit are left out.
         match_kl: KLs, nats per response, at which methods are compared by their validation curves.
         guards: what differs from the defaults of :class:`Guards`.
+        task_seeds: versions of a task's models that the methods run on, the task's own and others.
         stop: rules that end a run before its budget, see :mod:`lm_envs.benchmarks.run.stop_rules`.
         keep: checkpoints that a finished run keeps, so that it can be extended later.
         resources: what each run takes of a node of a Ray cluster.
@@ -238,22 +240,24 @@ class Suite:
     tune: dict[str, Space] = field(default_factory=dict)
     guards: dict[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    task_seeds: int = 1
 
     def runs(self) -> list[RunSpec]:
         """Return the cells: for each task all algorithms with the first seed, then with the next, so that early results
         say most."""
         return [
-            self._run(task, algorithm, seed)
+            self._run(task, algorithm, seed, task_seed)
             for task in self.tasks
+            for task_seed in range(1 if is_control(task.name) else self.task_seeds)
             for seed in self.seeds
             for algorithm in task.algorithms or self.algorithms
         ]
 
-    def _run(self, task: TaskSettings, algorithm: str, seed: int) -> RunSpec:
+    def _run(self, task: TaskSettings, algorithm: str, seed: int, task_seed: int) -> RunSpec:
         overrides = {**self.overrides.get(algorithm, {}), **task.overrides.get(algorithm, {})}
         models = {"adaptation": self.adaptation, "compile": self.compile, "guards": self.guards}
         models = {} if is_control(task.name) else models
-        more = {**models, "stop": list(self.stop)}
+        more = {**models, "stop": list(self.stop), "task_seed": task_seed}
         return RunSpec(task.name, algorithm, seed, self.plan, task.env, task.options, overrides, **more)  # type: ignore[arg-type]
 
 

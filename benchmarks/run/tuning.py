@@ -77,7 +77,8 @@ def tune(suite: Suite, out: Path, *, trials: int, seeds: int, resume: bool = Fal
         raise UserError(f"{out} holds a tuning already: --resume continues it, another --out starts a new one")
     first = max(suite.seeds) + 1
     plan = replace(suite.plan, split="validation")
-    tried = replace(suite, seeds=tuple(range(first, first + seeds)), plan=plan, keep=0, match_kl=(), description="")
+    tried = replace(suite, seeds=tuple(range(first, first + seeds)), plan=plan, keep=0, match_kl=(), task_seeds=1)
+    tried = replace(tried, description="")
     check_runs(runs)
     console = options.get("console") or Console(stderr=True)
     with Silence(partial(console.print, highlight=False, markup=False), "opening each task and model"):

@@ -66,8 +66,13 @@ def ranking_accuracy(gold: NDArray[np.float64], difference: NDArray[np.floating[
     return float((difference[differ] * margin[differ] > 0).mean()) if differ.any() else 0.5
 
 
-def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
+def load(path: str | Path = FOLDER, task_seed: int = 0, **options: Any) -> TextTask:
     """Load the Reviews task: Reviews-v0, or the variant in a folder that ``lm-envs build reviews`` made.
+
+    Args:
+        path: the folder.
+        task_seed: 0 takes the folder's models; another number those that its settings give with other random numbers,
+            built once into the cache, in about a minute.
 
     Raises:
         ValueError: another option, or a file that is missing or damaged.
@@ -81,6 +86,8 @@ def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
     if (name := files.damaged(folder)) is not None:
         remedy = "install lm-envs again" if folder == FOLDER else "build it again with `lm-envs build reviews`"
         raise ValueError(f"reviews: {folder / name} is missing or damaged; {remedy}")
+    if task_seed:
+        folder = _version(folder, task_seed)
     made = json.loads((folder / "task.json").read_text())
     data = load_file(folder / "data.safetensors")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
@@ -102,6 +109,17 @@ def load(path: str | Path = FOLDER, **options: Any) -> TextTask:
         pairs=list(zip(cycle(range(len(prompts["train"]))), first, second)),
         stats=made["stats"],
     )
+
+
+def _version(folder: Path, task_seed: int) -> Path:
+    """The folder in the cache with other models by the same settings."""
+    from lm_envs.tasks import reviews_build
+
+    config = json.loads((folder / files.MANIFEST).read_text())["made_from"]["config"]
+    code = files.code_hash([__file__, str(reviews_build.__file__), str(sampling.__file__)])
+    parts = {"config": config, "task_seed": task_seed, "code": code}
+    inner = "task"  # it has a manifest of its own
+    return files.cached("reviews", parts, lambda made: reviews_build.build(made / inner, task_seed, **config)) / inner
 
 
 def _texts(rows: NDArray[np.uint8], eos: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build(folder: Path, **options: Any) -> None:
+def build(folder: Path, task_seed: int = 0, **options: Any) -> None:
     """Build the task's models and data in a new or empty folder, with progress bars on standard error.
+
+    ``task_seed`` makes other models of the same corpus: its prompts are the same, the initial weights, the samples and
+    the annotators are drawn again.
 
     The folder then holds ``policy/`` and ``reward_model/`` with the tokenizer, ``task.json``, ``manifest.json`` and
     ``data.safetensors``: token ids as uint8 (rows end at their first EOS) of the prompts ``train``, ``validation`` and
@@ -131,9 +134,10 @@ def build(folder: Path, **options: Any) -> None:
     Raises:
         ValueError: a wrong option, or the corpus has too few distinct openings.
     """
-    config = make(ReviewsConfig, options, "reviews")
+    given = make(ReviewsConfig, options, "reviews")
     tokenizer = make_tokenizer()
-    prompts, demonstrations, held_out_reviews = split(config, tokenizer)
+    prompts, demonstrations, held_out_reviews = split(given, tokenizer)
+    config = replace(given, seed=given.seed + task_seed)
     folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so before training
     sizes = (config.hidden, config.layers, config.heads)
     policy = sampling.small_gpt2(GPT2LMHeadModel, tokenizer, CONTEXT, sizes, config.seed)
@@ -194,7 +198,8 @@ def build(folder: Path, **options: Any) -> None:
     files.write_manifest(
         folder,
         {
-            "config": asdict(config),
+            "config": asdict(given),
+            "task_seed": task_seed,
             "versions": {one.__name__: one.__version__ for one in (torch, transformers, tokenizers, np)},
             "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
             "threads": torch.get_num_threads(),

@@ -47,6 +47,7 @@ def load(
     pause: str = "",
     mark: str | None = None,
     at: int = 0,
+    task_seed: int = 0,
 ) -> TextTask:
     """Forty prompts of two tokens to train on, six new tokens.
 
@@ -55,12 +56,18 @@ def load(
         broken: the reward returns NaN.
         pause: "reward" or "judge": which of them pauses, see :class:`Pausing`.
         mark, at: of the pause.
+        task_seed: other numbers than 0 have another reference.
     """
+    reference = task().reference.to(torch.float32)
+    if task_seed:
+        noise = torch.Generator().manual_seed(task_seed)
+        for parameter in reference.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=noise)
     pairs = [list(pair) for pair in product(range(1, 10), range(1, 10))]
     reward = nothing if broken else count_b_minus_c
     return task(
         name="fake",
-        reference=task().reference.to(torch.float32),
+        reference=reference,
         prompts={"train": pairs[:40], "validation": pairs[40:60], "test": pairs[60:]},
         reward=Pausing(reward, mark, at) if pause == "reward" else reward,
         judge=Pausing(gold, mark, at) if pause == "judge" else gold if judge else None,

@@ -56,6 +56,7 @@ COMPARE = RUNNING | {
     "algorithms": (["--algorithms", "rloo", "sft"], {"suite.algorithms.0": "rloo", "suite.algorithms.1": "sft"}),
     "seeds": (["--seeds", "4", "2"], {"suite.seeds.0": 4, "suite.seeds.1": 2}),
     "test_prompts": (["--test-prompts", "11"], {f"{PLAN}.test_prompts": 11}),
+    "task_seeds": (["--task-seeds", "3"], {"suite.task_seeds": 3}),
     "match_kl": (["--match-kl", "2", "5"], {"suite.match_kl.0": 2.0, "suite.match_kl.1": 5.0}),
     "set": (["--set", "rloo.epochs=3"], {"suite.overrides.rloo.epochs": 3}),
     "jobs": (["--jobs", "6"], {"jobs": 6}),

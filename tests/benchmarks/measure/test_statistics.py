@@ -259,3 +259,56 @@ def test_profiles_hold_the_truth_at_each_score(seeds, prompts, spreads, count):
     lows, highs = np.array(found).transpose(1, 0, 2)
     for share in ((lows <= truth) & (truth <= highs)).mean(axis=0):
         assert fair(share, count)
+
+
+def nested(rng, models, seeds, prompts, spreads, mean=0.0):
+    """Outcomes ``(models x seeds, P)`` with normal effects of models, their seeds, prompts, prompts within models, and
+    the rest; and each run's model."""
+    of_model, of_seed, of_prompt, of_both, rest = spreads
+    effects = of_model * rng.normal(size=(models, 1, 1)) + of_seed * rng.normal(size=(models, seeds, 1))
+    effects = effects + of_prompt * rng.normal(size=prompts) + of_both * rng.normal(size=(models, 1, prompts))
+    outcomes = mean + effects + rest * rng.normal(size=(models, seeds, prompts))
+    return outcomes.reshape(-1, prompts), np.repeat(np.arange(models), seeds).tolist()
+
+
+def test_a_nested_mean_by_hand():
+    outcomes = np.array([[0.0, 2.0], [2.0, 4.0], [5.0, 7.0], [7.0, 9.0]])  # effects of 5 a model, 2 a seed, 2 a prompt
+    found = ours.nested_mean(outcomes, [0, 0, 1, 1])
+    rows = crossed_mean(np.array([[1.0, 3.0], [6.0, 8.0]]), "models")
+    assert (found.value, found.error, found.freedom) == (4.5, rows.error, rows.freedom)
+    assert found.layers == ("models", "seeds", "prompts")
+    # the models' means differ by 5: a variance of 12.5, of which a seed's 2 / 2 is not the models'
+    assert found.models == pytest.approx((12.5 - 1.0) / 2 / found.error**2)
+    assert ours.nested_mean(outcomes, [3] * 4) == crossed_mean(outcomes)
+    single = ours.nested_mean(outcomes[::2], [0, 1])  # one seed a model: not told apart
+    assert single.layers == ("models", "seeds", "prompts") and math.isnan(single.models)
+    uneven = ours.nested_mean(outcomes[[0, 1, 2, 3, 3]], [0, 0, 1, 1, 1])
+    assert uneven.value == pytest.approx((2.0 + np.mean([6.0, 8.0, 8.0])) / 2)  # models count alike
+
+
+@pytest.mark.parametrize("count", SIMULATIONS)
+@pytest.mark.parametrize(
+    "models, seeds, prompts, spreads",
+    [
+        (5, 3, 100, (0.3, 0.1, 0.5, 0.2, 0.6)),
+        (5, 2, 100, (0.0, 0.2, 0.5, 0.0, 0.6)),
+        (4, 3, 256, (0.1, 0.1, 0.5, 0.1, 0.6)),  # of three models 92 % in 3,000 simulations
+        (4, 1, 100, (0.3, 0.1, 0.5, 0.2, 0.6)),
+        (4, 3, 1, (0.5, 0.3, 0.0, 0.0, 0.0)),
+    ],
+)
+def test_three_layers_hold_the_truth(models, seeds, prompts, spreads, count):
+    rng = np.random.default_rng(7)
+    drawn_ = [nested(rng, models, seeds, prompts, spreads, mean=0.3) for _ in range(count)]
+    assert fair(held([ours.nested_mean(*each) for each in drawn_], 0.3), count)
+    if spreads[0] >= 0.3:  # negative control: intervals that leave the models out are too narrow
+        if seeds > 1:
+            assert held([crossed_mean(each[0]) for each in drawn_], 0.3) < 0.92
+
+
+def test_the_part_of_the_models_is_found():
+    rng = np.random.default_rng(8)
+    of_model, of_seed, rest, models, seeds, prompts = 0.3, 0.4, 0.6, 40, 4, 300
+    outcomes = nested(rng, models, seeds, prompts, (of_model, of_seed, 0.0, 0.0, rest))
+    truth = of_model**2 / (of_model**2 + of_seed**2 / seeds + rest**2 / seeds / prompts)
+    assert ours.nested_mean(*outcomes).models == pytest.approx(truth, abs=0.12)
