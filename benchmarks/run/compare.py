@@ -199,7 +199,7 @@ def compare(
                 tell_left_out(unsuited, console)
                 open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
                 if plans and ray is None:  # a cluster's nodes have memory of their own
-                    for line in announcement(plans, open_runs, jobs * group.count()):
+                    for line in announcement(plans, open_runs, min(jobs, len(open_runs)) * group.count()):
                         console.print(line, highlight=False, markup=False, soft_wrap=True)
             carry_out: CarryOut = one_by_one if jobs == 1 else partial(run_in_workers, jobs=jobs)
             if ray is not None and open_runs:
