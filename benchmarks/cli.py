@@ -114,11 +114,12 @@ def _run(words: list[str], debug: bool) -> None:
     if unknown:
         _refuse(console, _unknown(command, unknown[0]))
         raise SystemExit(BAD_COMMAND)
-    if isinstance(command, ManyProcesses) and command.processes > 1 and not STARTED:
-        raise SystemExit(launch(words, command.processes))
+    many = command if isinstance(command, ManyProcesses) else ManyProcesses()
+    if many.processes > 1 and not STARTED:
+        raise SystemExit(launch(words, many.processes))
     try:
         check(command)
-        carry_out(lambda: command.run(console))
+        carry_out(lambda: command.run(console), many.fsdp)
     except (Interrupted, KeyboardInterrupt):
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt

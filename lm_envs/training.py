@@ -106,10 +106,16 @@ def add_gradients(losses: Iterable[Tensor]) -> float:
     return total
 
 
-def take_step(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter], max_grad_norm: float) -> Tensor:
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Collection[nn.Parameter],
+    max_grad_norm: float,
+    of_all: Callable[[Tensor], Tensor] = lambda norm: norm,
+) -> Tensor:
     """Clip the gradients to a norm of ``max_grad_norm``, step, and return the norm before; FloatingPointError without a
-    step if it is NaN or infinite."""
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    step if it is NaN or infinite. ``of_all`` is the norm of all processes' gradients, from that of these."""
+    norm = of_all(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if not math.isfinite(float(norm)):
         raise FloatingPointError(f"the gradient's norm is {float(norm)}")
     optimizer.step()

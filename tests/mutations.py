@@ -63,6 +63,7 @@ JUDGE, REWARDS = "tests/lm_envs/reward/test_judge.py", "tests/lm_envs/reward/tes
 MISBEHAVING = "tests/lm_envs/reward/test_judge_misbehaving.py"
 MANY = "tests/algos/engine/test_many_processes.py"
 SHARING, BEATS = "tests/lm_envs/processes/test_sharing.py", "tests/lm_envs/processes/test_heartbeats.py"
+GLOO = "tests/lm_envs/processes/test_gloo.py::test_processes_are_one"
 STORAGE, ONE_RUN = "tests/benchmarks/run/test_storage.py", "tests/benchmarks/run/test_one_run.py"
 INPUTS = "tests/benchmarks/run/test_inputs.py"
 CONTRACTS = "tests/benchmarks/run/test_contracts.py::test_what_is_broken_is_reported_by_its_line"
@@ -162,6 +163,27 @@ MUTATIONS = [
         'group.add(flat, "the sum of gradients")',
         'group.add(flat.div_(group.world()), "the sum of gradients")',
         MANY,
+    ),
+    Mutation(
+        "shares of gradients are averaged",
+        "algos/engine/shards.py",
+        "made.set_gradient_divide_factor(1.0)",
+        "made.set_gradient_divide_factor(2.0)",
+        GLOO,
+    ),
+    Mutation(
+        "an evaluation that only keeps step with the other processes counts",
+        "algos/engine/agent.py",
+        "(count / whole) if counts else 0.0)",
+        "(count / whole))",
+        GLOO,
+    ),
+    Mutation(
+        "each share of the gradient is clipped by its own norm",
+        "algos/engine/shards.py",
+        "max_grad_norm, _norm_of_all)",
+        "max_grad_norm)",
+        GLOO,
     ),
     Mutation(
         "all processes evaluate the first one's rows before an update",
@@ -983,8 +1005,8 @@ MUTATIONS = [
     Mutation(
         "gradients are not clipped",
         "lm_envs/training.py",
-        "nn.utils.clip_grad_norm_(parameters, max_grad_norm)",
-        "nn.utils.clip_grad_norm_(parameters, 1e9)",
+        "nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)",
+        "nn.utils.clip_grads_with_norm_(parameters, 1e9, norm)",
         ALGORITHMS + "::test_no_setting_is_dead",
     ),
     Mutation(

@@ -31,12 +31,12 @@ from lm_envs.algos.engine.kl_coefficient import KLCoefficient
 from lm_envs.algos.engine.metrics import Averages, Metric
 from lm_envs.algos.engine.optimizer import make_adam, take_back, tensors_of
 from lm_envs.algos.engine.sampling import Sampler, draw
+from lm_envs.algos.engine.shards import weights_of
 from lm_envs.algos.ops.losses import explained_variance
 from lm_envs.algos.policies.adaptation import frozen_hash
 from lm_envs.processes.group import alone, exchange
-from lm_envs.processes.sharing import sum_gradients
 from lm_envs.tasks.base import TextTask
-from lm_envs.training import add_gradients, stream, take_step
+from lm_envs.training import add_gradients, stream
 from lm_envs.trajectories import Trajectories
 
 _SAMPLED = ("episodes_done", "samples_done", "tokens_done", "steps_done", "reward_calls", "scored_tokens")
@@ -99,7 +99,8 @@ class Agent(Generic[C]):
         self._parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError(f"{self.name}: the policy has no parameter that requires a gradient")
-        self.optimizer = make_adam(self._parameters, self.name, self.config.learning_rate, self.config.adam_eps)
+        self._trained = weights_of(policy)
+        self.optimizer = make_adam(self._trained.parameters, self.name, self.config.learning_rate, self.config.adam_eps)
         self.iterations_done = self.episodes_done = self.samples_done = self.tokens_done = self.steps_done = 0
         self.reward_calls = self.scored_tokens = self.comparisons_done = self.trained_tokens = 0
         self.given: Mapping[str, int] = {}
@@ -215,11 +216,12 @@ class Agent(Generic[C]):
         self.optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = self.learning_rate
         averages, steps = Averages(), 0
         self._units_per_step = units(traj, self.unit) / config.minibatches if self.whole_batch else None
-        for epoch, number, index in passes(traj, self.unit, config, self.iterations_done):
-            part, held = (traj, fixed) if index is None else select(traj, fixed, index)
-            if self._step(part, held, averages, epoch, number):
-                break
-            steps += 1
+        with self._trained.updating():
+            for epoch, number, index in passes(traj, self.unit, config, self.iterations_done):
+                part, held = (traj, fixed) if index is None else select(traj, fixed, index)
+                if self._step(part, held, averages, epoch, number):
+                    break
+                steps += 1
         self.iterations_done += 1
         metrics["updates"] = steps
         return metrics | averages.means() | {"update_s": time.perf_counter() - start}
@@ -248,8 +250,7 @@ class Agent(Generic[C]):
                 unit = "token" if self.unit == "token" else "sequence"
                 add_gradients(self._losses("demonstration_nll", data, {}, unit, likelihood(unit), mixed, weight))
                 averages.join(*exchange(mixed, "the metrics of demonstrations"))
-            sum_gradients(self._parameters.values())
-            norm = take_step(self.optimizer, self._parameters.values(), self.config.max_grad_norm)
+            norm = self._trained.step(self.optimizer, self.config.max_grad_norm)
         except FloatingPointError as error:
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
@@ -274,17 +275,18 @@ class Agent(Generic[C]):
     ) -> Iterator[Tensor]:
         """This process's parts of a weighted mean over a minibatch's units, one per forward; their metrics are added to
         averages."""
-        whole = units(traj, unit)
+        whole, even = units(traj, unit), self._trained.even
         self.trained_tokens += int(traj.response_lengths.sum())
-        for part, held in own_parts(traj, fixed, unit, self.config.micro_batch, self.forward_cost):
-            with alone():  # each process has rows, and numbers of forwards, of its own
-                now, count = self.policy.evaluate(part), units(part, unit)
+        for part, held, counts in own_parts(traj, fixed, unit, self.config.micro_batch, self.forward_cost, even):
+            with alone():  # each process has rows of its own
+                now, count = self._trained.evaluate(part), units(part, unit)
                 loss, metrics = loss_of(part, now, held)
             if self._first_step and part.logprob is not None:
                 metrics = metrics | mismatch(now.logprob.detach(), part, self._same)
             # Law 8: each part counts by its share of all processes' units, so the sum is the mean over the minibatch.
-            yield loss * (weight * (count / whole))
-            averages.add({name: loss.detach(), **metrics}, count)
+            yield loss * (weight * (count / whole) if counts else 0.0)
+            if counts:
+                averages.add({name: loss.detach(), **metrics}, count)
 
     # ---- sampling ----
 
@@ -358,7 +360,7 @@ class Agent(Generic[C]):
         if self._frozen is not None:
             counters["frozen_sha256"] = self._frozen
         more, counters["extra"] = self.extra_state()
-        return tensors_of(self.policy, self._parameters, self.optimizer, more), counters
+        return tensors_of(self.policy, self._trained, self.optimizer, more), counters
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Take back a :meth:`checkpoint`; the agent then continues as the one that made it would have.
@@ -372,7 +374,7 @@ class Agent(Generic[C]):
                 "trained on, with the same freeze_layers and lora_rank"
             )
         try:
-            more = take_back(self.policy, self._parameters, self.optimizer, tensors)
+            more = take_back(self.policy, self._trained, self.optimizer, tensors)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         self._weights = next(_WEIGHTS)

@@ -203,16 +203,23 @@ def mismatch(logprob: Tensor, traj: Trajectories, same: bool) -> dict[str, Any]:
 
 
 def own_parts(
-    traj: Trajectories, fixed: dict[str, Tensor], unit: str, most: int | None, forward: float | None
-) -> Iterator[tuple[Trajectories, dict[str, Tensor]]]:
-    """The parts of a minibatch that this process learns from, one per forward: its :func:`share`, cut into
-    :func:`micro_batches`."""
-    if (mine := share(traj, unit)) is not None:
-        if not len(mine):
-            return
-        traj, fixed = select(traj, fixed, mine)
-    for rows in micro_batches(traj, unit, most, forward):
-        yield (traj, fixed) if rows is None else select(traj, fixed, rows)
+    traj: Trajectories, fixed: dict[str, Tensor], unit: str, most: int | None, forward: float | None, even: bool = False
+) -> Iterator[tuple[Trajectories, dict[str, Tensor], bool]]:
+    """The parts of a minibatch that this process evaluates, one per forward, and whether it learns from them.
+
+    It learns from its :func:`share`, cut into :func:`micro_batches`. With ``even`` it evaluates as often as the other
+    processes, the first unit if nothing is left of its share.
+    """
+    mine, own, parts = share(traj, unit), (traj, fixed), []
+    if mine is None or len(mine):
+        own = own if mine is None else select(*own, mine)
+        parts = micro_batches(own[0], unit, most, forward)
+    count = max(group.exchange(len(parts), "the forwards of a minibatch")) if even else len(parts)
+    for rows in parts:
+        yield *(own if rows is None else select(*own, rows)), True
+    for _ in range(count - len(parts)):
+        rows = micro_batches(traj, unit, 1)[0]
+        yield *((traj, fixed) if rows is None else select(traj, fixed, rows)), False
 
 
 def micro_batches(traj: Trajectories, unit: str, most: int | None, forward: float | None = None) -> list[Tensor | None]:

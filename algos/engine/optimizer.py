@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from lm_envs.algos.engine.shards import Replica
 from lm_envs.algos.policies.adaptation import learned_state, load_learned_state
 
 MASTER = "master"
@@ -89,32 +90,34 @@ class MasterAdam(torch.optim.Adam):
 
 def tensors_of(
     policy: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    weights: Replica,
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Collect a checkpoint's tensors, copied to the CPU: what the policy learned, the optimizer's state of
-    ``parameters``, and others."""
+    ``weights``, and others."""
     tensors = {f"policy.{name}": t for name, t in learned_state(policy).items()}
-    for name, parameter in parameters.items():
-        tensors |= {f"adam.{key}.{name}": t for key, t in optimizer.state.get(parameter, {}).items()}
+    for name, parameter in weights.parameters.items():
+        state = optimizer.state.get(parameter, {})
+        tensors |= {f"adam.{key}.{name}": weights.whole(name, t) for key, t in state.items()}
     tensors |= {f"extra.{name}": t for name, t in extra.items()}
     return {name: t.detach().cpu().clone() for name, t in tensors.items()}
 
 
 def take_back(
     policy: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    weights: Replica,
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Put :func:`tensors_of` back into policy and optimizer and return the others; ValueError if the policy differs."""
     load_learned_state(policy, _part(tensors, "policy."))
     optimizer.state.clear()
-    for name, parameter in parameters.items():
-        held = {key: tensors[f"adam.{key}.{name}"] for key in _STATE if f"adam.{key}.{name}" in tensors}
-        if held:
-            optimizer.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in held.items()}
+    for name, parameter in weights.parameters.items():
+        found = {key: t for key in _STATE if (t := tensors.get(f"adam.{key}.{name}")) is not None}
+        if found:
+            held = {key: weights.mine(name, t).to(parameter.device, copy=True) for key, t in found.items()}
+            optimizer.state[parameter] = held
     return _part(tensors, "extra.")
 
 

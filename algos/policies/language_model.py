@@ -86,7 +86,7 @@ class LMPolicy(TextPolicy):
         self.critic: nn.Module | None = None
         self.q_head: nn.Linear | None = None
         self._decoder = Decoder(model, max_new_tokens)
-        self._weights = tuple(model.parameters())
+        self._weights: tuple[nn.Parameter, ...] = ()  # those that the decoder's caches were made with
         self._version = -1
 
     @classmethod

@@ -28,18 +28,24 @@ if STARTED:  # before torch is imported: its stack traces of a broken connection
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def carry_out(do: Callable[[], object]) -> None:
+def carry_out(do: Callable[[], object], fsdp: bool) -> None:
     """Do what a command does; as a process after the first, help with its runs and print nothing.
 
+    Args:
+        fsdp: share out what is trained among the processes.
+
     Raises:
+        UserError: there is one process, and nothing to share out.
         SystemExit: on processes after the first, where the run failed, was stopped or was broken off.
     """
     if not STARTED:
+        if fsdp:
+            raise UserError("--fsdp shares out the weights among processes: add --processes N, or start with torchrun")
         do()
         return
     from lm_envs.processes import group
 
-    joined = group.start()
+    joined = group.start(fsdp)
     assert joined is not None
     try:
         if joined.rank == 0:

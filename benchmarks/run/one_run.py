@@ -200,7 +200,7 @@ class _Run:
         problem: Problem = opener(self.spec)
         found = {"run": self.spec.to_json(), "threads": self.threads, **problem.settings(), "versions": versions()}
         found |= {"inputs": fingerprints(self.spec)}
-        group.check_same(flat(found), "what the run is made of")
+        group.check_same(flat({**found, "--fsdp": group.sharded()}), "what the run is made of")
         if self.leads:
             if config is None:
                 config = write_sealed(self.folder / "config.json", found)

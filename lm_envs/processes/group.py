@@ -153,8 +153,8 @@ class Processes:
     """The processes that torchrun or :func:`lm_envs.benchmarks.run.launch.launch` started, joined by torch.distributed:
     gloo, and nccl between GPUs."""
 
-    def __init__(self, rank: int, world: int, host: str, port: int, served: bool) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int, world: int, host: str, port: int, served: bool, fsdp: bool) -> None:
+        self.rank, self.world, self.fsdp = rank, world, fsdp
         store = _store(rank, world, host, port, served)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart
         self.heartbeats = Heartbeats(lambda: _client(host, port, attempt), rank, world)
@@ -165,7 +165,12 @@ class Processes:
         self.heartbeats.start()
 
     @contextlib.contextmanager
-    def _waiting(self, step: str, patient: bool = False) -> Iterator[None]:
+    def waiting(self, step: str, patient: bool = False) -> Iterator[None]:
+        """Communicate in the block.
+
+        Raises:
+            Lost: another process is gone.
+        """
         try:
             with self.heartbeats.waiting(step, patient):
                 yield
@@ -174,7 +179,7 @@ class Processes:
 
     def exchange(self, value: Any, step: str, patient: bool) -> list[Any]:
         found: list[Any] = [None] * self.world
-        with self._waiting(step, patient):
+        with self.waiting(step, patient):
             dist.all_gather_object(found, (step, value))
         if other := [number for number, (at, _) in enumerate(found) if at != found[0][0]]:
             raise Lost(
@@ -184,7 +189,7 @@ class Processes:
         return [value for _, value in found]
 
     def sum(self, x: Tensor, step: str) -> None:
-        with self._waiting(step):
+        with self.waiting(step):
             dist.all_reduce(x)
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
@@ -199,10 +204,24 @@ class Processes:
             dist.destroy_process_group()
 
 
-def start() -> Processes | None:
+def sharded() -> bool:
+    """Whether what is trained here is shared out among the processes, and not on each of them."""
+    return _joined is not None and _sharing.get() is _joined and _joined.fsdp
+
+
+def waiting(step: str) -> contextlib.AbstractContextManager[None]:
+    """Communicate in the block by torch.distributed."""
+    assert _joined is not None
+    return _joined.waiting(step)
+
+
+def start(fsdp: bool = False) -> Processes | None:
     """Join the processes that this one was started with; None where it was started alone.
 
     Work is shared from here on, until :func:`end` or within :func:`alone`.
+
+    Args:
+        fsdp: share out what is trained among the processes, instead of a copy on each.
 
     Raises:
         ValueError: they did not all come within a minute, or their port is in use.
@@ -215,7 +234,7 @@ def start() -> Processes | None:
         local = int(about.get("LOCAL_RANK", "0"))
         if torch.cuda.is_available() and local < torch.cuda.device_count():
             torch.cuda.set_device(local)  # what "cuda" means from here on
-        _joined = Processes(int(about["RANK"]), int(about["WORLD_SIZE"]), *place, served)
+        _joined = Processes(int(about["RANK"]), int(about["WORLD_SIZE"]), *place, served, fsdp)
         _sharing.set(_joined)
     return _joined
 

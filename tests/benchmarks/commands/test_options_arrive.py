@@ -204,7 +204,7 @@ def test_no_option_is_left_out(command: str) -> None:
         return found
 
     known = set(TABLES[command]) | (set() if command in ("sft", "reward-model", "dpo") else set(OWN))
-    assert names(COMMANDS[command]) - {"processes"} == known  # which decides how the command is started
+    assert names(COMMANDS[command]) - {"processes", "fsdp"} == known  # which decide how the command is started
 
 
 def test_sources_of_ones_own(arrived: Any) -> None:

@@ -96,9 +96,9 @@ def whole(root, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_run_is_that_of_one_process(root, whole, tmp_path, processes):
-    code, said = run(*train(root, tmp_path / "out", "length", "--processes", processes))
+@pytest.mark.parametrize(("processes", "more"), [(2, ()), (4, ()), (2, ("--fsdp",))], ids=["2", "4", "2-fsdp"])
+def test_a_run_is_that_of_one_process(root, whole, tmp_path, processes, more):
+    code, said = run(*train(root, tmp_path / "out", "length", "--processes", processes, *more))
     assert code == 0, said
     assert gap(weights(whole / RUN), weights(tmp_path / "out" / RUN)) < 1e-9
     one, many = (json.loads((out / RUN / "result.json").read_text()) for out in (whole, tmp_path / "out"))
@@ -169,8 +169,9 @@ def test_law_10_whoever_is_killed_and_however_many_go_on(root, tmp_path):
     assert code == 0, said
     out, choice = tmp_path / "out", random.Random(7)
     for attempt in range(10):
-        processes = (2, 1, 4, 2)[attempt % 4]
-        more = ("--processes", processes, *(("--resume",) if (out / "comparison.json").exists() else ()))
+        processes, fsdp = ((2, True), (1, False), (4, True), (2, False), (4, False))[attempt % 5]
+        more = ["--processes", processes, *(["--fsdp"] if fsdp else [])]
+        more += ["--resume"] if (out / "comparison.json").exists() else []
         launcher, before = start(*train(root, out, "length", *long, *more), SLOW="0.15"), newest(out)
         while launcher.poll() is None and newest(out) == before:
             time.sleep(0.02)
@@ -228,6 +229,11 @@ def test_more_processes_than_groups_are_refused(root, tmp_path):
     code, said = run(*train(root, tmp_path / "out", "length", "--processes", 3, episodes=2))
     assert code == 1
     assert "ppo: 3 processes share the 2 groups of a batch (episodes=2, group_size=1)" in said.splitlines()[-1]
+
+
+def test_shares_need_processes(root, tmp_path):
+    code, said = run(*train(root, tmp_path / "out", "length", "--fsdp"))
+    assert code == 1 and "--fsdp shares out the weights among processes: add --processes N" in said.splitlines()[-1]
 
 
 def test_a_port_in_use_is_named():
