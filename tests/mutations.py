@@ -942,8 +942,8 @@ MUTATIONS = [
     Mutation(
         "a batch's loss is a mean of means",
         "algos/engine/agent.py",
-        "yield loss * (weight * (count / whole))",
-        "yield loss * (weight * (len(part) / len(traj)))",
+        "yield loss * (weight * (count / whole)",
+        "yield loss * (weight * (len(part) / len(traj))",
         AGENT + "::test_law_8_the_micro_batch_size_does_not_change_the_gradient",
     ),
     Mutation(
@@ -1026,8 +1026,8 @@ MUTATIONS = [
     Mutation(
         "the demonstrations' weight is ignored",
         "algos/engine/agent.py",
-        "yield loss * (weight * (count / whole))",
-        "yield loss * (count / whole)",
+        "yield loss * (weight * (count / whole)",
+        "yield loss * ((count / whole)",
         "tests/algos/engine/test_demonstrations.py",
     ),
     Mutation(
