@@ -94,6 +94,27 @@ MUTATIONS = [
         "tests/lm_envs/tasks/test_instruct.py::test_ifeval_columns",
     ),
     Mutation(
+        "pass@k draws without replacement",
+        "benchmarks/measure/attempts.py",
+        "np.maximum(wrong - i, 0) / (samples - i)",
+        "np.maximum(wrong, 0) / samples",
+        "tests/benchmarks/measure/test_attempts.py::test_the_estimator_is_the_mean_over_all_subsets",
+    ),
+    Mutation(
+        "a minus sign belongs to an answer",
+        "lm_envs/tasks/reasoning.py",
+        'rf"[^\\w-]*(',
+        'rf"\\W*(',
+        "tests/lm_envs/tasks/test_reasoning.py::test_scores_by_hand",
+    ),
+    Mutation(
+        "a text's likelihood leaves out its context",
+        "lm_envs/reward/likelihood.py",
+        "logprob.sum(dim=1) / (response >= 0).sum(dim=1)",
+        "logprob.sum(dim=1) / (response >= -1).sum(dim=1)",
+        "tests/lm_envs/reward/test_likelihood.py::test_means_are_those_of_one_forward",
+    ),
+    Mutation(
         "options that are given come before those in a task's name",
         "lm_envs/tasks/__init__.py",
         "options = {**given, **options}",

@@ -186,6 +186,7 @@ def test_pins_are_plain_and_cover_the_requirements():
     assert extras.keys() - {"dev", "docs", "triton"} - Requirement(own).extras == {
         "mlflow",
         "pretrained",
+        "reasoning",
         "trackio",
         "wandb",
     }

@@ -29,6 +29,7 @@ from lm_envs.algos.policies.tabular import TabularPolicy
 from lm_envs.algos.registry import ALGORITHMS, Unsuited, make_agent, make_config
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
+from lm_envs.benchmarks.measure.attempts import measure_attempts
 from lm_envs.benchmarks.run.budgets import MOST
 from lm_envs.benchmarks.run.names import base_task, best_of, is_control
 from lm_envs.benchmarks.run.stop_rules import Rule, check_measured, parse_rule
@@ -297,6 +298,7 @@ class TextProblem(Problem):
         parts = {} if isinstance(self.policy, BestOfN) else part_means(self.task.reward)  # that scores n of each
         measured = parts | samples.summarise(found, reference, self.policy, self.task.stats)
         measured |= samples.measure_greedy(env.mdp, self.policy, count)
+        measured |= measure_attempts(self.task, self.policy, self.spec.plan.split, count, self.spec.seed, self._options)
         if self.exact is not None:
             measured |= exact.result(self.exact, self.policy) | self._gradient()
         return measured | {"kl_coef": self.kl_coef}, found.records()

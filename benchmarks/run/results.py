@@ -63,11 +63,11 @@ def collect_results(out: Path, tasks: Sequence[str] = (), algorithms: Sequence[s
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write ``results.csv``: the columns :data:`COLUMNS`, then those of :data:`KNOWN_AT_TIMES` that are known for some
-    run, then the means of the parts of a reward that is a sum. An unknown number is an empty cell."""
+    run, then the means of the parts of a reward that is a sum, and pass@k. An unknown number is an empty cell."""
     known = [name for name in KNOWN_AT_TIMES if any(not math.isnan(number(row.get(name))) for row in rows)]
     if not _differ((row["task"], row.get("kl_coef")) for row in rows):
         known = [name for name in known if name != "kl_coef"]
-    known += dict.fromkeys(name for row in rows for name in row if name.startswith("part_"))  # of a reward with weights
+    known += dict.fromkeys(name for row in rows for name in row if name.startswith(("part_", "pass@")))
     known += [name for name in ("task_seed", "collapsed", "stop_rule") if any(row.get(name) for row in rows)]
     write_lines(path, [{name: written(value) for name, value in row.items()} for row in rows], (*COLUMNS, *known))
 

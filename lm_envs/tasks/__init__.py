@@ -28,6 +28,8 @@ TASKS: dict[str, str | Callable[..., Any]] = {
     "custom": "lm_envs.tasks.custom:load",
     "cheerful": "lm_envs.tasks.cheerful:load",
     "instruct": "lm_envs.tasks.instruct:load",
+    "concepts": "lm_envs.tasks.concepts:load",
+    "reasoning": "lm_envs.tasks.reasoning:load",
     "enumerable": "lm_envs.tasks.enumerable:load",
 }
 

@@ -40,6 +40,8 @@ class TextTask:
         corpus_metric: a figure of all greedy responses to a split together, for reports, such as
             :class:`~lm_envs.tasks.translation.CorpusBLEU`: ``column`` names the references' column, ``corpus(texts,
             references)`` is the figure, and ``gain(ours, theirs, references)`` a difference and its standard error.
+        attempts: responses to each test prompt, by which results have pass@k: a response solves its prompt if the judge
+            scores it 1. 0 for no pass@k.
         pairs: (row of ``prompts["train"]``, response, response), two of the reference's responses to that prompt.
             Algorithms that learn from preferences have annotators choose between them, as the task's own learned
             reward did.
@@ -65,6 +67,7 @@ class TextTask:
     responses: list[tuple[list[int], list[int]]] = field(default_factory=list)
     pairs: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
     corpus_metric: Any = None
+    attempts: int = 0
     stats: Mapping[str, float] = field(default_factory=dict)
     policy: PreTrainedModel | None = None
     more_eos_token_ids: tuple[int, ...] = ()

@@ -47,7 +47,12 @@ def read(path: str | Path, convert: Callable[[Mapping[str, Any]], Row]) -> list[
             rows.append({**convert(row), "split": SPLIT_NAMES.get(split, "")})
         except ValueError as error:
             raise ValueError(f"{path}, {where}: {error}") from None
-    splits = divide([(_key(row), row["split"]) for row in rows], path)
+    return divided(rows, path)
+
+
+def divided(rows: Sequence[Row], source: object) -> list[Row]:
+    """Return the rows with a split each, see :func:`~lm_envs.data.splits.divide`; an empty split is to be chosen."""
+    splits = divide([(_key(row), row["split"]) for row in rows], source)
     return [{**row, "split": splits[_key(row)]} for row in rows]
 
 

@@ -13,7 +13,13 @@ from lm_envs.tasks import TASKS, load
 from lm_envs.tasks.sampling import sample
 from tests.lm_envs import byo
 
-OWN = {"instruct": [{"prompt": f"say {word}", "constraints": [{"kind": "words", "least": 1}]} for word in "abcdef"]}
+OWN = {
+    "instruct": [{"prompt": f"say {word}", "constraints": [{"kind": "words", "least": 1}]} for word in "abcdef"],
+    "concepts": [{"concepts": ["cat", word], "reference": f"A cat and {word}."} for word in "abcdef"],
+    "reasoning": [{"question": f"1 + {k}?", "answer": f"1 + {k} = {k + 1}\n#### {k + 1}"} for k in range(6)],
+}
+
+JUDGES = {"concepts": {"judge": "lm_envs.tasks.concepts:coverage"}}  # libraries of metrics take seconds to import
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", OWN)
 def test_what_ships(name: str, policy: Path):
     """The task as it is, and its reward and judge on samples of the model."""
-    task = load(name, policy=str(policy), max_new_tokens=3)
+    task = load(name, policy=str(policy), max_new_tokens=3, **JUDGES.get(name, {}))
     assert task.name == name and len(task.prompts["test"]) >= 100 and task.judge is not None
     few = {column: values[:3] for column, values in task.columns["test"].items()}
     eos = task.eos_token_ids
@@ -48,7 +54,7 @@ def test_what_ships(name: str, policy: Path):
 def test_the_users_file(name: str, policy: Path, tmp_path: Path):
     path = byo.write_jsonl(tmp_path / "own.jsonl", OWN[name])
     with pytest.warns(UserWarning, match="1 test prompt"):
-        task = load(f"{name}:{path}?policy={policy}&max_new_tokens=4")
+        task = load(f"{name}?path={path}&policy={policy}&max_new_tokens=4", **JUDGES.get(name, {}))
     assert task.max_new_tokens == 4 and [len(task.prompts[split]) for split in ("validation", "test")] == [1, 1]
 
 

@@ -1,0 +1,74 @@
+"""What a language model thinks of texts: mean log-probabilities of their tokens, and hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lm_envs.model.forwards import response_logprob, rows_at_once
+from lm_envs.model.text import Codec
+from lm_envs.model.tokens import accepted, context_of, left_pad, right_pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Likelihood:
+    """A frozen causal language model that scores texts.
+
+    Args:
+        model: any that the library reads.
+        tokenizer: the model's own.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._codec, self._longest = Codec(tokenizer, model), context_of(model) or 2**20
+
+    @torch.no_grad()
+    def mean(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> NDArray[np.float64]:
+        """Return ``mean_t log p(text_t | context, text_<t)``, ``(N,)`` nats a token; without a context the first token
+        is given. NaN for a text with no token to score."""
+        given: list[list[int]] = []
+        scored: list[list[int]] = []
+        for text, context in zip(texts, contexts or [""] * len(texts), strict=True):
+            if context:
+                before, ids = self._codec.encode(context)[0], self._ids(text)
+            else:
+                before, ids = self._ids(text)[:1], self._ids(text)[1:]
+            ids = ids[: self._longest - 1]
+            given.append(before[max(0, len(before) + len(ids) - self._longest) :])
+            scored.append(ids)
+        found = np.full(len(scored), np.nan)
+        known = [i for i, ids in enumerate(scored) if ids]
+        if known:
+            prompt = torch.from_numpy(left_pad([given[i] for i in known], max(len(given[i]) for i in known)))
+            response = right_pad([scored[i] for i in known])
+            device = self.model.device
+            logprob = response_logprob(self.model, prompt.to(device), response.to(device), ())
+            found[known] = (logprob.sum(dim=1) / (response >= 0).sum(dim=1).to(device)).double().cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    def hidden(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return the mean over a text's tokens of the last hidden states, ``(N, d)``; zeros for an empty text."""
+        rows = [self._ids(text)[: self._longest] for text in texts]
+        known = [i for i, ids in enumerate(rows) if ids]
+        found = np.zeros((len(rows), self.model.config.hidden_size))
+        trunk = self.model.base_model
+        width = max((len(rows[i]) for i in known), default=1)
+        for start in range(0, len(known), at_once := rows_at_once(width, self.model.device)):
+            some = known[start : start + at_once]
+            ids = right_pad([rows[i] for i in some]).to(self.model.device)
+            mask = ids >= 0
+            inputs = {"input_ids": ids.clamp(min=0), "attention_mask": mask.long(), "use_cache": False}
+            states = trunk(**accepted(trunk, **inputs)).last_hidden_state * mask[..., None]
+            found[some] = (states.sum(dim=1) / mask.sum(dim=1, keepdim=True)).double().cpu().numpy()
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text.strip() else []
