@@ -101,6 +101,13 @@ MUTATIONS = [
         "tests/benchmarks/measure/test_attempts.py::test_the_estimator_is_the_mean_over_all_subsets",
     ),
     Mutation(
+        "information flow compares with the same speaker",
+        "lm_envs/tasks/dialogue.py",
+        "context[i][-2] for i",
+        "context[i][-1] for i",
+        "tests/lm_envs/tasks/test_dialogue.py::test_flow_compares_with_the_same_speakers_turn",
+    ),
+    Mutation(
         "a minus sign belongs to an answer",
         "lm_envs/tasks/reasoning.py",
         'rf"[^\\w-]*(',

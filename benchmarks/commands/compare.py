@@ -20,7 +20,7 @@ from lm_envs.tasks import parts_of
 
 # The suite whose settings a task gets by default, the demo's for others.
 _LIKE = {"corpus": "demo-real", "translation": "translation"}
-_LIKE |= dict.fromkeys(("cheerful", "concepts", "instruct", "reasoning"), "demo-pretrained")
+_LIKE |= dict.fromkeys(("cheerful", "concepts", "dialogue", "instruct", "reasoning"), "demo-pretrained")
 
 
 @dataclass(frozen=True, kw_only=True)

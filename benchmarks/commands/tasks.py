@@ -25,7 +25,7 @@ _CONFIGS = {
     "custom": "lm_envs.tasks.custom:CustomConfig",
     "corpus": "lm_envs.tasks.corpus:CorpusConfig",
     "translation": "lm_envs.tasks.translation:TranslationConfig",
-    **dict.fromkeys(("cheerful", "concepts", "instruct", "reasoning"), "lm_envs.tasks.custom:CustomConfig"),
+    **dict.fromkeys(("cheerful", "concepts", "dialogue", "instruct", "reasoning"), "lm_envs.tasks.custom:CustomConfig"),
 }
 """The options of tasks whose loaders take them by any name."""
 

@@ -29,6 +29,7 @@ TASKS: dict[str, str | Callable[..., Any]] = {
     "cheerful": "lm_envs.tasks.cheerful:load",
     "instruct": "lm_envs.tasks.instruct:load",
     "concepts": "lm_envs.tasks.concepts:load",
+    "dialogue": "lm_envs.tasks.dialogue:load",
     "reasoning": "lm_envs.tasks.reasoning:load",
     "enumerable": "lm_envs.tasks.enumerable:load",
 }

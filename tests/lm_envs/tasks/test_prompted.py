@@ -16,10 +16,14 @@ from tests.lm_envs import byo
 OWN = {
     "instruct": [{"prompt": f"say {word}", "constraints": [{"kind": "words", "least": 1}]} for word in "abcdef"],
     "concepts": [{"concepts": ["cat", word], "reference": f"A cat and {word}."} for word in "abcdef"],
+    "dialogue": [{"context": ["Hi", f"Is it {word}?"], "good": ["Yes"], "bad": ["No"]} for word in "abcdef"],
     "reasoning": [{"question": f"1 + {k}?", "answer": f"1 + {k} = {k + 1}\n#### {k + 1}"} for k in range(6)],
 }
 
-JUDGES = {"concepts": {"judge": "lm_envs.tasks.concepts:coverage"}}  # libraries of metrics take seconds to import
+JUDGES = {
+    "concepts": {"judge": "lm_envs.tasks.concepts:coverage"},
+    "dialogue": {"judge": "lm_envs.reward.lengths:tokens"},
+}  # libraries of metrics take seconds to import
 
 
 @pytest.fixture(scope="module")
