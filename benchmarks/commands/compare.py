@@ -111,8 +111,7 @@ class Compare(Running):
                 "--jobs carries out runs side by side, and --processes each run by many: take one of the two"
             )
         suite = self.to_suite()
-        how = {"resume": self.resume, "extend": self.extend, "track": self.track, "show": self.show, **self.where()}
-        carry_out(suite, self.out, **how, console=console)
+        carry_out(suite, self.out, **self.how(), **self.where(), console=console)
 
     def where(self) -> dict[str, Any]:
         """Return by what the runs are carried out, as :func:`lm_envs.benchmarks.run.compare.compare` takes it."""

@@ -131,19 +131,42 @@ class ManyProcesses:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running(ManyProcesses):
-    """Options of the commands that train on tasks."""
+class Ends:
+    """How long a run goes on, and what ends it before."""
 
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder of the results."""
     iterations: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Training iterations of every run; the algorithm's own number, or the suite's, if not given."""
     episodes: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Training episodes of every run, instead of iterations: an equal number of reward calls for all."""
-    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be repeated."""
-    resume: bool = False
-    """Continue what OUT holds."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="RULE")] = ()
+    """End a run before its budget: "kl > 20", "gold < 0.5" or "gold no better for 10" (measurements of the learning
+    curve); may be repeated, and replaces the rules of a suite. Read at measurements on validation prompts, a bound on
+    the KL also at every batch."""
+    guard: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """When a policy counts as collapsed: kl_per_token=1.5 or more, distinct_2=0.25 of the start's or less; and
+    action=stop, tell or off. Language models from 20 million parameters on stop, others are told of."""
+
+    def plan(self) -> dict[str, Any]:
+        """Return the fields of a plan that are given."""
+        if not (self.iterations or self.episodes):
+            return {}
+        return dict.fromkeys(BUDGETS) | {"iterations": self.iterations, "episodes": self.episodes}
+
+    def guards(self) -> dict[str, Any]:
+        """Return the settings of guards that are given, checked."""
+        given = parse_settings(self.guard, "--guard", "kl_per_token=2")
+        made = make(Guards, given, "--guard")
+        return {name: getattr(made, name) for name in given}
+
+    def rules(self) -> tuple[str, ...]:
+        """Return the stop rules, checked."""
+        return tuple(dict.fromkeys(str(parse_rule(rule)) for rule in self.stop))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What a run leaves, and what follows it."""
+
     extend: bool = False
     """With --resume: runs with a smaller budget go on to the one that is given, from what --keep 1 left."""
     keep: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
@@ -153,18 +176,30 @@ class Running(ManyProcesses):
     """Services that follow the runs beside TensorBoard: wandb, mlflow or trackio (extras of the same names)."""
     show: Annotated[Whole, tyro.conf.arg(metavar="N")] = 0
     """Iterations between a few sampled texts on the screen, with their scores; none if not given."""
-    guard: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """When a policy counts as collapsed: kl_per_token=1.5 or more, distinct_2=0.25 of the start's or less; and
-    action=stop, tell or off. Language models from 20 million parameters on stop, others are told of."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="RULE")] = ()
-    """End a run before its budget: "kl > 20", "gold < 0.5" or "gold no better for 10" (measurements of the learning
-    curve); may be repeated, and replaces the rules of a suite. Read at measurements on validation prompts, a bound on
-    the KL also at every batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(ManyProcesses):
+    """Options of the commands that train on tasks."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the results."""
+    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be repeated."""
+    resume: bool = False
+    """Continue what OUT holds."""
     compile: bool = False
     """Compile the policy's sampling with torch.compile, which takes seconds to minutes each time: for long runs
     (docs/throughput.md)."""
+    ends: Annotated[Ends, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="budget")] = Ends()
+    records: Annotated[Records, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="records")] = Records()
     adapt: Annotated[Adapt, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="trained part")] = Adapt()
     own: Annotated[Own, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="own task")] = Own()
+
+    def how(self) -> dict[str, Any]:
+        """Return how runs are carried out, as :func:`lm_envs.benchmarks.run.compare.compare` takes it."""
+        names = ("extend", "track", "show")
+        return {"resume": self.resume} | {name: getattr(self.records, name) for name in names}
 
     def applied(self, suite: Suite, own: dict[str, dict[str, Any]], **plan: Any) -> Suite:
         """Return a suite with the given budget, options of the environment, adaptation, and the user's own tasks.
@@ -173,28 +208,21 @@ class Running(ManyProcesses):
             own: from :meth:`Own.options`.
             plan: further fields of the plan.
         """
-        if self.extend and not self.resume:
+        if self.records.extend and not self.resume:
             raise UserError("--extend continues finished runs: add --resume")
-        if self.iterations or self.episodes:
-            plan |= dict.fromkeys(BUDGETS) | {"iterations": self.iterations, "episodes": self.episodes}
         options = env_options(parse_settings(self.env, "--env", "kl_coef=0.1"), "--env")
         tasks = [task if is_control(task.name) else replace(task, env={**task.env, **options}) for task in suite.tasks]
         suite = replace(
             suite,
             tasks=tuple(tasks),
-            plan=replace(suite.plan, **plan),
+            plan=replace(suite.plan, **plan, **self.ends.plan()),
             adaptation=self.adapt.settings(suite.adaptation),
-            guards=suite.guards | self._guards(),
-            stop=tuple(dict.fromkeys(str(parse_rule(rule)) for rule in self.stop)) or suite.stop,
+            guards=suite.guards | self.ends.guards(),
+            stop=self.ends.rules() or suite.stop,
             compile=suite.compile or self.compile,
-            keep=suite.keep if self.keep is None else self.keep,
+            keep=suite.keep if self.records.keep is None else self.records.keep,
         )
         return _with_own(suite, own)
-
-    def _guards(self) -> dict[str, Any]:
-        given = parse_settings(self.guard, "--guard", "kl_per_token=2")
-        made = make(Guards, given, "--guard")
-        return {name: getattr(made, name) for name in given}
 
 
 def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:

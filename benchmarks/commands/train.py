@@ -65,8 +65,7 @@ class Train(Running):
 
         threads = group.threads() if self.threads is None else self.threads
         suite = self.to_suite()
-        how = {"resume": self.resume, "extend": self.extend, "track": self.track, "show": self.show}
-        carry_out(suite, self.out, **how, threads=threads, console=console)
+        carry_out(suite, self.out, **self.how(), threads=threads, console=console)
         model = self.out / suite.runs()[0].label / "model"
         if model.is_dir():
             print(model)

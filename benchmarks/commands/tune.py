@@ -34,8 +34,9 @@ class Tune(Compare):
         from lm_envs.benchmarks.run.tuning import tune
 
         suite = self.to_suite()
-        how = {"track": self.track, "show": self.show, **self.where(), "console": console}
-        tuned = tune(suite, self.out, trials=self.trials, seeds=self.trial_seeds, resume=self.resume, **how)
+        how = {**self.how(), **self.where(), "console": console}
+        trials = {name: value for name, value in how.items() if name != "extend"}
+        tuned = tune(suite, self.out, trials=self.trials, seeds=self.trial_seeds, **trials)
         test = self.out / "test"
-        carry_out(tuned, test, resume=self.resume and test.exists(), extend=self.extend, **how)
+        carry_out(tuned, test, **how | {"resume": self.resume and test.exists()})
         console.print(self.out / "trials.csv", highlight=False, markup=False, soft_wrap=True)

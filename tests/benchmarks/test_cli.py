@@ -18,7 +18,7 @@ from lm_envs.algos.registry import make_config
 from lm_envs.benchmarks import errors
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.commands.compare import Compare
-from lm_envs.benchmarks.commands.options import Own
+from lm_envs.benchmarks.commands.options import Ends, Own
 from lm_envs.benchmarks.run import storage
 from lm_envs.benchmarks.run.results import COLUMNS, COSTS
 from lm_envs.benchmarks.run.storage import Records
@@ -340,7 +340,7 @@ def test_env_options_reach_text_tasks_and_algorithms_count_once():
 def test_a_round_is_no_larger_than_the_budget():
     from lm_envs.benchmarks.run.problems import open_problem
 
-    asked = Compare(out=Path("out"), task=(NAME,), algorithms=("ppo", "expert-iteration"), episodes=20)
+    asked = Compare(out=Path("out"), task=(NAME,), algorithms=("ppo", "expert-iteration"), ends=Ends(episodes=20))
     for run in asked.to_suite().runs():
         config = open_problem(run).agent.config
         assert config.iterations == 1 and config.episodes == {"ppo": 20, "expert-iteration": 24}[run.algorithm]
