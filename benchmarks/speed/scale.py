@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from lm_envs.benchmarks.speed.settings import Scale
@@ -145,14 +145,14 @@ def _peak() -> dict[str, float]:
     if group.sharded():
         import torch.distributed.fsdp  # noqa: F401 - a part of the imports
 
-    before = _resident()
+    before, reward = _resident(), cast(Any, nothing)
     reference = GPT2LMHeadModel(gpt2_config(LARGE, pad_token_id=EOS)).eval().requires_grad_(False)
     task = TextTask(
         name="memory",
         tokenizer=word_tokenizer(LARGE["vocabulary"]),
         reference=reference,
         prompts={"train": [list(range(1, 1 + LARGE["prompt_length"]))]},
-        reward=nothing,
+        reward=reward,
         judge=None,
         eos_token_id=EOS,
         max_new_tokens=LARGE["new_tokens"],

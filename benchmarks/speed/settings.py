@@ -103,8 +103,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Scale:
-    """Measure one PPO iteration by several processes against the same by one, with the same threads per process; they
-    take turns."""
+    """Measure one PPO iteration by several processes against the same by one, with the same threads per process, with
+    copies of the weights and with shares (FSDP); and the memory of a process on 30 million parameters."""
 
     processes: tuple[Several, ...] = (2,)
     """Numbers of processes."""
@@ -116,10 +116,10 @@ class Scale:
     """Exact length of the texts in tokens."""
     threads: Threads = 1
     """Torch threads per process."""
-    iterations: Count = 3
+    iterations: Count = 2
     """Iterations per measurement, after one that is not counted."""
-    rounds: Count = 5
-    """Measurements of each number of processes; medians are reported."""
+    rounds: Count = 3
+    """Measurements of each way; medians are reported."""
     out: Csv = None
     """File of the result; benchmarks/results/scale-cpu.csv if not given."""
 

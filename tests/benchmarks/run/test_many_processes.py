@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,9 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from lm_envs.benchmarks.errors import explain
+from lm_envs.benchmarks.errors import UserError, explain
+from lm_envs.benchmarks.run.many_processes import carry_out, free_port
 from lm_envs.processes import group
 from tests.benchmarks.commands.test_learn import make
 from tests.house import CHECKOUT
@@ -53,10 +56,10 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-def start(*words: object, **environment: str) -> subprocess.Popen:
+def start(*words: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
     settings = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "lm_envs", *map(str, words)], env=settings, **pipes)
+    return subprocess.Popen([sys.executable, "-m", "lm_envs", *map(str, words)], env=settings, cwd=cwd, **pipes)
 
 
 def run(*words: object, **environment: str) -> tuple[int, str]:
@@ -231,9 +234,40 @@ def test_more_processes_than_groups_are_refused(root, tmp_path):
     assert "ppo: 3 processes share the 2 groups of a batch (episodes=2, group_size=1)" in said.splitlines()[-1]
 
 
-def test_shares_need_processes(root, tmp_path):
-    code, said = run(*train(root, tmp_path / "out", "length", "--fsdp"))
-    assert code == 1 and "--fsdp shares out the weights among processes: add --processes N" in said.splitlines()[-1]
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_device_that_is_not_there_is_named(root, tmp_path):
+    code, said = run(*train(root, tmp_path / "out", "length", "--processes", 2, "--device", "cuda"))
+    assert code == 1 and said.splitlines()[-1].endswith("processes of this machine need a GPU each, and it has 0")
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_needs_all_weights_is_refused(root, tmp_path):
+    words = ["train", "--policy", root / "model", "--prompts", root / "prompts.jsonl", "--algorithm", "trpo"]
+    words += ["--reward", f"{root / 'mine.py'}:length", "--set", "episodes=8", "--env", "max_new_tokens=8"]
+    code, said = run(*words, "--out", tmp_path / "out", "--processes", 2, "--fsdp")
+    assert code == 1 and "--fsdp: this algorithm's own optimizer steps all weights" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_processes_that_see_different_files_are_refused(root, tmp_path):
+    """At the same relative place, as on two machines."""
+    began, ranks = time.monotonic(), []
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for rank in "01":
+        shutil.copytree(root, tmp_path / rank)
+        prompts = tmp_path / rank / "prompts.jsonl"
+        prompts.write_text(prompts.read_text().replace("e", "ea"[int(rank)]))
+        words = [str(word).removeprefix(f"{root}/") for word in train(root, tmp_path / "out")]
+        ranks.append(start(*words, cwd=tmp_path / rank, RANK=rank, LOCAL_RANK=rank, **shared))
+    said = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1] and time.monotonic() - began < 120
+    assert "differ in inputs.prompts 'prompts.jsonl': process 0 has" in said[0].splitlines()[-1]
+
+
+def test_shares_need_processes():
+    with pytest.raises(UserError, match="--fsdp shares out the weights among processes: add --processes N"):
+        carry_out(lambda: None, fsdp=True)
 
 
 def test_a_port_in_use_is_named():
