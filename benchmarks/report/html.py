@@ -67,8 +67,10 @@ _FIGURES = {
 
 _NAMED = 3  # methods in a headline that the best is better than
 _MANY = 7  # names in a list of it
-_COSTS = ("tokens_generated", "scored_tokens", "reward_calls", "wall_s", "comparisons", "given_tokens", "episodes")
-_COSTS += ("trained_tokens",)
+_COSTS = (
+    *("tokens_generated", "scored_tokens", "reward_calls", "wall_s", "comparisons", "given_tokens", "episodes"),
+    "trained_tokens",
+)
 
 
 def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:

@@ -73,8 +73,14 @@ class Left:
                 )
         rows = torch.as_tensor(left_pad(prompts, max(map(len, prompts))))
         heat = self.temperature if temperature is None else temperature
-        lengths = {"min_new_tokens": min(self.min_new_tokens, most), "temperature": heat or 1.0}
-        policy = LMPolicy(model, ends or self.ends or self.codec.ends(False), rows.shape[1], most, **lengths)
+        policy = LMPolicy(
+            model,
+            ends or self.ends or self.codec.ends(False),
+            rows.shape[1],
+            most,
+            temperature=heat or 1.0,
+            min_new_tokens=min(self.min_new_tokens, most),
+        )
         numbers = rng.uniform(_SEED + seed, rng.TOKEN, np.arange(len(rows))[:, None], np.arange(most))
         found: list[list[int]] = []
         with torch.no_grad():

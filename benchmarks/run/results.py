@@ -140,8 +140,8 @@ def _line(task: str, algorithm: str, rows: list[dict[str, Any]]) -> Line:
     spread["human"] = standard_error(human)
     bound = any(row.get("kl_is_bound", False) for row in rows)
     seeds, versions = tuple(row["seed"] for row in rows), len({row.get("task_seed", 0) for row in rows})
-    ended = [{_seeds_of(row): row[kind] for row in rows if row.get(kind)} for kind in ("collapsed", "stop_rule")]
-    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates, *ended, versions)
+    fell, stopped = ({_seeds_of(row): row[k] for row in rows if row.get(k)} for k in ("collapsed", "stop_rule"))
+    return Line(task, algorithm, seeds, mean, spread, bound, rows[0].get("prompts"), estimates, fell, stopped, versions)
 
 
 def _seeds_of(row: Mapping[str, Any]) -> str:

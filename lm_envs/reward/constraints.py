@@ -21,7 +21,7 @@ from lm_envs.settings import near, short
 __all__ = ["KINDS", "all_met", "check_constraints", "met", "share"]
 
 _NONE = math.inf
-_QUOTES = ('""', "\u201c\u201d", "\u201e\u201c", "\u00ab\u00bb")
+_QUOTES = (('"', '"'), ("\u201c", "\u201d"), ("\u201e", "\u201c"), ("\u00ab", "\u00bb"))
 _ENDS = re.compile(r"[.!?]+[\"'\u201d)*]*(?=\s|$)")
 # Frequent words that tell these languages apart.
 _FREQUENT: Mapping[str, frozenset[str]] = {
@@ -235,7 +235,7 @@ def met(text: str, constraint: Mapping[str, Any]) -> bool:
     if not isinstance(constraint, Mapping):
         raise ValueError(f"a constraint is an object with 'kind', not {short(constraint)}")
     arguments = {name: value for name, value in constraint.items() if name != "kind"}
-    kind = constraint.get("kind")
+    kind: Any = constraint.get("kind")
     if kind not in KINDS:
         raise ValueError(f"no kind of constraint {short(kind)}: {near(str(kind), KINDS)}")
     try:

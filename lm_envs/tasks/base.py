@@ -15,7 +15,7 @@ from lm_envs.reward.base import RESERVED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_envs.reward.base import Reward
+    from lm_envs.reward.base import AnyReward
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class TextTask:
     tokenizer: PreTrainedTokenizerBase
     reference: PreTrainedModel
     prompts: Mapping[str, list[list[int]]]
-    reward: Reward
-    judge: Reward | None
+    reward: AnyReward
+    judge: AnyReward | None
     eos_token_id: int
     max_new_tokens: int
     min_new_tokens: int = 0

@@ -6,7 +6,7 @@ with people's replies, which no method sees.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def load(
 
 def engineered(likelihood: Likelihood, ease: float, flow: float, coherence: float) -> AnyReward:
     """Return the weighted sum of the three rewards, without those of weight 0; ValueError if all are."""
-    kinds: list[tuple[float, AnyReward]] = [(ease, Ease), (flow, Flow), (coherence, Coherence)]
+    kinds: list[tuple[float, Callable[[Likelihood], AnyReward]]] = [(ease, Ease), (flow, Flow), (coherence, Coherence)]
     parts = [(weight, kind(likelihood)) for weight, kind in kinds if weight]
     if not parts:
         raise ValueError("dialogue: one of ease, flow and coherence must not be 0")

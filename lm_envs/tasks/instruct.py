@@ -60,6 +60,7 @@ def _on_topic(text: str, words: Sequence[str]) -> bool:
 
 def _row(row: Mapping[str, Any]) -> prompted.Row:
     prompt = prompted.text(row, "prompt")
+    constraints: Any
     if "instruction_id_list" in row:
         constraints, topic = _ifeval(row), None
     else:

@@ -73,7 +73,7 @@ def test_a_comparison_in_two_processes_from_suite_to_report(tmp_path, suite, cap
     assert run(capsys, "compare", "--suite", suite, "--out", out, "--jobs", "2")[0] == 0
     with open(out / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [*COLUMNS, *COSTS, "kl_bound"]
+    assert list(rows[0]) == [*COLUMNS, *COSTS, "perplexity", "kl_bound"]
     assert [(row["task"], row["algorithm"], row["seed"]) for row in rows] == [
         *((NAME, algorithm, seed) for algorithm in ("sft", "best-of-4", "ppo") for seed in "01"),
         *((f"{NAME}-bandit", "ppo", seed) for seed in "01"),
