@@ -235,8 +235,8 @@ def met(text: str, constraint: Mapping[str, Any]) -> bool:
     if not isinstance(constraint, Mapping):
         raise ValueError(f"a constraint is an object with 'kind', not {short(constraint)}")
     arguments = {name: value for name, value in constraint.items() if name != "kind"}
-    kind: Any = constraint.get("kind")
-    if kind not in KINDS:
+    kind = constraint.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"no kind of constraint {short(kind)}: {near(str(kind), KINDS)}")
     try:
         inspect.signature(KINDS[kind]).bind(text, **arguments)

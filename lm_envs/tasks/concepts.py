@@ -66,7 +66,8 @@ def load(path: str | None = None, policy: str = "smollm2", **options: Any) -> Te
     task = prompted.load("concepts", list(rows.values()), policy, defaults, options, description)
     if options.get("reward") or options.get("reward_model"):
         return task
-    return replace(task, reward=CoveredAndFluent(Likelihood(task.reference, task.tokenizer)))
+    reward: Any = CoveredAndFluent(Likelihood(task.reference, task.tokenizer))
+    return replace(task, reward=reward)
 
 
 class CoveredAndFluent:

@@ -63,7 +63,7 @@ def load(
     return replace(task, reward=engineered(Likelihood(task.reference, task.tokenizer), ease, flow, coherence))
 
 
-def engineered(likelihood: Likelihood, ease: float, flow: float, coherence: float) -> AnyReward:
+def engineered(likelihood: Likelihood, ease: float, flow: float, coherence: float) -> WeightedSum:
     """Return the weighted sum of the three rewards, without those of weight 0; ValueError if all are."""
     kinds: list[tuple[float, Callable[[Likelihood], AnyReward]]] = [(ease, Ease), (flow, Flow), (coherence, Coherence)]
     parts = [(weight, kind(likelihood)) for weight, kind in kinds if weight]

@@ -90,6 +90,8 @@ def load(
         defaults: fields of :class:`~lm_envs.tasks.custom.CustomConfig`.
         options: the user's, which replace them; a reward model replaces the reward.
     """
+    if "prompts" in options:
+        raise ValueError(f"{name} has prompts of its own: others are given as path")
     chat = bool(getattr(load_tokenizer(policy), "chat_template", None))
     written = [{**row, "prompt": _messages(row["prompt"]) if chat else _lines(row["prompt"])} for row in rows]
     lines = "".join(json.dumps(row) + "\n" for row in written)

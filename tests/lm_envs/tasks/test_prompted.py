@@ -62,6 +62,11 @@ def test_the_users_file(name: str, policy: Path, tmp_path: Path):
     assert task.max_new_tokens == 4 and [len(task.prompts[split]) for split in ("validation", "test")] == [1, 1]
 
 
+def test_other_prompts_are_given_as_path():
+    with pytest.raises(ValueError, match="instruct has prompts of its own: others are given as path"):
+        load("instruct", prompts="p.jsonl")
+
+
 def test_prompts_are_messages_for_a_model_with_a_chat_template(policy: Path, tmp_path: Path):
     path = byo.write_jsonl(tmp_path / "own.jsonl", OWN["instruct"])
     with pytest.warns(UserWarning, match="1 test prompt"):
