@@ -131,14 +131,14 @@ def _task(name: str, made: Any) -> Iterator[Any]:
     """A task's text, and the options that its loader takes."""
     yield from _paragraphs(made)
     options = own = dict(_defaults(inspect.signature(made).parameters.values()))
-    texts: dict[str, str] = {}
+    texts = {name: text for name, text in _entries(made, "Args").items() if name in own}
     if config := _CONFIGS.get(name):
         kind = find(config, "task", fits=is_dataclass)
         options = {**own, **dict(_defaults(inspect.signature(kind).parameters.values())), **own}
         if "policy" in own:  # a task with prompts of its own, and with a reward, a judge and a length
             del options["prompts"]
             options |= dict.fromkeys(("reward", "judge", "max_new_tokens"), "the task's")
-        texts = _attributes(kind)
+        texts = {**_attributes(kind), **texts}
     table = Table("option", "default", *["what it is"] * bool(texts), title=f"Options of {escape(name)}")
     table.title_justify = "left"
     for option, default in options.items():
@@ -159,11 +159,18 @@ def _attributes(kind: type) -> dict[str, str]:
     """The texts of a class's fields, its bases' included, from the section "Attributes" of its docstring."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
-        for entry in re.split(r"\n(?=    \S)", "\n" + section)[1:] if is_dataclass(base) else ():
-            names, _, text = " ".join(entry.split()).partition(": ")
-            text = re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")
-            found |= dict.fromkeys(names.split(", "), text)
+        found |= _entries(base, "Attributes") if is_dataclass(base) else {}
+    return found
+
+
+def _entries(made: Any, section: str) -> dict[str, str]:
+    """The texts of the names in a section of a docstring."""
+    found: dict[str, str] = {}
+    listed = inspect.cleandoc(made.__doc__ or "").partition(f"{section}:\n")[2].split("\n\n")[0]
+    for entry in re.split(r"\n(?=    \S)", "\n" + listed)[1:]:
+        names, _, text = " ".join(entry.split()).partition(": ")
+        text = re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("``", "")
+        found |= dict.fromkeys(names.split(", "), text)
     return found
 
 
