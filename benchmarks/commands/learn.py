@@ -143,6 +143,7 @@ def learn_from_data(
     from lm_envs.benchmarks.run.data_problem import DataProblem
     from lm_envs.benchmarks.run.one_run import BEFORE_CONFIG, execute, settings_of
     from lm_envs.benchmarks.run.progress import Display
+    from lm_envs.benchmarks.run.storage import Checkpoints
     from lm_envs.benchmarks.run.suites import check_overrides
     from lm_envs.benchmarks.run.tracking import check_services
     from lm_envs.benchmarks.run.workers import PATIENCE_S, GivenUp, StopRequest
@@ -169,7 +170,7 @@ def learn_from_data(
                 how: dict[str, Any] = {"threads": threads, "track": track, "notify": shown, "should_stop": stop}
                 result = execute(spec, out, opener=opener, **how)
         except (Interrupted, GivenUp):
-            shown({"event": "stopped", "run": spec.label})
+            shown({"event": "stopped", "run": spec.label, "iteration": Checkpoints(out / "checkpoints").last})
             raise
     _show(out, result)
     return result

@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import best_of, trainable
@@ -46,7 +47,9 @@ class Tasks:
 
     def run(self, console: Console) -> None:
         for name in self.names:
-            Console(emoji=False).print(*_about(name), sep="\n\n", highlight=False)
+            for part in _about(name):
+                whole = isinstance(part, Text)  # a file, which may begin one of your own
+                Console(emoji=False).print(part, highlight=False, soft_wrap=whole, end="\n" if whole else "\n\n")
         if not self.names:
             self._list()
 
@@ -88,7 +91,7 @@ def _about(name: str) -> Iterator[Any]:
     elif name in tasks:
         yield from _task(name, find(name, "task", TASKS))
     elif suite.is_file():
-        yield escape(suite.read_text(encoding="utf-8").rstrip())
+        yield Text(suite.read_text(encoding="utf-8").rstrip())
     elif name in algorithms or ":" in name:
         try:
             found = load(name)

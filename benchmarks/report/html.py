@@ -91,12 +91,21 @@ def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
         name=held.get("name", "comparison"),
         description=held.get("description", ""),
         sections=[_section(task, mine, made, held.get("match_kl", ())) for task, mine in by_task(series).items()],
-        versions=_pairs(series[0].config.get("versions", {}), " "),
+        versions=_pairs(_versions(series), " "),
         settings=[(f"{folder_name(s.task)}/{s.algorithm}", _settings(s)) for s in series],
     )
     write_leaderboard(rows, out, held, series[0].config.get("versions"))
     write_atomic(path := out / "report.html", page)
     return path
+
+
+def _versions(series: Sequence[Series]) -> dict[str, str]:
+    """The versions that the runs were made with; where they differ, all of them."""
+    found: dict[str, dict[str, None]] = {}
+    for each in series:
+        for name, version in each.config.get("versions", {}).items():
+            found.setdefault(name, {})[str(version)] = None
+    return {name: " and ".join(versions) for name, versions in found.items()}
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> str:
@@ -127,9 +136,14 @@ def answers(rows: Sequence[dict[str, Any]]) -> list[str]:
     against = f" against SFT's {sft.mean['gold']:.2f}" if sft else ""
     bound = "at most " if best.kl_is_bound else ""
     gold, wins = (best.estimates[name] for name in ("gold", "win_rate"))
+    first = f"{_name(best)} reaches the highest gold score, {best.mean['gold']:.2f}{interval(gold, 2)}{against}"
+    if sft and not best.mean["gold"] > sft.mean["gold"]:
+        first = (
+            f"No method's gold score is above SFT's {sft.mean['gold']:.2f}; {_name(best)} comes nearest, with "
+            f"{best.mean['gold']:.2f}{interval(gold, 2)}"
+        )
     text = (
-        f"{_name(best)} reaches the highest gold score, {best.mean['gold']:.2f}{interval(gold, 2)}{against}, at a "
-        f"KL of {bound}{best.mean['kl']:.1f} nats, and wins {100 * best.mean['win_rate']:.0f} %"
+        f"{first}, at a KL of {bound}{best.mean['kl']:.1f} nats, and wins {100 * best.mean['win_rate']:.0f} %"
         f"{interval(wins, 0, 100, 100)} of the test prompts against SFT."
     )
     even = [_name(line) for line in judged if not line.estimates["win_rate"].low > 0.5]
@@ -234,8 +248,8 @@ def _difference(pair: Difference | None) -> tuple[str, bool]:
         return "–", False
     half = pair.estimate.high - pair.estimate.value
     digits = 2 if math.isnan(half) else enough_digits(half / 2, 2)
-    p = "" if math.isnan(pair.p) else " p < 0.001" if pair.p < 0.001 else f" p {pair.p:.2g}"
-    return plain(pair.estimate.value, digits) + interval(pair.estimate, digits) + p, pair.clear
+    p = "" if math.isnan(pair.p) else "\np < 0.001" if pair.p < 0.001 else f"\np {pair.p:.2g}"
+    return f"{plain(pair.estimate.value, digits)}\n{interval(pair.estimate, digits).strip()}{p}", pair.clear
 
 
 def _meanings(columns: Sequence[Column]) -> str:

@@ -60,7 +60,8 @@ def win_rates(series: Sequence[Series], style: Style) -> Figure | None:
     ax.axvline(50, color="#888888", linestyle="--", linewidth=1)
     ax.set_yticks(range(len(lines)), [s.label for s, _ in reversed(lines)])
     ax.set_ylim(-0.6, len(lines) - 0.2)
-    ax.set_xlim(min(40, *(100 * line.mean["win_rate"] - 8 for _, line in lines)), 101)
+    lows = [np.nanmin([line.mean["win_rate"], line.estimates["win_rate"].low]) for _, line in lines]
+    ax.set_xlim(max(min(40, *(100 * low - 4 for low in lows)), -1), 101)
     ax.set_xlabel("% of test prompts won against SFT (bars: 95 % intervals)")
     ax.grid(visible=False, axis="y")
     return figure

@@ -130,7 +130,13 @@ class _Algorithm:
         agent.reference = TabularPolicy(self.exact)
         if not agent.needs_data:
             agent.settle_kl_coef(self.env())
-        return agent
+        match agent.extra_state():
+            case (dict(), dict()):
+                return agent
+        raise Failed(
+            "extra_state returns two dictionaries, one of tensors and one of values in JSON's types, as in "
+            'return {}, {"mean": self.mean}; restore_extra(tensors, values) takes them back (docs/plug_in.md)'
+        )
 
     def env(self) -> TextVectorEnv:
         return TextVectorEnv(self.task, 8, group_size=make_config(self.name, **self.settings).group_size)

@@ -131,7 +131,8 @@ def _checked(runs: Sequence[_Finished]) -> list[str]:
             raise UserError(f"runs of {task} were measured differently: {text} in {run.folder}")
         for text in differences(one.conditions, run.conditions):
             what = text.partition(":")[0]
-            notes.setdefault((task, what), f"runs of {task} differ in {what}: see their config.json")
+            told = text.replace(" before, ", f" in {one.folder}, ").removesuffix(" now") + f" in {run.folder}"
+            notes.setdefault((task, what), f"runs of {task} differ, so numbers may too: {told}")
     return list(notes.values())
 
 

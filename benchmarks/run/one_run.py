@@ -52,7 +52,7 @@ _WAIT_FOR_OTHER_S = 20
 _RNG = "rng.torch"
 _FOLDERS = ("checkpoints", "data", "model", "tensorboard")
 BEFORE_CONFIG = (".lock", "data", "log.txt")  # what may lie in a folder without a config.json
-CHECKPOINT_S = 120.0  # seconds of training after which there is a checkpoint in any case
+CHECKPOINT_S = 30.0  # seconds of training after which there is a checkpoint in any case
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -272,7 +272,7 @@ class _Run:
         if self.ended or self.watch.idle:
             return
         found = group.first(lambda: [end for each in records if (end := self.watch.see(each))], "what ends a run")
-        if found:
+        if found and not (self._over and found[-1][0] == stopping.RULE):  # at the end of its budget nothing is cut off
             self.ended = stopping.Ended(*found[-1])
             self.notify({"event": "ended", "run": self.spec.label, **self.ended._asdict()})
 

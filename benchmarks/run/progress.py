@@ -59,6 +59,12 @@ def final_figures(result: dict[str, Any]) -> str:
     return text if gold != gold else f"win-rate {100 * win_rate:.0f} %  gold {gold:.2f}  {text}"
 
 
+def _stopped(saved: int) -> str:
+    return (
+        f"stopped, saved after iteration {saved}" if saved else "stopped before a checkpoint: --resume begins it again"
+    )
+
+
 def sample_line(text: dict[str, Any]) -> str:
     """Return one printable line with the score, the end of the prompt and the beginning of the response of a sample."""
     score, prompt = number(text["score"]), one_line(text["prompt"][-1000:], 10_000)
@@ -139,7 +145,9 @@ class Display:
                 done = f"done ({self.progress.tasks[0].completed:.0f}/{self.total})"
                 self.say(f"{run}: {done}  {final_figures(event['result'])}")
             else:
-                self.say(f"{run}: {'stopped, saved' if kind == 'stopped' else 'FAILED: ' + event['message']}")
+                self.say(
+                    f"{run}: {_stopped(event['iteration']) if kind == 'stopped' else 'FAILED: ' + event['message']}"
+                )
 
     def _iteration(self, run: str, metrics: dict[str, Any], total: int) -> None:
         known = self._known.setdefault(run, {})

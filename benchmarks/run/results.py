@@ -288,13 +288,15 @@ _LAYERS = {"models": "the task's models", "seeds": "training seeds", "prompts": 
 _FIXED = {
     "seeds": "other training seeds",
     "prompts": "other prompts",
-    "models": "the task's models (SFT, reward model): fixed (1)",
+    "models": "other models of the task (SFT, reward model): there is one version",
 }
 
 
 def footnotes(lines: Sequence[Line]) -> list[str]:
     """Return the notes that a reader of the table needs."""
-    notes = ["± is the standard deviation over seeds; for people's win-rates, the standard error over prompts."]
+    notes = ["± is the standard deviation over seeds."] if any(len(line.seeds) > 1 for line in lines) else []
+    if any(not math.isnan(line.mean["human"]) for line in lines):
+        notes.append("± of people's win-rates is the standard error over prompts.")
     if layers := {line.estimates["win_rate"].layers for line in lines if line.estimates} - {()}:
         counted = " or ".join(" and ".join(_LAYERS[layer] for layer in each) for each in sorted(layers))
         fixed = ", ".join(told for layer, told in _FIXED.items() if not any(layer in each for each in layers))

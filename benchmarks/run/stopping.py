@@ -18,9 +18,11 @@ from lm_envs.benchmarks.run.stop_rules import METRICS, Rule
 from lm_envs.benchmarks.run.suites import Guards
 from lm_envs.trajectories import Trajectories
 
+RULE = "stop_rule"
+
 
 class Ended(NamedTuple):
-    """Why a run ends early: under ``kind``, "collapsed" or "stop_rule", its result has the reason."""
+    """Why a run ends early: under ``kind``, "collapsed" or :data:`RULE`, its result has the reason."""
 
     kind: str
     why: str
@@ -51,7 +53,7 @@ class Watch:
         if self.guards is not None and (why := self._collapse(self.guards, record)) is not None:
             return Ended("collapsed", f"{why}, in iteration {iteration}")
         held = [str(rule) for rule in self.rules if self._holds(rule, record)]
-        return Ended("stop_rule", f"{' and '.join(held)} at iteration {iteration}") if held and iteration else None
+        return Ended(RULE, f"{' and '.join(held)} at iteration {iteration}") if held and iteration else None
 
     def _collapse(self, guards: Guards, record: Mapping[str, Any]) -> str | None:
         kl, length, distinct = (number(record.get(name)) for name in ("kl", "length", "distinct_2"))

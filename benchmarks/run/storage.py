@@ -194,6 +194,11 @@ class Checkpoints:
         """Return the finished checkpoints, the oldest first."""
         return sorted(path for path in self.folder.glob("checkpoint-*") if path.is_dir())
 
+    @property
+    def last(self) -> int:
+        """The iteration of the newest checkpoint, 0 without one."""
+        return max((int(path.name.rpartition("-")[2]) for path in self.paths()), default=0)
+
     def save(self, iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint and drop those beyond :attr:`keep`; on an OSError the earlier ones are untouched."""
         final = self.folder / f"checkpoint-{iteration:06d}"

@@ -91,6 +91,7 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
         options: passed to :func:`~lm_envs.benchmarks.run.one_run.execute`.
     """
     from lm_envs.benchmarks.run.one_run import execute
+    from lm_envs.benchmarks.run.storage import Checkpoints
     from lm_envs.processes import group
 
     label = spec.label
@@ -102,7 +103,7 @@ def attempt(spec: RunSpec, out: Path, logged: bool = False, **options: Any) -> d
                 os.dup2(log.fileno(), 2)
         return {"event": "done", "run": label, "result": execute(spec, out, **options)}
     except (Interrupted, GivenUp):
-        return {"event": "stopped", "run": label}
+        return {"event": "stopped", "run": label, "iteration": Checkpoints(out / spec.folder / "checkpoints").last}
     except (Exception, SystemExit) as error:
         message = explain(error)
         if message is None:

@@ -458,6 +458,13 @@ def test_tasks_says_what_a_name_is_and_takes(capsys, tmp_path, monkeypatch):
         assert advice in capsys.readouterr().err
 
 
+def test_a_suite_is_printed_as_it_is(capsys):
+    """So that it can begin a file of one's own."""
+    main(["tasks", "demo-pretrained"])
+    text = (CHECKOUT / "benchmarks" / "suites" / "demo-pretrained.toml").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+
+
 @pytest.mark.parametrize("command", ["sft", "dpo", "reward-model"])
 def test_one_vocabulary(command, capsys, tmp_path):
     """--model and --policy, --data and --prompts are the same everywhere."""

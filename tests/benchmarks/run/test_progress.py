@@ -55,7 +55,8 @@ def test_lines_where_there_is_no_terminal(monkeypatch):
         result = {"win_rate": 0.5, "gold": 0.1, "proxy": 0.2, "kl": 0.3}
         shown({"event": "start", "run": "b", "of": 4, "iteration": 2})
         shown({"event": "failed", "run": "b", "message": "diverged"})
-        shown({"event": "stopped", "run": "c"})
+        shown({"event": "stopped", "run": "c", "iteration": 3})
+        shown({"event": "stopped", "run": "d", "iteration": 0})
         shown({"event": "done", "run": "a", "result": result})
     assert written.getvalue().splitlines() == [
         "a: iteration 1/4  gold 0.50  proxy 1.00",
@@ -63,7 +64,8 @@ def test_lines_where_there_is_no_terminal(monkeypatch):
         "a: iteration 4/4  gold 0.60  proxy 4.00",
         "b: continuing after iteration 2",
         "b: FAILED: diverged",
-        "c: stopped, saved",
+        "c: stopped, saved after iteration 3",
+        "d: stopped before a checkpoint: --resume begins it again",
         "a: done (1/3)  win-rate 50 %  gold 0.10  proxy 0.20  KL 0.3",
     ]
 

@@ -15,7 +15,7 @@ from scipy import stats
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.report import plots
-from lm_envs.benchmarks.report.html import _differences, chosen_prompts, headline, write_report
+from lm_envs.benchmarks.report.html import _differences, answers, chosen_prompts, headline, write_report
 from lm_envs.benchmarks.report.plots import figures
 from lm_envs.benchmarks.report.series import gather, styles
 from lm_envs.benchmarks.run import results
@@ -310,7 +310,7 @@ def test_all_algorithms_together_can_be_told_apart():
 
 @pytest.mark.parametrize(("prompts", "seeds"), [(1, 1), (99, 3), (100, 2), (100, 3), (None, 3)])
 def test_few_prompts_and_few_seeds_are_said(prompts, seeds):
-    known = dict.fromkeys(results.NUMBERS, 0.0) | {"regret": math.nan}
+    known = dict.fromkeys(results.NUMBERS, 0.0) | {"regret": math.nan, "human": math.nan}
     line = results.Line("reviews", "ppo", tuple(range(seeds)), known, known, False, prompts)
     told = " ".join(results.footnotes([line]))
     assert (f"Measured on {prompts} test prompt" in told) == (prompts is not None and prompts < 100)
@@ -352,6 +352,13 @@ def test_a_small_spread_has_digits_enough(golds, text):
     assert cell(line, next(column for column in SHOWN if column.name == "gold")) == text
 
 
+def test_a_tie_with_sft_has_no_winner():
+    rows = [result(name, 0, gold, 1.0, [1.0, 0.0]) for name, gold in (("sft", 0.25), ("best-of-4", 0.25), ("ppo", 0.1))]
+    (first, *_) = answers(rows)
+    assert first.startswith("No method's gold score is above SFT's 0.25; best-of-4 comes nearest, with 0.25")
+    assert answers([rows[0], rows[1] | {"gold": 0.26}])[0].startswith("best-of-4 reaches the highest gold score, 0.26")
+
+
 def test_every_method_is_compared_with_each_other():
     rng = np.random.default_rng(0)
     prompts = rng.normal(size=40)
@@ -365,7 +372,7 @@ def test_every_method_is_compared_with_each_other():
     texts = {ours: cells for ours, cells in found}
     assert [cells[place] for place, (_, cells) in enumerate(found)] == [("–", False)] * 3
     (over_sft, better), (over_ppo, _), _ = texts["mine"]
-    assert better and re.fullmatch(r"(1\.\d\d|0\.9\d) \[\d\.\d\d, 1\.\d\d\] p < 0\.001", over_sft)
+    assert better and re.fullmatch(r"(1\.\d\d|0\.9\d)\n\[\d\.\d\d, 1\.\d\d\]\np < 0\.001", over_sft)
     gap = np.mean([row["gold"] for row in rows[10:]]) - np.mean([row["gold"] for row in rows[5:10]])
     assert float(over_ppo.split()[0]) == pytest.approx(gap, abs=0.006)
     assert texts["ppo"][2][0].startswith("-") and not texts["ppo"][2][1] and not texts["ppo"][0][1]

@@ -247,6 +247,13 @@ def test_a_run_cut_anywhere_stops_at_the_same_iteration(tmp_path, everywhere):
         assert len(records(tmp_path / str(cut), run)) == end + 1
 
 
+def test_a_rule_that_holds_where_the_budget_ends_has_cut_nothing_off(tmp_path):
+    run = stopped("kl > -1000", plan=Plan(iterations=1, test_prompts=4, validate_every=1))
+    told: list[dict] = []
+    result = one_run.execute(run, tmp_path, notify=told.append)
+    assert "stop_rule" not in result and not [event for event in told if event["event"] == "ended"]
+
+
 def test_a_rule_about_what_a_run_does_not_measure_is_refused():
     with pytest.raises(UserError, match="measures proxy, kl, length, and no gold"):
         open_problem(stopped("gold < 0", options={"judge": False}))

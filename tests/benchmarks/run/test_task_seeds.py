@@ -64,7 +64,9 @@ def test_a_comparison_over_versions(tmp_path):
     assert compare(suite, tmp_path, resume=True) == rows == write_results(tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     alone = table([row for row in rows if "task_seed" not in row])
-    assert any("the task's models (SFT, reward model): fixed (1)" in note for note in footnotes(alone))
+    assert any(
+        "other models of the task (SFT, reward model): there is one version" in note for note in footnotes(alone)
+    )
 
 
 def test_methods_are_paired_by_version_and_seed():
