@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -17,6 +17,8 @@ from lm_envs.benchmarks.run.suites import BUDGETS, Guards, Service, Suite, check
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
 from lm_envs.settings import Count, Positive, Rank, Threads, Whole, make
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,20 @@ class Running(ManyProcesses):
             keep=suite.keep if self.records.keep is None else self.records.keep,
         )
         return _with_own(suite, own)
+
+
+def command_of(kind: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Make a command from its options by name, whichever group they are in.
+
+    Raises:
+        SettingError: an unknown option, or a value of the wrong type or out of range; ``where`` begins the message.
+    """
+    left = dict(values)
+    for group in (field for field in fields(kind) if is_dataclass(field.default)):
+        names = {field.name for field in fields(group.default)}
+        if mine := {name: left.pop(name) for name in list(left) if name in names}:
+            left[group.name] = make(type(group.default), mine, where)
+    return make(kind, left, where)
 
 
 def _with_own(suite: Suite, own: dict[str, dict[str, Any]]) -> Suite:

@@ -31,7 +31,7 @@ from rich.console import Console
 from lm_envs import files
 from lm_envs.benchmarks.commands import people_items
 from lm_envs.benchmarks.commands.learn import RewardModel
-from lm_envs.benchmarks.commands.options import Own
+from lm_envs.benchmarks.commands.options import Own, command_of
 from lm_envs.benchmarks.commands.train import Train
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.compare import write_results
@@ -187,7 +187,7 @@ class Loop:
             given = {"model": self.settings.policy, "seed": self.settings.seed, "bad": "skip"}
             given |= self.settings.reward_model
             here = {"data": str(self.folder / f"round-{number}" / "answers.jsonl"), "out": out, "resume": True}
-            make(RewardModel, given | here, f"[reward_model] in {self.folder / FILE}").run(console)
+            command_of(RewardModel, given | here, f"[reward_model] in {self.folder / FILE}").run(console)
 
     def measure(self, number: int, judgments: Sequence[Judgment]) -> None:
         """Keep how often the new reward model orders this round's responses to held-out prompts as people did, and the
@@ -221,7 +221,7 @@ class Loop:
         )
         here = {"out": out, "resume": True, "own": own}
         here["env"] = (*env, *given.pop("env", ()))
-        make(Train, given | here, f"[train] in {self.folder / FILE}").run(console)
+        command_of(Train, given | here, f"[train] in {self.folder / FILE}").run(console)
 
     def report(self) -> list[dict[str, Any]]:
         """A row a round: answers, how often reward models order them as people did, and how the policy that was new in

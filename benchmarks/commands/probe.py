@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Annotated
 
 import tyro
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.settings import Count, Names, Threads, Unique
+
+EVERY_S = 20.0  # between lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,21 @@ class Probe:
         bars = (TextColumn("probes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*bars, console=console, transient=True, disable=not console.is_terminal) as shown:
             bar = shown.add_task("probes")
+            last = monotonic()
+
+            def notify(done: int, of: int) -> None:
+                nonlocal last
+                shown.update(bar, completed=done, total=of)
+                if not console.is_terminal and monotonic() - last >= EVERY_S:
+                    console.print(f"{done:,} of {of:,} runs", highlight=False)
+                    last = monotonic()
+
             records = carry_out(
                 Sweep(names, algorithms, tuple(range(self.seeds))),
                 self.out,
                 resume=self.resume,
                 jobs=self.jobs,
-                notify=lambda done, of: shown.update(bar, completed=done, total=of),
+                notify=notify,
             )
         if all(record["score"] is None for record in records):
             raise UserError(f"no probe suits: {records[0]['note']}")

@@ -130,7 +130,9 @@ def test_the_reports_headline(page, known):
     gold, start = mean_of(known, best, "gold"), mean_of(known, "sft", "gold")
     said = unescape(re.search(r'<div class="headline">(.*?)</div>', page)[1])
     said = " ".join(re.findall("<p>(.*?)</p>", said))
-    assert re.match(rf"{best} reaches the highest gold score, {gold:.2f} \[.*?\] against SFT's {start:.2f}", said)
+    assert gold < start  # here training made it worse, and best-of-4 by the proxy too
+    told = f"No method's gold score is above SFT's {start:.2f}; {best} comes nearest, with {gold:.2f} ["
+    assert said.startswith(told)
     unclear = [name for name in ALGORITHMS[1:] for rate, half in [win_rate_of(known, name)] if rate - half <= 0.5]
     assert (f"holds 50 % or less: {', '.join(unclear)}." in said) == bool(unclear)
     assert "One seed of a method cannot tell which method is better." in said  # SFT and best-of-n have one

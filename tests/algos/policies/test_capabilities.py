@@ -26,6 +26,7 @@ from tests.house import CHECKOUT
 THIRD_PARTY = {
     "lm_envs/env/report.py": {"unwrapped", "envs"},
     "lm_envs/reward/base.py": {"dense", "__name__", "__module__"},
+    "lm_envs/tasks/prompted.py": {"chat_template"},
     "algos/engine/judged_pairs.py": {"score"},
     "algos/policies/recomputing.py": {"activation_checkpointing_enable"},
     "algos/policies/adaptation.py": {"num_hidden_layers", "variable", "generation_config"},

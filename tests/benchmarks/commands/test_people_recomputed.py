@@ -349,7 +349,7 @@ def test_rounds_ask_and_train_as_they_are_set(rounds: tuple[people_loop.Loop, di
         at = folder / f"round-{k}"
         assert (rm.model, rm.data, rm.out) == ("P", str(at / "answers.jsonl"), at / "reward-model")
         assert (rm.seed, rm.bad, rm.learning_rate, rm.resume, train.resume) == (5, "skip", 0.125, True, True)
-        assert (train.algorithm, train.seed, train.iterations, train.out) == ("rloo", 5, 4, at / "policy")
+        assert (train.algorithm, train.seed, train.ends.iterations, train.out) == ("rloo", 5, 4, at / "policy")
         assert train.env == ("temperature=0.5", "max_new_tokens=7", "kl_coef=0.5")
         own = train.own
         assert (own.policy, own.prompts, own.reference) == (models[k], prompts, "P")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from scipy.stats import t
 
 from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.commands import probe
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.probes import base, running
 from lm_envs.benchmarks.probes.registry import PROBES
@@ -40,10 +42,12 @@ PROBE, MY_ALGORITHM = "my_probe.py:PROBE", "my_algo.py:Mine"
 SWEEP = Sweep((PROBE,), ("rloo", MY_ALGORITHM), (0, 1))
 
 
-def test_the_table_is_recomputed_from_the_scores(folder, capsys):
+def test_the_table_is_recomputed_from_the_scores(folder, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "EVERY_S", 0.0)
     words_of_it = ["probe", "--algorithms", "rloo", "ppo-ptx", MY_ALGORITHM, "--probes", PROBE, "preferences"]
     assert main([*words_of_it, "--seeds", "3", "--out", "out"]) in (None, 0)
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert re.match(r"0 of (\d+) runs\n.*\n\1 of \1 runs\n$", progress, re.DOTALL)
     assert "rloo: " in said and f"{MY_ALGORITHM}: " in said and "ppo-ptx" not in said
     lines = [line for line in csv.DictReader(open("out/scores.csv")) if line["score"]]
     assert len(lines) == 2 * 2 * 3

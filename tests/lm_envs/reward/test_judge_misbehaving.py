@@ -167,6 +167,8 @@ def tell():
 
 @dataclass
 class Command:
+    resume: bool = False
+
     def run(self, console):
         if sys.argv[2] == "looking up":
             socket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)
