@@ -8,15 +8,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm_envs import rng
-from lm_envs.algos.engine.settings_by_size import SMALL
+from lm_envs.algos.engine.settings_by_size import SMALL, rows_at_once
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.exact.best_of_n import cumulative, log_gain, soft_log_gain
 from lm_envs.tasks.sampling import SAMPLE_EPISODES
 
 _KL_SEED = 1 << 43  # of the samples that the KL is measured on; nothing else draws them
-_EACH, _LEAST, _BUDGET, _ROWS = 16, 4, 4096, 1024  # samples a prompt and at least, both times n; in all; per forward
-_LARGE = 4  # a pretrained model has this part of the samples and of the rows, since each costs seconds and memory
+_EACH, _LEAST, _MOST = 16, 4, 1024  # samples a prompt and at least, both times n, and at most
 
 
 class BestOfN:
@@ -82,18 +81,18 @@ class BestOfN:
         Args:
             budget: samples in all; 4,096 if not given, and 1,024 of a pretrained model.
         """
-        part = _LARGE if sum(p.numel() for p in self.policy.model.parameters()) >= SMALL else 1
-        budget, most = budget or _BUDGET // part, _ROWS // part
-        each = min(_EACH * self.n, _ROWS)
+        size = sum(p.numel() for p in self.policy.model.parameters())
+        budget, rows = budget or (4096 if size < SMALL else 1024), rows_at_once(size)
+        each = min(_EACH * self.n, _MOST)
         if each < _LEAST * self.n:
             return np.empty(0)
         index = np.repeat(np.arange(max(1, min(len(self.mdp.prompts), budget // each))), each)
         episode, places = SAMPLE_EPISODES + np.arange(len(index)), np.arange(self.policy.uniforms_per_response)
         scores = []
-        for rows in np.array_split(np.arange(len(index)), -(-len(index) // most)):
-            uniforms = torch.as_tensor(rng.uniform(_KL_SEED, rng.TOKEN, episode[rows, None], places))
-            response, _ = self.policy.respond(torch.as_tensor(self.mdp.prompt(index[rows])), uniforms)
-            scores.append(self.mdp.score(index[rows], response.cpu().numpy()).sum(axis=1))
+        for part in np.array_split(np.arange(len(index)), -(-len(index) // rows)):
+            uniforms = torch.as_tensor(rng.uniform(_KL_SEED, rng.TOKEN, episode[part, None], places))
+            response, _ = self.policy.respond(torch.as_tensor(self.mdp.prompt(index[part])), uniforms)
+            scores.append(self.mdp.score(index[part], response.cpu().numpy()).sum(axis=1))
         return kl_of_scores(np.concatenate(scores).reshape(-1, each), self.n, self.temperature)
 
 

@@ -55,6 +55,11 @@ def learning_rate(algorithm: str, parameters: int, lora: bool) -> float:
     return float(f"{_FIXED.get(algorithm, rate) * (LORA_FACTOR if lora else 1):.3g}")
 
 
+def rows_at_once(parameters: int) -> int:
+    """Return how many responses are sampled together to measure a policy: their keys and values are held at once."""
+    return 1024 if parameters < SMALL else 128
+
+
 def rows_of_a_forward(parameters: int) -> int:
     """Return the micro-batch: rows whose activations are held at once."""
     return 16 if parameters < 1e9 else 4

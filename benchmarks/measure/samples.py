@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lm_envs.algos.best_of_n import BestOfN, kl_bound
+from lm_envs.algos.engine.settings_by_size import rows_at_once
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import RespondingPolicy, rollout
@@ -33,7 +34,6 @@ from lm_envs.trajectories import Trajectories
 # SFT compared with itself is near one half, not exactly there because of equal random numbers.
 _POLICY_SEED = 1 << 40
 _REFERENCE_SEED = 1 << 41
-ROWS_AT_ONCE = 1024
 GREEDY = ("corpus_greedy", "corpus_gain", "corpus_gain_se")
 
 
@@ -82,7 +82,8 @@ def sample(env: TextVectorEnv, policy: RespondingPolicy, count: int | None, seed
     mdp = env.mdp
     whole = len(mdp.prompts) if count is None else min(count, len(mdp.prompts))
     per_prompt = max(1, policy.uniforms_per_response // mdp.max_new_tokens)
-    at_once = max(1, ROWS_AT_ONCE // per_prompt)
+    rows = rows_at_once(sum(p.numel() for p in mdp.reference.parameters()))
+    at_once = max(1, rows // per_prompt)
     start = time.perf_counter()
     parts = [
         rollout(env, policy, episodes=min(at_once, whole - first), first_episode=first, seed=seed)

@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lm_envs.algos.best_of_n import BestOfN
+from lm_envs.algos.engine.settings_by_size import rows_at_once
 from lm_envs.algos.policies.critics import RewardCritic
 from lm_envs.algos.policies.language_model import LMPolicy
-from lm_envs.benchmarks.measure.samples import ROWS_AT_ONCE
 from lm_envs.benchmarks.run.budgets import LEAST_POINTS, MOST
 from lm_envs.benchmarks.run.memory import Memory, Shape, Sizes, advice, memory, size
 from lm_envs.benchmarks.run.problems import TextProblem
@@ -84,6 +84,7 @@ def sizes_of(problem: Any, processes: int | None = None) -> Sizes:
                if isinstance(part, LearnedReward)]  # fmt: skip
     prompts = [len(task.prompts[split]) for split in ("validation", spec.plan.split)]
     most = (spec.plan.validation_prompts, spec.plan.test_prompts or prompts[1])
+    together = rows_at_once(sum(p.numel() for p in task.reference.parameters()))
     measured = max(min(have, wanted) for have, wanted in zip(prompts, most, strict=True))
     found = Sizes(
         policy=shape_of(task.start),
@@ -92,12 +93,12 @@ def sizes_of(problem: Any, processes: int | None = None) -> Sizes:
         rewards=tuple(shape_of(model) for model in {id(model): model for model in rewards}.values()),
         prompt=task.prompt_length,
         new=spec.env.get("max_new_tokens", task.max_new_tokens),
-        measured=min(ROWS_AT_ONCE, -(-measured // count)),
+        measured=min(together, -(-measured // count)),
         device="cuda" if "cuda" in (task.reference.device.type, device.partition(":")[0]) else "cpu",
     )
     if agent is None or not isinstance(policy, LMPolicy):
         several = policy.n if isinstance(policy, BestOfN) else 1
-        return replace(found, measured=min(ROWS_AT_ONCE, found.measured * several))
+        return replace(found, measured=min(together, found.measured * several))
     config, trained = agent.config, [p for p in policy.parameters() if p.requires_grad]
     own = [p for p in policy.parameters() if id(p) not in elsewhere]
     of_critic = {id(p) for p in policy.critic.parameters()} if policy.critic is not None else set()
