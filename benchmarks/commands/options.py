@@ -234,10 +234,11 @@ def command_of(kind: type[C], values: Mapping[str, Any], where: str) -> C:
         SettingError: an unknown option, or a value of the wrong type or out of range; ``where`` begins the message.
     """
     left = dict(values)
-    for group in (field for field in fields(kind) if is_dataclass(field.default)):
-        names = {field.name for field in fields(group.default)}
-        if mine := {name: left.pop(name) for name in list(left) if name in names}:
-            left[group.name] = make(type(group.default), mine, where)
+    groups: dict[str, Any] = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+    for name, group in groups.items():
+        names = {field.name for field in fields(group)} if is_dataclass(group) else set()
+        if mine := {option: left.pop(option) for option in list(left) if option in names}:
+            left[name] = make(type(group), mine, where)
     return make(kind, left, where)
 
 
