@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_envs.algos.engine.settings_by_size import rows_at_once
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.benchmarks.measure.samples import evaluation_env, judged, standard_error
 from lm_envs.env.rollout import rollout
 from lm_envs.tasks.base import TextTask
 
 _SEED = 1 << 42  # far from those of training and of the other samples
-_ROWS_AT_ONCE = 1024
 
 
 def pass_at_k(samples: int, solved: NDArray[np.int64], k: int) -> NDArray[np.float64]:
@@ -52,7 +52,7 @@ def measure_attempts(
         return {}
     env = evaluation_env(task, split, **{**options, "group_size": n})
     prompts = len(env.mdp.prompts) if count is None else min(count, len(env.mdp.prompts))
-    at_once = max(1, _ROWS_AT_ONCE // n)
+    at_once = max(1, rows_at_once(sum(p.numel() for p in task.reference.parameters())) // n)
     gold = [
         judged(env.mdp, rollout(env, policy, episodes=rows * n, first_episode=first * n, seed=_SEED + seed))[1]
         for first in range(0, prompts, at_once)

@@ -25,7 +25,7 @@ from lm_envs.model.text import Codec
 from lm_envs.model.tokens import left_pad
 from lm_envs.tasks import load
 
-_SEED = 1 << 42  # far from the seeds of training and of measuring
+_SEED = 1 << 44  # far from the seeds of training and of measuring
 _ROWS = 32  # responses that are sampled together
 MAX_NEW_TOKENS = 64
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lm_envs.kernels.linear_logprob_kl import CHUNK
 from lm_envs.model.forwards import MOST_LOGITS, TOKENS
@@ -53,11 +54,11 @@ class Shape:
         return self.parameters * self.itemsize
 
     def reading(self, tokens: int) -> int:
-        """Bytes at a time of a forward of so many tokens without gradients: those of one layer."""
+        """Return the bytes that a forward without gradients holds at a time, those of one layer."""
         return tokens * (2 * self.width + 3 * self.widest) * self.itemsize
 
     def kept(self, tokens: int, layers: int, recomputed: bool) -> int:
-        """Bytes that a forward of so many tokens keeps for backward in its upper layers, and those of the layer that
+        """Return the bytes that a forward keeps for backward in its upper ``layers``, and those of the layer that
         backward is in."""
         whole = (KEPT if self.itemsize > 2 else KEPT_LOW) * self.matrices
         each = self.width + self.products if recomputed else whole
@@ -194,12 +195,16 @@ def memory(sizes: Sizes) -> Memory:
     return Memory(lasting, phases)
 
 
+def _in_batches(sizes: Sizes, most: int) -> Sizes:
+    return replace(sizes, batch=min(sizes.batch, most))
+
+
 def _smaller(sizes: Sizes) -> Iterator[tuple[str, Callable[[Sizes], Sizes]]]:
     """Yield settings that take less memory and what they make of sizes, those that change least first."""
     batch = sizes.batch
     while batch > 1:
         batch //= 2
-        yield f"micro_batch={batch}", lambda s, batch=batch: replace(s, batch=min(s.batch, batch))  # type: ignore[misc]
+        yield f"micro_batch={batch}", partial(_in_batches, most=batch)
     if sizes.measured > 16:
         yield "16 test and validation prompts", lambda s: replace(s, measured=16)
     if sizes.trained > sizes.policy.parameters // 10:
@@ -213,7 +218,7 @@ def _smaller(sizes: Sizes) -> Iterator[tuple[str, Callable[[Sizes], Sizes]]]:
 
 
 def advice(sizes: Sizes, free: float) -> str:
-    """Return the setting that makes a run fit into so many bytes, or several that do together."""
+    """Return the setting that makes a run fit into ``free`` bytes, or several that do together."""
     for text, change in _smaller(sizes):
         if memory(change(sizes)).total <= free:
             return text

@@ -69,8 +69,7 @@ def _is_matrix(module: nn.Module) -> bool:
 
 
 def sizes_of(problem: Any, processes: int | None = None) -> Sizes:
-    """Return the sizes of a run whose problem was opened, for one of so many processes, by default as many as there
-    are."""
+    """Return the sizes of a run whose problem was opened, for one of ``processes``; None is their present number."""
     count = processes or group.count()
     agent, policy = problem.agent, problem.policy
     if not isinstance(problem, TextProblem) or problem.exact is not None:
@@ -162,7 +161,7 @@ class RunPlan:
         return 0 if self.iterations == 0 else self.sizes.model
 
     def tokens(self, texts: int | None) -> int | None:
-        """Tokens of so many responses at most."""
+        """Return the most tokens that these responses can have."""
         return None if texts is None else texts * self.sizes.new
 
     @property
@@ -246,8 +245,8 @@ def does_not_fit(plans: Sequence[RunPlan], at_once: int, free: float) -> str | N
 
 
 def disk(plans: Sequence[RunPlan], runs: Sequence[RunSpec], at_once: int = 1) -> tuple[int, int]:
-    """Return the most bytes that runs, so many at once, hold on the disk while they train, and when all are finished. A
-    run holds a checkpoint more than it keeps while it writes one."""
+    """Return the most bytes that runs hold on the disk while they train, ``at_once`` side by side, and when all are
+    finished. A run holds a checkpoint more than it keeps while it writes one."""
     by_name = {(plan.spec.task, plan.spec.algorithm): plan for plan in plans}
     ours = [by_name[run.task, run.algorithm] for run in runs if (run.task, run.algorithm) in by_name]
     finished = sum(plan.model + plan.keep * plan.checkpoint for plan in ours)

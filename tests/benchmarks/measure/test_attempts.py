@@ -41,7 +41,7 @@ def test_a_policys_attempts_are_counted_per_prompt(monkeypatch):
     assert traj.prompt_index.tolist() == [0] * 6 + [1] * 6 and 0 < sum(solved) < 12
     assert found["pass@1"] == pytest.approx(sum(solved) / 12)
     assert found["pass@6"] == pytest.approx(np.mean([c > 0 for c in solved]))
-    monkeypatch.setattr(attempts, "_ROWS_AT_ONCE", 6)  # a prompt at a time
+    monkeypatch.setattr(attempts, "rows_at_once", lambda parameters: 6)  # a prompt at a time
     assert measure_attempts(task, policy, "test", None, 0, {}) == found
     assert len(measure_attempts(task, policy, "test", 1, 0, {})) == 8
     assert measure_attempts(replace(task, attempts=0), policy, "test", None, 0, {}) == {}

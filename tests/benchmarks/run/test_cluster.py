@@ -21,6 +21,7 @@ from lm_envs.benchmarks.run.inputs import fingerprints, versions
 from lm_envs.benchmarks.run.suite_files import parse_suite
 from lm_envs.benchmarks.run.suites import Plan, Resources, RunSpec
 from tests.benchmarks.fake_task import NAME
+from tests.benchmarks.run.refusals import refused
 from tests.house import CHECKOUT
 
 ALGORITHM = "from lm_envs.algos.reinforce import REINFORCE\n\n\nclass Mine(REINFORCE):\n    name = 'mine'\n"
@@ -70,15 +71,6 @@ def two_nodes(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
     return made, sorted(made.worker_nodes, key=lambda node: node.node_ip_address)
-
-
-def refused(capsys, *words: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(list(words))
-    told = capsys.readouterr().err
-    (said,) = [line for line in told.splitlines() if line.startswith("lm-envs: ")]
-    assert stop.value.code == 1 and "Traceback" not in told
-    return said
 
 
 def wait_for(true, seconds: float = 400) -> None:

@@ -16,6 +16,7 @@ from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.run import compare
 from lm_envs.benchmarks.run.compare import write_results
 from tests.benchmarks.fake_task import NAME
+from tests.benchmarks.run.refusals import refused
 from tests.house import CHECKOUT
 
 TASK = """
@@ -53,15 +54,6 @@ def ends(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("ends", None)
-
-
-def refused(capsys, *words: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(list(words))
-    told = capsys.readouterr().err
-    (said,) = [line for line in told.splitlines() if line.startswith("lm-envs: ")]
-    assert stop.value.code == 1 and "Traceback" not in told
-    return said
 
 
 @pytest.mark.slow
