@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lm_envs.data.sources import format_of, read_rows
 from lm_envs.data.splits import SPLIT_NAMES, divide
 from lm_envs.files import cached, write_atomic
 from lm_envs.model.loading import load_tokenizer
-from lm_envs.settings import short
+from lm_envs.settings import near, short
 from lm_envs.tasks import custom
 from lm_envs.tasks.base import TextTask
 
@@ -92,6 +92,10 @@ def load(
     """
     if "prompts" in options:
         raise ValueError(f"{name} has prompts of its own: others are given as path")
+    known = [field.name for field in fields(custom.CustomConfig)]
+    for option in options:  # before a model is read
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}: {near(option, known)}")
     chat = bool(getattr(load_tokenizer(policy), "chat_template", None))
     written = [{**row, "prompt": _messages(row["prompt"]) if chat else _lines(row["prompt"])} for row in rows]
     lines = "".join(json.dumps(row) + "\n" for row in written)

@@ -67,6 +67,11 @@ def test_other_prompts_are_given_as_path():
         load("instruct", prompts="p.jsonl")
 
 
+def test_an_unknown_option_is_told_before_a_model_is_read():
+    with pytest.raises(ValueError, match="instruct has no option 'max_new_token': did you mean 'max_new_tokens'"):
+        load("instruct?policy=nowhere&max_new_token=4")
+
+
 def test_prompts_are_messages_for_a_model_with_a_chat_template(policy: Path, tmp_path: Path):
     path = byo.write_jsonl(tmp_path / "own.jsonl", OWN["instruct"])
     with pytest.warns(UserWarning, match="1 test prompt"):
