@@ -211,7 +211,7 @@ def performance_profile(
 
     The intervals stay within 0 and 1 and hold near them, where resampling a few runs gives none: over seeds and prompts
     that of :func:`crossed_mean` for the share's logit, over runs or prompts alone that of Wilson (1927). NaN for a
-    single score.
+    single score; no width over runs and prompts where the share is 0 or 1, which says nothing of its error.
     """
     models = models or [0] * len(scores)
     found = [_share((scores > threshold).astype(float), models) for threshold in thresholds]
