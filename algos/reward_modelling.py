@@ -97,9 +97,17 @@ class RewardModelling(Agent[RewardModellingConfig]):
         ranks, _ = by_group(traj.rank, traj.group, -1)
         fit = bradley_terry_loss if self.config.ranking == "pairs" else plackett_luce_loss
         loss = fit(scores, ranks, group_weights(traj))
+        margins = self.margins(traj, now)[1]
+        return loss, {"ranking_loss": loss.detach(), "accuracy": ((margins > 0).sum(), torch.tensor(len(margins)))}
+
+    def margins(self, traj: Trajectories, now: Scores) -> tuple[Tensor, Tensor]:
+        """``(N,)`` for each pair of a better and a worse text: the number of its group, and the difference of their
+        scores."""
+        assert traj.group is not None and traj.rank is not None
+        scores, _ = by_group(now.score.detach(), traj.group, 0.0)
+        ranks, _ = by_group(traj.rank, traj.group, -1)
         pairs = (ranks[:, :, None] < ranks[:, None, :]) & (ranks >= 0)[:, :, None]
-        right = pairs & (scores[:, :, None] > scores[:, None, :])
-        return loss, {"ranking_loss": loss.detach(), "accuracy": (right.sum(), pairs.sum())}
+        return pairs.nonzero()[:, 0], (scores[:, :, None] - scores[:, None, :])[pairs]
 
 
 def check_strict(name: str, ranks: Tensor) -> None:

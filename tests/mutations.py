@@ -2548,6 +2548,20 @@ MUTATIONS = [
         "tests/benchmarks/test_recomputed_learning.py tests/algos/test_packed_data.py",
     ),
     Mutation(
+        "a reward model's calibration is of one chunk's numbers",
+        "benchmarks/run/data_problem.py",
+        "numbers = chosen[groups.cpu()].tolist()",
+        "numbers = groups.tolist()",
+        f"{LEARN}::test_a_reward_model_s_accuracy_has_an_interval_and_a_calibration",
+    ),
+    Mutation(
+        "a margin is the worse text's lead",
+        "algos/reward_modelling.py",
+        "(scores[:, :, None] - scores[:, None, :])[pairs]",
+        "(scores[:, None, :] - scores[:, :, None])[pairs]",
+        f"{LEARN}::test_a_reward_model_s_accuracy_has_an_interval_and_a_calibration",
+    ),
+    Mutation(
         "an algorithm's name is markup in the table",
         "benchmarks/run/results.py",
         "made.add_row(escape(line.task), escape(line.title),",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lm_envs.benchmarks.commands.options import Adapt, ManyProcesses
+from lm_envs.benchmarks.commands.people import show_tables
 from lm_envs.benchmarks.errors import Interrupted, UserError
 from lm_envs.benchmarks.run.suites import Plan, Service, parse_settings
 from lm_envs.settings import Count, Positive, Rate, Seed, Share, Size, Threads, Whole
@@ -201,4 +202,6 @@ def _show(out: Path, result: dict[str, Any]) -> None:
             old = before.get(f"validation_{name}")
             table.add_row(name, "" if old is None else f"{old:.4g}", f"{result[f'held_out_{name}']:.4g}")
         console.print(table)
+    if rows := result.get("calibration"):
+        show_tables({"Held-out pairs by the margin of their scores": rows})
     print(out / "model")

@@ -248,7 +248,7 @@ class Results:
         if self.json:
             print(json.dumps(files.jsonable(summary), indent=1))
             return
-        _print(summary)
+        show_tables(summary)
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Next:
 
         loop = Loop(self.study, open_study(self.study))
         loop.run(console, self.anyway)
-        _print({"Rounds": loop.report()})
+        show_tables({"Rounds": loop.report()})
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,8 @@ class People:
         self.what.run(console)
 
 
-def _print(tables: Mapping[str, list[dict[str, Any]]]) -> None:
+def show_tables(tables: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Print lists of rows, each under its title."""
     for title, rows in tables.items():
         if rows:
             table = RichTable(title=title, title_justify="left", show_edge=False)

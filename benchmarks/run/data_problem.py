@@ -27,6 +27,7 @@ from lm_envs.benchmarks.run.suites import Plan, check_overrides
 from lm_envs.data import conventions, packed, sources
 from lm_envs.data.dataset import Examples
 from lm_envs.data.packed import PackedExamples, info_of, pack, tokenise
+from lm_envs.feedback.summary import by_margin
 from lm_envs.files import code_hash, replacing_folder
 from lm_envs.model import loading, text
 from lm_envs.model.adapters import has_adapters
@@ -197,32 +198,42 @@ class DataProblem(Problem):
         } | self.sizes(self.model, self.model)
 
     def validate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return self._measure(_SAMPLE), []
+        return self._measure(_SAMPLE)[0], []
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        return {f"held_out_{name}": value for name, value in self._measure(None).items()}, []
+        means, pairs = self._measure(None)
+        found: dict[str, Any] = {f"held_out_{name}": value for name, value in means.items()}
+        return found | ({"calibration": by_margin(pairs, "accuracy")} if pairs else {}), []
 
     def costs(self, measured: dict[str, Any]) -> dict[str, int]:
         return {"trained_tokens": self.agent.trained_tokens}  # nothing is sampled
 
     @torch.no_grad()
-    def _measure(self, most: int | None) -> dict[str, float]:
+    def _measure(self, most: int | None) -> tuple[dict[str, float], list[tuple[int, float, float]]]:
+        """Means over held-out examples, and a reward model's pairs as :func:`by_margin` takes them."""
         if self._held is None:
-            return {}
-        averages = Averages()
+            return {}, []
+        averages, pairs = Averages(), list[tuple[int, float, float]]()
         chunks = torch.arange(len(self._held))[:most].split(self.agent.config.micro_batch or _MICRO_BATCH)
         for chosen in chunks[group.rank() :: group.world()]:
             part = self._held.select(chosen).to(self.model.device)
             part.weight = None
-            loss, metrics = self.agent.loss(part, self.policy.evaluate(part), {})
+            now = self.policy.evaluate(part)
+            loss, metrics = self.agent.loss(part, now, {})
             averages.add({"loss": loss, **metrics}, units(part, self.agent.unit))
+            if self._rewarding:
+                groups, margins = self.agent.margins(part, now)
+                outcomes = 0.5 + 0.5 * margins.sign()
+                numbers = chosen[groups.cpu()].tolist()
+                pairs += zip(numbers, margins.abs().tolist(), outcomes.tolist(), strict=True)
         found = Averages().join(*group.exchange(averages, "the measures of held-out rows")).means()
         if self.spec.algorithm == "sft":
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
         has_reference = self.spec.algorithm == "dpo" and self.agent.config.loss not in REFERENCE_FREE
         if has_reference and not self.agent.iterations_done:
             del found["accuracy"]  # the reference against itself: rounding decides
-        return {name: found[name] for name in _SHOWN if name in found}
+        shared = group.exchange(pairs, "the pairs of held-out rows")
+        return {name: found[name] for name in _SHOWN if name in found}, [pair for part in shared for pair in part]
 
     def save_model(self, folder: Path) -> None:
         """Save the tuned model and its tokenizer for transformers' ``from_pretrained``; adapters of a reward model are

@@ -53,13 +53,21 @@ def summarize(
             _row({"source": name}, interval) for name, interval in ratings.win_rates(found, against).items()
         ],
         "Mean rating": _means(answered),
-        "Reward model": [] if scores is None else _by_margin(agreement.predicted(judgments, scores)),
+        "Reward model": [] if scores is None else by_margin(agreement.predicted(judgments, scores)),
     }
 
 
-def _by_margin(found: Sequence[tuple[int, float, float]]) -> Rows:
-    """Accuracy of a reward model by the margin of its scores, a fifth of the comparisons a row, beside what Bradley and
-    Terry expect of such margins: a calibration curve."""
+def by_margin(found: Sequence[tuple[int, float, float]], name: str = "as people") -> Rows:
+    """Accuracy of a reward model by the margin of its scores, beside what Bradley and Terry expect of such margins: a
+    calibration curve.
+
+    Args:
+        found: as from :func:`~lm_envs.feedback.agreement.predicted`.
+        name: the accuracy's.
+
+    Returns:
+        A row of all comparisons, and one for each fifth of them.
+    """
     ordered = sorted(found, key=lambda each: each[1])
     parts = [ordered, *([ordered[len(ordered) * k // 5 : len(ordered) * (k + 1) // 5] for k in range(5)])]
     return [
@@ -69,7 +77,7 @@ def _by_margin(found: Sequence[tuple[int, float, float]]) -> Rows:
                 "expected": float(np.mean([1 / (1 + np.exp(-margin)) for _, margin, _ in part])),
             },
             agreement.share([(item, outcome) for item, _, outcome in part]),
-            "as people",
+            name,
         )
         for part in parts
         if part

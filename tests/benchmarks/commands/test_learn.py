@@ -24,6 +24,7 @@ from lm_envs.benchmarks import commands
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.run import one_run
 from lm_envs.benchmarks.run.data_problem import DataProblem, DataSpec
+from lm_envs.feedback import agreement
 from lm_envs.model import loading
 from lm_envs.model.decoding import Decoder
 from lm_envs.model.tokens import left_pad
@@ -188,6 +189,32 @@ def test_the_figures_printed_are_those_before_and_after(tmp_path, capsys):
     byo.write_jsonl(tmp_path / "metrics.jsonl", lines)
     commands.learn._show(tmp_path, {"held_out_loss": 0.5})
     assert ["loss", "2.5", "0.5"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_reward_model_s_accuracy_has_an_interval_and_a_calibration(folder, tmp_path, capsys):
+    """Recomputed from the saved model and the file's held-out rows, in plain transformers."""
+    rows = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
+    data = [row | {"split": ("train", "validation")[k % 2]} for k, row in enumerate(rows)]
+    for row in data[1::4]:  # every other held-out pair the wrong way round
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    byo.write_jsonl(tmp_path / "some.jsonl", data)
+    learn("reward-model", folder / "model", tmp_path / "some.jsonl", tmp_path / "rm")
+    result = json.loads((tmp_path / "rm/result.json").read_text())
+    model = load_reward_model(tmp_path / "rm/model")
+    held = data[1::2]
+    prompts = [row["prompt"] for row in held]
+    better, worse = (np.array(model(prompts, [row[name] for row in held])) for name in ("chosen", "rejected"))
+    margins = better - worse
+    every, *fifths = result["calibration"]
+    assert every["accuracy"] == result["held_out_accuracy"] == pytest.approx(np.mean(margins > 0))
+    bounds = agreement.share(list(enumerate((margins > 0).astype(float))))
+    assert (every["low"], every["high"], every["n"]) == (bounds.low, bounds.high, len(held))
+    assert every["expected"] == pytest.approx(np.mean(1 / (1 + np.exp(-np.abs(margins)))), abs=1e-5)
+    order = np.argsort(np.abs(margins))
+    for k, row in enumerate(fifths):
+        part = order[len(held) * k // 5 : len(held) * (k + 1) // 5]
+        assert row["n"] == len(part) and row["accuracy"] == pytest.approx(np.mean(margins[part] > 0))
+    assert "Held-out pairs by the margin" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch, capsys):
