@@ -30,6 +30,7 @@ from lm_envs.model.tokens import context_of
 from lm_envs.settings import short
 
 _AT_ONCE = 64
+_READ = frozenset({"prompt", "completions", "sources", "ranks", "split"})  # columns that are not passed on to rewards
 
 
 def sampled(
@@ -136,7 +137,8 @@ def compared(folder: Path, task: str | None, limit: int | None = None) -> Iterat
 
 
 def of_file(path: Path, limit: int | None = None) -> Iterator[Item]:
-    """Items of a file: rows of ``prompt``, ``completions``, and ``sources`` and ``ranks`` (of gold items) if given.
+    """Items of a file: rows of ``prompt``, ``completions``, and ``sources`` and ``ranks`` (of gold items) if given;
+    other columns are for rewards.
 
     Raises:
         UserError: a row that is no item; it names file and line.
@@ -165,7 +167,8 @@ def _item(row: dict[str, Any] | str) -> Item:
     if not all(isinstance(source, str) for source in sources) or not all(type(rank) is int for rank in ranks):
         raise BadExample("sources must be texts and ranks whole numbers")
     responses = tuple(map(Response, texts, sources))
-    return Item(text_of(row, "prompt"), responses, known=dense_ranks(ranks))
+    columns = {name: value for name, value in row.items() if name not in _READ}
+    return Item(text_of(row, "prompt"), responses, known=dense_ranks(ranks), columns=columns)
 
 
 def _list(row: Mapping[str, Any], name: str) -> list[Any]:

@@ -29,7 +29,7 @@ from lm_envs.benchmarks.report.series import gather
 from lm_envs.benchmarks.run.results import collect_results
 from lm_envs.feedback import exchange, ratings
 from lm_envs.feedback.annotators import Annotator, work
-from lm_envs.feedback.store import Store
+from lm_envs.feedback.store import Store, open_study
 from lm_envs.feedback.study import Answer, read_settings
 from lm_envs.reward.learned import load_reward_model
 from lm_envs.tasks import load, sampling
@@ -232,6 +232,14 @@ def test_a_reply_does_not_wait_for_an_acknowledgment(tmp_path: Path, monkeypatch
         port = free.getsockname()[1]
     main(["people", "serve", str(tmp_path / "study"), "--port", str(port)])
     assert undelayed and undelayed[0]
+
+
+def test_items_of_a_file_keep_the_columns_for_rewards(tmp_path: Path) -> None:
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [0, 1, 1], "split": "train", "topic": ["x"]}
+    rows = byo.write_jsonl(tmp_path / "t.jsonl", [row])
+    main(["people", "new", "--out", str(tmp_path / "study"), "--texts", str(rows)])
+    items = open_study(tmp_path / "study").items().values()
+    assert len(items) == 3 and all(item.columns == {"topic": ["x"]} for item in items)
 
 
 @pytest.mark.slow
