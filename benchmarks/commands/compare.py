@@ -16,11 +16,11 @@ from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.run.suite_files import load_suite
 from lm_envs.benchmarks.run.suites import Suite, TaskSettings, parse_settings
 from lm_envs.settings import Count, Positive, Seed, Several, Threads, near
-from lm_envs.tasks import parts_of
+from lm_envs.tasks import PRETRAINED, parts_of
 
 # The suite whose settings a task gets by default, the demo's for others.
 _LIKE = {"corpus": "demo-real", "translation": "translation"}
-_LIKE |= dict.fromkeys(("cheerful", "concepts", "dialogue", "instruct", "reasoning"), "demo-pretrained")
+_LIKE |= dict.fromkeys(PRETRAINED, "demo-pretrained")
 
 
 @dataclass(frozen=True, kw_only=True)

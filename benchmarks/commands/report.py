@@ -31,6 +31,8 @@ class Report:
     people: Annotated[Path | None, tyro.conf.arg(metavar="STUDY")] = None
     """Set what people said in a study of its test samples beside what the judge did (docs/people.md); writes people.csv
     too."""
+    show: bool = False
+    """Show sample texts of tasks whose texts may offend, too."""
 
     def run(self, console: Console) -> None:
         if not self.folders:
@@ -45,7 +47,7 @@ class Report:
 
             for note in merge(self.folders, self.out):
                 console.print(note, highlight=False, markup=False, soft_wrap=True)
-        show(self.out or self.folders[0], self.people)
+        show(self.out or self.folders[0], self.people, self.show)
 
 
 def carry_out(suite: Suite, out: Path, **options: Any) -> None:
@@ -61,8 +63,12 @@ def carry_out(suite: Suite, out: Path, **options: Any) -> None:
     show(out)
 
 
-def show(out: Path, people: Path | None = None) -> None:
-    """Write the report of a folder, beside what people said in a study, and print its table."""
+def show(out: Path, people: Path | None = None, sensitive: bool = False) -> None:
+    """Write the report of a folder, beside what people said in a study, and print its table.
+
+    Args:
+        sensitive: show sample texts of sensitive tasks too.
+    """
     from lm_envs.benchmarks.report.html import write_report
     from lm_envs.benchmarks.report.human import add_people
     from lm_envs.benchmarks.run.compare import write_results
@@ -72,7 +78,7 @@ def show(out: Path, people: Path | None = None) -> None:
     made = [out / "results.csv", out / "aggregate.csv"]
     if people is not None:
         made.append(add_people(out, rows, open_study(people).judgments()))
-    path = write_report(out, rows)
+    path = write_report(out, rows, sensitive)
     console = Console(emoji=False)
     if not console.is_terminal:
         console = Console(emoji=False, width=160)

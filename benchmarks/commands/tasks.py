@@ -21,12 +21,13 @@ from lm_envs.benchmarks.run.names import best_of, trainable
 from lm_envs.benchmarks.run.suite_files import BUILT_IN, load_suite
 from lm_envs.plugins import find, installed
 from lm_envs.settings import field_texts, near
+from lm_envs.tasks import PRETRAINED, TASKS
 
 _CONFIGS = {
     "custom": "lm_envs.tasks.custom:CustomConfig",
     "corpus": "lm_envs.tasks.corpus:CorpusConfig",
     "translation": "lm_envs.tasks.translation:TranslationConfig",
-    **dict.fromkeys(("cheerful", "concepts", "dialogue", "instruct", "reasoning"), "lm_envs.tasks.custom:CustomConfig"),
+    **dict.fromkeys(PRETRAINED, "lm_envs.tasks.custom:CustomConfig"),
 }
 """The options of tasks whose loaders take them by any name."""
 
@@ -55,7 +56,6 @@ class Tasks:
 
     def _list(self) -> None:
         from lm_envs.algos.registry import ALGORITHMS
-        from lm_envs.tasks import TASKS
 
         tasks = Table("task", "what it is", title="Tasks", title_justify="left")
         for name, place in {**TASKS, **installed("task")}.items():
@@ -82,7 +82,6 @@ class Tasks:
 def _about(name: str) -> Iterator[Any]:
     """What is printed about an algorithm, a task or a suite; UserError if it is none of them."""
     from lm_envs.algos.registry import load
-    from lm_envs.tasks import TASKS
 
     tasks, algorithms = {**TASKS, **installed("task")}, [*trainable(), *installed("algorithm")]
     suite = BUILT_IN / f"{name}.toml"
@@ -108,7 +107,8 @@ def _about(name: str) -> Iterator[Any]:
 
 
 def _paragraphs(made: Any) -> Iterator[str]:
-    """The text about a class (not a base of it) or a function, without arguments and errors; else its module's."""
+    """The text about a class (not a base of it) or a function, without arguments and errors, or about a module; else
+    its module's."""
     own = made.__doc__ or sys.modules[made.__module__].__doc__ or f"{made.__name__} has no docstring."
     for part in inspect.cleandoc(own).split("\n\n"):
         if not part.startswith(("Args:", "Raises:", "Returns:", "Attributes:")):
@@ -132,6 +132,8 @@ def _settings(name: str, kind: Any) -> Table:
 
 def _task(name: str, made: Any) -> Iterator[Any]:
     """A task's text, and the options that its loader takes."""
+    if name in TASKS:  # what our tasks are is said at the head of their files
+        yield from _paragraphs(sys.modules[made.__module__])
     yield from _paragraphs(made)
     options = own = dict(_defaults(inspect.signature(made).parameters.values()))
     texts = {name: text for name, text in _entries(made, "Args").items() if name in own}

@@ -73,8 +73,11 @@ _COSTS = (
 )
 
 
-def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
+def write_report(out: Path, rows: list[dict[str, Any]], show: bool = False) -> Path:
     """Write ``report.html``, ``leaderboard.json`` and ``plots/*.png`` for the results ``rows`` of the folder ``out``.
+
+    Args:
+        show: samples of sensitive tasks too.
 
     Raises:
         UserError: there is no finished run.
@@ -90,7 +93,7 @@ def write_report(out: Path, rows: list[dict[str, Any]]) -> Path:
     page = template.render(
         name=held.get("name", "comparison"),
         description=held.get("description", ""),
-        sections=[_section(task, mine, made, held.get("match_kl", ())) for task, mine in by_task(series).items()],
+        sections=[_section(task, mine, made, held.get("match_kl", ()), show) for task, mine in by_task(series).items()],
         versions=_pairs(_versions(series), " "),
         settings=[(f"{folder_name(s.task)}/{s.algorithm}", _settings(s)) for s in series],
     )
@@ -190,7 +193,7 @@ def _name(line: Line) -> str:
 
 
 def _section(
-    task: str, series: list[Series], made: dict[tuple[str, str], Figure], match_kl: Sequence[float]
+    task: str, series: list[Series], made: dict[tuple[str, str], Figure], match_kl: Sequence[float], show: bool
 ) -> dict[str, Any]:
     """The template's values for a task."""
     rows = [result for s in series for result in s.results]
@@ -228,7 +231,8 @@ def _section(
         "matched": [(s, _matched(at_kl(s.results, s.out, match_kl))) for s in series if match_kl],
         "figures": [(*_FIGURES[kind], base64.b64encode(image).decode()) for kind, image in images.items()],
         "seeds": f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}",
-        "samples": _samples(series),
+        "samples": [] if (hidden := described.get("sensitive", False) and not show) else _samples(series),
+        "hidden": hidden,
     }
 
 

@@ -259,7 +259,8 @@ class TextProblem(Problem):
         return {
             "agent": None if self.agent is None else asdict(self.agent.config),
             "env": {name: getattr(mdp, name) for name in _OPTIONS} | {"kl_coef": self.kl_coef, "kl_in_reward": charged},
-            "task": {"description": self.task.description, "stats": dict(self.task.stats)},
+            "task": {"description": self.task.description, "stats": dict(self.task.stats)}
+            | ({"sensitive": True} if self.task.sensitive else {}),
             **({"chosen_by_rule": self.chosen} if self.chosen else {}),
             **({"guards": asdict(self.guards)} if self.guards and self.agent else {}),
         } | self.sizes(self.task.start)

@@ -242,7 +242,7 @@ def _dialogue(row: Mapping[str, Any]) -> Example:
     return Example(chosen[:end], pair, (0, 1))
 
 
-def _summaries(row: Mapping[str, Any]) -> Example:
+def compared_summaries(row: Mapping[str, Any]) -> Example:
     """Comparisons of summaries (Stiennon et al. 2020; the prompt is laid out as in its appendix)."""
     info, summaries, choice = nested(row, "info"), nested(row, "summaries"), nested(row, "choice")
     if not isinstance(info, dict):
@@ -303,7 +303,7 @@ def _truth(value: Any) -> int | None:
 
 CONVENTIONS = (
     Convention("prompt/completions/ranks", "preferences", _ranked),
-    Convention("info/summaries/choice", "preferences", _summaries),
+    Convention("info/summaries/choice", "preferences", compared_summaries),
     Convention("prompt/chosen/rejected", "preferences", _chosen),
     Convention("chosen/rejected", "preferences", _dialogue),
     Convention("prompt/completion/label", "judgments", _judged),

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+WORST = -10.0
+"""Nats a token: the mean log-probability of a text without any fluency."""
+
+
+def fluency(likelihood: Likelihood, texts: Sequence[str]) -> NDArray[np.float64]:
+    """Return ``1 + m / 10``, at least 0, with m the mean log-probability of a text's tokens in nats, for a model that
+    sees the text alone; 0 for a text of less than two tokens. ``(N,)``."""
+    return np.maximum(0.0, 1 - np.nan_to_num(likelihood.mean(texts), nan=WORST) / WORST)
+
+
 class Likelihood:
     """A frozen causal language model that scores texts.
 

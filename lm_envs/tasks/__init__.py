@@ -19,7 +19,7 @@ from lm_envs.settings import short
 if TYPE_CHECKING:
     from lm_envs.tasks.base import TextTask
 
-__all__ = ["TASKS", "load", "parts_of"]
+__all__ = ["PRETRAINED", "TASKS", "load", "parts_of"]
 
 TASKS: dict[str, str | Callable[..., Any]] = {
     "reviews": "lm_envs.tasks.reviews:load",
@@ -31,8 +31,13 @@ TASKS: dict[str, str | Callable[..., Any]] = {
     "concepts": "lm_envs.tasks.concepts:load",
     "dialogue": "lm_envs.tasks.dialogue:load",
     "reasoning": "lm_envs.tasks.reasoning:load",
+    "summarise": "lm_envs.tasks.summarise:load",
+    "harmless": "lm_envs.tasks.harmless:load",
+    "fine-grained": "lm_envs.tasks.fine_grained:load",
     "enumerable": "lm_envs.tasks.enumerable:load",
 }
+PRETRAINED = ("cheerful", "instruct", "concepts", "dialogue", "reasoning", "summarise", "harmless", "fine-grained")
+"""Tasks for a pretrained policy, whose loaders take the options of ``custom`` beside their own."""
 
 _loaded: dict[tuple[Any, tuple[tuple[str, Any], ...]], TextTask] = {}
 

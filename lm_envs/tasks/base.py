@@ -49,6 +49,7 @@ class TextTask:
         policy: the model that training starts from, None for the reference; it shares the reference's vocabulary.
         columns: other columns of the prompts' data, which rewards receive: by split, then by name, one entry per
             prompt.
+        sensitive: prompts and responses may offend: reports show none of them unless asked.
     """
 
     name: str
@@ -72,6 +73,7 @@ class TextTask:
     policy: PreTrainedModel | None = None
     more_eos_token_ids: tuple[int, ...] = ()
     columns: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    sensitive: bool = False
 
     def __post_init__(self) -> None:
         """Freeze the models, since training uses a copy; raise ValueError for columns that rewards cannot receive."""

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from lm_envs.reward.base import said
-from lm_envs.reward.likelihood import Likelihood
+from lm_envs.reward.likelihood import Likelihood, fluency
 from lm_envs.settings import short
 from lm_envs.tasks import prompted
 from lm_envs.tasks.base import TextTask
 
-_WORST = -10.0  # nats a token, the mean log-probability of a text without any fluency
 _IRREGULAR: Mapping[str, frozenset[str]] = {
     line.split()[0]: frozenset(line.split())
     for line in (
@@ -55,7 +54,7 @@ def load(path: str | None = None, policy: str = "smollm2", **options: Any) -> Te
     """
     source = path or prompted.SHIPPED / "concepts.jsonl"
     rows: dict[str, prompted.Row] = {}
-    for row in prompted.read(source, _row):
+    for row in prompted.read(source, _row, options.get("bad", "raise")):
         rows.setdefault(row["prompt"], {**row, "reference": []})["reference"].extend(row["reference"])
     defaults = {
         "reward": "lm_envs.tasks.concepts:coverage",
@@ -71,11 +70,8 @@ def load(path: str | None = None, policy: str = "smollm2", **options: Any) -> Te
 
 
 class CoveredAndFluent:
-    """The reward ``coverage * fluency``, in [0, 1].
-
-    Fluency is ``1 + m / 10``, at least 0, where m is the mean log-probability of the text's tokens under a language
-    model that sees the text alone, in nats: likely tokens are fluent, whatever was asked for.
-    """
+    """The reward ``coverage * fluency``, in [0, 1]; see :func:`~lm_envs.reward.likelihood.fluency`: likely tokens are
+    fluent, whatever was asked for."""
 
     def __init__(self, likelihood: Likelihood) -> None:
         self.likelihood = likelihood
@@ -84,8 +80,7 @@ class CoveredAndFluent:
     def __call__(self, completions: Sequence[Any], concepts: Sequence[Sequence[str]], **columns: Any) -> list[float]:
         """Score each text; 0 for one with less than two tokens."""
         texts = list(map(said, completions))
-        fluency = np.maximum(0.0, 1 - np.nan_to_num(self.likelihood.mean(texts), nan=_WORST) / _WORST)
-        return (np.array(coverage(texts, concepts)) * fluency).tolist()
+        return (np.array(coverage(texts, concepts)) * fluency(self.likelihood, texts)).tolist()
 
 
 def coverage(completions: Sequence[Any], concepts: Sequence[Sequence[str]], **columns: Any) -> list[float]:

@@ -64,6 +64,7 @@ class CustomConfig(Settings):
         device, device_map: where all models go; see :class:`~lm_envs.model.loading.Placement`.
         recompute: accept a policy whose cache cannot be kept row by row.
         bad: "raise" stops at a row that cannot be read, is empty or too long; "skip" leaves it out.
+        sensitive: prompts and responses may offend: reports show none of them unless asked.
     """
 
     policy: Name
@@ -86,6 +87,7 @@ class CustomConfig(Settings):
     device_map: str | dict[str, Any] | None = None
     recompute: bool = False
     bad: OnBad = "raise"
+    sensitive: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,6 +193,7 @@ def load(**options: Any) -> TextTask:
         description=f"tune {config.policy} on {config.prompts} by {reward_name(reward)}",
         stats=stats,
         columns=columns,
+        sensitive=config.sensitive,
     )
 
 

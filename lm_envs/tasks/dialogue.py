@@ -53,7 +53,7 @@ def load(
         options: other fields of :class:`lm_envs.tasks.custom.CustomConfig`. A ``reward`` of one's own replaces the sum.
     """
     source = path or prompted.SHIPPED / "dialogue.jsonl"
-    rows = prompted.read(source, _row)
+    rows = prompted.read(source, _row, options.get("bad", "raise"))
     # The reward below needs the loaded model; lengths stand in for it until then.
     defaults = {"reward": "lm_envs.reward.lengths:tokens", "judge": "chrf[column=good]", "max_new_tokens": 32}
     description = f"{policy} replies in a dialogue ({Path(source).name})"

@@ -39,7 +39,7 @@ def load(path: str | None = None, policy: str = "smollm2", **options: Any) -> Te
     """
     source = path or prompted.SHIPPED / "instruct.jsonl"
     defaults = {"reward": "constraints", "judge": "lm_envs.tasks.instruct:judge", "max_new_tokens": 96}
-    rows = prompted.read(source, _row)
+    rows = prompted.read(source, _row, options.get("bad", "raise"))
     description = f"{policy} follows instructions whose constraints are checked ({Path(source).name})"
     return prompted.load("instruct", rows, policy, defaults, options, description)
 

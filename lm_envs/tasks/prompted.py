@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lm_envs.data.dataset import check_letters
+from lm_envs.data.dataset import OnBad, Rejected, check_letters
 from lm_envs.data.sources import format_of, read_rows
 from lm_envs.data.splits import SPLIT_NAMES, divide
 from lm_envs.files import cached, write_atomic
@@ -23,18 +24,20 @@ Row = dict[str, Any]
 """``prompt``, a text or chat messages; ``split``; and columns for rewards."""
 
 
-def read(path: str | Path, convert: Callable[[Mapping[str, Any]], Row]) -> list[Row]:
+def read(path: str | Path, convert: Callable[[Mapping[str, Any]], Row], bad: OnBad = "raise") -> list[Row]:
     """Read rows of a source and divide them into splits, by their column ``split`` if they have one.
 
     Args:
         path: as for :func:`~lm_envs.data.sources.read_rows`.
         convert: makes ``prompt`` and the columns of a row; ValueError for a bad row.
+        bad: "raise" stops at a bad row; "skip" leaves it out, with a warning.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a bad row, with file and line, or too few rows.
     """
     format_of(path)
+    rejected = Rejected(path, bad)
     rows: list[Row] = []
     for where, row in read_rows(path):
         try:
@@ -46,7 +49,9 @@ def read(path: str | Path, convert: Callable[[Mapping[str, Any]], Row]) -> list[
                 raise ValueError(f"'split' must be one of {', '.join(SPLIT_NAMES)}, not {short(split)}")
             rows.append({**convert(row), "split": SPLIT_NAMES.get(split, "")})
         except ValueError as error:
-            raise ValueError(f"{path}, {where}: {error}") from None
+            rejected.add(where, str(error))
+    if rejected.count:
+        warnings.warn(f"{path}: {custom.passed_over(rejected)}", stacklevel=2)
     return divided(rows, path)
 
 

@@ -71,7 +71,7 @@ def load(
         rows, source = generated(dataset, {"size": size, "seed": options.get("seed", 0), **settings}), dataset
     else:
         rows, source = (
-            prompted.read(path or prompted.SHIPPED / "reasoning.jsonl", _row),
+            prompted.read(path or prompted.SHIPPED / "reasoning.jsonl", _row, options.get("bad", "raise")),
             Path(path or "word problems").name,
         )
     score = "lm_envs.tasks.reasoning"

@@ -128,3 +128,11 @@ def make(root: Path) -> Folders:
     tokenizer.save_pretrained(root / "judge")
     write_jsonl(root / "prompts.jsonl", [{"prompt": text[:-2]} for text in TEXTS])
     return Folders(root)
+
+
+def for_shipped_prompts(folder: Path) -> Path:
+    """A small model with a context for the prompts of the tasks on real text, and no chat template."""
+    tokenizer = byte_level_bpe(vocabulary=400)
+    llama(len(tokenizer), context=1024).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -253,5 +253,5 @@ def test_a_suite_and_what_comes_on_top_of_it(arrived: Any) -> None:
 def test_a_report_is_of_its_folder_and_its_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(report, "show", lambda *given: seen.append(given))
-    main(["report", str(tmp_path), "--people", "S"])
-    assert seen == [(tmp_path, Path("S"))]
+    main(["report", str(tmp_path), "--people", "S", "--show"])
+    assert seen == [(tmp_path, Path("S"), True)]

@@ -14,7 +14,7 @@ from scipy import stats
 
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.report import plots
+from lm_envs.benchmarks.report import html, plots
 from lm_envs.benchmarks.report.html import _differences, answers, chosen_prompts, headline, write_report
 from lm_envs.benchmarks.report.plots import figures
 from lm_envs.benchmarks.report.series import gather, styles
@@ -114,6 +114,21 @@ def test_unknown_numbers_are_empty_cells(tmp_path):
     assert any("no judge" in note for note in footnotes(lines))
     assert "no judge" in headline(rows)
     write_report(tmp_path, rows)
+
+
+def test_samples_of_a_sensitive_task_are_in_the_report_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "figures", lambda series: {})
+    write(tmp_path, [result("sft", 0, 0.5, 0.0, [0.5]), result("ppo", 0, 0.5, 4.0, [1])])
+    for folder in tmp_path.glob("reviews/*/seed-0"):
+        (folder / "samples.jsonl").write_text((folder / "samples.jsonl").read_text().replace("script", "tell nobody"))
+    rows = write_results(tmp_path)
+    assert "tell nobody" in write_report(tmp_path, rows).read_text()
+    for config in tmp_path.glob("reviews/*/seed-0/config.json"):
+        config.write_text(json.dumps({"task": {"sensitive": True}}))
+    page = write_report(tmp_path, rows).read_text()
+    assert "tell nobody" not in page and "lm-envs report DIR --show" in page
+    page = write_report(tmp_path, rows, show=True).read_text()
+    assert "tell nobody" in page and "lm-envs report DIR --show" not in page
 
 
 def test_the_table_averages_over_seeds_with_honest_errors(out):

@@ -17,23 +17,22 @@ OWN = {
     "instruct": [{"prompt": f"say {word}", "constraints": [{"kind": "words", "least": 1}]} for word in "abcdef"],
     "concepts": [{"concepts": ["cat", word], "reference": f"A cat and {word}."} for word in "abcdef"],
     "dialogue": [{"context": ["Hi", f"Is it {word}?"], "good": ["Yes"], "bad": ["No"]} for word in "abcdef"],
+    "summarise": [{"post": f"Letter {word} is lost.", "summary": f"{word} is lost."} for word in "abcdef"],
+    "harmless": [{"prompt": f"Say {word}.", "care": word in "ab", "topic": ["b"], "held": ["c"]} for word in "abcdef"],
+    "fine-grained": [{"prompt": f"Say {word}.", "topic": ["b"], "held": ["c"]} for word in "abcdef"],
     "reasoning": [{"question": f"1 + {k}?", "answer": f"1 + {k} = {k + 1}\n#### {k + 1}"} for k in range(6)],
 }
 
 JUDGES = {
     "concepts": {"judge": "lm_envs.tasks.concepts:coverage"},
     "dialogue": {"judge": "lm_envs.reward.lengths:tokens"},
+    "summarise": {"judge": "lm_envs.reward.lengths:tokens"},
 }  # libraries of metrics take seconds to import
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
-    """A small model with a context for the shipped prompts, and no chat template."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = byo.byte_level_bpe(vocabulary=400)
-    byo.llama(len(tokenizer), context=1024).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return byo.for_shipped_prompts(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +59,16 @@ def test_the_users_file(name: str, policy: Path, tmp_path: Path):
     with pytest.warns(UserWarning, match="1 test prompt"):
         task = load(f"{name}?path={path}&policy={policy}&max_new_tokens=4", **JUDGES.get(name, {}))
     assert task.max_new_tokens == 4 and [len(task.prompts[split]) for split in ("validation", "test")] == [1, 1]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_bad_row_is_named_or_left_out(name: str, policy: Path, tmp_path: Path):
+    path = byo.write_jsonl(tmp_path / "own.jsonl", [*OWN[name], {"other": 1}])
+    given = {"path": str(path), "policy": str(policy), "max_new_tokens": 4, **JUDGES.get(name, {})}
+    with pytest.raises(ValueError, match=r"own.jsonl, line 7: "):
+        load(name, **given)
+    with pytest.warns(UserWarning, match=r"own.jsonl: 1 bad row was passed over \(line 7: "):
+        load(name, **given, bad="skip")
 
 
 def test_other_prompts_are_given_as_path():
