@@ -55,20 +55,15 @@ def test_what_ships(name: str, policy: Path):
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_users_file(name: str, policy: Path, tmp_path: Path):
-    path = byo.write_jsonl(tmp_path / "own.jsonl", OWN[name])
-    with pytest.warns(UserWarning, match="1 test prompt"):
-        task = load(f"{name}?path={path}&policy={policy}&max_new_tokens=4", **JUDGES.get(name, {}))
-    assert task.max_new_tokens == 4 and [len(task.prompts[split]) for split in ("validation", "test")] == [1, 1]
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_a_bad_row_is_named_or_left_out(name: str, policy: Path, tmp_path: Path):
+    """And a bad row of it is named, or left out."""
     path = byo.write_jsonl(tmp_path / "own.jsonl", [*OWN[name], {"other": 1}])
-    given = {"path": str(path), "policy": str(policy), "max_new_tokens": 4, **JUDGES.get(name, {})}
+    text = f"{name}?path={path}&policy={policy}&max_new_tokens=4"
     with pytest.raises(ValueError, match=r"own.jsonl, line 7: "):
-        load(name, **given)
-    with pytest.warns(UserWarning, match=r"own.jsonl: 1 bad row was passed over \(line 7: "):
-        load(name, **given, bad="skip")
+        load(text)
+    left_out = pytest.warns(UserWarning, match=r"own.jsonl: 1 bad row was passed over \(line 7: ")
+    with pytest.warns(UserWarning, match="1 test prompt"), left_out:
+        task = load(f"{text}&bad=skip", **JUDGES.get(name, {}))
+    assert task.max_new_tokens == 4 and [len(task.prompts[split]) for split in ("validation", "test")] == [1, 1]
 
 
 def test_other_prompts_are_given_as_path():
