@@ -74,15 +74,17 @@ class BestOfN:
         return response[best], logprob[best], None
 
     @torch.no_grad()
-    def measured_kl(self, budget: int | None = None) -> NDArray[np.float64]:
+    def measured_kl(self, budget: int | None = None, prompts: int = 2**31) -> NDArray[np.float64]:
         """Estimate the KL from the base policy for some prompts, from the first on: ``(X,)`` nats, by
         :func:`kl_of_scores` of 16 n samples of each, which are not charged. Empty where n is too large for that.
 
         Args:
-            budget: samples in all; 4,096 if not given, and 1,024 of a pretrained model.
+            budget: samples in all; 4,096 if not given, and of a pretrained model 1,024, or as many as the responses to
+                ``prompts`` prompts take if that is fewer.
+            prompts: see ``budget``.
         """
         size = sum(p.numel() for p in self.policy.model.parameters())
-        budget, rows = budget or (4096 if size < SMALL else 1024), rows_at_once(size)
+        budget, rows = budget or (4096 if size < SMALL else min(1024, self.n * prompts)), rows_at_once(size)
         each = min(_EACH * self.n, _MOST)
         if each < _LEAST * self.n:
             return np.empty(0)

@@ -18,8 +18,8 @@ from lm_envs.algos.engine.preference_losses import (
     log_ratio,
     preference_loss,
 )
-from lm_envs.algos.policies.adaptation import weights_hash
 from lm_envs.data.packed import PackedExamples
+from lm_envs.model.loading import weights_hash
 from lm_envs.settings import Rate, Size
 from lm_envs.trajectories import Trajectories
 

@@ -17,6 +17,7 @@ ALGORITHMS: dict[str, str] = {
     "binary-feedme": "lm_envs.algos.binary_feedme:BinaryFeedME",
     "reward-conditioning": "lm_envs.algos.reward_conditioning:RewardConditioning",
     "best-of-n": "lm_envs.algos.best_of_n:BestOfN",
+    "prompted": "lm_envs.algos.few_shot:FewShot",
     "expert-iteration": "lm_envs.algos.expert_iteration:ExpertIteration",
     "quark": "lm_envs.algos.quark:Quark",
     "online-dpo": "lm_envs.algos.online_dpo:OnlineDPO",
@@ -42,7 +43,7 @@ ALGORITHMS: dict[str, str] = {
     "ppo-ptx": "lm_envs.algos.ppo_ptx:PPOPtx",
     "iterated-rlhf": "lm_envs.algos.iterated_rlhf:IteratedRLHF",
 }
-WRAPPERS = ("best-of-n",)
+WRAPPERS = ("best-of-n", "prompted")
 """Algorithms that wrap another policy, without training or config."""
 
 

@@ -22,9 +22,10 @@ class PreferenceConfig(AgentConfig):
     """Adds how preferences are made, where they come from a task."""
 
     pairs: Count = 2048
-    """Pairs of the reference's responses to compare, where no preferences are given."""
+    """Pairs of the reference's responses to compare, where no preferences are given; at most those that a task has
+    choices of."""
     flip: Probability = 0.25
-    """Probability that a simulated annotator's choice is recorded the wrong way round."""
+    """Probability that a simulated annotator's choice is recorded the wrong way round; the task's own choices stay."""
 
 
 class Comparisons:
@@ -152,15 +153,18 @@ def preferences(
 
 
 def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Trajectories:
-    """Pairs of the reference's responses to training prompts, ranked by simulated annotators that follow the task's
-    judge, or its reward where it has none (:func:`lm_envs.tasks.reviews.annotate`).
+    """Pairs of the reference's responses to training prompts, ranked as the task's own annotators chose; where it has
+    none, by simulated annotators that follow its judge, or its reward where it has no judge
+    (:func:`lm_envs.tasks.reviews.annotate`).
 
     Args:
-        pairs: how many: the task's first ones; if it comes with fewer, responses are sampled, the prompts taking turns.
+        pairs: how many: the task's first ones, at most all where it has choices; if a task without comes with fewer,
+            responses are sampled, the prompts taking turns.
         flip: probability that a choice is recorded the wrong way round.
         seed: of the annotators, and of the responses where they are sampled.
     """
     prompts, columns = task.prompts["train"], task.columns.get("train", {})
+    pairs = min(pairs, len(task.preferred)) if task.preferred else pairs
     if pairs <= len(task.pairs):
         index = [row for row, _, _ in task.pairs[:pairs] for _ in range(2)]
         responses = [response for _, *both in task.pairs[:pairs] for response in both]
@@ -183,10 +187,14 @@ def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Traje
             columns=columns,
             repeats=2,
         )
-    gold = samples.score(task.judge or task.reward).reshape(-1, 2)
+    if task.preferred:
+        preferred = np.array(task.preferred[:pairs])
+    else:
+        gold = samples.score(task.judge or task.reward).reshape(-1, 2)
+        preferred = annotate(gold[:, 0], gold[:, 1], flip=flip, seed=seed)
     group = np.repeat(np.arange(pairs), 2).tolist()
     traj = from_responses([prompts[i] for i in index], samples.completion_ids, task.prompt_length, group)
-    traj.rank = ranks_of(annotate(gold[:, 0], gold[:, 1], flip=flip, seed=seed))
+    traj.rank = ranks_of(preferred)
     return traj
 
 

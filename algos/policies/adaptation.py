@@ -5,7 +5,6 @@ where the start is the reference, frozen weights are in memory once, and the ref
 """
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from lm_envs.model.adapters import adapter_parameters, has_adapters, merged, qui
 from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.model.endings import eos_tokens
 from lm_envs.model.gguf import folder_of, gguf_file
+from lm_envs.model.loading import weights_hash
 from lm_envs.settings import Name, Positive, Rank, Settings, Whole
 
 
@@ -265,12 +265,3 @@ def frozen_hash(module: nn.Module) -> str | None:
     """A hash of the frozen parameters, which identifies a checkpoint's base; None if there are none."""
     frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
     return weights_hash(frozen) if frozen else None
-
-
-def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of parameters with their names."""
-    digest = hashlib.sha256()
-    for name, parameter in named:
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

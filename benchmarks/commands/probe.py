@@ -46,14 +46,14 @@ class Probe:
         from lm_envs.benchmarks.probes.registry import PROBES, load
         from lm_envs.benchmarks.probes.report import beyond, words, write_report
         from lm_envs.benchmarks.probes.running import Sweep, carry_out
-        from lm_envs.benchmarks.run.names import best_of, check_algorithm, expanded
+        from lm_envs.benchmarks.run.names import check_algorithm, expanded, is_untrained
 
         algorithms = expanded(self.algorithms)
         if "all" in self.algorithms:
-            algorithms = tuple(name for name in algorithms if name != "sft" and best_of(name) is None)
+            algorithms = tuple(name for name in algorithms if not is_untrained(name))
         for name in algorithms:
             check_algorithm(name)
-            if name == "sft" or best_of(name) is not None:
+            if is_untrained(name):
                 raise UserError(f"{name} does not train: probes are for algorithms that do")
         names = tuple(dict.fromkeys(self.probes or PROBES))
         for name in names:

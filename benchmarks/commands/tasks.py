@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lm_envs.benchmarks.errors import UserError
-from lm_envs.benchmarks.run.names import best_of, trainable
+from lm_envs.benchmarks.run.names import is_untrained, trainable
 from lm_envs.benchmarks.run.suite_files import BUILT_IN, load_suite
 from lm_envs.plugins import find, installed
 from lm_envs.settings import field_texts, near
@@ -67,6 +67,7 @@ class Tasks:
         algorithms.add_row("sft", "The reference itself, untouched: the baseline of every comparison")
         algorithms.add_row("best-of-<n>", _first_line("lm_envs.algos.best_of_n"))
         algorithms.add_row("soft-best-of-<n>", "Sample n responses and choose by e^(reward / KL coefficient).")
+        algorithms.add_row("prompted", _first_line("lm_envs.algos.few_shot"))
         for name in trainable():
             algorithms.add_row(name, _first_line(ALGORITHMS[name]))
         for name, place in installed("algorithm").items():
@@ -85,7 +86,7 @@ def _about(name: str) -> Iterator[Any]:
 
     tasks, algorithms = {**TASKS, **installed("task")}, [*trainable(), *installed("algorithm")]
     suite = BUILT_IN / f"{name}.toml"
-    if name == "sft" or best_of(name) is not None:
+    if is_untrained(name):
         yield f"{name} trains nothing and has no settings."
     elif name in tasks:
         yield from _task(name, find(name, "task", TASKS))

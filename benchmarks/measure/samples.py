@@ -22,6 +22,8 @@ from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.env.mdp import TextMDP
 from lm_envs.env.rollout import RespondingPolicy, rollout
 from lm_envs.env.vector import TextVectorEnv
+from lm_envs.feedback.annotators import votes
+from lm_envs.feedback.study import Item, Response
 from lm_envs.model.decoding import greedy
 from lm_envs.processes.sharing import total
 from lm_envs.reward.base import leaves
@@ -137,6 +139,22 @@ def sample_reference(env: TextVectorEnv, policy: RespondingPolicy, count: int | 
     return sample(env, policy, count, _REFERENCE_SEED)
 
 
+class ReferenceSamples:
+    """The SFT side of the runs of a process: runs of one task with the same options share what was sampled last."""
+
+    def __init__(self) -> None:
+        self._held: tuple[TextTask, Any, MeasuredSamples] | None = None
+
+    def __call__(
+        self, env: TextVectorEnv, policy: RespondingPolicy, count: int | None, options: Mapping[str, Any]
+    ) -> MeasuredSamples:
+        """Return :func:`sample_reference`; ``options`` are those of the MDP."""
+        task, key = env.mdp.task, (env.mdp.split, count, dict(options))
+        if self._held is None or self._held[0] is not task or self._held[1] != key:
+            self._held = task, key, sample_reference(env, policy, count)
+        return self._held[2]
+
+
 def measure(
     model: PreTrainedModel, task: TextTask, *, split: str = "test", prompts: int | None = None, seed: int = 0
 ) -> dict[str, float]:
@@ -169,6 +187,21 @@ def wins(gold: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[n
         raise ValueError(f"win-rate compares the same prompts: got {gold.shape} and {reference.shape} scores")
     known = ~(np.isnan(gold) | np.isnan(reference))
     return np.where(known, 0.5 + 0.5 * np.sign(gold - reference), np.nan)
+
+
+def simulated(mdp: TextMDP, found: MeasuredSamples, reference: MeasuredSamples) -> dict[str, Any]:
+    """Let the task's annotators choose between the two samples of each prompt of an :func:`evaluation_env`; return the
+    share of votes for ``found``, its standard error over prompts, and the shares per prompt. Empty without annotators.
+    """
+    if not mdp.task.annotators:
+        return {}
+    columns = mdp.columns(np.arange(len(found.prompt)))
+    items = [
+        Item(prompt, (Response(ours, "policy"), Response(theirs, "sft")), columns={n: x[i] for n, x in columns.items()})
+        for i, (prompt, ours, theirs) in enumerate(zip(found.prompt, found.response, reference.response, strict=True))
+    ]
+    share = votes(mdp.task.annotators, items).mean(axis=0)
+    return {"simulated": float(share.mean()), "simulated_se": standard_error(share), "votes": share.tolist()}
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
@@ -235,7 +268,7 @@ def summarise(
     kl, kl_se = float(found.kl.mean()), standard_error(found.kl)
     # The bound is on the KL from the policy that was sampled.
     bound = kl_bound(best.n) if best and best.policy.model is best.mdp.reference else math.nan
-    measured = best.measured_kl() if best else np.empty(0)
+    measured = best.measured_kl(prompts=len(outcome)) if best else np.empty(0)
     if len(measured):  # from the base policy, and what that differs from the reference
         kl, kl_se = float(measured.mean()) + kl, math.hypot(standard_error(measured), kl_se)
     elif best:

@@ -16,7 +16,7 @@ from lm_envs.benchmarks.measure import statistics
 from lm_envs.benchmarks.measure.statistics import Estimate, nested_mean
 from lm_envs.benchmarks.run.matched import at_kl
 from lm_envs.benchmarks.run.names import base_task, method_name
-from lm_envs.benchmarks.run.results import by_method, estimate_of, number, outcomes, run_key, written
+from lm_envs.benchmarks.run.results import PER_PROMPT, by_method, estimate_of, number, outcomes, run_key, written
 from lm_envs.benchmarks.run.storage import write_lines
 
 COLUMNS = ("task", "method", "against", "statistic", "value", "low", "high", "p", "seeds", "prompts", "counts")
@@ -166,7 +166,7 @@ def facts(rows: Sequence[dict[str, Any]], out: Path, match_kl: Sequence[float] =
         for name, mine in by_name.items():
             gaps = [row.get("length_gaps") or [] for row in mine]
             wins = outcomes(mine, "win_rate")
-            told = {"win_rate": estimate_of(mine, wins), "gold": estimate_of(mine, outcomes(mine, "gold"))}
+            told = {name: estimate_of(mine, outcomes(mine, name)) for name in PER_PROMPT}
             if all(len(gap) == wins.shape[1] for gap in gaps):
                 gap = np.array(gaps, dtype=float)
                 told["win_rate_length_controlled"] = statistics.length_controlled(
@@ -231,7 +231,7 @@ def _improvement(task: str, ours: str, theirs: str, by_task: dict[str, tuple[Row
 def _line(
     task: str, method: str, against: str, statistic: str, estimate: Estimate, rows: Rows, p: float = math.nan
 ) -> dict[str, Any]:
-    least, most = (0.0, 1.0) if statistic.startswith("win_rate") else (-math.inf, math.inf)
+    least, most = (0.0, 1.0) if statistic.startswith(("win_rate", "simulated")) else (-math.inf, math.inf)
     return {
         "task": task,
         "method": method,

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from lm_envs.benchmarks.errors import Interrupted, RunsFailed, UserError
 from lm_envs.benchmarks.run.aggregate import write_aggregate
-from lm_envs.benchmarks.run.names import best_of, check_algorithm, check_task
+from lm_envs.benchmarks.run.names import check_algorithm, check_task, is_untrained
 from lm_envs.benchmarks.run.progress import Display
 from lm_envs.benchmarks.run.results import collect_results, write_csv
 from lm_envs.benchmarks.run.silence import Silence
@@ -93,7 +93,7 @@ def check_runs(runs: Sequence[RunSpec]) -> None:
     for algorithm in dict.fromkeys(run.algorithm for run in runs):
         check_algorithm(algorithm)
     for run in runs:
-        if run.algorithm == "sft" or best_of(run.algorithm) is not None:
+        if is_untrained(run.algorithm):
             if run.overrides:
                 raise UserError(f"{run.algorithm} is not trained and has no settings, got {', '.join(run.overrides)}")
         else:

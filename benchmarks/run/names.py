@@ -47,6 +47,11 @@ def best_of(algorithm: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def is_untrained(algorithm: str) -> bool:
+    """Return whether an algorithm trains nothing: SFT itself, best-of-n, and the few-shot prompt."""
+    return algorithm in ("sft", "prompted") or best_of(algorithm) is not None
+
+
 def is_control(task: str) -> bool:
     """Return whether a task's name is a Gymnasium id, such as ``CartPole-v1``."""
     return "?" not in task and re.search(r"-v\d+$", task) is not None
@@ -72,7 +77,7 @@ def check_task(name: str) -> None:
 
 def check_algorithm(name: str) -> None:
     """Raise UserError or ValueError unless there is such an algorithm; the message names similar ones."""
-    if name == "sft" or best_of(name) is not None or name in trainable():
+    if is_untrained(name) or name in trainable():
         return
     if name in installed("algorithm") or ":" in name:
         from lm_envs.algos.registry import load
@@ -84,7 +89,7 @@ def check_algorithm(name: str) -> None:
     elif meant := re.fullmatch(r"(?:best[-_ ]?of|bo)[-_ ]?n?[-_= ]?([1-9]\d*)", name, re.IGNORECASE):
         why = f"did you mean 'best-of-{meant[1]}'?"
     else:
-        known = ["sft", "best-of-16", *trainable(), *installed("algorithm")]
+        known = ["sft", "prompted", "best-of-16", *trainable(), *installed("algorithm")]
         why = f"{near(name, known)} (`lm-envs tasks` lists them; one of your own is FILE.py:CLASS)"
     raise UserError(f"no algorithm {name!r}: {why}")
 

@@ -22,6 +22,7 @@ from lm_envs.algos.engine.agent import Agent
 from lm_envs.algos.engine.exact_gradients import sampled_cosine
 from lm_envs.algos.engine.settings_control import ROWS, control_settings
 from lm_envs.algos.engine.settings_enumerable import TABULAR, VALUE_SCALE
+from lm_envs.algos.few_shot import FewShot
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.policies.mlp import MLPPolicy
@@ -31,7 +32,7 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
 from lm_envs.benchmarks.measure.attempts import measure_attempts
 from lm_envs.benchmarks.run.budgets import MOST
-from lm_envs.benchmarks.run.names import base_task, best_of, is_control
+from lm_envs.benchmarks.run.names import base_task, best_of, is_control, is_untrained
 from lm_envs.benchmarks.run.stop_rules import Rule, check_measured, parse_rule
 from lm_envs.benchmarks.run.suites import Guards, RunSpec, check_overrides
 from lm_envs.env.rollout import collect
@@ -107,7 +108,7 @@ class Problem(Protocol):
     """The work of a run; the defaults are for one that samples nothing and saves no language model.
 
     Attributes:
-        agent: trains the policy; None for SFT itself and best-of-n.
+        agent: trains the policy; None for what trains nothing.
         env: the agent's environment, None if it needs none.
         policy: the policy to measure.
         given: the cost of data that were there before the run: comparisons given, and those behind the reward.
@@ -207,7 +208,11 @@ class TextProblem(Problem):
         if n is not None:
             temperature = mdp.kl_coef if spec.algorithm.startswith("soft-") else None
             self.policy = BestOfN(start, mdp, n, temperature)
-        if n is not None or spec.algorithm == "sft":
+        elif spec.algorithm == "prompted":
+            if not self.task.examples:
+                raise Unsuited(f"{spec.task}: prompted needs examples to show, which the task does not have")
+            self.policy = FewShot(start, self._measure(spec.plan.split).mdp)
+        if is_untrained(spec.algorithm):
             if bandit:
                 why = "needs no training, so it has no bandit env: leave it out"
                 raise Unsuited(f"{spec.task}: {spec.algorithm} {why}")
@@ -293,11 +298,12 @@ class TextProblem(Problem):
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         env, count = self._measure(self.spec.plan.split), self.spec.plan.test_prompts
-        reference = samples.sample_reference(env, self._reference, count)
+        reference = _reference_samples(env, self._reference, count, self._options)
         forget_parts(self.task.reward)
         found = samples.sample_policy(env, self.policy, count, self.spec.seed)
         parts = {} if isinstance(self.policy, BestOfN) else part_means(self.task.reward)  # that scores n of each
         measured = parts | samples.summarise(found, reference, self.policy, self.task.stats)
+        measured |= samples.simulated(env.mdp, found, reference)
         measured |= samples.measure_greedy(env.mdp, self.policy, count)
         measured |= measure_attempts(self.task, self.policy, self.spec.plan.split, count, self.spec.seed, self._options)
         if self.exact is not None:
@@ -329,6 +335,7 @@ class TextProblem(Problem):
         return list(zip(prompts, responses, scores, strict=True))
 
 
+_reference_samples = samples.ReferenceSamples()
 _OPTIONS = ("temperature", "max_new_tokens", "min_new_tokens", "missing_eos")
 
 

@@ -25,11 +25,11 @@ COLUMNS = (
 COSTS = tuple(name for name in cost.COLUMNS if name not in COLUMNS)
 EXACT = ("regret", "frontier_gap", "gradient_cosine", "gradient_cosine_se")  # of tasks that are solved exactly
 # Columns of results.csv if a value is known. "corpus" is the score of sampled responses, the next three of greedy ones.
-KNOWN_AT_TIMES = (*COSTS, "perplexity", "corpus", *GREEDY, *EXACT, "kl_coef", "kl_bound")
+KNOWN_AT_TIMES = (*COSTS, "simulated", "perplexity", "corpus", *GREEDY, *EXACT, "kl_coef", "kl_bound")
 EXTRA = ("gold_positive", "proxy_positive", *KNOWN_AT_TIMES)  # the first two: for judges and rewards with a threshold
 NUMBERS = (*COLUMNS[5:], *EXTRA)  # averaged over seeds; the win-rate has an error of its own
 
-PER_PROMPT = {"win_rate": "wins", "gold": "golds"}
+PER_PROMPT = {"win_rate": "wins", "gold": "golds", "simulated": "votes"}
 """Names of the lists in a result that hold a value per test prompt."""
 _REPORTED = ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")
 ENOUGH_SEEDS = 3
@@ -188,6 +188,14 @@ SHOWN = (
         "win-rate %",
         1,
         "of the gold judge, against SFT on the same test prompts, ties half",
+        percent=True,
+        interval=True,
+    ),
+    Column(
+        "simulated",
+        "simulated %",
+        1,
+        "votes of simulated annotators for it, against SFT on the same test prompts; no method learns from them",
         percent=True,
         interval=True,
     ),

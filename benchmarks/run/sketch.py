@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_envs.algos.registry import load as load_algorithm
 from lm_envs.benchmarks.run.inputs import sources_of
-from lm_envs.benchmarks.run.names import base_task, best_of
+from lm_envs.benchmarks.run.names import base_task, is_untrained
 from lm_envs.benchmarks.run.problems import ControlProblem, TextProblem, open_problem
 from lm_envs.benchmarks.run.suites import RunSpec
 from lm_envs.data.dataset import Rejected
@@ -21,7 +21,7 @@ from lm_envs.reward.learned import LearnedReward
 from lm_envs.reward.specs import Source, is_spec, parse_reward
 from lm_envs.settings import make
 from lm_envs.tasks.base import TextTask
-from lm_envs.tasks.custom import CustomConfig, by_split, columns_of, encode_prompts, read_prompts
+from lm_envs.tasks.custom import CustomConfig, by_split, columns_of, encode_prompts, read_examples, read_prompts
 
 
 def sketch(spec: RunSpec) -> TextProblem | ControlProblem:
@@ -34,8 +34,7 @@ def sketch(spec: RunSpec) -> TextProblem | ControlProblem:
     custom = base_task(spec.task)[0] == "custom" and isinstance(policy, str)
     if not custom or is_adapter(Path(str(policy)).expanduser()) or gguf_file(str(policy), "policy") is not None:
         return open_problem(spec)
-    trained = spec.algorithm != "sft" and best_of(spec.algorithm) is None
-    if trained and load_algorithm(spec.algorithm).needs_data:
+    if not is_untrained(spec.algorithm) and load_algorithm(spec.algorithm).needs_data:
         return open_problem(spec)
     return TextProblem(spec, _task(spec.options, spec.env))
 
@@ -76,6 +75,7 @@ def _task(options: Mapping[str, Any], env: Mapping[str, Any]) -> TextTask:
         prompts=by_split(encoded),
         reward=reward,
         judge=judges[0] if judges else None,
+        examples=[] if config.examples is None else read_examples(config.examples),
         eos_token_id=ends[0],
         more_eos_token_ids=ends[1:],
         max_new_tokens=config.max_new_tokens,

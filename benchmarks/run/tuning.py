@@ -23,7 +23,7 @@ from lm_envs.algos.registry import make_config
 from lm_envs.benchmarks.errors import RunsFailed, UserError
 from lm_envs.benchmarks.run.aggregate import measure_of
 from lm_envs.benchmarks.run.compare import check_runs, compare, prepare, tell_left_out, write_results
-from lm_envs.benchmarks.run.names import best_of
+from lm_envs.benchmarks.run.names import is_untrained
 from lm_envs.benchmarks.run.results import number, written
 from lm_envs.benchmarks.run.silence import Silence
 from lm_envs.benchmarks.run.storage import write_lines
@@ -106,7 +106,7 @@ def tune(suite: Suite, out: Path, *, trials: int, seeds: int, resume: bool = Fal
 def _tuned(suite: Suite) -> list[RunSpec]:
     """A run of each method that is trained."""
     runs = {(run.task, run.algorithm): run for run in suite.runs()}
-    return [run for run in runs.values() if run.algorithm != "sft" and best_of(run.algorithm) is None]
+    return [run for run in runs.values() if not is_untrained(run.algorithm)]
 
 
 def _with(suite: Suite, settings: Mapping[Key, dict[str, Any]], only: bool = False) -> Suite:

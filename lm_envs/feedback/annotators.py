@@ -5,16 +5,26 @@ For tests, for teaching, and to learn before people are asked how many judgments
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lm_envs import rng
 from lm_envs.feedback.store import Store, Task
 from lm_envs.feedback.study import Answer, Item, dense_ranks
 
 Score = Callable[[Item], "list[float]"]  # per response how good it is
+# Temperature, flips, per_character and first of the annotators of a pool, for scores between 0 and 1.
+_POOL = (
+    (0.1, 0.0, 0.0, 0.0),
+    (0.2, 0.1, 0.0, 0.0),
+    (0.2, 0.0, 0.002, 0.0),
+    (0.3, 0.2, 0.001, 0.0),
+    (0.2, 0.2, -0.001, 0.0),
+    (0.3, 0.1, 0.0, 0.1),
+)
 
 
 @dataclass(frozen=True)
@@ -88,3 +98,30 @@ def work(store: Store, name: str, annotator: Annotator, limit: int | None = None
         store.answer(number, task.item, annotator(task, scale), task.version)
         count += 1
     return count
+
+
+def pool(score: Score, seed: int) -> tuple[Annotator, ...]:
+    """Return six annotators that differ as people do, in noise, slips and taste (after Dubois et al. 2023, AlpacaFarm,
+    section 3.2, where thirteen prompts of language models did); another seed gives others of the same kinds.
+
+    Args:
+        score: the quality that all of them see, between 0 and 1.
+        seed: below 2**60.
+    """
+    names = ("temperature", "flip", "per_character", "first")
+    kinds = [dict(zip(names, kind, strict=True)) for kind in _POOL]
+    return tuple(Annotator(score, **kind, seed=len(_POOL) * seed + i) for i, kind in enumerate(kinds))
+
+
+def votes(annotators: Sequence[Annotator], items: Sequence[Item], seed: int = 0) -> NDArray[np.float64]:
+    """Let each annotator choose between the two responses of each item: ``(A, N)``, 1 where it prefers the first, 0
+    where it prefers the second, 1/2 for a tie.
+
+    Which response is shown first is drawn with the seed. A vote depends on the annotator, the item's number and what it
+    says alone.
+    """
+    shown = rng.integers(seed, rng.ORDER, np.arange(len(items)), 2)
+    pairs = enumerate(zip(items, shown.tolist(), strict=True))
+    tasks = [Task(i, item, (first, 1 - first), 0, None) for i, (item, first) in pairs]
+    ranks = [[annotator(task).ranks for task in tasks] for annotator in annotators]
+    return np.array([[0.5 + 0.5 * np.sign(theirs - ours) for ours, theirs in row] for row in ranks])

@@ -6,6 +6,7 @@ are refused in one line, before anything runs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -135,6 +137,15 @@ def load_tokenizer(name: str | Path, what: str = "policy") -> PreTrainedTokenize
 def vocabulary_of(model: PreTrainedModel) -> int:
     """The width of a language model's output."""
     return int(model.get_output_embeddings().weight.shape[0])
+
+
+def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of parameters with their names."""
+    digest = hashlib.sha256()
+    for name, parameter in named:
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocabulary: int, what: str) -> None:

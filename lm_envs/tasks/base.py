@@ -15,6 +15,7 @@ from lm_envs.reward.base import RESERVED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_envs.feedback.annotators import Annotator
     from lm_envs.reward.base import AnyReward
 
 
@@ -45,6 +46,11 @@ class TextTask:
         pairs: (row of ``prompts["train"]``, response, response), two of the reference's responses to that prompt.
             Algorithms that learn from preferences have annotators choose between them, as the task's own learned
             reward did.
+        preferred: of each of ``pairs`` whether annotators chose the first, if the task's learned reward follows their
+            choices; algorithms that learn from preferences then take these. Empty if they are to ask for choices.
+        annotators: simulated ones that compare each test response with the reference's, for the column ``simulated`` of
+            results; no method learns from them.
+        examples: pairs of prompt and response that the method ``prompted`` shows before a prompt.
         stats: figures about how the task was made, such as the reward model's accuracy, for reports.
         policy: the model that training starts from, None for the reference; it shares the reference's vocabulary.
         columns: other columns of the prompts' data, which rewards receive: by split, then by name, one entry per
@@ -67,6 +73,9 @@ class TextTask:
     demonstrations: list[list[int]] = field(default_factory=list)
     responses: list[tuple[list[int], list[int]]] = field(default_factory=list)
     pairs: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
+    preferred: Sequence[bool] = ()
+    annotators: Sequence[Annotator] = ()
+    examples: Sequence[tuple[str, str]] = ()
     corpus_metric: Any = None
     attempts: int = 0
     stats: Mapping[str, float] = field(default_factory=dict)

@@ -53,6 +53,7 @@ class CustomConfig(Settings):
         reference: the model that the KL penalty is measured from, None for the policy as it starts; "base" for the
             model under its adapters.
         judge: the reward for win-rates: the place of a reward model, or a reward as text; None for no win-rates.
+        examples: a source of demonstrations of text, which the method ``prompted`` shows before each prompt.
         min_new_tokens: EOS is masked before that many tokens.
         kl_coef: default weight of the KL penalty, in units of the reward per nat.
         normalise: shift and scale the reward to mean 0 and standard deviation 1 over samples of the reference; None
@@ -73,6 +74,7 @@ class CustomConfig(Settings):
     reward: Name | Names | None = None
     reference: Name | None = None
     judge: Name | None = None
+    examples: Name | None = None
     max_new_tokens: Size = 32
     min_new_tokens: Whole = 0
     kl_coef: NonNegative = 0.05
@@ -129,6 +131,7 @@ def load(**options: Any) -> TextTask:
     judge_spec = None
     if config.judge is not None:
         judge_spec = parse_reward(config.judge) if is_spec(config.judge) else Source("model", config.judge)
+    examples = read_examples(config.examples) if config.examples is not None else []
     rejected = Rejected(config.prompts, config.bad)
     texts = read_prompts(config.prompts, rejected)
     conversational = any(not isinstance(prompt.prompt, str) for prompt in texts)
@@ -184,6 +187,7 @@ def load(**options: Any) -> TextTask:
         prompts=prompts,
         reward=reward,
         judge=judge,
+        examples=examples,
         eos_token_id=eos[0],
         more_eos_token_ids=eos[1:],
         max_new_tokens=config.max_new_tokens,
@@ -265,6 +269,16 @@ def read_prompts(source: str | Path, rejected: Rejected | None = None) -> list[E
         rows.setdefault((prompt.key, repr(prompt.columns)), prompt)
     divided = divide(found, source, f"; {passed_over(rejected)}" if rejected.count else "")
     return [replace(row, split=divided[key]) for (key, _), row in rows.items()]
+
+
+def read_examples(source: str | Path) -> list[tuple[str, str]]:
+    """Read pairs of a prompt and a response; ValueError for a row that is no such pair of texts, with file and line."""
+    found: list[tuple[str, str]] = []
+    for row in Examples(source, "demonstrations"):
+        if not isinstance(row.prompt, str) or not row.prompt:
+            raise ValueError(f"{row.place}: an example is a prompt and a completion, both texts")
+        found.append((row.prompt, row.text))
+    return found
 
 
 def check_references(reward: Any, prompts: Sequence[Example]) -> None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lm_envs.feedback.annotators import pool
+from lm_envs.feedback.study import Item
 from lm_envs.reward.base import said
-from lm_envs.reward.constraints import all_met, check_constraints
+from lm_envs.reward.constraints import all_met, check_constraints, share
 from lm_envs.settings import near, short
 from lm_envs.tasks import prompted
 from lm_envs.tasks.base import TextTask
+from lm_envs.tasks.preferences import with_learned_reward
 
 _CODES = {
     **{"ar": "arabic", "bg": "bulgarian", "bn": "bengali", "de": "german", "el": "greek", "en": "english"},
@@ -27,7 +31,10 @@ _CODES = {
 }
 
 
-def load(path: str | None = None, policy: str = "smollm2", **options: Any) -> TextTask:
+JUDGES, TEACHERS = 0, 1  # seeds of the annotators whose votes are reported, and of those whose choices are learned
+
+
+def load(path: str | None = None, policy: str = "smollm2", pairs: int = 0, **options: Any) -> TextTask:
     """Make the task for a pretrained policy.
 
     Args:
@@ -35,13 +42,32 @@ def load(path: str | None = None, policy: str = "smollm2", **options: Any) -> Te
             a list of words, and ``split``; or IFEval's ``prompt``, ``instruction_id_list`` and ``kwargs`` (Zhou et al.
             2023). None takes the 360 instructions that were written for this project.
         policy: a language model, as :mod:`lm_envs.tasks.custom` takes it.
+        pairs: pairs of the policy's responses to training prompts between which simulated annotators choose; the reward
+            is then a model that learns their choices (:mod:`lm_envs.tasks.preferences`). 0 rewards what is checked.
         options: other fields of :class:`lm_envs.tasks.custom.CustomConfig`, such as ``reward`` and ``max_new_tokens``.
     """
+    if type(pairs) is not int or pairs < 0:
+        raise ValueError(f"pairs must be a whole number from 0 on, not {short(pairs)}")
+    if pairs and not options.keys().isdisjoint(("reward", "reward_model")):
+        raise ValueError("pairs makes a reward model of its own: give no other reward, or leave pairs out")
     source = path or prompted.SHIPPED / "instruct.jsonl"
     defaults = {"reward": "constraints", "judge": "lm_envs.tasks.instruct:judge", "max_new_tokens": 96}
+    defaults["examples"] = str(prompted.SHIPPED / "instruct_examples.jsonl")
     rows = prompted.read(source, _row, options.get("bad", "raise"))
     description = f"{policy} follows instructions whose constraints are checked ({Path(source).name})"
-    return prompted.load("instruct", rows, policy, defaults, options, description)
+    made = prompted.load("instruct", rows, policy, defaults, options, description)
+    made = replace(made, annotators=pool(quality, JUDGES))
+    return with_learned_reward(made, policy, pairs, pool(quality, TEACHERS)) if pairs else made
+
+
+def quality(item: Item) -> list[float]:
+    """Score the responses of an item as simulated annotators see them: by the share of constraints met, 0 for one
+    without a word of the topic, if there is one."""
+    texts = [response.text for response in item.responses]
+    found = share(texts, [item.columns["constraints"]] * len(texts))
+    topic = item.columns.get("topic")
+    on_topic = [not topic or _on_topic(text, topic) for text in texts]
+    return [(value or 0.0) * on for value, on in zip(found, on_topic, strict=True)]
 
 
 def judge(
