@@ -78,6 +78,49 @@ PEOPLE = "tests/benchmarks/commands/test_people_recomputed.py"
 AGGREGATE = "tests/benchmarks/run/test_recomputed_aggregate.py"
 
 MUTATIONS = [
+    # AlpacaFarm's table
+    Mutation(
+        "a vote is for what ranks first",
+        "lm_envs/feedback/annotators.py",
+        "np.sign(theirs - ours)",
+        "np.sign(ours - theirs)",
+        "tests/benchmarks/measure/test_simulated.py::test_votes_without_noise_are_the_score",
+    ),
+    Mutation(
+        "annotators that judge are not those that teach",
+        "lm_envs/feedback/annotators.py",
+        "seed=len(_POOL) * seed + i)",
+        "seed=i)",
+        "tests/lm_envs/tasks/test_preferences.py::test_no_annotator_is_asked_twice",
+    ),
+    Mutation(
+        "the reward model learns what was chosen",
+        "lm_envs/tasks/preferences.py",
+        "np.stack([~preferred, preferred], axis=1)",
+        "np.stack([preferred, ~preferred], axis=1)",
+        "tests/lm_envs/tasks/test_preferences.py::test_it_learns_what_annotators_choose",
+    ),
+    Mutation(
+        "a task's own choices are learned, not new ones",
+        "algos/engine/comparisons.py",
+        "    if task.preferred:\n",
+        "    if not task.preferred:\n",
+        "tests/lm_envs/tasks/test_preferences.py::test_algorithms_that_learn_from_preferences_take_the_same_choices",
+    ),
+    Mutation(
+        "examples stand before the prompt",
+        "algos/few_shot.py",
+        "mdp.codec.encode(before + text)",
+        "mdp.codec.encode(text + before)",
+        "tests/algos/test_few_shot.py::test_in_text_examples_stand_before_the_prompt_and_law_3_holds",
+    ),
+    Mutation(
+        "runs of another task or with other options have SFT samples of their own",
+        "benchmarks/measure/samples.py",
+        "self._held[0] is not task or self._held[1] != key",
+        "self._held[1] != key",
+        "tests/benchmarks/measure/test_simulated.py::test_runs_of_a_process_share_the_samples_of_sft",
+    ),
     # Tasks on real text
     Mutation(
         "an empty response meets no constraint",

@@ -122,3 +122,4 @@ def test_the_kl_of_a_pretrained_model_is_measured_on_fewer_samples(monkeypatch):
     whole = best.measured_kl()
     monkeypatch.setattr(best_of_n, "SMALL", 1)
     assert len(whole) == 16 and best.measured_kl() == pytest.approx(whole[:4])  # 256 samples of each
+    assert best.measured_kl(prompts=32) == pytest.approx(whole[:2])  # no more than 32 prompts' responses take

@@ -69,6 +69,18 @@ def test_the_share_of_votes_in_a_result():
     assert samples.simulated(samples.evaluation_env(task(), "test").mdp, *made) == {}
 
 
+def test_runs_of_a_process_share_the_samples_of_sft(monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+    monkeypatch.setattr(samples, "sample_reference", lambda *given: drawn.append(given) or len(drawn))
+    shared, mine = samples.ReferenceSamples(), task()
+    first, same = (samples.evaluation_env(mine, "test") for _ in range(2))
+    others = [samples.evaluation_env(*each) for each in ((task(), "test"), (mine, "train"))]
+    found = [shared(env, None, 2, {}) for env in (first, same)]
+    assert found == [1, 1]
+    assert [shared(first, None, 1, {}), shared(first, None, 2, {"temperature": 2.0})] == [2, 3]
+    assert [shared(env, None, 2, {"temperature": 2.0}) for env in others] == [4, 5]
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_the_table_shows_it_if_it_is_known(known: bool):
     row = {"task": "t", "algorithm": "a", "prompts": 2, "wins": [1.0, 0.0], "golds": [1.0, 0.0]}
