@@ -143,7 +143,7 @@ def _task(name: str, made: Any) -> Iterator[Any]:
         options = {**own, **dict(_defaults(inspect.signature(kind).parameters.values())), **own}
         if "policy" in own:  # a task with prompts of its own, and with a reward, a judge and a length
             del options["prompts"]
-            options |= dict.fromkeys(("reward", "judge", "max_new_tokens"), "the task's")
+            options |= dict.fromkeys(("reward", "judge", "examples", "max_new_tokens"), "the task's")
         texts = {**_attributes(kind), **texts}
     table = Table("option", "default", *["what it is"] * bool(texts), title=f"Options of {escape(name)}")
     table.title_justify = "left"
