@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lm_envs.algos.engine.comparisons import annotated_pairs
 from lm_envs.feedback.annotators import Annotator
 from lm_envs.feedback.study import Item, Response
 from lm_envs.reward.constraints import met
-from lm_envs.reward.learned import LearnedReward
+from lm_envs.reward.learned import LearnedReward, reward_start
 from lm_envs.reward.units import Samples
 from lm_envs.tasks import instruct, load, preferences, prompted, sampling
 from lm_envs.tasks.base import TextTask
@@ -88,6 +90,18 @@ def test_it_is_made_once_for_the_same_model_prompts_and_annotators(
         with pytest.raises((TypeError, FileNotFoundError)):  # nothing was built
             preferences.with_learned_reward(plain, policy, count, others)
     assert len(builds) == 2
+
+
+def test_the_upper_layers_are_trained_and_kept(prompts: str, policy: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(preferences, "_LAYERS", 1)
+    trained = opened(prompts, policy, pairs=3).reward.model
+    (kept,) = (tmp_path / "cache").rglob(preferences._WEIGHTS)
+    held = load_file(kept)
+    assert {name.split(".")[2] for name in held if "layers" in name} == {"1"} and "score.weight" in held
+    start = reward_start(policy)[0].state_dict()
+    moved = {name for name, p in trained.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == set(held) and not any("embed" in name for name in moved)
+    assert all(torch.equal(trained.state_dict()[name], tensor) for name, tensor in held.items())
 
 
 def test_algorithms_that_learn_from_preferences_take_the_same_choices(prompts: str, policy: str):
