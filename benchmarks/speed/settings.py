@@ -11,7 +11,8 @@ import tyro
 
 from lm_envs.settings import Count, Several, Size, Threads
 
-Shapes = tuple[Literal["small", "larger", "gpt2"], ...]
+Shape = Literal["small", "larger", "gpt2", "smollm2"]
+Shapes = tuple[Shape, ...]
 Table = Literal["fixed work", "response length", "rows", "vocabulary"]
 Csv = Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv")]
 Ways = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
@@ -59,7 +60,12 @@ class Throughput:
     device: Literal["cpu", "cuda"] = "cpu"
     """Device to measure on."""
     shapes: Shapes = ("small", "larger")
-    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape. The other tables use the first."""
+    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape, SmolLM2's (135 M). The other tables use
+    the first."""
+    rows: Size = 32
+    """Texts of the fixed work."""
+    new_tokens: Size = 48
+    """Exact length of its texts in tokens."""
     ways: Ways = ()
     """Measure only these ways."""
     rounds: Count = 7
@@ -108,8 +114,8 @@ class Scale:
 
     processes: tuple[Several, ...] = (2,)
     """Numbers of processes."""
-    shape: Literal["small", "larger", "gpt2"] = "larger"
-    """Model: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape."""
+    shape: Shape = "larger"
+    """Model: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape, SmolLM2's."""
     rows: Size = 64
     """Texts an iteration, of all processes together."""
     new_tokens: Size = 48
@@ -157,7 +163,7 @@ class SB3:
     """Measure Stable-Baselines3's PPO with our policy against our own PPO on the same work; they take turns."""
 
     shapes: Shapes = ("small", "larger")
-    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape."""
+    """Models: 4 x 128 with 1000 tokens, 6 x 256 with 8192, GPT-2's own shape, SmolLM2's."""
     rows: Size = 32
     """Texts an iteration."""
     new_tokens: Size = 48

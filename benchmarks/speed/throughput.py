@@ -67,14 +67,15 @@ def sizes(settings: Settings) -> Iterator[tuple[str, Size, tuple[str, ...]]]:
     chosen = tuple(way for way in SCALING if way in ways)
     first = settings.shapes[0]
     every = {
-        "fixed work": [Size(shape) for shape in settings.shapes],
+        "fixed work": [Size(shape, rows=settings.rows, new_tokens=settings.new_tokens) for shape in settings.shapes],
         "response length": [Size(first, rows=8, new_tokens=count) for count in (32, 64, 128, 256, 512)],
         "rows": [Size(first, rows=rows) for rows in (1, 4, 16, 64, 256)],
         "vocabulary": [Size(first, rows=8, vocabulary=count) for count in (1_000, 8_192, 32_768, 131_072)],
     }
     for table in settings.tables:
         for size in every[table]:
-            yield table, size, ways if table == "fixed work" else chosen
+            here = ways if table == "fixed work" else chosen
+            yield table, size, tuple(way for way in here if way not in PEERS or not size.model.kv_heads)  # GPT-2 alone
 
 
 def _compiles(device: str) -> bool:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    LlamaConfig,
+)
 
 from lm_envs.algos.grpo import GRPO, GRPOConfig
 from lm_envs.algos.policies.critics import value_from_reward_model
@@ -32,15 +37,22 @@ GROUP = 4  # episodes per prompt where an algorithm compares them
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2 of random weights."""
+    """A model of random weights: GPT-2, or Llama with ``kv_heads`` and feed-forward layers of the width ``inner``."""
 
     layers: int
     width: int
     heads: int
     vocabulary: int
+    kv_heads: int = 0
+    inner: int = 0
 
 
-SHAPES = {"small": Shape(4, 128, 4, 1000), "larger": Shape(6, 256, 4, 8192), "gpt2": Shape(12, 768, 12, 50257)}
+SHAPES = {
+    "small": Shape(4, 128, 4, 1000),
+    "larger": Shape(6, 256, 4, 8192),
+    "gpt2": Shape(12, 768, 12, 50257),
+    "smollm2": Shape(30, 576, 9, 49152, kv_heads=3, inner=1536),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,20 @@ class Size:
         return self.rows * self.new_tokens
 
 
+def _llama_config(work: Mapping[str, Any], **more: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=work["vocabulary"],
+        hidden_size=work["width"],
+        intermediate_size=work["inner"],
+        num_hidden_layers=work["layers"],
+        num_attention_heads=work["heads"],
+        num_key_value_heads=work["kv_heads"],
+        tie_word_embeddings=True,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), EOS),
+        **more,
+    )
+
+
 def nothing(completions: list[str], **_: Any) -> list[float]:
     """Give 0 to each text, at no cost: what remains is the step path alone."""
     return [0.0] * len(completions)
@@ -76,12 +102,14 @@ class Work:
     def __init__(self, size: Size, device: str = "cpu") -> None:
         self.size, self.device = size, device
         torch.manual_seed(0)
-        config = functools.partial(gpt2_config, asdict(size) | asdict(size.model), pad_token_id=EOS)
-        self.reference = GPT2LMHeadModel(config()).to(device).eval().requires_grad_(False)
+        kind = _llama_config if size.model.kv_heads else gpt2_config
+        config = functools.partial(kind, asdict(size) | asdict(size.model), pad_token_id=EOS)
+        self.reference = AutoModelForCausalLM.from_config(config()).to(device).eval().requires_grad_(False)
         self.model = copy.deepcopy(self.reference)  # for the floors and `generate`: as transformers made it
         self.model.generation_config.eos_token_id = None  # exact length
         self.trained = copy.deepcopy(self.reference).requires_grad_(True)
-        scorer = GPT2ForSequenceClassification(config(num_labels=1)).to(device).eval().requires_grad_(False)
+        scorer = AutoModelForSequenceClassification.from_config(config(num_labels=1))
+        scorer.to(device).eval().requires_grad_(False)
         tokenizer = word_tokenizer(size.model.vocabulary)
         prompts = np.random.default_rng(0).integers(1, size.model.vocabulary, (size.rows, size.prompt_length))
         self.task = TextTask(
