@@ -39,14 +39,18 @@ _ATTENTION = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
     for kind in ("cudnn_attention", "efficient_attention", "flash_attention", "flash_attention_for_cpu")
 }
+_WIDEST = 8  # a product that is this many times as wide as its input is little work for what it holds
 _PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}  # position of their first factor
 
 
 def _policy(_: object, operation: Any, *given: Any, **__: Any) -> CheckpointPolicy:
-    """Keep attention and products that do not narrow: most of a layer's time, less than half of its memory."""
-    place = _PRODUCTS.get(operation)
-    wide = place is not None and given[place].shape[1] <= given[place + 1].shape[1]
-    return CheckpointPolicy.MUST_SAVE if wide or operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+    """Keep attention and products that neither narrow nor widen much, as adapters do: most of a layer's time, less than
+    half of its memory."""
+    keep = operation in _ATTENTION
+    if (place := _PRODUCTS.get(operation)) is not None:
+        into, out = given[place + 1].shape
+        keep = into <= out <= _WIDEST * into
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager

@@ -5,12 +5,15 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 
 from lm_envs.algos.engine.batching import Before, cost_of_a_forward, micro_batches, select
+from lm_envs.algos.policies.adaptation import Adaptation, adapted
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
 from lm_envs.env.rollout import rollout
 from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
+from lm_envs.model import layers
 from lm_envs.trajectories import Trajectories
 from tests import tiny
 from tests.algos import batches
@@ -144,3 +147,26 @@ def test_options_of_the_forward_change_no_number_beyond_their_rounding(option):
     assert error < 1e-6 if "gradient_checkpointing" in option else 1e-4 < error < 0.1
     response = rollout(env, same, episodes=8)
     torch.testing.assert_close(response.logprob, same.evaluate(response).logprob.double(), rtol=0, atol=0.1)
+
+
+def test_adapters_add_nothing_to_what_recomputation_keeps(monkeypatch):
+    """Their second product is as wide as the layer's own, and next to no work to compute again."""
+    kept = []
+
+    def policy(context, operation, *given, **more):
+        found = chosen(context, operation, *given, **more)
+        if found is CheckpointPolicy.MUST_SAVE and not context.is_recompute:
+            kept.append(operation)
+        return found
+
+    chosen = layers._policy
+    monkeypatch.setattr(layers, "_policy", policy)
+    base = tiny.gpt2(dtype=torch.float32)
+    counts = []
+    for rank in (0, 1):
+        kept.clear()
+        model = adapted(base, Adaptation(lora_rank=rank), 0) if rank else copy.deepcopy(base).requires_grad_(True)
+        with layers.checkpointing(model, keep_products=True):
+            model(torch.arange(6)[None], use_cache=False).logits.sum().backward()
+        counts.append(len(kept))
+    assert counts[0] == counts[1] > 0
