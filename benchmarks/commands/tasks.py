@@ -141,9 +141,10 @@ def _task(name: str, made: Any) -> Iterator[Any]:
     if config := _CONFIGS.get(name):
         kind = find(config, "task", fits=is_dataclass)
         options = {**own, **dict(_defaults(inspect.signature(kind).parameters.values())), **own}
-        if "policy" in own:  # a task with prompts of its own, and with a reward, a judge and a length
+        if "policy" in own:  # a task with prompts of its own, and with other defaults
             del options["prompts"]
-            options |= dict.fromkeys(("reward", "judge", "examples", "max_new_tokens"), "the task's")
+            given = ("reward", "judge", "examples", "max_new_tokens", "temperature", "sensitive")
+            options |= dict.fromkeys(given, "the task's")
         texts = {**_attributes(kind), **texts}
     table = Table("option", "default", *["what it is"] * bool(texts), title=f"Options of {escape(name)}")
     table.title_justify = "left"

@@ -55,7 +55,8 @@ def load(
     specs = {name: parse_reward(value) for name, value in chosen.items() if isinstance(value, str)}
     # The reward below needs the loaded model; lengths stand in for it until then.
     here = "lm_envs.tasks.fine_grained"
-    defaults = {"reward": "lm_envs.reward.lengths:tokens", "judge": f"{here}:judge", "max_new_tokens": 80}
+    defaults = {"reward": "lm_envs.reward.lengths:tokens", "judge": f"{here}:judge"}
+    defaults |= {"max_new_tokens": 80, "temperature": 0.7}
     source = path or prompted.SHIPPED / "fine-grained.jsonl"
     description = f"{policy} writes three sentences, paid {'one by one' if dense else 'at the end'}"
     rows = prompted.read(source, _row, options.get("bad", "raise"))
@@ -89,7 +90,7 @@ def relevant(
     """Score a sentence 1 if it has a word of the topic that no earlier one has, else 0."""
     rows = zip(map(said, completions), topic, earlier, strict=True)
     return [
-        float(_is_long(text) and any(covers(text, word) and not covers(" ".join(before), word) for word in words))
+        float(_is_whole(text) and any(covers(text, word) and not covers(" ".join(before), word) for word in words))
         for text, words, before in rows
     ]
 
@@ -100,7 +101,7 @@ def new(completions: Sequence[Any], earlier: Sequence[Sequence[str]], **columns:
     found = []
     for text, before in zip(map(said, completions), earlier, strict=True):
         pairs, seen = _pairs(text), {pair for sentence in before for pair in _pairs(sentence)}
-        found.append(len(set(pairs) - seen) / len(pairs) if _is_long(text) else 0.0)
+        found.append(len(set(pairs) - seen) / len(pairs) if _is_whole(text) else 0.0)
     return found
 
 
@@ -115,7 +116,7 @@ class Plausible:
         """Score each sentence."""
         texts = list(map(said, completions))
         return [
-            float(value) * _is_long(text) for text, value in zip(texts, fluency(self.likelihood, texts), strict=True)
+            float(value) * _is_whole(text) for text, value in zip(texts, fluency(self.likelihood, texts), strict=True)
         ]
 
 
@@ -134,8 +135,9 @@ def judge(completions: Sequence[Any], held: Sequence[Sequence[str]], **columns: 
     ]
 
 
-def _is_long(text: str) -> bool:
-    return len(text.split()) >= _LEAST
+def _is_whole(text: str) -> bool:
+    """Whether a sentence is long enough, and was not cut at the length limit."""
+    return len(text.split()) >= _LEAST and re.search(r"[.!?][\"')\]]*$", text) is not None
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:

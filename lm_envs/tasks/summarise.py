@@ -39,7 +39,7 @@ _COMMON = set(
 
 
 def load(
-    path: str | None = None, policy: str = "smollm2", limit: int = 25, over: float = 0.05, **options: Any
+    path: str | None = None, policy: str = "smollm2", limit: int = 25, over: float = 0.02, **options: Any
 ) -> TextTask:
     """Make the task for a pretrained policy.
 
@@ -62,7 +62,7 @@ def load(
         rows.setdefault(row["prompt"], {**row, "reference": []})["reference"].extend(row["reference"])
     asked = [{**row, "prompt": request(row["prompt"], limit)} for row in rows.values()]
     # The reward below needs the loaded model; lengths stand in for it until then.
-    defaults = {"reward": "lm_envs.reward.lengths:tokens", "judge": "rougeL", "max_new_tokens": 48}
+    defaults = {"reward": "lm_envs.reward.lengths:tokens", "judge": "rougeL", "max_new_tokens": 48, "temperature": 0.7}
     description = f"{policy} summarizes posts ({Path(path).name if path else 'those of the project'})"
     task = prompted.load("summarise", asked, policy, defaults, options, description)
     if options.get("reward") or options.get("reward_model"):
@@ -72,7 +72,7 @@ def load(
 
 def request(post: str, limit: int = 25) -> str:
     """Return what a policy is asked."""
-    return f"Summarize this post in one sentence of at most {limit} words.\n\n{post}"
+    return f"{post}\n\nSummarize this post in one sentence of at most {limit} words."
 
 
 def covering(likelihood: Likelihood, limit: int, over: float) -> WeightedSum:

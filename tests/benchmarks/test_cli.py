@@ -437,7 +437,7 @@ def test_tasks_says_what_a_name_is_and_takes(capsys, tmp_path, monkeypatch):
     dialogue = said("dialogue")  # the loader's own options, and those of custom that it leaves open
     assert "ease 0.25 weights of Ease, Flow and Coherence" in dialogue and "max_new_tokens the task's" in dialogue
     assert dialogue.startswith("Replies in a dialogue, with the three rewards")  # what it is, before how it is made
-    assert "prompts needed" not in dialogue and "temperature 1.0" in dialogue
+    assert "prompts needed" not in dialogue and "kl_coef 0.05" in dialogue
     assert 'name = "demo"' in said("demo") and "has no settings" in said("best-of-4")
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"

@@ -26,10 +26,11 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_rules_by_hand():
     first = "The soup is hot."
     earlier = [[], [first], [first], [first], [first] * 3]
-    texts = [first, "The soup is cold.", "The pots are hot.", "A pot!", "Her pot is in the pot is"]
+    texts = [first, "The soup is cold.", "The pots are hot.", "A pot!", "Her pot is in the pot is."]
     assert fine_grained.relevant(texts, [TOPIC] * 5, earlier) == [1, 0, 1, 0, 1]
     assert fine_grained.new(texts, earlier) == pytest.approx([1, 1 / 3, 1, 0, 5 / 6])
     assert fine_grained.beyond(earlier) == [0, 0, 0, 0, 1]
+    assert fine_grained.relevant(["The soup is hot, and"], [TOPIC], [[]]) == [0]  # it was cut
     texts = ["Salt. Bowls. Hot!", "Salt and salt and a bowl of hot soup"]
     assert fine_grained.judge(texts, [["salt", "bowl", "hot", "taste"]] * 2) == pytest.approx([1.5, 1.0])
 

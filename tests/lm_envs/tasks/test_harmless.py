@@ -54,6 +54,8 @@ def test_the_parts_by_hand():
 def test_the_judge_is_held_out():
     for ours, theirs in zip(vars(harmless.REWARDED).values(), vars(harmless.JUDGED).values(), strict=True):
         assert not set(ours) & set(theirs)
+    words = {word for row in shipped() for word in (*row["topic"], *row["held"])}
+    assert not words & {*harmless.REWARDED.decline, *harmless.JUDGED.decline}  # an answer to a request does not decline
     assert all(not set(row["topic"]) & set(row["held"]) for row in shipped())
 
 
