@@ -55,7 +55,7 @@ def load(
     specs = {name: parse_reward(value) for name, value in chosen.items() if isinstance(value, str)}
     # The reward below needs the loaded model; lengths stand in for it until then.
     here = "lm_envs.tasks.fine_grained"
-    defaults = {"reward": "lm_envs.reward.lengths:tokens", "judge": f"{here}:judge"}
+    defaults: dict[str, Any] = {"reward": "lm_envs.reward.lengths:tokens", "judge": f"{here}:judge"}
     defaults |= {"max_new_tokens": 80, "temperature": 0.7}
     source = path or prompted.SHIPPED / "fine-grained.jsonl"
     description = f"{policy} writes three sentences, paid {'one by one' if dense else 'at the end'}"
