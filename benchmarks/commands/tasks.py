@@ -68,6 +68,7 @@ class Tasks:
         algorithms.add_row("best-of-<n>", _first_line("lm_envs.algos.best_of_n"))
         algorithms.add_row("soft-best-of-<n>", "Sample n responses and choose by e^(reward / KL coefficient).")
         algorithms.add_row("prompted", _first_line("lm_envs.algos.few_shot"))
+        algorithms.add_row("saved:<folder>", "A model that was trained before, here or elsewhere, measured as it is")
         for name in trainable():
             algorithms.add_row(name, _first_line(ALGORITHMS[name]))
         for name, place in installed("algorithm").items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import lm_envs
 from lm_envs.algos.registry import ALGORITHMS
-from lm_envs.benchmarks.run.names import base_task
+from lm_envs.benchmarks.run.names import base_task, saved
 from lm_envs.data import sources
 from lm_envs.files import code_hash, sha256
 from lm_envs.model.adapters import base_of, is_adapter
@@ -76,6 +76,8 @@ def _places(name: str, text: str) -> Iterator[tuple[str, Callable[[str], str | N
     if name in ("reward", "judge") and is_spec(text):
         kinds = {"model": _model, "judge": _file, "function": _module}
         yield from ((part.place, kinds[part.kind]) for part in sources_of(parse_reward(text)) if part.kind in kinds)
+    elif name == "algorithm" and (place := saved(text)) is not None:
+        yield place, _model
     elif name in ("task", "algorithm"):
         yield place_of(text, name, TASKS if name == "task" else ALGORITHMS), _module
     elif name in ("model", "policy", "reference", "reward_model", "judge"):

@@ -47,9 +47,14 @@ def best_of(algorithm: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def saved(algorithm: str) -> str | None:
+    """Return the place of ``"saved:PLACE"``, a model that is measured as it is; None for any other algorithm."""
+    return algorithm.removeprefix("saved:") if algorithm.startswith("saved:") else None
+
+
 def is_untrained(algorithm: str) -> bool:
-    """Return whether an algorithm trains nothing: SFT itself, best-of-n, and the few-shot prompt."""
-    return algorithm in ("sft", "prompted") or best_of(algorithm) is not None
+    """Return whether an algorithm trains nothing: SFT itself, best-of-n, the few-shot prompt, and a saved model."""
+    return algorithm in ("sft", "prompted") or best_of(algorithm) is not None or saved(algorithm) is not None
 
 
 def is_control(task: str) -> bool:

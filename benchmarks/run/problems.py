@@ -32,7 +32,7 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.measure import exact, samples
 from lm_envs.benchmarks.measure.attempts import measure_attempts
 from lm_envs.benchmarks.run.budgets import MOST
-from lm_envs.benchmarks.run.names import base_task, best_of, is_control, is_untrained
+from lm_envs.benchmarks.run.names import base_task, best_of, is_control, is_untrained, saved
 from lm_envs.benchmarks.run.stop_rules import Rule, check_measured, parse_rule
 from lm_envs.benchmarks.run.suites import Guards, RunSpec, check_overrides
 from lm_envs.env.rollout import collect
@@ -40,6 +40,7 @@ from lm_envs.env.vector import TextBanditVectorEnv, TextVectorEnv
 from lm_envs.exact.solver import Exact
 from lm_envs.model.adapters import has_adapters
 from lm_envs.model.encoder_decoder import is_encoder_decoder
+from lm_envs.model.loading import load_beside
 from lm_envs.plugins import find
 from lm_envs.reward.base import forget_parts, part_means
 from lm_envs.settings import make
@@ -212,6 +213,8 @@ class TextProblem(Problem):
             if not self.task.examples:
                 raise Unsuited(f"{spec.task}: prompted needs examples to show, which the task does not have")
             self.policy = FewShot(start, self._measure(spec.plan.split).mdp)
+        elif (place := saved(spec.algorithm)) is not None:
+            self.policy = LMPolicy.for_mdp(mdp, load_beside(place, self.task.reference, self.task.tokenizer))
         if is_untrained(spec.algorithm):
             if bandit:
                 why = "needs no training, so it has no bandit env: leave it out"

@@ -110,6 +110,21 @@ def load_policy(
     return model
 
 
+def load_beside(name: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load a policy that reads and writes the tokens of another, in its precision and place.
+
+    Raises:
+        ValueError: as :func:`load_policy`; or it has another tokenizer.
+    """
+    own = load_tokenizer(name, "saved model")
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"saved model {str(name)!r}: its tokenizer is not that of the task's policy, so the two cannot be compared"
+        )
+    placement = Placement(str(model.dtype).removeprefix("torch."), str(model.device))
+    return load_policy(name, "saved model", placement, recompute=getattr(model, RECOMPUTE, False))
+
+
 def without_weights(
     name: str | Path, what: str = "policy", placement: Placement = HOST, *, classifier: bool = False
 ) -> PreTrainedModel:
