@@ -170,7 +170,8 @@ class Records:
     """What a run leaves, and what follows it."""
 
     extend: bool = False
-    """With --resume: runs with a smaller budget go on to the one that is given, from what --keep 1 left."""
+    """Continue what OUT holds, and take runs with a smaller budget on to the one that is given, from what --keep 1
+    left."""
     keep: Annotated[Whole | None, tyro.conf.arg(metavar="N")] = None
     """Checkpoints that a finished run keeps, with the optimizer's state; none if not given, but always the model. While
     it trains there are at least two."""
@@ -201,7 +202,7 @@ class Running(ManyProcesses):
     def how(self) -> dict[str, Any]:
         """Return how runs are carried out, as :func:`lm_envs.benchmarks.run.compare.compare` takes it."""
         names = ("extend", "track", "show")
-        return {"resume": self.resume} | {name: getattr(self.records, name) for name in names}
+        return {"resume": self.resume or self.records.extend} | {name: getattr(self.records, name) for name in names}
 
     def applied(self, suite: Suite, own: dict[str, dict[str, Any]], **plan: Any) -> Suite:
         """Return a suite with the given budget, options of the environment, adaptation, and the user's own tasks.
@@ -210,8 +211,6 @@ class Running(ManyProcesses):
             own: from :meth:`Own.options`.
             plan: further fields of the plan.
         """
-        if self.records.extend and not self.resume:
-            raise UserError("--extend continues finished runs: add --resume")
         options = env_options(parse_settings(self.env, "--env", "kl_coef=0.1"), "--env")
         tasks = [task if is_control(task.name) else replace(task, env={**task.env, **options}) for task in suite.tasks]
         suite = replace(

@@ -21,7 +21,7 @@ RUNNING = {
     "episodes": (["--episodes", "9"], {f"{PLAN}.episodes": 9}),
     "env": (["--env", "kl_coef=0.5", "--env", "min_new_tokens=2"], {f"{ENV}.kl_coef": 0.5, f"{ENV}.min_new_tokens": 2}),
     "resume": (["--resume"], {"resume": True}),
-    "extend": (["--resume", "--extend"], {"resume": True, "extend": True}),
+    "extend": (["--extend"], {"resume": True, "extend": True}),
     "keep": (["--keep", "17"], {"suite.keep": 17}),
     "track": (["--track", "wandb", "trackio"], {"track.0": "wandb", "track.1": "trackio"}),
     "show": (["--show", "23"], {"show": 23}),

@@ -100,14 +100,11 @@ def test_a_finished_run_keeps_what_it_is_asked_to(tmp_path):
     assert finished(tmp_path / "0" / run.label) is not None
 
 
-def test_the_command_extends_all_runs_of_a_comparison(tmp_path, capsys):
+def test_the_command_extends_all_runs_of_a_comparison(tmp_path):
     words = ["compare", "--task", NAME, "--algorithms", "sft", "best-of-2", "ppo", "--out", str(tmp_path / "out")]
     words += ["--test-prompts", "8", "--set", "ppo.episodes=16"]
     main([*words, "--iterations", "2", "--keep", "1"])
-    with pytest.raises(SystemExit):
-        main([*words, "--iterations", "3", "--extend"])
-    assert "add --resume" in capsys.readouterr().err
-    main([*words, "--iterations", "3", "--resume", "--extend"])
+    main([*words, "--iterations", "3", "--extend"])
     for algorithm in ("sft", "best-of-2", "ppo"):
         run = RunSpec(NAME, algorithm, 0, Plan())
         assert settings_of(tmp_path / "out" / run.label)["run"]["plan"]["iterations"] == 3
