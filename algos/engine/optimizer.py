@@ -96,12 +96,13 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Collect a checkpoint's tensors, copied to the CPU: what the policy learned, the optimizer's state of
     ``weights``, and others."""
-    tensors = {f"policy.{name}": t for name, t in learned_state(policy).items()}
+    held = {f"policy.{name}": t for name, t in learned_state(policy).items()}
+    held |= {f"extra.{name}": t for name, t in extra.items()}
+    tensors = {name: t.detach().to("cpu", copy=True) for name, t in held.items()}
     for name, parameter in weights.parameters.items():
         state = optimizer.state.get(parameter, {})
         tensors |= {f"adam.{key}.{name}": weights.whole(name, t) for key, t in state.items()}
-    tensors |= {f"extra.{name}": t for name, t in extra.items()}
-    return {name: t.detach().cpu().clone() for name, t in tensors.items()}
+    return tensors
 
 
 def take_back(

@@ -47,8 +47,8 @@ class Replica:
         return take_step(optimizer, self.parameters.values(), max_grad_norm)
 
     def whole(self, name: str, state: Tensor) -> Tensor:
-        """An optimizer's state for a parameter in a checkpoint."""
-        return state
+        """An optimizer's state for a parameter, copied to the CPU for a checkpoint."""
+        return state.detach().to("cpu", copy=True)
 
     def mine(self, name: str, state: Tensor) -> Tensor:
         """Undo :meth:`whole`."""
@@ -115,9 +115,9 @@ class Shards(Replica):
     def whole(self, name: str, state: Tensor) -> Tensor:
         """As :meth:`Replica.whole`, on process 0 alone, which writes it."""
         if not state.ndim:  # the number of steps
-            return state
+            return super().whole(name, state)
         found = self._together(name, state)
-        return found if group.number() == 0 else found.new_empty(0)
+        return found.cpu() if group.number() == 0 else torch.empty(0)
 
     def mine(self, name: str, state: Tensor) -> Tensor:
         if not state.ndim:

@@ -85,6 +85,7 @@ def _plan(options: PlanTrain | PlanCompare, suite: Suite, jobs: int, threads: in
     from lm_envs.benchmarks.run.compare import check_runs
     from lm_envs.benchmarks.run.planning import does_not_fit, free_memory, plan_of
     from lm_envs.benchmarks.run.sketch import sketch
+    from lm_envs.processes import group
 
     disable_progress_bar()
     runs = suite.runs()
@@ -92,15 +93,17 @@ def _plan(options: PlanTrain | PlanCompare, suite: Suite, jobs: int, threads: in
     plans: list[RunPlan] = []
     for spec in {(run.task, run.algorithm): run for run in reversed(runs)}.values():
         try:
-            plans.insert(0, plan_of(sketch(spec), suite.keep, options.processes))
+            plans.insert(0, plan_of(sketch(spec), suite.keep))
         except Unsuited:
             if not suite.every:
                 raise
-    at_once = min(jobs, len(runs)) * options.processes
+    at_once = min(jobs, len(runs)) * group.count()
     free = free_memory(plans[0].sizes.device)
     problem = does_not_fit(plans, at_once, free)
     if options.timing and problem is None:
-        plans = [_timed(plan, threads) for plan in plans]
+        from lm_envs.benchmarks.run.timing import timed_together
+
+        plans = [timed_together(plan, threads or group.threads()) for plan in plans]
     about: dict[str, Any] = {
         "runs": len(runs),
         "at_once": at_once,
@@ -115,18 +118,6 @@ def _plan(options: PlanTrain | PlanCompare, suite: Suite, jobs: int, threads: in
         print(json.dumps(about | {"plans": [_as_json(plan) for plan in plans]}, indent=2))
     else:
         _show(plans, about)
-
-
-def _timed(plan: RunPlan, threads: int | None) -> RunPlan:
-    import torch
-
-    from lm_envs.benchmarks.run.problems import open_problem
-    from lm_envs.benchmarks.run.timing import timed
-    from lm_envs.processes import group
-
-    torch.set_num_threads(threads or group.threads())
-    with torch.random.fork_rng(devices=[]):
-        return timed(open_problem(plan.spec), plan)
 
 
 def _disk(plans: Sequence[RunPlan], suite: Suite, at_once: int) -> dict[str, Any]:

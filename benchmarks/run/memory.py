@@ -36,6 +36,7 @@ class Shape:
         keys: keys and values of a layer for a token.
         vocabulary: outputs; 0 for a classifier.
         largest: of the largest parameter.
+        outside: of the parameters that are in no layer.
     """
 
     parameters: int
@@ -48,6 +49,7 @@ class Shape:
     keys: int = 0
     vocabulary: int = 0
     largest: int = 0
+    outside: int = 0
 
     @property
     def bytes(self) -> int:
@@ -84,6 +86,7 @@ class Sizes:
         distribution: whether the loss needs the probabilities of all tokens.
         adapters: whether the finished model is saved as adapters alone.
         device: "cpu" or "cuda".
+        shares: processes that hold a share each of what is trained; 1 for a copy on each.
     """
 
     policy: Shape
@@ -101,6 +104,7 @@ class Sizes:
     distribution: bool = False
     adapters: bool = False
     device: str = "cpu"
+    shares: int = 1
 
     @property
     def state(self) -> int:
@@ -146,17 +150,16 @@ def memory(sizes: Sizes) -> Memory:
 
     A sum of formulas; what a batch really takes is less where prompts or responses are shorter than the longest.
     """
-    policy, on_gpu = sizes.policy, sizes.device == "cuda"
+    policy, on_gpu, shares = sizes.policy, sizes.device == "cuda", sizes.shares
     size, text = policy.itemsize, sizes.prompt + sizes.new
     lasting = {
         "python and torch": 0 if on_gpu else BASE,
-        "policy": sizes.own * size,
         "reference": sizes.others,
         "reward models": sum(shape.bytes for shape in sizes.rewards),
-        "value model": 0 if sizes.critic is None else sizes.critic.bytes,
-        "gradients": sizes.trained * size,
-        "Adam": sizes.trained * sizes.state,
+        "Adam": sizes.trained * sizes.state // shares,
     }
+    weights = {"policy": sizes.own * size, "value model": 0 if sizes.critic is None else sizes.critic.bytes}
+    gradients = sizes.trained * size
 
     def vocabulary(rows: int, gradients: bool) -> tuple[int, bool]:
         """Bytes for logits of texts, and whether they are made in chunks because they are many."""
@@ -189,10 +192,18 @@ def memory(sizes: Sizes) -> Memory:
     updating = {"activations": activations, "fragments": fragments, "vocabulary": logits, "a gradient under way": tied}
     phases = {"sampling": sampling, "scoring": scoring, "update": updating}
     if size < 4:
-        phases["Adam's step"] = {"gradients in float32": 4 * sizes.trained}
+        phases["Adam's step"] = {"gradients in float32": 4 * sizes.trained // shares}
     if not on_gpu:  # their copies are on the CPU
         phases["checkpoint"] = {"copies to write": sizes.checkpoint}
-    return Memory(lasting, phases)
+    if shares == 1:
+        return Memory(lasting | weights | {"gradients": gradients}, phases)
+    outside = policy.outside if sizes.trained >= policy.parameters else 0  # of layers alone, where a part is trained
+    layer = (sizes.own - outside) // max(sizes.trained_layers, 1)
+    updating["put together"] = (outside + 2 * layer) * size
+    phases["the end of backward"] = {"put together": outside * (2 * size + max(size, 4))}  # and their gradients, twice
+    shared = {name: count // shares for name, count in weights.items()} | {"gradients": gradients // shares}
+    of_shares = ("update", "Adam's step", "the end of backward")
+    return Memory(lasting, {name: (shared if name in of_shares else weights) | held for name, held in phases.items()})
 
 
 def _in_batches(sizes: Sizes, most: int) -> Sizes:

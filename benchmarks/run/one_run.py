@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -184,7 +185,7 @@ class _Run:
         for path in (*unfinished, *no_folders):
             remove(path)
         self.threads = self.threads if config is None else config["threads"]
-        call((self.spec, self.folder, self.threads))
+        call(partial(_help, self.spec, self.folder, self.threads))
         with group.together():
             return self._carry_out(opener, config)
 
@@ -377,8 +378,11 @@ def _opener(spec: AnySpec, folder: Path) -> Callable[[Any], Any]:
     return lambda spec: DataProblem(spec, folder)
 
 
+def _help(spec: AnySpec, folder: Path, threads: int, should_stop: Callable[[], bool]) -> None:
+    _Run(spec, folder, threads, 0, False, lambda event: None, should_stop).follow()
+
+
 def follow(should_stop: Callable[[], bool]) -> None:
-    """On the processes after the first: carry out the runs that process 0 carries out, until it ends."""
+    """On the processes after the first: take part in what process 0 calls them to, until it ends."""
     while (job := called()) is not None:
-        spec, folder, threads = job
-        _Run(spec, folder, threads, 0, False, lambda event: None, should_stop).follow()
+        job(should_stop)

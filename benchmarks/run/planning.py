@@ -40,6 +40,7 @@ def shape_of(model: Any) -> Shape:
         itemsize=model.dtype.itemsize,
         vocabulary=0 if outputs is None else int(outputs.weight.shape[0]),
         largest=max(p.numel() for p in parameters),
+        outside=sum(p.numel() for p in {*parameters}.difference(p for stack in stacks for p in stack.parameters())),
     )
     if not stacks:
         return found
@@ -68,9 +69,9 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def sizes_of(problem: Any, processes: int | None = None) -> Sizes:
-    """Return the sizes of a run whose problem was opened, for one of ``processes``; None is their present number."""
-    count = processes or group.count()
+def sizes_of(problem: Any) -> Sizes:
+    """Return the sizes of a run whose problem was opened, for one of the processes of this run."""
+    count = group.count()
     agent, policy = problem.agent, problem.policy
     if not isinstance(problem, TextProblem) or problem.exact is not None:
         numbers = 0 if agent is None else sum(p.numel() for p in policy.parameters())
@@ -94,6 +95,7 @@ def sizes_of(problem: Any, processes: int | None = None) -> Sizes:
         new=spec.env.get("max_new_tokens", task.max_new_tokens),
         measured=min(together, -(-measured // count)),
         device="cuda" if "cuda" in (task.reference.device.type, device.partition(":")[0]) else "cpu",
+        shares=group.shares(),
     )
     if agent is None or not isinstance(policy, LMPolicy):
         several = policy.n if isinstance(policy, BestOfN) else 1
@@ -171,9 +173,9 @@ class RunPlan:
         return None if self.texts is None else readers * self.texts * (self.sizes.prompt + self.sizes.new)
 
 
-def plan_of(problem: Any, keep: int = 0, processes: int | None = None) -> RunPlan:
+def plan_of(problem: Any, keep: int = 0) -> RunPlan:
     """Return the plan of a run whose problem was opened."""
-    sizes, agent, plan = sizes_of(problem, processes), problem.agent, problem.spec.plan
+    sizes, agent, plan = sizes_of(problem), problem.agent, problem.spec.plan
     counts = problem.settings()
     found = RunPlan(problem.spec, sizes, memory(sizes), counts["parameters"], counts["trainable_parameters"], keep=keep)
     if agent is not None:

@@ -2,7 +2,7 @@
 ``lm-envs plan`` said.
 
 Policy and reward model are Llamas of random weights with about 30 million parameters. Each plan and each run is a
-process of its own, with the commands of a user. Memory does not depend on what else the machine does; times do.
+command of a user, in processes of its own. Memory does not depend on what else the machine does; times do.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
     "lora": ("--lora-rank", "16"),
     "frozen layers": ("--freeze-layers", "4"),
     "bfloat16": ("--dtype", "bfloat16"),
+    "fsdp": ("--lora-rank", "0", "--processes", "2", "--fsdp"),
 }
 _PROMPT, _PROMPTS = 32, 48
 

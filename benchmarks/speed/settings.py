@@ -132,11 +132,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Plan:
-    """Measure how far `lm-envs plan` is from real runs of PPO, in memory and in time: of a model trained whole, by
-    LoRA, in its upper layers, and in bfloat16.
+    """Measure how far `lm-envs plan` is from real runs of PPO, in memory (of the process that takes the most) and in
+    time: of a model trained whole, by LoRA, in its upper layers, in bfloat16, and whole by two processes with --fsdp.
     """
 
-    configurations: tuple[Literal["full", "lora", "frozen layers", "bfloat16"], ...] = ()
+    configurations: tuple[Literal["full", "lora", "frozen layers", "bfloat16", "fsdp"], ...] = ()
     """Measure only these."""
     width: Size = 512
     """Width of the models' hidden states."""

@@ -63,6 +63,11 @@ def count() -> int:
     return 1 if _joined is None else _joined.world
 
 
+def shares() -> int:
+    """How many processes of the run hold a share each of what is trained; 1 where each holds a copy."""
+    return _joined.world if _joined is not None and _joined.fsdp else 1
+
+
 @contextlib.contextmanager
 def sharing(group: Group | None) -> Iterator[None]:
     """Share the block's work with a group; with None do it alone."""

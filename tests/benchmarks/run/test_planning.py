@@ -26,6 +26,7 @@ from lm_envs.benchmarks.run.problems import open_problem
 from lm_envs.benchmarks.run.sketch import sketch
 from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from lm_envs.benchmarks.run.timing import timed
+from lm_envs.processes import group
 from lm_envs.reward.learned import LearnedReward
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
@@ -56,8 +57,9 @@ def spec(folders: byo.Folders, algorithm: str = "ppo", **more) -> RunSpec:
 def test_the_shapes_of_two_families():
     # Two layers of width 16: attention's 16 to 48 and 16 to 16, a perceptron of 16 to 64 and back.
     assert shape_of(gpt2()) == Shape(
-        sum(p.numel() for p in gpt2().parameters()), 8, 2, 16, 64 + 32 + 80 + 80, 48 + 16 + 64, 64, 32, 10, 64 * 16
-    )
+        sum(p.numel() for p in gpt2().parameters()), 8, 2, 16, 64 + 32 + 80 + 80, 48 + 16 + 64, 64, 32, 10, 64 * 16,
+        (64 + 10 + 2) * 16,
+    )  # fmt: skip
     llama = shape_of(byo.llama(300))
     # 4 query heads and 2 of keys and values, each of 4; 16 to 24 twice, and back
     assert (llama.matrices, llama.products, llama.widest, llama.keys) == (32 + 24 + 24 + 32 + 3 * 40, 80, 24, 16)
@@ -88,7 +90,7 @@ def test_a_sketch_has_the_sizes_of_the_run(folders, change):
     assert sizes_of(drawn) == sizes_of(real) and plan_of(drawn).memory == plan_of(real).memory
 
 
-def test_the_sizes_of_a_run(folders):
+def test_the_sizes_of_a_run(folders, monkeypatch):
     problem = open_problem(spec(folders))
     found, policy = sizes_of(problem), problem.policy
     assert isinstance(policy, LMPolicy)
@@ -102,8 +104,12 @@ def test_the_sizes_of_a_run(folders):
     ]
     assert (found.prompt, found.new) == (problem.task.prompt_length, 5)
     assert (found.rows, found.batch, found.measured) == (8, 4, 3)
-    two = sizes_of(problem, processes=2)
-    assert (two.rows, two.batch, two.measured) == (4, 2, 2)
+    monkeypatch.setattr(group, "count", lambda: 2)
+    two = sizes_of(problem)
+    assert (two.rows, two.batch, two.measured, two.shares) == (4, 2, 2, 1)
+    monkeypatch.setattr(group, "shares", lambda: 2)
+    assert sizes_of(problem).shares == 2
+    monkeypatch.undo()
     best = sizes_of(sketch(spec(folders, "expert-iteration", overrides={"episodes": 16, "group_size": 8, "keep": 3})))
     assert (best.rows, best.batch) == (16, 6)  # three of each group are learned from
 
