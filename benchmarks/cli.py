@@ -114,7 +114,8 @@ def _run(words: list[str], debug: bool) -> None:
     if unknown:
         _refuse(console, _unknown(command, unknown[0]))
         raise SystemExit(BAD_COMMAND)
-    many = command if isinstance(command, ManyProcesses) else ManyProcesses()
+    many = command.timed if isinstance(command, Plan) else command
+    many = many if isinstance(many, ManyProcesses) else ManyProcesses()
     if many.processes > 1 and not STARTED:
         raise SystemExit(launch(words, many.processes))
     try:

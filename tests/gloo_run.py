@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lm_envs.algos.engine.shards import Shards
+from lm_envs.algos.engine import shards
 from lm_envs.algos.policies.adaptation import Adaptation, adapted
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
@@ -25,7 +26,7 @@ from tests.algos import batches
 from tests.algos.engine.test_many_processes import SETTINGS, STEPS, learner
 
 PARTS = {"lora": Adaptation(lora_rank=2), "frozen": Adaptation(freeze_layers=1)}
-VARIANTS = (*PARTS, "bfloat16", "recomputed", "products", "encoder-decoder", "critic")
+VARIANTS = (*PARTS, "full-kl", "lora-full-kl", "bfloat16", "recomputed", "products", "encoder-decoder", "critic")
 
 
 def bart():
@@ -58,7 +59,7 @@ def made(name: str):
     name, _, variant = name.partition(":")
     if not variant:
         return learner(name)
-    settings = SETTINGS | STEPS.get(name, {})
+    settings: dict[str, Any] = SETTINGS | STEPS.get(name, {})
     if variant == "critic":
         env = TextVectorEnv(batches.learned_task(), 8, group_size=4)
         return batches.learner(name, env=env, value_from="reward_model", **settings), env
@@ -68,7 +69,9 @@ def made(name: str):
     start = start.bfloat16() if variant == "bfloat16" else start
     task = tiny.task(reference=start)
     env = TextVectorEnv(task, 8, group_size=4)
-    model = adapted(start, PARTS.get(variant, Adaptation()))
+    if variant.endswith("full-kl"):  # the loss reads the reference
+        settings["kl_loss"] = "full"
+    model = adapted(start, PARTS.get(variant.removesuffix("-full-kl"), Adaptation()))
     policy = LMPolicy.for_mdp(env.mdp, model, gradient_checkpointing=variant == "recomputed")
     return make_agent(name, policy, **settings), env
 
@@ -77,7 +80,13 @@ def learned(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights and norms of gradients after three iterations, the last by an agent that took back a checkpoint; and
     what a checkpoint then holds, which is whole on process 0 alone."""
     agent, env = made(name)
+    frozen = [] if env is None else [p for model in env.mdp.task.models for p in model.parameters()]
+    before, seen = [p.clone() for p in frozen], []
+    loss = agent.loss
+    agent.loss = lambda *given: (seen.append([bool(p.isnan().any()) for p in frozen]), loss(*given))[1]
     norms = [agent.iteration(env)[1]["grad_norm"] for _ in range(2)]
+    assert all(torch.equal(p, old) for p, old in zip(frozen, before, strict=True))
+    assert all(all(cut) == group.sharded() for cut in seen[:1]) or not frozen
     saved = group.exchange(agent.checkpoint(), "a checkpoint")[0]
     agent, env = made(name)
     agent.restore(*saved)
@@ -86,11 +95,22 @@ def learned(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return batches.weights(agent.policy) | {"norms": torch.tensor(norms)}, checkpoint
 
 
+def fails() -> None:
+    """What an update that fails on all processes leaves of shares."""
+    agent, env = made("ppo")
+    agent.iteration(env)
+    saved, loss = agent.checkpoint(), agent.loss
+    agent.loss = lambda *given: (lambda found: (found[0] * torch.nan, found[1]))(loss(*given))
+    with pytest.raises(FloatingPointError, match="this process does not hold them any more.* from the last checkpoint"):
+        agent.iteration(env)
+    for further in (agent.checkpoint, lambda: agent.restore(*saved), lambda: agent.iteration(env)):
+        with pytest.raises(ValueError, match="an update failed before"):
+            further()
+
+
 def communicated(name: str) -> dict[str, Tensor]:
     """The bytes that tensors of an iteration take which this process sends or receives, by step; the forwards with
     gradients, the steps of Adam, and the bytes of weights: all, and those of layers."""
-    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
-
     sent: Counter[str] = Counter()
 
     def watch(owner: Any, method: str, count: Callable[..., object]) -> None:
@@ -111,12 +131,13 @@ def communicated(name: str) -> dict[str, Tensor]:
     agent, env = made(name)
     watch(group.Processes, "sum", lambda _, x, step: sent.update({step: x.nbytes}))
     watch(group.Processes, "exchange", exchanged)
-    watch(DefaultAllGather, "__call__", lambda _, output_tensor, **__: sent.update(gathered=output_tensor.nbytes))
-    watch(DefaultReduceScatter, "__call__", lambda _, input_tensor, **__: sent.update(scattered=input_tensor.nbytes))
-    watch(Shards, "_together", lambda found, *_: sent.update(whole=found.nbytes))
+    watch(shards._Gather, "__call__", lambda _, output_tensor, **__: sent.update(gathered=output_tensor.nbytes))
+    watch(shards._Sum, "__call__", lambda _, input_tensor, **__: sent.update(scattered=input_tensor.nbytes))
+    watch(shards.Cut, "together", lambda found, *_: sent.update(whole=found.nbytes))
     sent["steps"] = int(agent.iteration(env)[1]["updates"])
     sizes = {n: p.nbytes for n, p in agent.policy.named_parameters() if p.requires_grad}
     sent["weights"] = sum(sizes.values())
+    sent["idle"] = sum(p.nbytes for p in env.mdp.reference.parameters())
     sent["layers"] = sum(size for n, size in sizes.items() if ".h." in n)
     return {step: torch.tensor(count) for step, count in sent.items()}
 
@@ -137,4 +158,6 @@ if __name__ == "__main__":
         save_file(weights, Path(folder) / f"{name}-{group.number()}.safetensors")
         if group.number() == 0:
             save_file(checkpoint, Path(folder) / f"{name}-checkpoint.safetensors")
+    if how == "fsdp":
+        fails()
     group.end()

@@ -292,6 +292,27 @@ MUTATIONS = [
         GLOO,
     ),
     Mutation(
+        "idle models are whole during an update of shares",
+        "algos/engine/shards.py",
+        "if p not in cuts and can_be_cut(p):",
+        "if p in cuts:",
+        GLOO,
+    ),
+    Mutation(
+        "a reference that the loss reads stays cut",
+        "algos/engine/shards.py",
+        "                    cuts[p].join()\n",
+        "                    pass\n",
+        GLOO,
+    ),
+    Mutation(
+        "an agent that lost its weights goes on",
+        "algos/engine/shards.py",
+        "        self._lost = True\n",
+        "        self._lost = False\n",
+        GLOO,
+    ),
+    Mutation(
         "all processes evaluate the first one's rows before an update",
         "algos/engine/batching.py",
         "traj = traj.select(torch.from_numpy(self._shares[group.rank()]))",

@@ -216,7 +216,7 @@ class Agent(Generic[C]):
         self.optimizer.param_groups[0]["lr"] = metrics["learning_rate"] = self.learning_rate
         averages, steps = Averages(), 0
         self._units_per_step = units(traj, self.unit) / config.minibatches if self.whole_batch else None
-        with self._trained.updating():
+        with self._trained.updating(() if self.mdp is None else self.mdp.task.models):
             for epoch, number, index in passes(traj, self.unit, config, self.iterations_done):
                 part, held = (traj, fixed) if index is None else select(traj, fixed, index)
                 if self._step(part, held, averages, epoch, number):
@@ -254,9 +254,8 @@ class Agent(Generic[C]):
         except FloatingPointError as error:
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
-                f"{self.name}: {error} in iteration {self.iterations_done}, epoch {epoch}; the weights were left as "
-                "they were before this step. Check the rewards and log-probabilities of the batch, or lower "
-                "learning_rate"
+                f"{self.name}: {error} in iteration {self.iterations_done}, epoch {epoch}; "
+                f"{self._trained.after_failure}. Check rewards and log-probabilities, or lower learning_rate"
             ) from None
         self._weights = next(_WEIGHTS)
         averages.add({"grad_norm": norm}, 1.0)
@@ -319,6 +318,7 @@ class Agent(Generic[C]):
         Returns:
             the batch, as sampled, and the iteration's metrics.
         """
+        self._trained.check_held()
         start = time.perf_counter()
         metrics: dict[str, float] = {"iteration": self.iterations_done}
         self._batches = self._batches or self.batches()

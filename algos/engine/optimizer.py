@@ -96,6 +96,7 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Collect a checkpoint's tensors, copied to the CPU: what the policy learned, the optimizer's state of
     ``weights``, and others."""
+    weights.check_held()
     held = {f"policy.{name}": t for name, t in learned_state(policy).items()}
     held |= {f"extra.{name}": t for name, t in extra.items()}
     tensors = {name: t.detach().to("cpu", copy=True) for name, t in held.items()}
@@ -112,6 +113,7 @@ def take_back(
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Put :func:`tensors_of` back into policy and optimizer and return the others; ValueError if the policy differs."""
+    weights.check_held()
     load_learned_state(policy, _part(tensors, "policy."))
     optimizer.state.clear()
     for name, parameter in weights.parameters.items():

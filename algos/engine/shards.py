@@ -1,21 +1,34 @@
 """The weights that a run trains: all of them on each process, or a share on each by PyTorch's FSDP2 (Zhao et al. 2023).
 
-With shares, the policy itself is whole except during an update. Then its weights are freed, and a copy of it is
-evaluated which holds shares, and whose layers are put together one at a time. Gradients and Adam's state are shares.
+With shares, all models are whole except during an update. Then their weights are cut into shares, and a copy of the
+policy is evaluated whose layers are put together one at a time. Gradients and Adam's state are shares.
 """
 
 import copy
-import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lm_envs.algos.engine.cuts import Cut, can_be_cut, give_back, own_share
 from lm_envs.processes import group, sharing
+from lm_envs.processes.group import waiting
 from lm_envs.training import take_step
+
+try:
+    from torch.distributed import all_gather_single, reduce_scatter_single
+except ImportError:  # before torch 2.13
+    from torch.distributed import all_gather_into_tensor as all_gather_single  # type: ignore[no-redef]
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single  # type: ignore[no-redef]
+
+LOST = (
+    "with --fsdp its models were cut into shares when it failed, so this process does not hold them any more: start "
+    "again, from the last checkpoint (--resume)"
+)
 
 
 class Replica:
@@ -24,18 +37,27 @@ class Replica:
     Attributes:
         even: each process must evaluate as often as the others.
         parameters: by name, what the optimizer steps.
+        after_failure: what an update that failed leaves.
     """
 
     even = False
+    after_failure = "the weights were left as they were before this step"
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
         self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
     @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Take the policy's weights at the start of an update, and give them back at its end."""
+    def updating(self, idle: Iterable[nn.Module] = ()) -> Iterator[None]:
+        """Take the policy's weights at the start of an update, and give them back at its end.
+
+        Args:
+            idle: models that the update may not need.
+        """
         yield
+
+    def check_held(self) -> None:
+        """Raise ValueError if an update failed and left no weights."""
 
     def evaluate(self, traj: Any) -> Any:
         """Evaluate the policy, differentiably, during an update."""
@@ -56,48 +78,76 @@ class Replica:
 
 
 class Shards(Replica):
-    """A share of the trained weights on each process; what is frozen stays whole.
+    """A share of the weights on each process.
 
     Raises:
         ValueError: a layer's trained weights differ in precision.
     """
 
     even = True  # every layer is put together by all of them
+    after_failure = LOST
 
     def __init__(self, policy: Any) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         super().__init__(policy)
-        self._whole = self.parameters
-        frozen = {p for p in policy.parameters() if not p.requires_grad}
-        kept = {id(x): x for x in (*frozen, *policy.buffers())}  # the copy shares them
-        self._forward = _Forward(copy.deepcopy(policy, kept))
-        device = next(iter(self._whole.values())).device.type
+        device = next(iter(self.parameters.values())).device.type
+        give_back()
         self._mesh = init_device_mesh(device, (group.count(),))
-        _shard(self._forward, self._mesh, frozen)
-        held = [p for p in self._forward.parameters() if p.requires_grad]
-        self._shares: dict[str, Any] = dict(zip(self._whole, held, strict=True))
-        self.parameters = {name: nn.Parameter(p.to_local().detach()) for name, p in self._shares.items()}
-        storages = {name: p.untyped_storage() for name, p in self.parameters.items()}
-        self._storages = {name: (storage, storage.nbytes()) for name, storage in storages.items()}
-        for storage in storages.values():
-            storage.resize_(0)
+        held = {name: p for name, p in policy.named_parameters() if p.requires_grad or can_be_cut(p)}
+        others = set(policy.parameters()).difference(held.values())
+        kept = {id(x): x for x in (*policy.parameters(), *policy.buffers())}  # which FSDP replaces in the copy
+        self._forward = _Forward(copy.deepcopy(policy, kept))
+        _shard(self._forward, self._mesh, others)
+        copies = [p for p in self._forward.parameters() if p not in others]
+        self._shares: dict[str, Any] = dict(zip(held, copies, strict=True))
+        self._cuts = {n: Cut(held[n], n, self._mesh, p.to_local().detach()) for n, p in self._shares.items()}
+        self.parameters = {name: nn.Parameter(self._cuts[name].share) for name in self.parameters}
+        self._lost = False
 
     @contextmanager
-    def updating(self) -> Iterator[None]:
-        """As :meth:`Replica.updating`; where the update fails, the policy's weights are lost."""
-        for name, p in self._whole.items():
-            storage, size = self._storages[name]
-            storage.resize_(size)
-            self.parameters[name].data.copy_(self.mine(name, p.data))
-            p.data = p.new_full((), math.nan).expand(p.shape)  # one number: a use of it shows
-        yield
-        for p in (*self.parameters.values(), *self._shares.values()):
-            p.grad = None
-        for name, p in self._whole.items():
-            p.data = self._together(name, self.parameters[name].data)
-            self._storages[name][0].resize_(0)
-        torch.autograd.graph.increment_version(self._whole.values())  # caches look at it
+    def updating(self, idle: Iterable[nn.Module] = ()) -> Iterator[None]:
+        """As :meth:`Replica.updating`. An idle model is put together where the update calls it after all."""
+        self.check_held()
+        models, hooks = list(idle), []
+        cuts = {cut.weight: cut for cut in self._cuts.values()}
+        for model in models:
+            for name, p in model.named_parameters():
+                if p not in cuts and can_be_cut(p):
+                    cuts[p] = Cut(p, f"{type(model).__name__}.{name}", self._mesh)
+
+        def join(model: nn.Module, *_: Any) -> None:
+            for p in model.parameters():
+                if p in cuts:
+                    cuts[p].join()
+
+        self._lost = True
+        try:
+            for cut in cuts.values():
+                cut.cut()
+            give_back()
+            for model in models:
+                # Of any part: what is beside it, such as a head's weight, may be read without a forward.
+                hooks += [part.register_forward_pre_hook(partial(join, model)) for part in model.modules()]
+            yield
+            for p in (*self.parameters.values(), *self._shares.values()):
+                p.grad = None
+            for cut in cuts.values():
+                cut.join()
+                cut.free()
+        except BaseException as error:
+            error.add_note(LOST)
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._lost = False
+        trained = [self._cuts[name].weight for name in self.parameters]
+        torch.autograd.graph.increment_version(trained)  # caches look at it
+
+    def check_held(self) -> None:
+        if self._lost:
+            raise ValueError(f"an update failed before; {LOST}")
 
     def evaluate(self, traj: Any) -> Any:
         with warnings.catch_warnings():
@@ -107,31 +157,21 @@ class Shards(Replica):
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
         if optimizer.param_groups[0]["params"][0] is not next(iter(self.parameters.values())):
             raise ValueError("--fsdp: this algorithm's own optimizer steps all weights at a time: do without --fsdp")
-        for name, p in self._shares.items():  # backward has added up their gradients
-            self.parameters[name].grad = None if p.grad is None else p.grad.to_local()
-            p.grad = None
+        for name, p in self.parameters.items():  # backward has added up their gradients
+            share = self._shares[name]
+            p.grad = None if share.grad is None else share.grad.to_local()
+            share.grad = None
         return take_step(optimizer, self.parameters.values(), max_grad_norm, _norm_of_all)
 
     def whole(self, name: str, state: Tensor) -> Tensor:
         """As :meth:`Replica.whole`, on process 0 alone, which writes it."""
         if not state.ndim:  # the number of steps
             return super().whole(name, state)
-        found = self._together(name, state)
+        found = self._cuts[name].together(state)
         return found.cpu() if group.number() == 0 else torch.empty(0)
 
     def mine(self, name: str, state: Tensor) -> Tensor:
-        if not state.ndim:
-            return state
-        size = -(-len(state) // group.count())
-        return state[group.number() * size :][:size]
-
-    def _together(self, name: str, share: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor
-
-        like = self._shares[name]
-        with group.waiting(f"the whole of {name}"):
-            x = DTensor.from_local(share, self._mesh, like.placements, shape=like.shape, stride=like.stride())
-            return x.full_tensor()
+        return own_share(state) if state.ndim else state
 
 
 def weights_of(policy: Any) -> Replica:
@@ -150,44 +190,58 @@ class _Forward(nn.Module):
         return self.policy.evaluate(traj)
 
 
+class _Gather:
+    """How the weights of a layer are put together, for FSDP."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        with waiting("the weights of a layer"):
+            return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Sum(_Gather):
+    """How the gradients of a layer are summed into shares, for FSDP."""
+
+    def __call__(  # type: ignore[override]
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> Any:
+        with waiting("the gradients of a layer"):
+            return reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
 def _norm_of_all(norm: Tensor) -> Tensor:
     square = norm.double().square()
     group.add(square, "the gradient's norm")
     return square.sqrt().to(norm.dtype)
 
 
-def _shard(forward: _Forward, mesh: Any, frozen: set[nn.Parameter]) -> None:
-    """Share out layers, parts of another precision than the rest, and the rest."""
+def _shard(forward: _Forward, mesh: Any, others: set[nn.Parameter]) -> None:
+    """Share out layers, parts of another precision than the rest, and the rest, all without ``others``."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
-    class Gather(DefaultAllGather):
-        def __call__(self, *given: Any, **options: Any) -> Any:
-            with group.waiting("the weights of a layer"):
-                return super().__call__(*given, **options)
+    def trained(module: nn.Module) -> list[nn.Parameter]:
+        return [p for p in module.parameters() if p.requires_grad and p in open_]
 
-    class Sum(DefaultReduceScatter):
-        def __call__(self, *given: Any, **options: Any) -> Any:
-            with group.waiting("the gradients of a layer"):
-                return super().__call__(*given, **options)
-
-    trained = [p for p in forward.parameters() if p not in frozen]
-    others = [part for part in forward.policy.children() if any(p.dtype != trained[0].dtype for p in part.parameters())]
-    open_ = set(trained)
-    for module in (*_layers(forward), *others, forward):
-        held = [p for p in module.parameters() if p in open_]
-        if len(dtypes := {p.dtype for p in held}) > 1:
+    open_ = {p for p in forward.parameters() if p not in others}
+    first = trained(forward)[0].dtype
+    parts = [part for part in forward.policy.children() if any(p.dtype != first for p in trained(part))]
+    for module in (*_layers(forward), *parts, forward):
+        if len(dtypes := {p.dtype for p in trained(module)}) > 1:
             raise ValueError(
                 f"--fsdp: the trained weights of one {type(module).__name__} are in "
                 f"{' and '.join(sorted(map(str, dtypes)))}, and must be in one precision: do without --fsdp"
             )
-        if not held and module is not forward:
+        if open_.isdisjoint(module.parameters()) and module is not forward:
             continue
-        open_.difference_update(held)
-        precise = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(held[0].dtype, torch.float32) if held else None)
-        made: Any = fully_shard(module, mesh=mesh, mp_policy=precise, ignored_params=frozen)
-        made.set_custom_all_gather(Gather())
-        made.set_custom_reduce_scatter(Sum())
+        open_.difference_update(module.parameters())
+        precise = MixedPrecisionPolicy(
+            reduce_dtype=torch.promote_types(dtypes.pop(), torch.float32) if dtypes else None
+        )
+        made: Any = fully_shard(module, mesh=mesh, mp_policy=precise, ignored_params=others)
+        made.set_custom_all_gather(_Gather())
+        made.set_custom_reduce_scatter(_Sum())
         # Losses are divided by the units of all processes, so their gradients are added up.
         made.set_gradient_divide_factor(1.0)
         made.set_force_sum_reduction_for_comms(True)

@@ -73,6 +73,11 @@ class Plan:
         tyro.conf.arg(name=""),
     ]
 
+    @property
+    def timed(self) -> PlanTrain | PlanCompare | None:
+        """What is planned, if that needs its processes, and not just their number."""
+        return self.what if self.what.timing else None
+
     def run(self, console: Console) -> None:
         """Make and print the plan."""
         self.what.run(console)
@@ -88,16 +93,17 @@ def _plan(options: PlanTrain | PlanCompare, suite: Suite, jobs: int, threads: in
     from lm_envs.processes import group
 
     disable_progress_bar()
+    processes = max(options.processes, group.count())  # torchrun's, or those that there would be
     runs = suite.runs()
     check_runs(runs)
     plans: list[RunPlan] = []
     for spec in {(run.task, run.algorithm): run for run in reversed(runs)}.values():
         try:
-            plans.insert(0, plan_of(sketch(spec), suite.keep))
+            plans.insert(0, plan_of(sketch(spec), suite.keep, processes, options.fsdp))
         except Unsuited:
             if not suite.every:
                 raise
-    at_once = min(jobs, len(runs)) * group.count()
+    at_once = min(jobs, len(runs)) * processes
     free = free_memory(plans[0].sizes.device)
     problem = does_not_fit(plans, at_once, free)
     if options.timing and problem is None:

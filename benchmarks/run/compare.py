@@ -195,7 +195,8 @@ def compare(
                 # Building a task from the user's text shows a bar of its own.
                 if not prepared:
                     with Silence(partial(console.print, highlight=False, markup=False), "opening each task and model"):
-                        unsuited = prepare(suite, open_runs, lambda p: plans.append(plan_of(p, suite.keep)))
+                        planned = partial(plan_of, keep=suite.keep, processes=group.count(), fsdp=group.shares() > 1)
+                        unsuited = prepare(suite, open_runs, lambda problem: plans.append(planned(problem)))
                 tell_left_out(unsuited, console)
                 open_runs = [run for run in open_runs if (run.task, run.algorithm) not in unsuited]
                 if plans and ray is None:  # a cluster's nodes have memory of their own

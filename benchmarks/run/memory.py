@@ -152,13 +152,13 @@ def memory(sizes: Sizes) -> Memory:
     """
     policy, on_gpu, shares = sizes.policy, sizes.device == "cuda", sizes.shares
     size, text = policy.itemsize, sizes.prompt + sizes.new
-    lasting = {
-        "python and torch": 0 if on_gpu else BASE,
+    base, adam = {"python and torch": 0 if on_gpu else BASE}, {"Adam": sizes.trained * sizes.state // shares}
+    weights = {
+        "policy": sizes.own * size,
         "reference": sizes.others,
         "reward models": sum(shape.bytes for shape in sizes.rewards),
-        "Adam": sizes.trained * sizes.state // shares,
+        "value model": 0 if sizes.critic is None else sizes.critic.bytes,
     }
-    weights = {"policy": sizes.own * size, "value model": 0 if sizes.critic is None else sizes.critic.bytes}
     gradients = sizes.trained * size
 
     def vocabulary(rows: int, gradients: bool) -> tuple[int, bool]:
@@ -196,14 +196,16 @@ def memory(sizes: Sizes) -> Memory:
     if not on_gpu:  # their copies are on the CPU
         phases["checkpoint"] = {"copies to write": sizes.checkpoint}
     if shares == 1:
-        return Memory(lasting | weights | {"gradients": gradients}, phases)
-    outside = policy.outside if sizes.trained >= policy.parameters else 0  # of layers alone, where a part is trained
-    layer = (sizes.own - outside) // max(sizes.trained_layers, 1)
-    updating["put together"] = (outside + 2 * layer) * size
-    phases["the end of backward"] = {"put together": outside * (2 * size + max(size, 4))}  # and their gradients, twice
-    shared = {name: count // shares for name, count in weights.items()} | {"gradients": gradients // shares}
-    of_shares = ("update", "Adam's step", "the end of backward")
-    return Memory(lasting, {name: (shared if name in of_shares else weights) | held for name, held in phases.items()})
+        return Memory(base | weights | {"gradients": gradients} | adam, phases)
+    outside, layers = policy.outside * size, (policy.parameters - policy.outside) * size
+    updating["put together"] = outside + 2 * layers // max(policy.layers, 1)
+    sums = policy.outside * (size + max(size, 4)) if sizes.trained >= policy.parameters else 0
+    phases["the end of backward"] = {"put together": outside, "gradients to sum": sums}
+    cut = {name: count // shares for name, count in weights.items()} | {"gradients": gradients // shares}
+    if sizes.distribution:  # the loss reads the reference
+        cut["reference"] = weights["reference"]
+    updates = ("update", "Adam's step", "the end of backward")
+    return Memory(base | adam, {name: (cut if name in updates else weights) | held for name, held in phases.items()})
 
 
 def _in_batches(sizes: Sizes, most: int) -> Sizes:

@@ -21,9 +21,6 @@ from lm_envs.benchmarks.run.problems import TextProblem
 from lm_envs.benchmarks.run.storage import KEEP
 from lm_envs.benchmarks.run.suites import RunSpec
 from lm_envs.model.adapters import has_adapters
-from lm_envs.processes import group
-from lm_envs.reward.base import leaves
-from lm_envs.reward.learned import LearnedReward
 
 # ---- the sizes of a run ----
 
@@ -69,9 +66,9 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def sizes_of(problem: Any) -> Sizes:
-    """Return the sizes of a run whose problem was opened, for one of the processes of this run."""
-    count = group.count()
+def sizes_of(problem: Any, processes: int = 1, fsdp: bool = False) -> Sizes:
+    """Return the sizes of a run whose problem was opened, for one of ``processes``, with copies or with shares."""
+    count = processes
     agent, policy = problem.agent, problem.policy
     if not isinstance(problem, TextProblem) or problem.exact is not None:
         numbers = 0 if agent is None else sum(p.numel() for p in policy.parameters())
@@ -80,8 +77,6 @@ def sizes_of(problem: Any) -> Sizes:
     device = str(spec.options.get("device", ""))
     others = {id(model): model for model in (task.reference, task.start)}
     elsewhere = {id(p): p for model in others.values() for p in model.parameters()}
-    rewards = [part.model for reward in (task.reward, task.judge) if reward is not None for part in leaves(reward)
-               if isinstance(part, LearnedReward)]  # fmt: skip
     prompts = [len(task.prompts[split]) for split in ("validation", spec.plan.split)]
     most = (spec.plan.validation_prompts, spec.plan.test_prompts or prompts[1])
     together = rows_at_once(sum(p.numel() for p in task.reference.parameters()))
@@ -90,12 +85,12 @@ def sizes_of(problem: Any) -> Sizes:
         policy=shape_of(task.start),
         own=0,
         others=sum(p.numel() * p.element_size() for p in elsewhere.values()),
-        rewards=tuple(shape_of(model) for model in {id(model): model for model in rewards}.values()),
+        rewards=tuple(shape_of(model) for model in {id(part.model): part.model for part in task.learned}.values()),
         prompt=task.prompt_length,
         new=spec.env.get("max_new_tokens", task.max_new_tokens),
         measured=min(together, -(-measured // count)),
         device="cuda" if "cuda" in (task.reference.device.type, device.partition(":")[0]) else "cpu",
-        shares=group.shares(),
+        shares=processes if fsdp else 1,
     )
     if agent is None or not isinstance(policy, LMPolicy):
         several = policy.n if isinstance(policy, BestOfN) else 1
@@ -173,9 +168,9 @@ class RunPlan:
         return None if self.texts is None else readers * self.texts * (self.sizes.prompt + self.sizes.new)
 
 
-def plan_of(problem: Any, keep: int = 0) -> RunPlan:
+def plan_of(problem: Any, keep: int = 0, processes: int = 1, fsdp: bool = False) -> RunPlan:
     """Return the plan of a run whose problem was opened."""
-    sizes, agent, plan = sizes_of(problem), problem.agent, problem.spec.plan
+    sizes, agent, plan = sizes_of(problem, processes, fsdp), problem.agent, problem.spec.plan
     counts = problem.settings()
     found = RunPlan(problem.spec, sizes, memory(sizes), counts["parameters"], counts["trainable_parameters"], keep=keep)
     if agent is not None:

@@ -77,8 +77,6 @@ def _measured(count: int, fsdp: bool, job: dict[str, Any]) -> list[dict[str, flo
 
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"OMP_NUM_THREADS": job["threads"]}
-    if "memory" in job:
-        shared["MALLOC_MMAP_THRESHOLD_"] = 2**17  # what is freed goes back to the system
     command = [sys.executable, "-m", "lm_envs.benchmarks.speed.scale", json.dumps(job | {"fsdp": fsdp})]
     ranks = []
     for rank in range(count):

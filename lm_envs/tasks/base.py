@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from lm_envs.model.kv_cache import RECOMPUTE, no_rows
 from lm_envs.model.kv_cache_cross import rows_of
 from lm_envs.model.layers import fuse
-from lm_envs.reward.base import RESERVED
+from lm_envs.reward.base import RESERVED, leaves
+from lm_envs.reward.learned import LearnedReward
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_envs.feedback.annotators import Annotator
@@ -103,6 +105,17 @@ class TextTask:
     def start(self) -> PreTrainedModel:
         """The model that training starts from; copy it before training."""
         return self.reference if self.policy is None else self.policy
+
+    @property
+    def learned(self) -> list[LearnedReward]:
+        """The learned rewards of the reward and of the judge."""
+        given = [reward for reward in (self.reward, self.judge) if reward is not None]
+        return [part for reward in given for part in leaves(reward) if isinstance(part, LearnedReward)]
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models that it holds: reference, start, and those of learned rewards."""
+        return list(dict.fromkeys([self.reference, self.start, *(reward.model for reward in self.learned)]))
 
     @property
     def prompt_length(self) -> int:

@@ -100,29 +100,31 @@ def test_a_value_model_is_held_trained_and_kept():
     assert found.phases["update"]["activations"] == 2 * 16 * 330 * 4
 
 
-def test_shares_are_put_together_but_in_an_update():
+def test_models_are_shares_during_an_update():
     """1000 parameters, 400 of them outside two layers of 300; two processes."""
     one, two = (memory(replace(SIZES, policy=replace(SHAPE, outside=400), shares=n)) for n in (1, 2))
-    assert two.lasting == {"python and torch": BASE, "reference": 4000, "reward models": 2000, "Adam": 4000}
-    whole, shared = {"policy": 4000, "value model": 0}, {"policy": 2000, "value model": 0, "gradients": 2000}
+    assert two.lasting == {"python and torch": BASE, "Adam": 4000}
+    whole = {"policy": 4000, "reference": 4000, "reward models": 2000, "value model": 0}
+    cut = {name: count // 2 for name, count in whole.items()} | {"gradients": 2000}
     for phase in ("sampling", "scoring", "checkpoint"):
         assert two.phases[phase] == whole | one.phases[phase]
-    assert two.phases["update"] == shared | one.phases["update"] | {"put together": 4 * (400 + 2 * 300)}
-    assert two.phases["the end of backward"] == shared | {"put together": 4 * 3 * 400}
-    # Four processes hold half of that, and of adapters only layers are put together.
+    assert two.phases["update"] == cut | one.phases["update"] | {"put together": 4 * (400 + 2 * 300)}
+    assert two.phases["the end of backward"] == cut | {"put together": 4 * 400, "gradients to sum": 4 * 2 * 400}
+    # Four processes hold half of that; of adapters nothing is large but the frozen weights beside them.
     part = memory(replace(SIZES, policy=replace(SHAPE, outside=400), own=80, trained=80, shares=4))
-    assert part.lasting["Adam"] == part.phases["update"]["policy"] * 2 == 160
-    assert part.phases["update"]["put together"] == 4 * 2 * 40
+    update = part.phases["update"]
+    assert (part.lasting["Adam"], update["policy"], update["reference"]) == (160, 80, 1000)
+    assert update["put together"] == 4000 and part.phases["the end of backward"]["gradients to sum"] == 0
+    assert memory(replace(SIZES, shares=2, distribution=True)).phases["update"]["reference"] == 4000
 
 
 def test_shares_in_bfloat16_are_summed_in_float32():
     policy = replace(SHAPE, itemsize=2, outside=400)
     found = memory(replace(SIZES, policy=policy, shares=2))
+    step = found.phases["Adam's step"]
     assert found.lasting["Adam"] == 6000 and found.phases["update"]["gradients"] == 1000
-    assert found.phases["Adam's step"] == {
-        "policy": 1000, "value model": 0, "gradients": 1000, "gradients in float32": 2000,
-    }  # fmt: skip
-    assert found.phases["the end of backward"]["put together"] == 400 * (2 + 2 + 4)
+    assert (step["policy"], step["gradients"], step["gradients in float32"]) == (1000, 1000, 2000)
+    assert found.phases["the end of backward"]["gradients to sum"] == 400 * (2 + 4)
 
 
 def test_on_a_gpu_neither_python_nor_a_checkpoint_is_in_its_memory():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.benchmarks import cli
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.run import planning
 from lm_envs.benchmarks.run.memory import Shape, memory
@@ -26,7 +27,6 @@ from lm_envs.benchmarks.run.problems import open_problem
 from lm_envs.benchmarks.run.sketch import sketch
 from lm_envs.benchmarks.run.suites import Plan, RunSpec
 from lm_envs.benchmarks.run.timing import timed
-from lm_envs.processes import group
 from lm_envs.reward.learned import LearnedReward
 from tests.benchmarks.fake_task import NAME
 from tests.lm_envs import byo
@@ -90,7 +90,7 @@ def test_a_sketch_has_the_sizes_of_the_run(folders, change):
     assert sizes_of(drawn) == sizes_of(real) and plan_of(drawn).memory == plan_of(real).memory
 
 
-def test_the_sizes_of_a_run(folders, monkeypatch):
+def test_the_sizes_of_a_run(folders):
     problem = open_problem(spec(folders))
     found, policy = sizes_of(problem), problem.policy
     assert isinstance(policy, LMPolicy)
@@ -104,12 +104,9 @@ def test_the_sizes_of_a_run(folders, monkeypatch):
     ]
     assert (found.prompt, found.new) == (problem.task.prompt_length, 5)
     assert (found.rows, found.batch, found.measured) == (8, 4, 3)
-    monkeypatch.setattr(group, "count", lambda: 2)
-    two = sizes_of(problem)
+    two = sizes_of(problem, processes=2)
     assert (two.rows, two.batch, two.measured, two.shares) == (4, 2, 2, 1)
-    monkeypatch.setattr(group, "shares", lambda: 2)
-    assert sizes_of(problem).shares == 2
-    monkeypatch.undo()
+    assert sizes_of(problem, processes=2, fsdp=True) == replace(two, shares=2)
     best = sizes_of(sketch(spec(folders, "expert-iteration", overrides={"episodes": 16, "group_size": 8, "keep": 3})))
     assert (best.rows, best.batch) == (16, 6)  # three of each group are learned from
 
@@ -227,6 +224,22 @@ def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, folders, monkeyp
     said = capsys.readouterr().out
     assert "4 runs, 2 at once" in said and "reviews" not in said and "activations" in said
     assert list(Path().iterdir()) == []
+
+
+def test_a_plan_of_many_processes_starts_them_to_time_it(folders, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "launch", lambda words, count: 70 + count)
+    words = [f"--{name.replace('_', '-')}={place}" for name, place in folders.options.items()]
+    words = ["plan", "train", "--algorithm", "ppo", *words, "--processes", "2", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 72
+    parts = []
+    for more in ([], ["--fsdp"]):
+        main([*words, "--no-timing", *more])
+        found = json.loads(capsys.readouterr().out)
+        parts.append(found["plans"][0]["parts"])
+        assert found["at_once"] == 2
+    assert parts[0]["Adam"] == 2 * parts[1]["Adam"] > 0 and "gradients" in parts[0]
 
 
 def test_a_plan_that_does_not_fit_reads_no_weights_and_says_what_to_change(folders, monkeypatch, capsys):
