@@ -20,7 +20,7 @@ from lm_envs.algos.engine.settings_by_size import SMALL, far_off, learning_rate
 from lm_envs.algos.policies.adaptation import Adaptation, adapted, save_model
 from lm_envs.algos.policies.language_model import LMPolicy
 from lm_envs.algos.registry import make_agent
-from lm_envs.algos.reward_modelling import RewardPolicy
+from lm_envs.algos.reward_modelling import RewardModelling, RewardPolicy
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.problems import Problem
 from lm_envs.benchmarks.run.suites import Plan, check_overrides
@@ -221,7 +221,7 @@ class DataProblem(Problem):
             now = self.policy.evaluate(part)
             loss, metrics = self.agent.loss(part, now, {})
             averages.add({"loss": loss, **metrics}, units(part, self.agent.unit))
-            if self._rewarding:
+            if isinstance(self.agent, RewardModelling):
                 groups, margins = self.agent.margins(part, now)
                 outcomes = 0.5 + 0.5 * margins.sign()
                 numbers = chosen[groups.cpu()].tolist()
