@@ -18,6 +18,7 @@ KEPT = 1.1  # numbers that a layer keeps for backward, to those that its matrice
 KEPT_LOW = 1.25  # the same in bfloat16, where norms compute in float32
 ALLOCATOR = 0.05  # of everything else: memory that is free and not given back
 FRAGMENTS = 0.6  # the same of activations in tensors that glibc keeps in its heap; measured
+FRAGMENTS_RECOMPUTED = 2.0  # the same where layers compute theirs again, which come and go among them; measured
 HEAP = 2**25  # bytes from which a tensor is memory of its own, which is given back
 
 
@@ -188,7 +189,7 @@ def memory(sizes: Sizes) -> Memory:
         activations += sizes.critic.kept(sizes.batch * text, sizes.critic.layers, False)
     tied = policy.largest * max(size, 4) if sizes.trained_layers and sizes.trained >= policy.largest else 0
     in_heap = not on_gpu and sizes.batch * text * policy.widest * size < HEAP
-    fragments = int(FRAGMENTS * activations) if in_heap else 0
+    fragments = int((FRAGMENTS_RECOMPUTED if chunked else FRAGMENTS) * activations) if in_heap else 0
     updating = {"activations": activations, "fragments": fragments, "vocabulary": logits, "a gradient under way": tied}
     phases = {"sampling": sampling, "scoring": scoring, "update": updating}
     if size < 4:

@@ -87,6 +87,7 @@ def test_many_logits_are_made_in_chunks_and_layers_are_computed_again():
     update = memory(many).phases["update"]
     assert update["vocabulary"] == 2 * 5 * 2**20 * 4  # and fewer than a chunk has
     assert update["activations"] == 16 * (2 * (10 + 30) + 110) * 4
+    assert update["fragments"] == 2 * update["activations"]
     larger = memory(replace(many, batch=8, rows=8)).phases["update"]
     assert larger["vocabulary"] == 2**25 * 4
     whole = memory(replace(many, distribution=True)).phases["update"]
