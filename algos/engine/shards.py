@@ -22,8 +22,8 @@ from lm_envs.training import take_step
 try:
     from torch.distributed import all_gather_single, reduce_scatter_single
 except ImportError:  # before torch 2.13
-    from torch.distributed import all_gather_into_tensor as all_gather_single  # type: ignore[no-redef]
-    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single  # type: ignore[no-redef]
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
 
 LOST = (
     "with --fsdp its models were cut into shares when it failed, so this process does not hold them any more: start "
