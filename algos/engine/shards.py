@@ -25,10 +25,7 @@ except ImportError:  # before torch 2.13
     from torch.distributed import all_gather_into_tensor as all_gather_single
     from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
 
-LOST = (
-    "with --fsdp its models were cut into shares when it failed, so this process does not hold them any more: start "
-    "again, from the last checkpoint (--resume)"
-)
+LOST = "with --fsdp a failed update leaves no whole model in memory: start again from the last checkpoint (--resume)"
 
 
 class Replica:
@@ -147,7 +144,7 @@ class Shards(Replica):
 
     def check_held(self) -> None:
         if self._lost:
-            raise ValueError(f"an update failed before; {LOST}")
+            raise ValueError(f"an update failed before, and {LOST}")
 
     def evaluate(self, traj: Any) -> Any:
         with warnings.catch_warnings():

@@ -128,8 +128,8 @@ class ManyProcesses:
     """Processes on this machine that carry out each run together, each a share of every batch; the result is that of
     one (docs/scale.md). Started by torchrun, the command takes its processes instead."""
     fsdp: bool = False
-    """Share out the trained weights, their gradients and Adam's state among the processes (FSDP2), instead of a copy on
-    each: less memory, more communication, the same result."""
+    """Share out gradients and Adam's state among the processes (FSDP2), and during updates all weights, instead of a
+    copy on each: less memory, more communication, the same result."""
 
 
 @dataclass(frozen=True, kw_only=True)
