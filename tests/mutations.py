@@ -3111,6 +3111,20 @@ MUTATIONS = [
         "tests/benchmarks/probes/test_running.py::test_a_run_that_was_killed_is_continued_and_extended",
     ),
     Mutation(
+        "a failure that all runs share does not stop the others",
+        "benchmarks/run/workers.py",
+        'if event.get("fatal"):\n                stop.requested',
+        'if event.get("never"):\n                stop.requested',
+        "tests/benchmarks/run/test_workers.py::test_after_a_fatal_failure_no_job_begins",
+    ),
+    Mutation(
+        "a worker that was killed gets the next job",
+        "benchmarks/run/workers.py",
+        "self._idle += [worker] * worker.process.is_alive()",
+        "self._idle += [worker]",
+        "tests/benchmarks/run/test_workers.py::test_a_process_that_is_killed_fails_its_job_alone",
+    ),
+    Mutation(
         "values at which nothing works are held against each method",
         "benchmarks/probes/report.py",
         "if value not in scores.hopeless[name]]",

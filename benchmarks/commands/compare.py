@@ -115,8 +115,10 @@ class Compare(Running):
 
     def where(self) -> dict[str, Any]:
         """Return by what the runs are carried out, as :func:`lm_envs.benchmarks.run.compare.compare` takes it."""
-        if self.ray is not None and (self.jobs > 1 or self.processes > 1):
-            raise UserError(f"--ray and --{'jobs' if self.jobs > 1 else 'processes'} exclude each other")
+        if self.ray is not None and self.jobs > 1:
+            raise UserError("--ray and --jobs exclude each other")
+        if self.ray is not None and self.processes > 1:
+            raise UserError("--ray and --processes exclude each other: set processes under [resources] of a suite")
         return {"jobs": self.jobs, "threads": self.threads, "ray": self.ray}
 
 

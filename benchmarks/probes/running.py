@@ -6,16 +6,9 @@ on its probe, value, algorithm and seed alone, so results do not depend on the n
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +25,7 @@ from lm_envs.benchmarks.run.inputs import fingerprints
 from lm_envs.benchmarks.run.one_run import differences, versions
 from lm_envs.benchmarks.run.storage import Records, held_files, read_sealed, write_lines, write_sealed
 from lm_envs.benchmarks.run.suites import Plan, RunSpec
+from lm_envs.benchmarks.run.workers import Event, StopRequest, Workers, several_at_a_time
 from lm_envs.files import remove_unfinished, write_atomic
 
 COLUMNS = ("probe", "value", "algorithm", "seed", "score", "return", "start", "optimum", "note")
@@ -100,11 +94,14 @@ def _carry_out(
     keys = list(sweep.keys())
     done = sum(key in found for key in keys)
     notify(done, len(keys))
-    with contextlib.closing(_results(_jobs(keys, found), jobs)) as results:
-        for finished in results:
-            records.append(*finished)
-            found |= {key_of(record): record for record in finished}
-            notify(done := done + len(finished), len(keys))
+
+    def save(finished: list[dict[str, Any]]) -> None:
+        nonlocal done
+        records.append(*finished)
+        found.update({key_of(record): record for record in finished})
+        notify(done := done + len(finished), len(keys))
+
+    _do(_jobs(keys, found), jobs, save)
     return write_scores(whole, found, out)
 
 
@@ -160,53 +157,36 @@ def _jobs(keys: Sequence[Key], found: dict[Key, dict[str, Any]]) -> list[Job]:
     return [(*where, tuple(algorithms)) for where, algorithms in jobs.items()]
 
 
-def _results(jobs: Sequence[Job], processes: int) -> Generator[list[dict[str, Any]]]:
-    """Yield the records of each job as it is done."""
+def _do(jobs: Sequence[Job], processes: int, save: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Give the records of each job to ``save`` as it is done."""
     if processes == 1:
         torch.set_num_threads(1)
-        yield from map(work, jobs)
+        for job in jobs:
+            save(work(job))
         return
-    context = multiprocessing.get_context("spawn")  # a forked process hangs where its parent's torch has used threads
-    with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
-        waiting = {pool.submit(_attempt, job) for job in jobs}
-        try:
-            while waiting:
-                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    found = future.result()
-                    if isinstance(found, str):
-                        raise UserError(found)
-                    yield found
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process was ended (where memory runs out, try fewer --jobs); --resume goes on"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def notify(event: Event) -> None:
+        if event["event"] != "done":
+            raise UserError(event["message"])
+        save(event["result"])
+
+    with Workers(processes, _attempt, _killed) as pool:
+        several_at_a_time(pool, jobs, notify=notify, stop=StopRequest())
 
 
-def _end_with_parent() -> None:
-    """Prepare a worker: one thread, no Ctrl-C of its own, and no life after its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _killed(job: Job, how: str) -> Event:
+    return {"event": "failed", "message": f"a process {how}; --resume goes on"}
+
+
+def _attempt(job: Job, tell: object, stop: object) -> Event:
+    """Do a job in a worker; bugs end it."""
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _attempt(job: Job) -> list[dict[str, Any]] | str:
-    """Do a job in a worker; return one line about an error that the user can put right."""
     try:
-        return work(job)
+        return {"event": "done", "result": work(job)}
     except Exception as error:
         if (message := explain(error)) is None:
             raise
-        return message
+        return {"event": "failed", "message": message}
 
 
 def work(job: Job) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ import os
 import secrets
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,7 +21,17 @@ from typing import Any
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.inputs import fingerprints, versions
 from lm_envs.benchmarks.run.suites import Resources, RunSpec
-from lm_envs.benchmarks.run.workers import LOG, Notify, StopRequest, attempt
+from lm_envs.benchmarks.run.workers import (
+    LAST,
+    CarryOut,
+    Event,
+    Notify,
+    StopRequest,
+    attempt,
+    failed,
+    run_in_workers,
+    several_at_a_time,
+)
 from lm_envs.files import TEMPORARY, write_atomic
 from lm_envs.printable import one_line
 
@@ -42,6 +51,7 @@ class _Driver:
     path: tuple[str, ...]
     versions: dict[str, str]
     inputs: dict[str, dict[str, str]]  # fingerprints by the run's label
+    shared: tuple[int, bool] = (1, False)  # by how many processes, and whether they share out the weights
 
     def complaint(self, specs: Sequence[RunSpec]) -> str | None:
         """On a node: go to the driver's folder; return why runs cannot be carried out here, None if they can."""
@@ -91,8 +101,8 @@ def _complaint(driver: _Driver, specs: Sequence[RunSpec]) -> str | None:
     return driver.complaint(specs)
 
 
-def _carry_out(driver: _Driver, mailbox: Any, spec: RunSpec, options: dict[str, Any]) -> dict[str, Any]:
-    """The task: carry out a run on this node; return its last event, or "left" if it was to stop before it began."""
+def _carry_out(driver: _Driver, mailbox: Any, spec: RunSpec, options: dict[str, Any]) -> Event:
+    """The task: carry out a run on this node; return its last event."""
     import ray
     from transformers.utils.logging import disable_progress_bar
 
@@ -111,23 +121,25 @@ def _carry_out(driver: _Driver, mailbox: Any, spec: RunSpec, options: dict[str, 
     def should_stop() -> bool:
         return bool(ray.get(mailbox.asked.remote()))
 
-    before = os.dup(1), os.dup(2)
-    try:
+    if driver.shared[0] == 1:
         return attempt(spec, driver.out, True, **options, notify=notify, should_stop=should_stop)
-    except BaseException:  # a bug: raised again
-        traceback.print_exc()  # into the run's log
-        raise
-    finally:
-        for mine, theirs in enumerate(before, 1):
-            os.dup2(theirs, mine)
-            os.close(theirs)
+    last, stop = [], StopRequest()
+
+    def pass_on(event: Event) -> None:
+        if event["event"] in LAST:
+            last.append(event)
+        else:
+            notify(event)
+            stop.requested = should_stop()
+
+    run_in_workers([spec], driver.out, jobs=1, notify=pass_on, stop=stop, shared=driver.shared, **options)
+    return last[0]
 
 
 @contextlib.contextmanager
-def joined(
-    address: str, out: Path, specs: Sequence[RunSpec], resources: Resources, threads: int
-) -> Iterator[ClusterRuns]:
-    """Connect to a Ray cluster ("auto" for the one of this machine) and check its nodes.
+def joined(address: str, out: Path, specs: Sequence[RunSpec], resources: Resources, threads: int) -> Iterator[CarryOut]:
+    """Connect to a Ray cluster ("auto" for the one of this machine) and check its nodes; yield what carries out runs,
+    as many at a time as the cluster has resources for.
 
     Raises:
         UserError: no Ray, no cluster, no node that is large enough, or one that does not see ``out``, has other
@@ -148,10 +160,18 @@ def joined(
     try:
         write_atomic(out / token, content)
         inputs = {spec.label: fingerprints(spec) for spec in specs}
-        driver = _Driver(out.resolve(), token, content, os.getcwd(), tuple(sys.path), versions(), inputs)
-        runs = ClusterRuns(driver, resources, cpus)
-        runs.check_nodes(specs)
-        yield runs
+        about = (out.resolve(), token, content, os.getcwd(), tuple(sys.path), versions(), inputs)
+        driver = _Driver(*about, (resources.processes, resources.fsdp))
+        cluster = _Cluster(driver, resources, cpus)
+        cluster.check_nodes(specs)
+
+        def carry_out(
+            specs: Sequence[RunSpec], out: Path, *, notify: Notify, stop: StopRequest, **options: Any
+        ) -> None:
+            cluster.options = options
+            several_at_a_time(cluster, specs, notify=notify, stop=stop)
+
+        yield carry_out
     finally:
         ray.shutdown()  # ends the tasks that still run
         (out / token).unlink(missing_ok=True)
@@ -164,16 +184,24 @@ def _check_devices(specs: Sequence[RunSpec], resources: Resources) -> None:
             raise UserError(f"{spec.label} asks for {device} and its task for no GPU: set gpus under [resources]")
 
 
-class ClusterRuns:
-    """Carries out runs on a cluster that was joined."""
+class _Cluster:
+    """A cluster that was joined. Ray itself keeps runs waiting that it has no room for."""
+
+    room = sys.maxsize
 
     def __init__(self, driver: _Driver, resources: Resources, cpus: int) -> None:
         import ray
 
-        self.driver, self._ray, self._needs = driver, ray, {"CPU": cpus, "GPU": resources.gpus}
-        self._needs["memory"] = resources.memory * _GB
-        self._asked = {"num_cpus": cpus, "num_gpus": resources.gpus, "memory": int(resources.memory * _GB)}
+        self.driver, self._ray = driver, ray
+        each = {"CPU": cpus, "GPU": resources.gpus, "memory": int(resources.memory * _GB)}
+        self._needs = {kind: least * resources.processes for kind, least in each.items()}
+        cores, gpus, memory = self._needs.values()
+        self._asked_for = {"num_cpus": cores, "num_gpus": gpus, "memory": memory}
         self._task = ray.remote(_carry_out)
+        self._placed: dict[str, str] = {}  # nodes by run
+        self._under_way: dict[Any, RunSpec] = {}
+        self._stopping = False
+        self.options: dict[str, Any] = {}
         here = ray.get_runtime_context().get_node_id()
         self._mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=self._on(here)).remote()
 
@@ -209,63 +237,44 @@ class ClusterRuns:
             if why is not None:
                 raise UserError(f"the Ray node {address} cannot take part: {why}")
 
-    def carry_out(
-        self, specs: Sequence[RunSpec], out: Path, *, notify: Notify, stop: StopRequest, **options: Any
-    ) -> None:
-        """Carry out runs, as many at a time as the cluster has resources for; as
-        :func:`~lm_envs.benchmarks.run.workers.run_in_workers`. The run of a lost node goes on elsewhere, from its last
-        checkpoint."""
-        under_way = {self._submit(spec, options): spec for spec in specs}
-        placed: dict[str, str] = {}  # nodes by run
-        lost: list[RunSpec] = []
-        asked = False
-        while under_way or (lost and not stop.requested):
-            if stop.requested and not asked:
-                asked = True
-                self._ray.get(self._mailbox.stop.remote())
-            ready, _ = self._ray.wait(list(under_way), num_returns=len(under_way), timeout=_POLL_S)
-            for event in self._ray.get(self._mailbox.take.remote()):
-                if event["event"] == "placed":
-                    placed[event["run"]] = event["node"]
-                else:
-                    notify(event)
-            for task in ready:
-                spec = under_way.pop(task)
-                event = self._ended(task, spec)
-                if event["event"] == "lost" and not stop.requested:
-                    notify(event)
-                    lost.append(spec)
-                elif event["event"] not in ("lost", "left"):
-                    notify(event)
-                if event.get("fatal"):
-                    stop.requested = True
-            if lost:  # only when the whole cluster knows: a task that is sent to a dead node waits for ever
-                time.sleep(_POLL_S)
-                alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
-                for spec in [spec for spec in lost if placed.get(spec.label) not in alive and not stop.requested]:
-                    lost.remove(spec)
-                    under_way[self._submit(spec, options)] = spec
-
-    def _submit(self, spec: RunSpec, options: dict[str, Any]) -> Any:
+    def begin(self, job: RunSpec) -> None:
         # The driver sends a lost node's run again itself: Ray would also repeat one whose process was killed.
-        task = self._task.options(**self._asked, name=spec.label, max_retries=0)
-        return task.remote(self.driver, self._mailbox, spec, options)
+        task = self._task.options(**self._asked_for, name=job.label, max_retries=0)
+        self._under_way[task.remote(self.driver, self._mailbox, job, self.options)] = job
 
-    def _ended(self, task: Any, spec: RunSpec) -> dict[str, Any]:
-        """The last event of a run whose task ended."""
+    def events(self) -> Iterator[Event]:
+        ended, _ = self._ray.wait(list(self._under_way), num_returns=len(self._under_way), timeout=_POLL_S)
+        for event in self._ray.get(self._mailbox.take.remote()):
+            if event["event"] == "placed":
+                self._placed[event["run"]] = event["node"]
+            else:
+                yield event
+        for task in ended:
+            yield from self._last(task, self._under_way.pop(task))
+
+    def ask(self) -> None:
+        self._stopping = True
+        self._ray.get(self._mailbox.stop.remote())
+
+    def _last(self, task: Any, spec: RunSpec) -> Iterator[Event]:
+        """The last event of a run whose task ended; or "lost", and it begins again elsewhere."""
         errors = self._ray.exceptions
-        failed = {"event": "failed", "run": spec.label, "fatal": False}
-        said = f"what it said is in {self.driver.out / spec.folder / LOG}"
         try:
-            event: dict[str, Any] = self._ray.get(task)
-            return event
+            yield self._ray.get(task)
         except errors.NodeDiedError:
-            return {"event": "lost", "run": spec.label}
+            if self._stopping:
+                yield {"event": "left", "run": spec.label}
+                return
+            yield {"event": "lost", "run": spec.label}
+            # Only when the whole cluster knows: a task that is sent to a dead node waits for ever.
+            while self._placed.get(spec.label) in [node["NodeID"] for node in self._ray.nodes() if node["Alive"]]:
+                time.sleep(_POLL_S)
+            self.begin(spec)
         except errors.OutOfMemoryError:
-            memory = "Ray ended it because its node's memory ran out: raise memory under [resources]"
-            return {**failed, "message": f"{memory}; {said}"}
+            memory = "was ended by Ray because its node's memory ran out: raise memory under [resources]"
+            yield failed(spec, self.driver.out, memory)
         except errors.RayError as error:
-            return {**failed, "message": f"its task ended with {_cause(error)}; {said}"}
+            yield failed(spec, self.driver.out, f"ended with {_cause(error)}")
 
 
 def _cause(error: Exception) -> str:

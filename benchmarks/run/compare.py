@@ -206,7 +206,7 @@ def compare(
             if ray is not None and open_runs:
                 from lm_envs.benchmarks.run.cluster import joined
 
-                carry_out = ending.enter_context(joined(ray, out, open_runs, suite.resources, threads)).carry_out
+                carry_out = ending.enter_context(joined(ray, out, open_runs, suite.resources, threads))
         # From here on the folder belongs to this comparison; an error above leaves it as it was.
         write_sealed(out / COMPARISON, _merged(out, suite))
         write_results(out)

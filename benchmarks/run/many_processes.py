@@ -3,6 +3,7 @@ the way torchrun does, and watches them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -90,7 +91,6 @@ def launch(words: Sequence[str], count: int) -> int:
 
     A signal is passed on to all of them. Where one fails and process 0 cannot say so, this one does.
     """
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: object) -> None:
@@ -101,11 +101,10 @@ def launch(words: Sequence[str], count: int) -> int:
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     failed: tuple[int, int] | None = None
     try:
-        for rank in range(count):
-            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        for place in places(count):
             # In sessions of their own: a terminal's Ctrl-C reaches each once, through here.
             command = [sys.executable, "-m", "lm_envs", *words]
-            ranks.append(subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True))
+            ranks.append(subprocess.Popen(command, env={**os.environ, **place}, start_new_session=True))
         deadline = float("inf")
         while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
             bad = [(rank, process.returncode) for rank, process in enumerate(ranks) if process.returncode]
@@ -134,6 +133,47 @@ def _ended(status: int) -> str:
         return f"ended with status {status}"
     memory = " (the system does that where memory runs out)" if status == -signal.SIGKILL else ""
     return f"was ended by {signal.Signals(-status).name}{memory}"
+
+
+@contextlib.contextmanager
+def helped(count: int, fsdp: bool) -> Iterator[None]:
+    """Carry out the block's run as process 0 of ``count`` on this machine; the others end with the block.
+
+    They find modules where this process does, and print where it prints. Like them it must be new: what it kept of
+    another run, such as measurements of the same start, they would not have.
+    """
+    from lm_envs.processes import group
+
+    mine, *others = places(count)
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", f"from {__name__} import carry_out; carry_out(int, {fsdp})"]
+    helpers: list[subprocess.Popen[bytes]] = []
+    try:
+        for place in others:
+            helpers.append(subprocess.Popen(command, env={**os.environ, **path, **place}, start_new_session=True))
+        os.environ.update(mine)
+        group.start(fsdp)
+        with group.alone():
+            yield
+        group.call(None)
+        group.end()
+    except BaseException as error:  # raised again
+        group.end(_told(error))
+        raise
+    finally:
+        deadline = time.monotonic() + END_S
+        for helper in helpers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                helper.wait(max(0.0, deadline - time.monotonic()))
+            helper.kill()
+            helper.wait()
+
+
+def places(count: int) -> list[dict[str, str]]:
+    """The environments of processes on this machine, by which they find each other, as torchrun sets them."""
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return [{name: str(value) for name, value in place.items()} for place in ranks]
 
 
 def free_port() -> int:

@@ -187,7 +187,7 @@ class _Reader:
         try:
             return self.make(Resources, table, "[resources]")
         except ValueError as error:  # a fraction of several GPUs
-            raise self.fail(str(error), "gpus", "[resources]") from error
+            raise self.fail(str(error), "gpus" if "gpus" in table else "fsdp", "[resources]") from error
 
     def stop(self, rules: tuple[str, ...]) -> tuple[str, ...]:
         try:

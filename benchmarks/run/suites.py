@@ -141,22 +141,30 @@ class Range(Settings):
 
 @dataclass(frozen=True)
 class Resources(Settings):
-    """What a run takes of a node of a Ray cluster.
+    """What a process of a run takes of a node of a Ray cluster, and how many processes a run has there.
 
     Attributes:
         cpus: cores; None takes as many as the run has threads.
         gpus: GPUs; a fraction shares one with other runs.
         memory: gigabytes, by which Ray decides how many runs fit on a node; 0 leaves it to the cores.
+        processes: processes of one node that share each run.
+        fsdp: whether they share out what is trained.
     """
 
     cpus: Count | None = None
     gpus: NonNegative = 0
     memory: NonNegative = 0
+    processes: Count = 1
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"a run takes a fraction of one GPU or several whole ones, not {self.gpus}")
+        if self.processes > 1 and self.gpus not in (0, 1):
+            raise ValueError(f"each of several processes takes a whole GPU or none, not {self.gpus:g}")
+        if self.fsdp and self.processes == 1:
+            raise ValueError("fsdp shares out the weights among processes: set processes")
 
 
 Space = dict[str, Range | tuple[Any, ...]]

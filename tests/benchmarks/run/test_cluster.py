@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lm_envs.benchmarks.cli import main
+from lm_envs.benchmarks.commands.compare import Compare
 from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run import cluster
 from lm_envs.benchmarks.run.cluster import _Driver
@@ -70,6 +71,7 @@ def made():
 def two_nodes(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # of nodes that a test adds
     return made, sorted(made.worker_nodes, key=lambda node: node.node_ip_address)
 
 
@@ -102,6 +104,31 @@ def test_results_are_those_of_this_machine(tmp_path, two_nodes, capsys):
     said = refused(capsys, "compare", "--algorithms", "reinforce", "--out", "bad", "--ray", made.address,
                    "--task", "bad.py:load")  # fmt: skip
     assert "what a pity" in said
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_on_a_node(tmp_path, two_nodes, capsys):
+    made, _ = two_nodes
+    words = suite(tmp_path, seeds=1)
+    text = (tmp_path / "suite.toml").read_text().replace("cpus = 1", "cpus = 1\nprocesses = 2")
+    (tmp_path / "suite.toml").write_text(text)
+    said = refused(capsys, *words, "ray", "--ray", made.address)
+    assert "no node of the cluster has what a run takes (CPU 2)" in said
+    large = made.add_node(num_cpus=2, **SMALL)
+    try:
+        main([*words, "ray", "--ray", made.address])
+    finally:
+        made.remove_node(large)
+    subprocess.run([sys.executable, "-m", "lm_envs", *words, "two", "--processes", "2"], check=True)
+    main([*words, "one"])
+    assert results(tmp_path / "ray") == results(tmp_path / "two")
+    for found, alone in zip(results(tmp_path / "ray"), results(tmp_path / "one"), strict=True):
+        numbers = {name for name, value in alone.items() if value.replace(".", "").replace("-", "").isdigit()}
+        assert {n: v for n, v in found.items() if n not in numbers} == {
+            n: v for n, v in alone.items() if n not in numbers
+        }
+        for name in numbers:
+            assert float(found[name]) == pytest.approx(float(alone[name]), rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.slow
@@ -205,6 +232,8 @@ def test_without_ray(tmp_path, monkeypatch, capsys):
     words = ["compare", "--task", NAME, "--algorithms", "sft", "--test-prompts", "6", "--out", str(tmp_path / "out")]
     assert "pip install 'lm-envs[ray]'" in refused(capsys, *words, "--ray", "auto")
     assert "--ray and --jobs exclude" in refused(capsys, *words, "--ray", "auto", "--jobs", "2")
+    with pytest.raises(UserError, match="--ray and --processes exclude each other: set processes under .resources."):
+        Compare(out=tmp_path, ray="auto", processes=2).where()
     assert not (tmp_path / "out").exists()
 
 
@@ -215,3 +244,10 @@ def test_resources_of_a_suite():
         parse_suite(text + "cpus = 4\ngpus = 1.5", "s")
     with pytest.raises(UserError, match="s, line 4: .*cpus"):
         parse_suite(text + "cpus = 0", "s")
+    assert parse_suite(text + "processes = 2\nfsdp = true", "s").resources == Resources(processes=2, fsdp=True)
+    with pytest.raises(UserError, match="s, line 4: .*processes"):
+        parse_suite(text + "processes = 0", "s")
+    with pytest.raises(UserError, match=r"s, line 4: .*each of several processes takes a whole GPU or none, not 0\.5"):
+        parse_suite(text + "gpus = 0.5\nprocesses = 2", "s")
+    with pytest.raises(UserError, match="s, line 4: .*fsdp shares out the weights among processes: set processes"):
+        parse_suite(text + "fsdp = true", "s")

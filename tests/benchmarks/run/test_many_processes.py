@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from lm_envs.benchmarks.errors import UserError, explain
-from lm_envs.benchmarks.run.many_processes import carry_out, free_port
+from lm_envs.benchmarks.run.many_processes import carry_out, places
+from lm_envs.benchmarks.run.suites import Plan, RunSpec
+from lm_envs.benchmarks.run.workers import Event, StopRequest, run_in_workers
 from lm_envs.processes import group
 from tests.benchmarks.commands.test_learn import make
 from tests.house import CHECKOUT
@@ -171,8 +173,8 @@ def test_law_10_whoever_is_killed_and_however_many_go_on(root, tmp_path):
     code, said = run(*train(root, tmp_path / "whole", "length", *long))
     assert code == 0, said
     out, choice = tmp_path / "out", random.Random(7)
-    for attempt in range(10):
-        processes, fsdp = ((2, True), (1, False), (4, True), (2, False), (4, False))[attempt % 5]
+    for number in range(10):
+        processes, fsdp = ((2, True), (1, False), (4, True), (2, False), (4, False))[number % 5]
         more = ["--processes", processes, *(["--fsdp"] if fsdp else [])]
         more += ["--resume"] if (out / "comparison.json").exists() else []
         launcher, before = start(*train(root, out, "length", *long, *more), SLOW="0.15"), newest(out)
@@ -227,6 +229,46 @@ def test_an_interrupt_stops_all_after_the_iteration(root, tmp_path):
     assert json.loads(lines[-1])["iteration"] == newest(out)
 
 
+MINE = """
+import os
+from dataclasses import replace
+from tests.benchmarks import fake_task
+
+def rewarded(prompts, completions, **columns):
+    if os.environ.get("RANK") == "1" and os.path.exists("dies"):
+        os.kill(os.getpid(), 9)
+    return [float(len(text)) for text in completions]
+
+def load():
+    return replace(fake_task.load(), name="mine", reward=rewarded)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_in_a_worker_may_be_shared(tmp_path, monkeypatch):
+    """As in a task of a Ray cluster; where a helper dies, the run fails alone."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    plan = Plan(iterations=3, test_prompts=6, validation_prompts=4)
+    spec = RunSpec("mine.py:load", "ppo", 0, plan, overrides={"episodes": 8})
+
+    def last(out: str, shared: tuple[int, bool]) -> Event:
+        told: list[Event] = []
+        run_in_workers([spec], Path(out), jobs=1, notify=told.append, stop=StopRequest(), shared=shared)
+        return told[-1]
+
+    one, two = last("one", (1, False)), last("two", (2, False))
+    assert two["result"]["proxy"] == pytest.approx(one["result"]["proxy"], abs=1e-4)
+    assert 0 < gap(weights(Path("one") / spec.folder), weights(Path("two") / spec.folder)) < 1e-5
+    Path("dies").touch()
+    event = last("dead", (2, False))
+    assert event["event"] == "failed" and not event["fatal"]
+    assert "process 1 ended without a word: it was killed" in event["message"]
+    Path("dies").unlink()
+    assert last("dead", (2, False))["event"] == "done"
+    assert gap(weights(Path("two") / spec.folder), weights(Path("dead") / spec.folder)) == 0
+
+
 @pytest.mark.slow
 def test_more_processes_than_groups_are_refused(root, tmp_path):
     code, said = run(*train(root, tmp_path / "out", "length", "--processes", 3, episodes=2))
@@ -253,13 +295,13 @@ def test_an_optimizer_that_needs_all_weights_is_refused(root, tmp_path):
 def test_processes_that_see_different_files_are_refused(root, tmp_path):
     """At the same relative place, as on two machines."""
     began, ranks = time.monotonic(), []
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for rank in "01":
+    for place in places(2):
+        rank = place["RANK"]
         shutil.copytree(root, tmp_path / rank)
         prompts = tmp_path / rank / "prompts.jsonl"
         prompts.write_text(prompts.read_text().replace("e", "ea"[int(rank)]))
         words = [str(word).removeprefix(f"{root}/") for word in train(root, tmp_path / "out")]
-        ranks.append(start(*words, cwd=tmp_path / rank, RANK=rank, LOCAL_RANK=rank, **shared))
+        ranks.append(start(*words, cwd=tmp_path / rank, **place))
     said = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1] and time.monotonic() - began < 120
     assert "differ in inputs.prompts 'prompts.jsonl': process 0 has" in said[0].splitlines()[-1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from filelock import FileLock, Timeout
 from lm_envs.benchmarks.cli import main
 from lm_envs.benchmarks.run import compare
 from lm_envs.benchmarks.run.compare import write_results
+from lm_envs.benchmarks.run.workers import Event, StopRequest, Workers, several_at_a_time
 from tests.benchmarks.fake_task import NAME
+from tests.benchmarks.run.jobs import act, killed
 from tests.benchmarks.run.refusals import refused
 from tests.house import CHECKOUT
 
@@ -56,6 +60,61 @@ def ends(tmp_path, monkeypatch) -> None:
     sys.modules.pop("ends", None)
 
 
+def test_a_process_that_is_killed_fails_its_job_alone():
+    told: list[Event] = []
+    with Workers(2, act, killed) as pool:
+        several_at_a_time(pool, ["kill", "leave", "a", "b", "c"], notify=told.append, stop=StopRequest())
+        alive = [event for event in told if event["event"] == "placed" and running(event["process"])]
+    last = {event["run"]: event for event in told if event["event"] != "placed"}
+    assert last["kill"]["message"].startswith("was ended by SIGKILL (the system does that where memory runs out")
+    assert last["leave"]["message"] == "ended with status 3"
+    assert {last[job]["event"] for job in "abc"} == {"done"}
+    assert len({last[job]["result"] for job in "abc"}) < 3  # a worker keeps what it loaded from job to job
+    assert os.getsid(0) not in {event.get("session") for event in told}  # a terminal's Ctrl-C does not reach them
+    assert alive and not any(running(event["process"]) for event in alive)  # after the block
+
+
+def running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_jobs_under_way_are_asked_to_stop_and_no_other_begins():
+    told: list[Event] = []
+    stop = StopRequest()
+
+    def notify(event: Event) -> None:
+        told.append(event)
+        stop.requested = sum(event["event"] == "placed" for event in told) == 2
+
+    with Workers(2, act, killed) as pool:
+        several_at_a_time(pool, ["wait", "wait", "a"], notify=notify, stop=stop)
+    assert [event["run"] for event in told if event["event"] == "done"] == ["wait", "wait"]
+
+
+def test_after_a_fatal_failure_no_job_begins():
+    class Scripted:
+        room, begun, asked = 2, 0, 0
+
+        def begin(self, job: int) -> None:
+            self.begun += 1
+
+        def events(self) -> Iterator[Event]:
+            yield {"event": "iteration"}
+            yield {"event": "stopped"} if self.asked else {"event": "failed", "fatal": True}
+
+        def ask(self) -> None:
+            self.asked += 1
+
+    pool, told = Scripted(), []
+    several_at_a_time(pool, range(5), notify=told.append, stop=StopRequest())
+    assert (pool.begun, pool.asked) == (2, 1)
+    assert [event["event"] for event in told] == ["iteration", "failed", "iteration", "stopped"]
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_one_line_and_its_run_can_be_resumed(tmp_path, ends, capsys):
     tasks = ["--task", "ends:load", "--task", NAME]
@@ -82,7 +141,7 @@ def test_workers_end_with_their_parent(tmp_path):
     mark, suite = tmp_path / "mark", tmp_path / "suite.toml"
     suite.write_text(
         f'tasks = ["{NAME}"]\nalgorithms = ["reinforce"]\nseeds = [0, 1]\n[task."{NAME}"]\n'
-        f'options = {{pause = "reward", mark = "{mark}", at = 3}}'
+        f'options = {{pause = "reward", mark = "{mark}", at = 5}}'
     )
     words = [sys.executable, "-m", "lm_envs.benchmarks.cli", *arguments(tmp_path, "--suite", str(suite), "--jobs", "2")]
     process = subprocess.Popen(words, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
