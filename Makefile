@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real demo-pretrained bench-kernels bench-throughput peers test test-slow mutants lint format types docs clean
+.PHONY: help setup demo demo-real demo-pretrained bench-kernels bench-throughput peers test test-slow gpu-check mutants lint format types docs clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -69,6 +69,14 @@ test: $(TESTABLE)  ## the tests that take minutes together; no network, no GPU
 
 test-slow: $(TESTABLE)  ## the long ones: learning curves, installs from the package index
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# By the Python of an environment that has a torch for this GPU: GPU_PYTHON=/path/to/python, or `make setup` before.
+GPU_PYTHON ?= $(BIN)/python
+gpu-check:  ## on a machine with a GPU: its tests (nccl too), kernels and throughput, into benchmarks/results/ (under 8 minutes)
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: torch sees no CUDA device here")'
+	timeout 180 $(GPU_PYTHON) -m pytest -q -n0 -m gpu tests/kernels tests/lm_envs
+	timeout 120 $(GPU_PYTHON) -m lm_envs bench kernels --device cuda --vocabularies 50257 --dtypes bfloat16
+	timeout 170 $(GPU_PYTHON) -m lm_envs bench throughput --device cuda --shapes small gpt2 --tables 'fixed work' --rounds 3
 
 mutants: $(READY)  ## break the details one by one and see that the tests notice (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py

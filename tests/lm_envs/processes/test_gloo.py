@@ -1,16 +1,22 @@
 """Law 8 between real processes, with a copy of the weights on each (ddp) or a share of them (fsdp);
 tests/algos/engine/test_many_processes.py checks the former for every algorithm in threads."""
 
+import copy
 import os
 import socket
 import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from lm_envs.algos.policies.language_model import LMPolicy
+from lm_envs.algos.registry import make_agent
+from lm_envs.env.vector import TextVectorEnv
 from lm_envs.model import forwards
-from tests import gloo_run
+from lm_envs.processes import group
+from tests import gloo_run, tiny
 from tests.house import CHECKOUT
 
 
@@ -108,3 +114,28 @@ def test_what_is_communicated_is_what_docs_say(tmp_path):
     assert fsdp["whole"] == fsdp["weights"] + fsdp["idle"] and "the sum of gradients" not in fsdp
     rows, tokens = gloo_run.SETTINGS["episodes"], 6
     assert 20 * rows * tokens < ddp["the sampled episodes"] <= 40 * rows * tokens
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_group_of_one_is_none(device):
+    """Sums and exchanges over gloo, and on a GPU over nccl."""
+
+    def learned():
+        model = tiny.gpt2(seed=1).to(device)
+        env = TextVectorEnv(tiny.task(reference=model), 8)
+        policy = LMPolicy.for_mdp(env.mdp, copy.deepcopy(model).requires_grad_(True))
+        agent = make_agent("ppo", policy, episodes=8, learning_rate=1e-2)
+        for _ in range(2):
+            agent.iteration(env)
+        return {name: weight.detach().cpu() for name, weight in policy.named_parameters()}
+
+    processes = group.Processes(0, 1, "127.0.0.1", free_port(), False, False)
+    x = torch.ones(2, device=device)
+    try:
+        with group.sharing(processes):
+            found = learned()
+            group.add(x, "a test")
+            assert group.exchange(x.cpu(), "a test")[0].tolist() == x.tolist() == [1.0, 1.0]
+    finally:
+        processes.end()
+    assert gap(found, learned()) < 1e-9
