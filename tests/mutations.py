@@ -3125,6 +3125,13 @@ MUTATIONS = [
         "tests/benchmarks/run/test_workers.py::test_a_process_that_is_killed_fails_its_job_alone",
     ),
     Mutation(
+        "a forecast lets sampling shrink without end",
+        "benchmarks/speed/forecast.py",
+        "max(alone, reading)",
+        "alone",
+        "tests/benchmarks/speed/test_forecast.py::test_parts_by_hand",
+    ),
+    Mutation(
         "values at which nothing works are held against each method",
         "benchmarks/probes/report.py",
         "if value not in scores.hopeless[name]]",

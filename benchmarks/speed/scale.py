@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -34,8 +34,12 @@ def run(settings: Scale) -> None:
     from lm_envs.benchmarks.speed.kernels import RESULTS
     from lm_envs.benchmarks.speed.throughput import record
 
-    out = settings.out or RESULTS / "scale-cpu.csv"
-    record(out, lines(settings), lambda line: ", ".join(f"{name} {value}" for name, value in line.items()))
+    out = settings.out or RESULTS / ("scale-parts-cpu.csv" if settings.parts else "scale-cpu.csv")
+    record(
+        out,
+        parts(settings) if settings.parts else lines(settings),
+        lambda line: ", ".join(f"{name} {value}" for name, value in line.items()),
+    )
 
 
 def lines(settings: Scale) -> Iterator[list[dict[str, Any]]]:
@@ -64,6 +68,15 @@ def lines(settings: Scale) -> Iterator[list[dict[str, Any]]]:
     yield batch
 
 
+def parts(settings: Scale) -> Iterator[list[dict[str, Any]]]:
+    """Yield the CSV's lines of what does not shrink with the number of processes."""
+    from lm_envs.benchmarks.speed.kernels import machine
+
+    job = {name: getattr(settings, name) for name in ("shape", "rows", "new_tokens", "threads", "iterations")}
+    counts = (1, *settings.processes)
+    yield [{"processes": n} | _measured(n, False, job | {"parts": True})[0] | job | machine("cpu") for n in counts]
+
+
 def _memory(count: int, fsdp: bool, threads: int) -> dict[str, float]:
     """Megabytes of the process that takes the most: at the peak, and of them what came after the imports."""
     several = _measured(count, fsdp, {"memory": True, "threads": threads})
@@ -73,16 +86,12 @@ def _memory(count: int, fsdp: bool, threads: int) -> dict[str, float]:
 
 def _measured(count: int, fsdp: bool, job: dict[str, Any]) -> list[dict[str, float]]:
     """One measurement by ``count`` fresh processes, each one's."""
-    from lm_envs.benchmarks.run.many_processes import free_port
+    from lm_envs.benchmarks.run.many_processes import places
 
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"OMP_NUM_THREADS": job["threads"]}
+    shared = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
     command = [sys.executable, "-m", "lm_envs.benchmarks.speed.scale", json.dumps(job | {"fsdp": fsdp})]
-    ranks = []
-    for rank in range(count):
-        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        ranks.append(subprocess.Popen(command, env={**os.environ, **own}, **pipes))  # type: ignore[call-overload]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env=shared | place, **pipes) for place in places(count)]  # type: ignore[call-overload]
     said = [process.communicate() for process in ranks]
     for process, (_, error) in zip(ranks, said, strict=True):
         if process.returncode:
@@ -98,7 +107,7 @@ def _be_child(job: dict[str, Any]) -> dict[str, float]:
     torch.set_num_threads(job["threads"])
     group.start(job["fsdp"])
     try:
-        return _peak() if "memory" in job else _times(job)
+        return _peak() if "memory" in job else _parts(job) if "parts" in job else _times(job)
     finally:
         group.end()
 
@@ -126,6 +135,42 @@ def _times(job: dict[str, Any]) -> dict[str, float]:
     wall = sum(one["seconds"] for one in found) * (os.cpu_count() or 1)
     medians = {name: statistics.median(one[name] for one in found) for name in ("seconds", "sample_s", "update_s")}
     return medians | {"foreign": max(0.0, load.foreign() - others / wall)}
+
+
+def _parts(job: dict[str, Any]) -> dict[str, float]:
+    """Seconds of processor time, in this process, of what every process does whole: ``prepare``, a step of Adam, and a
+    sum of the gradients."""
+    import torch
+
+    from lm_envs.algos.ppo import PPO, PPOConfig
+    from lm_envs.benchmarks.speed.throughput_work import Size, Work
+    from lm_envs.env.vector import TextVectorEnv
+    from lm_envs.processes import group
+
+    work = Work(Size(job["shape"], rows=job["rows"], new_tokens=job["new_tokens"]))
+    env, policy = TextVectorEnv(work.task, 1), work.policy()
+    agent = PPO(policy, PPOConfig(episodes=job["rows"], learning_rate=1e-5))
+    took: dict[str, list[float]] = {"prepare_s": [], "adam_s": [], "sum_s": []}
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def do(*given: Any) -> Any:
+            start = time.process_time()
+            found = call(*given)
+            took[name].append(time.process_time() - start)
+            return found
+
+        return do
+
+    agent.prepare = timed("prepare_s", agent.prepare)  # type: ignore[method-assign]
+    for _ in range(1 + job["iterations"]):
+        agent.iteration(env)
+    gradients = torch.zeros(sum(p.numel() for p in policy.parameters() if p.requires_grad))
+    for _ in range(5):
+        timed("adam_s", agent.optimizer.step)()
+        timed("sum_s", group.add)(gradients, "a sum")
+    medians = {name: float(f"{statistics.median(several[1:]):.4g}") for name, several in took.items()}
+    config, size = agent.config, {"parameters": gradients.numel(), "prompt_tokens": work.size.prompt_length}
+    return medians | size | {"passes": config.epochs, "steps": config.epochs * config.minibatches}
 
 
 def _peak() -> dict[str, float]:

@@ -126,8 +126,10 @@ class Scale:
     """Iterations per measurement, after one that is not counted."""
     rounds: Count = 3
     """Measurements of each way; medians are reported."""
+    parts: bool = False
+    """Measure instead, in processor time, what does not shrink with the number of processes."""
     out: Csv = None
-    """File of the result; benchmarks/results/scale-cpu.csv if not given."""
+    """File of the result; benchmarks/results/scale-cpu.csv, or scale-parts-cpu.csv, if not given."""
 
 
 @dataclass(frozen=True)
