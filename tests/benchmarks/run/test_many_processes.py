@@ -260,6 +260,8 @@ def test_a_run_in_a_worker_may_be_shared(tmp_path, monkeypatch):
     one, two = last("one", (1, False)), last("two", (2, False))
     assert two["result"]["proxy"] == pytest.approx(one["result"]["proxy"], abs=1e-4)
     assert 0 < gap(weights(Path("one") / spec.folder), weights(Path("two") / spec.folder)) < 1e-5
+    assert last("shares", (2, True))["event"] == "done"
+    assert gap(weights(Path("two") / spec.folder), weights(Path("shares") / spec.folder)) < 1e-5
     Path("dies").touch()
     event = last("dead", (2, False))
     assert event["event"] == "failed" and not event["fatal"]
