@@ -64,7 +64,7 @@ EXAMPLE = Work(1.5e9, rows=1024, prompt=256, tokens=1024)
 
 
 def seconds(work: Work, process: Process, processes: int) -> dict[str, float]:
-    """Return the seconds of the parts of an iteration by so many processes."""
+    """Return the seconds that each part of an iteration takes with this number of processes."""
     w, n, share = work.parameters, processes, math.ceil(work.rows / processes)
     whole = share * (work.prompt + work.tokens)  # tokens of a process, with prompts
     alone = 2 * w * share * work.tokens / process.sampling

@@ -41,7 +41,7 @@ class _Pairs:
 
     samples: Samples
     rows: list[int]
-    """Of the prompts, one for each pair."""
+    """The number of each pair's prompt."""
     items: list[Item]
 
 
