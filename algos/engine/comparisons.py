@@ -173,20 +173,7 @@ def annotated_pairs(task: TextTask, pairs: int, flip: float, seed: int) -> Traje
         samples = sampling.as_samples(codec, [prompts[i] for i in index], responses, task.eos_token_ids, given)
     else:
         index = [i // 2 % len(prompts) for i in range(2 * pairs)]
-        samples = sampling.sample(
-            task.reference,
-            task.tokenizer,
-            prompts,
-            2 * pairs,
-            eos_token_id=task.eos_token_ids,
-            max_new_tokens=task.max_new_tokens,
-            min_new_tokens=task.min_new_tokens,
-            temperature=task.temperature,
-            seed=seed,
-            batch_size=512,
-            columns=columns,
-            repeats=2,
-        )
+        samples = sampling.response_pairs(task.reference, task, "train", pairs, seed=seed, batch_size=512)
     if task.preferred:
         preferred = np.array(task.preferred[:pairs])
     else:

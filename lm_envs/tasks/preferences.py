@@ -125,26 +125,15 @@ def _build(task: TextTask, policy: str, count: int, annotators: Sequence[Annotat
 
 
 def _sampled(task: TextTask, split: str, count: int) -> _Pairs:
-    prompts, columns = task.prompts[split], task.columns.get(split, {})
-    samples = sampling.sample(
-        task.start,
-        task.tokenizer,
-        prompts,
-        2 * count,
-        eos_token_id=task.eos_token_ids,
-        max_new_tokens=task.max_new_tokens,
-        min_new_tokens=task.min_new_tokens,
-        temperature=task.temperature,
-        title=f"{task.name}: sampling pairs to compare, {split}",
-        columns=columns,
-        repeats=2,
+    samples = sampling.response_pairs(
+        task.start, task, split, count, title=f"{task.name}: sampling pairs to compare, {split}"
     )
     items = []
     for i in range(0, 2 * count, 2):
         responses = tuple(Response(text, "start") for text in samples.completions[i : i + 2])
         row = {name: values[i] for name, values in samples.columns.items()}
         items.append(Item(samples.prompts[i], responses, columns=row))
-    return _Pairs(samples, [i % len(prompts) for i in range(count)], items)
+    return _Pairs(samples, [i % len(task.prompts[split]) for i in range(count)], items)
 
 
 def _template(task: TextTask) -> learned.Template:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -38,6 +38,9 @@ from lm_envs.model.tokens import EosIds, eos_ids, left_pad
 from lm_envs.reward.learned import LearnedReward
 from lm_envs.reward.units import Samples
 from lm_envs.settings import NonNegative, Seed, Settings, Size
+
+if TYPE_CHECKING:
+    from lm_envs.tasks.base import TextTask
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -149,6 +152,27 @@ def sample(
             update(len(rows))
     others = {name: [values[i] for i in index] for name, values in (columns or {}).items()}
     return as_samples(Codec(tokenizer, model), chosen, rows, eos_token_id, others)
+
+
+def response_pairs(model: PreTrainedModel, task: TextTask, split: str, pairs: int, **options: Any) -> Samples:
+    """Sample pairs of a model's responses as the task has them, two in a row per prompt of a split; prompts take turns.
+
+    Args:
+        options: others of :func:`sample`.
+    """
+    return sample(
+        model,
+        task.tokenizer,
+        task.prompts[split],
+        2 * pairs,
+        eos_token_id=task.eos_token_ids,
+        max_new_tokens=task.max_new_tokens,
+        min_new_tokens=task.min_new_tokens,
+        temperature=task.temperature,
+        columns=task.columns.get(split),
+        repeats=2,
+        **options,
+    )
 
 
 def as_samples(
