@@ -52,7 +52,7 @@ def load(path: str | None = None, policy: str = "smollm2", pairs: int = 0, **opt
         raise ValueError("pairs makes a reward model of its own: give no other reward, or leave pairs out")
     source = path or prompted.SHIPPED / "instruct.jsonl"
     defaults = {"reward": "constraints", "judge": "lm_envs.tasks.instruct:judge", "max_new_tokens": 96}
-    defaults["examples"] = str(prompted.SHIPPED / "instruct_examples.jsonl")
+    defaults |= {"temperature": 0.7, "examples": str(prompted.SHIPPED / "instruct_examples.jsonl")}
     rows = prompted.read(source, _row, options.get("bad", "raise"))
     description = f"{policy} follows instructions whose constraints are checked ({Path(source).name})"
     made = prompted.load("instruct", rows, policy, defaults, options, description)
@@ -61,13 +61,15 @@ def load(path: str | None = None, policy: str = "smollm2", pairs: int = 0, **opt
 
 
 def quality(item: Item) -> list[float]:
-    """Score the responses of an item as simulated annotators see them: by the share of constraints met, 0 for one
-    without a word of the topic, if there is one."""
+    """Score the responses of an item as simulated annotators see them: half for the share of constraints met, half for
+    the share of the topic's words that occur; by the constraints alone, where there is no topic."""
     texts = [response.text for response in item.responses]
-    found = share(texts, [item.columns["constraints"]] * len(texts))
+    met = [value or 0.0 for value in share(texts, [item.columns["constraints"]] * len(texts))]
     topic = item.columns.get("topic")
-    on_topic = [not topic or _on_topic(text, topic) for text in texts]
-    return [(value or 0.0) * on for value, on in zip(found, on_topic, strict=True)]
+    if not topic:
+        return met
+    said_of_it = [sum(_on_topic(text, [word]) for word in topic) / len(topic) for text in texts]
+    return [(form + content) / 2 for form, content in zip(met, said_of_it, strict=True)]
 
 
 def judge(

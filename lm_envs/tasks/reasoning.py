@@ -75,7 +75,7 @@ def load(
             Path(path or "word problems").name,
         )
     score = "lm_envs.tasks.reasoning"
-    defaults = {"reward": f"{score}:verified", "judge": f"{score}:solved", "max_new_tokens": 128}
+    defaults = {"reward": f"{score}:verified", "judge": f"{score}:solved", "max_new_tokens": 128, "temperature": 0.7}
     rest = {name: value for name, value in options.items() if name in known}
     task = prompted.load("reasoning", rows, policy, defaults, rest, f"{policy} answers questions ({source})")
     return replace(task, attempts=attempts)

@@ -124,11 +124,11 @@ def test_no_annotator_is_asked_twice():
 
 def test_quality_by_hand():
     asked = [{"kind": "no_commas"}, {"kind": "words", "most": 3}]
-    texts = tuple(Response(text, "") for text in ("A bee hums.", "A bee, the old one.", "A cat, no."))
-    item = Item("p", texts, columns={"constraints": asked, "topic": ["bee"]})
-    assert instruct.quality(item) == [1.0, 0.0, 0.0]
+    texts = tuple(Response(text, "") for text in ("A bee hums.", "A bee, the old hive.", "A cat, no."))
+    item = Item("p", texts, columns={"constraints": asked, "topic": ["bee", "hive"]})
+    assert instruct.quality(item) == [0.75, 0.5, 0.25]
     assert instruct.quality(replace(item, columns={"constraints": asked, "topic": None})) == [1.0, 0.0, 0.5]
-    assert instruct.quality(replace(item, columns={"constraints": asked[1:], "topic": ["one"]})) == [0.0, 0.0, 0.0]
+    assert instruct.quality(replace(item, columns={"constraints": asked[1:], "topic": ["one"]})) == [0.5, 0.0, 0.5]
 
 
 def test_the_examples_that_ship_meet_what_they_ask_for_and_are_about_nothing_that_is_tested():
