@@ -66,10 +66,7 @@ def test_it_learns_what_annotators_choose(prompts: str, policy: str, monkeypatch
         first, second = rows.score(made.reward)
         chosen.append(first > second)
     assert np.mean(np.array(chosen) == made.preferred) > 0.9
-    held = sampling.sample(
-        made.start, made.tokenizer, made.prompts["validation"], 4, eos_token_id=made.eos_token_ids, max_new_tokens=6,
-        repeats=2,
-    )  # fmt: skip
+    held = sampling.response_pairs(made.start, made, "validation", 2 * len(made.prompts["validation"]))
     scores = held.score(made.reward)
     assert scores.mean() == pytest.approx(0, abs=1e-4) and scores.std() == pytest.approx(1, abs=1e-4)
 
