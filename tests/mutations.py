@@ -384,8 +384,8 @@ MUTATIONS = [
     ),
     Mutation(
         "annotators' pairs are sampled at temperature 1",
-        "algos/engine/comparisons.py",
-        ("            temperature=task.temperature,\n"),
+        "lm_envs/tasks/sampling.py",
+        ("        temperature=task.temperature,\n"),
         "",
         "tests/algos/test_recomputed_metrics.py::test_sampled_pairs_are_the_tasks_and_the_seeds",
     ),
@@ -1564,6 +1564,13 @@ MUTATIONS = [
         "weight[group].to(losses.dtype)) / pairs[group].to(losses.dtype)",
         "weight[group].to(losses.dtype)) + 0 * pairs[group]",
         f"{PREFERENCES} tests/lm_envs/test_training.py",
+    ),
+    Mutation(
+        "a new reward head is random",
+        "lm_envs/reward/learned.py",
+        "        nn.init.zeros_(model.score.weight)\n",
+        "        initialise_reward_head(model.score, torch.Generator().manual_seed(seed))\n",
+        "tests/lm_envs/model/test_exact_tokens.py",
     ),
     Mutation(
         "the reward head starts with another standard deviation",
