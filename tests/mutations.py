@@ -1566,13 +1566,6 @@ MUTATIONS = [
         f"{PREFERENCES} tests/lm_envs/test_training.py",
     ),
     Mutation(
-        "a new reward head is random",
-        "lm_envs/reward/learned.py",
-        "        nn.init.zeros_(model.score.weight)\n",
-        "        initialise_reward_head(model.score, torch.Generator().manual_seed(seed))\n",
-        "tests/lm_envs/model/test_exact_tokens.py",
-    ),
-    Mutation(
         "the reward head starts with another standard deviation",
         "lm_envs/reward/learned.py",
         "head.weight.normal_(std=(head.in_features + 1) ** -0.5,",

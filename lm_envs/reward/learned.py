@@ -295,11 +295,9 @@ def reward_start(
 
     Args:
         name: a folder saved by ``save_pretrained``, or a hub name, of a classifier with one label, or of a language
-            model (its adapters are added to its weights) or bare trunk, which gets a new head. A linear head starts at
-            zero, and so does the loss at log 2: the random one of Stiennon et al. 2020
-            (:func:`initialise_reward_head`) gives scores whose spread is that of the last hidden states (1.9 for
-            SmolLM2-135M), which a few hundred pairs do not unlearn.
-        seed: of other new weights.
+            model (its adapters are added to its weights) or bare trunk, which gets a new head
+            (:func:`initialise_reward_head`).
+        seed: of the head.
         placement: its precision and device.
 
     Returns:
@@ -331,9 +329,7 @@ def reward_start(
     if any(not (key.startswith(_HEADS) or ".pooler." in key) or scores for key in lacking):
         raise ValueError(f"{what} {place!r} cannot be trained on: its weights lack {', '.join(lacking[:3])}")
     if lacking and isinstance(getattr(model, "score", None), nn.Linear):
-        nn.init.zeros_(model.score.weight)
-        if model.score.bias is not None:
-            nn.init.zeros_(model.score.bias)
+        initialise_reward_head(model.score, torch.Generator().manual_seed(seed))
     if trunk is not None:
         if trunk.state_dict().keys() != model.base_model.state_dict().keys():
             raise ValueError(

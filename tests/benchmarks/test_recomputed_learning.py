@@ -62,7 +62,9 @@ class Run:
         if self.command != "reward-model":
             return AutoModelForCausalLM.from_pretrained(self.start, dtype=torch.float64)
         model = AutoModelForSequenceClassification.from_pretrained(self.start, dtype=torch.float64, num_labels=1)
-        model.score.weight.data.zero_()
+        size = model.score.weight.shape[1]
+        drawn = torch.Generator().manual_seed(SEED)
+        model.score.weight.data.normal_(std=(size + 1) ** -0.5, generator=drawn)
         model.config.pad_token_id = None
         return model
 

@@ -300,12 +300,13 @@ def test_a_reward_model_starts_from_adapters_as_the_other_stages_do(folder, tmp_
     pytest.importorskip("peft")
     tuned = tmp_path / "sft" / "model"
     learn("sft", folder / "model", folder / "demonstrations.jsonl", tmp_path / "sft", "--lora-rank", 2)
-    model, tokenizer = reward_start(tuned)
+    model, tokenizer = reward_start(tuned, seed=3)
     ids = torch.tensor([tokenizer("the old cat saw")["input_ids"]])
     with torch.no_grad():
         expected = loading.load_policy(tuned).base_model(ids).last_hidden_state
         torch.testing.assert_close(model.base_model(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(loading.load_policy(folder / "model").base_model(ids).last_hidden_state, expected)
+    assert torch.equal(model.score.weight, reward_start(folder / "model", seed=3)[0].score.weight)
     assert learn("reward-model", tuned, folder / "preferences.jsonl", tmp_path / "rm")["held_out_accuracy"] == 1
     assert load_reward_model(tmp_path / "rm" / "model").model.num_labels == 1
 
@@ -329,8 +330,10 @@ def test_each_stage_is_trained_in_the_precision_and_on_the_device_that_are_asked
 
 
 def test_a_reward_model_starts_from_a_trunk_an_encoder_or_a_reward_model(folder, tmp_path):
-    model, tokenizer = reward_start(folder / "model")
-    assert not model.score.weight.any()
+    model, tokenizer = reward_start(folder / "model", seed=3)
+    expected = torch.nn.Linear(16, 1, bias=False)
+    expected.weight.data.normal_(std=17**-0.5, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(model.score.weight, expected.weight)
     trunk = loading.load_policy(folder / "model").model.state_dict()
     assert all(torch.equal(trunk[name], value) for name, value in model.model.state_dict().items())
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0 != tokenizer.eos_token_id

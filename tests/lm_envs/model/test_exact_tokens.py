@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from lm_envs.model.decoding import GREEDY, greedy
@@ -10,7 +11,7 @@ from lm_envs.model.encoder_decoder import decoder_prefix, decoder_tokens, encode
 from lm_envs.model.endings import end_of_turn
 from lm_envs.model.forwards import early_eos, response_logprob, rows_at_once
 from lm_envs.model.tokens import encode_text, is_eos, left_pad, model_inputs, right_align, right_pad
-from lm_envs.reward.learned import reward_start
+from lm_envs.reward.learned import initialise_reward_head, reward_start
 from tests import tiny
 from tests.lm_envs import byo
 
@@ -119,11 +120,13 @@ def test_log_probabilities_in_batches_are_those_of_rows_alone():
     assert rows_at_once(2000, torch.device("cpu")) == 1 and rows_at_once(100, torch.device("cpu")) == 10
 
 
-def test_a_reward_models_new_head_starts_at_zero(tmp_path):
+def test_a_reward_models_new_head_is_the_seeds(tmp_path):
     folders = byo.make(tmp_path)
     place = folders.options["policy"]
+    expected = nn.Linear(16, 1, bias=False)
     for seed in (3, 4):
         model, tokenizer = reward_start(place, seed=seed)
-        assert torch.equal(model.score.weight, torch.zeros(1, 16))
+        initialise_reward_head(expected, torch.Generator().manual_seed(seed))
+        assert torch.equal(model.score.weight, expected.weight)
         # Its own BOS pads, so that no head takes a real EOS for padding.
         assert (tokenizer.pad_token, model.config.pad_token_id) == ("<s>", 0)
