@@ -51,7 +51,7 @@ def load(
         path: rows with ``question`` and ``answer``, which ends in ``#### 12`` (GSM8K; Cobbe et al. 2021), and
             optionally ``split``. Without either, the word problems that were written for this project.
         policy: a language model, as :mod:`lm_envs.tasks.custom` takes it.
-        size: questions of the generator; 70 % are for training and 20 % for tests.
+        size: questions drawn from the generator; of the different ones 70 % are for training and 20 % for tests.
         attempts: responses to each test prompt, for pass@k; 0 for none.
         options: settings of the generator; other fields of :class:`lm_envs.tasks.custom.CustomConfig`. Its ``seed`` is
             the generator's too.
@@ -82,16 +82,19 @@ def load(
 
 
 def generated(dataset: str, settings: Mapping[str, Any]) -> list[prompted.Row]:
-    """Return questions of a generator as rows; ``verify`` says how their answers are checked."""
+    """Return the different questions of a generator as rows; ``verify`` says how their answers are checked.
+
+    A question that comes again is left out, so the shares of the splits hold for a generator with few of them.
+    """
     source = _generator(dataset, json.dumps(settings, sort_keys=True))
-    rows = []
+    rows: dict[str, prompted.Row] = {}
     for i in range(len(source)):
-        entry, place = source[i], i % 10
+        entry, place = source[i], len(rows) % 10
+        prompt = f"{entry['question'].strip()}\n{_ASK}"
         verify = {"dataset": dataset, "settings": json.dumps(settings, sort_keys=True), "index": i}
         split = "validation" if place == 5 else "test" if place in (2, 8) else "train"
-        prompt = f"{entry['question'].strip()}\n{_ASK}"
-        rows.append({"prompt": prompt, "answer": str(entry["answer"]), "verify": verify, "split": split})
-    return prompted.divided(rows, f"reasoning-gym {dataset}")
+        rows.setdefault(prompt, {"prompt": prompt, "answer": str(entry["answer"]), "verify": verify, "split": split})
+    return prompted.divided(list(rows.values()), f"reasoning-gym {dataset}")
 
 
 def verified(

@@ -51,18 +51,19 @@ def test_each_worked_answer_is_right():
 
 
 class Sums:
-    """A generator of sums whose verifier gives part of the points for a number at all."""
+    """A generator of sums, of ``different`` numbers, whose verifier gives part of the points for a number at all."""
 
-    def __init__(self, size: int, seed: int, max_terms: int = 2) -> None:
+    def __init__(self, size: int, seed: int, max_terms: int = 2, different: int = 1000) -> None:
         if max_terms < 2:
             raise AssertionError("max_terms must be at least 2")
-        self.size, self.terms = size, max_terms
+        self.size, self.terms, self.different = size, max_terms, different
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, i: int) -> dict:
-        return {"question": "Sum: " + " + ".join([str(i)] * self.terms), "answer": str(i * self.terms), "metadata": {}}
+        term = i % self.different
+        return {"question": "Sum: " + " + ".join([str(term)] * self.terms), "answer": str(term * self.terms)}
 
     def score_answer(self, answer: str, entry: dict) -> float:
         return 1.0 if answer == entry["answer"] else 0.1 * answer.isdigit()
@@ -86,6 +87,16 @@ def test_generated_questions_and_their_verifier(gym):
     columns = {"answer": ["12"] * 3, "verify": [rows[4]["verify"]] * 3}
     assert reasoning.verified(["Answer: 12", "Answer: 11", "Answer: so"], **columns) == [1.0, 0.1, 0.0]
     assert reasoning.solved(["Answer: 12", "Answer: 11", "Answer: so"], **columns) == [1.0, 0.0, 0.0]
+
+
+def test_a_question_that_comes_again_counts_once(gym):
+    rows = reasoning.generated("chain_sum", {"size": 200, "seed": 0, "different": 20})
+    assert len({row["prompt"] for row in rows}) == len(rows) == 20
+    assert Counter(row["split"] for row in rows) == {"train": 14, "validation": 2, "test": 4}
+    assert (
+        reasoning.verified([f"Answer: {row['answer']}" for row in rows], [""] * 20, [r["verify"] for r in rows])
+        == [1.0] * 20
+    )
 
 
 def test_bad_settings_are_told(gym, tmp_path):
