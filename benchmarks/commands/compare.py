@@ -38,8 +38,8 @@ class Compare(Running):
     """
 
     suite: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml|NAME")] = None
-    """A suite file (TOML), or a built-in suite: demo, demo-real, demo-pretrained, pretrained-tasks, instruct,
-    translation, all, enumerable, smoke."""
+    """A suite file (TOML), or a built-in suite: demo, demo-real, demo-pretrained, pretrained-tasks, dense-rewards,
+    instruct, translation, all, enumerable, smoke."""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     """A task, instead of a suite; may be repeated. In NAME-bandit a whole response is one action."""
     algorithms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
