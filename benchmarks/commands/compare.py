@@ -15,7 +15,7 @@ from lm_envs.benchmarks.errors import UserError
 from lm_envs.benchmarks.run.names import ALL, base_task, expanded, is_control
 from lm_envs.benchmarks.run.suite_files import load_suite
 from lm_envs.benchmarks.run.suites import Suite, TaskSettings, parse_settings
-from lm_envs.settings import Count, Positive, Seed, Several, Threads, near
+from lm_envs.settings import Count, Positive, Seed, Threads, near
 from lm_envs.tasks import PRETRAINED, parts_of
 
 # The suite whose settings a task gets by default, the demo's for others.
@@ -50,8 +50,6 @@ class Compare(Running):
     task_seeds: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Versions of a task's models (SFT, reward model) to run on, the task's own and N - 1 that are built with other
     random numbers, so that intervals count them too; 1 if neither given here nor in the suite."""
-    test_prompts: Annotated[Several | None, tyro.conf.arg(metavar="N")] = None
-    """Test prompts to measure on."""
     match_kl: Annotated[tuple[Positive, ...], tyro.conf.arg(metavar="NATS ...")] = ()
     """KLs from SFT at which methods are also compared, read off their validation curves."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
@@ -101,7 +99,7 @@ class Compare(Running):
             if name not in running:
                 raise UserError(f"--set {name}.{next(iter(values))}: {name!r} is not run here: {near(name, running)}")
             suite = replace(suite, overrides={**suite.overrides, name: {**suite.overrides.get(name, {}), **values}})
-        return self.applied(suite, own, **({"test_prompts": self.test_prompts} if self.test_prompts else {}))
+        return self.applied(suite, own)
 
     def run(self, console: Console) -> None:
         from lm_envs.processes import group

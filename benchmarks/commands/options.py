@@ -16,7 +16,7 @@ from lm_envs.benchmarks.run.stop_rules import parse_rule
 from lm_envs.benchmarks.run.suites import BUDGETS, Guards, Service, Suite, check_adaptation, env_options, parse_settings
 from lm_envs.data.sources import format_of
 from lm_envs.reward.specs import is_spec, parse_reward
-from lm_envs.settings import Count, Positive, Rank, Threads, Whole, make
+from lm_envs.settings import Count, Positive, Rank, Several, Threads, Whole, make
 
 C = TypeVar("C")
 
@@ -189,6 +189,8 @@ class Running(ManyProcesses):
     """Folder of the results."""
     env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """An option of the environment: kl_coef, temperature, max_new_tokens, min_new_tokens; may be repeated."""
+    test_prompts: Annotated[Several | None, tyro.conf.arg(metavar="N")] = None
+    """Test prompts that what is trained is measured on; 256 if neither given here nor in a suite."""
     resume: bool = False
     """Continue what OUT holds."""
     compile: bool = False
@@ -212,6 +214,7 @@ class Running(ManyProcesses):
             plan: further fields of the plan.
         """
         options = env_options(parse_settings(self.env, "--env", "kl_coef=0.1"), "--env")
+        plan |= {"test_prompts": self.test_prompts} if self.test_prompts else {}
         tasks = [task if is_control(task.name) else replace(task, env={**task.env, **options}) for task in suite.tasks]
         suite = replace(
             suite,
