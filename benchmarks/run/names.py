@@ -81,7 +81,12 @@ def check_task(name: str) -> None:
 
 
 def check_algorithm(name: str) -> None:
-    """Raise UserError or ValueError unless there is such an algorithm; the message names similar ones."""
+    """Raise UserError or ValueError unless there is such an algorithm or saved model; the message names similar ones."""
+    if (place := saved(name)) is not None:
+        from lm_envs.model.loading import load_tokenizer
+
+        load_tokenizer(place, "saved model")
+        return
     if is_untrained(name) or name in trainable():
         return
     if name in installed("algorithm") or ":" in name:
