@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_ROWS = 64  # texts of similar length that are read at a time
 WORST = -10.0
 """Nats a token: the mean log-probability of a text without any fluency."""
 
@@ -64,21 +65,40 @@ class Likelihood:
         return found
 
     @torch.no_grad()
-    def hidden(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Return the mean over a text's tokens of the last hidden states, ``(N, d)``; zeros for an empty text."""
-        rows = [self._ids(text)[: self._longest] for text in texts]
+    def hidden(
+        self, texts: Sequence[str], contexts: Sequence[str] | None = None, layer: int = -1
+    ) -> NDArray[np.float64]:
+        """Return the mean over a text's tokens of the hidden states after a layer, ``(N, d)``; zeros for an empty text.
+
+        Args:
+            contexts: what stands before each text; its tokens are read and do not enter the mean.
+            layer: as transformers counts ``hidden_states``: 0 is the embeddings, -1 the last, after its norm.
+        """
+        before, rows = self._split(texts, contexts)
         known = [i for i, ids in enumerate(rows) if ids]
         found = np.zeros((len(rows), self.model.config.hidden_size))
         trunk = self.model.base_model
-        width = max((len(rows[i]) for i in known), default=1)
-        for start in range(0, len(known), at_once := rows_at_once(width, self.model.device)):
-            some = known[start : start + at_once]
-            ids = right_pad([rows[i] for i in some]).to(self.model.device)
-            mask = ids >= 0
-            inputs = {"input_ids": ids.clamp(min=0), "attention_mask": mask.long(), "use_cache": False}
-            states = trunk(**accepted(trunk, **inputs)).last_hidden_state * mask[..., None]
+        known.sort(key=lambda i: len(before[i]) + len(rows[i]))
+        start = 0
+        while start < len(known):
+            some = known[start : start + _ROWS]
+            widest = len(before[some[-1]]) + len(rows[some[-1]])
+            some = some[: rows_at_once(widest, self.model.device)]
+            start += len(some)
+            ids = right_pad([before[i] + rows[i] for i in some]).to(self.model.device)
+            places = torch.arange(ids.shape[1], device=ids.device)
+            mask = (ids >= 0) & (places >= torch.tensor([[len(before[i])] for i in some], device=ids.device))
+            inputs = {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "use_cache": False}
+            states = trunk(**accepted(trunk, **inputs), output_hidden_states=True).hidden_states[layer]
+            states = states * mask[..., None]
             found[some] = (states.sum(dim=1) / mask.sum(dim=1, keepdim=True)).double().cpu().numpy()
         return found
+
+    def _split(self, texts: Sequence[str], contexts: Sequence[str] | None) -> tuple[list[list[int]], list[list[int]]]:
+        """Tokens of the contexts, as much of their ends as fits, and of the texts."""
+        rows = [self._ids(text)[: self._longest] for text in texts]
+        before = [self._codec.encode(context)[0] if context else [] for context in contexts or [""] * len(rows)]
+        return [b[max(0, len(b) + len(ids) - self._longest) :] for b, ids in zip(before, rows, strict=True)], rows
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text.strip() else []

@@ -43,7 +43,7 @@ def load(path: str | None = None, policy: str = "smollm2", pairs: int = 0, **opt
             2023). None takes the 360 instructions that were written for this project.
         policy: a language model, as :mod:`lm_envs.tasks.custom` takes it.
         pairs: pairs of the policy's responses to training prompts between which simulated annotators choose; the reward
-            is then a model that learns their choices (:mod:`lm_envs.tasks.preferences`). 0 rewards what is checked.
+            then learns their choices (:mod:`lm_envs.tasks.preferences`). 0 rewards what is checked.
         options: other fields of :class:`lm_envs.tasks.custom.CustomConfig`, such as ``reward`` and ``max_new_tokens``.
     """
     if type(pairs) is not int or pairs < 0:
@@ -57,7 +57,7 @@ def load(path: str | None = None, policy: str = "smollm2", pairs: int = 0, **opt
     description = f"{policy} follows instructions whose constraints are checked ({Path(source).name})"
     made = prompted.load("instruct", rows, policy, defaults, options, description)
     made = replace(made, annotators=pool(quality, JUDGES))
-    return with_learned_reward(made, policy, pairs, pool(quality, TEACHERS)) if pairs else made
+    return with_learned_reward(made, pairs, pool(quality, TEACHERS)) if pairs else made
 
 
 def quality(item: Item) -> list[float]:
