@@ -59,7 +59,9 @@ def test_another_tokenizer_is_refused(trained, tmp_path, capsys):
 
 
 def test_a_place_without_a_model_is_told_before_the_task_is_opened(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lm_envs.benchmarks.run.problems.load", lambda *given, **options: pytest.fail("the task was opened"))
+    monkeypatch.setattr(
+        "lm_envs.benchmarks.run.problems.load", lambda *given, **options: pytest.fail("the task was opened")
+    )
     with pytest.raises(SystemExit):
         compare(trained.parents[3], tmp_path / "no", "sft", f"saved:{tmp_path / 'nowhere'}")
     assert "there is no such folder" in capsys.readouterr().err.replace("\n", " ")

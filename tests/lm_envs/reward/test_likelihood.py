@@ -38,3 +38,15 @@ def test_hidden_states_are_means_over_tokens():
         states = MODEL.base_model(torch.tensor([ids])).last_hidden_state[0]
         np.testing.assert_allclose(found[i], states.mean(dim=0), atol=1e-9)
     assert not found[1].any()
+
+
+def test_hidden_states_after_a_context_and_a_layer():
+    for layer in (0, 1, -1):
+        found = LIKELIHOOD.hidden(["b c", "", "e", "b c d e f g h i j"], ["a", "a b", "a b c d e f g h i", ""], layer)
+        # The last context loses its start, and the last text its end: eight tokens fit.
+        for i, before, ids in ((0, [1], [2, 3]), (2, [3, 4, 5, 6, 7, 8, 9], [5]), (3, [], [2, 3, 4, 5, 6, 7, 8, 9])):
+            out = MODEL.base_model(torch.tensor([before + ids]), output_hidden_states=True)
+            states = out.hidden_states[layer][0, len(before) :]
+            np.testing.assert_allclose(found[i], states.mean(dim=0), atol=1e-9)
+        assert not found[1].any()
+    assert not np.allclose(LIKELIHOOD.hidden(["b"], ["a"]), LIKELIHOOD.hidden(["b"], ["c"]))
