@@ -94,10 +94,10 @@ MUTATIONS = [
         "tests/lm_envs/tasks/test_preferences.py::test_no_annotator_is_asked_twice",
     ),
     Mutation(
-        "the reward model learns what was chosen",
+        "the learned reward learns what was chosen",
         "lm_envs/tasks/preferences.py",
-        "np.stack([~preferred, preferred], axis=1)",
-        "np.stack([preferred, ~preferred], axis=1)",
+        "fit_probe(states[:, 0] - states[:, 1],",
+        "fit_probe(states[:, 1] - states[:, 0],",
         "tests/lm_envs/tasks/test_preferences.py::test_it_learns_what_annotators_choose",
     ),
     Mutation(
@@ -191,6 +191,20 @@ MUTATIONS = [
         'rf"[^\\w-]*(',
         'rf"\\W*(',
         "tests/lm_envs/tasks/test_reasoning.py::test_scores_by_hand",
+    ),
+    Mutation(
+        "a probe reads the response, not its prompt",
+        "lm_envs/reward/likelihood.py",
+        "mask = (ids >= 0) & (places >=",
+        "mask = (ids >= 0) & (places >= 0 *",
+        "tests/lm_envs/reward/test_likelihood.py::test_hidden_states_after_a_context_and_a_layer",
+    ),
+    Mutation(
+        "a probe's prior is chosen on prompts that it has not seen",
+        "lm_envs/reward/probe.py",
+        "number % folds",
+        "np.arange(len(group)) % folds",
+        "tests/lm_envs/reward/test_probe.py::test_pairs_of_a_prompt_are_held_out_together",
     ),
     Mutation(
         "a text's likelihood leaves out its context",
