@@ -81,7 +81,7 @@ def check_task(name: str) -> None:
 
 
 def check_algorithm(name: str) -> None:
-    """Raise UserError or ValueError unless there is such an algorithm or saved model; the message names similar ones."""
+    """Raise UserError or ValueError unless there is such an algorithm or saved model; similar names are told."""
     if (place := saved(name)) is not None:
         from lm_envs.model.loading import load_tokenizer
 
