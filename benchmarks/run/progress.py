@@ -90,7 +90,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._silence = Silence(self._print, "opening models")
+        self._silence = Silence(self._print, "opening models and reading the data")
         self._all = self.progress.add_task("[bold]all runs", total=total, figures="")
 
     def __enter__(self) -> Self:

@@ -119,7 +119,7 @@ def test_a_long_silence_is_broken(monkeypatch):
         shown({"event": "evaluate", "run": "a"})
         time.sleep(0.5)
     lines = written.getvalue().splitlines()
-    assert re.fullmatch(r"opening models, \d s so far", lines[0])
+    assert re.fullmatch(r"opening models and reading the data, \d s so far", lines[0])
     assert any(re.fullmatch(r"a: iteration 2/4, \d s so far", line) for line in lines)
     assert re.fullmatch(r"a: measuring on test prompts, \d s so far", lines[-1])
     written = io.StringIO()
