@@ -82,7 +82,8 @@ def with_learned_reward(task: TextTask, count: int, annotators: Sequence[Annotat
         files.write_atomic(folder / "made.json", json.dumps(_build(task, count, annotators)))
 
     made = json.loads((files.cached("preferences", key, build) / "made.json").read_text())
-    learned = _reward(task, np.array(made["weights"]))
+    reader = Likelihood(task.reference, task.tokenizer)
+    learned = LinearProbe(reader, np.array(made["weights"]), _layer(task), _NAME)
     reward = standardised(learned, *made["normalise"])
     pairs = [(row, first, second) for row, first, second in made["pairs"]]
     return replace(task, reward=reward, pairs=pairs, preferred=made["preferred"], stats={**task.stats, **made["stats"]})
@@ -112,19 +113,19 @@ def _build(task: TextTask, count: int, annotators: Sequence[Annotator]) -> dict[
     }
 
 
-def _reward(task: TextTask, weights: NDArray[np.float64]) -> LinearProbe:
-    layers = task.reference.config.num_hidden_layers
-    return LinearProbe(Likelihood(task.reference, task.tokenizer), weights, round(_DEPTH * layers), _NAME)
+def _layer(task: TextTask) -> int:
+    """The layer after which the probe reads."""
+    return round(_DEPTH * task.reference.config.num_hidden_layers)
 
 
 def _hidden(task: TextTask, pairs: _Pairs) -> NDArray[np.float64]:
     """What the probe reads of each pair's responses, ``(N, 2, d)``."""
-    reader, found = _reward(task, np.empty(0)), []
+    reader, found = Likelihood(task.reference, task.tokenizer), []
     texts, prompts = pairs.samples.completions, pairs.samples.prompts
     with sampling.progress_bar(f"{task.name}: reading pairs", len(texts)) as update:
         for start in range(0, len(texts), _CHUNK):
             some = slice(start, start + _CHUNK)
-            found.append(reader.likelihood.hidden(texts[some], prompts[some], reader.layer))
+            found.append(reader.hidden(texts[some], prompts[some], _layer(task)))
             update(min(start + _CHUNK, len(texts)))
     return np.concatenate(found).reshape(len(pairs.items), 2, -1)
 
