@@ -122,8 +122,9 @@ def _make(folder: str, width: int, layers: int, vocabulary: int) -> None:
 
     torch.manual_seed(0)
     heads = max(2, width // 64)
+    shared = next(count for count in range(heads // 2, 0, -1) if heads % count == 0)  # of keys and values
     sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": width * 11 // 4, "num_hidden_layers": layers}
-    sizes |= {"vocab_size": vocabulary, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    sizes |= {"vocab_size": vocabulary, "num_attention_heads": heads, "num_key_value_heads": shared}
     sizes |= {"max_position_embeddings": 1024, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS}
     tokenizer = word_tokenizer(vocabulary)
     LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False)).save_pretrained(f"{folder}/policy")

@@ -11,7 +11,7 @@ from lm_envs.benchmarks.cli import main
 
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
-    small = ["--width", "128", "--layers", "2", "--vocabulary", "50", "--episodes", "4", "--micro-batch", "2"]
+    small = ["--width", "576", "--layers", "2", "--vocabulary", "50", "--episodes", "4", "--micro-batch", "2"]
     small += ["--new-tokens", "4", "--iterations", "2", "--configurations", "full"]
     main(["bench", "plan", *small, "--out", str(tmp_path / "plan.csv")])
     with (tmp_path / "plan.csv").open() as stream:
