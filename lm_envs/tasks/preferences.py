@@ -21,6 +21,7 @@ from lm_envs.feedback import annotators as simulated
 from lm_envs.feedback.annotators import Annotator, votes
 from lm_envs.feedback.study import Item, Response
 from lm_envs.model import text
+from lm_envs.model.encoder_decoder import is_encoder_decoder
 from lm_envs.model.loading import weights_hash
 from lm_envs.reward import likelihood, probe
 from lm_envs.reward.likelihood import Likelihood
@@ -59,8 +60,10 @@ def with_learned_reward(task: TextTask, count: int, annotators: Sequence[Annotat
         annotators: of one score.
 
     Raises:
-        ValueError: pairs of one prompt alone.
+        ValueError: pairs of one prompt alone, or an encoder-decoder.
     """
+    if is_encoder_decoder(task.reference):
+        raise ValueError(f"{task.name}: pairs needs a decoder-only policy, whose hidden states the reward reads")
     if min(count, len(task.prompts["train"])) < 2:
         raise ValueError(f"{task.name}: a reward is learned from pairs of two training prompts at least")
     here = {"task": task.name, "prompts": task.prompts, "columns": task.columns, "pairs": count}

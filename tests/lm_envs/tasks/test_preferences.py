@@ -105,6 +105,16 @@ def test_the_majority_chooses_and_the_first_annotator_where_there_is_none(prompt
     assert made.preferred == [True, False, True, False, True, False]
 
 
+def test_what_it_cannot_read_is_told_before_anything_is_sampled(prompts: str, policy: str, monkeypatch):
+    plain, one = opened(prompts, policy), [Annotator(longest)]
+    monkeypatch.setattr(sampling, "response_pairs", lambda *given, **options: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match="pairs of two training prompts"):
+        preferences.with_learned_reward(plain, 1, one)
+    monkeypatch.setattr(preferences, "is_encoder_decoder", lambda model: model is plain.reference)
+    with pytest.raises(ValueError, match="decoder-only policy"):
+        preferences.with_learned_reward(plain, 6, one)
+
+
 def test_algorithms_that_learn_from_preferences_take_the_same_choices(prompts: str, policy: str):
     task = opened(prompts, policy, pairs=4)
     turned = replace(task, preferred=[not first for first in task.preferred])
