@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from lm_envs.reward.likelihood import Likelihood
 
@@ -75,7 +76,7 @@ def _newton(x: NDArray[np.float64], y: NDArray[np.float64], penalty: float) -> N
     """The minimum of the negative log-likelihood and ``penalty / 2 |w|^2``."""
     weights = np.zeros(x.shape[1])
     for _ in range(_STEPS):
-        p = _sigmoid(x @ weights)
+        p = expit(x @ weights)
         gradient = x.T @ (p - y) + penalty * weights
         hessian = (x * (p * (1 - p))[:, None]).T @ x + penalty * np.eye(len(weights))
         step = np.linalg.solve(hessian, gradient)
@@ -88,8 +89,3 @@ def _newton(x: NDArray[np.float64], y: NDArray[np.float64], penalty: float) -> N
 def _loss(x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
     margin = x @ weights
     return float((np.logaddexp(0.0, margin) - y * margin).sum())
-
-
-def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = 0.5 * (1 + np.tanh(x / 2))
-    return found
